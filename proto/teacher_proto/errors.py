@@ -1,0 +1,181 @@
+"""Every error that crosses the wire or leaves the client, with the code and the status that it has there.
+
+    StillhouseError
+    |-- RequestError (ValueError)       the request is at fault; sending it again changes nothing
+    |   |-- MalformedError        400   not decodable: bad msgpack or JSON, unknown or missing field
+    |   |-- UnauthorizedError     401   no key, or one that is not known
+    |   |-- WrongTeacherError     409   the teacher is not who the request asks for; carries the difference
+    |   |-- TooLargeError         413   more bytes than the service reads
+    |   |-- UnsupportedTypeError  415   a content type or encoding that is not spoken here
+    |   |-- OutOfRangeError       422   decodable, but a value is outside its limits: field, got, limit
+    |   `-- NotFoundError         404   no such route, layer or artefact
+    |-- BusyError                       come again later; carries retry_after in seconds
+    |   |-- QuotaError            429   this key's share is used up
+    |   `-- OverloadedError       503   full, draining, or still starting
+    |-- EngineError               500   the engine failed at this request; retryable says if another try may help
+    |   `-- EngineDeadError       503   the engine is gone; the process is about to exit
+    |-- WireError (ValueError)          bytes that are not what WIRE.md says
+    |   |-- TruncatedError              a body that stopped before its end message
+    |   `-- ChecksumError               a record whose bytes changed on the way
+    |-- InvalidTargetsError (ValueError) a record that decodes, and cannot be a distribution
+    `-- TeacherUnavailableError         the client gave up: what it tried, for how long, the last reason
+
+Raised by `teacher_proto` and by the services; `serving` turns them into responses with this same table.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class StillhouseError(Exception):
+    """Root of the tree. `message` says what came, what was expected and what to do."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    retryable: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        got: Any = None,
+        limit: Any = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        retryable: bool | None = None,
+    ):
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.got = got
+        self.limit = limit
+        self.request_id = request_id
+        self.retry_after = retry_after
+        if retryable is not None:
+            self.retryable = retryable
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of an error response: `code`, `message`, `field`, `got`, `limit`, `request_id`, `retryable`."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "field": self.field,
+            "got": self.got,
+            "limit": self.limit,
+            "request_id": self.request_id,
+            "retryable": self.retryable,
+        }
+
+
+class RequestError(StillhouseError, ValueError):
+    code, status = "bad_request", 400
+
+
+class MalformedError(RequestError):
+    code, status = "malformed", 400
+
+
+class UnauthorizedError(RequestError):
+    code, status = "unauthorized", 401
+
+
+class NotFoundError(RequestError):
+    code, status = "not_found", 404
+
+
+class WrongTeacherError(RequestError):
+    code, status = "wrong_teacher", 409
+
+
+class TooLargeError(RequestError):
+    code, status = "too_large", 413
+
+
+class UnsupportedTypeError(RequestError):
+    code, status = "unsupported_type", 415
+
+
+class OutOfRangeError(RequestError):
+    code, status = "out_of_range", 422
+
+
+class BusyError(StillhouseError):
+    code, status, retryable = "busy", 503, True
+
+
+class QuotaError(BusyError):
+    code, status = "quota", 429
+
+
+class OverloadedError(BusyError):
+    code, status = "overloaded", 503
+
+
+class EngineError(StillhouseError):
+    code, status = "engine_failed", 500
+
+
+class EngineDeadError(EngineError):
+    code, status, retryable = "engine_dead", 503, True
+
+
+class WireError(StillhouseError, ValueError):
+    code, status = "wire", 502
+
+
+class TruncatedError(WireError):
+    code, retryable = "truncated", True
+
+
+class ChecksumError(WireError):
+    code, retryable = "checksum", True
+
+
+class InvalidTargetsError(StillhouseError, ValueError):
+    code, status = "invalid_targets", 502
+
+
+class TeacherUnavailableError(StillhouseError):
+    code, status, retryable = "teacher_unavailable", 503, True
+
+
+BY_CODE: dict[str, type[StillhouseError]] = {
+    cls.code: cls
+    for cls in (
+        StillhouseError,
+        RequestError,
+        MalformedError,
+        UnauthorizedError,
+        NotFoundError,
+        WrongTeacherError,
+        TooLargeError,
+        UnsupportedTypeError,
+        OutOfRangeError,
+        BusyError,
+        QuotaError,
+        OverloadedError,
+        EngineError,
+        EngineDeadError,
+        WireError,
+        TruncatedError,
+        ChecksumError,
+        InvalidTargetsError,
+        TeacherUnavailableError,
+    )
+}
+
+
+def from_json(body: dict[str, Any], retry_after: float | None = None) -> StillhouseError:
+    """The error that a response body or an `error` message stands for; an unknown code becomes the root class."""
+    cls = BY_CODE.get(str(body.get("code")), StillhouseError)
+    return cls(
+        str(body.get("message", "the peer gave no message")),
+        field=body.get("field"),
+        got=body.get("got"),
+        limit=body.get("limit"),
+        request_id=body.get("request_id"),
+        retry_after=retry_after,
+        retryable=bool(body.get("retryable", cls.retryable)),
+    )

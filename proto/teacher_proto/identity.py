@@ -1,0 +1,97 @@
+"""Who a teacher is: what decides its answers, hashed into a fingerprint that travels on every response.
+
+Services build a `TeacherIdentity` at start; client, checkpoints and the target store compare it.
+Two groups: a *semantic* change (other weights, another tokenizer) makes other targets and stops a run;
+a *numeric* change (another engine version or device) moves them by rounding and is counted and warned about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Severity = Literal["same", "numeric", "semantic"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SemanticIdentity(_Frozen):
+    """What the answers mean. `weights` maps each weight file's name to its sha256."""
+
+    model: str
+    revision: str
+    config_sha256: str
+    tokenizer_sha256: str
+    weights: Mapping[str, str]
+    dtype: str
+    quantization: str | None
+    vocab_size: int
+
+
+class NumericIdentity(_Frozen):
+    """What the answers are rounded by."""
+
+    engine: str
+    engine_version: str
+    device: str
+    parallel: str
+    attention_backend: str
+
+
+class TeacherIdentity(_Frozen):
+    semantic: SemanticIdentity
+    numeric: NumericIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        """`semantic.numeric`: 32 and 16 hexadecimal digits, so that a stranger can tell which half changed."""
+        return f"{digest(self.semantic.model_dump())[:32]}.{digest(self.numeric.model_dump())[:16]}"
+
+    def difference(self, other: TeacherIdentity) -> list[str]:
+        """One line for each field that differs, `semantic.dtype: bfloat16 here, float32 there`."""
+        ours, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        return [
+            f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+
+
+def compare_fingerprints(ours: str, theirs: str) -> Severity:
+    """How far apart two fingerprints are; a malformed one counts as semantic."""
+    if ours == theirs:
+        return "same"
+    same_meaning = ours.split(".")[0] == theirs.split(".")[0] and "." in ours and "." in theirs
+    return "numeric" if same_meaning else "semantic"
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON (sorted keys, no white space) of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_sha256(token_by_id: Mapping[int, str]) -> str:
+    """Of a tokenizer's vocabulary: its (id, token) pairs in the order of their ids."""
+    return digest([[i, token_by_id[i]] for i in sorted(token_by_id)])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,53 @@
+"""What a teacher engine is to the service: one protocol, three engines behind it (vLLM, transformers, scripted).
+
+`app.py` sees nothing else of an engine; `main.py` picks one by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from teacher_proto.identity import TeacherIdentity
+from teacher_proto.requests import Kind, Limits, TargetSpec
+from teacher_proto.targets import TokenTargets
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One checked sequence to score: token ids [T], the rows [start, stop) wanted, what is wanted of them."""
+
+    tokens_T: np.ndarray
+    rows: tuple[int, int]
+    spec: TargetSpec
+    request_id: str
+    gather_ids_RG: np.ndarray | None = None
+
+
+class Engine(Protocol):
+    """Scores sequences. Jobs run side by side; the engine batches as it likes.
+
+    `identity`, `limits` and `kinds` are known once `start` has returned. Cancelling a `score` aborts its work.
+    """
+
+    identity: TeacherIdentity
+    limits: Limits
+    kinds: tuple[Kind, ...]
+
+    async def start(self) -> None:
+        """Load the model. ValueError with what to do if it can't be served."""
+        ...
+
+    async def score(self, job: Job) -> TokenTargets:
+        """The targets of a job that `check_request` has passed. EngineError, or EngineDeadError if none can come."""
+        ...
+
+    async def check(self) -> None:
+        """Return if the engine lives; EngineDeadError with the reason otherwise."""
+        ...
+
+    async def close(self) -> None:
+        """Give back the device and end child processes; safe to call twice."""
+        ...
