@@ -7,12 +7,15 @@
     |   |-- WrongTeacherError     409   the teacher is not who the request asks for; carries the difference
     |   |-- TooLargeError         413   more bytes than the service reads
     |   |-- UnsupportedTypeError  415   a content type or encoding that is not spoken here
+    |   |-- MethodNotAllowedError 405   a route that exists, asked with a method that it has not
+    |   |-- SlowBodyError         408   a body that did not arrive in time; retryable
     |   |-- OutOfRangeError       422   decodable, but a value is outside its limits: field, got, limit
     |   `-- NotFoundError         404   no such route, layer or artefact
     |-- BusyError                       come again later; carries retry_after in seconds
     |   |-- QuotaError            429   this key's share is used up
     |   `-- OverloadedError       503   full, draining, or still starting
     |-- EngineError               500   the engine failed at this request; retryable says if another try may help
+    |   |-- EngineMemoryError     503   the device ran out of memory at this request; retryable
     |   `-- EngineDeadError       503   the engine is gone; the process is about to exit
     |-- WireError (ValueError)          bytes that are not what WIRE.md says
     |   |-- TruncatedError              a body that stopped before its end message
@@ -97,6 +100,14 @@ class UnsupportedTypeError(RequestError):
     code, status = "unsupported_type", 415
 
 
+class MethodNotAllowedError(RequestError):
+    code, status = "method_not_allowed", 405
+
+
+class SlowBodyError(RequestError):
+    code, status, retryable = "slow_body", 408, True
+
+
 class OutOfRangeError(RequestError):
     code, status = "out_of_range", 422
 
@@ -115,6 +126,10 @@ class OverloadedError(BusyError):
 
 class EngineError(StillhouseError):
     code, status = "engine_failed", 500
+
+
+class EngineMemoryError(EngineError):
+    code, status, retryable = "engine_out_of_memory", 503, True
 
 
 class EngineDeadError(EngineError):
@@ -152,11 +167,14 @@ BY_CODE: dict[str, type[StillhouseError]] = {
         WrongTeacherError,
         TooLargeError,
         UnsupportedTypeError,
+        MethodNotAllowedError,
+        SlowBodyError,
         OutOfRangeError,
         BusyError,
         QuotaError,
         OverloadedError,
         EngineError,
+        EngineMemoryError,
         EngineDeadError,
         WireError,
         TruncatedError,
