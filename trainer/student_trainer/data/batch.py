@@ -1,0 +1,100 @@
+"""The record that leaves the data package: one batch of packed rows. Made by `packing`, read by the loop, the losses
+and the target sources.
+
+Row t predicts token t+1: `loss_mask_BT[b, t]` is True where token t+1 lies in the same document and counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Document:
+    """`tokens_BT[row, start:stop]` is one document, or a piece of one; `key` names it in dumps.
+
+    The key is "source:index" for a whole document and "source:index:offset" for a piece that begins at that token.
+    """
+
+    row: int
+    start: int
+    stop: int
+    source: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens. Padding: pad id, position 0, document -1, source -1, no loss."""
+
+    number: int
+    tokens_BT: np.ndarray  # int32
+    position_ids_BT: np.ndarray  # int32, from 0 in each document
+    document_ids_BT: np.ndarray  # int32, 0.. within a row
+    loss_mask_BT: np.ndarray  # bool
+    documents: tuple[Document, ...]  # by row, then by start
+    source_names: tuple[str, ...]
+    source_ids_BT: np.ndarray  # int16, into source_names
+
+    @property
+    def fill_rate(self) -> float:
+        """Share of the B x T places that hold a token."""
+        return float((self.document_ids_BT >= 0).mean())
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The batch of rows start..stop alone, its documents counted from the new first row."""
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT[start:stop],
+            position_ids_BT=self.position_ids_BT[start:stop],
+            document_ids_BT=self.document_ids_BT[start:stop],
+            loss_mask_BT=self.loss_mask_BT[start:stop],
+            source_ids_BT=self.source_ids_BT[start:stop],
+            documents=tuple(replace(d, row=d.row - start) for d in self.documents if start <= d.row < stop),
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A sequence with its place: what `build_batch` writes into a row."""
+
+    source: int
+    key: str
+    ids_N: np.ndarray  # int32
+    counts_N: np.ndarray | None  # bool: which tokens are learnt; None: all
+
+
+def build_batch(
+    number: int, rows: Sequence[Sequence[Placed]], seq_len: int, pad_id: int, source_names: tuple[str, ...]
+) -> Batch:
+    """Write the sequences of each row one after another and pad to `seq_len`."""
+    shape = (len(rows), seq_len)
+    tokens_BT = np.full(shape, pad_id, np.int32)
+    position_ids_BT = np.zeros(shape, np.int32)
+    document_ids_BT = np.full(shape, -1, np.int32)
+    loss_mask_BT = np.zeros(shape, bool)
+    source_ids_BT = np.full(shape, -1, np.int16)
+    documents = []
+    for row, sequences in enumerate(rows):
+        start = 0
+        for ordinal, sequence in enumerate(sequences):
+            stop = start + len(sequence.ids_N)
+            assert start < stop <= seq_len
+            tokens_BT[row, start:stop] = sequence.ids_N
+            position_ids_BT[row, start:stop] = np.arange(stop - start)
+            document_ids_BT[row, start:stop] = ordinal
+            source_ids_BT[row, start:stop] = sequence.source
+            loss_mask_BT[row, start : stop - 1] = True if sequence.counts_N is None else sequence.counts_N[1:]
+            documents.append(Document(row, start, stop, source_names[sequence.source], sequence.key))
+            start = stop
+    return Batch(
+        number=number,
+        tokens_BT=tokens_BT,
+        position_ids_BT=position_ids_BT,
+        document_ids_BT=document_ids_BT,
+        loss_mask_BT=loss_mask_BT,
+        documents=tuple(documents),
+        source_names=source_names,
+        source_ids_BT=source_ids_BT,
+    )

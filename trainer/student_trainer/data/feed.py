@@ -1,0 +1,144 @@
+"""Documents of one source as tokens, read and tokenised on worker threads ahead of their use. Used by `loader`.
+
+A cache, never a state: whatever is asked for is given, in any order, and what follows it is fetched ahead. One thread
+reads a source, so sources need no locks; all sources share the pool that tokenises.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+from student_trainer.data.mixture import Cursor
+from student_trainer.data.sources import RawDocument, Source
+from student_trainer.data.tokenise import TokenDocument, Tokeniser, is_held_out
+
+Address = tuple[int, int, int]  # epoch, shard, block
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of documents; None in the place of one that is held out or has no tokens."""
+
+    documents: list[TokenDocument | None]
+    is_last: bool  # the shard ends with it
+
+
+class Rate:
+    """Tokens made, and the thread time they took; several threads add to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        with self._lock:
+            self.tokens += tokens
+            self.seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one worker thread; 0 before the first block."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Feed:
+    """The training documents of one source by cursor, with the next blocks on their way."""
+
+    def __init__(self, source: Source, tokeniser: Tokeniser, pool: Executor, rate: Rate, ahead: int) -> None:
+        self.source = source
+        self._tokeniser, self._pool, self._rate, self._ahead = tokeniser, pool, rate, ahead
+        self._reader = ThreadPoolExecutor(1, f"read-{source.name}")
+        self._lock = threading.RLock()
+        self._blocks: OrderedDict[Address, Future[Block]] = OrderedDict()  # in reading order, the one in use first
+        self._next: Address | None = None  # what to read after the last of them; None while that is being read
+
+    def first(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
+        """The first document for training at or after `cursor`, with its own cursor. Blocks until it is there."""
+        start = cursor
+        while cursor.epoch <= start.epoch + 1:
+            number, place = divmod(cursor.document, self.source.block_size)
+            address = (cursor.epoch, cursor.shard, number)
+            block = self._block(address)
+            if place < len(block.documents):
+                document = block.documents[place]
+                if document is not None:
+                    return cursor, document
+                cursor = replace(cursor, document=cursor.document + 1, offset=0)
+            else:
+                epoch, shard, _ = self._after(address, is_last=True)
+                cursor = Cursor(epoch, shard)
+        settings = self.source.settings
+        raise ValueError(
+            f"source {self.source.name!r} has no document to train on: each one is held out "
+            f"(held_out_fraction={settings.held_out_fraction}) or without tokens; lower the fraction or add documents"
+        )
+
+    def close(self) -> None:
+        """Stop reading; a block that is being read is waited for."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _block(self, address: Address) -> Block:
+        with self._lock:
+            if address not in self._blocks:
+                self._blocks.clear()
+                self._request(address)
+            while next(iter(self._blocks)) != address:
+                self._blocks.popitem(last=False)
+            self._extend()
+            future = self._blocks[address]
+        return future.result()
+
+    def _extend(self) -> None:
+        if self._next is not None and len(self._blocks) <= self._ahead:
+            self._request(self._next)
+
+    def _request(self, address: Address) -> None:
+        block: Future[Block] = Future()
+        self._blocks[address] = block
+        self._next = None
+        self._reader.submit(self.source.read, *address).add_done_callback(partial(self._on_read, address, block))
+
+    def _on_read(self, address: Address, block: Future[Block], raw: Future[list[RawDocument]]) -> None:
+        """On the reader's thread: hand the block on to be tokenised, and read the next one."""
+        if raw.cancelled():
+            block.cancel()
+            return
+        if error := raw.exception():
+            block.set_exception(error)
+            return
+        documents = raw.result()
+        is_last = len(documents) < self.source.block_size
+        self._pool.submit(self._tokenise, documents, is_last).add_done_callback(partial(_pass_on, block))
+        with self._lock:
+            if self._blocks.get(address) is block and next(reversed(self._blocks)) == address:
+                self._next = self._after(address, is_last)
+                self._extend()
+
+    def _tokenise(self, documents: list[RawDocument], is_last: bool) -> Block:
+        began = time.thread_time()
+        fraction = self.source.settings.held_out_fraction
+        wanted = [i for i, d in enumerate(documents) if not is_held_out(d.content, fraction)]
+        made: list[TokenDocument | None] = [None] * len(documents)
+        for i, document in zip(wanted, self._tokeniser([documents[i] for i in wanted]), strict=True):
+            made[i] = document
+        self._rate.add(sum(len(d.ids_N) for d in made if d), time.thread_time() - began)
+        return Block(made, is_last)
+
+    def _after(self, address: Address, is_last: bool) -> Address:
+        epoch, shard, block = address
+        if not is_last:
+            return epoch, shard, block + 1
+        return (epoch, shard + 1, 0) if shard + 1 < self.source.shards() else (epoch + 1, 0, 0)
+
+
+def _pass_on(block: Future[Block], made: Future[Block]) -> None:
+    if made.cancelled():
+        block.cancel()
+    elif error := made.exception():
+        block.set_exception(error)
+    else:
+        block.set_result(made.result())

@@ -1,0 +1,76 @@
+"""The fixed batches that a source is evaluated on: documents whose hash keeps them from training. Called by `loader`.
+
+They depend on the source and on the shape of a batch, not on seed, weights or step, so that runs compare. Every
+document gives one piece before any gives a second, chosen by its hash, so that few rows see many documents.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from student_trainer.data.batch import Batch, Placed, build_batch
+from student_trainer.data.draw import cut
+from student_trainer.data.order import key_of
+from student_trainer.data.packing import OpenRows, Rows
+from student_trainer.data.settings import DataSettings
+from student_trainer.data.sources import Source
+from student_trainer.data.tokenise import TokenDocument, Tokeniser, is_held_out
+
+
+def held_out_batches(
+    source: Source, tokeniser: Tokeniser, settings: DataSettings, pad_id: int, names: tuple[str, ...]
+) -> list[Batch]:
+    """Batches of `settings.rows` rows, at most `settings.held_out_rows` rows together; the last ones may be empty.
+
+    ValueError where the hash keeps no document back.
+    """
+    documents = _collect(source, tokeniser, settings.held_out_rows * settings.seq_len, settings.seq_len)
+    if not documents:
+        fraction = source.settings.held_out_fraction
+        raise ValueError(
+            f"source {source.name!r} has no held-out document with tokens at held_out_fraction={fraction}; "
+            "raise the fraction, or set it to 0 to leave the source out of the evaluation"
+        )
+    rows = _pack(_pieces(documents, names.index(source.name), source.name, settings.seq_len), settings)
+    groups = [rows[start : start + settings.rows] for start in range(0, len(rows), settings.rows)]
+    groups[-1] += [[] for _ in range(settings.rows - len(groups[-1]))]
+    return [build_batch(i, group, settings.seq_len, pad_id, names) for i, group in enumerate(groups)]
+
+
+def _collect(source: Source, tokeniser: Tokeniser, wanted: int, seq_len: int) -> list[TokenDocument]:
+    fraction, tokens = source.settings.held_out_fraction, 0
+    documents: list[TokenDocument] = []
+    for block in source.scan():
+        for document in tokeniser([d for d in block if is_held_out(d.content, fraction)]):
+            if document is not None:
+                documents.append(document)
+                tokens += min(seq_len, len(document.ids_N))
+        if tokens >= wanted:
+            break
+    return documents
+
+
+def _pieces(documents: Sequence[TokenDocument], source: int, name: str, seq_len: int) -> Iterator[Placed]:
+    """One piece of each document, then a second of each that has one, and so on."""
+    turn = 0
+    left = list(documents)
+    while left:
+        for document in left:
+            step = seq_len - len(document.prefix)
+            count = -(-len(document.ids_N) // step)
+            piece = (key_of(document.ids_N[:seq_len].tobytes()) + turn) % count
+            yield cut(source, name, document, piece * step, seq_len)
+        turn += 1
+        left = [d for d in left if len(d.ids_N) > turn * (seq_len - len(d.prefix))]
+
+
+def _pack(pieces: Iterator[Placed], settings: DataSettings) -> Rows:
+    rows: Rows = [[] for _ in range(settings.held_out_rows)]
+    if settings.packing == "none":
+        rows = [[piece] for piece, _ in zip(pieces, rows, strict=False)]
+    else:
+        open_rows = OpenRows(settings.held_out_rows, settings.seq_len)
+        for piece in pieces:
+            row = open_rows.place(len(piece.ids_N))
+            if row is None:
+                break
+            rows[row].append(piece)
+    return [row for row in rows if row]

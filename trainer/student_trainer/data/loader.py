@@ -1,0 +1,116 @@
+"""Batch n from (settings, mixture state, n). Built by `main`; the loop reads it through `stream.BatchStream`.
+
+source = BatchSource(settings.data, tokenizer, seed)
+state = source.initial_state()
+batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and get the same bits
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from transformers import PreTrainedTokenizerBase
+
+from student_trainer.data.batch import Batch, build_batch
+from student_trainer.data.draw import Draws, Start
+from student_trainer.data.feed import Feed, Rate
+from student_trainer.data.held_out import held_out_batches
+from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
+from student_trainer.data.packing import MODES
+from student_trainer.data.settings import DataSettings
+from student_trainer.data.sources import BLOCK_CHARACTERS, open_source
+from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id
+
+CHARACTERS_A_TOKEN = 4
+
+
+class BatchSource:
+    """The data of a run. Everything random is a function of `seed` and of places in the data."""
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        """Open every source. ValueError names the source and what is wrong with it.
+
+        rank, world: each process makes every batch whole and keeps its own rows/world rows of it.
+        """
+        if not settings.sources:
+            raise ValueError("data.sources is empty; name at least one source")
+        if settings.rows % world or not 0 <= rank < world:
+            raise ValueError(
+                f"data.rows is {settings.rows} and this is rank {rank} of {world}; rows must divide evenly"
+            )
+        self.settings, self.seed, self.rank, self.world = settings, seed, rank, world
+        self.names = tuple(settings.sources)
+        self.rate = Rate()
+        self._tokenizer = tokenizer
+        self._pad_id = pad_id(tokenizer)
+        self._weights = normalised({name: source.weight for name, source in settings.sources.items()})
+        self._held_out: dict[str, list[Batch]] = {}
+        self._lock = threading.Lock()
+        self._kept: dict[Start, TokenDocument] = {}  # the documents of what is pending; a cache
+        self._pool = ThreadPoolExecutor(settings.workers, "tokenise")
+        self._feeds = [self._open(name, tokenizer) for name in self.names]
+
+    def _open(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Feed:
+        settings = self.settings
+        source = open_source(name, settings.sources[name], self.seed, settings.cache_folder)
+        tokeniser = Tokeniser(tokenizer, settings, settings.sources[name])
+        characters_ahead = settings.batches_ahead * settings.rows * settings.seq_len * CHARACTERS_A_TOKEN
+        ahead = settings.workers + 1 + characters_ahead // BLOCK_CHARACTERS
+        return Feed(source, tokeniser, self._pool, self.rate, ahead)
+
+    def initial_state(self) -> MixtureState:
+        """The state before batch 0, with the settings' weights."""
+        sources = [f.source for f in self._feeds]
+        return MixtureState(0, tuple(SourceState(s.name, self._weights[s.name], s.fingerprint) for s in sources))
+
+    def check_state(self, state: MixtureState) -> None:
+        """ValueError if `state` is of other data: other sources, or other documents in one of them."""
+        names = tuple(source.name for source in state.sources)
+        if names != self.names:
+            raise ValueError(f"the mixture state is of the sources {names}, the settings name {self.names}")
+        for saved, feed in zip(state.sources, self._feeds, strict=True):
+            if saved.fingerprint != feed.source.fingerprint:
+                raise ValueError(
+                    f"source {saved.name!r} is not what the run began with: its fingerprint (documents:hash) was "
+                    f"{saved.fingerprint} and is {feed.source.fingerprint}; restore the data, or begin a new run"
+                )
+
+    def batch(self, state: MixtureState, number: int) -> tuple[Batch, MixtureState]:
+        """Batch `number`, and the state after it. Pure; `state` must be the one before that batch."""
+        if number != state.number:
+            raise ValueError(f"batch {number} was asked for with the mixture state before batch {state.number}")
+        self.check_state(state)
+        with self._lock:
+            mixer = Mixer(state)
+            draws = Draws(mixer, self._feeds, self._kept)
+            rows, waiting = MODES[self.settings.packing](draws, state.pending, self.settings)
+            self._kept = {drawn.start: drawn.document for drawn in waiting}
+        batch = build_batch(number, rows, self.settings.seq_len, self._pad_id, self.names)
+        return self._mine(batch), mixer.freeze(number + 1, tuple(drawn.start for drawn in waiting))
+
+    def held_out(self, name: str) -> list[Batch]:
+        """The fixed batches that source `name` is evaluated on; empty where its held_out_fraction is 0.
+
+        Rows that no document was left for hold padding alone.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no source {name!r}; the sources are {', '.join(self.names)}")
+        source = self._feeds[self.names.index(name)].source
+        if source.settings.held_out_fraction == 0:
+            return []
+        if name not in self._held_out:
+            tokeniser = Tokeniser(self._tokenizer, self.settings, source.settings)
+            batches = held_out_batches(source, tokeniser, self.settings, self._pad_id, self.names)
+            self._held_out[name] = [self._mine(batch) for batch in batches]
+        return self._held_out[name]
+
+    def _mine(self, batch: Batch) -> Batch:
+        share = self.settings.rows // self.world
+        return batch if self.world == 1 else batch.rows(self.rank * share, (self.rank + 1) * share)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        for feed in self._feeds:
+            feed.close()
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,141 @@
+"""The state of the mixture and its rule: which source the next sequence comes from. Used by `loader`, kept in
+checkpoints.
+
+The rule: each source has a credit in tokens. A sequence of n tokens from source s adds weight_i x n to every credit i
+and takes n from credit s; the next sequence comes from the source with the largest credit. The share of each source
+therefore stays within (sources x seq_len) tokens of its weight at every moment, with no randomness at all, and a change
+of weights acts from there on without making up for the past.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+VERSION = 1
+
+
+@dataclass(frozen=True, order=True)
+class Cursor:
+    """Where a source stands: the next document in the order of (epoch, shard), and the next token in it."""
+
+    epoch: int = 0
+    shard: int = 0
+    document: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """One source: its weight, credit and cursor, and what has been drawn from it."""
+
+    name: str
+    weight: float
+    fingerprint: str
+    cursor: Cursor = Cursor()
+    credit: float = 0.0
+    tokens: int = 0
+    documents: int = 0
+
+
+@dataclass(frozen=True)
+class MixtureState:
+    """All that batch `number` depends on beside the settings. JSON by `to_json`, exactly."""
+
+    number: int
+    sources: tuple[SourceState, ...]
+    pending: tuple[tuple[int, Cursor], ...] = ()  # drawn, and waiting for a row they fit in: (source, start)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by source; they sum to 1."""
+        return {source.name: source.weight for source in self.sources}
+
+    def with_weights(self, weights: Mapping[str, float]) -> Self:
+        """The same place in the data with other weights from here on. They need not sum to 1."""
+        names = {source.name for source in self.sources}
+        if set(weights) != names:
+            raise ValueError(f"weights are given for {sorted(weights)}, the sources are {sorted(names)}; give each one")
+        shares = normalised(weights)
+        return replace(self, sources=tuple(replace(s, weight=shares[s.name]) for s in self.sources))
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts only; floats survive JSON bit for bit."""
+        return {
+            "version": VERSION,
+            "number": self.number,
+            "sources": {
+                s.name: {
+                    "weight": s.weight,
+                    "credit": s.credit,
+                    "cursor": _cursor_list(s.cursor),
+                    "tokens": s.tokens,
+                    "documents": s.documents,
+                    "fingerprint": s.fingerprint,
+                }
+                for s in self.sources
+            },
+            "pending": [[self.sources[source].name, *_cursor_list(cursor)] for source, cursor in self.pending],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`. ValueError for what is no mixture state of this version."""
+        if data.get("version") != VERSION:
+            raise ValueError(f"the mixture state has version {data.get('version')!r}, this trainer reads {VERSION}")
+        try:
+            sources = tuple(
+                SourceState(**{**fields, "name": name, "cursor": Cursor(*fields["cursor"])})
+                for name, fields in data["sources"].items()
+            )
+            order = {source.name: i for i, source in enumerate(sources)}
+            pending = tuple((order[name], Cursor(*cursor)) for name, *cursor in data["pending"])
+            return cls(int(data["number"]), sources, pending)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the mixture state cannot be read ({error!r}); is it from a checkpoint?") from error
+
+
+def _cursor_list(cursor: Cursor) -> list[int]:
+    return [cursor.epoch, cursor.shard, cursor.document, cursor.offset]
+
+
+def normalised(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights that sum to 1. ValueError if one is negative or not finite, or none is positive."""
+    total = sum(weights.values())
+    if not weights or not all(w >= 0 for w in weights.values()) or not 0 < total < float("inf"):
+        raise ValueError(f"mixture weights are {dict(weights)}; expected numbers of 0 or more, at least one above 0")
+    return {name: weight / total for name, weight in weights.items()}
+
+
+class Mixer:
+    """The mutable side of a `MixtureState` while one batch is made."""
+
+    def __init__(self, state: MixtureState) -> None:
+        self._states = list(state.sources)
+        self._credits = [source.credit for source in state.sources]
+        self._weights = [source.weight for source in state.sources]
+
+    def next_source(self) -> int:
+        """The source most behind its weight; of equals the heavier, of those the first."""
+        candidates = [i for i, weight in enumerate(self._weights) if weight > 0]
+        return max(candidates, key=lambda i: (self._credits[i], self._weights[i], -i))
+
+    def cursor(self, source: int) -> Cursor:
+        return self._states[source].cursor
+
+    def move(self, source: int, cursor: Cursor) -> None:
+        """Set the cursor without drawing: past documents that have nothing for training."""
+        self._states[source] = replace(self._states[source], cursor=cursor)
+
+    def drawn(self, source: int, tokens: int, cursor: Cursor) -> None:
+        """Book a sequence of `tokens` tokens, the source standing at `cursor` afterwards."""
+        for i, weight in enumerate(self._weights):
+            self._credits[i] += weight * tokens
+        self._credits[source] -= tokens
+        state = self._states[source]
+        documents = state.documents + (cursor.offset == 0)
+        self._states[source] = replace(state, cursor=cursor, tokens=state.tokens + tokens, documents=documents)
+
+    def freeze(self, number: int, pending: tuple[tuple[int, Cursor], ...]) -> MixtureState:
+        """The state after the batch."""
+        sources = tuple(replace(s, credit=c) for s, c in zip(self._states, self._credits, strict=True))
+        return MixtureState(number, sources, pending)

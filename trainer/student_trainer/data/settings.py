@@ -1,0 +1,138 @@
+"""What the data of a run are: the settings nested under `data`. Read by `loader.BatchSource`, written in YAML.
+
+All models are frozen and refuse unknown names. A setting that can have no effect beside its neighbours warns.
+"""
+
+import math
+import re
+import warnings
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "documents"]
+Format = Literal["text", "chat", "tokens"]
+
+DEFAULT_COLUMN: dict[str, str] = {"text": "text", "chat": "messages", "tokens": "input_ids"}
+FILE_KINDS = ("text", "jsonl", "parquet")
+SECRET = re.compile(r"secret|token|passw|credential|(^|_)key$", re.IGNORECASE)
+
+
+class SourceSettings(BaseModel):
+    """One source of documents: where they lie, what is in them, how much of the mixture they make."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    path: tuple[str, ...] = Field(
+        (), description="files, folders or globs; local or any fsspec URL (s3://, gs://, hf://)"
+    )
+    documents: tuple[str, ...] = Field((), description="kind documents: the texts themselves")
+    name: str | None = Field(None, description="kind hub: the data set's name")
+    subset: str | None = Field(None, description="kind hub: the data set's configuration")
+    split: str = Field("train", description="kind hub or arrow: the split to read")
+    revision: str | None = Field(None, description="kind hub: commit to pin")
+    format: Format = Field("text", description="text; chat (a list of messages); tokens (ids made beforehand)")
+    column: str | None = Field(None, description="the field to read; text, messages or input_ids if not given")
+    tools_column: str | None = Field(None, description="chat: the field with the tools that the template is given")
+    document: Literal["file", "paragraph", "line"] = Field("file", description="kind text: what one document is")
+    encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
+    weight: float = Field(1.0, ge=0, description="share of the tokens drawn, against the other sources' weights")
+    held_out_fraction: float = Field(0.01, ge=0, le=1, description="share of documents kept for evaluation, by hash")
+    shuffle: bool = True
+    streaming: bool = Field(False, description="read in order as it comes, without an index on the local disk")
+    shuffle_window: int = Field(4096, ge=1, description="streaming: documents shuffled among one another")
+    loss_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="chat: what is learnt")
+    chat_template: str | None = Field(None, description="chat: a Jinja template used instead of the tokenizer's")
+    storage_options: dict[str, Any] = Field(default_factory=dict, description="for fsspec; secrets by environment only")
+
+    @field_validator("path", "documents", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("weight")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError(f"weight is {value}; give a finite number of 0 or more")
+        return value
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if SECRET.search(name):
+                raise ValueError(
+                    f"storage_options has {name!r}, which looks like a secret and would be written into the run's "
+                    "folder; give it by the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        needed = {"documents": "documents", "hub": "name"}.get(self.kind, "path")
+        if not getattr(self, needed):
+            raise ValueError(f"a source of kind {self.kind!r} needs `{needed}`, which is empty")
+        if self.kind in ("text", "documents") and self.format != "text":
+            raise ValueError(f"kind {self.kind!r} holds plain text, got format {self.format!r}; use jsonl or parquet")
+        if self.weight > 0 and self.held_out_fraction == 1:
+            raise ValueError(
+                f"held_out_fraction is 1, so nothing is left to train on, but weight is {self.weight}; "
+                "an evaluation-only source has weight 0"
+            )
+        self._warn_without_effect()
+        return self
+
+    def _warn_without_effect(self) -> None:
+        used = {
+            "path": self.kind in (*FILE_KINDS, "arrow"),
+            "documents": self.kind == "documents",
+            "name": self.kind == "hub",
+            "subset": self.kind == "hub",
+            "revision": self.kind == "hub",
+            "split": self.kind in ("hub", "arrow"),
+            "column": self.kind not in ("text", "documents"),
+            "tools_column": self.format == "chat",
+            "document": self.kind == "text",
+            "encoding_errors": self.kind in ("text", "jsonl"),
+            "shuffle_window": self.streaming and self.shuffle,
+            "streaming": self.kind in (*FILE_KINDS, "hub"),
+            "loss_on": self.format == "chat",
+            "chat_template": self.format == "chat",
+            "storage_options": self.kind in (*FILE_KINDS, "arrow", "hub"),
+        }
+        for name, has_effect in used.items():
+            if not has_effect and getattr(self, name) != type(self).model_fields[name].get_default(
+                call_default_factory=True
+            ):
+                warnings.warn(
+                    f"data source of kind {self.kind!r}, format {self.format!r}: `{name}` has no effect", stacklevel=2
+                )
+
+    @property
+    def column_name(self) -> str:
+        """The field that holds the document."""
+        return self.column or DEFAULT_COLUMN[self.format]
+
+
+class DataSettings(BaseModel):
+    """The mixture and the shape of a batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: dict[str, SourceSettings] = Field(default_factory=dict)
+    seq_len: int = Field(2048, ge=2, description="tokens a row")
+    rows: int = Field(8, ge=1, description="rows a batch, over all ranks")
+    packing: Literal["best_fit", "wrapped", "none"] = Field(
+        "best_fit",
+        description="best_fit: whole documents share rows; wrapped: rows filled to the last token, documents cut at "
+        "their ends; none: one document a row",
+    )
+    packing_window: int = Field(32, ge=1, description="best_fit: how many pieces may wait for a row they fit in")
+    add_bos: bool | None = Field(None, description="start each sequence with BOS; null: as the tokenizer does")
+    add_eos: bool = Field(True, description="end each text document with EOS (a chat template ends its own)")
+    workers: int = Field(2, ge=1, description="threads that read and tokenise")
+    batches_ahead: int = Field(4, ge=1, description="batches made before they are asked for")
+    held_out_rows: int = Field(16, ge=1, description="rows evaluated, a source")
+    cache_folder: str | None = Field(None, description="where indexed sources lie; null: the cache of `datasets`")

@@ -1,0 +1,128 @@
+"""Batches in order from any state on, made ahead on a thread. Used by the loop and by target prefetching."""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from student_trainer.data.batch import Batch
+from student_trainer.data.loader import BatchSource
+from student_trainer.data.mixture import MixtureState
+
+logger = logging.getLogger(__name__)
+WINDOW = 32  # batches over which waiting is measured
+TOO_MUCH = 0.05  # share of the time waited that is worth a warning
+WARN_EVERY_S = 300.0
+POLL_S = 0.2
+Made = tuple[Batch, MixtureState]
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Over the last WINDOW batches, but `tokens_per_second_worker`, which is over the run."""
+
+    batches: int
+    wait_share: float  # of the time between one batch and the next, the part spent waiting for data
+    tokens_per_second: float  # tokens that were consumed
+    tokens_per_second_worker: float  # what one worker thread tokenises in a second of its own CPU time
+    fill_rate: float
+
+
+class BatchStream:
+    """An iterator of (batch, state after it). Close it, or use it in a `with`."""
+
+    def __init__(self, source: BatchSource, state: MixtureState) -> None:
+        self._source = source
+        self._queue: queue.Queue[tuple[Batch, MixtureState] | BaseException] = queue.Queue(
+            source.settings.batches_ahead
+        )
+        self._stop = threading.Event()
+        self._window: deque[tuple[float, float, int, float]] = deque(maxlen=WINDOW)  # waited, whole, tokens, fill
+        self._last: float | None = None
+        self._warned: float | None = None
+        source.check_state(state)
+        self._thread = threading.Thread(target=self._work, args=(state,), name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[Batch, MixtureState]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, MixtureState]:
+        if self._stop.is_set():
+            raise ValueError("the batch stream is closed")
+        asked = time.monotonic()
+        made = self._queue.get()
+        if isinstance(made, Exception):
+            self.close()
+            raise made
+        self._measure(asked, made[0])
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread; batches made and not used are dropped, as the state says where to begin again."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def stats(self) -> StreamStats:
+        """What the log line says of the data."""
+        waited, whole, tokens, fill = (
+            (sum(column) for column in zip(*self._window, strict=True)) if self._window else (0.0,) * 4
+        )
+        count = len(self._window)
+        return StreamStats(
+            batches=count,
+            wait_share=waited / whole if whole else 0.0,
+            tokens_per_second=tokens / whole if whole else 0.0,
+            tokens_per_second_worker=self._source.rate.tokens_per_second,
+            fill_rate=fill / count if count else 0.0,
+        )
+
+    def _work(self, state: MixtureState) -> None:
+        try:
+            while not self._stop.is_set():
+                batch, state = self._source.batch(state, state.number)
+                self._put((batch, state))
+        except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
+            self._put(error)
+
+    def _put(self, item: Made | Exception) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=POLL_S)
+                return
+
+    def _measure(self, asked: float, batch: Batch) -> None:
+        now = time.monotonic()
+        if self._last is not None:
+            fill = batch.fill_rate
+            self._window.append((now - asked, now - self._last, int(fill * batch.tokens_BT.size), fill))
+        self._last = now
+        if len(self._window) == WINDOW and (self._warned is None or now - self._warned > WARN_EVERY_S):
+            stats = self.stats()
+            if stats.wait_share > TOO_MUCH:
+                self._warned = now
+                logger.warning(*_cannot_keep_ahead(stats, self._source.settings.workers))
+
+
+def _cannot_keep_ahead(stats: StreamStats, workers: int) -> tuple[str, float, float, int, float]:
+    return (
+        "THE DATA CANNOT KEEP AHEAD OF THE STEP: %.0f %% of the time goes into waiting for it, at %.0f tokens/s. "
+        "%d workers tokenise %.0f tokens/s each. Raise data.workers if cores are free, or tokenise beforehand "
+        "(format: tokens).",
+        100 * stats.wait_share,
+        stats.tokens_per_second,
+        workers,
+        stats.tokens_per_second_worker,
+    )
