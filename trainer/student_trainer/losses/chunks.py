@@ -1,0 +1,169 @@
+"""The walk over a call's rows: a chunk of rows for the matrix products, and within it blocks for everything else.
+
+Called by `head`. On a CPU a chunk must be tall, or the products are slow, and a block small enough for the caches, or
+each pass over the logits waits for memory. On a GPU a block is the whole chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.passes import Block, Pass, run_pass
+from student_trainer.losses.projection import HeadProjection
+from student_trainer.losses.rows import TeacherRows
+from student_trainer.losses.terms import Term
+
+CPU_BLOCK_ELEMENTS = 2**21
+CPU_CHUNK_ELEMENTS = 2**24
+GPU_CHUNK_ELEMENTS = 2**27
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `head.head_loss`, its arguments checked."""
+
+    labels_N: Tensor
+    teacher: TeacherRows | None
+    terms: tuple[Term, ...]
+    passes: tuple[Pass, ...]
+    counted: dict[str, Tensor]
+    shared: int
+    softcap: float | None
+    scale: float
+    chunk_rows: int
+    want_top1: bool
+    wants_grad: bool
+
+
+@dataclass
+class Outcome:
+    """What a walk leaves behind: values by term [terms, N], the most likely ids, and the gradients asked for."""
+
+    values_MN: Tensor
+    top1_N: Tensor
+    hidden_ND: Tensor | None = None
+    weight_VD: Tensor | None = None
+    bias_V: Tensor | None = None
+
+
+def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows a chunk: few enough for the memory, never so few that the products turn into reading the head."""
+    elements = GPU_CHUNK_ELEMENTS if device.type == "cuda" else CPU_CHUNK_ELEMENTS
+    return max(256, elements // vocab_size)
+
+
+def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, ...]) -> Outcome:
+    """Values, and the gradients by (hidden, weight, bias) that `needs` names, over all rows that count for any term."""
+    head = HeadProjection(weight_VD, bias_V, job.softcap, job.scale, hidden_ND.dtype)
+    teacher_head = _teacher_projection(job)
+    outcome = _empty(job, head, hidden_ND, weight_VD, bias_V, needs)
+    rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
+    height = min(job.chunk_rows, max(1, len(rows_M)))
+    z_CV = torch.empty(height, len(weight_VD), dtype=head.accumulator, device=hidden_ND.device)
+    teacher_CW = z_CV.new_empty(height, job.shared) if teacher_head is not None else None
+    for rows_C in rows_M.split(height):
+        hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
+        head.project(hidden_CD, z_CV[: len(rows_C)])
+        if teacher_head is not None and teacher_CW is not None:
+            _project_teacher(job, teacher_head, rows_C, teacher_CW[: len(rows_C)])
+        for block in _blocks(len(rows_C), z_CV):
+            teacher_BW = None if teacher_CW is None else teacher_CW[block]
+            _run_block(job, head, rows_C[block], z_CV[block], teacher_BW, outcome)
+        if job.wants_grad:
+            _push_back(head, outcome, rows_C, hidden_CD, z_CV[: len(rows_C)])
+    return outcome
+
+
+def _run_block(
+    job: Job, head: HeadProjection, rows_B: Tensor, z_BV: Tensor, teacher_BW: Tensor | None, outcome: Outcome
+) -> None:
+    """Products in `z_BV` to values in `outcome`, and (with a gradient) to the gradient by the products, in place."""
+    head.cap_(z_BV)
+    if job.want_top1:
+        outcome.top1_N[rows_B] = z_BV.argmax(-1)
+    block = Block(
+        labels_N=job.labels_N[rows_B],
+        counted={name: counted_N[rows_B] for name, counted_N in job.counted.items()},
+        teacher=None if job.teacher is None else job.teacher.select(rows_B),
+        teacher_logits_NW=teacher_BW,
+    )
+    gradient_BV: Tensor | None = None
+    for run in job.passes:
+        values, part_BW = run_pass(run, z_BV, block, job.wants_grad)
+        for index, term in enumerate(job.terms):
+            if term.name in values:
+                outcome.values_MN[index, rows_B] = values[term.name]
+        gradient_BV = _add(gradient_BV, part_BW, z_BV)
+    if gradient_BV is not None:
+        head.uncap_(gradient_BV, z_BV)
+        z_BV.copy_(gradient_BV)
+
+
+def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Tensor | None:
+    """total + part, where a part may be narrower than the vocabulary."""
+    if part_BW is None:
+        return total_BV
+    if total_BV is None:
+        if part_BW.shape == like_BV.shape:
+            return part_BW
+        total_BV = torch.zeros_like(like_BV)
+    total_BV[:, : part_BW.shape[1]] += part_BW
+    return total_BV
+
+
+def _push_back(head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor) -> None:
+    if outcome.hidden_ND is not None:
+        outcome.hidden_ND[rows_C] = head.back_to_hidden(gradient_CV).to(outcome.hidden_ND.dtype)
+    if outcome.weight_VD is not None:
+        head.back_to_weight_(outcome.weight_VD, gradient_CV, hidden_CD)
+    if outcome.bias_V is not None:
+        outcome.bias_V.add_(gradient_CV.sum(0))
+
+
+def _empty(
+    job: Job,
+    head: HeadProjection,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Outcome:
+    device = hidden_ND.device
+    values_MN = torch.zeros(len(job.terms), len(hidden_ND), dtype=head.accumulator, device=device)
+    outcome = Outcome(values_MN, torch.full((len(hidden_ND),), -1, dtype=torch.long, device=device))
+    if job.wants_grad:
+        wide = {"dtype": head.accumulator, "device": device}
+        outcome.hidden_ND = torch.zeros_like(hidden_ND) if needs[0] else None
+        outcome.weight_VD = torch.zeros(weight_VD.shape, **wide) if needs[1] else None
+        outcome.bias_V = torch.zeros(bias_V.shape, **wide) if needs[2] and bias_V is not None else None
+    return outcome
+
+
+def _blocks(height: int, z_CV: Tensor) -> Iterator[slice]:
+    step = height if z_CV.is_cuda else max(1, CPU_BLOCK_ELEMENTS // z_CV.shape[1])
+    for start in range(0, height, step):
+        yield slice(start, min(height, start + step))
+
+
+def _teacher_projection(job: Job) -> HeadProjection | None:
+    """The teacher's head, cut to the shared vocabulary, if any term compares whole vocabularies."""
+    if not any(run.support == "full" for run in job.passes):
+        return None
+    assert job.teacher is not None
+    head, hidden_NE = job.teacher.teacher_head, job.teacher.teacher_hidden_NE
+    assert head is not None and hidden_NE is not None
+    bias_W = None if head.bias_V is None else head.bias_V[: job.shared]
+    return HeadProjection(head.weight_VE[: job.shared], bias_W, head.softcap, head.scale, hidden_NE.dtype)
+
+
+def _project_teacher(job: Job, head: HeadProjection, rows_C: Tensor, out_CW: Tensor) -> None:
+    assert job.teacher is not None and job.teacher.teacher_hidden_NE is not None
+    hidden_CE = job.teacher.teacher_hidden_NE[rows_C].to(head.dtype)
+    if job.teacher.valid_N is not None:
+        hidden_CE = torch.where(job.teacher.valid_N[rows_C, None], hidden_CE, 0.0)
+    head.project(hidden_CE, out_CW)
+    head.cap_(out_CW)

@@ -1,0 +1,123 @@
+"""Every loss from one operation over hidden states: head, losses and their gradient together, chunk by chunk.
+
+Called by the students (through the loop) and by evaluation. `head_loss` never holds an array of [rows, vocabulary]
+beyond a chunk of rows: the gradient is made in the forward pass, while a chunk's logits are at hand, and the backward
+pass only scales it. That costs the three matrix products of plain cross-entropy and no recomputation.
+
+    checks    what a call must satisfy
+    chunks    the walk over the rows                   projection  the matrix products
+    passes    the algebra of a block of rows           supports    the teacher's side of it
+    cross_entropy, kl, jsd, skewed_kl, tvd, sampled    one file a family of losses
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.checks import check_shapes, check_targets, rows_that_count, shared_width
+from student_trainer.losses.chunks import Job, default_chunk_rows, walk
+from student_trainer.losses.passes import plan_passes
+from student_trainer.losses.rows import TeacherRows
+from student_trainer.losses.terms import Term
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """`total`: sum over terms and rows of coefficient * value; its gradient reaches hidden states, weight and bias.
+
+    `per_term`: name -> [N] float32, unweighted values in nats (T^2 included where the term says so), 0 on rows that do
+    not count. `counted`: name -> [N] bool, the rows that count. `top1_N`: the student's most likely ids, on request;
+    -1 on rows that count for no term.
+    """
+
+    total: Tensor
+    per_term: dict[str, Tensor]
+    counted: dict[str, Tensor]
+    top1_N: Tensor | None = None
+
+    def count(self, name: str) -> Tensor:
+        """How many rows counted for the term `name`: a scalar tensor."""
+        return self.counted[name].sum()
+
+
+def head_loss(
+    hidden_ND: Tensor,
+    head_weight_VD: Tensor,
+    labels_N: Tensor,
+    teacher: TeacherRows | None,
+    terms: Sequence[Term],
+    *,
+    head_bias_V: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shared_vocab: int | None = None,
+    chunk_rows: int | None = None,
+    want_top1: bool = False,
+) -> HeadLoss:
+    """The sum of all terms over N rows, with its gradient.
+
+    `labels_N`: the token that row n predicts; -100 leaves the row out of cross-entropy. Distillation terms count the
+    rows where `teacher.valid_N` is True, or, without `valid_N`, those with a label.
+    The student's logits are cap(logit_scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap).
+    `shared_vocab`: how many leading ids student and teacher have in common (default: all of the student's); `supports`
+    says what becomes of the others.
+    `chunk_rows`: rows whose logits exist at a time; the default keeps a chunk near 64 MiB on a CPU, 512 MiB on a GPU.
+    Values and gradients do not depend on it beyond rounding. Under `torch.no_grad()` no gradient is made.
+    `total` can be differentiated once: its backward pass consumes the gradient that was made here.
+    Raises ValueError where shapes disagree, a name comes twice, a term needs targets that `teacher` has not, or the
+    teacher names ids that the student has not and `shared_vocab` was not given.
+    """
+    vocab_size = len(head_weight_VD)
+    check_shapes(hidden_ND, head_weight_VD, labels_N, terms)
+    shared = shared_width(shared_vocab, vocab_size)
+    counted = {term.name: rows_that_count(term, labels_N, teacher) for term in terms}
+    for term in terms:
+        check_targets(term, teacher, counted[term.name], vocab_size if shared_vocab is None else None)
+    tracked = [x for x in (hidden_ND, head_weight_VD, head_bias_V) if x is not None and x.requires_grad]
+    job = Job(
+        labels_N=labels_N,
+        teacher=teacher,
+        terms=tuple(terms),
+        passes=plan_passes(terms, vocab_size, shared),
+        counted=counted,
+        shared=shared,
+        softcap=logit_softcap,
+        scale=logit_scale,
+        chunk_rows=default_chunk_rows(vocab_size, hidden_ND.device) if chunk_rows is None else chunk_rows,
+        want_top1=want_top1,
+        wants_grad=torch.is_grad_enabled() and bool(tracked),
+    )
+    total, values_MN, top1_N = _HeadLoss.apply(hidden_ND, head_weight_VD, head_bias_V, job)
+    per_term = {term.name: values_MN[index] for index, term in enumerate(terms)}
+    return HeadLoss(total, per_term, counted, top1_N if want_top1 else None)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: Job) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            outcome = walk(job, hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        coefficients_M = outcome.values_MN.new_tensor([term.coefficient for term in job.terms])
+        weight_grad, bias_grad = outcome.weight_VD, outcome.bias_V
+        ctx.gradients = (
+            outcome.hidden_ND,
+            None if weight_grad is None else weight_grad.to(weight_VD.dtype),
+            None if bias_grad is None or bias_V is None else bias_grad.to(bias_V.dtype),
+        )
+        ctx.mark_non_differentiable(outcome.values_MN, outcome.top1_N)
+        return coefficients_M @ outcome.values_MN.sum(1), outcome.values_MN, outcome.top1_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "this loss was differentiated before: call head_loss again instead of retaining the graph"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients), None

@@ -1,0 +1,131 @@
+"""What the teacher said about N rows of the student, as tensors on the student's device.
+
+Made by the students, who align teacher rows to their own hidden rows; read by `head.head_loss` alone. Nothing here
+knows about the wire or about sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Fields whose first dimension is N; the ragged `sampled_*` fields are cut by their offsets.
+_ROW_FIELDS = (
+    "ids_NK",
+    "logprobs_NK",
+    "lse_N",
+    "log_z_NT",
+    "next_logprob_N",
+    "valid_N",
+    "gather_ids_NG",
+    "gather_logprobs_NG",
+    "teacher_hidden_NE",
+)
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """The teacher's output head: logits = cap(scale * (hidden @ weight.T + bias)), cap(z) = softcap tanh(z / softcap).
+
+    Needed by terms with `support="full"`. `weight_VE` has the teacher's vocabulary, `bias_V` is optional.
+    """
+
+    weight_VE: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """N teacher rows; row n belongs to the student's hidden row n. A field that was not asked for is None.
+
+    `ids_NK` and `logprobs_NK`: the K largest logprobs at temperature 1, largest first, any float dtype.
+    `log_z_NT`: one scalar for each of `temperatures`, log_z = lse(z / T) - lse(z) / T, so that the exact probability
+    at T is exp(logprob / T - log_z). Temperature 1 needs no column.
+    `valid_N`: False where the teacher has no row (padding, alignment's edge); what stands there is never used.
+    `gather_*`: logprobs at ids which the student chose. `sampled_*`: row n drew `sampled_ids[o[n]:o[n+1]]`, each
+    `sampled_counts` times, from the teacher at `sampled_temperature`.
+    `teacher_hidden_NE`: final hidden states after the last norm, with the `teacher_head` that turns them into logits.
+    """
+
+    ids_NK: Tensor | None = None
+    logprobs_NK: Tensor | None = None
+    lse_N: Tensor | None = None
+    log_z_NT: Tensor | None = None
+    temperatures: tuple[float, ...] = ()
+    next_logprob_N: Tensor | None = None
+    valid_N: Tensor | None = None
+    gather_ids_NG: Tensor | None = None
+    gather_logprobs_NG: Tensor | None = None
+    sampled_offsets: Tensor | None = None
+    sampled_ids: Tensor | None = None
+    sampled_counts: Tensor | None = None
+    sampled_temperature: float = 1.0
+    teacher_hidden_NE: Tensor | None = None
+    teacher_head: TeacherHead | None = None
+
+    def select(self, index: Tensor | slice) -> TeacherRows:
+        """The rows that `index` (positions, a mask or a slice) names, in its order."""
+        changes: dict[str, Tensor] = {}
+        for name in _ROW_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                changes[name] = value[index]
+        if self.sampled_offsets is not None:
+            changes |= self._select_sampled(index)
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> TeacherRows:
+        """The same rows on `device`; the head moves too."""
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = value.to(device, non_blocking=True)
+        head = self.teacher_head
+        if head is not None:
+            bias = None if head.bias_V is None else head.bias_V.to(device)
+            changes["teacher_head"] = dataclasses.replace(head, weight_VE=head.weight_VE.to(device), bias_V=bias)
+        return dataclasses.replace(self, **changes)
+
+    def log_z_at(self, temperature: float) -> Tensor | None:
+        """log_z [N] at `temperature`; None at 1, where it is zero by definition. ValueError if it was not asked for."""
+        if temperature == 1.0:
+            return None
+        if self.log_z_NT is None or temperature not in self.temperatures:
+            raise ValueError(
+                f"a loss at temperature {temperature} needs the teacher's log_z there, but the targets have "
+                f"temperatures {list(self.temperatures)}; ask the teacher for {temperature} as well"
+            )
+        return self.log_z_NT[:, self.temperatures.index(temperature)]
+
+    def sampled_padded(self) -> tuple[Tensor, Tensor]:
+        """(ids_NU, counts_NU) with U the most distinct ids that any row drew; count 0 marks the padding."""
+        assert self.sampled_offsets is not None and self.sampled_ids is not None and self.sampled_counts is not None
+        lengths_N = self.sampled_offsets[1:] - self.sampled_offsets[:-1]
+        width = max(1, int(lengths_N.max())) if len(lengths_N) else 1
+        slot_U = torch.arange(width, device=lengths_N.device)
+        live_NU = slot_U < lengths_N[:, None]
+        position_NU = (self.sampled_offsets[:-1, None] + slot_U).clamp_(max=max(0, len(self.sampled_ids) - 1)).long()
+        if len(self.sampled_ids) == 0:
+            return torch.zeros_like(position_NU), torch.zeros_like(position_NU)
+        return self.sampled_ids.long()[position_NU], torch.where(live_NU, self.sampled_counts.long()[position_NU], 0)
+
+    def _select_sampled(self, index: Tensor | slice) -> dict[str, Tensor]:
+        assert self.sampled_offsets is not None and self.sampled_ids is not None and self.sampled_counts is not None
+        starts = self.sampled_offsets[:-1][index].long()
+        lengths = self.sampled_offsets[1:][index].long() - starts
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.long, device=lengths.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        row_of = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        position = starts[row_of] + torch.arange(len(row_of), device=lengths.device) - offsets[:-1][row_of]
+        return {
+            "sampled_offsets": offsets,
+            "sampled_ids": self.sampled_ids[position],
+            "sampled_counts": self.sampled_counts[position],
+        }

@@ -1,0 +1,100 @@
+"""The teacher's side of a sparse loss: which ids it names on each row, and with what probability. Called by `passes`.
+
+Every distillation term compares the two models given that the token is one that both have (`width` leading ids): the
+student's softmax is taken over those, and the teacher's known mass beyond them is divided out. So a padded head, an
+added token or a larger teacher changes nothing for student == teacher, in any divergence. Cross-entropy keeps the
+student's whole vocabulary, and presses whatever mass stands on the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.rows import TeacherRows
+
+# The least tail mass of a teacher whose support is not the whole vocabulary. The logprobs come rounded to fp16, so one
+# minus their sum is zero or below on peaked rows, where a divergence with log p of the tail would be infinite.
+TAIL_FLOOR = 1e-7
+# The logarithm of nothing: small enough that its exponential vanishes beside any probability, and yet finite.
+LOG_FLOOR = -87.0
+
+
+@dataclass(frozen=True)
+class SupportRows:
+    """N rows of a support of K ids at one temperature.
+
+    `live_NK` is False for padding, for ids that the student has not, and on rows that do not count; there `ids_NK`
+    repeats the row's first live id, or 0 where it has none. `logprobs_NK` is LOG_FLOOR there. `outside_N` is the mass
+    on named ids that the student has not.
+    """
+
+    ids_NK: Tensor
+    live_NK: Tensor
+    logprobs_NK: Tensor
+    outside_N: Tensor
+
+
+def read_support(rows: TeacherRows, support: str, temperature: float, width: int, counts_N: Tensor) -> SupportRows:
+    """Rows of the support named `support` ("top_k", "gather" or "sampled"); `counts_N` says which rows count."""
+    ids_NK, logprobs_NK = READERS[support](rows, temperature)
+    named_NK = counts_N[:, None] & (logprobs_NK > LOG_FLOOR)
+    live_NK = named_NK & (ids_NK < width)
+    outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
+    first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)
+    spare_N1 = torch.where(live_NK.any(-1, keepdim=True), ids_NK.gather(1, first_N1), 0)
+    return SupportRows(
+        ids_NK=torch.where(live_NK, ids_NK, spare_N1),
+        live_NK=live_NK,
+        logprobs_NK=torch.where(live_NK, logprobs_NK, LOG_FLOOR),
+        outside_N=outside_N,
+    )
+
+
+def with_tail(support: SupportRows, width: int) -> Tensor:
+    """Log-probabilities [N, K + 1] that sum to one: the support's ids, then all the rest in one bucket.
+
+    Rounding may have pushed the sum over the support past one; the buckets are then scaled back, so that a student
+    equal to the teacher stands at a minimum and not on a slope.
+    """
+    mass_N = torch.where(support.live_NK, support.logprobs_NK.exp(), 0.0).sum(-1)
+    whole_N = support.live_NK.sum(-1) >= width
+    tail_N = torch.where(whole_N, 0.0, (1.0 - mass_N - support.outside_N).clamp_min(TAIL_FLOOR))
+    log_tail_N = tail_N.log().clamp_min(LOG_FLOOR)
+    return torch.cat([support.logprobs_NK, log_tail_N[:, None]], 1) - (mass_N + tail_N).log()[:, None]
+
+
+def renormalised(logprobs_NK: Tensor, live_NK: Tensor) -> Tensor:
+    """Log-probabilities [N, K] given that the token is one of the live ones; LOG_FLOOR elsewhere."""
+    masked_NK = torch.where(live_NK, logprobs_NK, LOG_FLOOR)
+    return torch.where(live_NK, masked_NK - masked_NK.logsumexp(-1, keepdim=True), LOG_FLOOR)
+
+
+def _top_k(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
+    assert rows.ids_NK is not None and rows.logprobs_NK is not None
+    return rows.ids_NK.long(), _softened(rows.logprobs_NK, rows, temperature)
+
+
+def _gather(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
+    assert rows.gather_ids_NG is not None and rows.gather_logprobs_NG is not None
+    return rows.gather_ids_NG.long(), _softened(rows.gather_logprobs_NG, rows, temperature)
+
+
+def _sampled(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
+    ids_NU, counts_NU = rows.sampled_padded()
+    draws_N1 = counts_NU.sum(-1, keepdim=True).clamp_min(1)
+    return ids_NU, (counts_NU / draws_N1).log().clamp_min(LOG_FLOOR)
+
+
+def _softened(logprobs_NK: Tensor, rows: TeacherRows, temperature: float) -> Tensor:
+    """Logprobs at `temperature` from those at 1: logprob / T - log_z, exact (see `rows.TeacherRows`)."""
+    log_z_N = rows.log_z_at(temperature)
+    logprobs_NK = logprobs_NK.to(torch.promote_types(logprobs_NK.dtype, torch.float32))
+    if log_z_N is not None:
+        logprobs_NK = logprobs_NK / temperature - log_z_N[:, None]
+    return logprobs_NK.clamp_min(LOG_FLOOR)
+
+
+READERS = {"top_k": _top_k, "gather": _gather, "sampled": _sampled}
