@@ -1,0 +1,199 @@
+"""A student in the terms of transformers' BitNet: as its architecture, or as its quantisation of another one.
+
+`export` calls `in_transformers` to learn which of the two says exactly what the student computes, if either does.
+With SubLN before o_proj and down_proj it is the BitNet architecture (attn_sub_norm, ffn_sub_norm); with SubLN before
+every linear, or none, it is the original architecture with `quantization_config` (which names the norms rms_norm).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_trainer.students.bitnet import CONFIG_ENTRY, bit_linears, convert_to_bitnet
+from student_trainer.students.quantisers import ternary
+
+# A student and its export may round an int8 activation to the other side; anything structural is far larger.
+SAME_LOGITS = 1e-2
+_FULL_ACTIVATIONS = "activations are not quantised, and there they always are"
+NORM_NAMES = {"self_attn.o_proj.rms_norm": "self_attn.attn_sub_norm", "mlp.down_proj.rms_norm": "mlp.ffn_sub_norm"}
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A student as transformers would hold it: config, latent weights by name, and the names of ternary weights."""
+
+    config: Any
+    weights: dict[str, Tensor]
+    ternary_names: tuple[str, ...]
+
+
+class CannotExpressError(ValueError):
+    """transformers has no model that computes this; `reasons` names each part."""
+
+    def __init__(self, target: str, reasons: list[str]) -> None:
+        super().__init__(f"{target} cannot express this student: {'; '.join(reasons)}")
+        self.target, self.reasons = target, reasons
+
+
+def latent_weights(model: Any) -> dict[str, Tensor]:
+    """The state dict without what only training needs, and without the copies of tied tensors."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(".quantisation_blend") and not (model.config.tie_word_embeddings and name in tied)
+    }
+
+
+def in_transformers(model: Any) -> Expression:
+    """The student for plain transformers. Raises CannotExpressError with every reason why there is none."""
+    if getattr(model.config, CONFIG_ENTRY)["sub_norm"] == "output":
+        return as_architecture(model)
+    if not getattr(model.config, CONFIG_ENTRY)["quantise_activations"]:
+        raise CannotExpressError("transformers' BitNet quantisation", [_FULL_ACTIVATIONS])
+    return Expression(copy.deepcopy(model.config), latent_weights(model), _ternary_names(model))
+
+
+def _ternary_names(model: Any) -> tuple[str, ...]:
+    return tuple(f"{name}.weight" for name, _ in bit_linears(model))
+
+
+def as_architecture(model: Any, *, any_activations: bool = False) -> Expression:
+    """The student as a BitNetForCausalLM, its logits compared with the student's own.
+
+    `any_activations`: whoever will run it rounds activations in a way of its own, so the student's way is no obstacle.
+
+    The architecture has one eps for all norms. Scaling the input of SubLN by c turns its eps e into e / c^2, and that
+    input is linear in v_proj and up_proj: their weights take c = sqrt(eps of the model / eps of SubLN).
+    """
+    reasons = [reason for reason in obstacles(model) if not (any_activations and reason == _FULL_ACTIVATIONS)]
+    if reasons:
+        raise CannotExpressError("transformers' BitNet architecture", reasons)
+    config = _architecture_config(model.config)
+    gain = _sub_norm_gain(model)
+    weights = {}
+    for name, tensor in latent_weights(model).items():
+        for ours, theirs in NORM_NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = tensor * gain if name.endswith(("v_proj.weight", "up_proj.weight")) and gain != 1.0 else tensor
+    _check_same_logits(model, config, weights)
+    return Expression(config, weights, _ternary_names(model))
+
+
+def obstacles(model: Any) -> list[str]:
+    """What this student has that the BitNet architecture has not, in words. Empty where it fits."""
+    config, record = model.config, getattr(model.config, CONFIG_ENTRY)
+    reasons = []
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        reasons.append("a classification head")
+    if record["sub_norm"] != "output":
+        reasons.append(f"sub_norm '{record['sub_norm']}' (it has exactly the norms before o_proj and down_proj)")
+    if not record["quantise_activations"]:
+        reasons.append(_FULL_ACTIVATIONS)
+    if any(".q_norm." in name or ".k_norm." in name for name in model.state_dict()):
+        reasons.append("QK-norm")
+    biased = sorted({name.rsplit(".", 1)[-1] for name, layer in bit_linears(model) if layer.bias is not None})
+    if biased:
+        reasons.append(f"biases in {', '.join(biased)}")
+    width = config.num_attention_heads * _head_width(config)
+    if width != config.hidden_size:
+        reasons.append(
+            f"{config.num_attention_heads} heads of {_head_width(config)} make {width}, not {config.hidden_size}"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        reasons.append("sliding-window attention")
+    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        reasons.append("rotary embeddings of a part of the head")
+    return reasons
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _architecture_config(config: Any) -> Any:
+    from transformers import BitNetConfig
+
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+        "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "attention_dropout", "rope_parameters",
+    )  # fmt: skip
+    return BitNetConfig(**{name: copy.deepcopy(getattr(config, name)) for name in names}, attention_bias=False)
+
+
+def _sub_norm_gain(model: Any) -> float:
+    if model.config.model_type == "bitnet":
+        return 1.0
+    gain = math.sqrt(model.config.rms_norm_eps / getattr(model.config, CONFIG_ENTRY)["eps"])
+    # A product that rounds would move latent weights across a ternary threshold; a power of two never does.
+    return gain if model.dtype == torch.float32 else 2.0 ** round(math.log2(gain))
+
+
+@torch.no_grad()
+def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor]) -> None:
+    """Compare on random tokens: a model may differ from Llama in ways that neither its config nor its names show."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        rebuilt = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    rebuilt.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
+    rebuilt.tie_weights()
+    # RoPE's frequencies are no part of the state dict: take a rotary module that was not made on meta.
+    rebuilt.model.rotary_emb = type(rebuilt.model.rotary_emb)(config).to(model.device)
+    quantised = getattr(model.config, CONFIG_ENTRY)["quantise_activations"]
+    convert_to_bitnet(rebuilt, sub_norm="output", quantise_activations=quantised)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(config.vocab_size, (2, 32), generator=generator).to(model.device)
+    was_training = model.training
+    ours = model.eval()(ids_BT, use_cache=False).logits.float()
+    theirs = rebuilt.eval()(ids_BT, use_cache=False).logits.float()
+    model.train(was_training)
+    difference = ((ours - theirs).pow(2).mean().sqrt() / ours.std()).item()
+    if not difference < SAME_LOGITS:
+        reason = f"{model.config.model_type} computes something else: logits differ by {difference:.2g} of their spread"
+        raise CannotExpressError("transformers' BitNet architecture", [reason])
+
+
+def packed(expression: Expression) -> dict[str, Tensor]:
+    """The weights with each ternary one as uint8, four codes a byte, and its float32 `weight_scale`.
+
+    The layout is transformers' (rows o, o + O/4, o + O/2, o + 3O/4 share a byte). Raises CannotExpressError for an
+    output width that is no multiple of 4.
+    """
+    from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
+
+    tensors = dict(expression.weights)
+    odd = [n for n in expression.ternary_names if tensors[n].shape[0] % VALUES_PER_ITEM]
+    biased = [n for n in expression.ternary_names if n.removesuffix("weight") + "bias" in tensors]
+    reasons = [f"{len(odd)} weights like {odd[0]} have an output width that is no multiple of 4"] if odd else []
+    if biased:
+        reasons.append(
+            f"{len(biased)} linears like {biased[0].removesuffix('.weight')} have a bias, which it would scale"
+        )
+    if reasons:
+        raise CannotExpressError("transformers' packed BitNet", reasons)
+    for name in expression.ternary_names:
+        codes_OI, scale = ternary(tensors[name])
+        tensors[name] = pack_weights(codes_OI)
+        tensors[f"{name}_scale"] = scale.reshape(1)
+    return tensors
+
+
+def quantisation_config(config: Any, *, mode: str) -> dict[str, Any]:
+    """transformers' BitNetQuantConfig for a student's checkpoint: `mode` "online" for latent, "offline" for packed."""
+    record = getattr(config, CONFIG_ENTRY, {"sub_norm": "output", "eps": 1e-6})
+    return {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": mode,
+        "modules_to_not_convert": ["lm_head", "score"],
+        "use_rms_norm": record["sub_norm"] == "all",
+        "rms_norm_eps": record["eps"],
+    }

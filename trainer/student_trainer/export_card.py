@@ -1,0 +1,37 @@
+"""The model card that goes with every export: README.md by the template `model_card.md.jinja`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a run knows about the model it made; the exporter adds format and loading instructions.
+
+    `data`: one line a source. `figures`: name -> value as it shall be printed. `config`: the run's settings as YAML.
+    """
+
+    name: str
+    base_model: str
+    teacher: str
+    teacher_fingerprint: str
+    data: tuple[str, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
+
+
+def write_card(card: ModelCard, file: Path, *, library: str, what: str, loading: str, notes: tuple[str, ...]) -> None:
+    """Render the card. `what` says what the files hold, `loading` how to open them, `notes` are caveats: Markdown."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(card=card, library=library, what=what, loading=loading, notes=notes)
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Attention-relation distillation: KL(teacher relations || student relations) of Q, K and V. Called by the loop.
+
+Relations are of states, never of attention maps: a map's entries lie in [0, 1], so relations of maps are all but
+uniform for any model, and their KL is bounded by 1 / (2T). The definitions are in `teacher_proto.relations`.
+
+Documents are separate sequences, so a packed row is cut at its documents and padding is never looked at. One document
+costs R blocks of [rows, T] at a time; the gradient is taken in closed form with the value, block by block, so that no
+[T, T] array outlives its block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teacher_proto.relations import (
+    PARTS,
+    QKV,
+    RelationForm,
+    log_relation_rows,
+    relation_form,
+    similarity_factor,
+    similarity_rows,
+)
+
+# Relation entries held at a time: 32 MiB in float32 for each of about six arrays.
+BLOCK_ENTRIES = 2**23
+
+
+@dataclass(frozen=True)
+class ServedRelations:
+    """Relations of one document as the attention service computed them, for the positions `rows_r` of it.
+
+    query, key, value: [R, r, T] probabilities, of the form and the R which the loss is called with.
+    """
+
+    rows_r: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class RelationLoss:
+    """`total` / `count` is the loss of its form; both add up over micro batches.
+
+    total: differentiable float32 scalar. per_part: the summands of query, key and value, detached.
+    count: positions that took part.
+
+    Over all positions of the batch, official: sum over Q, K, V of the KL averaged over positions and relation heads,
+    divided by R (what the released code does with one layer). paper and minilm: the same without that division.
+    """
+
+    total: Tensor
+    per_part: dict[str, Tensor]
+    count: int
+
+
+TeacherDocument = QKV | ServedRelations
+
+
+def attention_relations(
+    student: QKV, teacher: QKV | Sequence[TeacherDocument], *, form: str | RelationForm, relation_heads: int,
+    document_ids_BT: np.ndarray | Tensor | None = None, row_chunk: int | None = None,
+) -> RelationLoss:  # fmt: skip
+    """The relation loss of a packed batch.
+
+    `student`: [B, T, H, dh] of one layer. `teacher`: the same layout with its own H and dh, or one item a document,
+    rows first and then from left to right: QKV of [T_document, H, dh], or served relations.
+    `document_ids_BT`: equal and not negative within a document, negative for padding; None makes a row one document.
+    `row_chunk`: positions to a block, by default as many as BLOCK_ENTRIES allows.
+    Raises ValueError where R does not divide a width, or the teacher's documents are not the student's.
+    """
+    chosen = relation_form(form)
+    spans = document_spans(document_ids_BT, student.query.shape[:2])
+    documents = _teacher_documents(teacher, spans, student.query.shape[:2])
+    weight = 1.0 / relation_heads ** (2 if chosen.per_head else 1)
+    sums = {part: student.query.new_zeros((), dtype=torch.float32) for part in PARTS}
+    count = 0
+    for (row, start, stop), document in zip(spans, documents, strict=True):
+        for part in PARTS:
+            factor_RTd = similarity_factor(
+                getattr(student, part)[row, start:stop], form=chosen, relation_heads=relation_heads
+            )
+            rows_r, teacher_rows = _teacher_rows(document, part, factor_RTd, chosen)
+            divergence = _BlockwiseDivergence.apply(factor_RTd, rows_r, teacher_rows, chosen, row_chunk)
+            sums[part] = sums[part] + weight * divergence
+        count += len(rows_r)
+    return RelationLoss(
+        total=torch.stack(list(sums.values())).sum(),
+        per_part={part: value.detach() for part, value in sums.items()},
+        count=count,
+    )
+
+
+def document_spans(document_ids_BT: np.ndarray | Tensor | None, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every document: the runs of an id that is not negative."""
+    batch, length = shape
+    if document_ids_BT is None:
+        return [(row, 0, length) for row in range(batch)]
+    ids_BT = np.asarray(document_ids_BT.cpu() if isinstance(document_ids_BT, Tensor) else document_ids_BT)
+    if ids_BT.shape != (batch, length):
+        raise ValueError(f"document ids: got shape {ids_BT.shape}, the student's states are {(batch, length)}")
+    spans = []
+    for row in range(batch):
+        edges = [0, *(np.flatnonzero(np.diff(ids_BT[row])) + 1).tolist(), length]
+        spans += [(row, a, b) for a, b in itertools.pairwise(edges) if ids_BT[row, a] >= 0]
+    return spans
+
+
+def _teacher_documents(
+    teacher: QKV | Sequence[TeacherDocument], spans: list[tuple[int, int, int]], shape: Sequence[int]
+) -> list[TeacherDocument]:
+    """The teacher's part of each span, with the lengths checked."""
+    if isinstance(teacher, QKV):
+        if tuple(teacher.query.shape[:2]) != tuple(shape):
+            raise ValueError(f"teacher states are {tuple(teacher.query.shape[:2])}, the student's {tuple(shape)}")
+        return [QKV(*(part[row, start:stop] for part in teacher)) for row, start, stop in spans]
+    if len(teacher) != len(spans):
+        raise ValueError(f"the teacher answered for {len(teacher)} documents, the student's batch has {len(spans)}")
+    for index, (document, (_, start, stop)) in enumerate(zip(teacher, spans, strict=True)):
+        length = document.query.shape[0 if isinstance(document, QKV) else 2]
+        if length != stop - start:
+            raise ValueError(f"document {index}: the teacher saw {length} tokens, the student {stop - start}")
+    return list(teacher)
+
+
+def _teacher_rows(
+    document: TeacherDocument, part: str, factor_RTd: Tensor, form: RelationForm
+) -> tuple[Tensor, Callable[[slice], Tensor]]:
+    """The positions that the teacher speaks for, and a function from a slice of them to log-probabilities [R, r, T]."""
+    relation_heads, length, _ = factor_RTd.shape
+    states = getattr(document, part)
+    if isinstance(document, QKV):
+        rows_r = torch.arange(length, device=factor_RTd.device)
+        teacher_RTd = similarity_factor(states, form=form, relation_heads=relation_heads).to(factor_RTd.device)
+        return rows_r, lambda block: log_relation_rows(teacher_RTd, rows_r[block], form)
+    expected = (relation_heads, len(document.rows_r), length)
+    if tuple(states.shape) != expected:
+        raise ValueError(f"served {part} relations: got shape {tuple(states.shape)}, expected {expected} (R, rows, T)")
+    rows_r = document.rows_r.to(factor_RTd.device)
+    return rows_r, lambda block: states[:, block].to(factor_RTd.device, torch.float32).log()
+
+
+class _BlockwiseDivergence(torch.autograd.Function):
+    """Sum of KL over relation heads and positions, with its gradient for the student's factor A.
+
+    With S = A A^T, p = softmax(S) and t the teacher's relations: d KL / d S = p * sum(t) - t. Where a probability
+    lies under the form's floor it is a constant, and its t drops out of both. dA = dS A + dS^T A.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor_RTd: Tensor, rows_r: Tensor, teacher_rows: Callable[[slice], Tensor], form: RelationForm,
+        row_chunk: int | None,
+    ) -> Tensor:  # fmt: skip
+        relation_heads, length, _ = factor_RTd.shape
+        chunk = row_chunk or max(1, BLOCK_ENTRIES // (relation_heads * length))
+        total = factor_RTd.new_zeros(())
+        gradient_RTd = torch.zeros_like(factor_RTd) if ctx.needs_input_grad[0] else None
+        with torch.autocast(factor_RTd.device.type, enabled=False):
+            for first in range(0, len(rows_r), chunk):
+                block = slice(first, first + chunk)
+                similarity_RrT = similarity_rows(factor_RTd, rows_r[block], form)
+                value, slope_RrT = _divergence(similarity_RrT, teacher_rows(block), form)
+                total += value
+                if gradient_RTd is not None:
+                    block_Rrd = factor_RTd.index_select(1, rows_r[block])
+                    gradient_RTd.index_add_(1, rows_r[block], slope_RrT @ factor_RTd)
+                    gradient_RTd.baddbmm_(slope_RrT.transpose(1, 2), block_Rrd)
+        if gradient_RTd is not None:
+            ctx.save_for_backward(gradient_RTd)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient_RTd,) = ctx.saved_tensors
+        return gradients[0] * gradient_RTd, None, None, None, None
+
+
+def _divergence(similarity_RrT: Tensor, log_teacher_RrT: Tensor, form: RelationForm) -> tuple[Tensor, Tensor]:
+    """KL(teacher || softmax(similarity)) summed over everything, and its derivative by the similarity."""
+    log_student_RrT = similarity_RrT.log_softmax(dim=-1)
+    student_RrT = log_student_RrT.exp()
+    teacher_RrT = log_teacher_RrT.exp()
+    pulled_RrT = teacher_RrT
+    if form.floor:
+        floor = math.log(form.floor)
+        pulled_RrT = teacher_RrT * (log_student_RrT >= floor)
+        log_student_RrT = log_student_RrT.clamp(min=floor)
+    terms_RrT = teacher_RrT * (log_teacher_RrT - log_student_RrT)
+    # A masked or vanishing teacher probability adds nothing; its logarithms are -inf on both sides.
+    value = terms_RrT.masked_fill(teacher_RrT == 0, 0.0).sum()
+    return value, student_RrT * pulled_RrT.sum(dim=-1, keepdim=True) - pulled_RrT
