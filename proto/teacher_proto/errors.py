@@ -19,8 +19,10 @@
     |   `-- EngineDeadError       503   the engine is gone; the process is about to exit
     |-- WireError (ValueError)          bytes that are not what WIRE.md says
     |   |-- TruncatedError              a body that stopped before its end message
-    |   `-- ChecksumError               a record whose bytes changed on the way
+    |   |-- ChecksumError               a record whose bytes changed on the way
+    |   `-- VersionError          426   the peer speaks another version of the wire
     |-- InvalidTargetsError (ValueError) a record that decodes, and cannot be a distribution
+    |   `-- PoisonBatchError            came twice for the same sequences: carries the request, to be dumped
     `-- TeacherUnavailableError         the client gave up: what it tried, for how long, the last reason
 
 Raised by `teacher_proto` and by the services; `serving` turns them into responses with this same table.
@@ -137,19 +139,34 @@ class EngineDeadError(EngineError):
 
 
 class WireError(StillhouseError, ValueError):
-    code, status = "wire", 502
+    code, status, retryable = "wire", 502, True
 
 
 class TruncatedError(WireError):
-    code, retryable = "truncated", True
+    code = "truncated"
 
 
 class ChecksumError(WireError):
-    code, retryable = "checksum", True
+    code = "checksum"
+
+
+class VersionError(WireError):
+    code, status, retryable = "version", 426, False
 
 
 class InvalidTargetsError(StillhouseError, ValueError):
     code, status = "invalid_targets", 502
+
+
+class PoisonBatchError(InvalidTargetsError):
+    """`request` is what could not be answered, `reasons` one line an attempt with the replica's URL."""
+
+    code = "poison_batch"
+
+    def __init__(self, message: str, *, request: Any = None, reasons: tuple[str, ...] = (), **details: Any):
+        super().__init__(message, **details)
+        self.request = request
+        self.reasons = reasons
 
 
 class TeacherUnavailableError(StillhouseError):
@@ -179,7 +196,9 @@ BY_CODE: dict[str, type[StillhouseError]] = {
         WireError,
         TruncatedError,
         ChecksumError,
+        VersionError,
         InvalidTargetsError,
+        PoisonBatchError,
         TeacherUnavailableError,
     )
 }

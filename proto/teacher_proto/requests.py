@@ -7,6 +7,7 @@ but a `RequestError` with the field at fault.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -134,6 +135,16 @@ class TargetsRequest(BaseModel):
     def row_range(self, index: int) -> tuple[int, int]:
         """The rows [start, stop) that are asked of sequence `index`."""
         return self.rows[index] if self.rows is not None else (0, len(self.sequences[index]))
+
+    def select(self, indexes: Iterable[int]) -> TargetsRequest:
+        """The same request of these sequences alone, in this order."""
+        indexes = list(indexes)
+        cut: dict[str, Any] = {"sequences": tuple(self.sequences[i] for i in indexes)}
+        if self.rows is not None:
+            cut["rows"] = tuple(self.rows[i] for i in indexes)
+        if self.gather_ids is not None:
+            cut["gather_ids"] = tuple(self.gather_ids[i] for i in indexes)
+        return self.model_copy(update=cut)
 
 
 def parse_request(body: dict[str, Any]) -> TargetsRequest:

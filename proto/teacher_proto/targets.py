@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from teacher_proto.errors import InvalidTargetsError
-from teacher_proto.requests import Kind
+from teacher_proto.requests import Kind, TargetsRequest
 
 # fp16 keeps 11 bits of a logprob: near 0 a probability is off by at most 2**-11 of itself, so a sum may pass 1.
 MASS_TOLERANCE = 2e-3
@@ -159,6 +159,16 @@ def check_targets(
         _check_top_k(targets.ids, targets.logprobs, vocab_size)
     if targets.sampled_offsets is not None:
         _check_samples(targets, vocab_size)
+
+
+def check_answer(targets: TokenTargets, request: TargetsRequest, index: int, vocab_size: int) -> None:
+    """`check_targets` against what `request` asks of its sequence `index`."""
+    spec = request.spec
+    check_targets(
+        targets, kinds=spec.kinds, rows=request.row_range(index), top_k=spec.top_k,
+        num_temperatures=len(spec.temperatures), vocab_size=vocab_size,
+        sequence_length=len(request.sequences[index]),
+    )  # fmt: skip
 
 
 def _check_finite(targets: TokenTargets, sequence_length: int) -> None:

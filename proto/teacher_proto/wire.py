@@ -16,13 +16,14 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from teacher_proto.errors import ChecksumError, StillhouseError, TruncatedError, WireError, from_json
+from teacher_proto.errors import ChecksumError, StillhouseError, TruncatedError, VersionError, WireError, from_json
 from teacher_proto.requests import Limits, TargetsRequest
 from teacher_proto.targets import TENSORS, TokenTargets, id_dtype
 
 VERSION = 1
 MSGPACK = "application/msgpack"
 JSON = "application/json"
+REQUEST_ID_HEADER = "x-request-id"
 
 ITEM_SIZE = {"<f2": 2, "<f4": 4, "<u2": 2, "<u4": 4, "<i4": 4, "|u1": 1, "|i1": 1, "u3": 3}
 MAX_MESSAGE_BYTES = 2**31 - 1
@@ -216,7 +217,8 @@ class ResponseDecoder:
         if kind == "header":
             return self._on_header(message)
         if kind == "error":
-            return Failure(self._index(message, optional=True), from_json(message))
+            index = None if message.get("index") is None else self._index(message)
+            return Failure(index, from_json(message))
         if self._header is None:
             raise WireError(f"the first message is of type {kind!r}, a header was expected")
         if kind == "targets":
@@ -229,7 +231,9 @@ class ResponseDecoder:
         if self._header is not None:
             raise WireError("a second header came")
         if message.get("version") != VERSION:
-            raise WireError(f"the teacher speaks version {message.get('version')!r} of the wire, this client {VERSION}")
+            raise VersionError(
+                f"the teacher speaks version {message.get('version')!r} of the wire, this client {VERSION}"
+            )
         ints = {name: _integer(message, name) for name in ("num_sequences", "vocab_size", "top_k")}
         texts = {name: message.get(name) for name in ("request_id", "fingerprint")}
         temperatures = message.get("temperatures")
@@ -246,9 +250,7 @@ class ResponseDecoder:
         self._ended = True
         return End(header.num_sequences)
 
-    def _index(self, message: dict[str, Any], optional: bool = False) -> int | None:
-        if optional and message.get("index") is None:
-            return None
+    def _index(self, message: dict[str, Any]) -> int:
         index = _integer(message, "index")
         if self._header is not None and index >= self._header.num_sequences:
             raise WireError(f"sequence {index} of {self._header.num_sequences} came")

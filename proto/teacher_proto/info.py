@@ -1,0 +1,47 @@
+"""What `GET /v1/teacher` answers: who a teacher is, what it accepts and serves. Services render it, clients read it."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from teacher_proto.errors import VersionError, WireError
+from teacher_proto.identity import TeacherIdentity
+from teacher_proto.requests import Kind, Limits
+from teacher_proto.wire import VERSION
+
+
+class TeacherInfo(BaseModel):
+    """The body of `GET /v1/teacher`. `version` is the wire's; fields that a later teacher adds are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    identity: TeacherIdentity
+    fingerprint: str
+    limits: Limits
+    kinds: tuple[Kind, ...]
+    version: int = VERSION
+
+    @model_validator(mode="after")
+    def _fingerprint_is_its_own(self) -> Self:
+        if self.fingerprint != self.identity.fingerprint:
+            raise ValueError(f"fingerprint {self.fingerprint} is not that of the identity, {self.identity.fingerprint}")
+        return self
+
+
+def parse_info(body: Any) -> TeacherInfo:
+    """A teacher's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
+    if not isinstance(body, dict) or "identity" not in body:
+        raise WireError("the answer of /v1/teacher holds no identity")
+    version = body.get("version")
+    if version != VERSION:
+        raise VersionError(
+            f"the teacher speaks version {version!r} of the wire, this client {VERSION}: update the older of the two"
+        )
+    try:
+        return TeacherInfo.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise WireError(f"the answer of /v1/teacher is not a teacher's: {field}: {first['msg']}") from None

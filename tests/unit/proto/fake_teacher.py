@@ -1,0 +1,187 @@
+"""Teachers without sockets for the client's tests: a clock that jumps, and replicas whose faults are a list."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+
+from teacher_proto.errors import StillhouseError
+from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity
+from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import KINDS, Limits, TargetsRequest, parse_request
+from teacher_proto.retry import Timing
+from teacher_proto.targets import TokenTargets
+from teacher_proto.wire import (
+    Header,
+    decode_request,
+    encode_end,
+    encode_failure,
+    encode_header,
+    encode_targets,
+)
+from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
+
+VOCAB = 300
+Fault = Callable[[httpx.Request], Any]
+
+
+class FakeClock:
+    """Time that passes only in `sleep`, which first lets everything else run that can."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+        self.slept: list[float] = []
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        self.slept.append(seconds)
+        self.time += seconds
+
+    def timing(self, seed: int = 0) -> Timing:
+        return Timing(now=self.now, sleep=self.sleep, random=random.Random(seed))
+
+
+def identity(**changes: Any) -> TeacherIdentity:
+    semantic = {
+        "model": "fake/teacher", "revision": "1", "config_sha256": "c", "tokenizer_sha256": "t",
+        "weights": {"a.safetensors": "w"}, "dtype": "float32", "quantization": None, "vocab_size": VOCAB,
+    }  # fmt: skip
+    numeric = {
+        "engine": "fake", "engine_version": "1", "device": "cpu", "parallel": "1", "attention_backend": "none",
+    }  # fmt: skip
+    semantic |= {name: value for name, value in changes.items() if name in semantic}
+    numeric |= {name: value for name, value in changes.items() if name in numeric}
+    return TeacherIdentity(semantic=SemanticIdentity(**semantic), numeric=NumericIdentity(**numeric))
+
+
+def truth(request: TargetsRequest, index: int, noise: float = 0.0) -> TokenTargets:
+    """What a healthy teacher answers."""
+    tokens_T = request.sequences[index]
+    gather = request.gather_ids[index] if request.gather_ids is not None else None
+    hidden, head = scripted_hidden(tokens_T), scripted_head(VOCAB)
+    return reduce_sequence(tokens_T, hidden, head, request.row_range(index), request.spec, gather, noise)
+
+
+class Replica:
+    """One teacher. `faults` are taken one for each POST that is not a canary; when they are used up it is healthy.
+
+    A fault gets the HTTP request and returns a response, raises, or returns bytes -> bytes to spoil the body with,
+    or TokenTargets -> TokenTargets to spoil each record with.
+    """
+
+    def __init__(self, name: str = "t0", **changes: Any):
+        self.url = f"http://{name}:8000"
+        self.identity = identity(**changes)
+        self.noise = 0.0
+        self.faults: deque[Fault] = deque()
+        self.down: Exception | None = None
+        self.posts: list[TargetsRequest] = []
+        self.canaries = 0
+        self.infos = 0
+
+    @property
+    def info(self) -> TeacherInfo:
+        limits = Limits(vocab_size=VOCAB, max_sequence_length=512)
+        return TeacherInfo(identity=self.identity, fingerprint=self.identity.fingerprint, limits=limits, kinds=KINDS)
+
+    def handle(self, http: httpx.Request) -> httpx.Response:
+        if self.down is not None:
+            raise self.down
+        if http.url.path == "/v1/teacher":
+            self.infos += 1
+            return httpx.Response(200, json=self.info.model_dump(mode="json"))
+        request = parse_request(decode_request(http.content, self.info.limits))
+        if [len(s) for s in request.sequences] == [8, 16, 24, 32]:
+            self.canaries += 1
+            return self.answer(http, request)
+        self.posts.append(request)
+        fault = self.faults.popleft() if self.faults else None
+        outcome = fault(http) if fault is not None else None
+        if isinstance(outcome, httpx.Response):
+            return outcome
+        if outcome is None and request.fingerprint not in (None, self.identity.fingerprint):
+            return problem(409, "wrong_teacher", f"this is {self.identity.fingerprint}")
+        return self.answer(http, request, outcome)
+
+    def answer(self, http: httpx.Request, request: TargetsRequest, spoil: Any = None) -> httpx.Response:
+        spoil = spoil or {}
+        header = Header(
+            http.headers["x-request-id"], self.identity.fingerprint, len(request.sequences), VOCAB, request.spec.top_k,
+            request.spec.temperatures,
+        )  # fmt: skip
+        parts = [encode_header(header)]
+        for i in reversed(range(len(request.sequences))):
+            error = spoil.get("errors", {}).get(i)
+            if error is not None:
+                parts.append(encode_failure(i, error))
+                continue
+            targets = spoil.get("record", lambda t, i: t)(truth(request, i, self.noise), i)
+            parts.append(encode_targets(i, targets, VOCAB))
+        parts.append(encode_end(len(request.sequences)))
+        body = spoil.get("body", lambda b: b)(b"".join(parts))
+        return httpx.Response(200, headers={"content-type": "application/msgpack"}, content=body)
+
+
+def network(*replicas: Replica) -> httpx.MockTransport:
+    by_host = {httpx.URL(replica.url).host: replica for replica in replicas}
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.host not in by_host:
+            raise httpx.ConnectError("connection refused")
+        return by_host[request.url.host].handle(request)
+
+    return httpx.MockTransport(handle)
+
+
+def problem(
+    status: int, code: str, message: str = "no", retry_after: float | None = None, **more: Any
+) -> httpx.Response:
+    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+    return httpx.Response(status, json={"code": code, "message": message, **more}, headers=headers)
+
+
+def refuse(error: Exception) -> Fault:
+    def fault(_: httpx.Request) -> None:
+        raise error
+
+    return fault
+
+
+def respond(response: httpx.Response) -> Fault:
+    return lambda _: response
+
+
+def spoil_body(change: Callable[[bytes], bytes]) -> Fault:
+    return lambda _: {"body": change}
+
+
+def spoil_record(change: Callable[[TokenTargets, int], TokenTargets]) -> Fault:
+    return lambda _: {"record": change}
+
+
+def fail_sequences(errors: dict[int, StillhouseError]) -> Fault:
+    return lambda _: {"errors": errors}
+
+
+def same_bits(a: TokenTargets, b: TokenTargets) -> bool:
+    ours, theirs = a.tensors(), b.tensors()
+    return (
+        a.start == b.start
+        and ours.keys() == theirs.keys()
+        and all(ours[n].shape == theirs[n].shape and ours[n].tobytes() == theirs[n].tobytes() for n in ours)
+    )
+
+
+def sequences(*lengths: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length) for length in lengths]
