@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -169,9 +169,10 @@ def _identity(model: str, script: Script) -> TeacherIdentity:
 def _spoil(name: str, row: int, value: float) -> Callable[[TokenTargets], TokenTargets]:
     def spoil(targets: TokenTargets) -> TokenTargets:
         tensors = targets.tensors()
-        array = tensors.get(name, next(iter(tensors.values()))).copy()
-        array[row] = value
-        return replace(targets, **{name if name in tensors else next(iter(tensors)): array})
+        spoilt = tensors[name if name in tensors else "next_logprob"].copy()
+        spoilt[row] = value
+        changed: dict[str, Any] = {name if name in tensors else "next_logprob": spoilt}
+        return replace(targets, **changed)
 
     return spoil
 

@@ -1,0 +1,136 @@
+"""The door: who gets in, by what their request will cost. A permit is taken once, in one step, and always given back.
+
+Cost is tokens x (values a token + 1), which is what an answer takes in memory and what scoring is attacked through.
+Held by a service's routes around all their work; also where draining begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from teacher_proto.errors import OverloadedError, QuotaError, StillhouseError
+
+# A student may hold at most this many times what is left free (Choudhury and Hahne, dynamic thresholds, 1998):
+# one alone gets 4/5 of the capacity, two greedy ones 4/9 each, and a newcomer always finds room.
+_SHARE_OF_FREE = 4.0
+
+
+@dataclass(frozen=True)
+class Permit:
+    """The right to have work of this cost in the house."""
+
+    student: str
+    tokens: int
+    cost: int
+
+
+class Admission:
+    """Counts permits. All methods run in the event loop's thread and none awaits: a check and its take are one act."""
+
+    def __init__(self, capacity: int, *, shared: bool, retry_after: RetryAfter):
+        self._capacity = capacity
+        self._shared = shared
+        self._retry_after = retry_after
+        self._by_student: Counter[str] = Counter()
+        self._closed: StillhouseError | None = None
+        self.cost = 0
+        self.tokens = 0
+        self.permits = 0
+        self.empty = asyncio.Event()
+        self.empty.set()
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def students(self) -> dict[str, int]:
+        """Cost held now, by student."""
+        return {student: cost for student, cost in self._by_student.items() if cost > 0}
+
+    def close(self, reason: str) -> None:
+        """Let nobody in any more; those inside finish."""
+        self._closed = OverloadedError(reason, retry_after=5.0)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
+    @contextmanager
+    def admit(self, student: str, tokens: int, values_per_token: int) -> Iterator[Permit]:
+        """A permit for the time of the `with` block. OverloadedError or QuotaError with when to come again."""
+        permit = self._take(student, tokens, tokens * (values_per_token + 1))
+        try:
+            yield permit
+        finally:
+            self._give_back(permit)
+
+    def _take(self, student: str, tokens: int, cost: int) -> Permit:
+        if self._closed is not None:
+            raise OverloadedError(self._closed.message, retry_after=self._closed.retry_after)
+        free = self._capacity - self.cost
+        held = self._by_student[student]
+        # Into an empty house everyone is let, so that a request above the capacity is slow and not impossible.
+        if self.cost and cost > free:
+            raise OverloadedError(
+                f"the service is full: {self.cost} of {self._capacity} tokens x (K + 1) are taken, this asks {cost}",
+                field="sequences", got=cost, limit=free, retry_after=self._retry_after.seconds(self.tokens),
+            )  # fmt: skip
+        if self._shared and held and held + cost > _SHARE_OF_FREE * free:
+            raise QuotaError(
+                f"{student!r} holds {held} of {self._capacity} tokens x (K + 1) and asks {cost} more: its share is "
+                "used up until some of that is answered",
+                field="sequences", got=held + cost, limit=int(_SHARE_OF_FREE * free),
+                retry_after=self._retry_after.seconds(self.tokens * held // max(1, self.cost)),
+            )  # fmt: skip
+        self._by_student[student] += cost
+        self.cost += cost
+        self.tokens += tokens
+        self.permits += 1
+        self.empty.clear()
+        return Permit(student, tokens, cost)
+
+    def _give_back(self, permit: Permit) -> None:
+        self._by_student[permit.student] -= permit.cost
+        if not self._by_student[permit.student]:
+            del self._by_student[permit.student]
+        self.cost -= permit.cost
+        self.tokens -= permit.tokens
+        self.permits -= 1
+        assert self.cost >= 0 and self.permits >= 0
+        if not self.permits:
+            self.empty.set()
+
+
+class RetryAfter:
+    """When to come again: the time that what waits will take at the rate measured of late."""
+
+    def __init__(self, low_s: float = 1.0, high_s: float = 60.0):
+        self._low_s = low_s
+        self._high_s = high_s
+        self._rate = 0.0
+        self._since: float | None = None
+        self._counted = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._rate
+
+    def count(self, tokens: int, now: float) -> None:
+        """Note finished work; every second or so the rate moves a third of the way to what was measured."""
+        if self._since is None:
+            self._since = now
+        self._counted += tokens
+        elapsed = now - self._since
+        if elapsed >= 1.0:
+            measured = self._counted / elapsed
+            self._rate = measured if not self._rate else self._rate + (measured - self._rate) / 3
+            self._since, self._counted = now, 0
+
+    def seconds(self, tokens: int) -> float:
+        if not self._rate:
+            return self._low_s
+        return min(self._high_s, max(self._low_s, tokens / self._rate))

@@ -1,0 +1,69 @@
+"""From errors to HTTP: one table for every route of every service. Installed by `install_error_table(app)`.
+
+The status is the error class's own (`teacher_proto.errors`); what is raised by framework or wire is translated here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from teacher_proto.errors import (
+    MalformedError,
+    MethodNotAllowedError,
+    NotFoundError,
+    StillhouseError,
+    UnauthorizedError,
+    WireError,
+)
+
+_COME_AGAIN = {429, 503}
+
+
+def error_response(error: StillhouseError, request_id: str | None) -> JSONResponse:
+    """The response that stands for an error: its status, its JSON, and Retry-After where it is to come again."""
+    headers = {}
+    if error.status in _COME_AGAIN:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
+    if isinstance(error, UnauthorizedError):
+        # Basic makes a browser ask for the key on the pages for people.
+        headers["WWW-Authenticate"] = 'Bearer realm="stillhouse", Basic realm="stillhouse"'
+    if isinstance(error, MethodNotAllowedError) and error.limit:
+        headers["Allow"] = ", ".join(error.limit)
+    return JSONResponse(error.to_json() | {"request_id": request_id}, error.status, headers)
+
+
+def translate(error: Exception, request: Request) -> StillhouseError:
+    """The error of our tree that stands for what wire, framework or route raised."""
+    if isinstance(error, WireError):
+        return MalformedError(error.message, field=error.field or "body")
+    if isinstance(error, StillhouseError):
+        return error
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        return MalformedError(f"{field}: {first['msg']}", field=field)
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        allowed = sorted(part.strip() for part in (error.headers or {}).get("Allow", "").split(",") if part)
+        message = f"{request.method} is not a method of {request.url.path}; allowed: {', '.join(allowed)}"
+        return MethodNotAllowedError(message, field="method", got=request.method, limit=allowed)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return NotFoundError(f"there is nothing at {request.url.path}; /docs lists what there is", field="path")
+    assert isinstance(error, HTTPException), error
+    return MalformedError(str(error.detail))
+
+
+def install_error_table(app: FastAPI) -> None:
+    """Answer every StillhouseError, and what the framework refuses by itself, as JSON."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        translated = translate(error, request)
+        request.state.error = translated
+        return error_response(translated, request.state.request_id)
+
+    for kind in (StillhouseError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)

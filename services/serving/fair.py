@@ -1,0 +1,102 @@
+"""Turns at the engine, shared fairly by tokens between students, however many requests each of them sends.
+
+Every student has a lane, a queue of tickets with a count of the tokens it was served; the lane with the lowest
+count goes next. A lane that wakes starts at the present count: idleness saves nothing up. Only `window` tokens are
+handed to the engine at a time, since what it holds it serves in its own order. Used by a service's answer pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One piece of work of `tokens` that waits for its turn, in one lane or, when several students want it, in more."""
+
+    tokens: int
+    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def waiting(self) -> bool:
+        return not self.turn.done()
+
+
+@dataclass(eq=False)
+class _Lane:
+    served: float = 0.0
+    waiting: deque[Ticket] = field(default_factory=deque)
+
+
+class FairQueue:
+    """All methods run in the event loop's thread. `window` and `running` are in tokens."""
+
+    def __init__(self, window: int):
+        self._full_window = window
+        self.window = window
+        self.running = 0
+        self._lanes: dict[str, _Lane] = {}
+        self._now_serving = 0.0
+
+    @property
+    def waiting_tokens(self) -> int:
+        tickets = {ticket for lane in self._lanes.values() for ticket in lane.waiting if ticket.waiting}
+        return sum(ticket.tokens for ticket in tickets)
+
+    def join(self, student: str, ticket: Ticket) -> None:
+        """Put a ticket into a student's lane. It is served once, by the first of its lanes that comes up, and
+        charged to that one."""
+        lane = self._lanes.get(student)
+        if lane is None:
+            lane = self._lanes[student] = _Lane(served=self._now_serving)
+        lane.waiting.append(ticket)
+        self._dispatch()
+
+    @asynccontextmanager
+    async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
+        """Wait until the ticket is served; its tokens count as running for the time of the block."""
+        try:
+            await ticket.turn
+            yield
+        finally:
+            if ticket.turn.done() and not ticket.turn.cancelled():
+                self.running -= ticket.tokens
+            ticket.turn.cancel()
+            self._dispatch()
+
+    def halve(self) -> None:
+        """The engine ran out of memory: hand it half as much at a time."""
+        self.window = max(1, self.window // 2)
+
+    def recover(self) -> None:
+        """Work succeeded: go a hundredth of the way back to the full window."""
+        if self.window < self._full_window:
+            self.window = min(self._full_window, self.window + max(1, self._full_window // 100))
+
+    def _dispatch(self) -> None:
+        while (lane := self._next_lane()) is not None:
+            ticket = lane.waiting[0]
+            if self.running and self.running + ticket.tokens > self.window:
+                return
+            lane.waiting.popleft()
+            self._now_serving = lane.served
+            lane.served += ticket.tokens
+            self.running += ticket.tokens
+            ticket.turn.set_result(None)
+
+    def _next_lane(self) -> _Lane | None:
+        """The lane with the lowest count that has somebody waiting. Empty lanes go, once nobody is behind them."""
+        best = None
+        for student, lane in list(self._lanes.items()):
+            while lane.waiting and not lane.waiting[0].waiting:
+                lane.waiting.popleft()
+            if not lane.waiting:
+                if lane.served <= self._now_serving:
+                    del self._lanes[student]
+            elif best is None or lane.served < best.served:
+                best = lane
+        return best

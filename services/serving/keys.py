@@ -1,0 +1,105 @@
+"""Named keys: who may ask, and under which name they are counted. A dependency on every route but the probes.
+
+A keys file has a line a student, `NAME KEY` or `NAME sha256:HEX`; `#` begins a comment. Only digests are kept. A key
+comes as `Authorization: Bearer KEY`, or as the password of Basic, which is what a browser can send.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from pathlib import Path
+
+from fastapi import Request
+
+from teacher_proto.errors import UnauthorizedError
+
+ANONYMOUS = "anonymous"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MIN_KEY_LENGTH = 16
+
+
+class Keys:
+    """Digest by name. Without any, everyone is let in as `anonymous`."""
+
+    def __init__(self, digests: dict[str, bytes] | None = None):
+        self._digests = digests
+
+    @classmethod
+    def load(cls, path: Path) -> Keys:
+        """Keys of a file. ValueError with the line at fault, which is not shown: it may hold a key."""
+        try:
+            lines = path.read_text().splitlines()
+        except OSError as error:
+            raise ValueError(f"the keys file {path} can't be read: {error.strerror}") from None
+        digests: dict[str, bytes] = {}
+        for number, line in enumerate(lines, 1):
+            words = line.split("#", 1)[0].split()
+            if not words:
+                continue
+            if len(words) != 2 or not _NAME.fullmatch(words[0]):
+                raise ValueError(f"{path}, line {number}: expected a name of letters, digits, . _ - and a key")
+            name, secret = words
+            if name in digests:
+                raise ValueError(f"{path}, line {number}: {name!r} has a key already")
+            digests[name] = _digest_of(secret, path, number)
+        if not digests:
+            raise ValueError(f"the keys file {path} holds no key: nobody could ask anything")
+        return cls(digests)
+
+    @property
+    def required(self) -> bool:
+        return self._digests is not None
+
+    def student(self, secret: str | None) -> str:
+        """The name behind a key. UnauthorizedError if there is none. Takes as long for every key of one length."""
+        if self._digests is None:
+            return ANONYMOUS
+        if secret is None:
+            raise UnauthorizedError(
+                "a key is needed: send `Authorization: Bearer KEY`, with a key of the file that the service was "
+                "started with (--keys)", field="Authorization",
+            )  # fmt: skip
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for name, known in self._digests.items():
+            if hmac.compare_digest(digest, known):
+                found = name
+        if found is None:
+            raise UnauthorizedError("this key is not known here", field="Authorization")
+        return found
+
+
+def _digest_of(secret: str, path: Path, number: int) -> bytes:
+    kind, _, hexadecimal = secret.partition(":")
+    if kind == "sha256":
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", hexadecimal):
+            raise ValueError(f"{path}, line {number}: sha256: is followed by 64 hexadecimal digits")
+        return bytes.fromhex(hexadecimal)
+    if len(secret) < _MIN_KEY_LENGTH:
+        raise ValueError(f"{path}, line {number}: a key has at least {_MIN_KEY_LENGTH} characters")
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def presented_key(authorization: str | None) -> str | None:
+    """The key in an Authorization header, None if there is none that can be read."""
+    scheme, _, value = (authorization or "").partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer" and value:
+        return value
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return None
+
+
+async def require_student(request: Request) -> str:
+    """FastAPI dependency: the student who asks, by the key in the Authorization header and by nothing else."""
+    keys: Keys = request.app.state.keys
+    request.state.student = keys.student(presented_key(request.headers.get("authorization")))
+    return request.state.student

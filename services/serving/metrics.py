@@ -1,0 +1,59 @@
+"""Prometheus metrics of a service, by student and reason. Counted by the request layer and the answer pipeline.
+
+One registry a service object, so that tests may have several in one process. Label values come from route templates,
+key names, kinds and error codes: none from a client's text.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from serving.context import Exchange
+
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
+_METHODS = {"GET", "HEAD", "POST", "OPTIONS"}
+
+
+class Metrics:
+    """The counters that design names: requests, tokens, queue, engine and encode seconds, bytes, store, coalesced."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "Requests answered", "route", "method", "status", "student")
+        self.request_seconds = Histogram(
+            "stillhouse_request_seconds", "From the headers to the last byte", ["route"], buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        self.tokens = self._counter("tokens", "Tokens of answered sequences", "student", "source")
+        self.sequences = self._counter("sequences", "Sequences answered", "student", "source")
+        self.rejected = self._counter("rejected", "Requests refused or failed", "student", "reason")
+        self.cancelled = self._counter("cancelled", "Requests whose client left", "student")
+        self.failed = self._counter("failed_sequences", "Sequences that failed", "student", "reason")
+        self.bytes_out = self._counter("bytes_out", "Bytes of answers", "route", "student")
+        self.queue_seconds = self._counter("queue_seconds", "Seconds waited for a turn", "student")
+        self.engine_seconds = self._counter("engine_seconds", "Seconds in the engine", "student")
+        self.encode_seconds = self._counter("encode_seconds", "Seconds of encoding answers", "student")
+        self.out_of_memory = self._counter("engine_out_of_memory", "Times that the engine ran out of memory")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"stillhouse_{name}", text, labels, registry=self.registry)
+
+    def gauge(self, name: str, text: str, read: object) -> None:
+        """A gauge that calls `read` when it is scraped."""
+        Gauge(f"stillhouse_{name}", text, registry=self.registry).set_function(read)  # type: ignore[arg-type]
+
+    def observe(self, exchange: Exchange) -> None:
+        """Count a request that is over."""
+        method = exchange.method if exchange.method in _METHODS else "other"
+        self.requests.labels(exchange.route, method, str(exchange.status), exchange.student).inc()
+        self.request_seconds.labels(exchange.route).observe(exchange.seconds)
+        self.bytes_out.labels(exchange.route, exchange.student).inc(exchange.bytes_out)
+        if exchange.reason == "disconnect":
+            self.cancelled.labels(exchange.student).inc()
+        elif exchange.reason:
+            self.rejected.labels(exchange.student, exchange.reason).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

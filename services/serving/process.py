@@ -1,0 +1,171 @@
+"""The life of a service process: listen, start, serve, drain, stop. Called by each service's `main.py`.
+
+SIGTERM or SIGINT drains: newcomers get 503, those inside are answered, then the process ends with 0. A second signal,
+or the end of the drain time, aborts: what is left is answered 503 and the process ends with 1. A backend that died
+ends it with 70.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+from starlette.types import ASGIApp
+
+from serving.http_server import Server
+from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
+
+log = structlog.get_logger("stillhouse.process")
+EXIT_OK, EXIT_ABORTED, EXIT_BACKEND_DIED = 0, 1, 70
+_CHECK_EVERY_S = 1.0
+_FLUSH_S = 1.0
+
+
+class Backend(Protocol):
+    """What a service runs behind its routes."""
+
+    async def start(self) -> None: ...
+
+    async def check(self) -> None:
+        """Return if it lives; EngineDeadError otherwise."""
+        ...
+
+    def drain(self, reason: str) -> None:
+        """Let nobody in any more."""
+        ...
+
+    async def drained(self) -> None:
+        """Return when all that was let in is answered."""
+        ...
+
+    def abort(self, error: StillhouseError) -> None:
+        """Answer all that is left with this error."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Process:
+    """Runs one backend behind one listener until a signal or a death."""
+
+    def __init__(self, backend: Backend, drain_s: float):
+        self._backend = backend
+        self._drain_s = drain_s
+        self._signals = 0
+        self._signalled = asyncio.Event()
+        self._signalled_again = asyncio.Event()
+        self._death: EngineDeadError | None = None
+        self._died = asyncio.Event()
+
+    async def run(
+        self, app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None, on_ready: Callable[[], None]
+    ) -> int:
+        """The exit code. ValueError of the backend's start, where it can't serve what was asked, passes through."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._server = server = Server(app, listener, tls)
+        serving = asyncio.create_task(server.serve())
+        try:
+            if not await self._start(on_ready):
+                return EXIT_ABORTED
+            return await self._serve()
+        finally:
+            server.should_exit = True
+            await serving
+            await self._backend.close()
+
+    def died(self, error: EngineDeadError) -> None:
+        """Told by whoever notices first; the process ends with the first reason."""
+        if self._death is None:
+            self._death = error
+            self._died.set()
+
+    def _on_signal(self, number: int) -> None:
+        self._signals += 1
+        log.warning("signal", name=signal.Signals(number).name, count=self._signals)
+        (self._signalled if self._signals == 1 else self._signalled_again).set()
+
+    async def _start(self, on_ready: Callable[[], None]) -> bool:
+        start = asyncio.create_task(self._backend.start())
+        signalled = asyncio.create_task(self._signalled.wait())
+        await asyncio.wait({start, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        if not start.done():
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            log.warning("stopped before it was ready")
+            return False
+        await start
+        on_ready()
+        return True
+
+    async def _serve(self) -> int:
+        watch = asyncio.create_task(self._watch())
+        try:
+            await self._first(self._signalled, self._died)
+            if self._death is None:
+                return await self._drain()
+        finally:
+            watch.cancel()
+        return await self._end_dead()
+
+    async def _drain(self) -> int:
+        self._backend.drain("the service is draining: it ends when those inside are answered; ask another replica")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._drain_s
+        drained = asyncio.create_task(self._backend.drained())
+        again = asyncio.create_task(self._first(self._signalled_again, self._died))
+        await asyncio.wait({drained, again}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        if drained.done():
+            # The last answers may still be in socket buffers: the rest of the time is for their readers.
+            self._server.config.timeout_graceful_shutdown = max(1, int(deadline - loop.time()))
+            log.info("drained")
+            return EXIT_OK
+        drained.cancel()
+        if self._death is not None:
+            return await self._end_dead()
+        why = "a second signal came" if self._signals > 1 else f"the drain time of {self._drain_s:g} s is over"
+        log.warning("aborted", why=why)
+        await self._abort(OverloadedError(f"the service stops: {why}; ask another replica", retry_after=5.0))
+        return EXIT_ABORTED
+
+    async def _end_dead(self) -> int:
+        assert self._death is not None
+        log.error("engine died", reason=self._death.message)
+        print(f"stillhouse: the engine died: {self._death.message}", file=sys.stderr, flush=True)
+        self._backend.drain(f"the engine died: {self._death.message}")
+        await self._abort(self._death)
+        return EXIT_BACKEND_DIED
+
+    async def _abort(self, error: StillhouseError) -> None:
+        self._backend.abort(error)
+        try:
+            await asyncio.wait_for(self._backend.drained(), _FLUSH_S)
+        except TimeoutError:
+            log.warning("clients did not take their refusals in time")
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                await self._backend.check()
+            except EngineDeadError as error:
+                self.died(error)
+                return
+            await asyncio.sleep(_CHECK_EVERY_S)
+
+    @staticmethod
+    async def _first(*events: asyncio.Event) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()

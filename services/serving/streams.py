@@ -1,0 +1,69 @@
+"""A response whose work stops when its client leaves. Returned by routes that do work before or while they answer.
+
+Neither uvicorn nor FastAPI cancels a handler when the connection closes: here the work races `http.disconnect`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+
+class Outlet:
+    """Where the work writes: `start` once, `write` any number of times. A client that stops reading is dropped."""
+
+    def __init__(self, send: Send, stall_s: float):
+        self._send = send
+        self._stall_s = stall_s
+        self.started = False
+
+    async def start(self, media_type: str, status: int = 200) -> None:
+        headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
+        await self._put({"type": "http.response.start", "status": status, "headers": headers})
+        self.started = True
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        await self._put({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _put(self, message: dict) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientDisconnect(f"the client read nothing for {self._stall_s} s") from None
+
+
+Work = Callable[[Outlet], Awaitable[None]]
+
+
+class RacedResponse(Response):
+    """Runs `work(outlet)`; cancels it when the client leaves. Errors before `outlet.start` become error responses."""
+
+    def __init__(self, work: Work, stall_s: float = 60.0):
+        super().__init__()
+        self._work = work
+        self._stall_s = stall_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._work(Outlet(send, self._stall_s)))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect("the client left before its answer was whole")
+            await work
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            # Both are awaited so that permits are back and engine work is aborted when this returns.
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,152 @@
+"""The road of one sequence inside the service: coalesce, wait for a fair turn, score, check. `app.py` calls `answer`.
+
+Sequences that are asked for while an identical one is on its way wait for that one. It goes when the first of those
+who want it gets a turn, and is aborted when the last of them has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from serving.admission import RetryAfter
+from serving.fair import FairQueue, Ticket
+from serving.metrics import Metrics
+from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, StillhouseError
+from teacher_proto.targets import TokenTargets
+from teacher_service.engine import Engine, Job
+
+log = structlog.get_logger("stillhouse.answers")
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A sequence on its way through the engine, and how many wait for it."""
+
+    ticket: Ticket
+    task: asyncio.Task[TokenTargets]
+    students: set[str]
+    waiters: int = 0
+
+
+class Answers:
+    """Turns jobs into targets for one engine. Every method runs in the event loop's thread."""
+
+    def __init__(
+        self, engine: Engine, queue: FairQueue, rate: RetryAfter, metrics: Metrics,
+        on_death: Callable[[EngineDeadError], None],
+    ):  # fmt: skip
+        self._engine = engine
+        self._queue = queue
+        self._rate = rate
+        self._metrics = metrics
+        self._on_death = on_death
+        self._flights: dict[Hashable, _Flight] = {}
+        self._aborted: StillhouseError | None = None
+        self.last_success = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights)
+
+    async def answer(self, job: Job, student: str) -> TokenTargets:
+        """The targets of a job that was admitted. EngineError if the engine failed at it."""
+        if self._aborted is not None:
+            raise self._aborted
+        flight, source = self._board(job, student)
+        flight.waiters += 1
+        try:
+            targets = await asyncio.shield(flight.task)
+        except asyncio.CancelledError:
+            if flight.task.cancelled() and self._aborted is not None:
+                raise self._aborted from None
+            raise
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.task.done():
+                flight.task.cancel()
+        self._metrics.tokens.labels(student, source).inc(len(job.tokens_T))
+        self._metrics.sequences.labels(student, source).inc()
+        return targets
+
+    def abort(self, error: StillhouseError) -> None:
+        """End everything that is on its way; those who wait for it get `error`."""
+        self._aborted = error
+        for flight in list(self._flights.values()):
+            flight.task.cancel()
+
+    def _board(self, job: Job, student: str) -> tuple[_Flight, str]:
+        """The flight that a job goes by, and `coalesced` if it was there before, else `engine`."""
+        key = job_key(job)
+        flight = self._flights.get(key)
+        if flight is not None and not flight.task.cancelling():
+            if student not in flight.students and flight.ticket.waiting:
+                flight.students.add(student)
+                self._queue.join(student, flight.ticket)
+            return flight, "coalesced"
+        ticket = Ticket(len(job.tokens_T))
+        task = asyncio.create_task(self._score(job, student, ticket))
+        flight = self._flights[key] = _Flight(ticket, task, {student})
+        task.add_done_callback(lambda _: self._land(key, flight))
+        self._queue.join(student, ticket)
+        return flight, "engine"
+
+    def _land(self, key: Hashable, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if not flight.task.cancelled():
+            # Read here, since those who waited may all have left; they raise it too, if they have not.
+            flight.task.exception()
+
+    async def _score(self, job: Job, student: str, ticket: Ticket) -> TokenTargets:
+        queued = time.monotonic()
+        async with self._queue.turn(ticket):
+            started = time.monotonic()
+            self._metrics.queue_seconds.labels(student).inc(started - queued)
+            try:
+                targets = await self._engine.score(job)
+            except EngineDeadError as error:
+                self._on_death(error)
+                raise
+            except EngineMemoryError:
+                self._queue.halve()
+                self._metrics.out_of_memory.inc()
+                log.warning("engine out of memory", tokens=len(job.tokens_T), window=self._queue.window)
+                raise
+            finally:
+                self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
+        check_answer(job, targets)
+        self._queue.recover()
+        self.last_success = time.monotonic()
+        self._rate.count(len(job.tokens_T), self.last_success)
+        return targets
+
+
+def job_key(job: Job) -> Hashable:
+    """Equal for jobs with equal answers: token ids, rows, what is asked of them."""
+    gathered = b"" if job.gather_ids_RG is None else hashlib.sha256(job.gather_ids_RG.tobytes()).digest()
+    return hashlib.sha256(job.tokens_T.tobytes()).digest(), job.rows, job.spec, gathered
+
+
+def check_answer(job: Job, targets: TokenTargets) -> None:
+    """Refuse what a broken model computes: NaN and infinity reach `lse` or `next_logprob` of their row.
+
+    EngineError, not retryable. The client checks the whole record; this is cheap enough for every answer.
+    """
+    if targets.start != job.rows[0] or targets.num_rows != job.rows[1] - job.rows[0]:
+        raise EngineError(f"the engine answered {targets.num_rows} rows from {targets.start}, not {job.rows}")
+    scored_R = targets.lse if targets.lse is not None else targets.next_logprob
+    if scored_R is None:
+        return
+    finite_R = np.isfinite(scored_R)
+    if targets.lse is None and job.rows[1] == len(job.tokens_T):
+        finite_R = finite_R[:-1]
+    if not finite_R.all():
+        row = int(np.flatnonzero(~finite_R)[0]) + targets.start
+        raise EngineError(f"the teacher computed NaN or infinity at row {row} of this sequence", retryable=False)

@@ -1,0 +1,164 @@
+"""Answers on their way out: a stream of msgpack messages as sequences finish, or one JSON document. For `app.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from serving.streams import Outlet
+from teacher_proto import wire
+from teacher_proto.errors import OutOfRangeError, StillhouseError
+from teacher_proto.requests import TargetsRequest
+from teacher_proto.targets import TokenTargets
+from teacher_service.engine import Job
+from teacher_service.service import TeacherService
+
+# JSON takes some 20 bytes a value, and a list of Python numbers in between.
+MAX_JSON_VALUES = 2**20
+
+Outcome = TokenTargets | StillhouseError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked request with who asked it and under which id."""
+
+    request: TargetsRequest
+    student: str
+    request_id: str
+
+    def jobs(self) -> list[Job]:
+        request, spec = self.request, self.request.spec
+        gathered = request.gather_ids if "gather" in spec.kinds else None
+        return [
+            Job(tokens_T, request.row_range(i), spec, f"{self.request_id}-{i}", gathered[i] if gathered else None)
+            for i, tokens_T in enumerate(request.sequences)
+        ]
+
+    def values_per_token(self, hidden_width: int) -> int:
+        """Numbers that an answer holds for a token, which with one more is what a permit counts."""
+        spec = self.request.spec
+        gathered = max((ids.shape[1] for ids in self.request.gather_ids or ()), default=0)
+        return (
+            spec.top_k + spec.num_samples + len(spec.temperatures) + (gathered if "gather" in spec.kinds else 0)
+            + (hidden_width if "hidden" in spec.kinds else 0)
+        )  # fmt: skip
+
+
+def header_of(asked: Asked, service: TeacherService) -> wire.Header:
+    spec = asked.request.spec
+    return wire.Header(
+        request_id=asked.request_id, fingerprint=service.engine.identity.fingerprint,
+        num_sequences=len(asked.request.sequences), vocab_size=service.engine.limits.vocab_size, top_k=spec.top_k,
+        temperatures=tuple(spec.temperatures),
+    )  # fmt: skip
+
+
+async def outcomes(asked: Asked, service: TeacherService) -> AsyncGenerator[tuple[int, Outcome]]:
+    """(index, targets or error) of every sequence, as they finish. Leaving the iterator cancels what is left."""
+    finished: asyncio.Queue[asyncio.Task[TokenTargets]] = asyncio.Queue()
+    running: dict[asyncio.Task[TokenTargets], int] = {}
+    try:
+        for index, job in enumerate(asked.jobs()):
+            task = asyncio.create_task(service.answers.answer(job, asked.student))
+            running[task] = index
+            task.add_done_callback(finished.put_nowait)
+        while running:
+            task = await finished.get()
+            index = running.pop(task)
+            yield index, _outcome(task, asked.student, service)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _outcome(task: asyncio.Task[TokenTargets], student: str, service: TeacherService) -> Outcome:
+    try:
+        return task.result()
+    except StillhouseError as error:
+        service.metrics.failed.labels(student, error.code).inc()
+        return error
+
+
+async def stream(asked: Asked, service: TeacherService, outlet: Outlet) -> None:
+    """Write the answer as WIRE.md has it. The status waits for a first success: if every sequence fails, the first
+    error is raised and becomes the status."""
+    header = header_of(asked, service)
+    held: list[tuple[int, StillhouseError]] = []
+    async with aclosing(outcomes(asked, service)) as results:
+        async for index, outcome in results:
+            if isinstance(outcome, TokenTargets):
+                message = _encode(index, outcome, header, asked.student, service)
+            elif outlet.started:
+                message = wire.encode_failure(index, outcome)
+            else:
+                held.append((index, outcome))
+                continue
+            if not outlet.started:
+                await outlet.start(wire.MSGPACK)
+                await outlet.write(wire.encode_header(header))
+                for failed, error in held:
+                    await outlet.write(wire.encode_failure(failed, error))
+            await outlet.write(message)
+    if not outlet.started:
+        raise held[0][1]
+    await outlet.write(wire.encode_end(header.num_sequences), last=True)
+
+
+def _encode(
+    index: int, targets: TokenTargets, header: wire.Header, student: str, service: TeacherService
+) -> bytes:  # fmt: skip
+    started = time.perf_counter()
+    message = wire.encode_targets(index, targets, header.vocab_size)
+    service.metrics.encode_seconds.labels(student).inc(time.perf_counter() - started)
+    return message
+
+
+async def document(asked: Asked, service: TeacherService, outlet: Outlet) -> None:
+    """Write the answer as one JSON document: the header's fields, and `sequences` in the order asked."""
+    header = header_of(asked, service)
+    sequences: list[dict[str, Any]] = [{} for _ in range(header.num_sequences)]
+    errors: list[StillhouseError] = []
+    async with aclosing(outcomes(asked, service)) as results:
+        async for index, outcome in results:
+            if isinstance(outcome, TokenTargets):
+                tensors = {name: json_values(array) for name, array in outcome.tensors().items()}
+                sequences[index] = {"index": index, "start": outcome.start} | tensors
+            else:
+                errors.append(outcome)
+                sequences[index] = {"index": index, "error": outcome.to_json()}
+    if len(errors) == len(sequences):
+        raise errors[0]
+    body = {
+        "version": header.version, "request_id": header.request_id, "fingerprint": header.fingerprint,
+        "num_sequences": header.num_sequences, "vocab_size": header.vocab_size, "top_k": header.top_k,
+        "temperatures": list(header.temperatures), "sequences": sequences,
+    }  # fmt: skip
+    await outlet.start(wire.JSON)
+    await outlet.write(json.dumps(body, allow_nan=False).encode(), last=True)
+
+
+def json_values(array: np.ndarray) -> list[Any]:
+    """Nested lists of an array; NaN, which JSON has not, becomes null."""
+    if array.dtype.kind != "f" or not np.isnan(array).any():
+        return array.tolist()
+    return [None if isinstance(value, float) and math.isnan(value) else value for value in array.tolist()]
+
+
+def check_json_size(asked: Asked, hidden_width: int) -> None:
+    """Refuse what would be a huge document; msgpack has no such limit."""
+    values = asked.request.num_tokens * (asked.values_per_token(hidden_width) + 1)
+    if values > MAX_JSON_VALUES:
+        raise OutOfRangeError(
+            f"an answer of {values} values, of at most {MAX_JSON_VALUES} as JSON: ask with "
+            f"Accept: {wire.MSGPACK}, or for less", field="sequences", got=values, limit=MAX_JSON_VALUES,
+        )  # fmt: skip

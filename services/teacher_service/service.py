@@ -1,0 +1,110 @@
+"""The teacher service as one object: engine, door, queue, metrics. `main.py` runs it, `app.py` puts routes on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from serving.admission import Admission, RetryAfter
+from serving.fair import FairQueue
+from serving.keys import Keys
+from serving.metrics import Metrics
+from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
+from teacher_proto.requests import TargetSpec
+from teacher_service.answers import Answers
+from teacher_service.engine import Engine, Job
+from teacher_service.settings import TeacherSettings
+
+_PROBE_TIMEOUT_S = 10.0
+_FRESH_S = 1.0
+# What a hidden state is taken to hold for admission, since an engine does not say: 7B models have 4096.
+_HIDDEN_WIDTH = 4096
+
+
+class TeacherService:
+    """`serving.process.Backend` around an engine. `on_death` is told of a dead engine by whoever meets it first."""
+
+    def __init__(self, engine: Engine, settings: TeacherSettings, keys: Keys | None = None):
+        self.engine = engine
+        self.settings = settings
+        self.keys = keys or Keys()
+        self.metrics = Metrics()
+        self.rate = RetryAfter()
+        self.admission = Admission(settings.capacity, shared=self.keys.required, retry_after=self.rate)
+        self.queue = FairQueue(settings.window)
+        self.answers = Answers(engine, self.queue, self.rate, self.metrics, self._died)
+        self.on_death: Callable[[EngineDeadError], None] = lambda error: None
+        self.started = False
+        self.hidden_width = _HIDDEN_WIDTH
+        self._death: EngineDeadError | None = None
+        self._probe: asyncio.Task[None] | None = None
+        self._add_gauges()
+
+    async def start(self) -> None:
+        await self.engine.start()
+        self.started = True
+
+    async def check(self) -> None:
+        await self.engine.check()
+
+    def drain(self, reason: str) -> None:
+        self.admission.close(reason)
+
+    async def drained(self) -> None:
+        await self.admission.empty.wait()
+
+    def abort(self, error: StillhouseError) -> None:
+        self.answers.abort(error)
+
+    async def close(self) -> None:
+        await self.engine.close()
+
+    def require_started(self) -> None:
+        """OverloadedError while the model loads, EngineDeadError when it is gone."""
+        if self._death is not None:
+            raise self._death
+        if not self.started:
+            raise OverloadedError("the teacher is still loading its model", retry_after=2.0)
+
+    async def check_ready(self) -> None:
+        """Return if a token gets through the engine; the error that a probe should see otherwise.
+
+        A token is run only where no answer came of late: a busy engine proves itself.
+        """
+        self.require_started()
+        if self.admission.closed:
+            raise OverloadedError("the service is draining", retry_after=5.0)
+        await self.engine.check()
+        if time.monotonic() - self.answers.last_success < _FRESH_S:
+            return
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._run_a_token())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._probe), _PROBE_TIMEOUT_S)
+        except TimeoutError:
+            raise OverloadedError(f"no token got through the engine in {_PROBE_TIMEOUT_S:g} s") from None
+
+    async def _run_a_token(self) -> None:
+        job = Job(np.zeros(1, dtype=np.int64), (0, 1), TargetSpec(kinds=("score",)), "readiness")
+        await self.engine.score(job)
+        self.answers.last_success = time.monotonic()
+
+    def _died(self, error: EngineDeadError) -> None:
+        self._death = error
+        self.on_death(error)
+
+    def _add_gauges(self) -> None:
+        gauge = self.metrics.gauge
+        gauge("admitted_requests", "Requests in the house", lambda: self.admission.permits)
+        gauge("admitted_tokens", "Tokens in the house", lambda: self.admission.tokens)
+        gauge("admitted_cost", "Tokens x (K + 1) in the house", lambda: self.admission.cost)
+        gauge("capacity", "Tokens x (K + 1) that fit", lambda: self.admission.capacity)
+        gauge("queue_tokens", "Tokens that wait for a turn", lambda: self.queue.waiting_tokens)
+        gauge("engine_tokens", "Tokens in the engine", lambda: self.queue.running)
+        gauge("engine_window_tokens", "Tokens that the engine may be handed", lambda: self.queue.window)
+        gauge("in_flight_sequences", "Different sequences on their way", lambda: self.answers.in_flight)
+        gauge("tokens_per_second", "Rate of the engine, measured of late", lambda: self.rate.tokens_per_second)
+        gauge("ready", "1 when requests are let in", lambda: float(self.started and not self.admission.closed))

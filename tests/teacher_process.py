@@ -1,0 +1,104 @@
+"""The real teacher service as a child process, for tests that go through the front door.
+
+with TeacherProcess(script={"delay_s": 0.1}, keys="alice 0123456789abcdef") as teacher:
+    httpx.get(teacher.url + "/v1/teacher")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+READY = re.compile(r"stillhouse-teacher: ready at (\S+), (\S+), (\S+)")
+START_TIMEOUT_S = 60.0
+
+
+class TeacherProcess:
+    """Starts `stillhouse-teacher` with the scripted engine (or whatever `options` say) on a free port.
+
+    `url`, `model` and `fingerprint` are the ready line's. `log` is what it has written to stderr. Leaving the block
+    kills it if it still runs.
+    """
+
+    def __init__(
+        self, *options: str, script: dict[str, Any] | None = None, keys: str | None = None, port: int = 0,
+        environment: dict[str, str] | None = None, wait: bool = True,
+    ):  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix="stillhouse-test-")
+        command = [sys.executable, "-m", "teacher_service.main"]
+        if not any(option.startswith("--engine") for option in options):
+            command += ["scripted", "--engine", "scripted", "--script", json.dumps(script or {})]
+        if keys is not None:
+            keys_file = Path(self._folder.name, "keys")
+            keys_file.write_text(keys + "\n")
+            command += ["--keys", str(keys_file)]
+        self._log = Path(self._folder.name, "log").open("w+")  # noqa: SIM115 - closed by stop()
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
+        self.process = subprocess.Popen(
+            [*command, "--port", str(port), *options], stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=inherited | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        )  # fmt: skip
+        self.pid = self.process.pid
+        if wait:
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.stop()
+                raise
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Read the ready line; AssertionError with the log if the process ends before it."""
+        killer = threading.Timer(timeout_s, self.process.kill)
+        killer.start()
+        try:
+            assert self.process.stdout is not None
+            line = self.process.stdout.readline()
+            while line and not READY.match(line):
+                line = self.process.stdout.readline()
+        finally:
+            killer.cancel()
+        match = READY.match(line)
+        assert match, f"the teacher ended before it was ready:\n{self.log}"
+        self.url, self.model, self.fingerprint = match.groups()
+        self.host, port = self.url.rpartition("//")[2].split(":")
+        self.port = int(port)
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The log's events of this name."""
+        lines = (json.loads(line) for line in self.log.splitlines() if line.startswith("{"))
+        return [line for line in lines if line.get("event") == name]
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """The exit code."""
+        return self.process.wait(timeout_s)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.stop()
