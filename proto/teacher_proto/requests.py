@@ -176,9 +176,10 @@ def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
     if "top_k" in request.kinds:
         _within("top_k", request.top_k, 1, min(limits.max_top_k, limits.vocab_size), "top_k")
     _within("temperatures", len(request.temperatures), 0, limits.max_temperatures, "temperatures in a request")
-    for temperature in (*request.temperatures, request.sample_temperature):
+    named = [(f"temperatures.{i}", temperature) for i, temperature in enumerate(request.temperatures)]
+    for field, temperature in (*named, ("sample_temperature", request.sample_temperature)):
         if not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
-            _refuse("temperatures", temperature, [1e-3, 1e3], "a finite temperature within 0.001 and 1000")
+            _refuse(field, temperature, [1e-3, 1e3], "a finite temperature within 0.001 and 1000")
     _check_rows(request)
     if "gather" in request.kinds:
         _check_gather(request, limits)

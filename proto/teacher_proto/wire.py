@@ -122,21 +122,22 @@ def encode_request(request: TargetsRequest) -> bytes:
 
 def decode_request(body: bytes, limits: Limits) -> dict[str, Any]:
     """The plain fields of a msgpack request body, tensors and lists of ints as arrays. WireError if it is none."""
-    budget = _Budget(8 * limits.max_sequences + _MAX_CONTAINERS_A_MESSAGE)
-    unpacker = _unpacker(budget, max(limits.max_sequence_length, limits.max_sequences, 64), len(body), as_arrays=True)
+    budget = _Budget(8 * limits.max_sequences + _MAX_CONTAINERS_A_MESSAGE, 4 * limits.max_request_tokens)
+    unpacker = _unpacker(budget, limits.max_request_tokens, len(body), as_arrays=True)
     unpacker.feed(body)
     message = _next(unpacker)
     if message is None:
         raise TruncatedError(f"the body stops inside its message, after {len(body)} bytes")
     if unpacker.tell() != len(body):
         raise WireError(f"{len(body) - unpacker.tell()} bytes follow the request; one message was expected")
-    for name in ("sequences", "gather_ids"):
-        items = message.get(name)
-        if isinstance(items, list):
+    for name, value in message.items():
+        if name in ("sequences", "gather_ids") and isinstance(value, list):
             message[name] = [
                 decode_tensor(item, f"{name}.{i}") if isinstance(item, Mapping) else item
-                for i, item in enumerate(items)
+                for i, item in enumerate(value)
             ]
+        elif isinstance(value, np.ndarray):
+            message[name] = value.tolist()
     return message
 
 
@@ -279,29 +280,32 @@ def _decode_targets(message: dict[str, Any]) -> TokenTargets:
 
 
 class _Budget:
-    """Counts containers, which cost 70 times their bytes when they are empty and many."""
+    """Counts containers, which cost 70 times their bytes when they are empty and many, and the items of lists."""
 
-    def __init__(self, containers: int):
-        self._limit = containers
-        self._left = containers
+    def __init__(self, containers: int, items: int = 2**16):
+        self._limits = containers, items
+        self.reset()
 
     def reset(self) -> None:
-        self._left = self._limit
+        self._containers, self._items = self._limits
 
-    def spend(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise WireError(f"more than {self._limit} lists and maps in one message")
+    def spend(self, items: int) -> None:
+        self._containers -= 1
+        self._items -= items
+        if self._containers < 0:
+            raise WireError(f"more than {self._limits[0]} lists and maps in one message")
+        if self._items < 0:
+            raise WireError(f"more than {self._limits[1]} items in the lists of one message")
 
 
 def _unpacker(budget: _Budget, max_array: int, max_bytes: int, as_arrays: bool = False) -> msgpack.Unpacker:
     def on_list(items: list[Any]) -> Any:
-        budget.spend()
+        budget.spend(len(items))
         # A long list of ints becomes an array at once: 4 to 8 bytes an id instead of 40.
         return np.array(items, dtype=np.int64) if as_arrays and len(items) > 8 and _all_ints(items) else items
 
     def on_pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-        budget.spend()
+        budget.spend(len(pairs))
         result = dict(pairs)
         if len(result) != len(pairs):
             raise WireError("a map has the same key twice")

@@ -5,12 +5,14 @@ The status is the error class's own (`teacher_proto.errors`); what is raised by 
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from teacher_proto.errors import (
     MalformedError,
@@ -24,7 +26,7 @@ from teacher_proto.errors import (
 _COME_AGAIN = {429, 503}
 
 
-def error_response(error: StillhouseError, request_id: str | None) -> JSONResponse:
+def error_response(error: StillhouseError, request_id: str | None) -> Response:
     """The response that stands for an error: its status, its JSON, and Retry-After where it is to come again."""
     headers = {}
     if error.status in _COME_AGAIN:
@@ -34,7 +36,13 @@ def error_response(error: StillhouseError, request_id: str | None) -> JSONRespon
         headers["WWW-Authenticate"] = 'Bearer realm="stillhouse", Basic realm="stillhouse"'
     if isinstance(error, MethodNotAllowedError) and error.limit:
         headers["Allow"] = ", ".join(error.limit)
-    return JSONResponse(error.to_json() | {"request_id": request_id}, error.status, headers)
+    body = {name: _plain(value) for name, value in error.to_json().items()} | {"request_id": request_id}
+    return Response(json.dumps(body), error.status, headers, "application/json")
+
+
+def _plain(value: Any) -> Any:
+    """What came may be NaN or infinity, which JSON has not."""
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def translate(error: Exception, request: Request) -> StillhouseError:
@@ -49,18 +57,24 @@ def translate(error: Exception, request: Request) -> StillhouseError:
         return MalformedError(f"{field}: {first['msg']}", field=field)
     if isinstance(error, HTTPException) and error.status_code == 405:
         allowed = sorted(part.strip() for part in (error.headers or {}).get("Allow", "").split(",") if part)
-        message = f"{request.method} is not a method of {request.url.path}; allowed: {', '.join(allowed)}"
+        message = f"{request.method} is not a method of {_path(request)}; allowed: {', '.join(allowed)}"
         return MethodNotAllowedError(message, field="method", got=request.method, limit=allowed)
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return NotFoundError(f"there is nothing at {request.url.path}; /docs lists what there is", field="path")
+        return NotFoundError(f"there is nothing at {_path(request)}; /docs lists what there is", field="path")
     assert isinstance(error, HTTPException), error
     return MalformedError(str(error.detail))
+
+
+def _path(request: Request) -> str:
+    """The path as the router saw it, which `request.url` would let a Host header bend."""
+    path = request.scope["path"]
+    return repr(path if len(path) <= 80 else path[:77] + "...")
 
 
 def install_error_table(app: FastAPI) -> None:
     """Answer every StillhouseError, and what the framework refuses by itself, as JSON."""
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> Response:
         translated = translate(error, request)
         request.state.error = translated
         return error_response(translated, request.state.request_id)

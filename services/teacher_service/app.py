@@ -32,7 +32,7 @@ probes = APIRouter()
 
 
 def create_app(service: TeacherService) -> FastAPI:
-    app = FastAPI(title="Stillhouse teacher", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Stillhouse teacher", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.keys = service.keys
     app.include_router(probes)
@@ -126,11 +126,18 @@ def _decode(body: bytes, content_type: str, limits: Limits) -> dict[str, Any]:
     if content_type == wire.MSGPACK:
         return wire.decode_request(body, limits)
     try:
-        fields = json.loads(body)
+        fields = json.loads(body, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"the body is not JSON: {error}", field="body") from None
     if not isinstance(fields, dict):
         raise MalformedError(f"the body is a JSON {type(fields).__name__}, an object was expected", field="body")
+    return fields
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object has the same key twice")
     return fields
 
 
