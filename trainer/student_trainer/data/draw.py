@@ -7,7 +7,7 @@ import numpy as np
 
 from student_trainer.data.batch import Placed
 from student_trainer.data.feed import Feed
-from student_trainer.data.mixture import Cursor, Mixer
+from student_trainer.data.mixture import Cursor, Mixer, MixtureState
 from student_trainer.data.tokenise import TokenDocument
 
 Start = tuple[int, Cursor]  # a source, and where in it a sequence begins
@@ -18,7 +18,6 @@ class Drawn:
     """A sequence that has no place yet."""
 
     start: Start
-    document: TokenDocument
     sequence: Placed
 
 
@@ -36,31 +35,57 @@ def cut(source: int, name: str, document: TokenDocument, offset: int, space: int
 
 
 class Draws:
-    """Draws by the mixture's rule and books each draw with the mixer."""
+    """Draws by the mixture's rule, and books each draw with the mixer."""
 
-    def __init__(self, mixer: Mixer, feeds: Sequence[Feed], kept: Mapping[Start, TokenDocument]) -> None:
-        """kept: documents of pending sequences that are still at hand; the others are fetched anew."""
-        self._mixer, self._feeds, self._kept = mixer, feeds, kept
+    def __init__(self, mixer: Mixer, feeds: Sequence[Feed], documents: dict[Start, TokenDocument]) -> None:
+        """documents: those at hand that the mixer's slots and the pending sequences are cut from."""
+        self._mixer, self._feeds, self._documents = mixer, feeds, documents
 
     def next(self, space: int) -> Drawn | None:
-        """The next sequence, of at most `space` tokens; None where its first token would not fit."""
+        """The next sequence, of at most `space` tokens; None, and nothing booked, where not one token would fit."""
         source = self._mixer.next_source()
-        feed = self._feeds[source]
-        start, document = feed.first(self._mixer.cursor(source))
+        cursor = self._mixer.cursor(source)
+        start = self._mixer.turn(source)
+        if start is None:
+            start, document = self._feeds[source].first(cursor)
+            cursor = replace(start, document=start.document + 1)
+            self._documents[source, start] = document
+        else:
+            document = self._documents[source, replace(start, offset=0)]
         if space <= len(document.prefix):
             return None
-        sequence = cut(source, feed.source.name, document, start.offset, space)
+        sequence = cut(source, self._feeds[source].source.name, document, start.offset, space)
         stop = start.offset + len(sequence.ids_N) - len(document.prefix)
-        ended = stop == len(document.ids_N)
-        after = replace(start, document=start.document + 1, offset=0) if ended else replace(start, offset=stop)
-        self._mixer.drawn(source, len(sequence.ids_N), after)
-        return Drawn((source, start), document, sequence)
+        rest = None if stop == len(document.ids_N) else replace(start, offset=stop)
+        self._mixer.drawn(source, len(sequence.ids_N), cursor, rest)
+        return Drawn((source, start), sequence)
 
     def again(self, start: Start, space: int) -> Drawn:
         """A sequence that was drawn before and waited; it is booked already."""
         source, cursor = start
-        document = self._kept.get(start)
+        document = self._documents[source, replace(cursor, offset=0)]
+        return Drawn(start, cut(source, self._feeds[source].source.name, document, cursor.offset, space))
+
+
+def documents_in_use(state: MixtureState) -> list[Start]:
+    """The documents that are partly read or pending, by source and in the order of the source."""
+    open_slots = [(i, slot) for i, source in enumerate(state.sources) for slot in source.slots if slot]
+    return sorted({(i, replace(cursor, offset=0)) for i, cursor in (*open_slots, *state.pending)})
+
+
+def fetch_in_use(
+    state: MixtureState, feeds: Sequence[Feed], at_hand: Mapping[Start, TokenDocument]
+) -> dict[Start, TokenDocument]:
+    """Those documents, from `at_hand` or read anew, which happens once, after a resume."""
+    found = {}
+    for source, cursor in documents_in_use(state):
+        document = at_hand.get((source, cursor))
         if document is None:
-            found, document = self._feeds[source].first(cursor)
-            assert found == cursor, "a pending sequence began at a document for training"
-        return Drawn(start, document, cut(source, self._feeds[source].source.name, document, cursor.offset, space))
+            first, document = feeds[source].first(cursor)
+            if first != cursor:
+                raise ValueError(
+                    f"source {feeds[source].source.name!r} has no document for training at {cursor}, which the mixture "
+                    "state has begun; were held_out_fraction or bad_documents changed?"
+                )
+        found[source, cursor] = document
+    return found

@@ -1,27 +1,21 @@
-"""Documents out of files: text, JSON lines and Parquet, plain or compressed, on any fsspec URL. Used by `sources`.
+"""Which files a source is made of, and their bytes: folders, globs and compression on any fsspec URL.
 
-A reader takes a file, the source's settings and a first row, and yields tables with one column, `document`: the text,
-the conversation as JSON, or the token ids. Every complaint names the file and, for JSON lines, the line.
+Used by `records`, which makes documents of them, and by `index` and `streamed`.
 """
 
-import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.json
-import pyarrow.parquet
 
 from student_trainer.data.settings import SourceSettings
 
 CHUNK_BYTES = 8 << 20
-PARQUET_ROWS = 1024
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 EXTENSIONS = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet", ".pq")}
-DOCUMENT_TYPE = {"text": pa.string(), "chat": pa.string(), "tokens": pa.list_(pa.int32())}
 
 
 @dataclass(frozen=True)
@@ -77,100 +71,26 @@ def _wanted(name: str, root: str, kind: str) -> bool:
     return inner.endswith(EXTENSIONS.get(kind, ""))
 
 
-def read_tables(file: DataFile, settings: SourceSettings, start: int = 0) -> Iterator[pa.Table]:
-    """Tables of one file from document `start` on. Raises ValueError with the file's name for what cannot be read."""
-    try:
-        yield from READERS[settings.kind](file, settings, start)
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"cannot read {file.url} as {settings.kind}: {type(error).__name__}: {error}; "
-            "is the file whole, and of the kind and compression that its name says?"
-        ) from error
+@contextmanager
+def open_file(file: DataFile, settings: SourceSettings) -> Iterator[Any]:
+    """The file's bytes, decompressed by its name's ending. A file that was cut short raises OSError or EOFError."""
+    # fsspec's reader takes a truncated Zstandard file for a whole one; Arrow's does not.
+    is_zstandard = file.url.endswith(".zst")
+    with fsspec.open(
+        file.url, "rb", compression=None if is_zstandard else "infer", **settings.storage_options
+    ) as binary:
+        yield pa.CompressedInputStream(binary, "zstd") if is_zstandard else binary
 
 
-def _table(documents: list[Any], format: str) -> pa.Table:
-    return pa.table({"document": pa.array(documents, DOCUMENT_TYPE[format])})
-
-
-def _skip_rows(tables: Iterator[pa.Table], start: int) -> Iterator[pa.Table]:
-    for table in tables:
-        if start < len(table):
-            yield table.slice(start)
-        start = max(0, start - len(table))
-
-
-def _read_text(file: DataFile, settings: SourceSettings, start: int) -> Iterator[pa.Table]:
-    if settings.document == "file":
-        with _open(file, settings) as binary:
-            yield from _skip_rows(iter([_table([_decode(binary.read(), settings)], "text")]), start)
-        return
-    separator = b"\n" if settings.document == "line" else b"\n\n"
-
-    def tables() -> Iterator[pa.Table]:
-        for chunk, _ in _chunks(file, settings, separator):
-            parts = chunk.replace(b"\r\n", b"\n").split(separator)
-            yield _table([_decode(part, settings) for part in parts if part.strip()], "text")
-
-    yield from _skip_rows(tables(), start)
-
-
-def _read_jsonl(file: DataFile, settings: SourceSettings, start: int) -> Iterator[pa.Table]:
-    def tables() -> Iterator[pa.Table]:
-        for chunk, line in _chunks(file, settings, b"\n"):
-            yield _parse_arrow(chunk, settings) or _parse_lines(chunk, line, file, settings)
-
-    yield from _skip_rows(tables(), start)
-
-
-def _read_parquet(file: DataFile, settings: SourceSettings, start: int) -> Iterator[pa.Table]:
-    columns = [name for name in (settings.column_name, settings.tools_column) if name]
-    with fsspec.open(file.url, "rb", **settings.storage_options) as binary:
-        parquet = pa.parquet.ParquetFile(binary)
-        for name in columns:
-            if name not in parquet.schema_arrow.names:
-                raise ValueError(no_column(file.url, name, parquet.schema_arrow.names))
-        for group in range(parquet.num_row_groups):
-            rows = parquet.metadata.row_group(group).num_rows
-            if start < rows:
-                batches = parquet.iter_batches(PARQUET_ROWS, [group], columns)
-                yield from _skip_rows((_from_columns(b, file, settings) for b in batches), start)
-            start = max(0, start - rows)
-
-
-def _from_columns(batch: pa.RecordBatch, file: DataFile, settings: SourceSettings) -> pa.Table:
-    if settings.format == "chat":
-        return _table([chat_json(row, settings) for row in batch.to_pylist()], "chat")
-    column = batch.column(settings.column_name)
-    if column.null_count:
-        raise ValueError(f"{file.url}: {column.null_count} rows have no {settings.column_name!r}; drop or fill them")
-    try:
-        return pa.table({"document": column.cast(DOCUMENT_TYPE[settings.format])})
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{file.url}: column {settings.column_name!r} is {column.type}, expected "
-            f"{DOCUMENT_TYPE[settings.format]} for format {settings.format!r}"
-        ) from error
-
-
-READERS: dict[str, Callable[[DataFile, SourceSettings, int], Iterator[pa.Table]]] = {
-    "text": _read_text,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-}
-
-
-def _open(file: DataFile, settings: SourceSettings) -> Any:
-    return fsspec.open(file.url, "rb", compression="infer", **settings.storage_options)
-
-
-def _decode(data: bytes, settings: SourceSettings) -> str:
+def decode(data: bytes, settings: SourceSettings) -> str:
+    """UTF-8, with errors by the source's settings."""
     return data.decode("utf-8", settings.encoding_errors)
 
 
-def _chunks(file: DataFile, settings: SourceSettings, separator: bytes) -> Iterator[tuple[bytes, int]]:
+def chunks(file: DataFile, settings: SourceSettings, separator: bytes) -> Iterator[tuple[bytes, int]]:
     """Parts of about CHUNK_BYTES that end at a separator, each with the number of its first line, from 1."""
     line, rest = 1, b""
-    with _open(file, settings) as binary:
+    with open_file(file, settings) as binary:
         while data := binary.read(CHUNK_BYTES):
             rest += data
             cut = rest.rfind(separator)
@@ -180,75 +100,3 @@ def _chunks(file: DataFile, settings: SourceSettings, separator: bytes) -> Itera
                 line += chunk.count(b"\n")
     if rest.strip():
         yield rest, line
-
-
-def _parse_arrow(chunk: bytes, settings: SourceSettings) -> pa.Table | None:
-    """The quick road for text and ids: only the wanted field is parsed. None where it needs the careful one."""
-    if settings.format == "chat" or not chunk.strip():
-        return None
-    schema = pa.schema([(settings.column_name, DOCUMENT_TYPE[settings.format])])
-    try:
-        table = pa.json.read_json(
-            io.BytesIO(chunk),
-            read_options=pa.json.ReadOptions(use_threads=False, block_size=len(chunk) + 1),
-            parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
-    except pa.ArrowInvalid:
-        return None
-    table = table.select([settings.column_name])
-    if table.column(0).null_count or any(c.values.null_count for c in table.column(0).chunks if hasattr(c, "values")):
-        return None
-    return table.rename_columns(["document"])
-
-
-def _parse_lines(chunk: bytes, first: int, file: DataFile, settings: SourceSettings) -> pa.Table:
-    documents = []
-    for number, line in enumerate(chunk.split(b"\n"), start=first):
-        if line.strip():
-            documents.append(_parse_line(line, f"{file.url}, line {number}", settings))
-    return _table(documents, settings.format)
-
-
-def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
-    try:
-        row = json.loads(_decode(line, settings))
-    except ValueError as error:
-        shown = line[:80].decode("utf-8", "replace")
-        raise ValueError(f"{place}: not JSON ({error}): {shown!r}; expected one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: got a JSON {type(row).__name__}, expected an object")
-    if row.get(settings.column_name) is None:
-        raise ValueError(no_column(place, settings.column_name, list(row)))
-    if settings.format == "chat":
-        return chat_json(row, settings)
-    value = row[settings.column_name]
-    if settings.format == "text":
-        if not isinstance(value, str):
-            raise ValueError(f"{place}: {settings.column_name!r} is {type(value).__name__}, expected a string")
-        return value.encode("utf-8", "surrogatepass").decode("utf-8", settings.encoding_errors)
-    if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in value):
-        raise ValueError(f"{place}: {settings.column_name!r} is not a list of token ids (integers from 0 to 2^31 - 1)")
-    return value
-
-
-def chat_json(row: dict[str, Any], settings: SourceSettings) -> str:
-    """A conversation as the string that the index keeps."""
-    return json.dumps(chat_content(row, settings), ensure_ascii=False)
-
-
-def chat_content(row: dict[str, Any], settings: SourceSettings) -> dict[str, Any]:
-    """{"messages", and "tools" where there are any} of a row, without the fields that Arrow filled up with null."""
-    chat: dict[str, Any] = {"messages": row[settings.column_name]}
-    if settings.tools_column and row.get(settings.tools_column):
-        chat["tools"] = row[settings.tools_column]
-    return {name: _without_nulls(value) for name, value in chat.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def no_column(place: str, name: str, present: list[str]) -> str:
-    return f"{place}: no field {name!r}, it has {', '.join(map(repr, sorted(present)))}; set `column` to one of them"

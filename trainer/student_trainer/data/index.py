@@ -17,12 +17,13 @@ import filelock
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
-from student_trainer.data.files import DataFile, find_files, read_tables
+from student_trainer.data.files import DataFile, find_files
+from student_trainer.data.records import read_tables
 from student_trainer.data.settings import SourceSettings
 
 logger = logging.getLogger(__name__)
 VERSION = 1
-SHAPES_THE_INDEX = ("kind", "format", "column", "tools_column", "document", "encoding_errors")
+SHAPES_THE_INDEX = ("kind", "format", "column", "tools_column", "document", "encoding_errors", "bad_documents")
 
 
 def cache_root(folder: str | None) -> Path:

@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.data.batch import Batch, build_batch
-from student_trainer.data.draw import Draws, Start
+from student_trainer.data.draw import Draws, Start, documents_in_use, fetch_in_use
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.held_out import held_out_batches
 from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
 from student_trainer.data.packing import MODES
+from student_trainer.data.random_access import BLOCK_CHARACTERS
 from student_trainer.data.settings import DataSettings
-from student_trainer.data.sources import BLOCK_CHARACTERS, open_source
+from student_trainer.data.sources import open_source
 from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id
 
 CHARACTERS_A_TOKEN = 4
@@ -47,22 +48,25 @@ class BatchSource:
         self._weights = normalised({name: source.weight for name, source in settings.sources.items()})
         self._held_out: dict[str, list[Batch]] = {}
         self._lock = threading.Lock()
-        self._kept: dict[Start, TokenDocument] = {}  # the documents of what is pending; a cache
+        self._at_hand: dict[Start, TokenDocument] = {}  # documents in use after the last batch; a cache
         self._pool = ThreadPoolExecutor(settings.workers, "tokenise")
         self._feeds = [self._open(name, tokenizer) for name in self.names]
 
     def _open(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Feed:
         settings = self.settings
         source = open_source(name, settings.sources[name], self.seed, settings.cache_folder)
-        tokeniser = Tokeniser(tokenizer, settings, settings.sources[name])
+        tokeniser = Tokeniser(name, tokenizer, settings)
         characters_ahead = settings.batches_ahead * settings.rows * settings.seq_len * CHARACTERS_A_TOKEN
         ahead = settings.workers + 1 + characters_ahead // BLOCK_CHARACTERS
         return Feed(source, tokeniser, self._pool, self.rate, ahead)
 
     def initial_state(self) -> MixtureState:
         """The state before batch 0, with the settings' weights."""
+        slots = (None,) * self.settings.interleave
         sources = [f.source for f in self._feeds]
-        return MixtureState(0, tuple(SourceState(s.name, self._weights[s.name], s.fingerprint) for s in sources))
+        return MixtureState(
+            0, tuple(SourceState(s.name, self._weights[s.name], s.fingerprint, slots=slots) for s in sources)
+        )
 
     def check_state(self, state: MixtureState) -> None:
         """ValueError if `state` is of other data: other sources, or other documents in one of them."""
@@ -70,6 +74,10 @@ class BatchSource:
         if names != self.names:
             raise ValueError(f"the mixture state is of the sources {names}, the settings name {self.names}")
         for saved, feed in zip(state.sources, self._feeds, strict=True):
+            if len(saved.slots) != self.settings.interleave:
+                raise ValueError(
+                    f"data.interleave was {len(saved.slots)} and is {self.settings.interleave}; set it back"
+                )
             if saved.fingerprint != feed.source.fingerprint:
                 raise ValueError(
                     f"source {saved.name!r} is not what the run began with: its fingerprint (documents:hash) was "
@@ -83,11 +91,14 @@ class BatchSource:
         self.check_state(state)
         with self._lock:
             mixer = Mixer(state)
-            draws = Draws(mixer, self._feeds, self._kept)
-            rows, waiting = MODES[self.settings.packing](draws, state.pending, self.settings)
-            self._kept = {drawn.start: drawn.document for drawn in waiting}
+            documents = fetch_in_use(state, self._feeds, self._at_hand)
+            rows, waiting = MODES[self.settings.packing](
+                Draws(mixer, self._feeds, documents), state.pending, self.settings
+            )
+            after = mixer.freeze(number + 1, tuple(drawn.start for drawn in waiting))
+            self._at_hand = {start: documents[start] for start in documents_in_use(after)}
         batch = build_batch(number, rows, self.settings.seq_len, self._pad_id, self.names)
-        return self._mine(batch), mixer.freeze(number + 1, tuple(drawn.start for drawn in waiting))
+        return self._mine(batch), after
 
     def held_out(self, name: str) -> list[Batch]:
         """The fixed batches that source `name` is evaluated on; empty where its held_out_fraction is 0.
@@ -100,7 +111,7 @@ class BatchSource:
         if source.settings.held_out_fraction == 0:
             return []
         if name not in self._held_out:
-            tokeniser = Tokeniser(self._tokenizer, self.settings, source.settings)
+            tokeniser = Tokeniser(name, self._tokenizer, self.settings)
             batches = held_out_batches(source, tokeniser, self.settings, self._pad_id, self.names)
             self._held_out[name] = [self._mine(batch) for batch in batches]
         return self._held_out[name]

@@ -26,12 +26,17 @@ class Cursor:
 
 @dataclass(frozen=True)
 class SourceState:
-    """One source: its weight, credit and cursor, and what has been drawn from it."""
+    """One source: its weight, credit and cursor, and what has been drawn from it.
+
+    Long documents are read side by side, one piece of each in turn, so that a batch is not made of one of them: `slots`
+    holds the documents that are being read (None: the slot is free and takes the next document), the next turn first.
+    """
 
     name: str
     weight: float
     fingerprint: str
-    cursor: Cursor = Cursor()
+    cursor: Cursor = Cursor()  # the next document that no slot has had
+    slots: tuple[Cursor | None, ...] = (None,)
     credit: float = 0.0
     tokens: int = 0
     documents: int = 0
@@ -67,14 +72,15 @@ class MixtureState:
                 s.name: {
                     "weight": s.weight,
                     "credit": s.credit,
-                    "cursor": _cursor_list(s.cursor),
+                    "cursor": _numbers(s.cursor),
+                    "slots": [slot and _numbers(slot) for slot in s.slots],
                     "tokens": s.tokens,
                     "documents": s.documents,
                     "fingerprint": s.fingerprint,
                 }
                 for s in self.sources
             },
-            "pending": [[self.sources[source].name, *_cursor_list(cursor)] for source, cursor in self.pending],
+            "pending": [[self.sources[source].name, *_numbers(cursor)] for source, cursor in self.pending],
         }
 
     @classmethod
@@ -83,10 +89,7 @@ class MixtureState:
         if data.get("version") != VERSION:
             raise ValueError(f"the mixture state has version {data.get('version')!r}, this trainer reads {VERSION}")
         try:
-            sources = tuple(
-                SourceState(**{**fields, "name": name, "cursor": Cursor(*fields["cursor"])})
-                for name, fields in data["sources"].items()
-            )
+            sources = tuple(_source_from_json(name, fields) for name, fields in data["sources"].items())
             order = {source.name: i for i, source in enumerate(sources)}
             pending = tuple((order[name], Cursor(*cursor)) for name, *cursor in data["pending"])
             return cls(int(data["number"]), sources, pending)
@@ -94,8 +97,13 @@ class MixtureState:
             raise ValueError(f"the mixture state cannot be read ({error!r}); is it from a checkpoint?") from error
 
 
-def _cursor_list(cursor: Cursor) -> list[int]:
+def _numbers(cursor: Cursor) -> list[int]:
     return [cursor.epoch, cursor.shard, cursor.document, cursor.offset]
+
+
+def _source_from_json(name: str, fields: Mapping[str, Any]) -> SourceState:
+    slots = tuple(Cursor(*slot) if slot else None for slot in fields["slots"])
+    return SourceState(**{**fields, "name": name, "cursor": Cursor(*fields["cursor"]), "slots": slots})
 
 
 def normalised(weights: Mapping[str, float]) -> dict[str, float]:
@@ -119,21 +127,27 @@ class Mixer:
         candidates = [i for i, weight in enumerate(self._weights) if weight > 0]
         return max(candidates, key=lambda i: (self._credits[i], self._weights[i], -i))
 
+    def turn(self, source: int) -> Cursor | None:
+        """Where the document goes on whose turn it is; None: the next document begins."""
+        return self._states[source].slots[0]
+
     def cursor(self, source: int) -> Cursor:
+        """The next document of a source."""
         return self._states[source].cursor
 
-    def move(self, source: int, cursor: Cursor) -> None:
-        """Set the cursor without drawing: past documents that have nothing for training."""
-        self._states[source] = replace(self._states[source], cursor=cursor)
-
-    def drawn(self, source: int, tokens: int, cursor: Cursor) -> None:
-        """Book a sequence of `tokens` tokens, the source standing at `cursor` afterwards."""
+    def drawn(self, source: int, tokens: int, cursor: Cursor, rest: Cursor | None) -> None:
+        """Book a sequence of `tokens` tokens: `cursor` is the next document now, `rest` what this one has left."""
         for i, weight in enumerate(self._weights):
             self._credits[i] += weight * tokens
         self._credits[source] -= tokens
         state = self._states[source]
-        documents = state.documents + (cursor.offset == 0)
-        self._states[source] = replace(state, cursor=cursor, tokens=state.tokens + tokens, documents=documents)
+        self._states[source] = replace(
+            state,
+            cursor=cursor,
+            slots=(*state.slots[1:], rest),
+            tokens=state.tokens + tokens,
+            documents=state.documents + (rest is None),
+        )
 
     def freeze(self, number: int, pending: tuple[tuple[int, Cursor], ...]) -> MixtureState:
         """The state after the batch."""

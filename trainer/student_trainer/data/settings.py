@@ -36,6 +36,10 @@ class SourceSettings(BaseModel):
     column: str | None = Field(None, description="the field to read; text, messages or input_ids if not given")
     tools_column: str | None = Field(None, description="chat: the field with the tools that the template is given")
     document: Literal["file", "paragraph", "line"] = Field("file", description="kind text: what one document is")
+    bad_documents: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a line that is not JSON, a conversation the template refuses: stop the run, or count and go on",
+    )
     encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
     weight: float = Field(1.0, ge=0, description="share of the tokens drawn, against the other sources' weights")
     held_out_fraction: float = Field(0.01, ge=0, le=1, description="share of documents kept for evaluation, by hash")
@@ -130,6 +134,11 @@ class DataSettings(BaseModel):
         "their ends; none: one document a row",
     )
     packing_window: int = Field(32, ge=1, description="best_fit: how many pieces may wait for a row they fit in")
+    interleave: int = Field(
+        16,
+        ge=1,
+        description="documents of a source longer than a row that are read side by side, a piece of each in turn",
+    )
     add_bos: bool | None = Field(None, description="start each sequence with BOS; null: as the tokenizer does")
     add_eos: bool = Field(True, description="end each text document with EOS (a chat template ends its own)")
     workers: int = Field(2, ge=1, description="threads that read and tokenise")

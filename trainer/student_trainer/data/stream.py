@@ -38,9 +38,7 @@ class BatchStream:
 
     def __init__(self, source: BatchSource, state: MixtureState) -> None:
         self._source = source
-        self._queue: queue.Queue[tuple[Batch, MixtureState] | BaseException] = queue.Queue(
-            source.settings.batches_ahead
-        )
+        self._queue: queue.Queue[Made | Exception] = queue.Queue(source.settings.batches_ahead)
         self._stop = threading.Event()
         self._window: deque[tuple[float, float, int, float]] = deque(maxlen=WINDOW)  # waited, whole, tokens, fill
         self._last: float | None = None

@@ -1,20 +1,22 @@
-"""Raw documents to token ids, with BOS and EOS by the settings, and the split into train and held-out by hash.
+"""Raw documents to token ids, with BOS and EOS by the settings.
 
 Called by `feed` on worker threads: `tokenizers` works outside the GIL, so threads are enough.
 """
 
-import hashlib
-import json
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.settings import DataSettings, SourceSettings
-from student_trainer.data.sources import RawDocument
+from student_trainer.data.chat import ChatTemplate
+from student_trainer.data.documents import RawDocument
+from student_trainer.data.settings import DataSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,36 +29,44 @@ class TokenDocument:
     prefix: tuple[int, ...]
 
 
-def is_held_out(content: Any, fraction: float) -> bool:
-    """Whether a document is kept from training: its hash, so copies fall on the same side, whatever the seed."""
-    if fraction <= 0:
-        return False
-    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=b"held-out").digest()
-    return int.from_bytes(digest, "little") < fraction * 2.0**64
-
-
 class Tokeniser:
-    """Turns a source's documents into `TokenDocument`s; None for a document without tokens."""
+    """Turns the documents of one source into `TokenDocument`s; None for one without tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings, source: SourceSettings) -> None:
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> None:
         # Threads of ours share the work out; the library's own threads would fight with the training step's.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.name = name
+        self.skipped = 0
         self._tokenizer = tokenizer
-        self._backend = _plain_backend(tokenizer)
-        self._vocab_size = len(tokenizer)
-        self._format = source.format
-        self._source = source
+        self._settings = data.sources[name]
+        self._add_bos = data.add_bos
         self._prefix = bos_prefix(tokenizer, data.add_bos)
-        self._suffix = _eos_suffix(tokenizer) if data.add_eos else ()
+        self._suffix = eos_suffix(tokenizer) if data.add_eos and self._settings.format == "text" else ()
+        self._backend = _plain_backend(tokenizer)
+        self._chat = ChatTemplate(tokenizer, self._settings) if self._settings.format == "chat" else None
 
     def __call__(self, documents: list[RawDocument]) -> list[TokenDocument | None]:
-        if self._format == "tokens":
-            return [self._from_ids(document) for document in documents]
-        return self._from_texts(documents)
+        if self._settings.format == "text":
+            return self._from_texts(documents)
+        make = self._from_ids if self._settings.format == "tokens" else self._from_chat
+        return [self._guarded(make, document) for document in documents]
+
+    def _guarded(
+        self, make: Callable[[RawDocument], TokenDocument | None], document: RawDocument
+    ) -> TokenDocument | None:
+        try:
+            return make(document)
+        except ValueError as error:
+            message = f"source {self.name!r}, document {document.index}: {error}"
+            if self._settings.bad_documents == "stop":
+                raise ValueError(message) from error
+            if self.skipped == 0:
+                logger.warning("%s. SKIPPED, as will be all like it; the count is in the log", message)
+            self.skipped += 1
+            return None
 
     def _from_texts(self, documents: list[RawDocument]) -> list[TokenDocument | None]:
-        made = []
+        made: list[TokenDocument | None] = []
         for document, ids in zip(documents, self._encode([d.content for d in documents]), strict=True):
             ids_N = np.array([*ids, *self._suffix], np.int32)
             made.append(TokenDocument(document.index, ids_N, None, self._prefix) if ids else None)
@@ -67,16 +77,28 @@ class Tokeniser:
             return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _from_chat(self, document: RawDocument) -> TokenDocument | None:
+        """The template writes its own BOS and end-of-turn tokens; a BOS it writes opens later pieces too."""
+        assert self._chat is not None
+        ids_N, counts_N = self._chat(document.content)
+        if not counts_N.any():
+            raise ValueError("nothing of the conversation is learnt: the assistant says nothing in it")
+        bos = self._tokenizer.bos_token_id
+        opens = bos is not None and int(ids_N[0]) == bos
+        if opens and self._add_bos is not False:
+            return TokenDocument(document.index, ids_N[1:], counts_N[1:], (bos,))
+        return TokenDocument(document.index, ids_N, counts_N, self._prefix if self._add_bos else ())
+
     def _from_ids(self, document: RawDocument) -> TokenDocument | None:
         """Ids made beforehand are taken as they are: no BOS, no EOS, all within the vocabulary."""
         ids_N = np.asarray(document.content, np.int32)
         if len(ids_N) == 0:
             return None
         low, high = int(ids_N.min()), int(ids_N.max())
-        if low < 0 or high >= self._vocab_size:
+        if low < 0 or high >= len(self._tokenizer):
             raise ValueError(
-                f"document {document.index} has token ids from {low} to {high}, the tokenizer has {self._vocab_size} "
-                "tokens; were the ids made with another tokenizer?"
+                f"token ids from {low} to {high}, but the tokenizer has {len(self._tokenizer)} tokens; "
+                "were the ids made with another tokenizer?"
             )
         return TokenDocument(document.index, ids_N, None, ())
 
@@ -92,7 +114,8 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> tupl
     return (bos,) if add_bos else ()
 
 
-def _eos_suffix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_suffix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """(eos id,)."""
     if tokenizer.eos_token_id is None:
         raise ValueError("add_eos is true, but the tokenizer has no EOS token; set data.add_eos=false")
     return (tokenizer.eos_token_id,)

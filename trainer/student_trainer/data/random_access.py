@@ -1,0 +1,128 @@
+"""Sources whose every document can be had at once: indexed files, data sets on the disk, texts in the settings.
+
+Opened by `sources`. All are memory-mapped Arrow through `datasets`; the order of an epoch is computed, not kept.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from student_trainer.data.documents import RawDocument, canonical
+from student_trainer.data.hub import load_hub
+from student_trainer.data.index import open_index
+from student_trainer.data.order import key_of, shuffled
+from student_trainer.data.records import chat_content, no_column
+from student_trainer.data.settings import FILE_KINDS, SourceSettings
+
+BLOCK_CHARACTERS = 1 << 18  # about what a block holds, so that long documents come few at a time
+LARGEST_BLOCK = 512
+SAMPLED = 64
+
+
+class RandomAccessSource:
+    """One shard, shuffled whole."""
+
+    def __init__(self, name: str, settings: SourceSettings, dataset: datasets.Dataset, seed: int) -> None:
+        if len(dataset) == 0:
+            raise ValueError(f"source {name!r} holds no documents; give data with at least one")
+        self.name, self.settings, self.seed = name, settings, seed
+        self._dataset = dataset
+        sample_N = shuffled(np.arange(min(SAMPLED, len(dataset))), len(dataset), key_of("fingerprint"))
+        sample = [canonical(content) for content in self._fetch(sample_N)]
+        self.fingerprint = f"{len(dataset)} documents:{key_of(sample):016x}"
+        mean_characters = max(1, sum(map(len, sample)) // len(sample))
+        self.block_size = int(np.clip(BLOCK_CHARACTERS // mean_characters, 1, LARGEST_BLOCK))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def shards(self) -> int:
+        """One."""
+        return 1
+
+    def read(self, epoch: int, shard: int, block: int) -> list[RawDocument]:
+        """See `Source`."""
+        start = block * self.block_size
+        indices_N = np.arange(start, max(start, min(start + self.block_size, len(self))))
+        if self.settings.shuffle and len(indices_N):
+            indices_N = shuffled(indices_N, len(self), key_of(self.seed, self.name, epoch, "order"))
+        return self._documents(indices_N)
+
+    def scan(self) -> Iterator[list[RawDocument]]:
+        """See `Source`."""
+        for start in range(0, len(self), self.block_size):
+            positions_N = np.arange(start, min(start + self.block_size, len(self)))
+            yield self._documents(shuffled(positions_N, len(self), key_of("scan")))
+
+    def _documents(self, indices_N: np.ndarray) -> list[RawDocument]:
+        return [RawDocument(str(i), c) for i, c in zip(indices_N, self._fetch(indices_N), strict=True)]
+
+    def _fetch(self, indices_N: np.ndarray) -> list[Any]:
+        if len(indices_N) == 0:
+            return []
+        columns = self._dataset[indices_N]
+        if self.settings.kind in DATASETS:
+            return self._from_dataset(columns)
+        documents = columns["document"]
+        return [json.loads(d) for d in documents] if self.settings.format == "chat" else list(documents)
+
+    def _from_dataset(self, columns: dict[str, list[Any]]) -> list[Any]:
+        if self.settings.format == "chat":
+            rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            return [chat_content(row, self.settings) for row in rows]
+        contents = list(columns[self.settings.column_name])
+        if any(content is None for content in contents):
+            raise ValueError(f"source {self.name!r}: rows without {self.settings.column_name!r}; drop or fill them")
+        return contents
+
+
+Opener = Callable[[str, SourceSettings, str | None], datasets.Dataset]
+
+
+def _open_documents(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
+    return datasets.Dataset(pa.table({"document": pa.array(settings.documents, pa.string())}))
+
+
+def _open_arrow(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
+    """What `save_to_disk` wrote."""
+    if len(settings.path) != 1:
+        raise ValueError(f"source {name!r}: kind arrow reads one folder, got {len(settings.path)}")
+    try:
+        opened = datasets.load_from_disk(settings.path[0], storage_options=settings.storage_options or None)
+    except OSError as error:
+        raise ValueError(f"source {name!r}: {settings.path[0]!r} was not written by save_to_disk: {error}") from error
+    if isinstance(opened, datasets.DatasetDict):
+        if settings.split not in opened:
+            raise ValueError(f"source {name!r} has no split {settings.split!r}, it has {', '.join(sorted(opened))}")
+        opened = opened[settings.split]
+    return _wanted_columns(name, settings, opened)
+
+
+def _open_hub(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
+    return _wanted_columns(name, settings, load_hub(name, settings, streaming=False))
+
+
+def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Dataset) -> datasets.Dataset:
+    columns = [column for column in (settings.column_name, settings.tools_column) if column]
+    for column in columns:
+        if column not in dataset.column_names:
+            raise ValueError(no_column(f"source {name!r}", column, dataset.column_names))
+    _check_type(name, settings, dataset.features[settings.column_name])
+    return dataset.select_columns(columns).with_format(None)
+
+
+def _check_type(name: str, settings: SourceSettings, feature: Any) -> None:
+    """A wrong column is refused when the source is opened, not when its first document is tokenised."""
+    is_text = getattr(feature, "dtype", None) in ("string", "large_string")
+    is_ids = getattr(getattr(feature, "feature", None), "dtype", "").startswith(("int", "uint"))
+    if (settings.format == "text" and not is_text) or (settings.format == "tokens" and not is_ids):
+        expected = {"text": "strings", "tokens": "lists of integers"}[settings.format]
+        raise ValueError(f"source {name!r}: field {settings.column_name!r} is {feature}, expected {expected}")
+
+
+DATASETS: dict[str, Opener] = {"arrow": _open_arrow, "hub": _open_hub}
+OPENERS: dict[str, Opener] = {**dict.fromkeys(FILE_KINDS, open_index), "documents": _open_documents, **DATASETS}
