@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -40,6 +42,10 @@ ARMS = {"cross_entropy": "distillation=cross_entropy", "distilled": "distillatio
 class Teacher:
     url: str
     about: dict[str, Any]
+
+    @classmethod
+    def at(cls, url: str) -> Teacher:
+        return cls(url, httpx.get(f"{url}/v1/teacher", timeout=30).raise_for_status().json())
 
 
 def main() -> int:
@@ -76,17 +82,13 @@ def prepare_with_progress(console: Console) -> None:
 @contextmanager
 def serve_teacher(console: Console) -> Iterator[Teacher]:
     """`stillhouse-teacher` on a free port, ready when entered, ended when left."""
-    port_file = RUNS / "teacher.port"
-    command = [
-        BIN / "stillhouse-teacher", TEACHER, "--engine", "vllm", "--port", "0", "--port-file", port_file,
-        "--max-model-len", "1024",
-    ]  # fmt: skip
-    console.print(f"[dim]$ {' '.join(str(part) for part in command)}[/]")
+    command = [str(BIN / "stillhouse-teacher"), str(TEACHER), "--port", "0", "--max-model-len", "1024"]
+    console.print(f"[dim]$ {' '.join(command)}[/]")
     with TEACHER_LOG.open("wb") as log:
-        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         with console.status("the teacher loads its model into vLLM"):
-            teacher = _wait_ready(process, port_file)
+            teacher = Teacher.at(_wait_ready(process))
         console.print(f"teacher ready at {teacher.url}, fingerprint {teacher.about['fingerprint']}")
         yield teacher
     finally:
@@ -97,20 +99,16 @@ def serve_teacher(console: Console) -> Iterator[Teacher]:
             process.kill()
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port_file: Path) -> Teacher:
-    import httpx
-
+def _wait_ready(process: subprocess.Popen[bytes]) -> str:
+    """The URL that the teacher says it is ready at. SystemExit with the end of its log if it never does."""
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
+        log = TEACHER_LOG.read_text(errors="replace")
+        if ready := re.search(r"^stillhouse-teacher: ready at (\S+),", log, re.MULTILINE):
+            return ready[1]
         if process.poll() is not None:
-            tail = "".join(TEACHER_LOG.read_text(errors="replace").splitlines(keepends=True)[-15:])
+            tail = "\n".join(log.splitlines()[-15:])
             raise SystemExit(f"the teacher ended with code {process.returncode}; {TEACHER_LOG} ends with:\n{tail}")
-        try:
-            url = f"http://127.0.0.1:{int(port_file.read_text())}"
-            if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
-                return Teacher(url, httpx.get(f"{url}/v1/teacher", timeout=5).json())
-        except (FileNotFoundError, ValueError, httpx.TransportError):
-            pass  # not listening yet
         time.sleep(0.25)
     raise SystemExit(f"the teacher was not ready within {READY_WITHIN_S:.0f} s; see {TEACHER_LOG}")
 
