@@ -1,0 +1,103 @@
+"""Packed rows: a teacher's answer as one line of bytes a position, and back to columns. numpy alone.
+
+Engines write such rows on their device (`reduction.py`), so that one tensor a sequence leaves it; the service
+splits them into `TokenTargets` here, column by column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from teacher_proto.requests import HiddenDtype, TargetSpec
+from teacher_proto.targets import TENSORS, TokenTargets, id_dtype, tensors_of
+
+_HIDDEN_FORMATS: dict[HiddenDtype, str] = {"float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each tensor lies in a packed row: what was asked, and the sizes that the request alone doesn't tell.
+
+    `gather_width` is G of kind `gather`, `hidden_size` D of kind `hidden`; both are read by no other kind.
+    """
+
+    spec: TargetSpec
+    vocab_size: int
+    gather_width: int = 0
+    hidden_size: int = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The numpy record of one row, without gaps. Ids are uint16, or three bytes where V needs them."""
+        spec, ids = self.spec, id_dtype(self.vocab_size)
+        hidden = _HIDDEN_FORMATS[spec.hidden_dtype or "float16"]
+        columns: dict[str, tuple[str, tuple[int, ...]]] = {
+            "ids": (ids, (spec.top_k,)),
+            "logprobs": ("<f2", (spec.top_k,)),
+            "lse": ("<f4", ()),
+            "next_logprob": ("<f4", ()),
+            "log_z": ("<f4", (len(spec.temperatures),)),
+            "gather_logprobs": ("<f2", (self.gather_width,)),
+            "sampled_ids": (ids, (spec.num_samples,)),
+            "hidden": (hidden, (self.hidden_size,)),
+            "hidden_scale": ("<f4", ()),
+        }
+        asked = [name for name in tensors_of(spec.kinds) if name in columns]
+        if spec.hidden_dtype != "int8":
+            asked = [name for name in asked if name != "hidden_scale"]
+        fields: list[Any] = []
+        for name in asked:
+            kind, shape = columns[name]
+            fields.append((name, "u1", (*shape, 3)) if kind == "u3" else (name, kind, shape))
+        return np.dtype(fields)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize
+
+
+def unpack_rows(packed_RB: np.ndarray, start: int, layout: RowLayout) -> TokenTargets:
+    """`TokenTargets` of packed rows [R, row_bytes] uint8 that begin at position `start`; the columns are copies.
+
+    ValueError if the rows are not as long as `layout` says.
+    """
+    dtype = layout.dtype
+    if packed_RB.dtype != np.uint8 or packed_RB.ndim != 2 or packed_RB.shape[1] != dtype.itemsize:
+        raise ValueError(f"rows are {packed_RB.dtype} {packed_RB.shape}, uint8 [R, {dtype.itemsize}] was expected")
+    record_R = np.ascontiguousarray(packed_RB).reshape(-1).view(dtype)
+    columns: dict[str, np.ndarray] = {}
+    for name in dtype.names or ():
+        column = record_R[name]
+        if name in ("ids", "sampled_ids"):
+            column = _ids(column)
+        columns[name] = np.ascontiguousarray(column)
+    if "sampled_ids" in columns:
+        columns |= count_draws(columns.pop("sampled_ids"))
+    assert set(columns) <= set(TENSORS)
+    return TokenTargets(start=start, **columns)
+
+
+def _ids(column: np.ndarray) -> np.ndarray:
+    """uint16 as it is; three bytes, the last axis of uint8, as int32."""
+    if column.dtype != np.uint8:
+        return column
+    wide = np.zeros((*column.shape[:-1], 4), dtype=np.uint8)
+    wide[..., :3] = column
+    return wide.view("<i4")[..., 0]
+
+
+def count_draws(drawn_RM: np.ndarray) -> dict[str, np.ndarray]:
+    """The ragged tensors of kind `sampled` out of ascending draws [R, M]: each id once a row, with its count."""
+    first_RM = np.ones(drawn_RM.shape, dtype=bool)
+    first_RM[:, 1:] = drawn_RM[:, 1:] != drawn_RM[:, :-1]
+    begins = np.flatnonzero(first_RM)
+    counts = np.diff(begins, append=drawn_RM.size)
+    offsets = np.concatenate(([0], first_RM.sum(axis=1).cumsum())).astype(np.int32)
+    return {
+        "sampled_offsets": offsets,
+        "sampled_ids": drawn_RM.reshape(-1)[begins],
+        "sampled_counts": counts.astype(np.uint16),
+    }

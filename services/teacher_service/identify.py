@@ -1,0 +1,148 @@
+"""Who the teacher is, read from the folder that it is loaded from.
+
+The engines call `find_model` before they load and `identify` while they do. Files are hashed in parallel; a hash is
+kept by (path, size, modification time) under the user's cache folder, so that a restart reads no weights twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher_proto.identity import (
+    NumericIdentity,
+    SemanticIdentity,
+    TeacherIdentity,
+    digest,
+    file_sha256,
+    tokenizer_sha256,
+)
+
+_HASH_THREADS = 8
+_WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on this disk: its folder, the name that it goes by, the revision it is of ("local" if unknown)."""
+
+    path: Path
+    name: str
+    revision: str
+    config: dict[str, Any]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
+
+
+def find_model(model: str, *, revision: str | None = None, name: str | None = None) -> ModelFolder:
+    """The folder of `model`: a path, or a hub id, which is downloaded (or found in the cache) at `revision`.
+
+    `name` replaces the folder's or hub's name in the identity. ValueError where there is no such model, or where its
+    weights are not safetensors.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        path = _download(model, revision)
+    elif revision is not None:
+        raise ValueError(f"revision {revision!r} is for a hub id, and {model} is a folder: leave it out")
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{model}: no config.json in {path.name}; a folder saved by transformers is expected")
+    found_name, found_revision = _origin(path.resolve())
+    folder = ModelFolder(path, name or found_name, found_revision, json.loads(config_file.read_text()))
+    if not folder.weight_files:
+        raise ValueError(f"{model}: no *.safetensors file; other formats can run code when loaded and are not read")
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{model!r} is neither a folder nor a model that the hub gives us: {first_line}") from error
+
+
+def _origin(path: Path) -> tuple[str, str]:
+    """Name and revision: a folder of the hub's cache tells both, any other is called by its own name."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
+    return path.name, "local"
+
+
+def identify(
+    folder: ModelFolder, *, dtype: str, quantization: str | None, vocab_size: int, numeric: NumericIdentity
+) -> TeacherIdentity:
+    """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`."""
+    semantic = SemanticIdentity(
+        model=folder.name,
+        revision=folder.revision,
+        config_sha256=file_sha256(folder.path / "config.json"),
+        tokenizer_sha256=tokenizer_sha256(_vocabulary(folder.path)),
+        weights=hash_files(folder.weight_files),
+        dtype=dtype,
+        quantization=quantization,
+        vocab_size=vocab_size,
+    )
+    return TeacherIdentity(semantic=semantic, numeric=numeric)
+
+
+def _vocabulary(path: Path) -> dict[int, str]:
+    """Token by id; empty for a model without a tokenizer."""
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return {}
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return {i: token for token, i in tokenizer.get_vocab().items()}
+
+
+def hash_files(paths: list[Path], cache_file: Path | None = None) -> dict[str, str]:
+    """sha256 of each file by its name, out of the cache where size and modification time are as they were."""
+    cache_file = cache_file or _cache_folder() / "sha256.json"
+    known = _read_cache(cache_file)
+    keys = {path: _key(path) for path in paths}
+    unknown = [path for path in paths if keys[path] not in known]
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        fresh = dict(zip((keys[path] for path in unknown), threads.map(file_sha256, unknown), strict=True))
+    if fresh:
+        _write_cache(cache_file, known | fresh)
+    return {path.name: (known | fresh)[keys[path]] for path in paths}
+
+
+def _key(path: Path) -> str:
+    state = path.stat()
+    return digest([str(path.resolve()), state.st_size, state.st_mtime_ns])
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
+
+
+def _read_cache(cache_file: Path) -> dict[str, str]:
+    try:
+        known = json.loads(cache_file.read_text())
+    except (OSError, ValueError):
+        return {}  # absent or spoilt: hashing again mends it
+    return known if isinstance(known, dict) else {}
+
+
+def _write_cache(cache_file: Path, known: dict[str, str]) -> None:
+    """Replace the cache whole; a folder that can't be written costs the hashing at the next start, no more."""
+    temporary = cache_file.with_suffix(f".{os.getpid()}")
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known))
+        temporary.replace(cache_file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
