@@ -30,6 +30,7 @@ Raised by `teacher_proto` and by the services; `serving` turns them into respons
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -67,8 +68,8 @@ class StillhouseError(Exception):
             "code": self.code,
             "message": self.message,
             "field": self.field,
-            "got": self.got,
-            "limit": self.limit,
+            "got": _plain(self.got),
+            "limit": _plain(self.limit),
             "request_id": self.request_id,
             "retryable": self.retryable,
         }
@@ -173,6 +174,19 @@ class TeacherUnavailableError(StillhouseError):
     code, status, retryable = "teacher_unavailable", 503, True
 
 
+def _plain(value: Any) -> Any:
+    """What JSON and msgpack can both hold: NaN, arrays and other strangers become text."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**64 else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
 BY_CODE: dict[str, type[StillhouseError]] = {
     cls.code: cls
     for cls in (
@@ -208,7 +222,7 @@ def from_json(body: dict[str, Any], retry_after: float | None = None) -> Stillho
     """The error that a response body or an `error` message stands for; an unknown code becomes the root class."""
     cls = BY_CODE.get(str(body.get("code")), StillhouseError)
     return cls(
-        str(body.get("message", "the peer gave no message")),
+        str(body.get("message", "the peer gave no message"))[:2000],
         field=body.get("field"),
         got=body.get("got"),
         limit=body.get("limit"),
