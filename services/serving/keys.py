@@ -23,32 +23,16 @@ _MIN_KEY_LENGTH = 16
 
 
 class Keys:
-    """Digest by name. Without any, everyone is let in as `anonymous`."""
+    """Digest by name. Without any, everyone is let in as `anonymous`. `reload` reads the file again."""
 
-    def __init__(self, digests: dict[str, bytes] | None = None):
-        self._digests = digests
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self._digests = None if path is None else _read(path)
 
-    @classmethod
-    def load(cls, path: Path) -> Keys:
-        """Keys of a file. ValueError with the line at fault, which is not shown: it may hold a key."""
-        try:
-            lines = path.read_text().splitlines()
-        except OSError as error:
-            raise ValueError(f"the keys file {path} can't be read: {error.strerror}") from None
-        digests: dict[str, bytes] = {}
-        for number, line in enumerate(lines, 1):
-            words = line.split("#", 1)[0].split()
-            if not words:
-                continue
-            if len(words) != 2 or not _NAME.fullmatch(words[0]):
-                raise ValueError(f"{path}, line {number}: expected a name of letters, digits, . _ - and a key")
-            name, secret = words
-            if name in digests:
-                raise ValueError(f"{path}, line {number}: {name!r} has a key already")
-            digests[name] = _digest_of(secret, path, number)
-        if not digests:
-            raise ValueError(f"the keys file {path} holds no key: nobody could ask anything")
-        return cls(digests)
+    def reload(self) -> None:
+        """Take the file as it is now. ValueError leaves the keys as they were."""
+        if self.path is not None:
+            self._digests = _read(self.path)
 
     @property
     def required(self) -> bool:
@@ -71,6 +55,28 @@ class Keys:
         if found is None:
             raise UnauthorizedError("this key is not known here", field="Authorization")
         return found
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """Digests of a file. ValueError with the line at fault, which is not shown: it may hold a key."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the keys file {path} can't be read: {error}") from None
+    digests: dict[str, bytes] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not _NAME.fullmatch(words[0]) or words[0] == ANONYMOUS:
+            raise ValueError(f"{path}, line {number}: expected a name of letters, digits, . _ - and a key")
+        name, secret = words
+        if name in digests:
+            raise ValueError(f"{path}, line {number}: {name!r} has a key already")
+        digests[name] = _digest_of(secret, path, number)
+    if not digests:
+        raise ValueError(f"the keys file {path} holds no key: nobody could ask anything")
+    return digests
 
 
 def _digest_of(secret: str, path: Path, number: int) -> bytes:

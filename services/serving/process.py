@@ -12,13 +12,14 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import structlog
 from starlette.types import ASGIApp
 
 from serving.http_server import Server
+from serving.reload import Watched, keep_loaded
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
 
 log = structlog.get_logger("stillhouse.process")
@@ -64,19 +65,22 @@ class Process:
         self._died = asyncio.Event()
 
     async def run(
-        self, app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None, on_ready: Callable[[], None]
-    ) -> int:
+        self, app: ASGIApp, listener: socket.socket, *, tls: ssl.SSLContext | None = None,
+        watched: Sequence[Watched] = (), on_ready: Callable[[], None],
+    ) -> int:  # fmt: skip
         """The exit code. ValueError of the backend's start, where it can't serve what was asked, passes through."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         self._server = server = Server(app, listener, tls)
         serving = asyncio.create_task(server.serve())
+        watching = asyncio.create_task(keep_loaded(watched))
         try:
             if not await self._start(on_ready):
                 return EXIT_ABORTED
             return await self._serve()
         finally:
+            watching.cancel()
             server.should_exit = True
             await serving
             await self._backend.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-EXIT_USAGE = 2
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         print(f"stillhouse-teacher: {error}", file=sys.stderr)
         code = EXIT_USAGE
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 

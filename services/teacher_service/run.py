@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shlex
 import socket
 from collections.abc import Callable
+from typing import Any
 
+import uvloop
 from pydantic import ValidationError
 
 from serving.http_server import bind
 from serving.keys import Keys
 from serving.logs import set_up_logs
 from serving.process import Process
+from serving.reload import Watched
+from serving.tls import TlsFiles
 from teacher_service.app import create_app
 from teacher_service.engine import Engine
 from teacher_service.service import TeacherService
@@ -19,26 +26,33 @@ from teacher_service.settings import EngineName, TeacherSettings
 
 def run(settings: TeacherSettings) -> int:
     """Serve until a signal; the exit code. ValueError for what can't be served."""
-    import uvloop
-
     set_up_logs(settings.log_format, settings.log_level)
-    keys = Keys.load(settings.keys) if settings.keys is not None else Keys()
-    listener = bind(settings.host, settings.port)
-    with listener:
-        return uvloop.run(_serve(settings, keys, listener))
+    keys = Keys(settings.keys)
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    with bind(settings.host, settings.port) as listener:
+        return uvloop.run(_serve(settings, keys, tls, listener))
 
 
-async def _serve(settings: TeacherSettings, keys: Keys, listener: socket.socket) -> int:
+async def _serve(settings: TeacherSettings, keys: Keys, tls: TlsFiles | None, listener: socket.socket) -> int:
     service = TeacherService(ENGINES[settings.engine](settings), settings, keys)
     process = Process(service, settings.drain_time)
     service.on_death = process.died
+    context, watched = None, []
+    if keys.path is not None:
+        watched.append(Watched("keys", [keys.path], keys.reload))
+    if tls is not None:
+        context = tls.context()
+        watched.append(Watched("certificate", tls.paths, lambda: tls.load_into(context)))
 
     def announce() -> None:
         identity = service.engine.identity
-        url = f"http://{settings.host}:{listener.getsockname()[1]}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
         print(f"stillhouse-teacher: ready at {url}, {identity.semantic.model}, {identity.fingerprint}", flush=True)
 
-    return await process.run(create_app(service), listener, None, announce)
+    return await process.run(create_app(service), listener, tls=context, watched=watched, on_ready=announce)
 
 
 def _scripted(settings: TeacherSettings) -> Engine:
@@ -51,4 +65,54 @@ def _scripted(settings: TeacherSettings) -> Engine:
         raise ValueError(f"--script: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-ENGINES: dict[EngineName, Callable[[TeacherSettings], Engine]] = {"scripted": _scripted}
+def _hf(settings: TeacherSettings) -> Engine:
+    from teacher_service.hf_engine import HfEngine
+
+    return HfEngine(
+        settings.model, revision=settings.revision, name=settings.name, dtype=settings.dtype,
+        max_model_len=settings.max_model_len, max_top_k=settings.max_top_k,
+    )  # fmt: skip
+
+
+def _vllm(settings: TeacherSettings) -> Engine:
+    from teacher_service.vllm_engine import VllmEngine
+
+    extra = engine_options(settings.engine_args)
+    own = inspect.signature(VllmEngine.__init__).parameters.keys() & extra.keys()
+    return VllmEngine(
+        settings.model, revision=settings.revision, name=settings.name, dtype=settings.dtype,
+        max_model_len=settings.max_model_len, max_top_k=settings.max_top_k,
+        vllm_args={name: value for name, value in extra.items() if name not in own},
+        **{name: extra[name] for name in own},
+    )  # fmt: skip
+
+
+ENGINES: dict[EngineName, Callable[[TeacherSettings], Engine]] = {"vllm": _vllm, "hf": _hf, "scripted": _scripted}
+
+
+def engine_options(text: str) -> dict[str, Any]:
+    """`--tensor-parallel-size 2 --enforce-eager` as `{"tensor_parallel_size": 2, "enforce_eager": True}`.
+
+    Values are read as JSON where they are JSON; `--no-x` is `x: False`. ValueError for anything else.
+    """
+    words = shlex.split(text)
+    options: dict[str, Any] = {}
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise ValueError(f"{name!r} is neither an option of stillhouse-teacher nor one for vLLM")
+        key = name[2:].replace("-", "_")
+        if not equals and words and not words[0].startswith("--"):
+            value, equals = words.pop(0), "="
+        if equals:
+            options[key] = _as_json(value)
+        else:
+            options[key.removeprefix("no_")] = not key.startswith("no_")
+    return options
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

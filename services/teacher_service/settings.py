@@ -25,6 +25,8 @@ class TeacherSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
     engine: EngineName = Field("vllm", description="vllm for speed, hf for any machine, scripted for tests")
+    revision: str | None = Field(None, description="revision of a hub model, a commit for choice")
+    name: str | None = Field(None, description="name to serve the model under, instead of its folder's or hub's")
     dtype: str = Field("auto", description="dtype of the weights: auto, bfloat16, float16 or float32")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; the model's own limit if not given")
     max_top_k: int = Field(256, ge=1, le=4096, description="largest K that may be asked for")
@@ -59,6 +61,8 @@ def parse_settings(arguments: list[str]) -> TeacherSettings:
     """Settings from a command line and the environment. ValueError in one line; `--help` prints and exits."""
     known, rest = _parser().parse_known_args(arguments)
     given = {name: value for name, value in vars(known).items() if value is not None}
+    if rest and known.model is not None and arguments.index(rest[0]) < arguments.index(known.model):
+        raise ValueError(f"put MODEL before {rest[0]!r} and other options that are vLLM's")
     if rest:
         given["engine_args"] = " ".join([given.get("engine_args", ""), *rest]).strip()
     try:
