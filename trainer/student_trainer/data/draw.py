@@ -45,19 +45,21 @@ class Draws:
         """The next sequence, of at most `space` tokens; None, and nothing booked, where not one token would fit."""
         source = self._mixer.next_source()
         cursor = self._mixer.cursor(source)
-        start = self._mixer.turn(source)
-        if start is None:
-            start, document = self._feeds[source].first(cursor)
-            cursor = replace(start, document=start.document + 1)
+        slot = self._mixer.turn(source)
+        if slot is None:
+            first, document = self._feeds[source].first(cursor)
+            slot = self._mixer.unfinished(source, first.epoch)
+        if slot is None:
+            start, cursor = first, replace(first, document=first.document + 1)
             self._documents[source, start] = document
         else:
-            document = self._documents[source, replace(start, offset=0)]
+            start, document = slot, self._documents[source, replace(slot, offset=0)]
         if space <= len(document.prefix):
             return None
         sequence = cut(source, self._feeds[source].source.name, document, start.offset, space)
         stop = start.offset + len(sequence.ids_N) - len(document.prefix)
         rest = None if stop == len(document.ids_N) else replace(start, offset=stop)
-        self._mixer.drawn(source, len(sequence.ids_N), cursor, rest)
+        self._mixer.drawn(source, len(sequence.ids_N), cursor, slot, rest)
         return Drawn((source, start), sequence)
 
     def again(self, start: Start, space: int) -> Drawn:

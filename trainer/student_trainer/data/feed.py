@@ -77,6 +77,11 @@ class Feed:
             f"(held_out_fraction={settings.held_out_fraction}) or without tokens; lower the fraction or add documents"
         )
 
+    @property
+    def skipped(self) -> int:
+        """Bad documents that were met and left out."""
+        return self._tokeniser.skipped
+
     def close(self) -> None:
         """Stop reading; a block that is being read is waited for."""
         self._reader.shutdown(cancel_futures=True)

@@ -116,6 +116,11 @@ class BatchSource:
             self._held_out[name] = [self._mine(batch) for batch in batches]
         return self._held_out[name]
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad documents that were met and left out, by source; those without any are not listed."""
+        return {feed.source.name: feed.skipped for feed in self._feeds if feed.skipped}
+
     def _mine(self, batch: Batch) -> Batch:
         share = self.settings.rows // self.world
         return batch if self.world == 1 else batch.rows(self.rank * share, (self.rank + 1) * share)

@@ -30,6 +30,7 @@ class SourceState:
 
     Long documents are read side by side, one piece of each in turn, so that a batch is not made of one of them: `slots`
     holds the documents that are being read (None: the slot is free and takes the next document), the next turn first.
+    No document of an epoch begins before all of the epoch before are read to their ends.
     """
 
     name: str
@@ -131,20 +132,28 @@ class Mixer:
         """Where the document goes on whose turn it is; None: the next document begins."""
         return self._states[source].slots[0]
 
+    def unfinished(self, source: int, epoch: int) -> Cursor | None:
+        """A document of an epoch before `epoch` that still has something left."""
+        return next((slot for slot in self._states[source].slots if slot and slot.epoch < epoch), None)
+
     def cursor(self, source: int) -> Cursor:
         """The next document of a source."""
         return self._states[source].cursor
 
-    def drawn(self, source: int, tokens: int, cursor: Cursor, rest: Cursor | None) -> None:
-        """Book a sequence of `tokens` tokens: `cursor` is the next document now, `rest` what this one has left."""
+    def drawn(self, source: int, tokens: int, cursor: Cursor, slot: Cursor | None, rest: Cursor | None) -> None:
+        """Book a sequence of `tokens` tokens.
+
+        cursor: the next document from now on. slot: what the slot it came from held; rest: what it holds now.
+        """
         for i, weight in enumerate(self._weights):
             self._credits[i] += weight * tokens
         self._credits[source] -= tokens
         state = self._states[source]
+        turn = state.slots.index(slot)
         self._states[source] = replace(
             state,
             cursor=cursor,
-            slots=(*state.slots[1:], rest),
+            slots=(*state.slots[turn + 1 :], *state.slots[:turn], rest),
             tokens=state.tokens + tokens,
             documents=state.documents + (rest is None),
         )

@@ -119,10 +119,10 @@ def _parse_arrow(chunk: bytes, settings: SourceSettings) -> pa.Table | None:
             io.BytesIO(chunk),
             read_options=pa.json.ReadOptions(use_threads=False, block_size=len(chunk) + 1),
             parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
+        ).select([settings.column_name])
+        table.validate(full=True)  # the parser lets through what is no UTF-8
     except pa.ArrowInvalid:
         return None
-    table = table.select([settings.column_name])
     if table.column(0).null_count or any(c.values.null_count for c in table.column(0).chunks if hasattr(c, "values")):
         return None
     return table.rename_columns(["document"])
@@ -158,7 +158,12 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
     if settings.format == "text":
         if not isinstance(value, str):
             raise ValueError(f"{place}: {settings.column_name!r} is {type(value).__name__}, expected a string")
-        return value.encode("utf-8", "surrogatepass").decode("utf-8", settings.encoding_errors)
+        try:
+            return value.encode("utf-8", "surrogatepass").decode("utf-8", settings.encoding_errors)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{place}: {settings.column_name!r} holds half a surrogate pair; see encoding_errors"
+            ) from error
     if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in value):
         raise ValueError(f"{place}: {settings.column_name!r} is not a list of token ids (integers from 0 to 2^31 - 1)")
     return value

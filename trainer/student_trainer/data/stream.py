@@ -31,6 +31,7 @@ class StreamStats:
     tokens_per_second: float  # tokens that were consumed
     tokens_per_second_worker: float  # what one worker thread tokenises in a second of its own CPU time
     fill_rate: float
+    skipped: dict[str, int]  # bad documents met so far, by source, where there are any
 
 
 class BatchStream:
@@ -51,10 +52,8 @@ class BatchStream:
         return self
 
     def __next__(self) -> tuple[Batch, MixtureState]:
-        if self._stop.is_set():
-            raise ValueError("the batch stream is closed")
         asked = time.monotonic()
-        made = self._queue.get()
+        made = self._get()
         if isinstance(made, Exception):
             self.close()
             raise made
@@ -85,6 +84,7 @@ class BatchStream:
             tokens_per_second=tokens / whole if whole else 0.0,
             tokens_per_second_worker=self._source.rate.tokens_per_second,
             fill_rate=fill / count if count else 0.0,
+            skipped=self._source.skipped,
         )
 
     def _work(self, state: MixtureState) -> None:
@@ -94,6 +94,12 @@ class BatchStream:
                 self._put((batch, state))
         except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
             self._put(error)
+
+    def _get(self) -> Made | Exception:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=POLL_S)
+        raise ValueError("the batch stream is closed")
 
     def _put(self, item: Made | Exception) -> None:
         while not self._stop.is_set():
