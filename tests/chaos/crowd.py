@@ -1,0 +1,108 @@
+"""Many clients of one teacher process at once, for the chaos tests: what each request came to, and how long it took."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import httpx
+import numpy as np
+
+from teacher_proto.errors import WireError
+from teacher_proto.requests import TargetsRequest
+from teacher_proto.wire import MSGPACK, End, Failure, ResponseDecoder, Targets, encode_request
+
+
+@dataclass
+class Outcome:
+    """One request. `status` 0: no response at all. `whole`: the body decoded to its end message."""
+
+    status: int = 0
+    whole: bool = False
+    targets: int = 0
+    failures: list[str] = field(default_factory=list)
+    retry_after: float | None = None
+    body: bytes = b""
+    seconds: float = 0.0
+    started: float = 0.0
+    error: str = ""
+
+
+def request_body(tokens: int, *, sequences: int = 1, seed: int = 0, vocab: int = 512, **fields: object) -> bytes:
+    """A request of random ids; the same seed makes the same request."""
+    generator = np.random.default_rng(seed)
+    ids = [generator.integers(1, vocab, tokens) for _ in range(sequences)]
+    return encode_request(TargetsRequest.model_validate({"sequences": ids, "top_k": 8} | fields))
+
+
+async def ask(client: httpx.AsyncClient, body: bytes, key: str | None = None) -> Outcome:
+    """Post one request and read its answer to the end, whatever comes."""
+    headers = {"Content-Type": MSGPACK} | ({"Authorization": f"Bearer {key}"} if key else {})
+    outcome = Outcome(started=time.monotonic())
+    try:
+        async with client.stream("POST", "/v1/targets", content=body, headers=headers) as response:
+            outcome.status = response.status_code
+            if "retry-after" in response.headers:
+                outcome.retry_after = float(response.headers["retry-after"])
+            if response.status_code != 200:
+                outcome.body = await response.aread()
+            else:
+                await _decode(response, outcome)
+    except (httpx.TransportError, WireError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.seconds = time.monotonic() - outcome.started
+    return outcome
+
+
+async def _decode(response: httpx.Response, outcome: Outcome) -> None:
+    decoder = ResponseDecoder()
+    async for chunk in response.aiter_bytes():
+        for message in decoder.feed(chunk):
+            if isinstance(message, Targets):
+                outcome.targets += 1
+            elif isinstance(message, Failure):
+                outcome.failures.append(message.error.code)
+            outcome.whole = outcome.whole or isinstance(message, End)
+    decoder.close()
+
+
+async def gauge(client: httpx.AsyncClient, name: str) -> float:
+    """A value without labels out of `/metrics`."""
+    text = (await client.get("/metrics")).text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"stillhouse_{name} ")]
+    return float(line.split()[1])
+
+
+async def until_admitted(client: httpx.AsyncClient, requests: int) -> None:
+    """Return once so many requests are in the house, however slow the machine."""
+    async with asyncio.timeout(30):
+        while await gauge(client, "admitted_requests") < requests:  # noqa: ASYNC110 - another process is polled
+            await asyncio.sleep(0.02)
+
+
+async def crowd(
+    url: str, clients: int, make_body: Callable[[int], bytes], until: Callable[[], bool], key: str | None = None,
+    pause_s: float = 0.0,
+) -> list[Outcome]:  # fmt: skip
+    """`clients` tasks that ask one request after another until `until()`; every outcome, in no order."""
+    outcomes: list[Outcome] = []
+    numbers = iter(range(10**9))
+
+    async def one() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60, verify=False) as client:
+            while not until():
+                outcome = await ask(client, make_body(next(numbers)), key)
+                outcomes.append(outcome)
+                if outcome.status != 200:
+                    await asyncio.sleep(max(pause_s, 0.01))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(one())
+    return outcomes
+
+
+def percentile(values: list[float], share: float) -> float:
+    return float(np.percentile(values, share * 100)) if values else float("nan")
