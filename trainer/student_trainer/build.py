@@ -1,0 +1,179 @@
+"""Puts a run together: folder, teacher, data, student, optimizer, and where it left off. Called by `main` and `check`.
+
+The order is that of what is likeliest to be wrong: whatever can be refused is refused before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from student_trainer import checkpoint, randomness
+from student_trainer.checkpoint import Checkpoints
+from student_trainer.checkpoint_files import Snapshot, replace_text
+from student_trainer.data.loader import BatchSource
+from student_trainer.data.mixture import MixtureState
+from student_trainer.data.stream import BatchStream
+from student_trainer.evaluate import Evaluator, fetch_held_out
+from student_trainer.logs import RunLog, forget_after
+from student_trainer.loop import Place, Run
+from student_trainer.optim.optimizer import build_optimizer
+from student_trainer.progress import Progress
+from student_trainer.resume import check_changes
+from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder
+from student_trainer.settings import Settings
+from student_trainer.signals import StopSignals
+from student_trainer.students.causal import load_causal
+from student_trainer.students.student import Student
+from student_trainer.students.vocabulary import agree_on_vocabulary
+from student_trainer.targets.align import MicroBatch, micro_batches
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.guard import TargetGuard
+from student_trainer.targets.open import Teacher, check_ask, open_teacher
+from student_trainer.targets.prefetch import Prefetch
+from student_trainer.targets.protocol import BatchTargets, ask_for
+from student_trainer.trackers import open_trackers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a run and a check of one have in common."""
+
+    teacher: Teacher | None
+    tokenizer: PreTrainedTokenizerBase
+    source: BatchSource
+    student: Student
+
+
+def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
+    """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it can't be."""
+    folder = choose_folder(settings.run)
+    snapshot = _earlier(settings, folder)
+    thread = stack.enter_context(EventThread())
+    parts = build_parts(settings, thread, stack, snapshot)
+    terms = settings.distillation.build()
+    optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
+    place = Place(0, 0, parts.source.initial_state())
+    randomness.seed_everything(settings.run.seed)
+    if snapshot is not None:
+        place = checkpoint.restore(snapshot, parts.student, optimizer)
+        parts.source.check_state(place.mixture)
+        forget_after(folder.path, place.step)
+        logger.info("resumed at step %d of %d", place.step, settings.run.steps)
+    _write_settings(settings, folder)
+    checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher))
+    stack.callback(checkpoints.close)
+    if snapshot is not None:
+        checkpoints.resumed_at(place.step)
+    prefetch = _prefetch(settings, parts, place.mixture, thread, stack)
+    evaluator = _evaluator(settings, parts, folder, thread)
+    log = RunLog(
+        folder.path,
+        Progress(settings.run.steps, place.step, settings.logging.progress),
+        open_trackers(settings, folder.id, folder.path),
+    )
+    guard = TargetGuard(
+        settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.reason if parts.teacher else str
+    )
+    return Run(
+        settings=settings, student=parts.student, terms=terms, optimizer=optimizer, prefetch=prefetch, guard=guard,
+        evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log), signals=signals, place=place,
+    )  # fmt: skip
+
+
+def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None) -> Parts:
+    """Teacher, tokenizer, data and student, each held against the others."""
+    device = _device(settings)
+    teacher = None
+    if settings.teacher.kind != "none":
+        saved_card = snapshot.state.get("teacher") if snapshot is not None else None
+        teacher = open_teacher(settings.teacher, thread, stack, saved_card)
+        check_ask(settings, teacher.card)
+    tokenizer = load_tokenizer(settings)
+    source = BatchSource(settings.data, tokenizer, settings.run.seed)
+    stack.callback(source.close)
+    student = load_causal(settings.student, device)
+    if teacher is not None:
+        student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
+    return Parts(teacher, tokenizer, source, student)
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. ValueError if there is none."""
+    name = settings.student.tokenizer or settings.student.checkpoint_path
+    if not name:
+        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=settings.student.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _earlier(settings: Settings, folder: RunFolder) -> Snapshot | None:
+    """The checkpoint to go on from, if there is one and the settings want and allow it."""
+    if settings.run.resume == "never":
+        return None
+    snapshot = checkpoint.newest(folder.checkpoints)
+    if snapshot is not None:
+        check_changes(snapshot.state["settings"], settings)
+    elif settings.run.resume == "require":
+        raise ValueError(f"{folder.checkpoints} holds no checkpoint, and run.resume is require")
+    return snapshot
+
+
+def _device(settings: Settings) -> torch.device:
+    name = settings.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"run.device is {settings.run.device}, but torch finds no CUDA device here")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"run.device={name}: auto, cpu, cuda or cuda:N is expected") from None
+
+
+def _write_settings(settings: Settings, folder: RunFolder) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
+    replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+
+
+def _constant(settings: Settings, teacher: Teacher | None) -> dict[str, Any]:
+    return {"settings": settings.model_dump(mode="json"), "teacher": asdict(teacher.card) if teacher else None}
+
+
+def _prefetch(settings: Settings, parts: Parts, state: MixtureState, thread: EventThread, stack: ExitStack) -> Prefetch:
+    device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
+
+    def prepare(batch: Any, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
+        return tuple(micro.to(device) for micro in micro_batches(batch, targets, rows=rows, teacher_shift=shift))
+
+    stream = stack.enter_context(BatchStream(parts.source, state))
+    ask = ask_for(settings.distillation.build(), settings.teacher.top_k)
+    # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
+    asks = any(term.kind != "cross_entropy" for term in settings.distillation.build())
+    targets = parts.teacher.targets if parts.teacher and asks else None
+    return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, settings.prefetch))
+
+
+def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread) -> Evaluator:
+    names = parts.source.names if settings.evaluation.every else ()
+    batches = {name: group for name in names if (group := parts.source.held_out(name))}
+    top_k = settings.evaluation.top_k or settings.teacher.top_k
+    held_out = fetch_held_out(batches, parts.teacher.targets if parts.teacher else None, thread, top_k)
+    decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
+    return Evaluator(
+        settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json"
+    )

@@ -1,0 +1,144 @@
+"""Saving a run and finding it again: all that the next update depends on, bit for bit. Used by `loop` and `build`.
+
+Kept: latent weights and buffers, optimizer, random states, step, tokens, the mixture's state, the teacher's identity,
+the settings, the wire's version. The schedule is a function of the step and batches are functions of their number, so
+neither they nor what was prefetched need saving. `checkpoint_files` writes, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from student_trainer import checkpoint_files as files
+from student_trainer import randomness
+from student_trainer.checkpoint_files import DamagedError, Snapshot
+from student_trainer.data.mixture import MixtureState
+from student_trainer.loop import Place
+from student_trainer.settings import CheckpointSettings
+from teacher_proto.wire import VERSION as WIRE_VERSION
+
+if TYPE_CHECKING:
+    from student_trainer.optim.optimizer import Optimizer
+    from student_trainer.students.student import Student
+
+logger = logging.getLogger(__name__)
+LATEST = "latest"
+
+
+class Checkpoints:
+    """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher."""
+
+    def __init__(self, root: Path, settings: CheckpointSettings, constant: dict[str, Any]):
+        self._root, self._settings, self._constant = root, settings, constant
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._saved_step: int | None = None
+
+    def due(self, step: int, steps: int) -> bool:
+        """At the end always; in between every `every` steps."""
+        return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
+
+    def save(self, place: Place, student: Student, optimizer: Optimizer) -> None:
+        """Copy the state now, write it in the background. Waits for the save before, whose failure is told here."""
+        self.finish()
+        if self._saved_step == place.step:
+            return
+        random_tensors, random_plain = randomness.capture()
+        snapshot = Snapshot(
+            place.step,
+            {"model": _copied(student.tensors()), "optimizer": _copied(optimizer.state()), "random": random_tensors},
+            {
+                "step": place.step,
+                "tokens": place.tokens,
+                "mixture": place.mixture.to_json(),
+                "random": random_plain,
+                "wire_version": WIRE_VERSION,
+                **self._constant,
+            },
+        )
+        self._pending = self._writer.submit(self._write, snapshot)
+
+    def finish(self, last: bool = False) -> None:
+        """Wait for the save that is under way. A failed one is spoken of loudly; it is raised only if it is the run's
+        `last`, or if the settings say so.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except OSError as error:
+            if last or self._settings.on_failure == "stop":
+                raise
+            logger.error(
+                "THE RUN COULD NOT BE SAVED: %s. Training goes on, the checkpoint before is as it was; the next save "
+                "is tried when it is due", error,
+            )  # fmt: skip
+
+    def resumed_at(self, step: int) -> None:
+        """Note that the checkpoint of `step` is there and sound."""
+        self._saved_step = step
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        folder = files.write(self._root, snapshot)
+        files.replace_text(self._root / LATEST, folder.name)
+        self._saved_step = snapshot.step
+        for old in _folders(self._root)[self._settings.keep :]:
+            # Under another name first, so that one half deleted is never taken for a checkpoint.
+            doomed = old.with_name(f".deleted-{old.name}")
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def newest(root: Path) -> Snapshot | None:
+    """The newest checkpoint that is as it was written; those passed over are spoken of loudly. None if there is none.
+
+    ValueError if one was written by a later version, or if there are some and all are damaged.
+    """
+    found = _folders(root)
+    for folder in found:
+        try:
+            return files.read(folder)
+        except DamagedError as error:
+            logger.error("CHECKPOINT PASSED OVER: %s. The one before it is tried", error)
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {root} is whole: see above, or start with a new run.id"
+        )
+    return None
+
+
+def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> Place:
+    """Put a run back to where it was saved."""
+    ours = student.tensors()
+    saved = snapshot.tensors["model"]
+    if ours.keys() != saved.keys() or any(ours[name].shape != saved[name].shape for name in ours):
+        different = sorted(ours.keys() ^ saved.keys()) or [n for n in ours if ours[n].shape != saved[n].shape]
+        raise ValueError(
+            f"the checkpoint is of another student: {different[0]} differs, and {len(different) - 1} more tensors"
+        )
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(saved[name])
+    optimizer.load(snapshot.tensors["optimizer"])
+    randomness.restore(snapshot.tensors["random"], snapshot.state["random"])
+    return Place(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoints by name, newest first."""
+    return sorted((path for path in root.glob(f"{files.PREFIX}*") if path.is_dir()), reverse=True)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,57 @@
+"""Settings that are given and can have no effect beside the others. Called by `compose`, which warns of each.
+
+A table of rules, not a framework: the dotted name, when it acts, and why it doesn't otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from student_trainer.settings import Settings
+
+
+class Rule(NamedTuple):
+    """`name` acts only where `acts` holds. A name that ends with a dot stands for the whole section."""
+
+    name: str
+    acts: Callable[[Settings], bool]
+    why: str
+
+
+def _has_teacher(settings: Settings) -> bool:
+    return settings.teacher.kind != "none"
+
+
+RULES = (
+    *(
+        Rule(f"teacher.{name}", _has_teacher, "teacher.kind is none")
+        for name in ("url", "key_variable", "fingerprint", "top_k", "sanity", "tokenizer", "start_within_s")
+    ),
+    Rule("teacher.tokenizer", lambda s: s.teacher.same_tokenizer == "check", "teacher.same_tokenizer is trust"),
+    Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
+    Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
+    Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
+    Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
+    Rule("optim.schedule.decay_steps", lambda s: s.optim.schedule.kind == "wsd", "only schedule wsd has a decay phase"),
+    Rule("optim.schedule.floor", lambda s: s.optim.schedule.kind != "constant", "a constant rate never falls"),
+    Rule("run.threads", lambda s: not s.run.device.startswith("cuda"), "run.device is a GPU"),
+    Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
+)
+
+
+def without_effect(settings: Settings, given: set[str]) -> list[str]:
+    """One line for each setting of `given` (dotted names) that changes nothing, and for each field of a loss term."""
+    lines = []
+    for name in sorted(given):
+        for rule in RULES:
+            matches = name.startswith(rule.name) if rule.name.endswith(".") else name == rule.name
+            if matches and not rule.acts(settings):
+                lines.append(f"{name} has no effect: {rule.why}")
+                break
+    for term in settings.distillation.build():
+        lines += [
+            f"distillation.terms.{term.name}.{field} has no effect on a loss of kind {term.kind}"
+            for field in term.without_effect()
+        ]
+    return lines

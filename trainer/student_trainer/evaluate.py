@@ -1,0 +1,122 @@
+"""Held-out figures, by source: cross-entropy, KL(teacher‖student), agreement. Built by `build`, called by `loop`.
+
+The teacher is asked for the held-out rows once; they are kept in memory, so that every evaluation compares with the
+same answers. KL is over the served K ids and one bucket for all others, at temperature 1: a lower bound of the full KL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from student_trainer.data.batch import Batch
+from student_trainer.losses.terms import Term
+from student_trainer.passage import make_passage
+from student_trainer.settings import EvaluationSettings
+from student_trainer.students.student import Student
+from student_trainer.tally import Tally
+from student_trainer.targets.align import MicroBatch, micro_batches
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+
+CROSS_ENTROPY = Term("cross_entropy", "cross_entropy", 1.0)
+KL = Term("kl", "top_k_kl", 1.0)
+Figures = dict[str, float | int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The held-out rows of all sources with the teacher's answers, ready to be read."""
+
+    batches: Mapping[str, Sequence[Batch]]
+    targets: Mapping[str, Sequence[BatchTargets | None]]
+
+
+def fetch_held_out(
+    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, top_k: int
+) -> HeldOut:
+    """Ask the teacher for all of them, side by side; the first failure is raised."""
+    if targets is None:
+        return HeldOut(batches, {name: [None] * len(group) for name, group in batches.items()})
+    ask = Ask(("top_k",), top_k)
+    ordered = [batch for group in batches.values() for batch in group]
+
+    async def fetch_all() -> list[BatchTargets]:
+        return await asyncio.gather(*(targets.fetch(batch, ask) for batch in ordered))
+
+    answers = iter(thread.call(fetch_all()))
+    return HeldOut(batches, {name: [next(answers) for _ in group] for name, group in batches.items()})
+
+
+class Evaluator:
+    """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run."""
+
+    def __init__(
+        self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
+        passage_file: Path,
+    ):  # fmt: skip
+        self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
+        self._decode, self._passage_file = decode, passage_file
+
+    def due(self, step: int, steps: int) -> bool:
+        return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
+
+    def evaluate(self, student: Student) -> dict[str, Figures]:
+        """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher."""
+        if self._settings.every == 0:
+            return {}
+        return {name: self._figures(student, name) for name in self._held_out.batches}
+
+    def write_passage(self, student: Student) -> None:
+        """A held-out text in which each token shows what teacher and student would have said, for the report."""
+        for name, batches in self._held_out.batches.items():
+            if batches and self._held_out.targets[name][0] is not None and self._settings.every > 0:
+                tokens = make_passage(student, batches[0], self._held_out.targets[name][0], self._decode)
+                self._passage_file.write_text(json.dumps(tokens))
+                return
+
+    def _figures(self, student: Student, name: str) -> Figures:
+        batches, answers = self._held_out.batches[name], self._held_out.targets[name]
+        has_teacher = all(answer is not None for answer in answers)
+        terms = (CROSS_ENTROPY, KL) if has_teacher else (CROSS_ENTROPY,)
+        tally = Tally(terms, batches[0].source_names)
+        agreed, tokens = 0, 0
+        with _resting(student):
+            for batch, answer in zip(batches, answers, strict=True):
+                for micro in micro_batches(batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift):
+                    micro = micro.to(student.device)
+                    loss = student.loss(micro, terms, None, want_top1=has_teacher)
+                    tally.add(loss, micro)
+                    tokens += len(micro.labels_N)
+                    if has_teacher:
+                        agreed += _agreements(micro, loss.top1_N)
+        means = tally.figures().terms
+        return {
+            "cross_entropy": means["cross_entropy"],
+            "kl": means["kl"] if has_teacher else None,
+            "agreement": agreed / tokens if has_teacher else None,
+            "tokens": tokens,
+        }
+
+
+@contextmanager
+def _resting(student: Student) -> Iterator[None]:
+    """No gradients, and the student in evaluation mode."""
+    was_training = student.model.training
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        student.model.train(was_training)
+
+
+def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> int:
+    assert micro.teacher is not None and micro.teacher.ids_NK is not None and top1_N is not None
+    return int((top1_N == micro.teacher.ids_NK[:, 0]).sum())

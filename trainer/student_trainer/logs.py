@@ -1,0 +1,143 @@
+"""Where a run's figures go: `metrics.jsonl` and `evaluation.jsonl` always, the terminal, and trackers if there are any.
+
+Built by `build`, written by `loop`. The files are the truth: a line a step, flushed as it is written, and on resume the
+lines of steps that will be made again are taken out first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from student_trainer.checkpoint_files import replace_text
+from student_trainer.progress import Progress
+from student_trainer.tally import StepFigures
+
+if TYPE_CHECKING:
+    from student_trainer.evaluate import Figures
+    from student_trainer.loop import Place
+    from student_trainer.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+
+
+class RunLog:
+    """Close it, or use it in a `with`."""
+
+    def __init__(self, folder: Path, progress: Progress, trackers: Sequence[Tracker]):
+        self._files = {name: LineFile(folder / name) for name in (METRICS, EVALUATION)}
+        self._progress, self._trackers = progress, tuple(trackers)
+
+    def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
+        """One line for the update that led to `place`."""
+        line = step_line(place, figures, seconds, prefetch_depth)
+        self._files[METRICS].append(line)
+        self._progress.step(place.step, figures, seconds)
+        for tracker in self._trackers:
+            tracker.log(place.step, {key: value for key, value in line.items() if key not in ("step", "time")})
+
+    def evaluation(self, step: int, by_source: Mapping[str, Figures]) -> None:
+        """One line: the step, and the figures of each source under its name."""
+        if not by_source:
+            return
+        self._files[EVALUATION].append({"step": step, **by_source})
+        self._progress.evaluation(step, by_source)
+        flat = {f"held_out/{name}/{key}": value for name, f in by_source.items() for key, value in f.items()}
+        for tracker in self._trackers:
+            tracker.log(step, {key: value for key, value in flat.items() if value is not None})
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._progress.stop()
+        for tracker in self._trackers:
+            tracker.close()
+        for file in self._files.values():
+            file.close()
+
+
+class LineFile:
+    """A file of JSON lines. What can't be written (a full disk) is kept for a later line's turn, up to a limit."""
+
+    KEEP = 100_000
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("a")
+        self._waiting: list[str] = []
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        self._waiting.append(json.dumps(line) + "\n")
+        size = self._path.stat().st_size
+        try:
+            self._file.write("".join(self._waiting))
+            self._file.flush()
+        except OSError as error:
+            logger.error("%s could not be written (%s); its %d lines wait for room", self._path.name, error,
+                         len(self._waiting))  # fmt: skip
+            self._reopen(size)
+            del self._waiting[: -self.KEEP]
+        else:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _reopen(self, size: int) -> None:
+        """Forget the buffer that failed, and what part of it reached the file."""
+        descriptor = self._file.buffer.raw if hasattr(self._file.buffer, "raw") else self._file
+        descriptor.close()
+        self._file = self._path.open("a")
+        self._file.truncate(size)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Take out the lines of steps after `step`: a resumed run makes them again. A cut last line goes as well."""
+    for name in (METRICS, EVALUATION):
+        path = folder / name
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            replace_text(path, "".join(kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> dict[str, Any]:
+    """The keys of `metrics.jsonl`. Losses are means in nats a token; `wait_share` is of this step's time."""
+    rates = list(figures.rates.values())
+    return {
+        "step": place.step,
+        "tokens": place.tokens,
+        "loss": figures.loss,
+        **{f"loss/{name}": value for name, value in figures.terms.items()},
+        **{f"weighted/{name}": value for name, value in figures.weighted.items()},
+        **{
+            f"source/{source}/{name}": value
+            for source, values in figures.by_source.items()
+            for name, value in values.items()
+        },
+        "learning_rate": rates[0] if rates else None,
+        **{f"learning_rate/{name}": value for name, value in figures.rates.items()},
+        "grad_norm": figures.grad_norm,
+        "seconds": seconds,
+        "tokens_per_second": figures.tokens / seconds if seconds else None,
+        "wait_s": figures.waited_s,
+        "wait_share": figures.waited_s / seconds if seconds else 0.0,
+        "prefetch_depth": prefetch_depth,
+        "time": time.time(),
+    }

@@ -1,0 +1,127 @@
+"""THE file to read first: `train` goes from step to step, `step` makes one update. Everything else serves these two.
+
+    batch n -> its targets, asked for ahead of time -> forward, loss, backward, micro batch by micro batch -> update
+
+Losses are sums; the one division by the count of all valid tokens of the batch is here. An update that is not finite is
+never made. `build` puts a `Run` together, `main` calls `train`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from student_trainer.data.mixture import MixtureState
+from student_trainer.tally import StepFigures, Tally
+
+if TYPE_CHECKING:
+    from student_trainer.checkpoint import Checkpoints
+    from student_trainer.evaluate import Evaluator
+    from student_trainer.logs import RunLog
+    from student_trainer.losses.terms import Term
+    from student_trainer.optim.optimizer import Optimizer
+    from student_trainer.settings import Settings
+    from student_trainer.signals import StopSignals
+    from student_trainer.students.student import Student
+    from student_trainer.targets.guard import TargetGuard
+    from student_trainer.targets.prefetch import Prefetch, Ready
+
+logger = logging.getLogger(__name__)
+DONE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start it again and it goes on
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: updates made, tokens learnt from, and the mixture's state before the next batch."""
+
+    step: int
+    tokens: int
+    mixture: MixtureState
+
+
+@dataclass(eq=False)
+class Run:
+    """All that a run is made of. `place` is where it stands and moves with every step."""
+
+    settings: Settings
+    student: Student
+    terms: tuple[Term, ...]
+    optimizer: Optimizer
+    prefetch: Prefetch
+    guard: TargetGuard
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    log: RunLog
+    signals: StopSignals
+    place: Place
+
+    def save(self) -> None:
+        """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
+        self.checkpoints.save(self.place, self.student, self.optimizer)
+
+    def while_waiting(self, waited_s: float) -> None:
+        """What happens while a step stands still for its targets."""
+        self.signals.check()
+        self.guard.watch(waited_s, self.save)
+
+
+def train(run: Run) -> int:
+    """Train to the last step. Returns DONE, or STOPPED after a signal; whatever else ends the run is raised.
+
+    After every update: figures to the log, then evaluation and saving where they are due. A signal is obeyed between
+    two updates and while waiting, never inside an update; the run is saved before it ends.
+    """
+    steps = run.settings.run.steps
+    if run.place.step == 0:
+        run.log.evaluation(0, run.evaluator.evaluate(run.student))
+    try:
+        while run.place.step < steps:
+            run.signals.check()
+            started = time.monotonic()
+            ready = run.prefetch.next(run.while_waiting)
+            run.guard.check(ready)
+            figures = step(run, ready)
+            run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
+            run.log.step(run.place, figures, time.monotonic() - started, run.prefetch.control.depth)
+            if run.evaluator.due(run.place.step, steps):
+                run.log.evaluation(run.place.step, run.evaluator.evaluate(run.student))
+            if run.checkpoints.due(run.place.step, steps):
+                run.save()
+    except run.signals.Stop as stop:
+        logger.warning("%s: saving at step %d, to go on from there", stop, run.place.step)
+        run.save()
+        run.checkpoints.finish()
+        return STOPPED
+    run.checkpoints.finish(last=True)
+    run.evaluator.write_passage(run.student)
+    return DONE
+
+
+def step(run: Run, ready: Ready) -> StepFigures:
+    """One update from one batch. NonFiniteError, before anything is changed, if a loss or the gradient is not finite.
+
+    The loss is the sum over all terms and tokens divided by the number of valid tokens of the whole batch, so that it
+    does not depend on how the batch is cut into micro batches.
+    """
+    number = run.place.step
+    count = sum(len(micro.labels_N) for micro in ready.micro)
+    tally = Tally(run.terms, ready.batch.source_names)
+    run.student.before_step(number)
+    for micro in ready.micro:
+        loss = run.student.loss(micro, run.terms, run.settings.distillation.chunk_rows)
+        (loss.total / count).backward()
+        tally.add(loss, micro)
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
+    )
+    figures = tally.figures(norm, ready.waited_s)
+    run.guard.require_finite(figures, tally, ready, run.student, number)
+    if run.settings.optim.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
+    rates = run.optimizer.step(number)
+    run.optimizer.zero_grad()
+    return replace(figures, rates=rates)

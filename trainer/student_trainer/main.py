@@ -1,0 +1,113 @@
+"""`stillhouse-train`: distil a student from a served teacher.
+
+    stillhouse-train student.checkpoint_path=FOLDER data=text data.sources.text.path=FOLDER teacher.url=http://HOST:PORT
+    stillhouse-train check SETTINGS...     say what would run, without training
+    stillhouse-train report RUN ...        make the page of a run
+    stillhouse-train export RUN ...        write the student for others to load
+
+Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 stopped by a signal, saved, start it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+FAILED, USAGE = 1, 2
+
+# Imported only when they are asked for.
+SUBCOMMANDS = {
+    "check": "student_trainer.check",
+    "report": "student_trainer.report",
+    "export": "student_trainer.export",
+}
+logger = logging.getLogger("stillhouse")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        from student_trainer.help import print_help
+
+        print_help()
+        return 0 if arguments else USAGE
+    start_logging()
+    if arguments[0] in SUBCOMMANDS:
+        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
+        return guarded(lambda: command(arguments[1:]))
+    return guarded(lambda: train(arguments))
+
+
+def train(arguments: list[str]) -> int:
+    """Compose the settings, build the run, train it to its end."""
+    from student_trainer.compose import compose
+
+    settings = compose(*split_config_folder(arguments))
+    # Only now the imports that take their time: a misspelt setting is answered at once.
+    from student_trainer import loop
+    from student_trainer.build import build
+    from student_trainer.signals import StopSignals
+
+    with ExitStack() as stack, StopSignals() as signals:
+        return loop.train(build(settings, signals, stack))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The edge of the process: every error becomes a message and a code; a traceback is for our own mistakes."""
+    from teacher_proto.errors import StillhouseError
+
+    try:
+        return command()
+    except (ValueError, StillhouseError) as error:
+        print(f"stillhouse-train: {error}", file=sys.stderr)
+        return USAGE
+    except (ArithmeticError, OSError) as error:
+        print(f"stillhouse-train: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("stillhouse-train: interrupted", file=sys.stderr)
+        return FAILED
+    except Exception:
+        logger.exception("the run ended by an error that nobody foresaw")
+        return FAILED
+
+
+def split_config_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Overrides, and the folder that `--config-folder` names. ValueError for another option."""
+    overrides: list[str] = []
+    folder: Path | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name == "--config-folder":
+            folder = Path(value or next(rest, ""))
+        elif argument.startswith("-"):
+            raise ValueError(f"there is no option '{argument}': settings are given as NAME=VALUE, `--help` lists them")
+        else:
+            overrides.append(argument)
+    return overrides, folder
+
+
+def start_logging() -> None:
+    """Our own messages to stderr, one form for logs and warnings; libraries speak up from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    for name in ("student_trainer", "teacher_proto", "stillhouse"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        logging.getLogger("stillhouse").warning("%s", message)
+
+    warnings.showwarning = show
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The optimizer of a run: one or several of torch's, rates set from the step, state saved by parameter name.
+
+Built by `build`, stepped by `loop`, saved by `checkpoint`. The rate is a pure function of the step, so it has no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from student_trainer.optim.groups import ParameterGroup, parameter_groups
+from student_trainer.optim.schedule import rate_factor
+from student_trainer.settings import OptimSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One group in a torch optimizer: `slot` is its entry of `param_groups`, `rate` the peak, `floor` a share of it."""
+
+    group: ParameterGroup
+    slot: dict[str, object]
+    rate: float
+    floor: float
+
+
+class Optimizer:
+    """`step(number)` sets every group's rate for that update and applies it."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], members: Sequence[Member], settings: OptimSettings,
+                 steps: int):  # fmt: skip
+        self._optimizers = tuple(optimizers)
+        self._members = tuple(members)
+        self._settings = settings
+        self._steps = steps
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for member in self._members for parameter in member.group.parameters.values()]
+
+    def rates(self, number: int) -> dict[str, float]:
+        """The learning rate of each group at update `number`."""
+        schedule = self._settings.schedule
+        return {
+            member.group.name: member.rate
+            * rate_factor(
+                schedule.kind, number, steps=self._steps, warmup_steps=schedule.warmup_steps,
+                decay_steps=schedule.decay_steps, floor=member.floor,
+            )
+            for member in self._members
+        }  # fmt: skip
+
+    def step(self, number: int) -> dict[str, float]:
+        """Apply update `number` and return the rates it was done with."""
+        rates = self.rates(number)
+        for member in self._members:
+            member.slot["lr"] = rates[member.group.name]
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return rates
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on, as `parameter name//entry`. Views, not copies."""
+        tensors = {}
+        for optimizer, name, parameter in self._named():
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                assert isinstance(value, Tensor), f"{type(optimizer).__name__} keeps {entry} as {type(value).__name__}"
+                tensors[f"{name}//{entry}"] = value
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave. ValueError if it is of other parameters."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition("//")
+            by_name.setdefault(name, {})[entry] = value
+        known = {name for _, name, _ in self._named()}
+        if strange := sorted(by_name.keys() - known):
+            raise ValueError(f"the optimizer's state names {strange[0]}, which the student has not")
+        for optimizer, name, parameter in self._named():
+            state = {}
+            for entry, value in by_name.get(name, {}).items():
+                # Step counters stay on the CPU, where torch's optimizers want them.
+                device = value.device if entry == "step" else parameter.device
+                state[entry] = value.to(device, copy=True)
+            optimizer.state[parameter] = state
+
+    def _named(self) -> list[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
+        owner = {id(slot): optimizer for optimizer in self._optimizers for slot in optimizer.param_groups}
+        return [
+            (owner[id(member.slot)], name, parameter)
+            for member in self._members
+            for name, parameter in member.group.parameters.items()
+        ]
+
+
+def build_optimizer(settings: OptimSettings, model: nn.Module, head: nn.Module | None, steps: int) -> Optimizer:
+    """The optimizer that `settings.kind` names, over all trainable parameters of `model`."""
+    return BUILDERS[settings.kind](settings, parameter_groups(model, head), steps)
+
+
+def build_adamw(settings: OptimSettings, groups: Sequence[ParameterGroup], steps: int) -> Optimizer:
+    """AdamW with decoupled decay (arXiv 1711.05101); each group has its own rate, decay and floor."""
+    slots = []
+    for group in groups:
+        own = getattr(settings, group.name)
+        slots.append(
+            {
+                "params": list(group.parameters.values()),
+                "lr": settings.learning_rate if own.learning_rate is None else own.learning_rate,
+                "weight_decay": settings.weight_decay if own.weight_decay is None else own.weight_decay,
+            }
+        )
+    optimizer = torch.optim.AdamW(slots, betas=settings.betas, eps=settings.eps, foreach=True)
+    members = [
+        Member(group, slot, slot["lr"], _floor(settings, group))
+        for group, slot in zip(groups, optimizer.param_groups, strict=True)
+    ]
+    return Optimizer([optimizer], members, settings, steps)
+
+
+def _floor(settings: OptimSettings, group: ParameterGroup) -> float:
+    own = getattr(settings, group.name).floor
+    return settings.schedule.floor if own is None else own
+
+
+BUILDERS = {"adamw": build_adamw}

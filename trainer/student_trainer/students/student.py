@@ -1,0 +1,100 @@
+"""What the loop knows of a student: hidden states for packed rows, and the head that makes logits of them.
+
+Built by `causal` (and its kin), used by `loop`, `evaluate` and `checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from student_trainer.losses.head import HeadLoss, head_loss
+from student_trainer.losses.terms import Term
+from student_trainer.targets.align import MicroBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """logits = cap(scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap) where there is one."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+class Body(Protocol):
+    """Packed rows to final hidden states [B, T, D], after the last norm."""
+
+    def __call__(self, tokens_BT: Tensor, position_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class Student:
+    """A model that learns. `teacher_shift`: see `targets.align`. `shared_vocab`: ids that it has in common with the
+    teacher, None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
+    """
+
+    model: nn.Module
+    body: Body
+    head_module: nn.Module
+    head_constants: dict[str, Any] = field(default_factory=dict)
+    teacher_shift: int = 0
+    shared_vocab: int | None = None
+    compute: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> Head:
+        bias_V = getattr(self.head_module, "bias", None)
+        return Head(self.head_module.weight, bias_V, **self.head_constants)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.head.weight_VD.shape[0])
+
+    def before_step(self, number: int) -> None:
+        """What follows the step count rather than a gradient: nothing here; a ternary student warms up."""
+
+    def loss(
+        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
+    ) -> HeadLoss:
+        """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
+        head = self.head
+        return head_loss(
+            self.hidden(micro), head.weight_VD, micro.labels_N, micro.teacher, terms,
+            head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
+            shared_vocab=self.shared_vocab, chunk_rows=chunk_rows, want_top1=want_top1,
+        )  # fmt: skip
+
+    def hidden(self, micro: MicroBatch) -> Tensor:
+        """The hidden rows [N, D] that predict the labels of the micro batch."""
+        with torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32):
+            hidden_BTD = self.body(micro.tokens_BT, micro.position_ids_BT, micro.document_ids_BT)
+        return hidden_BTD.flatten(0, 1)[micro.rows_N]
+
+    def logits(self, micro: MicroBatch) -> Tensor:
+        """Logits [N, V] fp32 of a few rows, to be looked at; `loss` never makes them."""
+        head = self.head
+        with torch.no_grad():
+            hidden_ND = self.hidden(micro).to(head.weight_VD.dtype)
+            z_NV = nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V).float() * head.scale
+        return z_NV if head.softcap is None else head.softcap * torch.tanh(z_NV / head.softcap)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, each once however often it is tied: what a checkpoint keeps."""
+        return dict(self._named_once())
+
+    def _named_once(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor.detach()

@@ -1,0 +1,122 @@
+"""Do student and teacher mean the same token by the same id? Called by `build` before anything is trained.
+
+The two may differ at the end: a padded head, tokens added to one of them. What they share is then a prefix of the ids,
+and the losses compare the models on it. Another tokenizer is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from student_trainer.settings import TeacherSettings
+from student_trainer.targets.protocol import TeacherCard
+from teacher_proto.identity import tokenizer_sha256
+
+logger = logging.getLogger(__name__)
+SHOWN = 5
+
+
+def agree_on_vocabulary(settings: TeacherSettings, card: TeacherCard, tokenizer: Any, student_rows: int) -> int:
+    """How many leading ids the losses may compare, by what is known of both tokenizers. ValueError as below."""
+    rows = min(student_rows, card.vocab_size)
+    if settings.same_tokenizer == "trust":
+        logger.warning("teacher.same_tokenizer is trust: nobody checks that ids mean the same to student and teacher")
+        return rows
+    if card.tokenizer_sha256 == tokenizer_sha256({}):
+        logger.warning("the teacher was loaded without a tokenizer: nobody can tell whether ids mean the same to it")
+        return rows
+    tokens = tokens_by_id(tokenizer)
+    theirs = None
+    if matching_prefix(tokens, card.tokenizer_sha256) is None:
+        theirs = _teacher_tokens(settings.tokenizer or card.name, local_only=settings.tokenizer is None)
+    return shared_vocabulary(tokens, student_rows, card.tokenizer_sha256, card.vocab_size, theirs)
+
+
+def _teacher_tokens(name: str, local_only: bool) -> dict[int, str] | None:
+    """The teacher's tokens if its tokenizer is to be had: by the settings, or on this disk under the teacher's name."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if local_only:
+            return None
+        raise ValueError(f"teacher.tokenizer={name}: {str(error).strip().splitlines()[0]}") from None
+    return tokens_by_id(tokenizer)
+
+
+def tokens_by_id(tokenizer: Any) -> dict[int, str]:
+    """A Hugging Face tokenizer's vocabulary with the added tokens."""
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def shared_vocabulary(
+    student: Mapping[int, str], student_rows: int, teacher_sha256: str, teacher_rows: int,
+    teacher: Mapping[int, str] | None = None,
+) -> int:  # fmt: skip
+    """How many leading ids mean the same to both: what the losses may compare.
+
+    `student`: its tokenizer's tokens by id; `student_rows` and `teacher_rows`: sizes of the two heads; `teacher_sha256`
+    is of the teacher's tokens (`identity.tokenizer_sha256`), `teacher` the tokens themselves where they can be had.
+    ValueError with the first tokens that differ, or with what to do where only the hashes tell that some do.
+    """
+    rows = min(student_rows, teacher_rows)
+    same = matching_prefix(student, teacher_sha256)
+    if same is None:
+        if teacher is None:
+            raise ValueError(
+                f"the student's tokenizer ({len(student)} tokens) is not the teacher's: their hashes differ, and no "
+                "beginning of the student's has the teacher's hash. Give teacher.tokenizer=FOLDER_OR_HUB_NAME to see "
+                "which tokens differ, or to use a teacher with added tokens; teacher.same_tokenizer=trust skips this"
+            )
+        same = _compare(student, teacher)
+    for tokens, who, other in ((student, "student", "teacher"), (teacher or {}, "teacher", "student")):
+        if extra := sorted(index for index in tokens if index >= same):
+            # Ids that only one of them knows are left out, and so are all after them.
+            rows = min(rows, same)
+            logger.warning(
+                "the %s knows %d tokens that the %s does not, from %r (id %d) on: the losses compare the two on the %d "
+                "ids that they share", who, len(extra), other, tokens[extra[0]], extra[0], rows,
+            )  # fmt: skip
+    if rows == same:
+        return rows
+    if student_rows != teacher_rows:
+        logger.warning(
+            "the student's head has %d rows, the teacher's %d, of one tokenizer with %d tokens: the losses compare the "
+            "two on the first %d ids", student_rows, teacher_rows, len(student), rows,
+        )  # fmt: skip
+    return rows
+
+
+def matching_prefix(tokens: Mapping[int, str], sha256: str) -> int | None:
+    """How many leading ids have the hash `identity.tokenizer_sha256` gives; None if no number of them has.
+
+    The hash is of canonical JSON, `[[0,"a"],[1,"b"]]`, so that every beginning can be tried in one pass.
+    """
+    running = hashlib.sha256(b"[")
+    found = None
+    for count, index in enumerate(sorted(tokens)):
+        entry = json.dumps([index, tokens[index]], separators=(",", ":"))
+        running.update((("," if count else "") + entry).encode())
+        closed = running.copy()
+        closed.update(b"]")
+        if closed.hexdigest() == sha256:
+            found = index + 1
+    return found
+
+
+def _compare(student: Mapping[int, str], teacher: Mapping[int, str]) -> int:
+    differing = [index for index in sorted(student.keys() & teacher.keys()) if student[index] != teacher[index]]
+    if differing:
+        shown = "; ".join(
+            f"id {index}: {student[index]!r} here, {teacher[index]!r} there" for index in differing[:SHOWN]
+        )
+        raise ValueError(
+            f"the student's tokenizer is not the teacher's: {len(differing)} ids mean different tokens, first {shown}. "
+            "Targets of one tokenizer teach nothing to a student of another: use a student with the teacher's"
+        )
+    return min(max(student), max(teacher)) + 1

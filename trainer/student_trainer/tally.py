@@ -1,0 +1,87 @@
+"""What a step did, in figures: sums of every loss term by source, gathered without making the device wait. Used by
+`loop` and `evaluate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.head import HeadLoss
+from student_trainer.losses.terms import Term
+from student_trainer.targets.align import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Means in nats over the tokens that count for each term; `loss` is what was differentiated.
+
+    `terms`: raw means. `weighted`: the term's share of `loss`. `by_source`: source -> term -> mean, and "tokens".
+    """
+
+    tokens: int
+    loss: float
+    terms: Mapping[str, float]
+    weighted: Mapping[str, float]
+    by_source: Mapping[str, Mapping[str, float]]
+    grad_norm: float
+    waited_s: float
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(value) for value in (self.loss, self.grad_norm, *self.terms.values()))
+
+
+class Tally:
+    """Adds up micro batches. `per_term` keeps the values of every token until the step is over, for a dump."""
+
+    def __init__(self, terms: Sequence[Term], sources: Sequence[str]):
+        self._terms, self._sources = tuple(terms), tuple(sources)
+        self._tokens = 0
+        self._sums: list[Tensor] = []  # [terms, 2, sources]: sums and counts
+        self.per_term: list[dict[str, Tensor]] = []
+
+    def add(self, loss: HeadLoss, micro: MicroBatch) -> None:
+        self._tokens += len(micro.labels_N)
+        self.per_term.append(loss.per_term)
+        width = len(self._sources)
+        parts = []
+        for term in self._terms:
+            values_2N = torch.stack([loss.per_term[term.name].double(), loss.counted[term.name].double()])
+            zeros_2S = values_2N.new_zeros(2, width)
+            parts.append(zeros_2S.index_add(1, micro.sources_N, values_2N))
+        self._sums.append(torch.stack(parts))
+
+    def figures(self, grad_norm: Tensor | None = None, waited_s: float = 0.0) -> StepFigures:
+        """The one place where a step waits for the device."""
+        if self._sums:
+            sums = torch.stack(self._sums).sum(0).tolist()
+        else:
+            sums = [[[0.0] * len(self._sources)] * 2 for _ in self._terms]
+        terms, weighted = {}, {}
+        by_source: dict[str, dict[str, float]] = {}
+        for term, (values, counts) in zip(self._terms, sums, strict=True):
+            terms[term.name] = _mean(sum(values), sum(counts))
+            weighted[term.name] = term.coefficient * _mean(sum(values), float(self._tokens))
+            for name, value, count in zip(self._sources, values, counts, strict=True):
+                if count:
+                    by_source.setdefault(name, {})[term.name] = value / count
+                    by_source[name]["tokens"] = max(by_source[name].get("tokens", 0), int(count))
+        return StepFigures(
+            tokens=self._tokens,
+            loss=sum(weighted.values()),
+            terms=terms,
+            weighted=weighted,
+            by_source=by_source,
+            grad_norm=float(grad_norm) if grad_norm is not None else 0.0,
+            waited_s=waited_s,
+        )
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else 0.0

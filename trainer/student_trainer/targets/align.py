@@ -1,0 +1,127 @@
+"""A batch and its targets as tensors, every teacher row beside the student's row that it teaches. Called by `prefetch`.
+
+The teacher's row t of a document is its distribution of token t+1. Which of the student's rows that belongs to is the
+student's `teacher_shift` (science: the alignment of autoregressive and diffusion students):
+
+    teacher_shift  0: the student's row t predicts token t+1, and takes the teacher's row t
+    teacher_shift -1: the student's row t predicts token t,   and takes the teacher's row t-1
+
+So label and teacher row always go together; the shift only says which hidden row they meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from student_trainer.data.batch import Batch
+from student_trainer.losses.rows import TeacherRows
+from student_trainer.targets.protocol import BatchTargets
+from teacher_proto.targets import TokenTargets
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Some rows of a batch on the device: what one forward and backward pass needs.
+
+    N counts the labels. `rows_N` places each in the flattened [B x T] hidden rows; `sources_N` indexes the batch's
+    `source_names`; `teacher` has a row for each label.
+    """
+
+    tokens_BT: Tensor  # int64
+    position_ids_BT: Tensor  # int64
+    document_ids_BT: Tensor  # int32, -1 is padding
+    rows_N: Tensor  # int64
+    labels_N: Tensor  # int64
+    sources_N: Tensor  # int64
+    teacher: TeacherRows | None
+    first_row: int = 0  # of the batch
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`; from pinned memory without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        moved = {name: _pinned(getattr(self, name)).to(device, non_blocking=True) for name in _TENSORS}
+        teacher = None
+        if self.teacher is not None:
+            pinned = {name: _pinned(value) for name, value in vars(self.teacher).items() if isinstance(value, Tensor)}
+            teacher = replace(self.teacher, **pinned).to(device)
+        return replace(self, **moved, teacher=teacher)
+
+
+_TENSORS = ("tokens_BT", "position_ids_BT", "document_ids_BT", "rows_N", "labels_N", "sources_N")
+
+
+def micro_batches(
+    batch: Batch, targets: BatchTargets | None, *, rows: int | None = None, teacher_shift: int = 0
+) -> tuple[MicroBatch, ...]:
+    """The batch cut into micro batches of at most `rows` rows, on the CPU. Those without any label are left out."""
+    assert teacher_shift in (0, -1), teacher_shift
+    size = rows or len(batch.tokens_BT)
+    parts = []
+    for first in range(0, len(batch.tokens_BT), size):
+        part = _one(batch, targets, first, min(first + size, len(batch.tokens_BT)), teacher_shift)
+        if len(part.labels_N):
+            parts.append(part)
+    return tuple(parts)
+
+
+def _one(batch: Batch, targets: BatchTargets | None, first: int, stop: int, teacher_shift: int) -> MicroBatch:
+    width = batch.tokens_BT.shape[1]
+    # Row t of the batch predicts token t+1 where the mask is set.
+    row_N, column_N = np.nonzero(batch.loss_mask_BT[first:stop])
+    return MicroBatch(
+        tokens_BT=_tensor(batch.tokens_BT[first:stop], torch.int64),
+        position_ids_BT=_tensor(batch.position_ids_BT[first:stop], torch.int64),
+        document_ids_BT=_tensor(batch.document_ids_BT[first:stop], torch.int32),
+        rows_N=_tensor(row_N * width + column_N - teacher_shift, torch.int64),
+        labels_N=_tensor(batch.tokens_BT[first:stop][row_N, column_N + 1], torch.int64),
+        sources_N=_tensor(batch.source_ids_BT[first:stop][row_N, column_N], torch.int64),
+        teacher=None if targets is None else _teacher_rows(batch, targets, first, stop),
+        first_row=first,
+    )
+
+
+def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int) -> TeacherRows:
+    """Rows in the order of the labels: by row of the batch, then by position; documents come in that order."""
+    pieces: dict[str, list[np.ndarray]] = {}
+    for document, answer in zip(batch.documents, targets.documents, strict=True):
+        if not first <= document.row < stop or answer is None:
+            continue
+        mask_T = batch.loss_mask_BT[document.row, document.start : document.stop]
+        counted_R = mask_T[answer.start : answer.start + answer.num_rows]
+        assert counted_R.sum() == mask_T.sum(), "a row that counts was not asked for"
+        for name, array in _row_arrays(answer).items():
+            pieces.setdefault(name, []).append(array if counted_R.all() else array[counted_R])
+    arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
+    tensors = {_FIELDS[name]: _tensor(array, _DTYPES.get(name)) for name, array in arrays.items()}
+    return TeacherRows(**tensors, temperatures=targets.ask.temperatures)
+
+
+def _row_arrays(answer: TokenTargets) -> dict[str, np.ndarray]:
+    return {name: array for name, array in answer.tensors().items() if name in _FIELDS}
+
+
+# Tensors of a record and the fields that they become; ids are two bytes on the wire, which torch cannot index with.
+_FIELDS = {
+    "ids": "ids_NK",
+    "logprobs": "logprobs_NK",
+    "lse": "lse_N",
+    "next_logprob": "next_logprob_N",
+    "log_z": "log_z_NT",
+}
+_DTYPES = {"ids": torch.int32}
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of its own memory: what numpy views belongs to a response, and may not be written to."""
+    wide = array.astype(np.int32) if array.dtype == np.uint16 else np.array(array)
+    tensor = torch.from_numpy(wide)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory()

@@ -1,0 +1,95 @@
+"""What stands between targets and an update: alignment, outages, numbers that are not finite. Called by `loop`.
+
+Whatever it refuses is written to the run's `dumps` first, batch and targets, so that it can be looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from student_trainer.settings import TeacherSettings
+from student_trainer.targets.dump import write_dump
+from student_trainer.targets.patience import OutageWatch
+from student_trainer.targets.prefetch import Ready
+from student_trainer.targets.sanity import check_alignment
+from teacher_proto.errors import InvalidTargetsError
+
+if TYPE_CHECKING:
+    from student_trainer.students.student import Student
+    from student_trainer.tally import StepFigures, Tally
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is NaN or infinite; nothing was updated."""
+
+
+class TargetGuard:
+    """`reason` tells what is known of an outage; `vocab_size` is the teacher's."""
+
+    def __init__(self, settings: TeacherSettings, dumps: Path, vocab_size: int, reason: Callable[[], str]):
+        self._settings, self._dumps, self._vocab_size = settings, dumps, vocab_size
+        self._watch = OutageWatch(settings, reason)
+        self._checked = settings.sanity == "off"
+
+    def watch(self, waited_s: float, save: Callable[[], None]) -> None:
+        """Called while a step waits."""
+        self._watch(waited_s, save)
+
+    def check(self, ready: Ready) -> None:
+        """The alignment of the first batch that this process trains on. InvalidTargetsError if it is wrong."""
+        if self._checked or ready.targets is None:
+            return
+        self._checked = True
+        try:
+            check_alignment(ready.batch, ready.targets, self._vocab_size)
+        except InvalidTargetsError as error:
+            if self._settings.sanity == "warn":
+                logger.warning("%s", error)
+                return
+            folder = write_dump(self._dumps / "alignment", str(error), ready.batch, ready.targets)
+            raise InvalidTargetsError(f"{error}. Batch and targets are in {folder}") from error
+
+    def require_finite(self, figures: StepFigures, tally: Tally, ready: Ready, student: Student, number: int) -> None:
+        """NonFiniteError with step, source and documents if a figure of this step is NaN or infinite."""
+        if figures.finite:
+            return
+        where = _bad_tokens(tally, ready) or _bad_parameters(student)
+        keys = ", ".join(document.key for document in ready.batch.documents[:8])
+        message = (
+            f"step {number + 1} is not finite (loss {figures.loss}, gradient norm {figures.grad_norm}) and was not "
+            f"made: {where}. Documents of the batch: {keys}{', ...' if len(ready.batch.documents) > 8 else ''}"
+        )
+        folder = write_dump(self._dumps / f"step-{number + 1:08d}", message, ready.batch, ready.targets)
+        raise NonFiniteError(f"{message}. Batch and targets are in {folder}")
+
+
+def _bad_tokens(tally: Tally, ready: Ready) -> str:
+    """The first token whose loss is not finite, by term, source and document; empty if all are."""
+    width = ready.batch.tokens_BT.shape[1]
+    for values, micro in zip(tally.per_term, ready.micro, strict=True):
+        for name, value_N in values.items():
+            bad_N = ~value_N.isfinite()
+            if bad_N.any():
+                index = int(bad_N.int().argmax())
+                row, column = divmod(int(micro.rows_N[index]), width)
+                row += micro.first_row
+                documents = ready.batch.documents
+                key = next((d.key for d in documents if d.row == row and d.start <= column < d.stop), "unknown")
+                source = ready.batch.source_names[int(micro.sources_N[index])]
+                return f"{name} is {float(value_N[index])} in source {source}, document {key}, row {row} token {column}"
+    return ""
+
+
+def _bad_parameters(student: Student) -> str:
+    bad = [
+        name
+        for name, parameter in student.model.named_parameters()
+        if parameter.grad is not None and not math.isfinite(float(parameter.grad.sum()))
+    ]
+    return f"every loss is finite, the gradient of {', '.join(bad[:5]) or 'some parameter'} is not"

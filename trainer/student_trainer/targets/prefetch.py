@@ -1,0 +1,154 @@
+"""The next batches with their targets, asked for ahead of the step and handed over in order. Used by `loop`.
+
+    prefetch = Prefetch(stream, targets, ask, thread, prepare, settings)
+    ready = prefetch.next(while_waiting)
+
+With depth D, D batches are under way beside the one that the step works on; depth 0 asks when the step does. The order
+is that of the stream whatever comes first, so a run's figures do not depend on depth or delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+from student_trainer.data.batch import Batch
+from student_trainer.data.mixture import MixtureState
+from student_trainer.settings import PrefetchSettings
+from student_trainer.targets.align import MicroBatch
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.depth import DepthControl
+from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A batch to train on. `state` is the mixture's after it, `waited_s` how long the step stood still for it."""
+
+    batch: Batch
+    state: MixtureState
+    targets: BatchTargets | None
+    micro: tuple[MicroBatch, ...]
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What the background made of a batch, and how long that took from the first request on."""
+
+    ready: Ready
+    latency_s: float
+
+
+Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
+
+
+class Prefetch:
+    """Close it, or use it in a `with`. `targets` is None for a run without a teacher."""
+
+    def __init__(
+        self, stream: Iterator[tuple[Batch, MixtureState]], targets: Targets | None, ask: Ask | None,
+        thread: EventThread, prepare: Prepare, settings: PrefetchSettings,
+    ):  # fmt: skip
+        self._stream, self._targets, self._ask = stream, targets, ask
+        self._thread, self._prepare = thread, prepare
+        self.control = DepthControl(settings)
+        self._room = threading.Condition()
+        self._calls = 0
+        self._started = 0
+        self._made: deque[Future[Made]] = deque()
+        self._closed = False
+        self._last_handover: float | None = None
+        self._reader = threading.Thread(target=self._read, name="prefetch", daemon=True)
+        self._reader.start()
+
+    def next(self, while_waiting: Callable[[float], None] = lambda waited_s: None) -> Ready:
+        """The next batch in order. `while_waiting(seconds so far)` is called every 0.2 s and may raise to give up.
+
+        Raises what reading the data or fetching the targets raised.
+        """
+        asked = time.monotonic()
+        with self._room:
+            self._calls += 1
+            self._room.notify_all()
+        future: Future[Made] | None = None
+        while future is None or not future.done():
+            if future is None:
+                future = self._head()
+            else:
+                wait([future], timeout=POLL_S)
+            if future is None or not future.done():
+                while_waiting(time.monotonic() - asked)
+        made = future.result()
+        now = time.monotonic()
+        waited_s = now - asked
+        busy_s = asked - self._last_handover if self._last_handover is not None else None
+        self._last_handover = now
+        ready = made.ready
+        self.control.observe(made.latency_s, busy_s, ready.targets.nbytes if ready.targets else 0)
+        return Ready(ready.batch, ready.state, ready.targets, ready.micro, waited_s)
+
+    def close(self) -> None:
+        """Stop reading and cancel what is under way. Safe to call twice."""
+        with self._room:
+            self._closed = True
+            pending = list(self._made)
+            self._room.notify_all()
+        for future in pending:
+            future.cancel()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _head(self) -> Future[Made] | None:
+        """The oldest batch under way; None if the reader has not come to it within the poll's time."""
+        with self._room:
+            if not self._made:
+                self._room.wait(POLL_S)
+            return self._made.popleft() if self._made else None
+
+    def _read(self) -> None:
+        """Pulls batches from the stream, one thread and in order, as there is room."""
+        while self._wait_for_room():
+            try:
+                batch, state = next(self._stream)
+            except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
+                failed: Future[Made] = Future()
+                failed.set_exception(error)
+                self._append(failed)
+                return
+            if self._closed:
+                return
+            self._append(self._thread.submit(self._make(batch, state)))
+
+    def _wait_for_room(self) -> bool:
+        with self._room:
+            while not self._closed and self._started >= self._calls + self.control.depth:
+                self._room.wait()
+            self._started += 1
+            return not self._closed
+
+    def _append(self, future: Future[Made]) -> None:
+        with self._room:
+            self._made.append(future)
+            self._room.notify_all()
+
+    async def _make(self, batch: Batch, state: MixtureState) -> Made:
+        start = time.monotonic()
+        targets = None
+        if self._targets is not None:
+            assert self._ask is not None
+            targets = await self._targets.fetch(batch, self._ask)
+        loop = asyncio.get_running_loop()
+        micro = await loop.run_in_executor(None, self._prepare, batch, targets)
+        return Made(Ready(batch, state, targets, micro), time.monotonic() - start)

@@ -1,0 +1,97 @@
+"""Do the first targets belong to the tokens that they came for? Called by `loop` before the first step.
+
+A teacher that is off by one row, that reads other ids, or that mixes up its own tensors would train the student towards
+nonsense without any error. Three questions that only a sound answer passes:
+
+1. Where the next token is among the top K, does its logprob there equal the served `next_logprob`?
+2. Do the rows give more probability to the next token than to the one before or after it?
+3. Is the next token likelier than one drawn blindly from the vocabulary?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from student_trainer.data.batch import Batch
+from student_trainer.targets.protocol import BatchTargets
+from teacher_proto.errors import InvalidTargetsError
+
+# fp16 keeps 11 bits, so a logprob is off by at most 2**-11 of itself.
+ROUNDING = 2.0**-10
+# A shifted row must win by this many standard errors: chance does so once in 10**9 batches.
+SIGMAS = 6.0
+# Nats above the logarithm of the vocabulary from which the next token counts as absurdly unlikely.
+ABSURD_NATS = 1.0
+FEWEST_ROWS = 16
+
+
+def check_alignment(batch: Batch, targets: BatchTargets, vocab_size: int) -> None:
+    """InvalidTargetsError if the targets cannot be those of the batch's own tokens. A batch too small passes."""
+    pairs = list(_pairs(batch, targets))
+    if sum(len(next_R) for next_R, *_ in pairs) < FEWEST_ROWS:
+        return
+    _check_agreement(pairs)
+    _check_shift(pairs)
+    mean = float(np.concatenate([next_R for next_R, *_ in pairs]).mean())
+    if -mean > math.log(vocab_size) + ABSURD_NATS:
+        raise InvalidTargetsError(
+            f"the teacher gives the next token of the first batch {mean:.2f} nats on average, blind guessing among "
+            f"{vocab_size} tokens gives {-math.log(vocab_size):.2f}: these targets are not for this text. Is it the "
+            "teacher's tokenizer? If the data really is noise, set teacher.sanity=off"
+        )
+
+
+# next_logprob [R], ids [R, K], logprobs [R, K], and the tokens before, at and after the predicted place [R, 3].
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _pairs(batch: Batch, targets: BatchTargets) -> Iterator[Pair]:
+    """What is needed of each document: rows whose next token has a neighbour on both sides."""
+    for document, answer in zip(batch.documents, targets.documents, strict=True):
+        if answer is None or answer.ids is None or answer.logprobs is None or answer.next_logprob is None:
+            continue
+        tokens_T = batch.tokens_BT[document.row, document.start : document.stop].astype(np.int64)
+        stop = min(answer.start + answer.num_rows, len(tokens_T) - 2)
+        rows = np.arange(answer.start, stop)
+        if len(rows):
+            cut = slice(0, len(rows))
+            around_R3 = np.stack([tokens_T[rows], tokens_T[rows + 1], tokens_T[rows + 2]], 1)
+            yield answer.next_logprob[cut], answer.ids[cut], answer.logprobs[cut].astype(np.float32), around_R3
+
+
+def _check_agreement(pairs: list[Pair]) -> None:
+    for next_R, ids_RK, logprobs_RK, around_R3 in pairs:
+        hit_RK = ids_RK == around_R3[:, 1:2]
+        hit_R = hit_RK.any(1)
+        listed_R = (logprobs_RK * hit_RK).sum(1)
+        gap_R = np.abs(listed_R - next_R) - ROUNDING * (1.0 + np.abs(next_R))
+        bad_R = (hit_R & (gap_R > 0)) | (~hit_R & (next_R > logprobs_RK[:, -1] + ROUNDING * (1.0 + np.abs(next_R))))
+        if bad_R.any():
+            row = int(bad_R.argmax())
+            listed = f"lists it at {listed_R[row]:.4f}" if hit_R[row] else "does not list it among the top K"
+            raise InvalidTargetsError(
+                f"the teacher's rows contradict each other: next_logprob of token {around_R3[row, 1]} is "
+                f"{next_R[row]:.4f}, the top K of the same row {listed}: one of the two belongs to another row"
+            )
+
+
+def _check_shift(pairs: list[Pair]) -> None:
+    """The probability that a row gives to the token at each of three places; its own must not lose."""
+    given_N3 = np.concatenate(
+        [
+            (np.exp(logprobs_RK)[:, :, None] * (ids_RK[:, :, None] == around_R3[:, None, :])).sum(1)
+            for _, ids_RK, logprobs_RK, around_R3 in pairs
+        ]
+    )
+    for place, what in ((0, "the token before"), (2, "the token after")):
+        lead_N = given_N3[:, place] - given_N3[:, 1]
+        error = lead_N.std() / math.sqrt(len(lead_N))
+        if lead_N.mean() > SIGMAS * error and lead_N.mean() > 0:
+            raise InvalidTargetsError(
+                f"the teacher's rows are off by one: they give {what} the one they should predict "
+                f"{given_N3[:, place].mean():.3f} of the probability on average, and that one only "
+                f"{given_N3[:, 1].mean():.3f}. Row t must be the distribution of token t+1"
+            )

@@ -1,0 +1,125 @@
+"""Trackers of others: Weights & Biases and TensorBoard. Built by `build`, fed by `logs`.
+
+A tracker may be slow, down or gone: it is fed from a queue by a thread of its own, and what it can't take is counted
+and dropped. `metrics.jsonl` has every line whatever happens here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from student_trainer.settings import Settings
+
+logger = logging.getLogger(__name__)
+QUEUE_LINES = 10_000
+CLOSE_WITHIN_S = 20.0
+
+
+class Sink(Protocol):
+    """What writes figures somewhere. Lives on one thread."""
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Feeds a sink that `open_sink` makes on the tracker's thread."""
+
+    def __init__(self, name: str, open_sink: Callable[[], Sink]):
+        self._name, self._open_sink = name, open_sink
+        self._queue: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue(QUEUE_LINES)
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Never waits: a line that finds the queue full is dropped and counted."""
+        try:
+            self._queue.put_nowait((step, figures))
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                logger.warning("%s takes figures too slowly: some are dropped, metrics.jsonl has them all", self._name)
+
+    def close(self) -> None:
+        """Give the sink what is queued, but no more than 20 seconds."""
+        try:
+            self._queue.put(None, timeout=CLOSE_WITHIN_S)
+        except queue.Full:
+            self.dropped += self._queue.qsize()
+        self._thread.join(CLOSE_WITHIN_S)
+        if self._thread.is_alive() or self.dropped:
+            logger.warning(
+                "%s has not taken all figures (%d dropped); metrics.jsonl has them", self._name, self.dropped
+            )
+
+    def _work(self) -> None:
+        try:
+            sink = self._open_sink()
+            while (item := self._queue.get()) is not None:
+                sink.log(*item)
+            sink.close()
+        except Exception as error:  # the edge of a thread that runs other people's code
+            logger.error("%s FAILED AND GETS NOTHING MORE: %r. metrics.jsonl has every line", self._name, error)
+            self._drain()
+
+    def _drain(self) -> None:
+        """Take what comes until the end, so that nobody waits for this tracker."""
+        while self._queue.get() is not None:
+            self.dropped += 1
+
+
+class _Wandb:
+    def __init__(self, settings: Settings, run_id: str, folder: Path, mode: Literal["online", "offline"]):
+        import wandb
+
+        self._run = wandb.init(
+            project=settings.logging.project, id=run_id, name=run_id, dir=str(folder), resume="allow",
+            mode=mode, config=settings.model_dump(mode="json"), settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        for name, value in figures.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_trackers(settings: Settings, run_id: str, folder: Path) -> list[Tracker]:
+    """The trackers that the settings ask for; says very loudly if there is no online one and none was refused."""
+    trackers = []
+    mode = settings.logging.wandb
+    if mode == "auto" and os.environ.get("WANDB_API_KEY"):
+        trackers.append(Tracker("wandb", lambda: _Wandb(settings, run_id, folder, "online")))
+    elif mode == "auto":
+        logger.warning(
+            "\n%s\n  WANDB_API_KEY IS NOT SET: NOTHING OF THIS RUN GOES TO WEIGHTS & BIASES.\n  The figures are in "
+            "%s alone. Set the key, or say logging.wandb=offline or off.\n%s", "!" * 88, folder, "!" * 88,
+        )  # fmt: skip
+    elif mode == "offline":
+        trackers.append(Tracker("wandb", lambda: _Wandb(settings, run_id, folder, "offline")))
+    if settings.logging.tensorboard:
+        trackers.append(Tracker("tensorboard", lambda: _TensorBoard(folder)))
+    return trackers
