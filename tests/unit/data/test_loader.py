@@ -1,6 +1,7 @@
 """`BatchSource`: pure, exact on resume, the same on any number of ranks, and clear about data that changed."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_a_larger_fraction_only_adds_to_what_is_held_out() -> None:
     documents = texts(500)
     kept = [{t for t in documents if is_held_out(t, fraction)} for fraction in (0, 0.05, 0.2, 0.5, 1)]
     assert not kept[0] and len(kept[-1]) == 500
-    assert all(small <= large for small, large in zip(kept, kept[1:], strict=False))
+    assert all(small <= large for small, large in pairwise(kept))
 
 
 def test_held_out_rows_see_many_documents_before_they_see_one_twice() -> None:
@@ -163,9 +164,9 @@ def test_a_batch_must_be_asked_for_with_the_state_before_it() -> None:
 
 def test_a_source_without_training_documents_says_so() -> None:
     sources = {"a": inline(["", "", ""])}
-    with opened(DataSettings(sources=sources, seq_len=32, rows=1)) as source:
-        with pytest.raises(ValueError, match="no document to train on"):
-            run(source, 1)
+    settings = DataSettings(sources=sources, seq_len=32, rows=1)
+    with opened(settings) as source, pytest.raises(ValueError, match="no document to train on"):
+        run(source, 1)
     with pytest.raises(ValueError, match=r"data\.sources is empty"), opened(DataSettings()):
         pass
 

@@ -276,7 +276,7 @@ def test_wrong_parquet_columns_are_named(tmp_path: Path, streaming: bool) -> Non
     with pytest.raises(ValueError, match="1 rows have no 'text'"):
         read(tmp_path, **common)
     path.write_bytes(b"this is not parquet at all, whatever it is called")
-    with pytest.raises(ValueError, match="cannot read .*a.parquet as parquet"):
+    with pytest.raises(ValueError, match=r"cannot read .*a\.parquet as parquet"):
         read(tmp_path, **common)
 
 

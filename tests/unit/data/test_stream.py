@@ -45,9 +45,10 @@ def test_a_closed_stream_leaves_no_thread_and_the_source_usable() -> None:
 
 
 def test_a_state_of_other_data_is_refused_before_the_first_batch() -> None:
-    with opened(settings()) as source, opened(settings(sources={"b": inline(texts(5))})) as other:
-        with pytest.raises(ValueError, match="is of the sources"):
-            BatchStream(source, other.initial_state())
+    with opened(settings(sources={"b": inline(texts(5))})) as other:
+        state = other.initial_state()
+    with opened(settings()) as source, pytest.raises(ValueError, match="is of the sources"):
+        BatchStream(source, state)
 
 
 def test_starving_is_said_loudly_with_figures_and_plenty_is_not(

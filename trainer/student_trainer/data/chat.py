@@ -71,6 +71,8 @@ class ChatTemplate:
                 raise ValueError("the conversation begins with the assistant; expected a system or user message first")
             before = self._render(messages[:i], tools, tokenize=False, add_generation_prompt=True)
             upto = text if i == len(messages) - 1 else self._render(messages[: i + 1], tools, tokenize=False)
+            if not text.startswith(upto) and self._tokenizer.eos_token:
+                upto = upto.rstrip().removesuffix(self._tokenizer.eos_token)  # some templates write it at every end
             if not (text.startswith(upto) and upto.startswith(before)):
                 raise ValueError(
                     f"the chat template renders message {i} otherwise when more follows (it may drop earlier "

@@ -161,9 +161,8 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
         try:
             return value.encode("utf-8", "surrogatepass").decode("utf-8", settings.encoding_errors)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{place}: {settings.column_name!r} holds half a surrogate pair; see encoding_errors"
-            ) from error
+            what = f"{place}: {settings.column_name!r} holds half a surrogate pair"
+            raise ValueError(f"{what}; repair it, or set encoding_errors: replace") from error
     if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in value):
         raise ValueError(f"{place}: {settings.column_name!r} is not a list of token ids (integers from 0 to 2^31 - 1)")
     return value

@@ -15,6 +15,10 @@ Format = Literal["text", "chat", "tokens"]
 
 DEFAULT_COLUMN: dict[str, str] = {"text": "text", "chat": "messages", "tokens": "input_ids"}
 FILE_KINDS = ("text", "jsonl", "parquet")
+BY_ENVIRONMENT = (
+    "would be written into the run's folder; give it by the environment "
+    "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
+)
 SECRET = re.compile(r"secret|token|passw|credential|(^|_)key$", re.IGNORECASE)
 
 
@@ -65,12 +69,19 @@ class SourceSettings(BaseModel):
     @field_validator("storage_options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
+        for name, inner in value.items():
             if SECRET.search(name):
-                raise ValueError(
-                    f"storage_options has {name!r}, which looks like a secret and would be written into the run's "
-                    "folder; give it by the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
-                )
+                raise ValueError(f"storage_options has {name!r}, which looks like a secret and {BY_ENVIRONMENT}")
+            if isinstance(inner, dict):
+                cls._no_secrets(inner)
+        return value
+
+    @field_validator("path")
+    @classmethod
+    def _no_password(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if re.search(r"://[^/]*:[^/]*@", path):
+                raise ValueError(f"the URL of {path.rpartition('@')[2]!r} holds credentials, which {BY_ENVIRONMENT}")
         return value
 
     @model_validator(mode="after")
