@@ -19,7 +19,6 @@ _FIELDS = {
     "sampled": (("sampled_offsets", "sampled_ids", "sampled_counts"), "sampled"),
     "full": (("teacher_hidden_NE", "teacher_head"), "hidden"),
 }
-_IDS = {"top_k": "ids_NK", "gather": "gather_ids_NG"}
 
 
 def check_shapes(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[Term]) -> None:
@@ -52,9 +51,11 @@ def shared_width(shared_vocab: int | None, vocab_size: int) -> int:
 
 
 def rows_that_count(term: Term, labels_N: Tensor, teacher: TeacherRows | None) -> Tensor:
-    """Bool [N]: which rows the term sums over."""
+    """Bool [N]: which rows the term sums over. ValueError if the teacher's rows are not as many as the student's."""
     if term.kind == "cross_entropy" or teacher is None or teacher.valid_N is None:
         return labels_N != IGNORED
+    if teacher.valid_N.shape != labels_N.shape:
+        raise ValueError(f"got {len(teacher.valid_N)} teacher rows for {len(labels_N)} rows of the student")
     return teacher.valid_N.to(labels_N.device, torch.bool)
 
 
@@ -66,18 +67,18 @@ def check_targets(term: Term, teacher: TeacherRows | None, counted_N: Tensor, li
     missing = [name for name in wanted if teacher is None or getattr(teacher, name) is None]
     if teacher is None or missing:
         raise ValueError(f"loss '{term.name}' needs the target kind '{request}' ({', '.join(missing)} not given)")
-    if teacher.valid_N is not None and teacher.valid_N.shape != counted_N.shape:
-        raise ValueError(f"got {len(teacher.valid_N)} teacher rows for {len(counted_N)} rows of the student")
     if term.support == "sampled":
         _check_sampled(term, teacher, counted_N, limit)
     elif term.support == "full":
         _check_full(term, teacher, counted_N)
     else:
-        teacher.log_z_at(term.temperature)
-        _check_ids(term, getattr(teacher, _IDS[term.support]), getattr(teacher, wanted[1]), counted_N, limit)
+        ids_NK, logprobs_NK = (getattr(teacher, name) for name in wanted)
+        _check_ids(term, ids_NK, logprobs_NK, teacher.log_z_at(term.temperature), counted_N, limit)
 
 
-def _check_ids(term: Term, ids_NK: Tensor, logprobs_NK: Tensor, counted_N: Tensor, limit: int | None) -> None:
+def _check_ids(
+    term: Term, ids_NK: Tensor, logprobs_NK: Tensor, log_z_N: Tensor | None, counted_N: Tensor, limit: int | None
+) -> None:
     if ids_NK.shape != logprobs_NK.shape or len(ids_NK) != len(counted_N):
         raise ValueError(
             f"loss '{term.name}': got ids {tuple(ids_NK.shape)} and logprobs {tuple(logprobs_NK.shape)}, "
@@ -86,8 +87,12 @@ def _check_ids(term: Term, ids_NK: Tensor, logprobs_NK: Tensor, counted_N: Tenso
     used_MK = ids_NK.long()[counted_N]
     if used_MK.numel() == 0:
         return
-    if bool(torch.isnan(logprobs_NK[counted_N]).any()):
-        raise ValueError(f"loss '{term.name}': the teacher's logprobs contain NaN on a row that counts")
+    if bool(torch.isnan(logprobs_NK[counted_N]).any()) or (
+        log_z_N is not None and not bool(torch.isfinite(log_z_N[counted_N]).all())
+    ):
+        raise ValueError(f"loss '{term.name}': the teacher's logprobs or log_z contain NaN on a row that counts")
+    if term.support == "gather" and bool((used_MK.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise ValueError(f"loss '{term.name}': an id comes twice on a row of gather_ids, expected distinct ids")
     _check_range(term, int(used_MK.min()), int(used_MK.max()), limit)
 
 

@@ -1,7 +1,7 @@
 """The walk over a call's rows: a chunk of rows for the matrix products, and within it blocks for everything else.
 
 Called by `head`. On a CPU a chunk must be tall, or the products are slow, and a block small enough for the caches, or
-each pass over the logits waits for memory. On a GPU a block is the whole chunk.
+each pass over the logits waits for memory. On a GPU the block only bounds the temporary arrays.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.terms import Term
 
 CPU_BLOCK_ELEMENTS = 2**21
+GPU_BLOCK_ELEMENTS = 2**25
 CPU_CHUNK_ELEMENTS = 2**24
 GPU_CHUNK_ELEMENTS = 2**27
 
@@ -91,16 +92,18 @@ def _run_block(
         teacher=None if job.teacher is None else job.teacher.select(rows_B),
         teacher_logits_NW=teacher_BW,
     )
+    may_overwrite = len(job.passes) == 1 and head.softcap is None
     gradient_BV: Tensor | None = None
     for run in job.passes:
-        values, part_BW = run_pass(run, z_BV, block, job.wants_grad)
+        values, part_BW = run_pass(run, z_BV, block, job.wants_grad, z_BV if may_overwrite else None)
         for index, term in enumerate(job.terms):
             if term.name in values:
                 outcome.values_MN[index, rows_B] = values[term.name]
         gradient_BV = _add(gradient_BV, part_BW, z_BV)
     if gradient_BV is not None:
         head.uncap_(gradient_BV, z_BV)
-        z_BV.copy_(gradient_BV)
+        if gradient_BV is not z_BV:
+            z_BV.copy_(gradient_BV)
 
 
 def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Tensor | None:
@@ -116,12 +119,13 @@ def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Te
 
 
 def _push_back(head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor) -> None:
+    if outcome.bias_V is not None:
+        outcome.bias_V.add_(gradient_CV.sum(0))
+    gradient_CV = gradient_CV.to(head.dtype)
     if outcome.hidden_ND is not None:
         outcome.hidden_ND[rows_C] = head.back_to_hidden(gradient_CV).to(outcome.hidden_ND.dtype)
     if outcome.weight_VD is not None:
         head.back_to_weight_(outcome.weight_VD, gradient_CV, hidden_CD)
-    if outcome.bias_V is not None:
-        outcome.bias_V.add_(gradient_CV.sum(0))
 
 
 def _empty(
@@ -144,7 +148,8 @@ def _empty(
 
 
 def _blocks(height: int, z_CV: Tensor) -> Iterator[slice]:
-    step = height if z_CV.is_cuda else max(1, CPU_BLOCK_ELEMENTS // z_CV.shape[1])
+    elements = GPU_BLOCK_ELEMENTS if z_CV.is_cuda else CPU_BLOCK_ELEMENTS
+    step = max(1, elements // z_CV.shape[1])
     for start in range(0, height, step):
         yield slice(start, min(height, start + step))
 
@@ -163,7 +168,8 @@ def _teacher_projection(job: Job) -> HeadProjection | None:
 def _project_teacher(job: Job, head: HeadProjection, rows_C: Tensor, out_CW: Tensor) -> None:
     assert job.teacher is not None and job.teacher.teacher_hidden_NE is not None
     hidden_CE = job.teacher.teacher_hidden_NE[rows_C].to(head.dtype)
-    if job.teacher.valid_N is not None:
-        hidden_CE = torch.where(job.teacher.valid_N[rows_C, None], hidden_CE, 0.0)
+    # What stands on rows without a teacher may be anything, and NaN times a weight of zero is NaN.
+    counted_N = next(job.counted[term.name] for term in job.terms if term.support == "full")
+    hidden_CE = torch.where(counted_N[rows_C, None], hidden_CE, 0.0)
     head.project(hidden_CE, out_CW)
     head.cap_(out_CW)

@@ -74,6 +74,8 @@ def head_loss(
     """
     vocab_size = len(head_weight_VD)
     check_shapes(hidden_ND, head_weight_VD, labels_N, terms)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"got chunk_rows {chunk_rows}, expected 1 or more")
     shared = shared_width(shared_vocab, vocab_size)
     counted = {term.name: rows_that_count(term, labels_N, teacher) for term in terms}
     for term in terms:
@@ -88,7 +90,7 @@ def head_loss(
         shared=shared,
         softcap=logit_softcap,
         scale=logit_scale,
-        chunk_rows=default_chunk_rows(vocab_size, hidden_ND.device) if chunk_rows is None else chunk_rows,
+        chunk_rows=chunk_rows or default_chunk_rows(vocab_size, hidden_ND.device),
         want_top1=want_top1,
         wants_grad=torch.is_grad_enabled() and bool(tracked),
     )
@@ -102,7 +104,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: Job) -> tuple[Tensor, ...]:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             outcome = walk(job, hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
-        coefficients_M = outcome.values_MN.new_tensor([term.coefficient for term in job.terms])
+            coefficients_M = outcome.values_MN.new_tensor([term.coefficient for term in job.terms])
+            total = coefficients_M @ outcome.values_MN.sum(1)
         weight_grad, bias_grad = outcome.weight_VD, outcome.bias_V
         ctx.gradients = (
             outcome.hidden_ND,
@@ -110,7 +113,7 @@ class _HeadLoss(torch.autograd.Function):
             None if bias_grad is None or bias_V is None else bias_grad.to(bias_V.dtype),
         )
         ctx.mark_non_differentiable(outcome.values_MN, outcome.top1_N)
-        return coefficients_M @ outcome.values_MN.sum(1), outcome.values_MN, outcome.top1_N
+        return total, outcome.values_MN, outcome.top1_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -61,13 +61,32 @@ class Block:
     teacher_logits_NW: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Student:
+    """The student at a pass's temperature. `q_NW` loses its entries at the support's ids, see `_support_terms`."""
+
+    z_NW: Tensor
+    q_NW: Tensor
+    lse_N: Tensor
+    temperature: float
+
+    def logprobs(self, ids_NK: Tensor) -> Tensor:
+        return self.z_NW.gather(1, ids_NK) / self.temperature - self.lse_N[:, None]
+
+
 @dataclass
 class _Push:
-    """A pass's gradient by its tempered logits, in parts: everywhere, outside the support, at the support's ids."""
+    """A pass's gradient by z / T in parts: everywhere and outside the support (both times q), at its ids, at the label.
+
+    `bare_q_N`: see `_support_terms`.
+    """
 
     spread_N: Tensor
     tail_N: Tensor
+    at_label_N: Tensor
+    ids_NK: Tensor | None = None
     at_NK: Tensor | None = None
+    bare_q_N: Tensor | None = None
 
 
 def plan_passes(terms: Sequence[Term], vocab_size: int, shared_vocab: int) -> tuple[Pass, ...]:
@@ -86,91 +105,99 @@ def plan_passes(terms: Sequence[Term], vocab_size: int, shared_vocab: int) -> tu
     )
 
 
-def run_pass(job: Pass, z_NV: Tensor, block: Block, wants_grad: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Values [N] by term name, in nats, 0 on rows that do not count; and the weighted gradient [N, width] by z."""
-    run = _dense_pass if job.support == "full" else _sparse_pass
-    return run(job, z_NV[:, : job.width], block, wants_grad)
+def run_pass(
+    job: Pass, z_NV: Tensor, block: Block, wants_grad: bool, out_NV: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Values [N] by term name, in nats, 0 on rows that do not count; and the weighted gradient [N, width] by z.
 
-
-def _sparse_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-    q_NW, lse_N = _softmax(z_NW, job.temperature)
-    values: dict[str, Tensor] = {}
-    push = _Push(torch.zeros_like(lse_N), torch.zeros_like(lse_N))
-    label_N1 = block.labels_N.clamp_min(0)[:, None]
-    at_label_N = torch.zeros_like(lse_N)
-    for term in job.label_terms:
-        value_N, slope_N = cross_entropy(z_NW.gather(1, label_N1)[:, 0] - lse_N)
-        weight_N = _weight(term, block.counted[term.name], lse_N)
-        values[term.name] = value_N * block.counted[term.name]
-        push.spread_N -= weight_N * slope_N
-        at_label_N += weight_N * slope_N
-    support = _read(job, block) if job.terms else None
-    if support is None:
-        gradient_NW = q_NW.mul_(push.spread_N[:, None]) if wants_grad else None
-    else:
-        gradient_NW = _on_support(job, z_NW, q_NW, lse_N, support, block, values, push, wants_grad)
-    if gradient_NW is not None and job.label_terms:
-        gradient_NW.scatter_add_(1, label_N1, at_label_N[:, None])
-    if gradient_NW is not None and job.temperature != 1.0:
-        gradient_NW.div_(job.temperature)
-    return values, gradient_NW
-
-
-def _on_support(
-    job: Pass,
-    z_NW: Tensor,
-    q_NW: Tensor,
-    lse_N: Tensor,
-    support: SupportRows,
-    block: Block,
-    values: dict[str, Tensor],
-    push: _Push,
-    wants_grad: bool,
-) -> Tensor | None:
-    """The terms on one support: fills in `values`, and turns `q_NW` into the gradient in place."""
-    ids_NK, live_NK = support.ids_NK, support.live_NK
-    log_q_NK = torch.where(live_NK, z_NW.gather(1, ids_NK) / job.temperature - lse_N[:, None], LOG_FLOOR)
-    # A row without a live id has its hole at id 0, which belongs to the tail there.
-    bare_N = ~live_NK.any(-1)
-    bare_q_N = torch.where(bare_N, q_NW[:, 0], 0.0)
-    q_NW.scatter_(1, ids_NK, 0.0)
-    tail_q_N = (q_NW.sum(-1) + bare_q_N).clamp_min(torch.finfo(torch.float32).tiny)
-    push.at_NK = torch.zeros_like(log_q_NK)
-    for term in job.terms:
-        values[term.name] = _one_term(term, job.width, log_q_NK, tail_q_N, support, block.counted[term.name], push)
+    The gradient is written into `out_NV` where that is given and the pass is as wide; it may be `z_NV` itself.
+    """
+    z_NW = z_NV[:, : job.width]
+    if job.support == "full":
+        return _dense_pass(job, z_NW, block, wants_grad)
+    student = _soften(z_NW, job.temperature)
+    nothing_N = torch.zeros_like(student.lse_N)
+    push = _Push(nothing_N, nothing_N.clone(), nothing_N.clone())
+    values = _label_terms(job, student, block, push)
+    if job.terms:
+        values |= _support_terms(job, student, block, push)
     if not wants_grad:
-        return None
-    outside_N = push.spread_N + push.tail_N
-    at_NK = torch.where(live_NK, log_q_NK.exp() * push.spread_N[:, None] + push.at_NK, 0.0)
-    gradient_NW = q_NW.mul_(outside_N[:, None])
-    gradient_NW.scatter_add_(1, ids_NK, at_NK)
-    gradient_NW[:, 0] += bare_q_N * outside_N
-    return gradient_NW
+        return values, None
+    return values, _assemble(job, student, block, push, out_NV if z_NW.shape == z_NV.shape else None)
 
 
-def _one_term(
-    term: Term, width: int, log_q_NK: Tensor, tail_q_N: Tensor, support: SupportRows, counted_N: Tensor, push: _Push
-) -> Tensor:
-    """The term's values [N]; its gradient is added to `push`."""
-    assert push.at_NK is not None
-    weight_N = _weight(term, counted_N, tail_q_N)
+def _label_terms(job: Pass, student: _Student, block: Block, push: _Push) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for term in job.label_terms:
+        counted_N = block.counted[term.name]
+        weight_N = _weight(term, counted_N, student.lse_N)
+        value_N, slope_N = cross_entropy(student.logprobs(block.labels_N.clamp_min(0)[:, None])[:, 0])
+        values[term.name] = torch.where(counted_N, value_N, 0.0)
+        push.spread_N -= weight_N * slope_N
+        push.at_label_N += weight_N * slope_N
+    return values
+
+
+def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> dict[str, Tensor]:
+    """The terms on the pass's support. Leaves zeros in `student.q_NW` at the support's ids.
+
+    A row without a live id has its zero at id 0, which there belongs to the tail: `push.bare_q_N` remembers it.
+    """
+    assert block.teacher is not None and job.support is not None
+    counted_N = torch.stack([block.counted[term.name] for term in job.terms]).any(0)
+    support = read_support(block.teacher, job.support, job.temperature, job.width, counted_N)
+    log_q_NK = torch.where(support.live_NK, student.logprobs(support.ids_NK), LOG_FLOOR)
+    bare_q_N = torch.where(support.live_NK.any(-1), 0.0, student.q_NW[:, 0])
+    student.q_NW.scatter_(1, support.ids_NK, 0.0)
+    tail_q_N = (student.q_NW.sum(-1) + bare_q_N).clamp_min(torch.finfo(torch.float32).tiny)
+    at_NK = torch.zeros_like(log_q_NK)
+    values: dict[str, Tensor] = {}
+    for term in job.terms:
+        counted_N = block.counted[term.name]
+        weight_N = _weight(term, counted_N, tail_q_N)
+        if term.support != "sampled" and term.tail == "renormalise":
+            value_N, slope_NK = _given_support(term, support, log_q_NK)
+        else:
+            value_N, total_N, slope_NK, slope_tail_N = _with_the_rest(term, support, log_q_NK, tail_q_N, job.width)
+            push.spread_N -= weight_N * total_N
+            push.tail_N += weight_N * slope_tail_N / tail_q_N
+        at_NK += weight_N[:, None] * slope_NK
+        values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
+    push.ids_NK, push.bare_q_N = support.ids_NK, bare_q_N
+    push.at_NK = torch.where(support.live_NK, at_NK + log_q_NK.exp() * push.spread_N[:, None], 0.0)
+    return values
+
+
+def _given_support(term: Term, support: SupportRows, log_q_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """(value_N, gradient_NK) of a divergence between the two distributions given that the token is in the support."""
+    log_p_NK, log_q_NK = (renormalised(x, support.live_NK) for x in (support.logprobs_NK, log_q_NK))
+    value_N, slope_NK = DIVERGENCES[term.kind](log_p_NK, log_q_NK, term)
+    gradient_NK = slope_NK - log_q_NK.exp() * slope_NK.sum(-1, keepdim=True)
+    return torch.where(support.live_NK.any(-1), value_N, 0.0), gradient_NK
+
+
+def _with_the_rest(
+    term: Term, support: SupportRows, log_q_NK: Tensor, tail_q_N: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(value, sum of slopes, slopes at the ids, slope of the tail) of a divergence over the whole vocabulary's mass."""
     if term.support == "sampled":
-        log_p_NB, log_q_NB = support.logprobs_NK, log_q_NK
-    elif term.tail == "renormalise":
-        log_p_NB, log_q_NB = (renormalised(x, support.live_NK) for x in (support.logprobs_NK, log_q_NK))
-    else:
-        log_p_NB, log_q_NB = with_tail(support, width), torch.cat([log_q_NK, tail_q_N.log()[:, None]], 1)
-    value_N, slope_NB = DIVERGENCES[term.kind](log_p_NB, log_q_NB, term)
-    total_N = slope_NB.sum(-1)
-    if term.support != "sampled" and term.tail == "renormalise":
-        push.at_NK += weight_N[:, None] * (slope_NB - log_q_NB.exp() * total_N[:, None])
-        counted_N = counted_N & support.live_NK.any(-1)
-    else:
-        push.spread_N -= weight_N * total_N
-        push.at_NK += weight_N[:, None] * slope_NB[:, : log_q_NK.shape[1]]
-        if slope_NB.shape[1] > log_q_NK.shape[1]:
-            push.tail_N += weight_N * slope_NB[:, -1] / tail_q_N
-    return torch.where(counted_N, value_N * term.squared, 0.0)
+        value_N, slope_NK = DIVERGENCES[term.kind](support.logprobs_NK, log_q_NK, term)
+        return value_N, slope_NK.sum(-1), slope_NK, torch.zeros_like(value_N)
+    log_q_NB = torch.cat([log_q_NK, tail_q_N.log()[:, None]], 1)
+    value_N, slope_NB = DIVERGENCES[term.kind](with_tail(support, width), log_q_NB, term)
+    return value_N, slope_NB.sum(-1), slope_NB[:, :-1], slope_NB[:, -1]
+
+
+def _assemble(job: Pass, student: _Student, block: Block, push: _Push, out_NW: Tensor | None) -> Tensor:
+    """The gradient by z. All that is as wide as the vocabulary happens in one product."""
+    outside_N = (push.spread_N + push.tail_N) / job.temperature
+    gradient_NW = torch.mul(student.q_NW, outside_N[:, None], out=student.q_NW if out_NW is None else out_NW)
+    if push.ids_NK is not None and push.at_NK is not None and push.bare_q_N is not None:
+        gradient_NW.scatter_add_(1, push.ids_NK, push.at_NK / job.temperature)
+        gradient_NW[:, 0] += push.bare_q_N * outside_N
+    if job.label_terms:
+        gradient_NW.scatter_add_(1, block.labels_N.clamp_min(0)[:, None], push.at_label_N[:, None])
+    return gradient_NW
 
 
 def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -186,8 +213,8 @@ def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tupl
         values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
         if wants_grad:
             weight_N = _weight(term, counted_N, log_q_NW) / job.temperature
-            slope_NW.sub_(log_q_NW.exp().mul_(slope_NW.sum(-1, keepdim=True))).mul_(weight_N[:, None])
-            gradient_NW = slope_NW if gradient_NW is None else gradient_NW.add_(slope_NW)
+            part_NW = slope_NW.sub_(log_q_NW.exp().mul_(slope_NW.sum(-1, keepdim=True))).mul_(weight_N[:, None])
+            gradient_NW = part_NW if gradient_NW is None else gradient_NW.add_(part_NW)
     return values, gradient_NW
 
 
@@ -196,13 +223,7 @@ def _weight(term: Term, counted_N: Tensor, like: Tensor) -> Tensor:
     return counted_N.to(like.dtype) * (term.coefficient * term.squared)
 
 
-def _read(job: Pass, block: Block) -> SupportRows:
-    assert block.teacher is not None and job.support is not None
-    counted_N = torch.stack([block.counted[term.name] for term in job.terms]).any(0)
-    return read_support(block.teacher, job.support, job.temperature, job.width, counted_N)
-
-
-def _softmax(z_NW: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(softmax(z / T), lse(z / T)). The largest entry gives the lse: torch.logsumexp costs a second pass of exp."""
+def _soften(z_NW: Tensor, temperature: float) -> _Student:
+    """softmax(z / T) and lse(z / T). The largest entry gives the lse: torch.logsumexp costs a second pass of exp."""
     q_NW = torch.softmax(z_NW if temperature == 1.0 else z_NW / temperature, -1)
-    return q_NW, z_NW.amax(-1) / temperature - q_NW.amax(-1).log()
+    return _Student(z_NW, q_NW, z_NW.amax(-1) / temperature - q_NW.amax(-1).log(), temperature)

@@ -52,14 +52,14 @@ class HeadProjection:
             gradient_NV.mul_(self.scale)
 
     def back_to_hidden(self, gradient_NV: Tensor) -> Tensor:
-        """gradient @ weight."""
+        """gradient @ weight, the gradient in `dtype`."""
         if self.mixed:
-            return torch.mm(gradient_NV.bfloat16(), self.weight_VD, out_dtype=torch.float32)
+            return torch.mm(gradient_NV, self.weight_VD, out_dtype=torch.float32)
         return gradient_NV @ self.weight_VD
 
     def back_to_weight_(self, total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
-        """total += gradient.T @ hidden."""
+        """total += gradient.T @ hidden, both in `dtype`."""
         if self.mixed:
-            torch.addmm(total_VD, gradient_NV.bfloat16().t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
+            torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
         else:
             total_VD.addmm_(gradient_NV.t(), hidden_ND)

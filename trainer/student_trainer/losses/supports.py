@@ -37,10 +37,10 @@ class SupportRows:
     outside_N: Tensor
 
 
-def read_support(rows: TeacherRows, support: str, temperature: float, width: int, counts_N: Tensor) -> SupportRows:
-    """Rows of the support named `support` ("top_k", "gather" or "sampled"); `counts_N` says which rows count."""
+def read_support(rows: TeacherRows, support: str, temperature: float, width: int, counted_N: Tensor) -> SupportRows:
+    """Rows of the support named `support` ("top_k", "gather" or "sampled"); `counted_N` says which rows count."""
     ids_NK, logprobs_NK = READERS[support](rows, temperature)
-    named_NK = counts_N[:, None] & (logprobs_NK > LOG_FLOOR)
+    named_NK = counted_N[:, None] & (logprobs_NK > LOG_FLOOR)
     live_NK = named_NK & (ids_NK < width)
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)

@@ -1,0 +1,150 @@
+"""Laws that hold for any model, any rows and any split: order, padding, chunks, micro batches; K towards V."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from student_trainer.losses import TeacherHead, TeacherRows, Term, head_loss
+
+KINDS = ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd"]
+SEEDS = st.integers(0, 2**31 - 1)
+terms_drawn = st.builds(
+    lambda kind, temperature, tail, squared: Term(
+        "kd", kind, 1.0, temperature, tail, temperature_squared=squared, beta=0.4, alpha=0.2
+    ),
+    st.sampled_from(KINDS),
+    st.sampled_from([0.7, 1.0, 2.0, 5.0]),
+    st.sampled_from(["bucket", "renormalise"]),
+    st.booleans(),
+)
+CE = Term("ce", "cross_entropy", 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    hidden_ND: torch.Tensor
+    weight_VD: torch.Tensor
+    labels_N: torch.Tensor
+    rows: TeacherRows
+
+    def gradients(self, terms: list[Term], index: torch.Tensor, chunk_rows: int) -> tuple[torch.Tensor, ...]:
+        """(values of the last term, gradient by the rows' hidden states, gradient by the weight)."""
+        hidden_ND = self.hidden_ND[index].requires_grad_()
+        weight_VD = self.weight_VD.clone().requires_grad_()
+        result = head_loss(
+            hidden_ND, weight_VD, self.labels_N[index], self.rows.select(index), terms, chunk_rows=chunk_rows
+        )
+        return result.per_term[terms[-1].name], *torch.autograd.grad(result.total, (hidden_ND, weight_VD))
+
+
+def make(seed: int, n: int, vocab: int, k: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    teacher_NV = normal(n, vocab) * 3
+    lse_N = teacher_NV.logsumexp(-1)
+    top = (teacher_NV - lse_N[:, None]).topk(k, -1)
+    temperatures = (0.7, 2.0, 5.0)
+    log_z_NT = torch.stack([(teacher_NV / t).logsumexp(-1) - lse_N / t for t in temperatures], 1)
+    labels_N = torch.randint(vocab, (n,), generator=generator)
+    labels_N[torch.rand(n, generator=generator) < 0.2] = -100
+    valid_N = torch.rand(n, generator=generator) < 0.8
+    rows = TeacherRows(
+        top.indices,
+        top.values,
+        lse_N,
+        log_z_NT,
+        temperatures,
+        valid_N=valid_N,
+        teacher_hidden_NE=teacher_NV,
+        teacher_head=TeacherHead(torch.eye(vocab, dtype=torch.float64)),
+    )
+    return Case(normal(n, 6), normal(vocab, 6), labels_N, rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, st.integers(1, 24), st.integers(2, 40), st.data(), terms_drawn)
+def test_order_chunks_and_micro_batches_change_nothing(
+    seed: int, n: int, vocab: int, data: st.DataObject, term: Term
+) -> None:
+    case = make(seed, n, vocab, data.draw(st.integers(1, vocab)))
+    value_N, by_hidden_ND, by_weight_VD = case.gradients([CE, term], torch.arange(n), 1000)
+    order = torch.tensor(data.draw(st.permutations(range(n))))
+    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=3))) if n > 1 else []
+    total_VD = torch.zeros_like(by_weight_VD)
+    for index in order.tensor_split(cuts):
+        part_N, part_ND, part_VD = case.gradients([CE, term], index, data.draw(st.integers(1, n + 1)))
+        torch.testing.assert_close(part_N, value_N[index], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(part_ND, by_hidden_ND[index], rtol=1e-8, atol=1e-11)
+        total_VD += part_VD
+    torch.testing.assert_close(total_VD, by_weight_VD, rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, st.integers(1, 12), st.integers(1, 12), terms_drawn)
+def test_padding_rows_change_nothing_and_get_nothing(seed: int, n: int, padding: int, term: Term) -> None:
+    case = make(seed, n + padding, 20, 5)
+    assert case.rows.valid_N is not None
+    case.labels_N[n:] = -100
+    case.rows.valid_N[n:] = False
+    alone = case.gradients([CE, term], torch.arange(n), 7)
+    padded = case.gradients([CE, term], torch.arange(n + padding), 7)
+    torch.testing.assert_close(padded[0][:n], alone[0])
+    torch.testing.assert_close(padded[1][:n], alone[1])
+    torch.testing.assert_close(padded[2], alone[2])
+    assert not bool(padded[0][n:].any()) and not bool(padded[1][n:].any())
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, terms_drawn)
+def test_buckets_never_exceed_the_whole_and_reach_it_as_k_grows(seed: int, term: Term) -> None:
+    """Merging ids into a bucket loses information: the divergence grows with K and ends at the full one."""
+    vocab = 24
+    term = dataclasses.replace(term, tail="bucket")
+    with torch.no_grad():
+        cases = [make(seed, 6, vocab, k) for k in (1, 4, 12, vocab)]
+        values = [
+            head_loss(case.hidden_ND, case.weight_VD, case.labels_N, case.rows, [term]).per_term["kd"] for case in cases
+        ]
+        full = dataclasses.replace(term, support="full")
+        whole_N = head_loss(cases[0].hidden_ND, cases[0].weight_VD, cases[0].labels_N, cases[0].rows, [full]).per_term[
+            "kd"
+        ]
+    for smaller_N, larger_N in zip(values, [*values[1:], whole_N], strict=True):
+        assert bool((smaller_N <= larger_N + 1e-6).all())
+    torch.testing.assert_close(values[-1], whole_N, rtol=1e-6, atol=1e-6)
+    assert bool((values[0] >= -1e-6).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, st.sampled_from([1.0, 2.0, 5.0]), st.integers(1, 30))
+def test_chain_rule_of_the_kl(seed: int, temperature: float, k: int) -> None:
+    """KL(p‖q) = KL over K + 1 buckets + tail mass * KL between the tails, with the in-support part inside the first."""
+    case = make(seed, 8, 30, k)
+    with torch.no_grad():
+        bucketed, whole = (
+            head_loss(
+                case.hidden_ND,
+                case.weight_VD,
+                case.labels_N,
+                case.rows,
+                [Term("kd", "forward_kl", 1.0, temperature, support=support)],
+            ).per_term["kd"]
+            for support in ("top_k", "full")
+        )
+    assert case.rows.teacher_hidden_NE is not None and case.rows.ids_NK is not None and case.rows.valid_N is not None
+    tail_NV = torch.ones(8, 30, dtype=torch.bool).scatter(1, case.rows.ids_NK, False)
+    p_NV = (case.rows.teacher_hidden_NE / temperature).softmax(-1) * tail_NV
+    q_NV = (case.hidden_ND @ case.weight_VD.T / temperature).softmax(-1) * tail_NV
+    mass_N = p_NV.sum(-1)
+    ratio_NV = (p_NV / mass_N[:, None]) / (q_NV / q_NV.sum(-1, keepdim=True))
+    within_N = torch.where(tail_NV, p_NV * ratio_NV.log(), 0.0).sum(-1)
+    torch.testing.assert_close(
+        whole, torch.where(case.rows.valid_N, bucketed + within_N.nan_to_num(), 0.0), rtol=1e-5, atol=1e-6
+    )

@@ -1,0 +1,236 @@
+"""What `head_loss` promises around its numbers: dtypes, memory, evaluation, one backward pass, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, Term, head_loss
+from student_trainer.losses.student_support import student_top_ids
+from tests.unit.losses import dense
+
+CE = Term("ce", "cross_entropy", 0.5)
+KD = Term("kd", "top_k_kl", 1.0, 2.0)
+
+
+class LargestStorage(TorchDispatchMode):
+    """Bytes of the largest storage that any operation inside returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+def case(n: int = 48, vocab: int = 96, width: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TeacherRows]:
+    hidden_ND = torch.randn(n, width, requires_grad=True)
+    weight_VD = torch.randn(vocab, width, requires_grad=True)
+    rows = dense.rows_of(torch.randn(n, vocab) * 3, 8, (2.0,), torch.float16)
+    return hidden_ND, weight_VD, torch.randint(vocab, (n,)), rows
+
+
+def run(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, rows: TeacherRows) -> HeadLoss:
+    return head_loss(hidden_ND, weight_VD, labels_N, rows, [CE, KD])
+
+
+def test_no_array_of_rows_by_vocabulary_outlives_a_chunk() -> None:
+    """Nothing larger than a chunk of logits is ever allocated; the naive form, watched alike, allocates it all."""
+    n, vocab, chunk = 512, 4096, 32
+    hidden_ND, weight_VD, labels_N, rows = case(n, vocab)
+    full = TeacherRows(teacher_hidden_NE=torch.randn(n, 8), teacher_head=TeacherHead(torch.randn(vocab, 8)))
+    whole = Term("full", "jsd", 1.0, support="full")
+    for targets, terms in ((rows, [CE, KD, Term("r", "reverse_kl", 1.0)]), (full, [CE, whole])):
+        with LargestStorage() as watched:
+            head_loss(hidden_ND, weight_VD, labels_N, targets, terms, chunk_rows=chunk).total.backward()
+        assert watched.largest <= max(chunk * vocab, vocab * 16) * 4
+    with LargestStorage() as watched:
+        torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.T, labels_N).backward()
+    assert watched.largest == n * vocab * 4
+
+
+def test_default_chunks_stay_near_their_bound_at_a_large_vocabulary() -> None:
+    hidden_ND, weight_VD, labels_N, rows = case(2048, 40_000, 4)
+    with LargestStorage() as watched:
+        run(hidden_ND, weight_VD, labels_N, rows)
+    assert watched.largest <= 70e6 < 2048 * 40_000 * 4
+
+
+def test_bf16_models_get_float32_logits() -> None:
+    """bf16 in, bf16 gradients out; values as exact as float32 arithmetic on the rounded inputs."""
+    hidden_ND, weight_VD, labels_N, rows = case()
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden_ND, weight_VD)]
+    wide = [x.detach().float().requires_grad_() for x in low]
+    got, want = run(*low, labels_N, rows), run(*wide, labels_N, rows)
+    assert got.total.dtype == torch.float32 and got.per_term["kd"].dtype == torch.float32
+    for name in ("ce", "kd"):
+        torch.testing.assert_close(got.per_term[name], want.per_term[name], rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(got.total, low), torch.autograd.grad(want.total, wide), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), theirs, rtol=2**-7, atol=1e-6)
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    hidden_ND, weight_VD, labels_N, rows = case()
+    plain = run(hidden_ND, weight_VD, labels_N, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(hidden_ND, weight_VD, labels_N, rows)
+    assert torch.equal(plain.per_term["kd"], inside.per_term["kd"]) and torch.equal(plain.total, inside.total)
+
+
+def test_evaluation_gives_the_same_values_and_no_gradient() -> None:
+    hidden_ND, weight_VD, labels_N, rows = case()
+    training = run(hidden_ND, weight_VD, labels_N, rows)
+    with torch.no_grad():
+        evaluation = head_loss(hidden_ND, weight_VD, labels_N, rows, [CE, KD], want_top1=True)
+    assert training.total.requires_grad and not evaluation.total.requires_grad
+    for name in ("ce", "kd"):
+        assert torch.equal(training.per_term[name], evaluation.per_term[name])
+        assert not training.per_term[name].requires_grad
+    assert training.top1_N is None and evaluation.top1_N is not None
+    assert torch.equal(evaluation.top1_N, (hidden_ND @ weight_VD.T).argmax(-1))
+
+
+def test_only_the_gradients_that_are_needed_are_made() -> None:
+    hidden_ND, weight_VD, labels_N, rows = case()
+    both = torch.autograd.grad(run(hidden_ND, weight_VD, labels_N, rows).total, (hidden_ND, weight_VD))
+    (only_hidden,) = torch.autograd.grad(run(hidden_ND, weight_VD.detach(), labels_N, rows).total, hidden_ND)
+    (only_weight,) = torch.autograd.grad(run(hidden_ND.detach(), weight_VD, labels_N, rows).total, weight_VD)
+    assert torch.equal(only_hidden, both[0]) and torch.equal(only_weight, both[1])
+
+
+def test_gradients_flow_on_through_a_tied_embedding() -> None:
+    """The head is the embedding: both paths add up, as in the dense form."""
+    _, weight_VD, labels_N, rows = case()
+    tokens_N = torch.randint(96, (48,))
+    run(weight_VD[tokens_N].tanh(), weight_VD, labels_N, rows).total.backward()
+    ours, weight_VD.grad = weight_VD.grad, None
+    hidden_ND = weight_VD[tokens_N].tanh()
+    student_NV = hidden_ND @ weight_VD.T
+    assert ours is not None and rows.ids_NK is not None and rows.logprobs_NK is not None and rows.log_z_NT is not None
+    # The rounded logprobs are the target; rebuild the K + 1 buckets from them.
+    p_NK = (rows.logprobs_NK.float() / 2 - rows.log_z_NT).exp()
+    p_NB = torch.cat([p_NK, 1 - p_NK.sum(1, keepdim=True)], 1)
+    q_NB = dense.bucketed((student_NV / 2).softmax(-1), rows.ids_NK.long(), "bucket")
+    kd = dense.divergence(KD, p_NB, q_NB).sum()
+    (kd + 0.5 * torch.nn.functional.cross_entropy(student_NV, labels_N, reduction="sum")).backward()
+    torch.testing.assert_close(ours, weight_VD.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_backward_pass_is_refused_not_wrong() -> None:
+    hidden_ND, weight_VD, labels_N, rows = case()
+    total = run(hidden_ND, weight_VD, labels_N, rows).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call head_loss again"):
+        total.backward()
+
+
+def test_two_calls_accumulate_like_one_over_all_rows() -> None:
+    """Two micro batches, divided by the global count, are the whole batch."""
+    hidden_ND, weight_VD, labels_N, rows = case()
+    (run(hidden_ND, weight_VD, labels_N, rows).total / 48).backward()
+    whole, weight_VD.grad = weight_VD.grad, None
+    for part in (slice(0, 17), slice(17, 48)):
+        (run(hidden_ND[part], weight_VD, labels_N[part], rows.select(part)).total / 48).backward()
+    torch.testing.assert_close(weight_VD.grad, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_student_top_ids_are_the_largest_logits() -> None:
+    hidden_ND, weight_VD, _, _ = case()
+    bias_V = torch.randn(96)
+    got = student_top_ids(hidden_ND, weight_VD, 5, head_bias_V=bias_V, shared_vocab=80, chunk_rows=7)
+    want = (hidden_ND @ weight_VD.T + bias_V)[:, :80].topk(5, -1).indices
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="expected 1 to 96"):
+        student_top_ids(hidden_ND, weight_VD, 97)
+
+
+def test_rows_move_between_devices_whole() -> None:
+    rows = dataclasses.replace(case()[3], teacher_head=TeacherHead(torch.randn(4, 3), torch.randn(4)))
+    moved = rows.to("meta")
+    assert moved.ids_NK is not None and moved.ids_NK.is_meta and moved.temperatures == (2.0,)
+    assert moved.teacher_head is not None and moved.teacher_head.weight_VE.is_meta
+    assert moved.teacher_head.bias_V is not None and moved.teacher_head.bias_V.is_meta
+
+
+REFUSALS: list[tuple[str, dict[str, Any]]] = [
+    ("expected \\[rows, width\\]", {"hidden": torch.randn(48, 15)}),
+    ("expected one for each of 48 rows", {"labels": torch.zeros(47, dtype=torch.long)}),
+    ("label 96 on row 0", {"labels": torch.full((48,), 96)}),
+    ("each name once", {"terms": [CE, CE]}),
+    ("at least one", {"terms": []}),
+    ("needs the target kind 'top_k'", {"rows": None}),
+    ("needs the target kind 'hidden'", {"terms": [Term("f", "jsd", 1.0, support="full")]}),
+    ("ask the teacher for 3.0 as well", {"terms": [Term("kd", "top_k_kl", 1.0, 3.0)]}),
+    ("expected 1 to the student's vocabulary", {"shared_vocab": 97}),
+    ("expected 1 or more", {"chunk_rows": -1}),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), REFUSALS)
+def test_what_does_not_fit_is_refused_with_what_was_expected(message: str, change: dict[str, Any]) -> None:
+    hidden_ND, weight_VD, labels_N, rows = case()
+    options = {key: change[key] for key in ("shared_vocab", "chunk_rows") if key in change}
+    with pytest.raises(ValueError, match=message):
+        head_loss(
+            change.get("hidden", hidden_ND),
+            weight_VD,
+            change.get("labels", labels_N),
+            change.get("rows", rows),
+            change.get("terms", [CE, KD]),
+            **options,
+        )
+
+
+def test_teacher_rows_that_cannot_be_right_are_refused() -> None:
+    hidden_ND, weight_VD, labels_N, rows = case()
+    assert rows.ids_NK is not None and rows.logprobs_NK is not None
+    nan_NK = rows.logprobs_NK.clone()
+    nan_NK[3, 2] = torch.nan
+    twice_NG = rows.ids_NK.clone()
+    twice_NG[:, 1] = twice_NG[:, 0]
+    for message, wrong in (
+        ("another vocabulary", dataclasses.replace(rows, ids_NK=rows.ids_NK + 90)),
+        ("another vocabulary", dataclasses.replace(rows, ids_NK=rows.ids_NK - 96)),
+        ("contain NaN", dataclasses.replace(rows, logprobs_NK=nan_NK)),
+        ("K\\] twice", dataclasses.replace(rows, logprobs_NK=rows.logprobs_NK[:, 1:])),
+        ("teacher rows for 48", dataclasses.replace(rows, valid_N=torch.ones(47, dtype=torch.bool))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(hidden_ND, weight_VD, labels_N, wrong)
+    gathered = dataclasses.replace(rows, gather_ids_NG=twice_NG, gather_logprobs_NG=rows.logprobs_NK)
+    with pytest.raises(ValueError, match="comes twice"):
+        head_loss(hidden_ND, weight_VD, labels_N, gathered, [Term("g", "reverse_kl", 1.0, support="gather")])
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("expected one of", {"kind": "kl"}),
+        ("support 'gather'", {"kind": "top_k_kl", "support": "gather"}),
+        ("temperature 0", {"kind": "jsd", "temperature": 0.0}),
+        ("cross_entropy has temperature 1", {"kind": "cross_entropy", "temperature": 2.0}),
+        ("forward_kl \\(0\\)", {"kind": "jsd", "beta": 0.0}),
+        ("alpha 1.0", {"kind": "skewed_kl", "alpha": 1.0}),
+        ("expected 'bucket' or", {"kind": "jsd", "tail": "ghost"}),
+        ("finite", {"kind": "jsd", "coefficient": float("nan")}),
+    ],
+)
+def test_terms_out_of_range_are_refused(message: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        Term(**{"name": "x", "coefficient": 1.0} | settings)
+
+
+def test_settings_without_effect_are_named() -> None:
+    assert Term("x", "cross_entropy", 1.0, alpha=0.3, tail="renormalise").without_effect() == ["tail", "alpha"]
+    assert Term("x", "top_k_kl", 1.0, 1.0, temperature_squared=True).without_effect() == ["temperature_squared"]
+    assert Term("x", "jsd", 1.0, 2.0, "renormalise", temperature_squared=True, beta=0.1).without_effect() == []
+    assert Term("x", "jsd", 1.0, tail="renormalise", support="full").without_effect() == ["tail"]
+    assert Term("x", "sampled", 1.0).without_effect() == []
