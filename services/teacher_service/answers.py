@@ -109,8 +109,12 @@ class Answers:
         async with self._queue.turn(ticket):
             started = time.monotonic()
             self._metrics.queue_seconds.labels(student).inc(started - queued)
+            self._metrics.engine_sequences.labels(student).inc()
             try:
                 targets = await self._engine.score(job)
+            except asyncio.CancelledError:
+                self._metrics.engine_aborted.labels(student).inc()
+                raise
             except EngineDeadError as error:
                 self._on_death(error)
                 raise

@@ -30,10 +30,10 @@ class Outcome:
     error: str = ""
 
 
-def request_body(tokens: int, *, sequences: int = 1, seed: int = 0, vocab: int = 512, **fields: object) -> bytes:
-    """A request of random ids; the same seed makes the same request."""
+def request_body(tokens: int, *, sequences: int = 1, seed: int = 0, first: int = 1, **fields: object) -> bytes:
+    """A request of random ids from 1 to 511 that begin with `first`; the same seed makes the same request."""
     generator = np.random.default_rng(seed)
-    ids = [generator.integers(1, vocab, tokens) for _ in range(sequences)]
+    ids = [np.concatenate([[first], generator.integers(1, 512, tokens - 1)]) for _ in range(sequences)]
     return encode_request(TargetsRequest.model_validate({"sequences": ids, "top_k": 8} | fields))
 
 
@@ -75,11 +75,16 @@ async def gauge(client: httpx.AsyncClient, name: str) -> float:
     return float(line.split()[1])
 
 
-async def until_admitted(client: httpx.AsyncClient, requests: int) -> None:
-    """Return once so many requests are in the house, however slow the machine."""
+async def until_gauge(client: httpx.AsyncClient, name: str, reached: Callable[[float], bool]) -> None:
+    """Return once the gauge is where it should be, however slow the machine."""
     async with asyncio.timeout(30):
-        while await gauge(client, "admitted_requests") < requests:  # noqa: ASYNC110 - another process is polled
-            await asyncio.sleep(0.02)
+        while not reached(await gauge(client, name)):  # noqa: ASYNC110 - another process is polled
+            await asyncio.sleep(0.01)
+
+
+async def until_admitted(client: httpx.AsyncClient, requests: int) -> None:
+    """Return once so many requests are in the house."""
+    await until_gauge(client, "admitted_requests", lambda value: value >= requests)
 
 
 async def crowd(

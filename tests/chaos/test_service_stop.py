@@ -80,7 +80,7 @@ async def test_a_second_signal_answers_503_and_ends_within_two_seconds() -> None
 async def test_the_end_of_the_drain_time_aborts_what_is_left() -> None:
     with TeacherProcess("--drain-time", "1", script={"hang_token": 7}) as teacher:
         async with httpx.AsyncClient(base_url=teacher.url, timeout=60) as client:
-            hanging = asyncio.create_task(ask(client, request_body(20, sequences=1, seed=3, vocab=8)))
+            hanging = asyncio.create_task(ask(client, request_body(20, seed=3, first=7)))
             await until_admitted(client, 1)
             told = time.monotonic()
             teacher.signal()
@@ -107,15 +107,15 @@ async def test_an_aborted_answer_that_has_begun_says_which_sequences_failed() ->
         assert messages[2]["index"] == 1 and messages[2]["code"] == "overloaded" and messages[2]["retryable"]
 
 
-@pytest.mark.parametrize("cause", [{"die_token": 13}, {"die_after_s": 1.0}])
+@pytest.mark.parametrize("cause", [{"die_token": 0}, {"die_after_s": 1.0}])
 async def test_a_dead_engine_takes_the_process_down_with_a_reason(cause: dict[str, float]) -> None:
     with TeacherProcess(script={"delay_s": 0.05} | cause) as teacher:
         async with httpx.AsyncClient(base_url=teacher.url, timeout=30) as client:
-            before = await ask(client, request_body(20, seed=1, vocab=12))
+            before = await ask(client, request_body(20, seed=1))
             died = time.monotonic() + cause.get("die_after_s", 0)
             fatal = None
             if "die_token" in cause:
-                fatal = await client.post("/v1/targets", json={"sequences": [[13]]})
+                fatal = await client.post("/v1/targets", json={"sequences": [[0]]})
             code = await asyncio.to_thread(teacher.wait)
             assert code == 70 and time.monotonic() - died < 10
             assert before.whole
