@@ -35,6 +35,8 @@ RULES = (
     Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     Rule("optim.schedule.decay_steps", lambda s: s.optim.schedule.kind == "wsd", "only schedule wsd has a decay phase"),
     Rule("optim.schedule.floor", lambda s: s.optim.schedule.kind != "constant", "a constant rate never falls"),
+    Rule("optim.muon.", lambda s: s.optim.kind == "muon_clip", "optim.kind is not muon_clip"),
+    Rule("optim.qk_clip.alpha", lambda s: s.optim.qk_clip.tau is not None, "optim.qk_clip.tau is null"),
     Rule("run.threads", lambda s: not s.run.device.startswith("cuda"), "run.device is a GPU"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,6 +135,7 @@ def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth
         "learning_rate": rates[0] if rates else None,
         **{f"learning_rate/{name}": value for name, value in figures.rates.items()},
         "grad_norm": figures.grad_norm,
+        **_attention(figures),
         "seconds": seconds,
         "tokens_per_second": figures.tokens / seconds if seconds else None,
         "wait_s": figures.waited_s,
@@ -141,3 +143,12 @@ def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth
         "prefetch_depth": prefetch_depth,
         "time": time.time(),
     }
+
+
+def _attention(figures: StepFigures) -> dict[str, Any]:
+    """Of a run with QK-clip: the largest attention logit before the clip, and how many heads were clipped."""
+    clipped = figures.clipped
+    if clipped is None:
+        return {}
+    seen = clipped.largest_logit if math.isfinite(clipped.largest_logit) else None
+    return {"attention/largest_logit": seen, "attention/clipped_heads": clipped.clipped_heads}

@@ -112,7 +112,8 @@ def step(run: Run, ready: Ready) -> StepFigures:
     tally = Tally(run.terms, ready.batch.source_names)
     run.student.before_step(number)
     for micro in ready.micro:
-        loss = run.student.loss(micro, run.terms, run.settings.distillation.chunk_rows)
+        with run.optimizer.watching(micro.document_ids_BT >= 0):
+            loss = run.student.loss(micro, run.terms, run.settings.distillation.chunk_rows)
         (loss.total / count).backward()
         tally.add(loss, micro)
     norm = torch.nn.utils.get_total_norm(
@@ -124,4 +125,4 @@ def step(run: Run, ready: Ready) -> StepFigures:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
     rates = run.optimizer.step(number)
     run.optimizer.zero_grad()
-    return replace(figures, rates=rates)
+    return replace(figures, rates=rates, clipped=run.optimizer.clipped)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
 from student_trainer.targets.align import MicroBatch
+
+if TYPE_CHECKING:
+    from student_trainer.optim.qk_clip import ClipReport
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class StepFigures:
     grad_norm: float
     waited_s: float
     rates: Mapping[str, float] = field(default_factory=dict)
+    clipped: ClipReport | None = None
 
     @property
     def finite(self) -> bool:

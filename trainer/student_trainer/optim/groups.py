@@ -1,12 +1,16 @@
-"""Which parameters are treated alike: matrices, embeddings (with the head), vectors. Called by `optimizer`."""
+"""Which parameters are treated alike: matrices, embeddings (with the head), vectors. Called by `optimizer` and by those
+who build torch's optimizers for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
+
+from student_trainer.settings import OptimSettings
 
 GroupName = Literal["matrices", "embeddings", "vectors"]
 GROUPS: tuple[GroupName, ...] = ("matrices", "embeddings", "vectors")
@@ -33,6 +37,21 @@ def parameter_groups(model: nn.Module, head: nn.Module | None = None) -> tuple[P
         if parameter.requires_grad:
             members[_group_of(parameter, embeddings)][name] = parameter
     return tuple(ParameterGroup(name, members[name]) for name in GROUPS if members[name])
+
+
+def slots(settings: OptimSettings, groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """The groups as torch's optimizers take them, each with its peak rate and its decay."""
+    made = []
+    for group in groups:
+        own = getattr(settings, group.name)
+        made.append(
+            {
+                "params": list(group.parameters.values()),
+                "lr": settings.learning_rate if own.learning_rate is None else own.learning_rate,
+                "weight_decay": settings.weight_decay if own.weight_decay is None else own.weight_decay,
+            }
+        )
+    return made
 
 
 def _group_of(parameter: nn.Parameter, embeddings: set[int]) -> GroupName:

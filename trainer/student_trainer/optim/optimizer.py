@@ -1,17 +1,23 @@
-"""The optimizer of a run: one or several of torch's, rates set from the step, state saved by parameter name.
+"""The optimizer of a run: one or several of torch's, rates set from the step, state saved by parameter name, and
+QK-clip after each update where it is asked for.
 
-Built by `build`, stepped by `loop`, saved by `checkpoint`. The rate is a pure function of the step, so it has no state.
+Built by `build`, stepped by `loop`, saved by `checkpoint`. The rate is a pure function of the step and a clip is over
+with its step, so neither has state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from student_trainer.optim.adamw import build_adamw
 from student_trainer.optim.groups import ParameterGroup, parameter_groups
+from student_trainer.optim.muon_clip import build_muon_clip
+from student_trainer.optim.qk_clip import ClipReport, QKClip
 from student_trainer.optim.schedule import rate_factor
 from student_trainer.settings import OptimSettings
 
@@ -27,14 +33,18 @@ class Member:
 
 
 class Optimizer:
-    """`step(number)` sets every group's rate for that update and applies it."""
+    """`step(number)` sets every group's rate for that update and applies it. `clipped`: what QK-clip did in the last
+    update, None without it.
+    """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], members: Sequence[Member], settings: OptimSettings,
-                 steps: int):  # fmt: skip
+                 steps: int, clip: QKClip | None = None):  # fmt: skip
         self._optimizers = tuple(optimizers)
         self._members = tuple(members)
         self._settings = settings
         self._steps = steps
+        self._clip = clip
+        self.clipped: ClipReport | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -52,6 +62,13 @@ class Optimizer:
             for member in self._members
         }  # fmt: skip
 
+    def watching(self, valid_BT: Tensor) -> AbstractContextManager[object]:
+        """To be entered around each forward pass of the update: QK-clip goes by its attention logits.
+
+        `valid_BT`: False at padding.
+        """
+        return nullcontext() if self._clip is None else self._clip.monitor.watch(valid_BT)
+
     def step(self, number: int) -> dict[str, float]:
         """Apply update `number` and return the rates it was done with."""
         rates = self.rates(number)
@@ -59,6 +76,8 @@ class Optimizer:
             member.slot["lr"] = rates[member.group.name]
         for optimizer in self._optimizers:
             optimizer.step()
+        if self._clip is not None:
+            self.clipped = self._clip.apply()
         return rates
 
     def zero_grad(self) -> None:
@@ -102,27 +121,15 @@ class Optimizer:
 
 def build_optimizer(settings: OptimSettings, model: nn.Module, head: nn.Module | None, steps: int) -> Optimizer:
     """The optimizer that `settings.kind` names, over all trainable parameters of `model`."""
-    return BUILDERS[settings.kind](settings, parameter_groups(model, head), steps)
-
-
-def build_adamw(settings: OptimSettings, groups: Sequence[ParameterGroup], steps: int) -> Optimizer:
-    """AdamW with decoupled decay (arXiv 1711.05101); each group has its own rate, decay and floor."""
-    slots = []
-    for group in groups:
-        own = getattr(settings, group.name)
-        slots.append(
-            {
-                "params": list(group.parameters.values()),
-                "lr": settings.learning_rate if own.learning_rate is None else own.learning_rate,
-                "weight_decay": settings.weight_decay if own.weight_decay is None else own.weight_decay,
-            }
-        )
-    optimizer = torch.optim.AdamW(slots, betas=settings.betas, eps=settings.eps, foreach=True)
+    built = BUILDERS[settings.kind](settings, parameter_groups(model, head))
     members = [
         Member(group, slot, slot["lr"], _floor(settings, group))
+        for optimizer, groups in built
         for group, slot in zip(groups, optimizer.param_groups, strict=True)
     ]
-    return Optimizer([optimizer], members, settings, steps)
+    tau, alpha = settings.qk_clip.tau, settings.qk_clip.alpha
+    clip = None if tau is None else QKClip(model, tau, alpha)
+    return Optimizer([optimizer for optimizer, _ in built], members, settings, steps, clip)
 
 
 def _floor(settings: OptimSettings, group: ParameterGroup) -> float:
@@ -130,4 +137,4 @@ def _floor(settings: OptimSettings, group: ParameterGroup) -> float:
     return settings.schedule.floor if own is None else own
 
 
-BUILDERS = {"adamw": build_adamw}
+BUILDERS = {"adamw": build_adamw, "muon_clip": build_muon_clip}

@@ -1,0 +1,18 @@
+"""AdamW for any parameters. Called by `optimizer`, and by `muon_clip` for what Muon is not for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from student_trainer.optim.groups import ParameterGroup, slots
+from student_trainer.settings import OptimSettings
+
+
+def build_adamw(
+    settings: OptimSettings, groups: Sequence[ParameterGroup]
+) -> list[tuple[torch.optim.Optimizer, Sequence[ParameterGroup]]]:
+    """AdamW with decoupled decay (arXiv 1711.05101); each group has its own rate, decay and floor."""
+    optimizer = torch.optim.AdamW(slots(settings, groups), betas=settings.betas, eps=settings.eps, foreach=True)
+    return [(optimizer, groups)]

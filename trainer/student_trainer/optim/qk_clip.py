@@ -1,0 +1,86 @@
+"""QK-clip: after an update, attention whose largest logit went over a threshold is scaled back to it. Called by the
+loop, once a step, with what the micro batches showed.
+
+From Kimi K2 (arXiv 2507.20534): with S the largest logit of a head and gamma = min(1, tau / S), its query is scaled by
+gamma^alpha and its key by gamma^(1 - alpha), and so the logit by gamma. Query heads that share a key head take the
+smallest gamma among them, so that no weight ever grows. `qk_layers` says what is scaled in which kind of layer.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from student_trainer.optim.logit_monitor import LogitMonitor
+from student_trainer.optim.qk_layers import Layer, plan_layer
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """What a clip saw and did. `largest_logit`: over all heads, before the clip; -inf where none was seen.
+    `clipped_heads`: query heads that were scaled. `smallest_factor`: the smallest gamma, 1 where nothing was."""
+
+    largest_logit: float
+    clipped_heads: int
+    smallest_factor: float
+
+
+class QKClip:
+    """Made of a model before it is sharded. `with clip.monitor.watch(valid_BT)` around the forward pass of each micro
+    batch, `apply` after the update. Keeps nothing from one step to the next.
+
+    `tau`: the largest logit allowed. `alpha`: the query's share of the scaling, 0 to 1.
+    Warns of layers in which it can do nothing: fused or frozen projections, a QK-norm without gains.
+    """
+
+    def __init__(self, model: nn.Module, tau: float = 100.0, alpha: float = 0.5) -> None:
+        if not (math.isfinite(tau) and tau > 0):
+            raise ValueError(f"qk_clip: got tau {tau}, expected a number above 0")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"qk_clip: got alpha {alpha}, expected a number from 0 to 1")
+        self.tau = tau
+        self.alpha = alpha
+        self.monitor = LogitMonitor(model)
+        self._layers: dict[int, Layer] = {}
+        helpless: dict[str, list[int]] = {}
+        for number, module in self.monitor.layers.items():
+            try:
+                self._layers[number] = plan_layer(module)
+            except ValueError as error:
+                helpless.setdefault(str(error), []).append(number)
+        for reason, numbers in helpless.items():
+            warnings.warn(f"qk_clip can do nothing in layers {', '.join(map(str, numbers))}: {reason}", stacklevel=2)
+
+    def apply(self, group: Any = None) -> ClipReport:
+        """Scale what the monitor saw go over tau, and reset it.
+
+        `group`: the process group whose ranks saw the step's other micro batches; then all of them must call.
+        Raises ValueError where a logit is not a number or infinite; nothing is scaled then.
+        """
+        largest = {layer: largest_H.tolist() for layer, largest_H in self.monitor.largest(group).items()}
+        self.monitor.reset()
+        for layer, heads in largest.items():
+            if any(math.isnan(logit) or logit == math.inf for logit in heads):
+                raise ValueError(f"qk_clip: the attention logits of layer {layer} are no longer finite: {heads}")
+        gammas = [gamma for layer, heads in largest.items() for gamma in self._clip(layer, heads) if gamma < 1.0]
+        top = max((logit for heads in largest.values() for logit in heads), default=-math.inf)
+        return ClipReport(top, len(gammas), min(gammas, default=1.0))
+
+    def _clip(self, number: int, largest: list[float]) -> list[float]:
+        """Scale a layer whose heads' largest logits are given. Returns what each query head's logits were scaled by."""
+        gammas = [self.tau / logit if logit > self.tau else 1.0 for logit in largest]
+        layer = self._layers.get(number)
+        if layer is None or min(gammas) == 1.0:
+            return [1.0] * len(gammas)
+        if layer.group is None:
+            query = key = [min(gammas)]
+        else:
+            key = [min(gammas[start : start + layer.group]) for start in range(0, len(gammas), layer.group)]
+            query = [gamma for gamma in key for _ in range(layer.group)]
+        layer.query.scale([gamma**self.alpha for gamma in query])
+        layer.key.scale([gamma ** (1.0 - self.alpha) for gamma in key])
+        return query if layer.group is not None else query * len(gammas)

@@ -1,0 +1,125 @@
+"""What scales the attention logits of a layer, and how to make it smaller. Called by `qk_clip`.
+
+plain linears     rows of weight and bias, by head
+ternary linears   the whole matrix: scaling some rows would change mean |W| and with it the codes of all others;
+                  scaled as a whole the codes stay, up to rounding at their edges
+behind a QK-norm  the norms' gains, since the scale of the weights is lost there: by head where each head has
+                  gains of its own, else for the layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from student_trainer.students.bitnet import BitLinear
+
+# The names that architectures give to the norms of query and key.
+QK_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"), ("q_layernorm", "k_layernorm"))
+PROBE_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A linear or a norm that scales a layer's query, or its key. What it scales by is `weight + offset`."""
+
+    module: nn.Module
+    offset: float = 0.0
+
+    @torch.no_grad()
+    def scale(self, factors: Sequence[float]) -> None:
+        """Multiply weight and bias by one factor, or by one for each head."""
+        weight: Any = self.module.weight
+        _multiply(weight, factors, self.offset)
+        bias: Any = getattr(self.module, "bias", None)
+        if bias is not None:
+            _multiply(bias, factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """How one layer is clipped. `group`: query heads to a key head, where heads differ; None scales all alike."""
+
+    query: Side
+    key: Side
+    group: int | None
+
+
+def plan_layer(module: Any) -> Layer:
+    """How the attention module is clipped. ValueError says why it can't be."""
+    norms = _norms(module)
+    query, key = norms or _linears(module)
+    if not all(parameter.requires_grad for side in (query, key) for parameter in side.module.parameters(recurse=False)):
+        raise ValueError("what scales their logits is frozen")
+    group = int(getattr(module, "num_key_value_groups", 1))
+    rows = [side.module.weight.numel() if norms else side.module.out_features for side in (query, key)]
+    if norms and rows == [module.head_dim, module.head_dim]:
+        return Layer(query, key, None)
+    if rows[0] != group * rows[1] or rows[1] % module.head_dim:
+        raise ValueError(
+            f"query and key have {rows[0]} and {rows[1]} rows, expected {group} times {module.head_dim} to one"
+        )
+    ternary = not norms and any(isinstance(side.module, BitLinear) for side in (query, key))
+    return Layer(query, key, None if ternary else group)
+
+
+def _norms(module: Any) -> tuple[Side, Side] | None:
+    """The QK-norm, None where there is none."""
+    if getattr(module, "qk_norm", None) is not None:
+        raise ValueError("their QK-norm has no gains")
+    for names in QK_NORMS:
+        query, key = (getattr(module, name, None) for name in names)
+        if query is not None and key is not None and not isinstance(query, nn.Identity):
+            return Side(query, _offset(query)), Side(key, _offset(key))
+    return None
+
+
+def _offset(norm: nn.Module) -> float:
+    """What the norm adds to its weight before it multiplies by it: 0, or 1 in Gemma's family. Tried, not looked up."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError("their QK-norm has no gains")
+    with torch.no_grad():
+        # Of mean 0 and mean square 1, so that every kind of norm leaves it as it is.
+        signs = torch.ones_like(weight)
+        signs.flatten()[::2] = -1.0
+        output = norm(signs[None])[0]
+        bias = getattr(norm, "bias", None)
+        gains = signs * (output if bias is None else output - bias)
+    for offset in (0.0, 1.0):
+        if torch.allclose(gains, weight + offset, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE):
+            return offset
+    raise ValueError(f"their QK-norm, {type(norm).__name__}, is not a norm times gains")
+
+
+def _linears(module: Any) -> tuple[Side, Side]:
+    query, key = getattr(module, "q_proj", None), getattr(module, "k_proj", None)
+    if not isinstance(query, nn.Linear) or not isinstance(key, nn.Linear):
+        raise ValueError("their query and key do not come from linears named q_proj and k_proj")
+    return Side(query), Side(key)
+
+
+def _multiply(parameter: Tensor, factors: Sequence[float], offset: float = 0.0) -> None:
+    """parameter = (parameter + offset) * factor - offset, with the factors spread evenly over its first dimension."""
+    if offset:
+        parameter.add_(offset)
+    if len(factors) == 1:
+        parameter.mul_(factors[0])
+    else:
+        heads = torch.tensor(factors, dtype=torch.float32, device=parameter.device)
+        rows = heads.repeat_interleave(parameter.shape[0] // len(factors))
+        parameter.mul_(_like(parameter, rows.view(-1, *[1] * (parameter.ndim - 1))))
+    if offset:
+        parameter.sub_(offset)
+
+
+def _like(parameter: Tensor, rows: Tensor) -> Tensor:
+    """The rows' factors, sharded as the parameter is. Every rank has them all, so nothing is sent."""
+    if not isinstance(parameter, DTensor):
+        return rows
+    return distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None)
