@@ -1,10 +1,21 @@
-"""Fixtures that any test may use: tiny models on disk, engines over them."""
+"""Fixtures that any test may use: tiny models on disk, engines over them.
+
+Engines live for the whole session and in its event loop: tests that use one are marked
+`@pytest.mark.asyncio(loop_scope="session")`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import pytest_asyncio
+
+if TYPE_CHECKING:
+    from teacher_service.hf_engine import HfEngine
+    from teacher_service.vllm_engine import VllmEngine
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +24,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def hf_engine(tiny_llama: Path) -> AsyncIterator[HfEngine]:
+    """The transformers engine over `tiny_llama`, in float32."""
+    from teacher_service.hf_engine import HfEngine
+
+    engine = HfEngine(str(tiny_llama), dtype="float32", max_batch_tokens=600)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def vllm_engine(tiny_llama: Path) -> AsyncIterator[VllmEngine]:
+    """Real vLLM over `tiny_llama`, in float32, 10 to 20 seconds to start.
+
+    Steps of 64 tokens, so that most prompts are prefilled in chunks, and a cache of three of the longest sequences
+    for eight at a time, so that some are preempted.
+    """
+    from teacher_service.vllm_engine import VllmEngine
+
+    tokens, bytes_per_token = 3 * 512, 2 * 2 * 32 * 4
+    engine = VllmEngine(
+        str(tiny_llama), max_num_batched_tokens=64, max_num_seqs=8, kv_cache_bytes=tokens * bytes_per_token
+    )
+    await engine.start()
+    yield engine
+    await engine.close()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,10 @@ class Engine(Protocol):
 
     async def check(self) -> None:
         """Return if the engine lives; EngineDeadError with the reason otherwise."""
+        ...
+
+    async def write_head(self, path: Path) -> None:
+        """Write the output head as safetensors, as `head.py` says. Asked for only where `hidden` is in `kinds`."""
         ...
 
     async def close(self) -> None:

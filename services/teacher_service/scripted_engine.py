@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -85,6 +86,13 @@ class ScriptedEngine:
     async def check(self) -> None:
         if self._death is not None:
             raise EngineDeadError(f"the scripted engine is dead: {self._death}")
+
+    async def write_head(self, path: Path) -> None:
+        """Write the output head as safetensors, as `head.py` says."""
+        from safetensors.numpy import save_file
+
+        weight_VD = scripted_head(self.script.vocab_size).astype(np.float32)
+        save_file({"weight": weight_VD, "scale": np.array(1.0, dtype=np.float32)}, path)
 
     async def close(self) -> None:
         self._death = self._death or "it was closed"

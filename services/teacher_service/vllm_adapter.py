@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from vllm.model_executor.layers.pooler import Pooler, PoolingParamsUpdate
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from teacher_proto.packed import RowLayout
-from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows
 from teacher_proto.requests import TargetSpec
+from teacher_service.slices import Slice, reduce_slices
 
 TASK = "token_classify"
 # vLLM measures its memory with a run of requests that ask nothing: they are taken to ask for the most.
@@ -53,18 +52,6 @@ def _adapt(base: type) -> type:
     return type(base.__name__, (base,), body)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """The wanted positions [start, stop) of one request that this step computed."""
-
-    request: int
-    start: int
-    stop: int
-    hidden_ND: torch.Tensor
-    tokens_T: torch.Tensor
-    asked: Mapping[str, Any]
-
-
 class TargetsPooler(Pooler):
     """Packed rows of each request's wanted positions, gathered over the steps of a chunked prefill.
 
@@ -91,21 +78,25 @@ class TargetsPooler(Pooler):
         counts = cursor.num_scheduled_tokens_cpu.tolist()
         ends = cursor.seq_lens_cpu.tolist()
         caches = [state.hidden_states_cache for state in pooling_metadata.pooling_states]
-        groups: dict[RowLayout, list[_Slice]] = {}
+        groups: dict[RowLayout, list[tuple[int, Slice]]] = {}
         each = zip(hidden_states.split(counts), counts, ends, pooling_metadata.get_prompt_token_ids_cpu(), strict=True)
         for i, (hidden_ND, count, end, tokens_T) in enumerate(each):
-            if end == count:
-                caches[i].clear()  # from the beginning, perhaps once more after a preemption
+            begin = end - count
+            if begin == 0:
+                caches[i].clear()  # the first step of a request, perhaps once more after a preemption
             asked = pooling_metadata.pooling_params[i].extra_kwargs or {}
             first, last = asked.get("rows", (0, len(tokens_T)))
-            start, stop = max(first, end - count), min(last, end)
+            start, stop = max(first, begin), min(last, end)
             if start < stop:
-                wanted_ND = hidden_ND[start - (end - count) : stop - (end - count)]
-                group = groups.setdefault(self._layout(asked), [])
-                group.append(_Slice(i, start, stop, wanted_ND, tokens_T, asked))
-        for layout, slices in groups.items():
-            self._reduce(layout, slices, caches)
-        return [self._take(cache) if done else None
+                ids_NG = _gather_ids(asked, start, stop)
+                wanted = Slice(start, stop, hidden_ND[start - begin : stop - begin], tokens_T, ids_NG,
+                               asked.get("sample_key", 0))  # fmt: skip
+                groups.setdefault(self._layout(asked), []).append((i, wanted))
+        for layout, members in groups.items():
+            packed = reduce_slices([wanted for _, wanted in members], self._compute_logits, layout)
+            for (i, _), part in zip(members, packed or (), strict=False):  # none on a rank that only helps
+                caches[i].append(part)
+        return [_take(cache) if done else None
                 for cache, done in zip(caches, cursor.get_finished_mask(), strict=True)]  # fmt: skip
 
     def _layout(self, asked: Mapping[str, Any]) -> RowLayout:
@@ -115,21 +106,11 @@ class TargetsPooler(Pooler):
         width = self._hidden_size if "hidden" in spec.kinds else 0
         return RowLayout(spec, self._vocab_size, asked.get("gather_width", 0), width)
 
-    def _reduce(self, layout: RowLayout, slices: list[_Slice], caches: list[list[torch.Tensor]]) -> None:
-        parts = [s.hidden_ND for s in slices]
-        hidden_ND = parts[0] if len(parts) == 1 else torch.cat(parts)
-        rows = _rows(layout.spec, slices, hidden_ND.device)
-        packed_NB = reduce_rows(hidden_ND, self._compute_logits, rows, layout)
-        if packed_NB is None:
-            return  # a rank that only helps with the product
-        for s, part in zip(slices, packed_NB.split([s.stop - s.start for s in slices]), strict=True):
-            caches[s.request].append(part)
 
-    @staticmethod
-    def _take(cache: list[torch.Tensor]) -> torch.Tensor:
-        packed = torch.cat(cache) if cache else torch.empty((0, 0), dtype=torch.uint8)
-        cache.clear()
-        return packed
+def _take(cache: list[torch.Tensor]) -> torch.Tensor:
+    packed = torch.cat(cache) if cache else torch.empty((0, 0), dtype=torch.uint8)
+    cache.clear()
+    return packed
 
 
 # --- how a request crosses from the service to the pooler --------------------------------------------------------
@@ -152,30 +133,9 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _rows(spec: TargetSpec, slices: list[_Slice], device: torch.device) -> Rows:
-    """What the reduction needs beside hidden states, of all slices in a row."""
-
-    def on_device(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(parts).to(device, non_blocking=True)
-
-    kinds = set(spec.kinds)
-    next_ids = on_device([_next_ids(s) for s in slices]) if kinds & {"top_k", "score"} else None
-    gather_ids = on_device([_gather_ids(s) for s in slices]) if "gather" in kinds else None
-    if "sampled" not in kinds:
-        return Rows(next_ids, gather_ids)
-    keys = on_device([torch.full((s.stop - s.start,), s.asked.get("sample_key", 0)) for s in slices])
-    positions = on_device([torch.arange(s.start, s.stop) for s in slices])
-    return Rows(next_ids, gather_ids, keys, positions)
-
-
-def _next_ids(s: _Slice) -> torch.Tensor:
-    next_N = s.tokens_T[s.start + 1 : s.stop + 1].to(torch.int64)
-    if len(next_N) < s.stop - s.start:
-        next_N = torch.cat([next_N, torch.tensor([NO_TOKEN])])
-    return next_N
-
-
-def _gather_ids(s: _Slice) -> torch.Tensor:
-    ids_RG = np.frombuffer(s.asked["gather_ids"], dtype="<i4").reshape(-1, s.asked["gather_width"])
-    first = s.asked["rows"][0]
-    return torch.from_numpy(ids_RG[s.start - first : s.stop - first].astype(np.int64))
+def _gather_ids(asked: Mapping[str, Any], start: int, stop: int) -> torch.Tensor | None:
+    if "gather_ids" not in asked:
+        return None
+    ids_RG = np.frombuffer(asked["gather_ids"], dtype="<i4").reshape(-1, asked["gather_width"])
+    first = asked["rows"][0]
+    return torch.from_numpy(ids_RG[start - first : stop - first].astype(np.int64))

@@ -1,7 +1,7 @@
 """The engine that serves: vLLM's pooling runner with our own pooler, which returns target records for every position.
 
-`main.py` builds it; nothing of vLLM is imported before `start`. vLLM keeps the model in a process of its own (or
-several); this side validates nothing again, hands token ids over and views the bytes that come back.
+`run.py` builds it; nothing of vLLM is imported before `start`. vLLM keeps the model in a process of its own (or
+several); this side validates nothing again, hands token ids over and reads the bytes that come back.
 """
 
 from __future__ import annotations
@@ -9,59 +9,40 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
+import logging
 from collections.abc import Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.reduction import sample_key
-from teacher_proto.requests import Kind, Limits
+from teacher_proto.requests import KINDS, Kind, Limits, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
 from teacher_service.identify import ModelFolder, find_model, identify
 from teacher_service.reading import layout_of, read_rows
+from teacher_service.vllm_options import engine_arguments, prepare_environment
 
+log = logging.getLogger("stillhouse.vllm")
 HeadDtype = Literal["auto", "model", "float32"]
 
-_CPU_KV_CACHE_BYTES = 2**30
-
-
-def prepare_environment() -> None:
-    """Settings that vLLM reads from the environment when it is imported; what the user has set stays.
-
-    On a CPU: one engine process beside this one instead of two, threads left to the operating system (binding them
-    gives one core of two away), and memory that the engine frees kept for its next step.
-    """
-    settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not _has_accelerator():
-        settings |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-            "MALLOC_TRIM_THRESHOLD_": str(2**30),
-            "MALLOC_MMAP_THRESHOLD_": str(2**25),
-        }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
+_PROBE_LENGTH = 16
 
 
 class VllmEngine:
     """`Engine` over vLLM's AsyncLLM.
 
-    `dtype` "auto" is the checkpoint's own. `dtype`, `quantization`, `max_model_len`, `gpu_memory_utilization`, the parallel sizes and `vllm_args` are vLLM's
-    own options and pass through. `head_dtype` is that of the logits' product: "auto" is float32 on a GPU, where it
-    costs nothing, and the model's on a CPU. `kv_cache_bytes` bounds the cache on a CPU (1 GiB if None).
+    `dtype`, `quantization`, `max_model_len`, `gpu_memory_utilization`, the parallel sizes and `vllm_args` are vLLM's
+    own options and pass through, but `dtype` "auto" is the checkpoint's own. `head_dtype` is that of the logits'
+    product: "auto" is float32 on a GPU, where it costs nothing, and the model's on a CPU. `kv_cache_bytes` bounds the
+    cache on a CPU (1 GiB if None). `kinds` is without `hidden` where the checkpoint's head can't stand for vLLM's.
     """
 
-    kinds: tuple[Kind, ...] = ("top_k", "score", "gather", "sampled")
+    kinds: tuple[Kind, ...] = KINDS
     identity: TeacherIdentity
     limits: Limits
 
@@ -76,7 +57,7 @@ class VllmEngine:
         max_model_len: int | None = None,
         max_top_k: int = 256,
         head_dtype: HeadDtype = "auto",
-        gpu_memory_utilization: float = 0.9,
+        gpu_memory_utilization: float | None = None,
         kv_cache_bytes: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_num_seqs: int | None = None,
@@ -84,7 +65,7 @@ class VllmEngine:
         pipeline_parallel_size: int = 1,
         vllm_args: Mapping[str, Any] | None = None,
     ):
-        self._model = (model, revision, name)
+        self._source: dict[str, Any] = {"model": model, "revision": revision, "name": name}
         self._options: dict[str, Any] = {
             "dtype": dtype,
             "quantization": quantization,
@@ -106,7 +87,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Load the model. ValueError with the reason if vLLM can't serve it."""
-        folder = await asyncio.to_thread(find_model, self._model[0], revision=self._model[1], name=self._model[2])
+        folder = await asyncio.to_thread(lambda: find_model(**self._source))
         prepare_environment()
         await asyncio.to_thread(self._load, folder)
         config = self._llm.model_config
@@ -125,83 +106,74 @@ class VllmEngine:
             vocab_size=config.get_vocab_size(),
             numeric=self._numeric(description),
         )
+        await self._find_head(folder, description)
 
     def _load(self, folder: ModelFolder) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        arguments = engine_arguments(folder, self._options, self._vllm_args, self._head_dtype)
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments(folder)))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"vLLM cannot serve {folder.name}: {error}") from error
-
-    def _arguments(self, folder: ModelFolder) -> dict[str, Any]:
-        """AsyncEngineArgs: ours first, then defaults for scoring, then what the user set, then what must be."""
-        from vllm.platforms import current_platform
-
-        on_cpu = current_platform.is_cpu()
-        defaults: dict[str, Any] = {
-            "max_num_batched_tokens": 2048 if on_cpu else 8192,
-            "max_num_seqs": 64 if on_cpu else 256,
-            "enforce_eager": on_cpu,
-            # Scoring reads no prefix cache: it needs the hidden state of every position.
-            "enable_prefix_caching": False,
-            "enable_chunked_prefill": True,
-            "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES if on_cpu else None,
-            "dtype": _own_dtype(folder),
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
-        set_options = {name: value for name, value in self._options.items() if value not in (None, "auto")}
-        overrides = dict(self._vllm_args.get("hf_overrides", {}))
-        if self._head_dtype == "auto":
-            self._head_dtype = "model" if on_cpu else "float32"
-        fixed = {
-            "model": str(folder.path),
-            "runner": "pooling",
-            "trust_remote_code": False,
-            "skip_tokenizer_init": True,
-            "hf_overrides": overrides | {"head_dtype": self._head_dtype},
-            "model_class_overrides": _adapted_class(folder),
-            "worker_extension_cls": "teacher_service.vllm_worker.TargetsWorker",
-        }
-        return defaults | set_options | self._vllm_args | fixed
 
     def _numeric(self, description: Mapping[str, Any]) -> NumericIdentity:
         import vllm
         from vllm.platforms import current_platform
 
-        parallel = self._llm.vllm_config.parallel_config
+        config = self._llm.vllm_config
+        parallel, model_dtype = config.parallel_config, config.model_config.dtype
+        head = "" if config.model_config.head_dtype == model_dtype else " head=float32"
         return NumericIdentity(
             engine="vllm",
             engine_version=vllm.__version__,
             device=current_platform.get_device_name() or current_platform.device_type,
-            parallel=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}",
+            parallel=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}{head}",
             attention_backend=",".join(description["attention_backends"]) or "none",
         )
+
+    async def _find_head(self, folder: ModelFolder, description: Mapping[str, Any]) -> None:
+        """Hold the checkpoint's head to what vLLM computes; without agreement `hidden` is not served."""
+        from teacher_service.head import CheckpointHead, HeadScaling
+
+        tokens_T = np.arange(_PROBE_LENGTH) * 7919 % self.limits.vocab_size
+        spec = TargetSpec(kinds=("top_k", "hidden"), top_k=1, hidden_dtype="float16")
+        try:
+            scaling = HeadScaling(description["soft_cap"], description["scale"])
+            head = CheckpointHead(folder.weight_files, self.limits.vocab_size, scaling)
+            targets = await self.score(Job(tokens_T, (0, _PROBE_LENGTH), spec, "head-probe"))
+            await asyncio.to_thread(head.check, targets)
+        except ValueError as error:
+            self.kinds = tuple(kind for kind in KINDS if kind != "hidden")
+            log.warning("kind hidden is not served: %s", error)
+        else:
+            self._head = head
+
+    async def write_head(self, path: Path) -> None:
+        """Write the output head as safetensors (`head.py` says how). Only where `hidden` is among the kinds."""
+        await asyncio.to_thread(self._head.write, path)
 
     async def score(self, job: Job) -> TokenTargets:
         """The targets of a job. EngineError for this job, EngineDeadError where no other can be answered either."""
         from vllm import PoolingParams
         from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmDead
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         from teacher_service.vllm_adapter import TASK, ask
 
+        if self._llm is None:
+            raise EngineDeadError(self._last_words(), request_id=job.request_id)
         layout = layout_of(job, self.limits.vocab_size, self._hidden_size)
         key = sample_key(job.spec.seed, job.tokens_T) if "sampled" in job.spec.kinds else 0
         params = PoolingParams(task=TASK, extra_kwargs=ask(job.spec, job.rows, job.gather_ids_RG, key))
         number = f"{job.request_id}-{next(self._numbers)}"
-        if self._llm is None:
-            raise EngineDeadError(self._last_words(), request_id=job.request_id)
         self._running.add(number)
-        output = None
         try:
             async with aclosing(self._llm.encode(tokens_input(job.tokens_T.tolist()), params, number)) as outputs:
-                async for output in outputs:
-                    pass
-        except VllmDead as error:
+                output = await anext(outputs)  # a pooling request has one
+        except VllmDeadError as error:
             raise EngineDeadError(self._last_words(), request_id=job.request_id) from error
         except (EngineGenerateError, ValueError) as error:
             reason = error.__cause__ or error
@@ -210,7 +182,6 @@ class VllmEngine:
             self._running.discard(number)
         if self._llm is None:
             raise EngineDeadError(self._last_words(), request_id=job.request_id)
-        assert output is not None, "vLLM ends a request with an output or an exception"
         return read_rows(output.outputs.data.numpy(), job, layout)
 
     async def check(self) -> None:
@@ -221,7 +192,7 @@ class VllmEngine:
     def _last_words(self) -> str:
         if self._llm is None:
             return "the vLLM engine is not running"
-        return "a vLLM engine process is gone; its own output above this line tells why"
+        return "a vLLM engine process is gone; what it wrote to stderr tells why"
 
     async def close(self) -> None:
         """End the engine processes; safe to call twice. Jobs still running end with EngineDeadError."""
@@ -236,29 +207,3 @@ class VllmEngine:
         await asyncio.to_thread(llm.shutdown, timeout=5.0)
         del llm
         gc.collect()  # its finaliser fails when it is left to the interpreter's exit
-
-
-def _own_dtype(folder: ModelFolder) -> str:
-    """The dtype that the weights were saved in; vLLM by itself would serve float32 weights as float16."""
-    text = folder.config.get("text_config") or folder.config
-    return str(text.get("dtype") or text.get("torch_dtype") or folder.config.get("dtype") or "auto")
-
-
-def _adapted_class(folder: ModelFolder) -> dict[str, str]:
-    """vLLM's `model_class_overrides` for this model: its architecture, as `vllm_adapter` adapts it."""
-    from vllm.model_executor.models import ModelRegistry
-
-    architectures = folder.config.get("architectures") or []
-    if not architectures:
-        raise ValueError(f"{folder.name}: config.json names no architecture; vLLM can't tell what to load")
-    known = [name for name in architectures if name in ModelRegistry.models]
-    if not known:
-        return {architectures[0]: f"{_ADAPTER}:vllm.model_executor.models.transformers.TransformersForCausalLM"}
-    entry = ModelRegistry.models[known[0]]
-    module, name = getattr(entry, "module_name", ""), getattr(entry, "class_name", "")
-    if not module:
-        module, name = entry.model_cls.__module__, entry.model_cls.__qualname__
-    return {known[0]: f"{_ADAPTER}:{name if module == _ADAPTER else f'{module}.{name}'}"}
-
-
-_ADAPTER = "teacher_service.vllm_adapter"

@@ -20,5 +20,4 @@ class TargetsWorker:
             "attention_backends": sorted(backends),
             "soft_cap": getattr(processor, "soft_cap", None),
             "scale": getattr(processor, "scale", 1.0),
-            "known": processor is not None,
         }

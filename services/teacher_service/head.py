@@ -1,0 +1,117 @@
+"""The teacher's output head: how logits follow from final hidden states, and the file that `GET /v1/head` gives out.
+
+logits = scale * soft_cap(hidden @ weight.T + bias), soft_cap(z) = cap * tanh(z / cap) where the model has one.
+The file is safetensors: `weight` [V, D], `bias` [V] where there is one, `soft_cap` and `scale` as float32 scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from teacher_proto.targets import TokenTargets
+
+_WEIGHT_NAMES = ("lm_head.weight", "output.weight", "embed_out.weight")
+_EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+# Of the largest logit: bf16 rounds by 2**-9 of it, and sums in another order.
+_HEAD_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class HeadScaling:
+    """What a model does to the head's product. A `soft_cap` of None caps nothing."""
+
+    soft_cap: float | None = None
+    scale: float = 1.0
+
+    def __call__(self, product_NV: torch.Tensor) -> torch.Tensor:
+        logits_NV = product_NV
+        if self.soft_cap is not None:
+            logits_NV = torch.tanh(logits_NV / self.soft_cap) * self.soft_cap
+        return logits_NV * self.scale if self.scale != 1.0 else logits_NV
+
+
+def scaling_of(config: Mapping[str, Any]) -> HeadScaling:
+    """Out of a model's config: Gemma's final soft cap, Granite's divisor, Cohere's factor."""
+    text = config.get("text_config") or config
+    scale = 1.0
+    if divisor := text.get("logits_scaling"):
+        scale = 1.0 / float(divisor)
+    elif factor := text.get("logit_scale"):
+        scale = float(factor)
+    cap = text.get("final_logit_softcapping")
+    return HeadScaling(float(cap) if cap else None, scale)
+
+
+class CheckpointHead:
+    """The head of a checkpoint: `weight` [V, D] and, where there is one, `bias` [V].
+
+    The embeddings stand in where the head is tied to them. ValueError where there is neither as plain numbers.
+    """
+
+    def __init__(self, weight_files: list[Path], vocab_size: int, scaling: HeadScaling):
+        where: dict[str, Path] = {}
+        for path in weight_files:
+            with safe_open(path, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), path)
+        name = next((name for name in (*_WEIGHT_NAMES, *_EMBEDDING_NAMES) if name in where), None)
+        if name is None:
+            raise ValueError(f"none of {', '.join((*_WEIGHT_NAMES, *_EMBEDDING_NAMES))} is in the checkpoint")
+        self._names = {"weight": name}
+        if (bias := name.removesuffix("weight") + "bias") in where:
+            self._names["bias"] = bias
+        self._where = where
+        self._vocab_size = vocab_size
+        self._scaling = scaling
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Some checkpoints pad the vocabulary; ids beyond it are never answered, and cut off here."""
+        tensors = {role: self._read(name)[: self._vocab_size].contiguous() for role, name in self._names.items()}
+        weight = tensors["weight"]
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(f"{self._names['weight']} is quantised to {weight.dtype}")
+        return tensors
+
+    def write(self, path: Path) -> None:
+        save_head(path, self.tensors(), self._scaling)
+
+    def check(self, targets: TokenTargets) -> None:
+        """ValueError unless the head makes of fp16 `hidden` the logits of `ids`, `logprobs` and `lse` beside it."""
+        assert targets.hidden is not None and targets.ids is not None
+        assert targets.logprobs is not None and targets.lse is not None
+        tensors = self.tensors()
+        hidden_RD = torch.from_numpy(targets.hidden).float()
+        if hidden_RD.shape[1] != tensors["weight"].shape[1]:
+            raise ValueError(
+                f"the head takes {tensors['weight'].shape[1]} values, hidden states have {hidden_RD.shape[1]}"
+            )
+        ids_R = torch.from_numpy(targets.ids[:, 0].astype("int64"))
+        product_R = (hidden_RD * tensors["weight"][ids_R].float()).sum(dim=-1)
+        if "bias" in tensors:
+            product_R = product_R + tensors["bias"][ids_R].float()
+        theirs_R = torch.from_numpy(targets.logprobs[:, 0].astype("float32") + targets.lse)
+        off = (self._scaling(product_R) - theirs_R).abs().max().item()
+        allowed = _HEAD_TOLERANCE * max(1.0, theirs_R.abs().max().item())
+        if not off <= allowed:
+            raise ValueError(f"the checkpoint's head makes other logits of hidden states than vLLM (off by {off:.3g})")
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def save_head(path: Path, tensors: Mapping[str, torch.Tensor], scaling: HeadScaling) -> None:
+    """Write the file whole or not at all."""
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents["scale"] = torch.tensor(scaling.scale)
+    if scaling.soft_cap is not None:
+        contents["soft_cap"] = torch.tensor(scaling.soft_cap)
+    temporary = path.with_suffix(".partial")
+    save_file(contents, temporary)
+    temporary.replace(path)

@@ -1,0 +1,130 @@
+"""A transformers causal language model as a teacher: token ids in, packed rows out. `hf_engine.py` runs it.
+
+Only the last hidden states of a batch are kept; the logits of a chunk of rows at a time are made of them by the
+model's own head.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from teacher_proto.packed import RowLayout
+from teacher_proto.reduction import sample_key
+from teacher_service.engine import Job
+from teacher_service.head import HeadScaling, scaling_of
+from teacher_service.identify import ModelFolder
+from teacher_service.reading import layout_of
+from teacher_service.slices import Slice, reduce_slices
+
+_PROBE_LENGTH = 16
+_PROBE_TOLERANCE = {torch.float32: 1e-4}
+
+
+class HfModel:
+    """The model on its device. ValueError where its logits are not its last hidden states through a known head."""
+
+    def __init__(self, folder: ModelFolder, *, dtype: str, device: str):
+        self.device = torch.device(_device(device))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=_dtype(dtype, self.device),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        self._model = model.eval().to(self.device)
+        self._body = model.base_model
+        self._head = model.get_output_embeddings()
+        if self._head is None or self._body is model:
+            raise ValueError(f"{folder.name}: a {type(model).__name__} has no output head that transformers names")
+        config = model.config.get_text_config()
+        self._scaling = scaling_of(config.to_dict())
+        self.dtype: torch.dtype = model.dtype
+        self.attention: str = getattr(model.config, "_attn_implementation", None) or "eager"
+        self.vocab_size: int = self._head.weight.shape[0]
+        self.hidden_size: int = self._head.weight.shape[1]
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._compare_with_own_logits(folder.name)
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def scaling(self) -> HeadScaling:
+        return self._scaling
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """`weight` [V, D] and `bias` [V] of the head."""
+        bias = getattr(self._head, "bias", None)
+        return {"weight": self._head.weight} | ({} if bias is None else {"bias": bias})
+
+    def compute_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return self._scaling(self._head(hidden_ND))
+
+    @torch.inference_mode()
+    def score(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """Packed rows [R, bytes] uint8 of each job, from one forward pass over all."""
+        hidden = self._hidden_states([job.tokens_T for job in jobs])
+        groups: dict[RowLayout, list[tuple[int, Slice]]] = defaultdict(list)
+        for i, (job, hidden_TD) in enumerate(zip(jobs, hidden, strict=True)):
+            start, stop = job.rows
+            layout = layout_of(job, self.vocab_size, self.hidden_size)
+            gather = torch.tensor(job.gather_ids_RG) if layout.gather_width else None
+            key = sample_key(job.spec.seed, job.tokens_T) if "sampled" in job.spec.kinds else 0
+            tokens_T = torch.tensor(job.tokens_T)
+            groups[layout].append((i, Slice(start, stop, hidden_TD[start:stop], tokens_T, gather, key)))
+        packed: list[np.ndarray] = [np.empty(0, dtype=np.uint8)] * len(jobs)
+        for layout, members in groups.items():
+            parts = reduce_slices([s for _, s in members], self.compute_logits, layout)
+            assert parts is not None
+            for (i, _), part in zip(members, parts, strict=True):
+                packed[i] = part.cpu().numpy()
+        return packed
+
+    def _hidden_states(self, sequences: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Final hidden states [T, D] of each sequence. Padding is on the right, where causal attention never looks."""
+        lengths = [len(tokens_T) for tokens_T in sequences]
+        ids_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
+        mask_BT = torch.zeros_like(ids_BT)
+        for i, tokens_T in enumerate(sequences):
+            ids_BT[i, : lengths[i]] = torch.tensor(tokens_T)
+            mask_BT[i, : lengths[i]] = 1
+        ids_BT = ids_BT.to(self.device)
+        mask = mask_BT.to(self.device) if min(lengths) < max(lengths) else None
+        output = self._body(input_ids=ids_BT, attention_mask=mask, use_cache=False)
+        return [output.last_hidden_state[i, :length] for i, length in enumerate(lengths)]
+
+    @torch.inference_mode()
+    def _compare_with_own_logits(self, name: str) -> None:
+        """Our road to the logits against the model's own, on a few tokens."""
+        tokens_T = np.arange(_PROBE_LENGTH) * 7919 % self.vocab_size
+        ours_TV = self.compute_logits(self._hidden_states([tokens_T])[0]).float()
+        theirs = self._model(input_ids=torch.tensor(tokens_T, device=self.device)[None], use_cache=False).logits
+        off = (ours_TV - theirs[0].float()).abs().max().item()
+        allowed = _PROBE_TOLERANCE.get(self.dtype, 2e-2) * max(1.0, theirs.abs().max().item())
+        if not off <= allowed:
+            raise ValueError(
+                f"{name}: its logits are not its head's product of its last hidden states (off by {off:.3g}): "
+                "this architecture does more than a soft cap or a scale, and can't be served by the hf engine"
+            )
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    return dtype
