@@ -69,19 +69,19 @@ async def test_clients_that_leave_free_queue_and_engine(teacher: TeacherProcess,
     sockets = []
     handed_before, aborted_before = await counter(client, "engine_sequences"), await counter(client, "engine_aborted")
     for number in range(200):
-        _, writer = await connect(teacher)
+        reader, writer = await connect(teacher)
         writer.write(hanging_request(number))
-        sockets.append(writer)
+        sockets.append((reader, writer))
     await until_admitted(client, 200)
     assert await counter(client, "engine_sequences") - handed_before == 8
     left = time.monotonic()
-    for writer in sockets[8:]:
+    for _, writer in sockets[8:]:
         writer.transport.abort()
     await until_gauge(client, "admitted_requests", lambda value: value == 8)
     queued_took = time.monotonic() - left
     assert await counter(client, "engine_aborted") == aborted_before
     left = time.monotonic()
-    for writer in sockets[:8]:
+    for _, writer in sockets[:8]:
         writer.transport.abort()
     await until_gauge(client, "admitted_requests", lambda value: value == 0)
     took = time.monotonic() - left
@@ -100,13 +100,14 @@ async def test_one_client_that_leaves_is_noticed_within_a_quarter_of_a_second(
 ) -> None:
     times = []
     for number in range(10):
-        _, writer = await connect(teacher)
+        reader, writer = await connect(teacher)
         writer.write(hanging_request(number))
         await until_gauge(client, "engine_tokens", lambda value: value == 64)
         left = time.monotonic()
         writer.close()
         await until_gauge(client, "engine_tokens", lambda value: value == 0)
         times.append(time.monotonic() - left)
+        assert not await _read(reader)
     print(f"engine work aborted {1000 * percentile(times, 0.5):.0f} ms after its client left, at most "
           f"{1000 * max(times):.0f} ms")  # fmt: skip
     assert percentile(times, 0.5) < 0.25
