@@ -115,6 +115,12 @@ def _check_header(header: Header, request: TargetsRequest, request_id: str, info
             f"the header speaks of {header.num_sequences} sequences and a vocabulary of {header.vocab_size}; "
             f"{len(request.sequences)} and {info.limits.vocab_size} were expected"
         )
+    spec = request.spec
+    if header.top_k != spec.top_k or header.temperatures != spec.temperatures:
+        raise WireError(
+            f"the header speaks of top_k {header.top_k} and temperatures {list(header.temperatures)}; "
+            f"{spec.top_k} and {list(spec.temperatures)} were asked"
+        )
 
 
 @asynccontextmanager

@@ -9,17 +9,15 @@ logprobs (`logit - lse`, fp16, largest first); at temperature T the exact probab
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from teacher_proto import target_checks as checks
 from teacher_proto.errors import InvalidTargetsError
-from teacher_proto.requests import Kind, TargetsRequest
-
-# fp16 keeps 11 bits of a logprob: near 0 a probability is off by at most 2**-11 of itself, so a sum may pass 1.
-MASS_TOLERANCE = 2e-3
+from teacher_proto.requests import HiddenDtype, Kind, TargetsRequest
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,10 @@ TENSORS: dict[str, TensorSpec] = {
     "hidden": TensorSpec(("<f2", "<u2", "|i1"), ("R", "D"), ("hidden",)),
     "hidden_scale": TensorSpec(("<f4",), ("R",), ("hidden",)),
 }
+
+HIDDEN_DTYPES: dict[HiddenDtype, str] = {"float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+# Three bytes on the wire are four in memory.
+_IN_MEMORY = {"ids": ("<i4",), "sampled_ids": ("<i4",)}
 
 
 def tensors_of(kinds: Iterable[Kind]) -> tuple[str, ...]:
@@ -134,86 +136,80 @@ class TokenTargets:
 
 def check_targets(
     targets: TokenTargets, *, kinds: Iterable[Kind], rows: tuple[int, int], top_k: int, num_temperatures: int,
-    vocab_size: int, sequence_length: int,
+    vocab_size: int, sequence_length: int, temperatures: Sequence[float] = (), num_gather: int | None = None,
+    num_samples: int | None = None, hidden_dtype: HiddenDtype | None = None, tokens_T: np.ndarray | None = None,
 ) -> None:  # fmt: skip
     """Refuse a record that cannot be the answer to what was asked. InvalidTargetsError names tensor and row.
 
-    Shapes and presence; finite values; ids below the vocabulary and different within a row; logprobs not positive,
-    largest first, of a mass not above 1.
+    Presence, shapes and dtypes; finite values; ids below the vocabulary and different within a row; logprobs at most
+    0, largest first, of a mass not above 1. What is given beyond the sizes is checked too: normalisers against
+    `temperatures`, the next token's logprob against `tokens_T`, draws against `num_samples`.
     """
     start, stop = rows
     if targets.start != start or targets.num_rows != stop - start:
         got = f"[{targets.start}, {targets.start + targets.num_rows})"
         raise InvalidTargetsError(f"rows {got} came, [{start}, {stop}) were asked for")
-    wanted = set(tensors_of(kinds)) - {"hidden_scale"}
-    have = set(targets.tensors()) - {"hidden_scale"}
-    if wanted != have:
-        raise InvalidTargetsError(f"tensors {sorted(have)} came, {sorted(wanted)} were asked for")
+    kinds = tuple(kinds)
+    arrays = targets.tensors()
+    _check_presence(arrays, kinds, hidden_dtype)
     sizes = {"R": stop - start, "R+1": stop - start + 1, "K": top_k, "T": num_temperatures}
-    for name, array in targets.tensors().items():
-        axes = TENSORS[name].axes
-        if array.ndim != len(axes) or any(sizes.get(axis, n) != n for axis, n in zip(axes, array.shape, strict=True)):
-            raise InvalidTargetsError(f"{name} has shape {list(array.shape)}, axes {list(axes)} with {sizes} expected")
-    _check_finite(targets, sequence_length)
-    if targets.ids is not None and targets.logprobs is not None:
-        _check_top_k(targets.ids, targets.logprobs, vocab_size)
-    if targets.sampled_offsets is not None:
-        _check_samples(targets, vocab_size)
+    _check_shapes(arrays, sizes if num_gather is None else sizes | {"G": num_gather})
+    checks.each(("lse", "log_z", "hidden_scale"), arrays, lambda array, name: checks.check_finite(array, name, start))
+    if "hidden" in arrays and arrays["hidden"].dtype.kind == "f":
+        checks.check_finite(arrays["hidden"], "hidden", start)
+    if "next_logprob" in arrays:
+        # The last row of a sequence has no next token.
+        known = min(stop, sequence_length - 1) - start
+        checks.check_logprobs(arrays["next_logprob"][:known], "next_logprob", start)
+        if not np.isnan(arrays["next_logprob"][known:]).all():
+            raise InvalidTargetsError(f"next_logprob is a number on row {sequence_length - 1}, which has no next token")
+    if "gather_logprobs" in arrays:
+        checks.check_logprobs(arrays["gather_logprobs"], "gather_logprobs", start)
+    if "ids" in arrays:
+        checks.check_top_k(arrays["ids"], arrays["logprobs"], start, vocab_size)
+        checks.check_log_z(arrays["log_z"], arrays["logprobs"][:, 0], temperatures, start, vocab_size)
+        if tokens_T is not None:
+            checks.check_next(
+                arrays["ids"], arrays["logprobs"], arrays["next_logprob"], tokens_T[start + 1 : stop + 1], start
+            )
+    if "sampled_offsets" in arrays:
+        checks.check_samples(
+            arrays["sampled_offsets"], arrays["sampled_ids"], arrays["sampled_counts"], vocab_size, num_samples
+        )
 
 
 def check_answer(targets: TokenTargets, request: TargetsRequest, index: int, vocab_size: int) -> None:
-    """`check_targets` against what `request` asks of its sequence `index`."""
+    """`check_targets` against all that `request` asks of its sequence `index`."""
     spec = request.spec
+    gathers = "gather" in spec.kinds and request.gather_ids is not None
     check_targets(
         targets, kinds=spec.kinds, rows=request.row_range(index), top_k=spec.top_k,
         num_temperatures=len(spec.temperatures), vocab_size=vocab_size,
-        sequence_length=len(request.sequences[index]),
+        sequence_length=len(request.sequences[index]), temperatures=spec.temperatures,
+        num_gather=request.gather_ids[index].shape[1] if gathers and request.gather_ids is not None else None,
+        num_samples=spec.num_samples or None, hidden_dtype=spec.hidden_dtype, tokens_T=request.sequences[index],
     )  # fmt: skip
 
 
-def _check_finite(targets: TokenTargets, sequence_length: int) -> None:
-    for name, array in targets.tensors().items():
-        if array.dtype.kind != "f":
-            continue
-        bad = ~np.isfinite(array)
-        if name == "next_logprob" and targets.start + len(array) == sequence_length:
-            bad = bad.copy()
-            bad[-1] = not np.isnan(array[-1])
-        if bad.any():
-            row = int(np.argwhere(bad)[0][0]) + targets.start
-            raise InvalidTargetsError(f"{name} is not finite on row {row}: the teacher computed NaN or infinity")
-    for name in ("next_logprob", "gather_logprobs"):
-        array = getattr(targets, name)
-        if array is not None and (array > MASS_TOLERANCE).any():
-            row = int(np.argwhere(array > MASS_TOLERANCE)[0][0]) + targets.start
-            raise InvalidTargetsError(f"{name} is positive on row {row}: a logprob is at most 0")
+def _check_presence(arrays: dict[str, np.ndarray], kinds: tuple[Kind, ...], hidden_dtype: HiddenDtype | None) -> None:
+    wanted = set(tensors_of(kinds))
+    is_int8 = hidden_dtype == "int8" if hidden_dtype else "hidden_scale" in arrays
+    wanted -= set() if is_int8 else {"hidden_scale"}
+    if wanted != set(arrays):
+        raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(wanted)} were asked for")
+    for name, array in arrays.items():
+        if array.dtype.newbyteorder("<").str not in (*TENSORS[name].dtypes, *_IN_MEMORY.get(name, ())):
+            raise InvalidTargetsError(f"{name} is {array.dtype}, one of {', '.join(TENSORS[name].dtypes)} was expected")
+    if hidden_dtype and arrays["hidden"].dtype.newbyteorder("<").str != HIDDEN_DTYPES[hidden_dtype]:
+        raise InvalidTargetsError(f"hidden is {arrays['hidden'].dtype}, {hidden_dtype} was asked for")
 
 
-def _check_top_k(ids_RK: np.ndarray, logprobs_RK: np.ndarray, vocab_size: int) -> None:
-    if ids_RK.size and int(ids_RK.max()) >= vocab_size:
-        raise InvalidTargetsError(f"ids reach {int(ids_RK.max())} with a vocabulary of {vocab_size}")
-    logprobs_RK = logprobs_RK.astype(np.float32)
-    faults = {
-        "logprobs are not sorted, largest first": (logprobs_RK[:, 1:] > logprobs_RK[:, :-1]).any(axis=1),
-        "a logprob is positive": (logprobs_RK[:, :1] > 0).any(axis=1),
-        "the probabilities sum to more than 1": np.exp(logprobs_RK).sum(axis=1) > 1 + MASS_TOLERANCE,
-        "an id comes twice": (np.diff(np.sort(ids_RK, axis=1), axis=1) == 0).any(axis=1),
-    }
-    for message, bad_R in faults.items():
-        if bad_R.any():
-            raise InvalidTargetsError(f"top_k: {message}, first in row {int(bad_R.argmax())} of the record")
-
-
-def _check_samples(targets: TokenTargets, vocab_size: int) -> None:
-    offsets, ids, counts = targets.sampled_offsets, targets.sampled_ids, targets.sampled_counts
-    assert offsets is not None and ids is not None and counts is not None
-    if offsets[0] != 0 or offsets[-1] != len(ids) or len(ids) != len(counts) or (np.diff(offsets) <= 0).any():
-        raise InvalidTargetsError("sampled_offsets do not rise from 0 to the number of sampled ids")
-    if int(ids.max()) >= vocab_size or int(counts.min()) < 1:
-        raise InvalidTargetsError(f"sampled: an id is not below {vocab_size}, or a count is below 1")
-    totals = np.add.reduceat(counts.astype(np.int64), offsets[:-1])
-    if (totals != totals[0]).any():
-        raise InvalidTargetsError("sampled: rows have different numbers of draws")
+def _check_shapes(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
+    for name, array in arrays.items():
+        axes = TENSORS[name].axes
+        if array.ndim != len(axes) or any(sizes.get(axis, n) != n for axis, n in zip(axes, array.shape, strict=True)):
+            expected = [sizes.get(axis, axis) for axis in axes]
+            raise InvalidTargetsError(f"{name} has shape {list(array.shape)}, {expected} was expected")
 
 
 assert {field.name for field in fields(TokenTargets)} == {"start", *TENSORS}
