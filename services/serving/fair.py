@@ -19,6 +19,7 @@ class Ticket:
     """One piece of work of `tokens` that waits for its turn, in one lane or, when several students want it, in more."""
 
     tokens: int
+    generation: int = -1
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -41,6 +42,7 @@ class FairQueue:
         self.running = 0
         self._lanes: dict[str, _Lane] = {}
         self._now_serving = 0.0
+        self._generation = 0
 
     @property
     def waiting_tokens(self) -> int:
@@ -68,9 +70,12 @@ class FairQueue:
             ticket.turn.cancel()
             self._dispatch()
 
-    def halve(self) -> None:
-        """The engine ran out of memory: hand it half as much at a time."""
-        self.window = max(1, self.window // 2)
+    def halve(self, ticket: Ticket) -> None:
+        """The engine ran out of memory at this ticket: hand it half as much at a time. Tickets that were served
+        before the last halving say nothing new."""
+        if ticket.generation == self._generation:
+            self._generation += 1
+            self.window = max(1, self.window // 2)
 
     def recover(self) -> None:
         """Work succeeded: go a hundredth of the way back to the full window."""
@@ -86,6 +91,7 @@ class FairQueue:
             self._now_serving = lane.served
             lane.served += ticket.tokens
             self.running += ticket.tokens
+            ticket.generation = self._generation
             ticket.turn.set_result(None)
 
     def _next_lane(self) -> _Lane | None:

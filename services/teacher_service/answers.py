@@ -119,7 +119,7 @@ class Answers:
                 self._on_death(error)
                 raise
             except EngineMemoryError:
-                self._queue.halve()
+                self._queue.halve(ticket)
                 self._metrics.out_of_memory.inc()
                 log.warning("engine out of memory", tokens=len(job.tokens_T), window=self._queue.window)
                 raise

@@ -1,0 +1,149 @@
+"""The road of one sequence: coalesced with its like, aborted with its last waiter, refused when it is not finite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from serving.admission import RetryAfter
+from serving.fair import FairQueue
+from serving.metrics import Metrics
+from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
+from teacher_proto.requests import TargetSpec
+from teacher_service.answers import Answers
+from teacher_service.engine import Job
+from teacher_service.scripted_engine import Script, ScriptedEngine
+
+SPEC = TargetSpec(("top_k",), 8, (2.0,))
+
+
+def job(*tokens: int, spec: TargetSpec = SPEC, rows: tuple[int, int] | None = None) -> Job:
+    return Job(np.array(tokens, dtype=np.int64), rows or (0, len(tokens)), spec, "r")
+
+
+def make(script: Script | None = None, window: int = 10_000) -> tuple[Answers, ScriptedEngine, list[EngineDeadError]]:
+    engine, deaths = ScriptedEngine(script), []
+    return Answers(engine, FairQueue(window), RetryAfter(), Metrics(), deaths.append), engine, deaths
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0)
+
+
+async def test_identical_sequences_in_flight_are_computed_once_and_answered_to_all() -> None:
+    answers, engine, _ = make(Script(delay_s=0.05))
+    results = await asyncio.gather(*(answers.answer(job(1, 2, 3), student) for student in "abcd" * 4))
+    assert engine.jobs_started == 1 and answers.in_flight == 0
+    assert all(result is results[0] for result in results)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [job(1, 2, 4), job(1, 2), job(1, 2, 3, rows=(1, 3)), job(1, 2, 3, spec=replace(SPEC, top_k=9)),
+     job(1, 2, 3, spec=replace(SPEC, temperatures=(3.0,))), job(1, 2, 3, spec=TargetSpec(("score",))),
+     replace(job(1, 2, 3, spec=TargetSpec(("gather",))), gather_ids_RG=np.array([[1], [2], [3]]))],
+)  # fmt: skip
+async def test_what_differs_in_anything_is_not_coalesced(other: Job) -> None:
+    answers, engine, _ = make(Script(delay_s=0.02))
+    await asyncio.gather(answers.answer(job(1, 2, 3), "a"), answers.answer(other, "a"))
+    assert engine.jobs_started == 2
+
+
+async def test_gathers_of_different_ids_are_not_coalesced() -> None:
+    answers, engine, _ = make(Script(delay_s=0.02))
+    spec = TargetSpec(("gather",))
+    jobs = [replace(job(1, spec=spec), gather_ids_RG=np.array([[i]])) for i in (5, 6, 5)]
+    first, second, third = await asyncio.gather(*(answers.answer(one, "a") for one in jobs))
+    assert engine.jobs_started == 2 and third is first
+    assert first.gather_logprobs != second.gather_logprobs
+
+
+async def test_the_first_may_leave_and_the_others_are_still_answered() -> None:
+    answers, engine, _ = make(Script(delay_s=0.1))
+    first = asyncio.create_task(answers.answer(job(1, 2), "a"))
+    await until(lambda: engine.jobs_started == 1)
+    second = asyncio.create_task(answers.answer(job(1, 2), "b"))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).num_rows == 2
+    assert engine.jobs_started == engine.jobs_finished == 1 and first.cancelled()
+
+
+async def test_the_last_to_leave_aborts_the_engine_and_a_newcomer_starts_afresh() -> None:
+    answers, engine, _ = make(Script(delay_s=0.1))
+    waiting = [asyncio.create_task(answers.answer(job(1, 2), s)) for s in "ab"]
+    await until(lambda: engine.jobs_started == 1)
+    for task in waiting:
+        task.cancel()
+    await asyncio.sleep(0)
+    assert (await answers.answer(job(1, 2), "c")).num_rows == 2
+    assert (engine.jobs_started, engine.jobs_aborted, engine.jobs_finished) == (2, 1, 1)
+    assert engine.tokens_running == 0
+
+
+async def test_all_that_wait_for_a_failure_get_it_and_the_next_tries_again() -> None:
+    answers, engine, _ = make(Script(poison_token=7, delay_s=0.01))
+    results = await asyncio.gather(*(answers.answer(job(7), s) for s in "abc"), return_exceptions=True)
+    assert all(isinstance(result, EngineError) for result in results) and engine.jobs_started == 1
+    with pytest.raises(EngineError):
+        await answers.answer(job(7), "a")
+    assert engine.jobs_started == 2
+
+
+async def test_out_of_memory_halves_the_window_and_is_retryable() -> None:
+    answers, _, _ = make(Script(oom_token=7), window=1000)
+    with pytest.raises(EngineMemoryError) as caught:
+        await answers.answer(job(7), "a")
+    assert caught.value.status == 503 and caught.value.retryable
+    assert answers._queue.window == 500
+    for number in range(60):
+        await answers.answer(job(1, number + 10), "a")
+    assert answers._queue.window == 1000
+
+
+async def test_one_burst_of_failures_halves_the_window_once() -> None:
+    answers, _, _ = make(Script(oom_above_tokens=15, delay_s=0.01), window=40)
+    results = await asyncio.gather(*(answers.answer(job(*[n + 1] * 10), "a") for n in range(4)), return_exceptions=True)
+    assert sum(isinstance(result, EngineMemoryError) for result in results) == 3
+    assert answers._queue.window in (20, 21)
+
+
+async def test_death_is_told_once_met() -> None:
+    answers, _, deaths = make(Script(die_token=7))
+    with pytest.raises(EngineDeadError):
+        await answers.answer(job(7), "a")
+    assert len(deaths) == 1
+
+
+async def test_abort_answers_all_that_wait_and_all_that_come_later() -> None:
+    answers, engine, _ = make(Script(hang_token=1), window=2)
+    waiting = [asyncio.create_task(answers.answer(job(1, n), "a")) for n in range(5)]
+    await until(lambda: engine.jobs_started == 1)
+    answers.abort(OverloadedError("the end"))
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(result, OverloadedError) for result in results)
+    with pytest.raises(OverloadedError):
+        await answers.answer(job(2), "a")
+    assert engine.tokens_running == 0 and answers.in_flight == 0
+
+
+@pytest.mark.parametrize("fault", ["nan", "infinite", "missing_row"])
+@pytest.mark.parametrize("kinds", [("top_k",), ("score",)])
+async def test_what_is_not_finite_or_not_whole_does_not_leave_the_house(fault: str, kinds: tuple[str, ...]) -> None:
+    answers, _, _ = make(Script.model_validate({"corrupt": fault}))
+    spec = TargetSpec(kinds=kinds, top_k=8 if "top_k" in kinds else 0)  # type: ignore[arg-type]
+    with pytest.raises(EngineError) as caught:
+        await answers.answer(job(1, 2, 3, spec=spec), "a")
+    assert not caught.value.retryable
+
+
+async def test_the_last_row_of_a_score_has_no_next_token_and_is_no_fault() -> None:
+    answers, _, _ = make()
+    targets = await answers.answer(job(1, 2, 3, spec=TargetSpec(("score",))), "a")
+    assert targets.next_logprob is not None and np.isnan(targets.next_logprob[-1])
