@@ -50,10 +50,11 @@ class Feed:
 
     def __init__(self, source: Source, tokeniser: Tokeniser, pool: Executor, rate: Rate, ahead: int) -> None:
         self.source = source
-        self._tokeniser, self._pool, self._rate, self._ahead = tokeniser, pool, rate, ahead
+        self.tokeniser, self._pool, self._rate, self._ahead = tokeniser, pool, rate, ahead
         self._reader = ThreadPoolExecutor(1, f"read-{source.name}")
         self._lock = threading.RLock()
         self._blocks: OrderedDict[Address, Future[Block]] = OrderedDict()  # in reading order, the one in use first
+        self._closed = False
         self._next: Address | None = None  # what to read after the last of them; None while that is being read
 
     def first(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
@@ -80,14 +81,18 @@ class Feed:
     @property
     def skipped(self) -> int:
         """Bad documents that were met and left out."""
-        return self._tokeniser.skipped
+        return self.tokeniser.skipped
 
     def close(self) -> None:
         """Stop reading; a block that is being read is waited for."""
+        with self._lock:
+            self._closed = True
         self._reader.shutdown(cancel_futures=True)
 
     def _block(self, address: Address) -> Block:
         with self._lock:
+            if self._closed:
+                raise ValueError(f"source {self.source.name!r} is closed")
             if address not in self._blocks:
                 self._blocks.clear()
                 self._request(address)
@@ -98,7 +103,7 @@ class Feed:
         return future.result()
 
     def _extend(self) -> None:
-        if self._next is not None and len(self._blocks) <= self._ahead:
+        if self._next is not None and not self._closed and len(self._blocks) <= self._ahead:
             self._request(self._next)
 
     def _request(self, address: Address) -> None:
@@ -128,7 +133,7 @@ class Feed:
         fraction = self.source.settings.held_out_fraction
         wanted = [i for i, d in enumerate(documents) if not is_held_out(d.content, fraction)]
         made: list[TokenDocument | None] = [None] * len(documents)
-        for i, document in zip(wanted, self._tokeniser([documents[i] for i in wanted]), strict=True):
+        for i, document in zip(wanted, self.tokeniser([documents[i] for i in wanted]), strict=True):
             made[i] = document
         self._rate.add(sum(len(d.ids_N) for d in made if d), time.thread_time() - began)
         return Block(made, is_last)

@@ -19,7 +19,7 @@ from student_trainer.data.packing import MODES
 from student_trainer.data.random_access import BLOCK_CHARACTERS
 from student_trainer.data.settings import DataSettings
 from student_trainer.data.sources import open_source
-from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id
+from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id, plain_backend
 
 CHARACTERS_A_TOKEN = 4
 
@@ -43,19 +43,18 @@ class BatchSource:
         self.settings, self.seed, self.rank, self.world = settings, seed, rank, world
         self.names = tuple(settings.sources)
         self.rate = Rate()
-        self._tokenizer = tokenizer
         self._pad_id = pad_id(tokenizer)
         self._weights = normalised({name: source.weight for name, source in settings.sources.items()})
         self._held_out: dict[str, list[Batch]] = {}
         self._lock = threading.Lock()
         self._at_hand: dict[Start, TokenDocument] = {}  # documents in use after the last batch; a cache
         self._pool = ThreadPoolExecutor(settings.workers, "tokenise")
-        self._feeds = [self._open(name, tokenizer) for name in self.names]
+        backend = plain_backend(tokenizer)
+        self._feeds = [self._open(name, Tokeniser(name, tokenizer, backend, settings)) for name in self.names]
 
-    def _open(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Feed:
+    def _open(self, name: str, tokeniser: Tokeniser) -> Feed:
         settings = self.settings
         source = open_source(name, settings.sources[name], self.seed, settings.cache_folder)
-        tokeniser = Tokeniser(name, tokenizer, settings)
         characters_ahead = settings.batches_ahead * settings.rows * settings.seq_len * CHARACTERS_A_TOKEN
         ahead = settings.workers + 1 + characters_ahead // BLOCK_CHARACTERS
         return Feed(source, tokeniser, self._pool, self.rate, ahead)
@@ -107,12 +106,11 @@ class BatchSource:
         """
         if name not in self.names:
             raise ValueError(f"there is no source {name!r}; the sources are {', '.join(self.names)}")
-        source = self._feeds[self.names.index(name)].source
-        if source.settings.held_out_fraction == 0:
+        feed = self._feeds[self.names.index(name)]
+        if feed.source.settings.held_out_fraction == 0:
             return []
         if name not in self._held_out:
-            tokeniser = Tokeniser(name, self._tokenizer, self.settings)
-            batches = held_out_batches(source, tokeniser, self.settings, self._pad_id, self.names)
+            batches = held_out_batches(feed.source, feed.tokeniser, self.settings, self._pad_id, self.names)
             self._held_out[name] = [self._mine(batch) for batch in batches]
         return self._held_out[name]
 

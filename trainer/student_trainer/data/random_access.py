@@ -84,7 +84,8 @@ Opener = Callable[[str, SourceSettings, str | None], datasets.Dataset]
 
 
 def _open_documents(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
-    return datasets.Dataset(pa.table({"document": pa.array(settings.documents, pa.string())}))
+    table = pa.table({"document": pa.array(settings.documents, pa.string())})
+    return datasets.Dataset(table, fingerprint=f"{key_of(settings.documents):016x}")
 
 
 def _open_arrow(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:

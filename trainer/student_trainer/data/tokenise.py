@@ -32,9 +32,10 @@ class TokenDocument:
 class Tokeniser:
     """Turns the documents of one source into `TokenDocument`s; None for one without tokens."""
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> None:
-        # Threads of ours share the work out; the library's own threads would fight with the training step's.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    def __init__(
+        self, name: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer | None, data: DataSettings
+    ) -> None:
+        """backend: what `plain_backend` made of `tokenizer`, shared by all sources."""
         self.name = name
         self.skipped = 0
         self._tokenizer = tokenizer
@@ -42,7 +43,7 @@ class Tokeniser:
         self._add_bos = data.add_bos
         self._prefix = bos_prefix(tokenizer, data.add_bos)
         self._suffix = eos_suffix(tokenizer) if data.add_eos and self._settings.format == "text" else ()
-        self._backend = _plain_backend(tokenizer)
+        self._backend = backend
         self._chat = ChatTemplate(tokenizer, self._settings) if self._settings.format == "chat" else None
 
     def __call__(self, documents: list[RawDocument]) -> list[TokenDocument | None]:
@@ -121,8 +122,10 @@ def eos_suffix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return (tokenizer.eos_token_id,)
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """A copy of the Rust tokenizer without the truncation and padding its file may ask for; None if there is none."""
+    # Threads of ours share the work out; the library's own would fight with the training step's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
