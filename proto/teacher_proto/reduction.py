@@ -244,7 +244,7 @@ def _write(packed_NB: torch.Tensor, columns: dict[str, Any], layout: RowLayout) 
     """Put columns into their bytes of the rows."""
     import torch
 
-    fields = layout.dtype.fields or {}
+    fields: dict[str, tuple[Any, ...]] = dict(layout.dtype.fields or {})
     for name, (field, offset, *_) in fields.items():
         if field.itemsize == 0:
             continue
