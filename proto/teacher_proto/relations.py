@@ -89,7 +89,7 @@ def layer_index(layer: int | float | str = "late_middle", *, num_layers: int) ->
             raise ValueError(
                 f"attention layer: got {layer}, expected a fraction of the depth in [0, 1] or a whole index"
             )
-        return min(num_layers - 1, round(layer * num_layers))
+        return min(num_layers - 1, math.floor(layer * num_layers + 1e-6))
     if not -num_layers <= layer < num_layers:
         raise ValueError(
             f"attention layer: got {layer}, the model has layers 0 to {num_layers - 1} (or -{num_layers} to -1)"

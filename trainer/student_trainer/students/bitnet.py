@@ -93,6 +93,8 @@ def convert_to_bitnet(
     """
     if sub_norm not in ("output", "all", "none"):
         raise ValueError(f"sub_norm: got '{sub_norm}', expected 'output', 'all' or 'none'")
+    if eps is not None and not eps > 0.0:
+        raise ValueError(f"eps: got {eps}, expected a number above 0")
     if any(True for _ in bit_linears(model)):
         raise ValueError("this model is ternary already: convert the full-precision model, once")
     linears = decoder_linears(model)
