@@ -1,0 +1,47 @@
+"""Valid requests and records of every kind for the wire's tests, by the scripted teacher's arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from teacher_proto.requests import KINDS, TargetsRequest
+from teacher_proto.targets import TokenTargets
+from teacher_proto.wire import Header, encode_end, encode_header, encode_targets
+from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
+
+FINGERPRINT = "5e1f.c0de"
+
+
+def make_request(vocab_size: int = 300, lengths: tuple[int, ...] = (6, 3), **fields: Any) -> TargetsRequest:
+    rng = np.random.default_rng(len(lengths))
+    sequences = tuple(rng.integers(0, vocab_size, length) for length in lengths)
+    return TargetsRequest(sequences=sequences, **({"top_k": 5} | fields))
+
+
+def all_kinds(vocab_size: int = 300, hidden_dtype: str = "int8", lengths: tuple[int, ...] = (6, 3)) -> TargetsRequest:
+    rng = np.random.default_rng(1)
+    gather_ids = tuple(rng.integers(0, vocab_size, (length, 4)) for length in lengths)
+    return make_request(
+        vocab_size, lengths, kinds=KINDS, temperatures=(1.0, 2.0, 5.0), gather_ids=gather_ids, num_samples=9, seed=3,
+        hidden_dtype=hidden_dtype,
+    )  # fmt: skip
+
+
+def make_record(request: TargetsRequest, index: int = 0, vocab_size: int = 300) -> TokenTargets:
+    tokens_T = request.sequences[index]
+    gather = request.gather_ids[index] if request.gather_ids is not None else None
+    hidden_TD, head_VD = scripted_hidden(tokens_T), scripted_head(vocab_size)
+    return reduce_sequence(tokens_T, hidden_TD, head_VD, request.row_range(index), request.spec, gather)
+
+
+def make_header(request: TargetsRequest, vocab_size: int = 300, request_id: str = "test") -> Header:
+    spec = request.spec
+    return Header(request_id, FINGERPRINT, len(request.sequences), vocab_size, spec.top_k, spec.temperatures)
+
+
+def make_body(request: TargetsRequest, vocab_size: int = 300) -> bytes:
+    parts = [encode_header(make_header(request, vocab_size))]
+    parts += [encode_targets(i, make_record(request, i, vocab_size), vocab_size) for i in range(len(request.sequences))]
+    return b"".join([*parts, encode_end(len(request.sequences))])
