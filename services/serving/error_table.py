@@ -31,13 +31,15 @@ def error_response(error: StillhouseError, request_id: str | None) -> Response:
     headers = {}
     if error.status in _COME_AGAIN:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
-    if isinstance(error, UnauthorizedError):
-        # Basic makes a browser ask for the key on the pages for people.
-        headers["WWW-Authenticate"] = 'Bearer realm="stillhouse", Basic realm="stillhouse"'
     if isinstance(error, MethodNotAllowedError) and error.limit:
         headers["Allow"] = ", ".join(error.limit)
     body = {name: _plain(value) for name, value in error.to_json().items()} | {"request_id": request_id}
-    return Response(json.dumps(body), error.status, headers, "application/json")
+    response = Response(json.dumps(body), error.status, headers, "application/json")
+    if isinstance(error, UnauthorizedError):
+        # Basic makes a browser ask for the key on the pages for people; browsers read one scheme a header.
+        for scheme in ("Bearer", "Basic"):
+            response.headers.append("WWW-Authenticate", f'{scheme} realm="stillhouse"')
+    return response
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 
 from serving.bodies import BodyGuard, BodyLimits
 from serving.context import RequestContext
@@ -24,6 +24,7 @@ from teacher_proto.errors import MalformedError, UnsupportedTypeError, WrongTeac
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.requests import Limits, TargetsRequest, check_request, parse_request
 from teacher_service import replies
+from teacher_service.pages import page
 from teacher_service.service import TeacherService
 
 Student = Annotated[str, Depends(require_student)]
@@ -84,6 +85,32 @@ async def get_teacher(service: Service) -> dict[str, Any]:
         "kinds": list(service.engine.kinds),
         "version": wire.VERSION,
     }
+
+
+@router.get("/v1/head")
+async def get_head(service: Service) -> Response:
+    """The output head as safetensors: with hidden states, the logits of the whole vocabulary."""
+    service.require_started()
+    fingerprint = service.engine.identity.fingerprint
+    headers = {"X-Teacher-Fingerprint": fingerprint, "ETag": f'"{fingerprint}"'}
+    return FileResponse(await service.head(), media_type="application/octet-stream", headers=headers)
+
+
+@router.get("/v1/status")
+async def get_status(service: Service) -> dict[str, Any]:
+    """What the page at `/` shows: who is using the teacher, and how fast."""
+    service.require_started()
+    return service.status()
+
+
+@router.get("/", include_in_schema=False)
+async def get_page() -> Response:
+    return page("status.html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def get_docs() -> Response:
+    return page("docs.html")
 
 
 @router.get("/metrics")

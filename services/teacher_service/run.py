@@ -68,9 +68,12 @@ def _scripted(settings: TeacherSettings) -> Engine:
 def _hf(settings: TeacherSettings) -> Engine:
     from teacher_service.hf_engine import HfEngine
 
+    extra = engine_options(settings.engine_args)
+    if unknown := extra.keys() - inspect.signature(HfEngine.__init__).parameters.keys():
+        raise ValueError(f"unknown options for --engine hf: {', '.join(sorted(unknown))}")
     return HfEngine(
         settings.model, revision=settings.revision, name=settings.name, dtype=settings.dtype,
-        max_model_len=settings.max_model_len, max_top_k=settings.max_top_k,
+        max_model_len=settings.max_model_len, max_top_k=settings.max_top_k, **extra,
     )  # fmt: skip
 
 

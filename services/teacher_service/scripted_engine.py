@@ -87,15 +87,15 @@ class ScriptedEngine:
         if self._death is not None:
             raise EngineDeadError(f"the scripted engine is dead: {self._death}")
 
+    async def close(self) -> None:
+        self._death = self._death or "it was closed"
+
     async def write_head(self, path: Path) -> None:
         """Write the output head as safetensors, as `head.py` says."""
         from safetensors.numpy import save_file
 
         weight_VD = scripted_head(self.script.vocab_size).astype(np.float32)
-        save_file({"weight": weight_VD, "scale": np.array(1.0, dtype=np.float32)}, path)
-
-    async def close(self) -> None:
-        self._death = self._death or "it was closed"
+        await asyncio.to_thread(save_file, {"weight": weight_VD, "scale": np.array(1.0, np.float32)}, path)
 
     async def score(self, job: Job) -> TokenTargets:
         self.jobs_started += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,9 @@ from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseErr
 from teacher_proto.requests import TargetSpec
 from teacher_service.answers import Answers
 from teacher_service.engine import Engine, Job
+from teacher_service.head_file import HeadFile
 from teacher_service.settings import TeacherSettings
+from teacher_service.status import STEP_S, History, totals
 
 _PROBE_TIMEOUT_S = 10.0
 _FRESH_S = 1.0
@@ -41,11 +45,15 @@ class TeacherService:
         self.hidden_width = _HIDDEN_WIDTH
         self._death: EngineDeadError | None = None
         self._probe: asyncio.Task[None] | None = None
+        self._history = History(self.metrics)
+        self._keeping: asyncio.Task[None] | None = None
+        self._head = HeadFile(engine)
         self._add_gauges()
 
     async def start(self) -> None:
         await self.engine.start()
         self.started = True
+        self._keeping = asyncio.create_task(self._history.keep(lambda: self.queue.waiting_tokens))
 
     async def check(self) -> None:
         await self.engine.check()
@@ -60,7 +68,40 @@ class TeacherService:
         self.answers.abort(error)
 
     async def close(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+        self._head.remove()
         await self.engine.close()
+
+    @property
+    def state(self) -> str:
+        """`loading`, `ready`, `draining` or `dead`."""
+        if self._death is not None:
+            return "dead"
+        if not self.started:
+            return "loading"
+        return "draining" if self.admission.closed else "ready"
+
+    def status(self) -> dict[str, Any]:
+        """What `/v1/status` answers: numbers for people, over the last five minutes."""
+        semantic, numeric = self.engine.identity.semantic, self.engine.identity.numeric
+        return {
+            "model": semantic.model, "dtype": semantic.dtype, "quantization": semantic.quantization,
+            "engine": f"{numeric.engine} {numeric.engine_version}", "device": numeric.device,
+            "fingerprint": self.engine.identity.fingerprint, "state": self.state,
+            "uptime_s": round(self._history.uptime_s, 1), "step_s": STEP_S, "keys": self.keys.required,
+            "tokens_per_second": round(sum(self._history.recent().values()), 1),
+            "history": {"tokens_per_second": self._history.rates(), "queue_tokens": self._history.queue()},
+            "queue_tokens": self.queue.waiting_tokens, "engine_tokens": self.queue.running,
+            "window": self.queue.window, "requests_inside": self.admission.permits,
+            "used": round(self.admission.cost / self.admission.capacity, 4),
+            "sources": totals(self.metrics.tokens, "source"), "rejected": totals(self.metrics.rejected, "reason"),
+            "students": self._history.students(self.admission.students()),
+        }  # fmt: skip
+
+    async def head(self) -> Path:
+        """The file of the output head. NotFoundError where the engine can't give hidden states."""
+        return await self._head.path()
 
     def require_started(self) -> None:
         """OverloadedError while the model loads, EngineDeadError when it is gone."""

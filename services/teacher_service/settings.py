@@ -30,7 +30,7 @@ class TeacherSettings(BaseSettings):
     dtype: str = Field("auto", description="dtype of the weights: auto, bfloat16, float16 or float32")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; the model's own limit if not given")
     max_top_k: int = Field(256, ge=1, le=4096, description="largest K that may be asked for")
-    engine_args: str = Field("", description="options for vLLM itself; unknown options of this command are added to it")
+    engine_args: str = Field("", description="options for the engine itself; unknown options of this command are added")
     script: str = Field("{}", description="JSON: what the scripted engine is to do")
     keys: Path | None = Field(None, description="file with a line a student: NAME KEY, or NAME sha256:HEX")
     capacity: int = Field(2**26, ge=1, description="tokens x (K + 1) that may be in the house, waiting ones included")
@@ -52,7 +52,7 @@ class TeacherSettings(BaseSettings):
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.script != "{}" and self.engine != "scripted":
             raise ValueError(f"--script is for --engine scripted, and the engine is {self.engine}")
-        if self.engine_args and self.engine != "vllm":
+        if self.engine_args and self.engine == "scripted":
             raise ValueError(f"{self.engine_args!r}: not an option of stillhouse-teacher with --engine {self.engine}")
         return self
 
@@ -62,7 +62,7 @@ def parse_settings(arguments: list[str]) -> TeacherSettings:
     known, rest = _parser().parse_known_args(arguments)
     given = {name: value for name, value in vars(known).items() if value is not None}
     if rest and known.model is not None and arguments.index(rest[0]) < arguments.index(known.model):
-        raise ValueError(f"put MODEL before {rest[0]!r} and other options that are vLLM's")
+        raise ValueError(f"put MODEL before {rest[0]!r} and other options that are the engine's")
     if rest:
         given["engine_args"] = " ".join([given.get("engine_args", ""), *rest]).strip()
     try:

@@ -1,0 +1,108 @@
+"""What the page for people shows: who is using the teacher, how fast, from where. `service.py` keeps one, `app.py`
+serves it as `/v1/status`, and `page.html` draws it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter as Tally
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from prometheus_client import Counter
+
+from serving.metrics import Metrics
+
+STEP_S = 2.0
+_SAMPLES = 150
+_RECENT_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Totals at one moment: tokens answered by student, and the tokens that wait."""
+
+    at: float
+    tokens: dict[str, int]
+    queue_tokens: int
+
+
+def totals(counter: Counter, label: str) -> dict[str, int]:
+    """A counter's values summed by one of its labels."""
+    sums: Tally[str] = Tally()
+    for family in counter.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                sums[sample.labels[label]] += int(sample.value)
+    return dict(sums)
+
+
+class History:
+    """Five minutes of samples, one every two seconds, so that a page has a curve as soon as it opens."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
+        self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
+        self._born = time.monotonic()
+        self._last_seen: dict[str, float] = {}
+
+    @property
+    def uptime_s(self) -> float:
+        return time.monotonic() - self._born
+
+    def take(self, queue_tokens: int) -> None:
+        now, tokens = time.monotonic(), totals(self._metrics.tokens, "student")
+        before = self._samples[-1].tokens if self._samples else {}
+        for student, total in tokens.items():
+            if total != before.get(student, 0):
+                self._last_seen[student] = now
+        self._samples.append(Sample(now, tokens, queue_tokens))
+
+    async def keep(self, queue_tokens: Any) -> None:
+        """Take a sample every two seconds, for ever; `queue_tokens()` is asked each time."""
+        while True:
+            self.take(queue_tokens())
+            await asyncio.sleep(STEP_S)
+
+    def rates(self) -> list[float]:
+        """Tokens a second of every step, oldest first."""
+        return [round(sum(_rates(older, newer).values()), 1) for older, newer in pairwise(self._samples)]
+
+    def queue(self) -> list[int]:
+        return [sample.queue_tokens for sample in self._samples]
+
+    def recent(self) -> dict[str, float]:
+        """Tokens a second of each student over the last ten seconds."""
+        if len(self._samples) < 2:
+            return {}
+        return _rates(self._samples[max(-len(self._samples), -1 - _RECENT_SAMPLES)], self._samples[-1])
+
+    def students(self, held: dict[str, int]) -> list[dict[str, Any]]:
+        """Everybody who has asked, the busiest of late first."""
+        metrics, recent, now = self._metrics, self.recent(), time.monotonic()
+        tokens, rejected = totals(metrics.tokens, "student"), totals(metrics.rejected, "student")
+        requests, cancelled = totals(metrics.requests, "student"), totals(metrics.cancelled, "student")
+        rate = sum(recent.values())
+        rows = [
+            {
+                "name": name,
+                "tokens": tokens.get(name, 0),
+                "tokens_per_second": round(recent.get(name, 0.0), 1),
+                "share": round(recent.get(name, 0.0) / rate, 4) if rate else 0.0,
+                "requests": requests[name],
+                "rejected": rejected.get(name, 0),
+                "cancelled": cancelled.get(name, 0),
+                "held_cost": held.get(name, 0),
+                "idle_s": round(now - self._last_seen[name], 1) if name in self._last_seen else None,
+            }
+            for name in requests
+            if name
+        ]
+        return sorted(rows, key=lambda row: (-row["tokens_per_second"], -row["tokens"], row["name"]))
+
+
+def _rates(older: Sample, newer: Sample) -> dict[str, float]:
+    seconds = newer.at - older.at
+    return {name: (total - older.tokens.get(name, 0)) / seconds for name, total in newer.tokens.items()}
