@@ -183,6 +183,8 @@ def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
     _check_rows(request)
     if "gather" in request.kinds:
         _check_gather(request, limits)
+    elif request.gather_ids is not None:
+        _refuse("gather_ids", len(request.gather_ids), None, "none, unless gather is one of the kinds")
     if "sampled" in request.kinds:
         _within("num_samples", request.num_samples, 1, limits.max_samples, "num_samples")
         _within("seed", request.seed, 0, 2**63 - 1, "seed")
