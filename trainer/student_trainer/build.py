@@ -74,15 +74,15 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     stack.callback(checkpoints.close)
     if snapshot is not None:
         checkpoints.resumed_at(place.step)
-    prefetch = _prefetch(settings, parts, place.mixture, thread, stack)
+    guard = TargetGuard(
+        settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.reason if parts.teacher else str
+    )
+    prefetch = _prefetch(settings, parts, guard, place.mixture, thread, stack)
     evaluator = _evaluator(settings, parts, folder, thread)
     log = RunLog(
         folder.path,
         Progress(settings.run.steps, place.step, settings.logging.progress),
         open_trackers(settings, folder.id, folder.path),
-    )
-    guard = TargetGuard(
-        settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.reason if parts.teacher else str
     )
     return Run(
         settings=settings, student=parts.student, terms=terms, optimizer=optimizer, prefetch=prefetch, guard=guard,
@@ -154,7 +154,9 @@ def _constant(settings: Settings, teacher: Teacher | None) -> dict[str, Any]:
     return {"settings": settings.model_dump(mode="json"), "teacher": asdict(teacher.card) if teacher else None}
 
 
-def _prefetch(settings: Settings, parts: Parts, state: MixtureState, thread: EventThread, stack: ExitStack) -> Prefetch:
+def _prefetch(
+    settings: Settings, parts: Parts, guard: TargetGuard, state: MixtureState, thread: EventThread, stack: ExitStack
+) -> Prefetch:
     device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
 
     def prepare(batch: Any, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
@@ -165,7 +167,7 @@ def _prefetch(settings: Settings, parts: Parts, state: MixtureState, thread: Eve
     # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
     asks = any(term.kind != "cross_entropy" for term in settings.distillation.build())
     targets = parts.teacher.targets if parts.teacher and asks else None
-    return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, settings.prefetch))
+    return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
 
 
 def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread) -> Evaluator:

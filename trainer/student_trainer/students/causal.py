@@ -46,7 +46,9 @@ class CausalBody:
 def load_causal(settings: StudentSettings, device: torch.device) -> Student:
     """The student of `settings.checkpoint_path`, float32 on `device`. ValueError says why one can't be had."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     if not settings.checkpoint_path:
         raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
     attention = settings.attention

@@ -74,17 +74,16 @@ def shared_vocabulary(
                 "which tokens differ, or to use a teacher with added tokens; teacher.same_tokenizer=trust skips this"
             )
         same = _compare(student, teacher)
+    unshared = False
     for tokens, who, other in ((student, "student", "teacher"), (teacher or {}, "teacher", "student")):
         if extra := sorted(index for index in tokens if index >= same):
             # Ids that only one of them knows are left out, and so are all after them.
-            rows = min(rows, same)
+            rows, unshared = min(rows, same), True
             logger.warning(
                 "the %s knows %d tokens that the %s does not, from %r (id %d) on: the losses compare the two on the %d "
                 "ids that they share", who, len(extra), other, tokens[extra[0]], extra[0], rows,
             )  # fmt: skip
-    if rows == same:
-        return rows
-    if student_rows != teacher_rows:
+    if student_rows != teacher_rows and not unshared:
         logger.warning(
             "the student's head has %d rows, the teacher's %d, of one tokenizer with %d tokens: the losses compare the "
             "two on the first %d ids", student_rows, teacher_rows, len(student), rows,

@@ -20,6 +20,7 @@ from torch import Tensor
 from student_trainer.data.batch import Batch
 from student_trainer.losses.rows import TeacherRows
 from student_trainer.targets.protocol import BatchTargets
+from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.targets import TokenTargets
 
 
@@ -86,7 +87,10 @@ def _one(batch: Batch, targets: BatchTargets | None, first: int, stop: int, teac
 
 
 def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int) -> TeacherRows:
-    """Rows in the order of the labels: by row of the batch, then by position; documents come in that order."""
+    """Rows in the order of the labels: by row of the batch, then by position; documents come in that order.
+
+    InvalidTargetsError for a number that is not finite where it would be learnt from.
+    """
     pieces: dict[str, list[np.ndarray]] = {}
     for document, answer in zip(batch.documents, targets.documents, strict=True):
         if not first <= document.row < stop or answer is None:
@@ -95,7 +99,10 @@ def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int) ->
         counted_R = mask_T[answer.start : answer.start + answer.num_rows]
         assert counted_R.sum() == mask_T.sum(), "a row that counts was not asked for"
         for name, array in _row_arrays(answer).items():
-            pieces.setdefault(name, []).append(array if counted_R.all() else array[counted_R])
+            array = array if counted_R.all() else array[counted_R]
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise InvalidTargetsError(f"{name} of document {document.key} is not finite on a row that counts")
+            pieces.setdefault(name, []).append(array)
     arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
     tensors = {_FIELDS[name]: _tensor(array, _DTYPES.get(name)) for name, array in arrays.items()}
     return TeacherRows(**tensors, temperatures=targets.ask.temperatures)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from student_trainer.data.batch import Batch
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.dump import write_dump
 from student_trainer.targets.patience import OutageWatch
 from student_trainer.targets.prefetch import Ready
+from student_trainer.targets.protocol import BatchTargets
 from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError
 
@@ -52,8 +54,13 @@ class TargetGuard:
             if self._settings.sanity == "warn":
                 logger.warning("%s", error)
                 return
-            folder = write_dump(self._dumps / "alignment", str(error), ready.batch, ready.targets)
-            raise InvalidTargetsError(f"{error}. Batch and targets are in {folder}") from error
+            raise self.refuse(ready.batch, ready.targets, error) from error
+
+    def refuse(self, batch: Batch, targets: BatchTargets | None, error: InvalidTargetsError) -> InvalidTargetsError:
+        """Keep what was refused; the same error with the place where it is kept."""
+        folder = write_dump(self._dumps / f"batch-{batch.number:08d}", str(error), batch, targets)
+        kept = "Batch and targets are" if targets is not None else "The batch is"
+        return InvalidTargetsError(f"{error}. {kept} in {folder}")
 
     def require_finite(self, figures: StepFigures, tally: Tally, ready: Ready, student: Student, number: int) -> None:
         """NonFiniteError with step, source and documents if a figure of this step is NaN or infinite."""

@@ -24,6 +24,7 @@ from student_trainer.targets.align import MicroBatch
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
 from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+from teacher_proto.errors import InvalidTargetsError
 
 POLL_S = 0.2
 
@@ -48,6 +49,8 @@ class Made:
 
 
 Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
+# Keeps a batch whose targets are no targets, and gives the error to raise.
+Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTargetsError]
 
 
 class Prefetch:
@@ -55,15 +58,16 @@ class Prefetch:
 
     def __init__(
         self, stream: Iterator[tuple[Batch, MixtureState]], targets: Targets | None, ask: Ask | None,
-        thread: EventThread, prepare: Prepare, settings: PrefetchSettings,
+        thread: EventThread, prepare: Prepare, refuse: Refuse, settings: PrefetchSettings,
     ):  # fmt: skip
         self._stream, self._targets, self._ask = stream, targets, ask
-        self._thread, self._prepare = thread, prepare
+        self._thread, self._prepare, self._refuse = thread, prepare, refuse
         self.control = DepthControl(settings)
         self._room = threading.Condition()
         self._calls = 0
         self._started = 0
         self._made: deque[Future[Made]] = deque()
+        self._under_way: set[Future[Made]] = set()
         self._closed = False
         self._last_handover: float | None = None
         self._reader = threading.Thread(target=self._read, name="prefetch", daemon=True)
@@ -99,9 +103,9 @@ class Prefetch:
         """Stop reading and cancel what is under way. Safe to call twice."""
         with self._room:
             self._closed = True
-            pending = list(self._made)
+            under_way = list(self._under_way)
             self._room.notify_all()
-        for future in pending:
+        for future in under_way:
             future.cancel()
 
     def __enter__(self) -> Prefetch:
@@ -127,9 +131,8 @@ class Prefetch:
                 failed.set_exception(error)
                 self._append(failed)
                 return
-            if self._closed:
-                return
-            self._append(self._thread.submit(self._make(batch, state)))
+            if not self._closed:
+                self._append(self._thread.submit(self._make(batch, state)))
 
     def _wait_for_room(self) -> bool:
         with self._room:
@@ -141,14 +144,22 @@ class Prefetch:
     def _append(self, future: Future[Made]) -> None:
         with self._room:
             self._made.append(future)
+            self._under_way.add(future)
             self._room.notify_all()
+            closed = self._closed
+        future.add_done_callback(self._under_way.discard)
+        if closed:
+            future.cancel()
 
     async def _make(self, batch: Batch, state: MixtureState) -> Made:
         start = time.monotonic()
         targets = None
-        if self._targets is not None:
-            assert self._ask is not None
-            targets = await self._targets.fetch(batch, self._ask)
         loop = asyncio.get_running_loop()
-        micro = await loop.run_in_executor(None, self._prepare, batch, targets)
+        try:
+            if self._targets is not None:
+                assert self._ask is not None
+                targets = await self._targets.fetch(batch, self._ask)
+            micro = await loop.run_in_executor(None, self._prepare, batch, targets)
+        except InvalidTargetsError as error:
+            raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error
         return Made(Ready(batch, state, targets, micro), time.monotonic() - start)

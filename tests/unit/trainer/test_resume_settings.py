@@ -1,0 +1,63 @@
+"""Which settings a resumed run may change: every one has its answer, and the fixed ones are refused by name."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from student_trainer.compose import compose
+from student_trainer.help import settings_by_name
+from student_trainer.resume import ANSWERS, answer_for, check_changes
+from student_trainer.settings import Settings
+
+MINIMAL = ["student.checkpoint_path=/model", "data.sources.a.kind=jsonl", "data.sources.a.path=/data.jsonl"]
+BEFORE = compose(MINIMAL).model_dump(mode="json")
+NAMES = [name for name, _ in settings_by_name(Settings)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_has_an_answer(name: str) -> None:
+    assert answer_for(name) in ("fixed", "numeric", "free")
+
+
+def test_every_line_of_the_table_is_about_a_setting() -> None:
+    for known in ANSWERS:
+        pattern = known.replace("*", "NAME")
+        assert any(name == pattern or name.startswith(f"{pattern}.") for name in NAMES), f"{known} is no setting"
+
+
+FIXED = ["run.seed=1", "run.steps=7", "data.seq_len=64", "data.rows=2", "data.sources.a.weight=2", "data.packing=none",
+         "data.sources.b.kind=jsonl data.sources.b.path=/b", "distillation.terms.top_k_kl.temperature=2",
+         "distillation=cross_entropy", "optim.learning_rate=1", "optim.schedule.kind=wsd", "optim.clip_norm=null",
+         "teacher.top_k=8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FIXED)
+def test_a_change_of_what_is_learnt_is_refused_with_both_values(change: str) -> None:
+    now = compose([*MINIMAL, *change.split()])
+    with pytest.raises(ValueError, match="cannot go on with other settings") as caught:
+        check_changes(BEFORE, now)
+    name = change.split("=")[0]
+    assert name.rsplit(".", 1)[0] in str(caught.value) and "in the checkpoint" in str(caught.value)
+
+
+def test_a_fixed_setting_may_change_where_it_is_allowed_by_name() -> None:
+    check_changes(BEFORE, compose([*MINIMAL, "run.steps=7", "run.allow_changes=run.steps"]))
+    check_changes(BEFORE, compose([*MINIMAL, "optim.learning_rate=1", "optim.eps=1", "run.allow_changes=[optim]"]))
+    with pytest.raises(ValueError, match=r"run\.seed"):
+        check_changes(BEFORE, compose([*MINIMAL, "run.steps=7", "run.seed=3", "run.allow_changes=run.steps"]))
+
+
+@pytest.mark.parametrize("change", ["run.root=/x", "teacher.url=http://b:1", "prefetch.depth=3", "checkpoint.every=1",
+                                    "logging.wandb=off", "data.workers=5", "evaluation.every=0"])  # fmt: skip
+def test_what_changes_nothing_that_is_learnt_is_free(change: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_changes(BEFORE, compose([*MINIMAL, change]))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", ["run.threads=1", "optim.micro_batch_rows=1", "student.compute=bfloat16"])
+def test_what_changes_rounding_alone_is_warned_of(change: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_changes(BEFORE, compose([*MINIMAL, change]))
+    assert change.split("=")[0] in caplog.text

@@ -1,0 +1,118 @@
+"""Settings: composed from groups and overrides, refused by name where misspelt, warned of where without effect."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from student_trainer.compose import compose
+from student_trainer.help import settings_by_name
+from student_trainer.settings import Settings
+
+MINIMAL = ["student.checkpoint_path=/model", "data.sources.a.kind=jsonl", "data.sources.a.path=/data.jsonl"]
+
+
+def test_groups_and_overrides_become_settings() -> None:
+    settings = compose(
+        [*MINIMAL, "distillation=logits_only", "teacher.url=[http://a:1,http://b:2]", "optim.betas=[0.8,0.9]",
+         "distillation.terms.top_k_kl.temperature=2", "distillation.terms.again.kind=reverse_kl", "run.steps=7"]
+    )  # fmt: skip
+    assert settings.student.checkpoint_path == "/model"
+    assert settings.teacher.url == ("http://a:1", "http://b:2")
+    assert settings.optim.betas == (0.8, 0.9) and settings.run.steps == 7
+    terms = {term.name: term for term in settings.distillation.build()}
+    assert terms["top_k_kl"].temperature == 2.0 and terms["again"].kind == "reverse_kl"
+    assert settings.data.sources["a"].path == ("/data.jsonl",)
+
+
+def test_a_group_of_parameters_keeps_its_other_defaults_when_one_is_set() -> None:
+    settings = compose([*MINIMAL, "optim.embeddings.learning_rate=1e-5"])
+    assert settings.optim.embeddings.learning_rate == 1e-5 and settings.optim.embeddings.weight_decay == 0.0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("studnet.checkpoint_path=x", "'student.checkpoint_path'"),
+        ("optim.lerning_rate=1", "'optim.learning_rate'"),
+        ("learning_rate=1", "'optim.learning_rate'"),
+        ("distillation=logit_only", "'logits_only'"),
+        ("distillation.terms.top_k_kl.tmperature=2", "'distillation.terms.top_k_kl.temperature'"),
+        ("data.sources.a.kid=text", "'data.sources.a.kind'"),
+        ("optim.schedule.kind=cosin", "'cosine'"),
+        ("optim.learning_rate=fast", "optim.learning_rate"),
+        ("optim.learning_rate=-1", "optim.learning_rate"),
+        ("run.steps=0", "run.steps"),
+        ("prefetch.depth=-1", "prefetch.depth"),
+        ("distillation.terms.x.coefficient=1", "'x'"),
+        ("teacher.kind=none", "need a teacher"),
+        ("nonsense", "NAME=VALUE"),
+        ("optim.betas=[0.9", "cannot be read"),
+    ],
+)
+def test_a_setting_that_cannot_be_stops_with_its_name_and_the_nearest(override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        compose([*MINIMAL, override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_must_be_given_is_asked_for_by_name() -> None:
+    with pytest.raises(ValueError, match=r"data\.sources\.text\.path must be given"):
+        compose(["student.checkpoint_path=/model", "data=text"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["teacher=none", "distillation=cross_entropy", "teacher.top_k=3"], "teacher.top_k"),
+        (["teacher=none", "distillation=cross_entropy", "prefetch.depth=3"], "prefetch.depth"),
+        (["prefetch.depth=3", "prefetch.max_depth=9"], "prefetch.max_depth"),
+        (["optim.schedule.decay_steps=3"], "optim.schedule.decay_steps"),
+        (["optim.schedule.kind=constant", "optim.schedule.floor=0.5"], "optim.schedule.floor"),
+        (["distillation.terms.cross_entropy.beta=0.3"], "distillation.terms.cross_entropy.beta"),
+        (["teacher.same_tokenizer=trust", "teacher.tokenizer=/x"], "teacher.tokenizer"),
+        (["data.sources.a.chat_template=x"], "chat_template"),
+    ],
+)
+def test_a_setting_without_effect_warns(overrides: list[str], name: str) -> None:
+    with pytest.warns(UserWarning, match="no effect") as caught:
+        compose([*MINIMAL, *overrides])
+    assert any(name in str(warning.message) for warning in caught)
+
+
+def test_settings_with_effect_do_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compose([*MINIMAL, "teacher.top_k=3", "prefetch.max_depth=9", "optim.schedule.kind=wsd",
+                 "optim.schedule.decay_steps=3", "distillation.terms.top_k_kl.temperature=2"])  # fmt: skip
+
+
+def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("seq_len: 77\nsources: {}\n")
+    assert compose(["student.checkpoint_path=/m", "data=mine"], tmp_path).data.seq_len == 77
+    with pytest.raises(ValueError, match="Did you mean 'mine'"):
+        compose(["data=mnie"], tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        compose([], tmp_path / "absent")
+
+
+def test_settings_survive_their_own_plain_form() -> None:
+    settings = compose(MINIMAL)
+    assert Settings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_help_names_every_setting_and_imports_neither_torch_nor_hydra() -> None:
+    code = (
+        "import sys; from student_trainer.main import run; assert run(['--help']) == 0; "
+        "assert not {'torch', 'hydra', 'transformers'} & set(sys.modules), 'too much was imported'"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    for name, _ in settings_by_name(Settings):
+        assert name in shown
+    assert "logits_only" in shown
