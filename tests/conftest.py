@@ -53,3 +53,12 @@ async def vllm_engine(tiny_llama: Path) -> AsyncIterator[VllmEngine]:
     await engine.start()
     yield engine
     await engine.close()
+
+
+@pytest.fixture(scope="session")
+def demo_teacher() -> Path:
+    """Folder of the demo's teacher, SmolLM2-135M-Instruct in bfloat16; skips where `make demo` never prepared it."""
+    folder = Path(__file__).parents[1] / ".cache" / "demo" / "teacher"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("the demo's teacher is not prepared: python -m demo.prepare")
+    return folder

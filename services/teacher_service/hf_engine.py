@@ -19,7 +19,7 @@ from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
-from teacher_service.identify import find_model, identify
+from teacher_service.identify import find_model, hash_files, identify
 from teacher_service.reading import layout_of, read_rows
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class HfEngine:
         quantization = (folder.config.get("quantization_config") or {}).get("quant_method")
         self.identity = identify(
             folder,
+            hash_files(folder.weight_files),
             dtype=str(model.dtype).removeprefix("torch."),
             quantization=quantization,
             vocab_size=model.vocab_size,

@@ -1,13 +1,15 @@
 """Who the teacher is, read from the folder that it is loaded from.
 
-The engines call `find_model` before they load and `identify` while they do. Files are hashed in parallel; a hash is
-kept by (path, size, modification time) under the user's cache folder, so that a restart reads no weights twice.
+The engines call `find_model` before they load, `hash_files` while they do and `identify` after. Files are hashed in
+parallel; a hash is kept by (path, size, modification time) under the user's cache folder, so that a restart reads no
+weights twice.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +83,21 @@ def _origin(path: Path) -> tuple[str, str]:
 
 
 def identify(
-    folder: ModelFolder, *, dtype: str, quantization: str | None, vocab_size: int, numeric: NumericIdentity
+    folder: ModelFolder,
+    weights: Mapping[str, str],
+    *,
+    dtype: str,
+    quantization: str | None,
+    vocab_size: int,
+    numeric: NumericIdentity,
 ) -> TeacherIdentity:
-    """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`."""
+    """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`; `weights` by name."""
     semantic = SemanticIdentity(
         model=folder.name,
         revision=folder.revision,
         config_sha256=file_sha256(folder.path / "config.json"),
         tokenizer_sha256=tokenizer_sha256(_vocabulary(folder.path)),
-        weights=hash_files(folder.weight_files),
+        weights=weights,
         dtype=dtype,
         quantization=quantization,
         vocab_size=vocab_size,

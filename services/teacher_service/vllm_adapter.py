@@ -34,19 +34,23 @@ _PROFILE = TargetSpec(
 
 
 def __getattr__(name: str) -> type:
+    return adapted(name, TargetsPooler)
+
+
+def adapted(name: str, pooler: type[TargetsPooler]) -> type:
+    """Class MODULE.CLASS with a `pooler`, under its own name, so that whatever vLLM keys by names still finds it.
+
+    AttributeError where `name` is no such path, as a module attribute's lookup must say it.
+    """
     module, _, class_name = name.rpartition(".")
     if not module:
         raise AttributeError(name)
-    return _adapt(getattr(importlib.import_module(module), class_name))
-
-
-def _adapt(base: type) -> type:
-    """`base` with `pooler`, under its own name, so that whatever vLLM keys by names still finds it."""
+    base = getattr(importlib.import_module(module), class_name)
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)  # type: ignore[misc]
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         model = vllm_config.model_config
-        self.pooler = TargetsPooler(self.compute_logits, model.get_vocab_size(), model.get_hidden_size())
+        self.pooler = pooler(self.compute_logits, model.get_vocab_size(), model.get_hidden_size())
 
     body = {"is_pooling_model": True, "default_tok_pooling_type": "ALL", "__init__": __init__, "__module__": __name__}
     return type(base.__name__, (base,), body)
@@ -62,7 +66,7 @@ class TargetsPooler(Pooler):
         self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], vocab_size: int, hidden_size: int
     ):
         super().__init__()
-        self._compute_logits = compute_logits
+        self.compute_logits = compute_logits
         self._vocab_size = vocab_size
         self._hidden_size = hidden_size
 
@@ -93,7 +97,7 @@ class TargetsPooler(Pooler):
                                asked.get("sample_key", 0))  # fmt: skip
                 groups.setdefault(self._layout(asked), []).append((i, wanted))
         for layout, members in groups.items():
-            packed = reduce_slices([wanted for _, wanted in members], self._compute_logits, layout)
+            packed = reduce_slices([wanted for _, wanted in members], self.compute_logits, layout)
             for (i, _), part in zip(members, packed or (), strict=False):  # none on a rank that only helps
                 caches[i].append(part)
         return [_take(cache) if done else None

@@ -11,11 +11,12 @@ import gc
 import itertools
 import logging
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
@@ -23,7 +24,7 @@ from teacher_proto.reduction import sample_key
 from teacher_proto.requests import KINDS, Kind, Limits, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
-from teacher_service.identify import ModelFolder, find_model, identify
+from teacher_service.identify import ModelFolder, find_model, hash_files, identify
 from teacher_service.reading import layout_of, read_rows
 from teacher_service.vllm_options import engine_arguments, prepare_environment
 
@@ -87,26 +88,33 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Load the model. ValueError with the reason if vLLM can't serve it."""
-        folder = await asyncio.to_thread(lambda: find_model(**self._source))
-        prepare_environment()
-        await asyncio.to_thread(self._load, folder)
+        async with AsyncExitStack() as on_failure:
+            on_failure.push_async_callback(self.close)
+            folder = await asyncio.to_thread(lambda: find_model(**self._source))
+            prepare_environment()
+            hashing = asyncio.create_task(asyncio.to_thread(hash_files, folder.weight_files))
+            await asyncio.to_thread(self._load, folder)
+            (description, *_) = await self._llm.collective_rpc("stillhouse_describe")
+            self._introduce(folder, await hashing, description)
+            await self._find_head(folder, description)
+            on_failure.pop_all()
+
+    def _introduce(self, folder: ModelFolder, weights: Mapping[str, str], description: Mapping[str, Any]) -> None:
         config = self._llm.model_config
-        (description, *_) = await self._llm.collective_rpc("stillhouse_describe")
         self._hidden_size = config.get_hidden_size()
         self.limits = Limits(
             vocab_size=config.get_vocab_size(),
             max_sequence_length=config.max_model_len,
             max_top_k=min(self._max_top_k, config.get_vocab_size()),
         )
-        self.identity = await asyncio.to_thread(
-            identify,
+        self.identity = identify(
             folder,
+            weights,
             dtype=str(config.dtype).removeprefix("torch."),
             quantization=config.quantization,
             vocab_size=config.get_vocab_size(),
             numeric=self._numeric(description),
         )
-        await self._find_head(folder, description)
 
     def _load(self, folder: ModelFolder) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -116,20 +124,22 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise ValueError(f"vLLM cannot serve {folder.name}: {error}") from error
+            raise ValueError(f"vLLM cannot serve {folder.name}: {_reason(error)}") from error
 
     def _numeric(self, description: Mapping[str, Any]) -> NumericIdentity:
         import vllm
         from vllm.platforms import current_platform
 
         config = self._llm.vllm_config
-        parallel, model_dtype = config.parallel_config, config.model_config.dtype
-        head = "" if config.model_config.head_dtype == model_dtype else " head=float32"
+        parallel, model = config.parallel_config, config.model_config
+        device = current_platform.get_device_name() or current_platform.device_type
+        if model.head_dtype != model.dtype:
+            device += f", head in {str(model.head_dtype).removeprefix('torch.')}"
         return NumericIdentity(
             engine="vllm",
             engine_version=vllm.__version__,
-            device=current_platform.get_device_name() or current_platform.device_type,
-            parallel=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}{head}",
+            device=device,
+            parallel=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}",
             attention_backend=",".join(description["attention_backends"]) or "none",
         )
 
@@ -207,3 +217,10 @@ class VllmEngine:
         await asyncio.to_thread(llm.shutdown, timeout=5.0)
         del llm
         gc.collect()  # its finaliser fails when it is left to the interpreter's exit
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without pydantic's frame around it."""
+    if isinstance(error, ValidationError):
+        return "; ".join(one["msg"] for one in error.errors(include_url=False))
+    return str(error)

@@ -29,7 +29,7 @@ def prepare_environment() -> None:
         settings |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
             "MALLOC_TRIM_THRESHOLD_": str(2**30),
             "MALLOC_MMAP_THRESHOLD_": str(2**25),
         }
@@ -57,13 +57,15 @@ def engine_arguments(
         "skip_tokenizer_init": True,
         # Scoring needs the hidden state of every position, so it reads no prefix cache.
         "enable_prefix_caching": False,
-        "model_class_overrides": _adapted_class(folder),
+        "model_class_overrides": adapted_class(folder),
         "worker_extension_cls": "teacher_service.vllm_worker.TargetsWorker",
     }
     if taken := fixed.keys() & vllm_args.keys():
         raise ValueError(f"vLLM's {', '.join(sorted(taken))} can't be set: the teacher service decides on them")
     defaults = {
         "dtype": _own_dtype(folder),
+        # vLLM's word for the longest that the model and the memory allow.
+        "max_model_len": -1,
         "max_num_batched_tokens": 2048 if on_cpu else 8192,
         "max_num_seqs": 64 if on_cpu else 256,
         "enforce_eager": on_cpu,
@@ -84,8 +86,8 @@ def _own_dtype(folder: ModelFolder) -> str:
     return str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "auto")
 
 
-def _adapted_class(folder: ModelFolder) -> dict[str, str]:
-    """vLLM's `model_class_overrides` for this model: its architecture, as `vllm_adapter` adapts it."""
+def adapted_class(folder: ModelFolder, adapter: str = _ADAPTER) -> dict[str, str]:
+    """vLLM's `model_class_overrides` for this model: its architecture, as module `adapter` adapts it."""
     from vllm.model_executor.models import ModelRegistry
 
     architectures = folder.config.get("architectures") or []
@@ -93,10 +95,10 @@ def _adapted_class(folder: ModelFolder) -> dict[str, str]:
         raise ValueError(f"{folder.name}: config.json names no architecture; vLLM can't tell what to load")
     known = [name for name in architectures if name in ModelRegistry.models]
     if not known:
-        return {architectures[0]: f"{_ADAPTER}:{_TRANSFORMERS_MODEL}"}
+        return {architectures[0]: f"{adapter}:{_TRANSFORMERS_MODEL}"}
     entry = ModelRegistry.models[known[0]]
     module, name = getattr(entry, "module_name", ""), getattr(entry, "class_name", "")
     if not module:
         module, name = entry.model_cls.__module__, entry.model_cls.__qualname__
     # A second engine in this process finds its architecture adapted already.
-    return {known[0]: f"{_ADAPTER}:{name if module == _ADAPTER else f'{module}.{name}'}"}
+    return {known[0]: f"{adapter}:{name if module == adapter else f'{module}.{name}'}"}
