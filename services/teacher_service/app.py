@@ -18,12 +18,12 @@ from serving.context import RequestContext
 from serving.error_table import install_error_table
 from serving.keys import require_student
 from serving.metrics import MEDIA_TYPE
-from serving.streams import RacedResponse
+from serving.streams import Outlet, RacedResponse
 from teacher_proto import wire
 from teacher_proto.errors import MalformedError, UnsupportedTypeError, WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.requests import Limits, TargetsRequest, check_request, parse_request
-from teacher_service import replies
+from teacher_service import completions, replies
 from teacher_service.pages import page
 from teacher_service.service import TeacherService
 
@@ -57,7 +57,7 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
     limits = service.engine.limits
-    content_type = _media_type(request)
+    content_type = _media_type(request, wire.MSGPACK, wire.JSON)
     parsed = parse_request(_decode(await request.body(), content_type, limits))
     check_request(parsed, limits, service.engine.kinds)
     _check_fingerprint(parsed, service)
@@ -67,11 +67,35 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
         replies.check_json_size(asked, service.hidden_width)
     reply = replies.document if as_json else replies.stream
 
-    async def work(outlet: Any) -> None:
+    async def work(outlet: Outlet) -> None:
         with service.admission.admit(student, parsed.num_tokens, asked.values_per_token(service.hidden_width)):
             await reply(asked, service, outlet)
 
     return RacedResponse(work, service.settings.stall_timeout)
+
+
+@router.post("/v1/completions")
+async def post_completions(request: Request, student: Student, service: Service) -> Response:
+    """Score prompts in vLLM's JSON shape: `prompt_logprobs`, or `echo` with `logprobs`."""
+    service.require_started()
+    content_type = _media_type(request, wire.JSON)
+    fields = _decode(await request.body(), content_type, service.engine.limits)
+    completion = completions.parse_completion(fields, service)
+    text, pieces = await service.text()
+    asked = completions.asked_of(completion, service, text, student, request.state.request_id)
+
+    async def work(outlet: Outlet) -> None:
+        with service.admission.admit(student, asked.request.num_tokens, asked.values_per_token(0)):
+            await completions.answer(completion, asked, service, text, pieces, outlet)
+
+    return RacedResponse(work, service.settings.stall_timeout)
+
+
+@router.get("/v1/models")
+async def get_models(service: Service) -> dict[str, Any]:
+    """The one model that is served, as vLLM lists it."""
+    service.require_started()
+    return completions.models(service)
 
 
 @router.get("/v1/teacher")
@@ -125,6 +149,7 @@ async def get_live() -> dict[str, str]:
     return {"status": "live"}
 
 
+@probes.get("/health")
 @probes.get("/health/ready")
 async def get_ready(service: Service) -> dict[str, str]:
     """200 when a token gets through the engine; 503 while loading, draining or broken."""
@@ -137,13 +162,13 @@ async def get_openapi(request: Request) -> JSONResponse:
     return JSONResponse(request.app.openapi())
 
 
-def _media_type(request: Request) -> str:
+def _media_type(request: Request, *spoken: str) -> str:
     given = request.headers.get("content-type", "")
     media_type = given.partition(";")[0].strip().lower()
-    if media_type not in (wire.MSGPACK, wire.JSON):
+    if media_type not in spoken:
         raise UnsupportedTypeError(
-            f"Content-Type {given!r} is not spoken here: send {wire.MSGPACK} or {wire.JSON}", field="Content-Type",
-            got=given, limit=[wire.MSGPACK, wire.JSON],
+            f"Content-Type {given[:80]!r} is not spoken here: send {' or '.join(spoken)}", field="Content-Type",
+            got=given[:80], limit=list(spoken),
         )  # fmt: skip
     return media_type
 

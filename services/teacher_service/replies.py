@@ -29,11 +29,12 @@ Outcome = TokenTargets | StillhouseError
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request with who asked it and under which id."""
+    """A checked request with who asked it and under which id. `weight` is what a value takes more than on our wire."""
 
     request: TargetsRequest
     student: str
     request_id: str
+    weight: int = 1
 
     def jobs(self) -> list[Job]:
         request, spec = self.request, self.request.spec
@@ -47,7 +48,7 @@ class Asked:
         """Numbers that an answer holds for a token, which with one more is what a permit counts."""
         spec = self.request.spec
         gathered = max((ids.shape[1] for ids in self.request.gather_ids or ()), default=0)
-        return (
+        return self.weight * (
             spec.top_k + spec.num_samples + len(spec.temperatures) + (gathered if "gather" in spec.kinds else 0)
             + (hidden_width if "hidden" in spec.kinds else 0)
         )  # fmt: skip

@@ -19,8 +19,10 @@ from teacher_proto.requests import TargetSpec
 from teacher_service.answers import Answers
 from teacher_service.engine import Engine, Job
 from teacher_service.head_file import HeadFile
+from teacher_service.identify import find_model
 from teacher_service.settings import TeacherSettings
 from teacher_service.status import STEP_S, History, totals
+from teacher_service.text import JsonPieces, Text
 
 _PROBE_TIMEOUT_S = 10.0
 _FRESH_S = 1.0
@@ -48,6 +50,8 @@ class TeacherService:
         self._history = History(self.metrics)
         self._keeping: asyncio.Task[None] | None = None
         self._head = HeadFile(engine)
+        self._reading_text = asyncio.Lock()
+        self._text: tuple[Text, JsonPieces] | None = None
         self._add_gauges()
 
     async def start(self) -> None:
@@ -102,6 +106,20 @@ class TeacherService:
     async def head(self) -> Path:
         """The file of the output head. NotFoundError where the engine can't give hidden states."""
         return await self._head.path()
+
+    async def text(self) -> tuple[Text, JsonPieces]:
+        """The model's tokenizer and the pieces of JSON made of its vocabulary, read when first asked for."""
+        async with self._reading_text:
+            if self._text is None:
+                self._text = await asyncio.to_thread(self._read_text)
+        return self._text
+
+    def _read_text(self) -> tuple[Text, JsonPieces]:
+        folder = None
+        if self.settings.engine != "scripted":
+            folder = find_model(self.settings.model, revision=self.settings.revision).path
+        text = Text(folder, self.engine.limits.vocab_size)
+        return text, JsonPieces(text)
 
     def require_started(self) -> None:
         """OverloadedError while the model loads, EngineDeadError when it is gone."""

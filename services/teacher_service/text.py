@@ -1,0 +1,85 @@
+"""Tokens as text, for the compatible face: prompts in, decoded tokens out. Made by `service.py` when first needed.
+
+Reads `tokenizer.json` of the model's folder with the `tokenizers` library alone: no torch, no code from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from teacher_proto.errors import OutOfRangeError
+
+_WORD_START = "\u2581"  # SentencePiece's mark of a space, which decoding a token by itself strips
+
+
+class Text:
+    """A tokenizer, or where the model has none (`folder` None) ids that stand for themselves as `token_id:5`."""
+
+    def __init__(self, folder: Path | None, vocab_size: int):
+        self.vocab_size = vocab_size
+        self._tokenizer = None
+        path = folder / "tokenizer.json" if folder is not None else None
+        if path is not None and path.is_file():
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_file(str(path))
+        self._strings: list[str] | None = None
+
+    @property
+    def available(self) -> bool:
+        return self._tokenizer is not None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt. OutOfRangeError where the model has no tokenizer."""
+        if self._tokenizer is None:
+            raise OutOfRangeError(
+                "prompt: this teacher has no tokenizer.json, so it takes token ids only", field="prompt", got="text",
+                limit="token ids",
+            )  # fmt: skip
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def strings(self) -> list[str]:
+        """Every token of the vocabulary by itself, with the space that it begins with."""
+        if self._strings is None:
+            self._strings = [self._string(i) for i in range(self.vocab_size)]
+        return self._strings
+
+    def _string(self, token: int) -> str:
+        if self._tokenizer is None:
+            return f"token_id:{token}"
+        decoded = self._tokenizer.decode([token], skip_special_tokens=False)
+        raw = self._tokenizer.id_to_token(token) or ""
+        marked = len(raw) - len(raw.lstrip(_WORD_START))
+        return " " * (marked - (len(decoded) - len(decoded.lstrip(" ")))) + decoded
+
+
+class JsonPieces:
+    """Pieces of JSON by token id and by fp16 bits, so that an answer is a join of pointers and no number is formatted
+    twice. Arrays of bytes objects: `entries` [V] ends where a logprob follows, `half` [65536] is that logprob."""
+
+    def __init__(self, text: Text):
+        quoted = [json.dumps(string) for string in text.strings()] if text.available else ["null"] * text.vocab_size
+        self.entries = _objects(f'"{i}":{{"decoded_token":{quoted[i]},"logprob":' for i in range(text.vocab_size))
+        with np.errstate(all="ignore"):
+            halves = np.arange(65_536, dtype=np.uint16).view(np.float16).astype(np.float64)
+        # Five digits tell all fp16 numbers apart. vLLM writes -9999 for minus infinity, which JSON has not.
+        self.half = _objects(f"{value:.5g}" if np.isfinite(value) else "-9999.0" for value in halves.tolist())
+
+    def ranks(self, top_k: int) -> np.ndarray:
+        """What follows each of K logprobs: its rank, and the comma before the next entry."""
+        return _objects(f',"rank":{k + 1}}}{"," if k + 1 < top_k else ""}' for k in range(top_k))
+
+
+def _objects(strings: object) -> np.ndarray:
+    items = [string.encode() for string in strings]  # type: ignore[attr-defined]
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array

@@ -1,0 +1,175 @@
+"""The compatible face: vLLM's JSON for prompt_logprobs and echo, held against the logits that the teacher has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from teacher_service.scripted_model import scripted_logits
+from tests.teacher_process import TeacherProcess
+
+VOCAB = 512
+IDS = [5, 7, 300, 7, 12, 511, 0]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[TeacherProcess]:
+    with TeacherProcess() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def lettered(tiny_llama: Path) -> Iterator[TeacherProcess]:
+    """A teacher with a tokenizer, served by transformers."""
+    with TeacherProcess(str(tiny_llama), "--engine", "hf", "--dtype", "float32") as process:
+        yield process
+
+
+def complete(teacher: TeacherProcess, **fields: Any) -> dict[str, Any]:
+    response = httpx.post(f"{teacher.url}/v1/completions", json={"max_tokens": 0} | fields, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def logprobs_of(tokens: list[int]) -> np.ndarray:
+    logits = scripted_logits(np.array(tokens), VOCAB).astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 64, 256])
+def test_prompt_logprobs_hold_the_most_likely_and_the_token_that_came(teacher: TeacherProcess, top_k: int) -> None:
+    body = complete(teacher, prompt=IDS, prompt_logprobs=top_k)
+    listed = body["choices"][0]["prompt_logprobs"]
+    truth = logprobs_of(IDS)
+    assert len(listed) == len(IDS) and listed[0] is None
+    for position in range(1, len(IDS)):
+        row, entry = truth[position - 1], listed[position]
+        best = np.argsort(-row, kind="stable")[:top_k]
+        assert set(map(int, entry)) == {*best.tolist(), IDS[position]}
+        for token, value in entry.items():
+            assert value["logprob"] == pytest.approx(row[int(token)], rel=2e-3, abs=1e-3)
+            rank = int((row > row[int(token)]).sum()) + 1
+            assert value["rank"] == min(rank, top_k + 1)
+        if IDS[position] not in best:
+            assert next(iter(entry)) == str(IDS[position])
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
+
+
+def test_prompt_logprobs_of_0_list_the_token_that_came_alone(teacher: TeacherProcess) -> None:
+    listed = complete(teacher, prompt=IDS, prompt_logprobs=0)["choices"][0]["prompt_logprobs"]
+    assert [list(map(int, entry)) for entry in listed[1:]] == [[token] for token in IDS[1:]]
+    for position in range(1, len(IDS)):
+        value = listed[position][str(IDS[position])]["logprob"]
+        assert value == pytest.approx(logprobs_of(IDS)[position - 1, IDS[position]], abs=1e-4)
+
+
+def test_echo_gives_openai_logprobs_for_every_token_of_the_prompt(teacher: TeacherProcess) -> None:
+    choice = complete(teacher, prompt=IDS, echo=True, logprobs=3)["choices"][0]
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{token}" for token in IDS]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    truth = logprobs_of(IDS)
+    for position in range(1, len(IDS)):
+        top = logprobs["top_logprobs"][position]
+        best = np.argsort(-truth[position - 1], kind="stable")[:3].tolist()
+        assert set(top) == {f"token_id:{token}" for token in {*best, IDS[position]}}
+        assert logprobs["token_logprobs"][position] == pytest.approx(truth[position - 1, IDS[position]], rel=2e-3)
+    assert logprobs["text_offset"] == np.cumsum([0, *map(len, logprobs["tokens"][:-1])]).tolist()
+    assert len(choice["prompt_logprobs"]) == len(IDS)
+
+
+def test_one_token_asked_for_is_the_most_likely_one(teacher: TeacherProcess) -> None:
+    body = complete(teacher, prompt=IDS, max_tokens=1, prompt_logprobs=2, return_token_ids=True, temperature=0)
+    choice = body["choices"][0]
+    assert choice["token_ids"] == [int(logprobs_of(IDS)[-1].argmax())]
+    assert choice["prompt_token_ids"] == IDS and choice["finish_reason"] == "length"
+    alone = complete(teacher, prompt=IDS, max_tokens=1, logprobs=2)["choices"][0]["logprobs"]
+    assert alone["token_logprobs"] == [pytest.approx(logprobs_of(IDS)[-1].max(), rel=2e-3, abs=1e-3)]
+
+
+def test_several_prompts_give_choices_in_their_order(teacher: TeacherProcess) -> None:
+    prompts = [[n] * (n + 2) for n in range(1, 20)]
+    choices = complete(teacher, prompt=prompts, prompt_logprobs=1)["choices"]
+    assert [choice["index"] for choice in choices] == list(range(19))
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [len(prompt) for prompt in prompts]
+
+
+def test_what_clients_of_vllm_send_along_is_passed_over(teacher: TeacherProcess) -> None:
+    for extra in ({"temperature": 0.7, "top_p": 0.9, "seed": 1, "user": "me"}, {"detokenize": False, "n": 1},
+                  {"model": "scripted", "stream": False, "stop": None, "ignore_eos": True}):  # fmt: skip
+        complete(teacher, prompt=IDS, prompt_logprobs=1, **extra)
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "sampling sixteen": ({"max_tokens": 16}, 422, "max_tokens"),
+    "max_tokens left at vLLM's 16": ({"max_tokens": None}, 422, "max_tokens"),
+    "several samples": ({"n": 2}, 422, "n"),
+    "a stream": ({"stream": True}, 422, "stream"),
+    "a bias": ({"logit_bias": {"1": 5}}, 422, "logit_bias"),
+    "structured output": ({"structured_outputs": {"regex": "a*"}}, 422, "structured_outputs"),
+    "the whole vocabulary": ({"prompt_logprobs": -1}, 422, "prompt_logprobs"),
+    "too many": ({"prompt_logprobs": 257}, 422, "prompt_logprobs"),
+    "a flag for a number": ({"prompt_logprobs": True}, 422, "prompt_logprobs"),
+    "text without a tokenizer": ({"prompt": "hello"}, 422, "prompt"),
+    "an empty prompt": ({"prompt": []}, 422, "prompt"),
+    "an id beyond the vocabulary": ({"prompt": [1, 512]}, 422, "prompt.0"),
+    "a negative id": ({"prompt": [-1]}, 422, "prompt"),
+    "another model": ({"model": "gpt-4"}, 404, "model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_heeded_is_refused_by_name(teacher: TeacherProcess, name: str) -> None:
+    fields, status, field = BAD[name]
+    body = {"prompt": IDS, "max_tokens": 0, "prompt_logprobs": 1} | fields
+    response = httpx.post(f"{teacher.url}/v1/completions", json=body)
+    assert (response.status_code, response.json()["field"]) == (status, field)
+
+
+def test_a_failing_prompt_fails_the_request() -> None:
+    with TeacherProcess(script={"poison_token": 13}) as teacher:
+        body = {"prompt": [[1, 2], [13]], "max_tokens": 0, "prompt_logprobs": 1}
+        response = httpx.post(f"{teacher.url}/v1/completions", json=body)
+        assert (response.status_code, response.json()["code"]) == (500, "engine_failed")
+
+
+def test_models_are_listed_as_vllm_lists_them(teacher: TeacherProcess) -> None:
+    body = httpx.get(f"{teacher.url}/v1/models").json()
+    assert body["data"][0]["id"] == "scripted" and body["data"][0]["max_model_len"] == 2048
+    assert httpx.get(f"{teacher.url}/health").status_code == 200
+
+
+def test_text_prompts_and_decoded_tokens_come_from_the_models_tokenizer(
+    lettered: TeacherProcess, tiny_llama: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    text = "The teacher is a person who helps"
+    ids = tokenizer.encode(text).ids
+    choice = complete(lettered, prompt=text, prompt_logprobs=4, echo=True, logprobs=4, return_token_ids=True)[
+        "choices"
+    ][0]
+    assert choice["prompt_token_ids"] == ids and choice["text"] == tokenizer.decode(ids, skip_special_tokens=False)
+    for entry in choice["prompt_logprobs"][1:]:
+        for token, value in entry.items():
+            assert value["decoded_token"].strip() == tokenizer.decode([int(token)], skip_special_tokens=False).strip()
+    assert "".join(choice["logprobs"]["tokens"]).strip() == choice["text"].strip()
+
+
+@pytest.mark.vllm
+def test_the_answer_is_what_vllms_own_models_read(teacher: TeacherProcess) -> None:
+    from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+
+    for fields in ({"prompt_logprobs": 3}, {"prompt_logprobs": 0, "max_tokens": 1}, {"echo": True, "logprobs": 2}):
+        body = complete(teacher, prompt=[IDS, IDS[:3]], **fields)
+        read = CompletionResponse.model_validate_json(json.dumps(body))
+        assert len(read.choices) == 2
+        listed = read.choices[0].prompt_logprobs
+        assert listed is not None and listed[0] is None and listed[1] is not None
+        assert all(isinstance(token, int) for token in listed[1])
