@@ -154,9 +154,9 @@ class TeacherClient:
         assert info is not None, "a replica whose probe has passed is known"
         if call.request.fingerprint is not None:
             self._expected.check_fingerprint(call.request.fingerprint, info)
+        check_request(call.request, info.limits, info.kinds)
         asked = sorted(call.missing)
         request = call.request.select(asked).model_copy(update={"fingerprint": info.fingerprint})
-        check_request(request, info.limits, info.kinds)
         call.begin(replica)
         self.stats.attempts += 1
         failure: StillhouseError | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import random
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import httpx
 import numpy as np
 
 from teacher_proto.errors import StillhouseError
-from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity
+from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, compare_fingerprints
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Limits, TargetsRequest, parse_request
 from teacher_proto.retry import Timing
@@ -32,20 +33,33 @@ Fault = Callable[[httpx.Request], Any]
 
 
 class FakeClock:
-    """Time that passes only in `sleep`, which first lets everything else run that can."""
+    """Time that passes only when everybody sleeps: then it jumps to the first who wakes. `slept` is what was asked."""
 
     def __init__(self) -> None:
         self.time = 1000.0
         self.slept: list[float] = []
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._driver: asyncio.Task[None] | None = None
 
     def now(self) -> float:
         return self.time
 
     async def sleep(self, seconds: float) -> None:
-        for _ in range(50):
-            await asyncio.sleep(0)
         self.slept.append(seconds)
-        self.time += seconds
+        waker = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._sleepers, (self.time + seconds, len(self.slept), waker))
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        await waker
+
+    async def _drive(self) -> None:
+        while self._sleepers:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            due, _, waker = heapq.heappop(self._sleepers)
+            if not waker.done():
+                self.time = max(self.time, due)
+                waker.set_result(None)
 
     def timing(self, seed: int = 0) -> Timing:
         return Timing(now=self.now, sleep=self.sleep, random=random.Random(seed))
@@ -109,8 +123,9 @@ class Replica:
         outcome = fault(http) if fault is not None else None
         if isinstance(outcome, httpx.Response):
             return outcome
-        if outcome is None and request.fingerprint not in (None, self.identity.fingerprint):
-            return problem(409, "wrong_teacher", f"this is {self.identity.fingerprint}")
+        ours = self.identity.fingerprint
+        if request.fingerprint is not None and compare_fingerprints(request.fingerprint, ours) == "semantic":
+            return problem(409, "wrong_teacher", f"this is {ours}")
         return self.answer(http, request, outcome)
 
     def answer(self, http: httpx.Request, request: TargetsRequest, spoil: Any = None) -> httpx.Response:
