@@ -20,8 +20,9 @@ from serving.streams import Outlet
 from teacher_proto.errors import NotFoundError, OutOfRangeError, StillhouseError
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
+from teacher_service.asked import Asked
 from teacher_service.completion_json import next_token_logprobs, openai_logprobs, prompt_logprobs
-from teacher_service.replies import Asked, outcomes
+from teacher_service.replies import outcomes
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 

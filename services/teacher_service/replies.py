@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,42 +15,14 @@ import numpy as np
 from serving.streams import Outlet
 from teacher_proto import wire
 from teacher_proto.errors import OutOfRangeError, StillhouseError
-from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
+from teacher_service.asked import Asked
 from teacher_service.service import TeacherService
 
 # JSON takes some 20 bytes a value, and a list of Python numbers in between.
 MAX_JSON_VALUES = 2**20
 
 Outcome = TokenTargets | StillhouseError
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A checked request with who asked it and under which id. `weight` is what a value takes more than on our wire."""
-
-    request: TargetsRequest
-    student: str
-    request_id: str
-    weight: int = 1
-
-    def jobs(self) -> list[Job]:
-        request, spec = self.request, self.request.spec
-        gathered = request.gather_ids if "gather" in spec.kinds else None
-        return [
-            Job(tokens_T, request.row_range(i), spec, f"{self.request_id}-{i}", gathered[i] if gathered else None)
-            for i, tokens_T in enumerate(request.sequences)
-        ]
-
-    def values_per_token(self, hidden_width: int) -> int:
-        """Numbers that an answer holds for a token, which with one more is what a permit counts."""
-        spec = self.request.spec
-        gathered = max((ids.shape[1] for ids in self.request.gather_ids or ()), default=0)
-        return self.weight * (
-            spec.top_k + spec.num_samples + len(spec.temperatures) + (gathered if "gather" in spec.kinds else 0)
-            + (hidden_width if "hidden" in spec.kinds else 0)
-        )  # fmt: skip
 
 
 def header_of(asked: Asked, service: TeacherService) -> wire.Header:

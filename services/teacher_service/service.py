@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from serving.admission import Admission, RetryAfter
+from serving.admission import Admission, Permit, RetryAfter
 from serving.fair import FairQueue
 from serving.keys import Keys
 from serving.metrics import Metrics
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
 from teacher_proto.requests import TargetSpec
 from teacher_service.answers import Answers
+from teacher_service.asked import Asked
 from teacher_service.engine import Engine, Job
 from teacher_service.head_file import HeadFile
 from teacher_service.identify import find_model
 from teacher_service.settings import TeacherSettings
-from teacher_service.status import STEP_S, History, totals
+from teacher_service.status import STEP_S, History, StatusBody, totals
 from teacher_service.text import JsonPieces, Text
 
+State = Literal["loading", "ready", "draining", "dead"]
 _PROBE_TIMEOUT_S = 10.0
 _FRESH_S = 1.0
 # What a hidden state is taken to hold for admission, since an engine does not say: 7B models have 4096.
@@ -78,34 +81,36 @@ class TeacherService:
         await self.engine.close()
 
     @property
-    def state(self) -> str:
-        """`loading`, `ready`, `draining` or `dead`."""
+    def state(self) -> State:
         if self._death is not None:
             return "dead"
         if not self.started:
             return "loading"
         return "draining" if self.admission.closed else "ready"
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StatusBody:
         """What `/v1/status` answers: numbers for people, over the last five minutes."""
-        semantic, numeric = self.engine.identity.semantic, self.engine.identity.numeric
-        return {
-            "model": semantic.model, "dtype": semantic.dtype, "quantization": semantic.quantization,
-            "engine": f"{numeric.engine} {numeric.engine_version}", "device": numeric.device,
-            "fingerprint": self.engine.identity.fingerprint, "state": self.state,
-            "uptime_s": round(self._history.uptime_s, 1), "step_s": STEP_S, "keys": self.keys.required,
-            "tokens_per_second": round(sum(self._history.recent().values()), 1),
-            "history": {"tokens_per_second": self._history.rates(), "queue_tokens": self._history.queue()},
-            "queue_tokens": self.queue.waiting_tokens, "engine_tokens": self.queue.running,
-            "window": self.queue.window, "requests_inside": self.admission.permits,
-            "used": round(self.admission.cost / self.admission.capacity, 4),
-            "sources": totals(self.metrics.tokens, "source"), "rejected": totals(self.metrics.rejected, "reason"),
-            "students": self._history.students(self.admission.students()),
-        }  # fmt: skip
+        identity, history = self.engine.identity, self._history
+        return StatusBody(
+            model=identity.semantic.model, dtype=identity.semantic.dtype, quantization=identity.semantic.quantization,
+            engine=f"{identity.numeric.engine} {identity.numeric.engine_version}", device=identity.numeric.device,
+            fingerprint=identity.fingerprint, state=self.state, keys=self.keys.required,
+            uptime_s=round(history.uptime_s, 1), step_s=STEP_S,
+            tokens_per_second=round(sum(history.recent().values()), 1), history=history.curves(),
+            queue_tokens=self.queue.waiting_tokens, engine_tokens=self.queue.running, window=self.queue.window,
+            requests_inside=self.admission.permits, used=round(self.admission.cost / self.admission.capacity, 4),
+            sources=totals(self.metrics.tokens, "source"), rejected=totals(self.metrics.rejected, "reason"),
+            students=history.students(self.admission.students()),
+        )  # fmt: skip
 
     async def head(self) -> Path:
         """The file of the output head. NotFoundError where the engine can't give hidden states."""
         return await self._head.path()
+
+    def admit(self, asked: Asked) -> AbstractContextManager[Permit]:
+        """A permit for the time of the `with` block; OverloadedError or QuotaError at the door."""
+        values = asked.values_per_token(self.hidden_width)
+        return self.admission.admit(asked.student, asked.request.num_tokens, values)
 
     async def text(self) -> tuple[Text, JsonPieces]:
         """The model's tokenizer and the pieces of JSON made of its vocabulary, read when first asked for."""

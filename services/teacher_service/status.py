@@ -7,17 +7,65 @@ import asyncio
 import time
 from collections import Counter as Tally
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 from prometheus_client import Counter
+from pydantic import BaseModel
 
 from serving.metrics import Metrics
 
 STEP_S = 2.0
 _SAMPLES = 150
 _RECENT_SAMPLES = 5
+
+
+class Student(BaseModel):
+    """One student: totals since the start, `tokens_per_second` and `share` over the last ten seconds."""
+
+    name: str
+    tokens: int
+    tokens_per_second: float
+    share: float
+    requests: int
+    rejected: int
+    cancelled: int
+    held_cost: int
+    idle_s: float | None
+
+
+class Curves(BaseModel):
+    """Five minutes, a value every `step_s`, oldest first."""
+
+    tokens_per_second: list[float]
+    queue_tokens: list[int]
+
+
+class StatusBody(BaseModel):
+    """The body of `GET /v1/status`. `used`: the share of the capacity that is taken."""
+
+    model: str
+    dtype: str
+    quantization: str | None
+    engine: str
+    device: str
+    fingerprint: str
+    state: Literal["loading", "ready", "draining", "dead"]
+    keys: bool
+    uptime_s: float
+    step_s: float
+    tokens_per_second: float
+    history: Curves
+    queue_tokens: int
+    engine_tokens: int
+    window: int
+    requests_inside: int
+    used: float
+    sources: dict[str, int]
+    rejected: dict[str, int]
+    students: list[Student]
 
 
 @dataclass(frozen=True)
@@ -60,18 +108,15 @@ class History:
                 self._last_seen[student] = now
         self._samples.append(Sample(now, tokens, queue_tokens))
 
-    async def keep(self, queue_tokens: Any) -> None:
+    async def keep(self, queue_tokens: Callable[[], int]) -> None:
         """Take a sample every two seconds, for ever; `queue_tokens()` is asked each time."""
         while True:
             self.take(queue_tokens())
             await asyncio.sleep(STEP_S)
 
-    def rates(self) -> list[float]:
-        """Tokens a second of every step, oldest first."""
-        return [round(sum(_rates(older, newer).values()), 1) for older, newer in pairwise(self._samples)]
-
-    def queue(self) -> list[int]:
-        return [sample.queue_tokens for sample in self._samples]
+    def curves(self) -> Curves:
+        rates = [round(sum(_rates(older, newer).values()), 1) for older, newer in pairwise(self._samples)]
+        return Curves(tokens_per_second=rates, queue_tokens=[sample.queue_tokens for sample in self._samples])
 
     def recent(self) -> dict[str, float]:
         """Tokens a second of each student over the last ten seconds."""
@@ -79,28 +124,28 @@ class History:
             return {}
         return _rates(self._samples[max(-len(self._samples), -1 - _RECENT_SAMPLES)], self._samples[-1])
 
-    def students(self, held: dict[str, int]) -> list[dict[str, Any]]:
+    def students(self, held: dict[str, int]) -> list[Student]:
         """Everybody who has asked, the busiest of late first."""
         metrics, recent, now = self._metrics, self.recent(), time.monotonic()
         tokens, rejected = totals(metrics.tokens, "student"), totals(metrics.rejected, "student")
         requests, cancelled = totals(metrics.requests, "student"), totals(metrics.cancelled, "student")
         rate = sum(recent.values())
         rows = [
-            {
-                "name": name,
-                "tokens": tokens.get(name, 0),
-                "tokens_per_second": round(recent.get(name, 0.0), 1),
-                "share": round(recent.get(name, 0.0) / rate, 4) if rate else 0.0,
-                "requests": requests[name],
-                "rejected": rejected.get(name, 0),
-                "cancelled": cancelled.get(name, 0),
-                "held_cost": held.get(name, 0),
-                "idle_s": round(now - self._last_seen[name], 1) if name in self._last_seen else None,
-            }
+            Student(
+                name=name,
+                tokens=tokens.get(name, 0),
+                tokens_per_second=round(recent.get(name, 0.0), 1),
+                share=round(recent.get(name, 0.0) / rate, 4) if rate else 0.0,
+                requests=requests[name],
+                rejected=rejected.get(name, 0),
+                cancelled=cancelled.get(name, 0),
+                held_cost=held.get(name, 0),
+                idle_s=round(now - self._last_seen[name], 1) if name in self._last_seen else None,
+            )
             for name in requests
             if name
         ]
-        return sorted(rows, key=lambda row: (-row["tokens_per_second"], -row["tokens"], row["name"]))
+        return sorted(rows, key=lambda row: (-row.tokens_per_second, -row.tokens, row.name))
 
 
 def _rates(older: Sample, newer: Sample) -> dict[str, float]:

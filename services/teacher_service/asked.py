@@ -1,0 +1,35 @@
+"""A checked request on its way through the house: who asks, what, and what it weighs. Made by `asking.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from teacher_proto.requests import TargetsRequest
+from teacher_service.engine import Job
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked request with who asked it and under which id. `weight` is what a value takes more than on our wire."""
+
+    request: TargetsRequest
+    student: str
+    request_id: str
+    weight: int = 1
+
+    def jobs(self) -> list[Job]:
+        request, spec = self.request, self.request.spec
+        gathered = request.gather_ids if "gather" in spec.kinds else None
+        return [
+            Job(tokens_T, request.row_range(i), spec, f"{self.request_id}-{i}", gathered[i] if gathered else None)
+            for i, tokens_T in enumerate(request.sequences)
+        ]
+
+    def values_per_token(self, hidden_width: int) -> int:
+        """Numbers that an answer holds for a token, which with one more is what a permit counts."""
+        spec = self.request.spec
+        gathered = max((ids.shape[1] for ids in self.request.gather_ids or ()), default=0)
+        return self.weight * (
+            spec.top_k + spec.num_samples + len(spec.temperatures) + (gathered if "gather" in spec.kinds else 0)
+            + (hidden_width if "hidden" in spec.kinds else 0)
+        )  # fmt: skip
