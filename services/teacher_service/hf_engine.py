@@ -80,10 +80,7 @@ class HfEngine:
         from teacher_service.hf_model import HfModel
 
         folder = find_model(**self._source)
-        try:
-            model = HfModel(folder, dtype=self._dtype, device=self._device)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"transformers cannot load {folder.name}: {error}") from error
+        model = HfModel(folder, dtype=self._dtype, device=self._device)
         longest = self._max_model_len or model.max_positions or _DEFAULT_MAX_LENGTH
         self.limits = Limits(
             vocab_size=model.vocab_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,14 +31,8 @@ class HfModel:
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str):
         self.device = torch.device(_device(device))
-        model = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            dtype=_dtype(dtype, self.device),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        self._model = model.eval().to(self.device)
+        model = _load(folder, _dtype(dtype, self.device)).to(self.device)
+        self._model = model
         self._body = model.base_model
         self._head = model.get_output_embeddings()
         if self._head is None or self._body is model:
@@ -113,6 +108,17 @@ class HfModel:
                 f"{name}: its logits are not its head's product of its last hidden states (off by {off:.3g}): "
                 "this architecture does more than a soft cap or a scale, and can't be served by the hf engine"
             )
+
+
+def _load(folder: ModelFolder, dtype: torch.dtype | str) -> Any:
+    """ValueError with the first line of what transformers says."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).eval()
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"transformers cannot load {folder.name}: {reason}") from error
 
 
 def _device(name: str) -> str:

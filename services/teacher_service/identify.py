@@ -7,6 +7,7 @@ weights twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -153,4 +154,5 @@ def _write_cache(cache_file: Path, known: dict[str, str]) -> None:
         temporary.write_text(json.dumps(known))
         temporary.replace(cache_file)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -94,7 +94,8 @@ class VllmEngine:
             prepare_environment()
             hashing = asyncio.create_task(asyncio.to_thread(hash_files, folder.weight_files))
             await asyncio.to_thread(self._load, folder)
-            (description, *_) = await self._llm.collective_rpc("stillhouse_describe")
+            # The last rank of a pipeline is the one that has the head.
+            (*_, description) = await self._llm.collective_rpc("stillhouse_describe")
             self._introduce(folder, await hashing, description)
             await self._find_head(folder, description)
             on_failure.pop_all()
