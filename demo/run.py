@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,8 +51,10 @@ class Teacher:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each arm (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each arm (default: %(default)s)")
     options = parser.parse_args()
+    # A demo that is told to stop takes its teacher and its trainer along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     console = Console()
     started = time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
@@ -120,9 +123,14 @@ def train(arm: str, loss: str, url: str, steps: int) -> None:
         f"run.root={RUNS}", f"run.id={arm}", f"run.steps={steps}", "run.seed=0", "run.resume=never",
         f"student.checkpoint_path={STUDENT}", "student.compute=bfloat16", f"teacher.url={url}", "teacher.top_k=64",
         "optim.learning_rate=1e-3", "optim.weight_decay=0.01", "optim.schedule.warmup_steps=5",
-        f"evaluation.every={max(1, steps // 4)}", "checkpoint.every=0", "logging.wandb=off",
+        f"evaluation.every={max(1, steps // 2)}", "checkpoint.every=0", "logging.wandb=off",
     ]  # fmt: skip
-    code = subprocess.run(command).returncode
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
     if code:
         raise SystemExit(f"stillhouse-train ended with code {code} in the arm {arm}")
 
