@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from student_trainer import export_check
 from student_trainer.export import EXPORTS, export_bitnet, export_hf
@@ -17,7 +17,7 @@ from student_trainer.export_bitnet import CannotExpressError, as_architecture
 from student_trainer.export_card import ModelCard
 from student_trainer.export_check import compare_logits, transformers_logits
 from student_trainer.students.bitnet import bit_linears, convert_to_bitnet, set_quantisation_blend, ternary_codes
-from tests.unit.students.tiny import tiny_ids, tiny_model
+from tests.unit.students.tiny import spread_weights, tiny_config, tiny_ids, tiny_model
 
 CARD = ModelCard(
     name="tiny-student", base_model="tiny/base", teacher="tiny/teacher", teacher_fingerprint="sha256:abc",
@@ -109,6 +109,17 @@ def test_sub_norm_eps_is_folded_into_the_weights_exactly(eps: float) -> None:
     assert compare_logits(logits(model), logits(wrong)).difference > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["hf", "bitnet"])
+def test_classifier_with_norms_everywhere_loads_in_transformers(tmp_path: Path, kind: str) -> None:
+    model = AutoModelForSequenceClassification.from_config(tiny_config("qwen3", num_labels=3))
+    spread_weights(model)
+    convert_to_bitnet(model.eval(), sub_norm="all")
+    assert EXPORTS[kind](model, None, tmp_path / "out", CARD).stands_alone
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(again(tiny_ids()).logits, model(tiny_ids()).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_file_holds_the_codes_four_to_a_byte(tmp_path: Path) -> None:
     model = student()
     export_bitnet(model, None, tmp_path / "out", CARD)
@@ -140,6 +151,8 @@ REFUSED = [
     ("qwen2", {}, "biases in k_proj, q_proj, v_proj"),
     ("llama", {"mlp_bias": True}, "biases in down_proj, gate_proj, up_proj"),
     ("llama", {"head_dim": 32}, "4 heads of 32 make 128, not 64"),
+    ("llama", {"sliding_window": 8}, "sliding-window attention"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8}, "sliding-window attention"),
     ("llama", {"quantise_activations": False}, "activations are not quantised"),
     ("qwen2", {"sub_norm": "all"}, "have a bias, which it would scale"),
     ("qwen3", {"sub_norm": "none", "intermediate_size": 130}, "no multiple of 4"),

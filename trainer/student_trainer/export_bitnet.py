@@ -107,7 +107,8 @@ def obstacles(model: Any) -> list[str]:
         reasons.append(
             f"{config.num_attention_heads} heads of {_head_width(config)} make {width}, not {config.hidden_size}"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    layer_types = getattr(config, "layer_types", None)
+    if "sliding_attention" in layer_types if layer_types else getattr(config, "sliding_window", None):
         reasons.append("sliding-window attention")
     if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
         reasons.append("rotary embeddings of a part of the head")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from student_trainer.export import export_bitnet, export_hf
 from student_trainer.export_card import ModelCard
 from student_trainer.students.bitnet import bit_linears, convert_to_bitnet
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
-from tests.unit.students.tiny import tiny_ids, tiny_model
+from tests.unit.students.tiny import tiny_config, tiny_ids, tiny_model
 
 CARD = ModelCard("tiny", "tiny-base", "a teacher", "sha256:0")
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -134,6 +134,14 @@ def test_checkpoint_without_a_norm_or_without_its_file_is_refused(tmp_path: Path
     file.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors, it is not there"):
         load_bitnet_student(str(tmp_path / "out"))
+
+
+def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
+    config = tiny_config("qwen3", num_labels=3)
+    classifier = convert_to_bitnet(AutoModelForSequenceClassification.from_config(config))
+    export_hf(classifier, None, tmp_path / "out", CARD)
+    with pytest.raises(ValueError, match=r"does not fit the model: .*\n.*size mismatch for score\.weight"):
+        load_bitnet_student(str(tmp_path / "out"), task="classification", num_labels=2)
 
 
 def test_classification_needs_a_number_of_labels(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def load_bitnet_student(
     factory = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     common = {"dtype": dtype, "attn_implementation": attn_implementation}
     if record is None:
-        model = factory.from_pretrained(path, config=config, revision=revision, **common)
+        model = factory.from_pretrained(path, config=config, revision=revision, use_safetensors=True, **common)
         return convert_to_bitnet(
             model, sub_norm=sub_norm or "output", quantise_activations=quantise_activations, eps=eps
         )
@@ -94,7 +94,10 @@ def _folder_of(path: str, revision: str | None) -> Path:
 def _load_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Fill the model from the folder's safetensors. Only a head may be missing, and only a head may be left over."""
     weights = {name: tensor.to(dtype) for name, tensor in _read_safetensors(folder).items()}
-    outcome = model.load_state_dict(weights, strict=False)
+    try:
+        outcome = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # torch's way to say that a shape differs
+        raise ValueError(f"{folder} does not fit the model: {error}") from None
     model.tie_weights()
     inside = f"{model.base_model_prefix}."
     tied = getattr(model, "all_tied_weights_keys", None) or {}
