@@ -4,6 +4,7 @@
 #   make test         every test that a CPU can run, the real vLLM engine included
 #   make check        ruff, mypy and the import contracts
 #   make test-slow    the tests of over a minute
+#   make tree         write README's tree out of the modules' first lines
 #   make bench-NAME   run benchmarks/NAME.py; figures in runs/bench/NAME.json
 
 PYTHON ?= python3
@@ -18,15 +19,15 @@ TORCH := --torch-backend cpu
 endif
 UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 INSTALL := $(UV) pip install --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt $(TORCH)
-BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l __main__ benchmarks/*.py))
 
 export HYDRA_FULL_ERROR := 0
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo test test-slow check format clean $(BENCHMARKS)
+.PHONY: help install demo test test-slow check format tree clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,8s/^# \{0,3\}//p' Makefile
+	@sed -n '3,9s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
@@ -50,6 +51,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tree:
+	$(PYTHON) docs/tree.py
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed-dev
 	$(BIN)/python -m demo.prepare

@@ -1,0 +1,62 @@
+"""Write the tree of the house into README.md, a line a file, out of the first sentence of each module.
+
+make tree          tests/unit/test_readme.py holds README.md to it
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCE = re.compile(r".+?[.?](?=\s+[A-Z`])|.+")
+BEGIN, END = "<!-- tree: written by `make tree` -->\n", "<!-- end of tree -->\n"
+PACKAGES = {
+    "proto/teacher_proto": "the contract and its client: numpy, msgpack, pydantic, httpx; never torch at import",
+    "services/serving": "what both services stand on",
+    "services/teacher_service": "FastAPI, and the engines behind it",
+    "services/attention_service": "FastAPI over an eager model that is cut off above the layer asked for",
+    "trainer/student_trainer": "the trainer, a process of its own",
+    "trainer/student_trainer/data": "from sources to packed batches",
+    "trainer/student_trainer/targets": "where targets come from, and how they come ahead of time",
+    "trainer/student_trainer/losses": "pure functions, a file a family",
+    "trainer/student_trainer/students": "what learns",
+    "trainer/student_trainer/optim": "how gradients become updates",
+    "benchmarks": "a script a figure: `make bench-NAME`",
+    "demo": "`make demo`",
+}
+
+
+def tree() -> str:
+    """The block between the markers, as Markdown."""
+    lines = ["```"]
+    for package, about in PACKAGES.items():
+        files = sorted(path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py")
+        if files:
+            lines.append(f"{package + '/':<34}{about}")
+            lines += [f"  {path.name:<26}{_first_sentence(path)}" for path in files]
+    return "\n".join([*lines, "```\n"])
+
+
+def with_tree(readme: str) -> str:
+    """A README's text with its tree made anew. ValueError without the markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN.strip()!r} and {END.strip()!r}")
+    return before + BEGIN + tree() + END + after
+
+
+def _first_sentence(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = " ".join(docstring.split("\n\n")[0].split())
+    sentence = SENTENCE.match(text)[0].rstrip(".") if text else ""
+    return sentence if len(sentence) <= 130 else sentence[:127].rsplit(" ", 1)[0] + " ..."
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(with_tree(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(0)
