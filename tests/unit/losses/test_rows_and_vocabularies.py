@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from student_trainer.losses import TeacherHead, TeacherRows, Term, head_loss
+from student_trainer.losses.supports import read_support, with_tail
 from tests.unit.losses import dense
 
 CE = Term("ce", "cross_entropy", 0.5)
@@ -199,3 +200,51 @@ def test_a_small_tail_keeps_its_digits_in_float32() -> None:
     (ours_NV,) = torch.autograd.grad(got.total, leaf_NV)
     (theirs_NV,) = torch.autograd.grad(want_N.sum(), exact_NV)
     torch.testing.assert_close(ours_NV[:, k:].double(), theirs_NV[:, k:], rtol=2e-2, atol=1e-8)
+
+
+def test_two_likely_tokens_and_a_vanishing_tail_give_zero_despite_the_rounding() -> None:
+    """Rounded to fp16 the two logprobs miss up to 2.4e-4 of mass; taken for a tail of 1e-9 it would cost 3e-3 nats."""
+    share = torch.linspace(0.3, 0.7, 41, dtype=torch.float64)
+    teacher_NV = torch.full((41, 100), -25.0, dtype=torch.float64)
+    teacher_NV[:, 3], teacher_NV[:, 8] = share.log(), (1 - share).log()
+    rows = dense.rows_of(teacher_NV, 16, (), torch.float16)
+    for kind in ("top_k_kl", "reverse_kl", "jsd"):
+        got = head_loss(
+            teacher_NV, torch.eye(100).double(), torch.zeros(41, dtype=torch.long), rows, [Term("kd", kind, 1.0)]
+        )
+        assert float(got.per_term["kd"].abs().max()) < 1e-6
+
+
+def test_a_uniform_teacher_keeps_its_whole_tail() -> None:
+    """Where every id is as likely as the least of the K, the bound on the tail is the tail itself."""
+    teacher_NV = torch.zeros(3, 50_000, dtype=torch.float64)
+    student_NV = torch.zeros(3, 50_000, dtype=torch.float64)
+    student_NV[:, :64] = 4.0
+    rows = dense.rows_of(teacher_NV, 64, (), torch.float16)
+    rows = dataclasses.replace(rows, ids_NK=torch.arange(64).repeat(3, 1))
+    p_tail = 1 - 64 / 50_000
+    q_tail = (50_000 - 64) / (50_000 - 64 + 64 * torch.tensor(4.0).exp().item())
+    want = p_tail * torch.tensor(p_tail / q_tail).log() + (1 - p_tail) * torch.tensor((1 - p_tail) / (1 - q_tail)).log()
+    counted_N = torch.ones(3, dtype=torch.bool)
+    log_p_NB = with_tail(read_support(rows, "top_k", 1.0, 50_000, counted_N), 50_000)
+    log_q_NB = torch.full((65,), (1 - q_tail) / 64).log()
+    log_q_NB[-1] = torch.tensor(q_tail).log()
+    got_N = (log_p_NB.exp() * (log_p_NB - log_q_NB)).sum(-1)
+    torch.testing.assert_close(got_N, want.expand(3).to(got_N.dtype), rtol=2e-3, atol=1e-5)
+
+
+def test_a_tail_below_float32s_range_still_has_its_gradient() -> None:
+    """A student whose tail has underflowed is pulled back: softmax within the tail times (q_tail - p_tail)."""
+    student_NV = torch.randn(4, 30)
+    student_NV[:, 5] = 300.0
+    teacher_NV = torch.randn(4, 30)
+    leaf_NV = student_NV.clone().requires_grad_()
+    rows = dense.rows_of(teacher_NV, 3)
+    rows = dataclasses.replace(rows, ids_NK=torch.tensor([[5, 6, 7]] * 4))
+    got = head_loss(leaf_NV, torch.eye(30), torch.zeros(4, dtype=torch.long), rows, [KD])
+    (gradient_NV,) = torch.autograd.grad(got.total, leaf_NV)
+    assert rows.logprobs_NK is not None
+    p_tail_N = 1 - rows.logprobs_NK.exp().sum(-1)
+    tail = [i for i in range(30) if i not in (5, 6, 7)]
+    want_NV = -p_tail_N[:, None] * student_NV[:, tail].softmax(-1)
+    torch.testing.assert_close(gradient_NV[:, tail], want_NV, rtol=1e-4, atol=1e-7)

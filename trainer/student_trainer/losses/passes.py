@@ -6,8 +6,8 @@ a divergence (K ids, and perhaps the tail), and g_b = d value / d log q_b. With 
     d value / d z_j = (1/T) (g_b(j) q_j / q_b(j) - q_j sum_b g_b),
 
 so outside the support the gradient is one number a row times the softmax, and inside it is K numbers a row: no second
-array of the vocabulary's width is needed. The student's tail mass is summed over the tail itself, with the K entries
-taken out, and so are the K entries of the gradient: one minus the sum would lose all digits of a small tail.
+array of the vocabulary's width is needed. The K logits are taken out before the sweeps (`sweeps`), so the student's
+tail is summed and softened by itself: one minus the rest would lose all digits of a small tail.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.sampled import sampled_cross_entropy
 from student_trainer.losses.skewed_kl import skewed_kl, skewed_reverse_kl
 from student_trainer.losses.supports import LOG_FLOOR, SupportRows, read_support, renormalised, with_tail
+from student_trainer.losses.sweeps import HOLE, sweep_in, sweep_out
 from student_trainer.losses.terms import Term
 from student_trainer.losses.tvd import tvd
 
@@ -38,6 +39,10 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Term], tuple[Tensor, Tensor]]] 
     "tvd": tvd,
     "sampled": sampled_cross_entropy,
 }
+
+
+# The least log-probability of a student's tail: of an empty one, when every id is in the support.
+LOG_NOTHING = -1e4
 
 
 @dataclass(frozen=True)
@@ -63,30 +68,24 @@ class Block:
 
 @dataclass(frozen=True)
 class _Student:
-    """The student at a pass's temperature. `q_NW` loses its entries at the support's ids, see `_support_terms`."""
+    """The student at a pass's temperature: log-probabilities of the support's ids and of all the rest together."""
 
-    z_NW: Tensor
-    q_NW: Tensor
-    lse_N: Tensor
-    temperature: float
-
-    def logprobs(self, ids_NK: Tensor) -> Tensor:
-        return self.z_NW.gather(1, ids_NK) / self.temperature - self.lse_N[:, None]
+    support: SupportRows
+    log_q_NK: Tensor
+    log_tail_N: Tensor
 
 
 @dataclass
 class _Push:
-    """A pass's gradient by z / T in parts: everywhere and outside the support (both times q), at its ids, at the label.
+    """A pass's gradient by z / T in parts: everywhere (times q), on the tail (times q within it), at ids, at the label.
 
-    `bare_q_N`: see `_support_terms`.
+    The term that puts a slope g on the tail's bucket adds g to `tail_N`; see the module's formula.
     """
 
     spread_N: Tensor
     tail_N: Tensor
     at_label_N: Tensor
-    ids_NK: Tensor | None = None
     at_NK: Tensor | None = None
-    bare_q_N: Tensor | None = None
 
 
 def plan_passes(terms: Sequence[Term], vocab_size: int, shared_vocab: int) -> tuple[Pass, ...]:
@@ -110,28 +109,67 @@ def run_pass(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Values [N] by term name, in nats, 0 on rows that do not count; and the weighted gradient [N, width] by z.
 
-    The gradient is written into `out_NV` where that is given and the pass is as wide; it may be `z_NV` itself.
+    The gradient is written into `out_NV` where that is given and the pass is as wide; it may be `z_NV` itself, whose
+    logits are otherwise as before when the pass is done.
     """
     z_NW = z_NV[:, : job.width]
     if job.support == "full":
         return _dense_pass(job, z_NW, block, wants_grad)
-    student = _soften(z_NW, job.temperature)
-    nothing_N = torch.zeros_like(student.lse_N)
+    out_NW = out_NV if out_NV is not None and out_NV.shape == z_NW.shape else None
+    label_N1 = block.labels_N.clamp_min(0)[:, None]
+    z_label_N = z_NW.gather(1, label_N1)[:, 0]
+    support, z_NK = _take_out(job, z_NW, block)
+    swept = sweep_in(z_NW, job.temperature)
+    nothing_N = torch.zeros_like(swept.lse_N)
     push = _Push(nothing_N, nothing_N.clone(), nothing_N.clone())
-    values = _label_terms(job, student, block, push)
-    if job.terms:
+    lse_N, student = _normalise(job, swept.lse_N, support, z_NK)
+    values = _label_terms(job, z_label_N - lse_N, block, push)
+    if student is not None:
         values |= _support_terms(job, student, block, push)
-    if not wants_grad:
-        return values, None
-    return values, _assemble(job, student, block, push, out_NV if z_NW.shape == z_NV.shape else None)
+    gradient_NW = None
+    if wants_grad:
+        row_N = push.spread_N if student is None else push.spread_N * student.log_tail_N.exp() + push.tail_N
+        gradient_NW = sweep_out(swept, z_NW, job.temperature, row_N / job.temperature, out_NW)
+        if student is not None and push.at_NK is not None:
+            gradient_NW.scatter_add_(1, student.support.ids_NK, push.at_NK / job.temperature)
+        if job.label_terms:
+            gradient_NW.scatter_add_(1, label_N1, push.at_label_N[:, None])
+    overwritten = gradient_NW is not None and out_NW is not None and out_NW.data_ptr() == z_NW.data_ptr()
+    if support is not None and z_NK is not None and not overwritten:
+        z_NW.scatter_(1, support.ids_NK, z_NK)
+    return values, gradient_NW
 
 
-def _label_terms(job: Pass, student: _Student, block: Block, push: _Push) -> dict[str, Tensor]:
+def _take_out(job: Pass, z_NW: Tensor, block: Block) -> tuple[SupportRows | None, Tensor | None]:
+    """The teacher's support and the student's logits there, which leave `z_NW`; a row without a live id keeps them."""
+    if not job.terms:
+        return None, None
+    assert block.teacher is not None and job.support is not None
+    counted_N = torch.stack([block.counted[term.name] for term in job.terms]).any(0)
+    support = read_support(block.teacher, job.support, job.temperature, job.width, counted_N)
+    z_NK = z_NW.gather(1, support.ids_NK)
+    z_NW.scatter_(1, support.ids_NK, torch.where(support.live_NK.any(-1, keepdim=True), HOLE, z_NK))
+    return support, z_NK
+
+
+def _normalise(
+    job: Pass, rest_N: Tensor, support: SupportRows | None, z_NK: Tensor | None
+) -> tuple[Tensor, _Student | None]:
+    """lse(z / T) over all, from that of the rest and the logits that were taken out; and the student relative to it."""
+    if support is None or z_NK is None:
+        return rest_N, None
+    z_NK = torch.where(support.live_NK, z_NK / job.temperature, HOLE)
+    lse_N = torch.logaddexp(rest_N, z_NK.logsumexp(-1))
+    log_q_NK = torch.where(support.live_NK, z_NK - lse_N[:, None], LOG_FLOOR)
+    return lse_N, _Student(support, log_q_NK, (rest_N - lse_N).clamp_min(LOG_NOTHING))
+
+
+def _label_terms(job: Pass, log_q_label_N: Tensor, block: Block, push: _Push) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for term in job.label_terms:
         counted_N = block.counted[term.name]
-        weight_N = _weight(term, counted_N, student.lse_N)
-        value_N, slope_N = cross_entropy(student.logprobs(block.labels_N.clamp_min(0)[:, None])[:, 0])
+        weight_N = _weight(term, counted_N, log_q_label_N)
+        value_N, slope_N = cross_entropy(log_q_label_N)
         values[term.name] = torch.where(counted_N, value_N, 0.0)
         push.spread_N -= weight_N * slope_N
         push.at_label_N += weight_N * slope_N
@@ -139,65 +177,41 @@ def _label_terms(job: Pass, student: _Student, block: Block, push: _Push) -> dic
 
 
 def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> dict[str, Tensor]:
-    """The terms on the pass's support. Leaves zeros in `student.q_NW` at the support's ids.
-
-    A row without a live id has its zero at id 0, which there belongs to the tail: `push.bare_q_N` remembers it.
-    """
-    assert block.teacher is not None and job.support is not None
-    counted_N = torch.stack([block.counted[term.name] for term in job.terms]).any(0)
-    support = read_support(block.teacher, job.support, job.temperature, job.width, counted_N)
-    log_q_NK = torch.where(support.live_NK, student.logprobs(support.ids_NK), LOG_FLOOR)
-    bare_q_N = torch.where(support.live_NK.any(-1), 0.0, student.q_NW[:, 0])
-    student.q_NW.scatter_(1, support.ids_NK, 0.0)
-    tail_q_N = (student.q_NW.sum(-1) + bare_q_N).clamp_min(torch.finfo(torch.float32).tiny)
-    at_NK = torch.zeros_like(log_q_NK)
+    live_NK = student.support.live_NK
+    at_NK = torch.zeros_like(student.log_q_NK)
     values: dict[str, Tensor] = {}
     for term in job.terms:
         counted_N = block.counted[term.name]
-        weight_N = _weight(term, counted_N, tail_q_N)
+        weight_N = _weight(term, counted_N, at_NK)
         if term.support != "sampled" and term.tail == "renormalise":
-            value_N, slope_NK = _given_support(term, support, log_q_NK)
+            value_N, slope_NK = _given_support(term, student)
         else:
-            value_N, total_N, slope_NK, slope_tail_N = _with_the_rest(term, support, log_q_NK, tail_q_N, job.width)
+            value_N, total_N, slope_NK, slope_tail_N = _with_the_rest(term, student, job.width)
             push.spread_N -= weight_N * total_N
-            push.tail_N += weight_N * slope_tail_N / tail_q_N
+            push.tail_N += weight_N * slope_tail_N
         at_NK += weight_N[:, None] * slope_NK
         values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
-    push.ids_NK, push.bare_q_N = support.ids_NK, bare_q_N
-    push.at_NK = torch.where(support.live_NK, at_NK + log_q_NK.exp() * push.spread_N[:, None], 0.0)
+    push.at_NK = torch.where(live_NK, at_NK + student.log_q_NK.exp() * push.spread_N[:, None], 0.0)
     return values
 
 
-def _given_support(term: Term, support: SupportRows, log_q_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _given_support(term: Term, student: _Student) -> tuple[Tensor, Tensor]:
     """(value_N, gradient_NK) of a divergence between the two distributions given that the token is in the support."""
-    log_p_NK, log_q_NK = (renormalised(x, support.live_NK) for x in (support.logprobs_NK, log_q_NK))
+    live_NK = student.support.live_NK
+    log_p_NK, log_q_NK = (renormalised(x, live_NK) for x in (student.support.logprobs_NK, student.log_q_NK))
     value_N, slope_NK = DIVERGENCES[term.kind](log_p_NK, log_q_NK, term)
     gradient_NK = slope_NK - log_q_NK.exp() * slope_NK.sum(-1, keepdim=True)
-    return torch.where(support.live_NK.any(-1), value_N, 0.0), gradient_NK
+    return torch.where(live_NK.any(-1), value_N, 0.0), gradient_NK
 
 
-def _with_the_rest(
-    term: Term, support: SupportRows, log_q_NK: Tensor, tail_q_N: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _with_the_rest(term: Term, student: _Student, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(value, sum of slopes, slopes at the ids, slope of the tail) of a divergence over the whole vocabulary's mass."""
     if term.support == "sampled":
-        value_N, slope_NK = DIVERGENCES[term.kind](support.logprobs_NK, log_q_NK, term)
+        value_N, slope_NK = DIVERGENCES[term.kind](student.support.logprobs_NK, student.log_q_NK, term)
         return value_N, slope_NK.sum(-1), slope_NK, torch.zeros_like(value_N)
-    log_q_NB = torch.cat([log_q_NK, tail_q_N.log()[:, None]], 1)
-    value_N, slope_NB = DIVERGENCES[term.kind](with_tail(support, width), log_q_NB, term)
+    log_q_NB = torch.cat([student.log_q_NK, student.log_tail_N[:, None]], 1)
+    value_N, slope_NB = DIVERGENCES[term.kind](with_tail(student.support, width), log_q_NB, term)
     return value_N, slope_NB.sum(-1), slope_NB[:, :-1], slope_NB[:, -1]
-
-
-def _assemble(job: Pass, student: _Student, block: Block, push: _Push, out_NW: Tensor | None) -> Tensor:
-    """The gradient by z. All that is as wide as the vocabulary happens in one product."""
-    outside_N = (push.spread_N + push.tail_N) / job.temperature
-    gradient_NW = torch.mul(student.q_NW, outside_N[:, None], out=student.q_NW if out_NW is None else out_NW)
-    if push.ids_NK is not None and push.at_NK is not None and push.bare_q_N is not None:
-        gradient_NW.scatter_add_(1, push.ids_NK, push.at_NK / job.temperature)
-        gradient_NW[:, 0] += push.bare_q_N * outside_N
-    if job.label_terms:
-        gradient_NW.scatter_add_(1, block.labels_N.clamp_min(0)[:, None], push.at_label_N[:, None])
-    return gradient_NW
 
 
 def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -221,9 +235,3 @@ def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tupl
 def _weight(term: Term, counted_N: Tensor, like: Tensor) -> Tensor:
     """What the term's value counts in the total, row by row."""
     return counted_N.to(like.dtype) * (term.coefficient * term.squared)
-
-
-def _soften(z_NW: Tensor, temperature: float) -> _Student:
-    """softmax(z / T) and lse(z / T). The largest entry gives the lse: torch.logsumexp costs a second pass of exp."""
-    q_NW = torch.softmax(z_NW if temperature == 1.0 else z_NW / temperature, -1)
-    return _Student(z_NW, q_NW, z_NW.amax(-1) / temperature - q_NW.amax(-1).log(), temperature)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from student_trainer.losses.rows import TeacherRows
 
-# The least tail mass of a teacher whose support is not the whole vocabulary. The logprobs come rounded to fp16, so one
-# minus their sum is zero or below on peaked rows, where a divergence with log p of the tail would be infinite.
+# The least tail mass, where no smaller bound is known. The logprobs come rounded to fp16, so one minus their sum is
+# zero or below on peaked rows, where a divergence with log p of the tail would be infinite.
 TAIL_FLOOR = 1e-7
+# Above the relative error of any probability that fp16's rounding of its logarithm brings (1.6 % at e^-32).
+ROUNDING = 1.02
 # The logarithm of nothing: small enough that its exponential vanishes beside any probability, and yet finite.
 LOG_FLOOR = -87.0
 
@@ -28,13 +30,14 @@ class SupportRows:
 
     `live_NK` is False for padding, for ids that the student has not, and on rows that do not count; there `ids_NK`
     repeats the row's first live id, or 0 where it has none. `logprobs_NK` is LOG_FLOOR there. `outside_N` is the mass
-    on named ids that the student has not.
+    on named ids that the student has not, `most_N` the most that any id which is not named can have.
     """
 
     ids_NK: Tensor
     live_NK: Tensor
     logprobs_NK: Tensor
     outside_N: Tensor
+    most_N: Tensor
 
 
 def read_support(rows: TeacherRows, support: str, temperature: float, width: int, counted_N: Tensor) -> SupportRows:
@@ -43,6 +46,7 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
     named_NK = counted_N[:, None] & (logprobs_NK > LOG_FLOOR)
     live_NK = named_NK & (ids_NK < width)
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
+    least_N = torch.where(counted_N[:, None], logprobs_NK, LOG_FLOOR).amin(-1)
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)
     spare_N1 = torch.where(live_NK.any(-1, keepdim=True), ids_NK.gather(1, first_N1), 0)
     return SupportRows(
@@ -50,18 +54,21 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
         live_NK=live_NK,
         logprobs_NK=torch.where(live_NK, logprobs_NK, LOG_FLOOR),
         outside_N=outside_N,
+        most_N=least_N.exp() * ROUNDING if support == "top_k" else torch.ones_like(outside_N),
     )
 
 
 def with_tail(support: SupportRows, width: int) -> Tensor:
     """Log-probabilities [N, K + 1] that sum to one: the support's ids, then all the rest in one bucket.
 
-    Rounding may have pushed the sum over the support past one; the buckets are then scaled back, so that a student
-    equal to the teacher stands at a minimum and not on a slope.
+    One minus the sum over the support carries the rounding of all its logprobs, which on peaked rows is many times the
+    tail. It is bounded by what the ids not named can have at most: on the largest K, that is the least of them each.
+    Where rounding has pushed the sum past one the buckets are scaled back, so that a student equal to the teacher
+    stands at a minimum and not on a slope.
     """
     mass_N = torch.where(support.live_NK, support.logprobs_NK.exp(), 0.0).sum(-1)
-    whole_N = support.live_NK.sum(-1) >= width
-    tail_N = torch.where(whole_N, 0.0, (1.0 - mass_N - support.outside_N).clamp_min(TAIL_FLOOR))
+    tail_N = (1.0 - mass_N - support.outside_N).clamp_min(TAIL_FLOOR)
+    tail_N = torch.minimum(tail_N, support.most_N * (width - support.live_NK.sum(-1)))
     log_tail_N = tail_N.log().clamp_min(LOG_FLOOR)
     return torch.cat([support.logprobs_NK, log_tail_N[:, None]], 1) - (mass_N + tail_N).log()[:, None]
 
