@@ -52,7 +52,7 @@ Service = Annotated[TeacherService, Depends(service_of)]
 
 
 @router.post(
-    "/v1/targets", response_class=Response, openapi_extra=openapi.TARGETS,
+    "/v1/targets", response_class=Response,
     responses={**errors(*POSTING), 200: openapi.TARGETS_ANSWER},
 )  # fmt: skip
 async def post_targets(request: Request, student: Student, service: Service) -> Response:
@@ -69,7 +69,7 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
 
 
 @router.post(
-    "/v1/completions", response_class=Response, openapi_extra=openapi.COMPLETIONS,
+    "/v1/completions", response_class=Response,
     responses={**errors(*POSTING, 404), 200: openapi.COMPLETIONS_ANSWER},
 )  # fmt: skip
 async def post_completions(request: Request, student: Student, service: Service) -> Response:
@@ -152,5 +152,6 @@ async def get_docs() -> Response:
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def get_openapi(request: Request) -> JSONResponse:
-    return JSONResponse(openapi.describe(request.app))
+async def get_openapi(request: Request, service: Service) -> JSONResponse:
+    service.require_started()
+    return JSONResponse(openapi.describe(request.app, service.engine.limits, service.engine.kinds))

@@ -44,7 +44,9 @@ class CompletionRequest(BaseModel):
 
     model: str | None = None
     prompt: Ids | list[Ids] | str | list[str]
-    max_tokens: StrictInt | None = 16
+    max_tokens: StrictInt | None = Field(
+        16, description="0, or 1 for the most likely next token; sampling is not served"
+    )
     prompt_logprobs: StrictInt | None = None
     logprobs: StrictInt | None = None
     echo: StrictBool | None = False
