@@ -7,16 +7,14 @@ Held by a service's routes around all their work; also where draining begins.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from teacher_proto.errors import OverloadedError, QuotaError, StillhouseError
 
-# A student may hold at most this many times what is left free (Choudhury and Hahne, dynamic thresholds, 1998):
-# one alone gets 4/5 of the capacity, two greedy ones 4/9 each, and a newcomer always finds room.
-_SHARE_OF_FREE = 4.0
+# A student counts among those who share for so long after it last asked.
+_ACTIVE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,26 @@ class Permit:
     cost: int
 
 
+@dataclass
+class _Held:
+    """What one student has in the house, and when it last asked."""
+
+    cost: int = 0
+    tokens: int = 0
+    asked_at: float = 0.0
+
+
 class Admission:
-    """Counts permits. All methods run in the event loop's thread and none awaits: a check and its take are one act."""
+    """Counts permits. All methods run in the event loop's thread and none awaits: a check and its take are one act.
+
+    With `shared`, a student may hold a share of the capacity: of those who ask of late, one part more than there are.
+    """
 
     def __init__(self, capacity: int, *, shared: bool, retry_after: RetryAfter):
         self._capacity = capacity
         self._shared = shared
         self._retry_after = retry_after
-        self._by_student: Counter[str] = Counter()
+        self._held: dict[str, _Held] = {}
         self._closed: StillhouseError | None = None
         self.cost = 0
         self.tokens = 0
@@ -49,7 +59,7 @@ class Admission:
 
     def students(self) -> dict[str, int]:
         """Cost held now, by student."""
-        return {student: cost for student, cost in self._by_student.items() if cost > 0}
+        return {student: held.cost for student, held in self._held.items() if held.cost}
 
     def close(self, reason: str) -> None:
         """Let nobody in any more; those inside finish."""
@@ -71,36 +81,49 @@ class Admission:
     def _take(self, student: str, tokens: int, cost: int) -> Permit:
         if self._closed is not None:
             raise OverloadedError(self._closed.message, retry_after=self._closed.retry_after)
+        now = asyncio.get_running_loop().time()
         free = self._capacity - self.cost
-        held = self._by_student[student]
+        held = self._note(student, now)
         # Into an empty house everyone is let, so that a request above the capacity is slow and not impossible.
         if self.cost and cost > free:
             raise OverloadedError(
                 f"the service is full: {self.cost} of {self._capacity} tokens x (K + 1) are taken, this asks {cost}",
                 field="sequences", got=cost, limit=free, retry_after=self._retry_after.seconds(self.tokens),
             )  # fmt: skip
-        if self._shared and held and held + cost > _SHARE_OF_FREE * free:
+        # One part more than there are students, so that a newcomer finds room at once.
+        share = self._capacity // (len(self._held) + 1)
+        if self._shared and held.cost and held.cost + cost > share:
             raise QuotaError(
-                f"{student!r} holds {held} of {self._capacity} tokens x (K + 1) and asks {cost} more: its share is "
-                "used up until some of that is answered",
-                field="sequences", got=held + cost, limit=int(_SHARE_OF_FREE * free),
-                retry_after=self._retry_after.seconds(self.tokens * held // max(1, self.cost)),
+                f"{student!r} holds {held.cost} tokens x (K + 1) and asks {cost} more, with a share of {share} of "
+                f"{self._capacity}: come again when some of that is answered", field="sequences",
+                got=held.cost + cost, limit=share,
+                retry_after=self._retry_after.seconds(held.tokens * len(self._held)),
             )  # fmt: skip
-        self._by_student[student] += cost
+        held.cost += cost
+        held.tokens += tokens
         self.cost += cost
         self.tokens += tokens
         self.permits += 1
         self.empty.clear()
         return Permit(student, tokens, cost)
 
+    def _note(self, student: str, now: float) -> _Held:
+        """The account of a student who asks; those who hold nothing and have not asked of late are struck off."""
+        held = self._held.setdefault(student, _Held())
+        held.asked_at = now
+        gone = [name for name, other in self._held.items() if not other.cost and now - other.asked_at > _ACTIVE_S]
+        for name in gone:
+            del self._held[name]
+        return held
+
     def _give_back(self, permit: Permit) -> None:
-        self._by_student[permit.student] -= permit.cost
-        if not self._by_student[permit.student]:
-            del self._by_student[permit.student]
+        held = self._held[permit.student]
+        held.cost -= permit.cost
+        held.tokens -= permit.tokens
         self.cost -= permit.cost
         self.tokens -= permit.tokens
         self.permits -= 1
-        assert self.cost >= 0 and self.permits >= 0
+        assert self.cost >= 0 and self.permits >= 0 and held.cost >= 0
         if not self.permits:
             self.empty.set()
 

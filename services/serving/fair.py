@@ -78,9 +78,9 @@ class FairQueue:
             self.window = max(1, self.window // 2)
 
     def recover(self) -> None:
-        """Work succeeded: go a hundredth of the way back to the full window."""
+        """Work succeeded: go a thousandth of the way back to the full window."""
         if self.window < self._full_window:
-            self.window = min(self._full_window, self.window + max(1, self._full_window // 100))
+            self.window = min(self._full_window, self.window + max(1, self._full_window // 1000))
 
     def _dispatch(self) -> None:
         while (lane := self._next_lane()) is not None:

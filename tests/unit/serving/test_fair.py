@@ -129,6 +129,6 @@ async def test_the_window_halves_and_recovers() -> None:
         queue.halve(ticket)
         queue.halve(ticket)
         assert queue.window == expected
-    for _ in range(100):
+    for _ in range(1000):
         queue.recover()
     assert queue.window == 1000
