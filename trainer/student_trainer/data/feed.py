@@ -93,7 +93,9 @@ class Feed:
         with self._lock:
             if self._closed:
                 raise ValueError(f"source {self.source.name!r} is closed")
-            if address not in self._blocks:
+            held = self._blocks.get(address)
+            failed = held is not None and held.done() and held.exception() is not None
+            if held is None or failed:  # a failure is not for ever: asking again tries again
                 self._blocks.clear()
                 self._request(address)
             while next(iter(self._blocks)) != address:
