@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+
 from student_trainer.data.documents import RawDocument
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.mixture import Cursor
 from student_trainer.data.settings import DataSettings, SourceSettings
 from student_trainer.data.tokenise import Tokeniser, plain_backend
-
 from tests.unit.data.making import inline, tokenizer
 
 AHEAD = 3
