@@ -85,7 +85,7 @@ def reduce_rows(
         if logits_nV is None:
             complete = False
             continue
-        workspace = workspace or Workspace(layout.vocab_size, device)
+        workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND))
         for a in range(start, stop, workspace.rows):
             b = min(a + workspace.rows, stop)
             columns = reduce_logits(logits_nV[a - start : b - start], rows.cut(a, b), layout.spec, workspace)
@@ -101,15 +101,15 @@ class Workspace:
     V is rounded up to whole blocks for `top_k`; what is beyond the vocabulary is -inf.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device):
+    def __init__(self, vocab_size: int, device: torch.device, most_rows: int):
         import torch
 
         self.block = 32 if vocab_size <= 65_536 else 64
         width = -(-vocab_size // self.block) * self.block
         budget = FLOAT_BYTES.get(device.type, FLOAT_BYTES_ACCELERATOR)
-        self.rows = max(1, min(4096, budget // (4 * width)))
+        self.rows = max(1, min(most_rows, budget // (4 * width)))
         self.vocab_size = vocab_size
-        self.logits = torch.full((self.rows, width), -torch.inf, device=device)
+        self.logits = torch.empty((self.rows, width), device=device)
         self.logprobs = torch.empty((self.rows, width), device=device)
 
 
@@ -124,6 +124,7 @@ def reduce_logits(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspa
     n = len(logits_NV)
     z_NW, logprob_NW = workspace.logits[:n], workspace.logprobs[:n]
     z_NW[:, : workspace.vocab_size].copy_(logits_NV)
+    z_NW[:, workspace.vocab_size :] = -torch.inf
     values_NK, ids_NK = top_k(z_NW, max(spec.top_k, 1), workspace)
     # log_softmax and one subtraction at the largest logit: a fused pass, half the time of logsumexp on a CPU.
     best_N1 = ids_NK[:, :1]
@@ -140,9 +141,8 @@ def reduce_logits(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspa
         columns["gather_logprobs"] = _half(logprob_NW.gather(1, rows.gather_ids_NG))
     if spec.num_samples:
         columns["sampled_ids"] = draw(logprob_NW[:, : workspace.vocab_size], rows, spec)
-    # The logits are not needed any more: their array takes the scaled logprobs. A row of NaN reaches its padding.
+    # The logits are not needed any more: their array takes the scaled logprobs.
     columns["log_z"] = _log_z(logprob_NW, best_N1, spec.temperatures, z_NW)
-    z_NW[:, workspace.vocab_size :] = -torch.inf
     return columns
 
 

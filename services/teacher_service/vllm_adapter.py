@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class TargetsPooler(Pooler):
     def _layout(self, asked: Mapping[str, Any]) -> RowLayout:
         spec = TargetSpec(**{name: _tuple(asked[name]) for name in _SPEC_FIELDS}) if asked else _PROFILE
         if spec.top_k > self._vocab_size:
-            spec = TargetSpec(**{**spec.__dict__, "top_k": self._vocab_size})
+            spec = replace(spec, top_k=self._vocab_size)
         width = self._hidden_size if "hidden" in spec.kinds else 0
         return RowLayout(spec, self._vocab_size, asked.get("gather_width", 0), width)
 

@@ -78,7 +78,7 @@ def test_top_k_by_blocks_is_top_k(n: int, vocab_size: int, block: int, seed: int
     """With any number of ties: the values are those of a full sort, the ids differ and hold them."""
     k = data.draw(st.integers(1, vocab_size))
     logits = torch.randint(levels, (n, vocab_size), generator=torch.Generator().manual_seed(seed)).float()
-    workspace = Workspace(vocab_size, torch.device("cpu"))
+    workspace = Workspace(vocab_size, torch.device("cpu"), n)
     workspace.block = block
     width = -(-vocab_size // 64) * 64
     padded = torch.full((n, width), -torch.inf)
