@@ -123,8 +123,10 @@ def test_rows_that_name_only_foreign_ids_still_give_cross_entropys_gradient() ->
     labels_N[:5] = 0
     rows = dense.rows_of(teacher_NV, 4)
     rows = dataclasses.replace(rows, ids_NK=rows.ids_NK + 64)  # type: ignore[operator]
-    got = head_loss(hidden_ND, weight_VD, labels_N, rows, [CE, KD], shared_vocab=64)
+    within = Term("in", "reverse_kl", 1.0, tail="renormalise")
+    got = head_loss(hidden_ND, weight_VD, labels_N, rows, [CE, KD, within], shared_vocab=64)
     plain = head_loss(hidden_ND, weight_VD, labels_N, None, [CE])
+    assert not bool(got.per_term["in"].any())
     torch.testing.assert_close(got.total, plain.total, rtol=1e-6, atol=1e-6)
     leaves = (hidden_ND, weight_VD)
     for ours, theirs in zip(

@@ -41,10 +41,6 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Term], tuple[Tensor, Tensor]]] 
 }
 
 
-# The least log-probability of a student's tail: of an empty one, when every id is in the support.
-LOG_NOTHING = -1e4
-
-
 @dataclass(frozen=True)
 class Pass:
     """Terms that share one softmax over the first `width` logits at `temperature`, and one support."""
@@ -161,7 +157,7 @@ def _normalise(
     z_NK = torch.where(support.live_NK, z_NK / job.temperature, HOLE)
     lse_N = torch.logaddexp(rest_N, z_NK.logsumexp(-1))
     log_q_NK = torch.where(support.live_NK, z_NK - lse_N[:, None], LOG_FLOOR)
-    return lse_N, _Student(support, log_q_NK, (rest_N - lse_N).clamp_min(LOG_NOTHING))
+    return lse_N, _Student(support, log_q_NK, rest_N - lse_N)
 
 
 def _label_terms(job: Pass, log_q_label_N: Tensor, block: Block, push: _Push) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # What stands in the logits where an id is taken out: its exponential vanishes, and unlike -inf it survives a row of it.
-HOLE = -1e30
+HOLE = -1e20
 
 
 @dataclass(frozen=True)
