@@ -1,0 +1,62 @@
+"""The page of a run: what is in it, and what it does with text that looks like markup."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from student_trainer.report import RunRecord, main, write_report
+
+
+def _write_run(folder: Path, kl: float, token: str = "word") -> Path:
+    folder.mkdir()
+    metrics = [{"step": step, "loss/cross_entropy": 5.0 - step, "grad_norm": 1.0, "wait_share": 0.1} for step in (1, 2)]
+    evaluations = [
+        {"step": step, "prose": {"cross_entropy": 4.0, "kl": kl + 2 - step, "agreement": 0.25 * step, "tokens": 100}}
+        for step in (0, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    (folder / "passage.json").write_text(
+        json.dumps([{"text": token, "teacher": [["a", 0.5]], "student": [["b", 0.5]]}])
+    )
+    return folder
+
+
+def _data(page: str) -> dict:
+    line = next(line for line in page.splitlines() if line.startswith("const data = "))
+    return json.loads(line.removeprefix("const data = ").removesuffix(";"))
+
+
+def test_page_holds_every_figure_of_every_run(tmp_path: Path) -> None:
+    runs = [RunRecord.read(_write_run(tmp_path / "plain", 3.0)), RunRecord.read(_write_run(tmp_path / "taught", 2.0))]
+    write_report(runs, tmp_path / "report.html", title="two runs", facts=[("teacher", "one")])
+    page = (tmp_path / "report.html").read_text()
+    charts = {chart["title"]: chart["series"] for chart in _data(page)["charts"]}
+    assert charts["KL(teacher‖student), held out, prose"] == [
+        {"run": 0, "points": [[0, 5.0], [2, 3.0]]},
+        {"run": 1, "points": [[0, 4.0], [2, 2.0]]},
+    ]
+    assert charts["training cross entropy"][1]["points"] == [[1, 4.0], [2, 3.0]]
+    assert charts["learning rate"] == []
+    assert '<td class="best">2.000</td>' in page and '<td class="best">3.000</td>' not in page
+
+
+def test_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:
+    token = "</script><script>alert(1)</script>"
+    run = RunRecord.read(_write_run(tmp_path / "run", 1.0, token), name="<b>run</b>")
+    write_report([run], tmp_path / "report.html", title="<i>title</i>")
+    page = (tmp_path / "report.html").read_text()
+    assert token not in page and "<b>run</b>" not in page and "<i>title</i>" not in page
+    assert _data(page)["passages"][0]["tokens"][0]["text"] == token
+
+
+def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    write_report([RunRecord.read(_write_run(tmp_path / "run", 1.0))], tmp_path / "report.html", title="alone")
+    page = (tmp_path / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and "src=" not in page and "<link" not in page
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
