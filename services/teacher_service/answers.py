@@ -1,4 +1,4 @@
-"""The road of one sequence inside the service: coalesce, wait for a fair turn, score, check. `app.py` calls `answer`.
+"""The road of one sequence inside the service: look into the store, coalesce, wait for a fair turn, score, check.
 
 Sequences that are asked for while an identical one is on its way wait for that one. It goes when the first of those
 who want it gets a turn, and is aborted when the last of them has left.
@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -22,7 +23,11 @@ from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Engine, Job
 
+if TYPE_CHECKING:
+    from teacher_service.stored import StoredAnswers
+
 log = structlog.get_logger("stillhouse.answers")
+_SETTLING_S = 1.0
 
 
 @dataclass(eq=False)
@@ -40,25 +45,31 @@ class Answers:
 
     def __init__(
         self, engine: Engine, queue: FairQueue, rate: RetryAfter, metrics: Metrics,
-        on_death: Callable[[EngineDeadError], None],
+        on_death: Callable[[EngineDeadError], None], store: StoredAnswers | None = None,
     ):  # fmt: skip
         self._engine = engine
         self._queue = queue
         self._rate = rate
         self._metrics = metrics
         self._on_death = on_death
+        self._store = store
         self._flights: dict[Hashable, _Flight] = {}
         self._aborted: StillhouseError | None = None
         self.last_success = 0.0
 
     @property
     def in_flight(self) -> int:
-        return len(self._flights)
+        return sum(not flight.task.done() for flight in self._flights.values())
 
     async def answer(self, job: Job, student: str) -> TokenTargets:
         """The targets of a job that was admitted. EngineError if the engine failed at it."""
         if self._aborted is not None:
             raise self._aborted
+        if self._store is not None and job_key(job) not in self._flights:
+            stored = await self._store.get(job)
+            if stored is not None:
+                self._count(job, student, "store")
+                return stored
         flight, source = self._board(job, student)
         flight.waiters += 1
         try:
@@ -71,9 +82,12 @@ class Answers:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
                 flight.task.cancel()
+        self._count(job, student, source)
+        return targets
+
+    def _count(self, job: Job, student: str, source: str) -> None:
         self._metrics.tokens.labels(student, source).inc(len(job.tokens_T))
         self._metrics.sequences.labels(student, source).inc()
-        return targets
 
     def abort(self, error: StillhouseError) -> None:
         """End everything that is on its way; those who wait for it get `error`."""
@@ -98,11 +112,16 @@ class Answers:
         return flight, "engine"
 
     def _land(self, key: Hashable, flight: _Flight) -> None:
+        # Read here, since those who waited may all have left; they raise it too, if they have not.
+        if self._store is None or flight.task.cancelled() or flight.task.exception() is not None:
+            self._forget(key, flight)
+        else:
+            # Until it can be found in the store, the answer itself is at hand for those who come.
+            asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, flight)
+
+    def _forget(self, key: Hashable, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        if not flight.task.cancelled():
-            # Read here, since those who waited may all have left; they raise it too, if they have not.
-            flight.task.exception()
 
     async def _score(self, job: Job, student: str, ticket: Ticket) -> TokenTargets:
         queued = time.monotonic()
@@ -126,6 +145,8 @@ class Answers:
             finally:
                 self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
         check_answer(job, targets)
+        if self._store is not None:
+            self._store.put(job, targets)
         self._queue.recover()
         self.last_success = time.monotonic()
         self._rate.count(len(job.tokens_T), self.last_success)

@@ -91,11 +91,7 @@ async def post_completions(request: Request, student: Student, service: Service)
 async def get_teacher(service: Service) -> TeacherInfo:
     """Who the teacher is, what it accepts and what it can answer."""
     service.require_started()
-    engine = service.engine
-    identity = engine.identity
-    return TeacherInfo(
-        identity=identity, fingerprint=identity.fingerprint, limits=engine.limits, kinds=tuple(engine.kinds)
-    )
+    return service.info()
 
 
 @router.get("/v1/head", response_class=FileResponse, responses={**errors(*ASKING, 404), 200: openapi.HEAD_ANSWER})

@@ -5,15 +5,15 @@ Used by the routes in `app.py`. Everything wrong is a RequestError with the fiel
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import Request
 
 from teacher_proto import wire
-from teacher_proto.errors import MalformedError, UnsupportedTypeError, WrongTeacherError
+from teacher_proto.errors import UnsupportedTypeError, WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.requests import Limits, check_request, parse_request
+from teacher_proto.wire_json import decode_json_request
 from teacher_service.asked import Asked
 from teacher_service.replies import check_json_size
 from teacher_service.service import TeacherService
@@ -51,23 +51,8 @@ def media_type(request: Request, *spoken: str) -> str:
 
 
 def decode(body: bytes, content_type: str, limits: Limits) -> dict[str, Any]:
-    """The plain fields of a request. WireError or MalformedError where the bytes are neither."""
-    if content_type == wire.MSGPACK:
-        return wire.decode_request(body, limits)
-    try:
-        fields = json.loads(body, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"the body is not JSON: {error}", field="body") from None
-    if not isinstance(fields, dict):
-        raise MalformedError(f"the body is a JSON {type(fields).__name__}, an object was expected", field="body")
-    return fields
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return fields
+    """The plain fields of a request. WireError where the bytes are neither."""
+    return wire.decode_request(body, limits) if content_type == wire.MSGPACK else decode_json_request(body, limits)
 
 
 def _wants_json(accept: str, content_type: str) -> bool:

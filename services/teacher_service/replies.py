@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
-
-import numpy as np
 
 from serving.streams import Outlet
 from teacher_proto import wire
 from teacher_proto.errors import OutOfRangeError, StillhouseError
 from teacher_proto.targets import TokenTargets
+from teacher_proto.wire_json import json_document
 from teacher_service.asked import Asked
 from teacher_service.service import TeacherService
 
@@ -96,34 +92,15 @@ def _encode(
 
 
 async def document(asked: Asked, service: TeacherService, outlet: Outlet) -> None:
-    """Write the answer as one JSON document: the header's fields, and `sequences` in the order asked."""
-    header = header_of(asked, service)
-    sequences: list[dict[str, Any]] = [{} for _ in range(header.num_sequences)]
-    errors: list[StillhouseError] = []
+    """Write the answer as one JSON document. If every sequence fails, the first error is raised."""
     async with aclosing(outcomes(asked, service)) as results:
-        async for index, outcome in results:
-            if isinstance(outcome, TokenTargets):
-                tensors = {name: json_values(array) for name, array in outcome.tensors().items()}
-                sequences[index] = {"index": index, "start": outcome.start} | tensors
-            else:
-                errors.append(outcome)
-                sequences[index] = {"index": index, "error": outcome.to_json()}
-    if len(errors) == len(sequences):
+        answers = {index: outcome async for index, outcome in results}
+    errors = [answer for answer in answers.values() if isinstance(answer, StillhouseError)]
+    if len(errors) == len(answers):
         raise errors[0]
-    body = {
-        "version": header.version, "request_id": header.request_id, "fingerprint": header.fingerprint,
-        "num_sequences": header.num_sequences, "vocab_size": header.vocab_size, "top_k": header.top_k,
-        "temperatures": list(header.temperatures), "sequences": sequences,
-    }  # fmt: skip
+    body = await asyncio.to_thread(json_document, header_of(asked, service), answers)
     await outlet.start(wire.JSON)
-    await outlet.write(json.dumps(body, allow_nan=False).encode(), last=True)
-
-
-def json_values(array: np.ndarray) -> list[Any]:
-    """Nested lists of an array; NaN, which JSON has not, becomes null."""
-    if array.dtype.kind != "f" or not np.isnan(array).any():
-        return array.tolist()
-    return [None if isinstance(value, float) and math.isnan(value) else value for value in array.tolist()]
+    await outlet.write(body, last=True)
 
 
 def check_json_size(asked: Asked, hidden_width: int) -> None:

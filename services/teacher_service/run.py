@@ -7,7 +7,7 @@ import json
 import shlex
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 from pydantic import ValidationError
@@ -23,6 +23,9 @@ from teacher_service.engine import Engine
 from teacher_service.service import TeacherService
 from teacher_service.settings import EngineName, TeacherSettings
 
+if TYPE_CHECKING:
+    from teacher_service.stored import StoredAnswers
+
 
 def run(settings: TeacherSettings) -> int:
     """Serve until a signal; the exit code. ValueError for what can't be served."""
@@ -36,7 +39,8 @@ def run(settings: TeacherSettings) -> int:
 
 
 async def _serve(settings: TeacherSettings, keys: Keys, tls: TlsFiles | None, listener: socket.socket) -> int:
-    service = TeacherService(ENGINES[settings.engine](settings), settings, keys)
+    engine = ENGINES[settings.engine](settings)
+    service = TeacherService(engine, settings, keys, _store(settings))
     process = Process(service, settings.drain_time)
     service.on_death = process.died
     context, watched = None, []
@@ -53,6 +57,14 @@ async def _serve(settings: TeacherSettings, keys: Keys, tls: TlsFiles | None, li
         print(f"stillhouse-teacher: ready at {url}, {identity.semantic.model}, {identity.fingerprint}", flush=True)
 
     return await process.run(create_app(service), listener, tls=context, watched=watched, on_ready=announce)
+
+
+def _store(settings: TeacherSettings) -> StoredAnswers | None:
+    if settings.store is None:
+        return None
+    from teacher_service.stored import StoredAnswers
+
+    return StoredAnswers(settings.store, settings.store_bytes)
 
 
 def _scripted(settings: TeacherSettings) -> Engine:

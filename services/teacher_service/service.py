@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from serving.fair import FairQueue
 from serving.keys import Keys
 from serving.metrics import Metrics
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
+from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import TargetSpec
 from teacher_service.answers import Answers
 from teacher_service.asked import Asked
@@ -25,6 +27,9 @@ from teacher_service.identify import find_model
 from teacher_service.settings import TeacherSettings
 from teacher_service.status import STEP_S, History, StatusBody, totals
 from teacher_service.text import JsonPieces, Text
+
+if TYPE_CHECKING:
+    from teacher_service.stored import StoredAnswers
 
 State = Literal["loading", "ready", "draining", "dead"]
 _PROBE_TIMEOUT_S = 10.0
@@ -36,7 +41,9 @@ _HIDDEN_WIDTH = 4096
 class TeacherService:
     """`serving.process.Backend` around an engine. `on_death` is told of a dead engine by whoever meets it first."""
 
-    def __init__(self, engine: Engine, settings: TeacherSettings, keys: Keys | None = None):
+    def __init__(
+        self, engine: Engine, settings: TeacherSettings, keys: Keys | None = None, store: StoredAnswers | None = None
+    ):
         self.engine = engine
         self.settings = settings
         self.keys = keys or Keys()
@@ -44,7 +51,8 @@ class TeacherService:
         self.rate = RetryAfter()
         self.admission = Admission(settings.capacity, shared=self.keys.required, retry_after=self.rate)
         self.queue = FairQueue(settings.window)
-        self.answers = Answers(engine, self.queue, self.rate, self.metrics, self._died)
+        self.answers = Answers(engine, self.queue, self.rate, self.metrics, self._died, store)
+        self._store = store
         self.on_death: Callable[[EngineDeadError], None] = lambda error: None
         self.started = False
         self.hidden_width = _HIDDEN_WIDTH
@@ -59,6 +67,8 @@ class TeacherService:
 
     async def start(self) -> None:
         await self.engine.start()
+        if self._store is not None:
+            await self._store.serve(self.info())
         self.started = True
         self._keeping = asyncio.create_task(self._history.keep(lambda: self.queue.waiting_tokens))
 
@@ -79,6 +89,8 @@ class TeacherService:
             self._keeping.cancel()
         self._head.remove()
         await self.engine.close()
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
 
     @property
     def state(self) -> State:
@@ -87,6 +99,13 @@ class TeacherService:
         if not self.started:
             return "loading"
         return "draining" if self.admission.closed else "ready"
+
+    def info(self) -> TeacherInfo:
+        """What `GET /v1/teacher` answers."""
+        identity, engine = self.engine.identity, self.engine
+        return TeacherInfo(
+            identity=identity, fingerprint=identity.fingerprint, limits=engine.limits, kinds=tuple(engine.kinds)
+        )
 
     def status(self) -> StatusBody:
         """What `/v1/status` answers: numbers for people, over the last five minutes."""
@@ -171,4 +190,12 @@ class TeacherService:
         gauge("engine_window_tokens", "Tokens that the engine may be handed", lambda: self.queue.window)
         gauge("in_flight_sequences", "Different sequences on their way", lambda: self.answers.in_flight)
         gauge("tokens_per_second", "Rate of the engine, measured of late", lambda: self.rate.tokens_per_second)
+        if (store := self._store) is not None:
+            for name in ("entries", "bytes", "hits", "misses", "evicted", "damaged", "refused"):
+                gauge(f"store_{name}", f"The target store's {name}", partial(_store_value, store, name))
+            gauge("store_dropped", "Answers not written since too many waited", lambda: store.dropped)
         gauge("ready", "1 when requests are let in", lambda: float(self.started and not self.admission.closed))
+
+
+def _store_value(store: StoredAnswers, name: str) -> float:
+    return float(getattr(store.stats(), name))

@@ -33,6 +33,8 @@ class TeacherSettings(BaseSettings):
     engine_args: str = Field("", description="options for the engine itself; unknown options of this command are added")
     script: str = Field("{}", description="JSON: what the scripted engine is to do")
     keys: Path | None = Field(None, description="file with a line a student: NAME KEY, or NAME sha256:HEX")
+    store: Path | None = Field(None, description="folder of the target store; answers are kept there and found again")
+    store_bytes: int = Field(50 * 2**30, ge=2**20, description="size of the store; the least recently used leave")
     capacity: int = Field(2**26, ge=1, description="tokens x (K + 1) that may be in the house, waiting ones included")
     window: int = Field(16_384, ge=1, description="tokens handed to the engine at a time; turns are shared fairly")
     body_timeout: float = Field(10.0, gt=0, description="seconds for a request's body to arrive, and 1 per 64 KiB")

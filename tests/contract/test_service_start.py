@@ -88,7 +88,8 @@ def test_the_ready_line_is_all_there_is_on_stdout() -> None:
 def test_every_option_has_an_environment_variable_that_the_command_line_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"model": "m", "host": "::1", "port": "7", "engine": "hf", "revision": "abc", "name": "n",
               "dtype": "float16", "max_model_len": "9", "max_top_k": "3", "engine_args": "--device cpu", "script": "{}",
-              "keys": "k", "capacity": "5", "window": "6", "body_timeout": "1.5", "stall_timeout": "2.5",
+              "keys": "k", "store": "s", "store_bytes": "2000000",
+              "capacity": "5", "window": "6", "body_timeout": "1.5", "stall_timeout": "2.5",
               "drain_time": "3.5", "tls_cert": "c", "tls_key": "d", "tls_client_ca": "e", "log_format": "text",
               "log_level": "error"}  # fmt: skip
     assert values.keys() == TeacherSettings.model_fields.keys()

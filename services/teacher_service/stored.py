@@ -1,0 +1,54 @@
+"""The target store as the answer pipeline sees it: read without blocking the event loop, written behind its back.
+
+Made by `service.py` where `--store` is given; `answers.py` asks it first and tells it what the engine computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from teacher_proto.info import TeacherInfo
+from teacher_proto.store import StoreStats, TargetStore
+from teacher_proto.store_writer import StoreWriter
+from teacher_proto.targets import TokenTargets
+from teacher_service.engine import Job
+
+_READERS = 4
+
+
+class StoredAnswers:
+    """One open store and the fingerprint that it is read and written under. ValueError where it can't be opened."""
+
+    def __init__(self, path: Path, max_bytes: int):
+        self._store = TargetStore(path, max_bytes)
+        self._writer = StoreWriter(self._store)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
+        self._fingerprint = ""
+
+    async def serve(self, info: TeacherInfo) -> None:
+        """Say who the teacher is, once that is known."""
+        self._fingerprint = info.fingerprint
+        await asyncio.get_running_loop().run_in_executor(self._readers, self._store.remember, info)
+
+    async def get(self, job: Job) -> TokenTargets | None:
+        assert self._fingerprint, "the store is asked once the teacher is known"
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._store.get, self._fingerprint, job)
+
+    def put(self, job: Job, targets: TokenTargets) -> None:
+        """Have an answer written, in a moment; where too much waits already it is dropped and counted."""
+        self._writer.add(self._fingerprint, job, targets)
+
+    @property
+    def dropped(self) -> int:
+        return self._writer.dropped
+
+    def stats(self) -> StoreStats:
+        return self._store.stats()
+
+    def close(self) -> None:
+        """Write what waits. Blocks for the time of a transaction."""
+        self._writer.close()
+        self._readers.shutdown()
+        self._store.close()
