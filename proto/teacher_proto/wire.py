@@ -17,6 +17,7 @@ import msgpack
 
 from teacher_proto.errors import ChecksumError, StillhouseError, TruncatedError, VersionError, WireError, from_json
 from teacher_proto.targets import TENSORS, TokenTargets, id_dtype
+from teacher_proto.wire_read import Budget, read_message
 from teacher_proto.wire_request import decode_request, encode_request
 from teacher_proto.wire_tensor import ITEM_SIZE, decode_tensor, encode_tensor
 
@@ -31,8 +32,9 @@ _MAX_CONTAINERS_A_MESSAGE = 64
 __all__ = [
     "ITEM_SIZE", "JSON", "MSGPACK", "REQUEST_ID_HEADER", "VERSION",
     "End", "Failure", "Header", "Message", "ResponseDecoder", "Targets",
-    "decode_request", "decode_tensor", "encode_end", "encode_failure", "encode_header", "encode_request",
-    "encode_targets", "encode_tensor", "targets_message",
+    "decode_request", "decode_targets", "decode_tensor",
+    "encode_end", "encode_failure", "encode_header", "encode_request", "encode_targets", "encode_tensor",
+    "targets_message",
 ]  # fmt: skip
 
 
@@ -99,6 +101,14 @@ def encode_failure(index: int | None, error: StillhouseError) -> bytes:
 
 def encode_end(num_sequences: int) -> bytes:
     return msgpack.packb({"type": "end", "num_sequences": num_sequences})
+
+
+def decode_targets(message: bytes) -> Targets:
+    """One `targets` message by itself; its tensors are views of `message`. WireError if it is none."""
+    fields = read_message(message, Budget(containers=_MAX_CONTAINERS_A_MESSAGE, items=1024))
+    if not isinstance(fields, dict) or fields.get("type") != "targets":
+        raise WireError("a targets message was expected")
+    return Targets(_integer(fields, "index"), _decode_targets(fields))
 
 
 class ResponseDecoder:
