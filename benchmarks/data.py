@@ -43,7 +43,7 @@ def main() -> None:
         rows, figures = [], {}
         for name in ("index", "start", "middle", "steady", "one_core", "peer"):
             figures[name] = _run(name, arguments, Path(folder), count)
-            rows.append({"measurement": name, **figures[name]})
+            rows += [{"measurement": name, "figure": figure, "value": value} for figure, value in figures[name].items()]
     one_core = figures["one_core"]["tokens_per_second"]
     report(
         "data",
