@@ -38,7 +38,7 @@ class _TernaryWeight(torch.autograd.Function):
         latent_OI = weight_OI.float()
         inverse = inverse_scale(latent_OI)
         value_OI = (latent_OI * inverse).round_().clamp_(-1, 1).div_(inverse)
-        return torch.lerp(latent_OI, value_OI, blend_.float()).to(weight_OI.dtype)
+        return torch.lerp(latent_OI, value_OI, blend_.float(), out=value_OI).to(weight_OI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -51,7 +51,7 @@ class _Int8Activations(torch.autograd.Function):
         exact_ND = input_ND.float()
         inverse_N1 = 127.0 / exact_ND.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
         value_ND = (exact_ND * inverse_N1).round_().clamp_(-128, 127).div_(inverse_N1)
-        return torch.lerp(exact_ND, value_ND, blend_.float()).to(input_ND.dtype)
+        return torch.lerp(exact_ND, value_ND, blend_.float(), out=value_ND).to(input_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
