@@ -55,12 +55,21 @@ def check_finite(array: np.ndarray, name: str, start: int) -> None:
 def check_log_z(
     log_z_RT: np.ndarray, best_R: np.ndarray, temperatures: Sequence[float], start: int, vocab_size: int
 ) -> None:
-    """The most probable id has a probability of at most 1 and at least 1/V at every temperature."""
+    """The most probable id has a probability of at most 1 and at least 1/V at every temperature; the normaliser is 0 at
+    temperature 1 and grows with temperature, being log sum p**(1/T).
+    """
     for column, temperature in enumerate(temperatures):
         best_at_t_R = best_R.astype(np.float32) / np.float32(temperature) - log_z_RT[:, column]
         slack = MASS_TOLERANCE * (1 + 1 / temperature) + 2.0**-11 * np.abs(best_R.astype(np.float32)) / temperature
         good_R = (best_at_t_R <= slack) & (best_at_t_R >= -np.log(vocab_size) - slack)
+        if temperature == 1:
+            good_R &= np.abs(log_z_RT[:, column]) <= LOGPROB_TOLERANCE
         refuse_rows(~good_R, start, f"log_z: no normaliser of temperature {temperature:g}")
+    if len(temperatures) > 1:
+        rising_RT = log_z_RT[:, np.argsort(temperatures, kind="stable")]
+        slack_RT = LOGPROB_TOLERANCE + 1e-6 * np.abs(rising_RT[:, 1:])
+        falls_R = (rising_RT[:, 1:] < rising_RT[:, :-1] - slack_RT).any(axis=1)
+        refuse_rows(falls_R, start, "log_z: no normaliser of temperature: it does not grow with it")
 
 
 def check_next(
