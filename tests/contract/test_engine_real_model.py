@@ -21,7 +21,7 @@ from teacher_proto.targets import TokenTargets
 from teacher_service.vllm_engine import VllmEngine
 from tests.contract.engine_cases import TEMPERATURES, job
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]
 LENGTHS = (2000, 3, 511, 64, 130)
 SPEC = TargetSpec(kinds=("top_k", "score"), top_k=64, temperatures=TEMPERATURES)
 
