@@ -143,7 +143,8 @@ class RetryAfter:
         return self._rate
 
     def count(self, tokens: int, now: float) -> None:
-        """Note finished work; every second or so the rate moves a third of the way to what was measured."""
+        """Note finished work, by a clock that runs while there is some; every second of it the rate moves a third of
+        the way to what was measured."""
         if self._since is None:
             self._since = now
         self._counted += tokens

@@ -43,6 +43,13 @@ class FairQueue:
         self._lanes: dict[str, _Lane] = {}
         self._now_serving = 0.0
         self._generation = 0
+        self._busy_s = 0.0
+        self._busy_since = 0.0
+
+    def busy_s(self) -> float:
+        """Seconds that work has been running, all in all: the clock by which a rate is measured."""
+        running_for = asyncio.get_running_loop().time() - self._busy_since if self.running else 0.0
+        return self._busy_s + running_for
 
     @property
     def waiting_tokens(self) -> int:
@@ -66,6 +73,8 @@ class FairQueue:
             yield
         finally:
             if ticket.turn.done() and not ticket.turn.cancelled():
+                self._busy_s = self.busy_s()
+                self._busy_since = asyncio.get_running_loop().time()
                 self.running -= ticket.tokens
             ticket.turn.cancel()
             self._dispatch()
@@ -90,6 +99,8 @@ class FairQueue:
             lane.waiting.popleft()
             self._now_serving = lane.served
             lane.served += ticket.tokens
+            if not self.running:
+                self._busy_since = asyncio.get_running_loop().time()
             self.running += ticket.tokens
             ticket.generation = self._generation
             ticket.turn.set_result(None)

@@ -8,12 +8,14 @@ ends it with 70.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import signal
 import socket
 import ssl
 import sys
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import structlog
 from starlette.types import ASGIApp
@@ -63,6 +65,7 @@ class Process:
         self._signalled_again = asyncio.Event()
         self._death: EngineDeadError | None = None
         self._died = asyncio.Event()
+        self._left_while_starting = False
 
     async def run(
         self, app: ASGIApp, listener: socket.socket, *, tls: ssl.SSLContext | None = None,
@@ -85,6 +88,11 @@ class Process:
             await serving
             await self._backend.close()
 
+    @property
+    def left_while_starting(self) -> bool:
+        """Whether a signal came before the backend was ready: a thread may still be loading a model."""
+        return self._left_while_starting
+
     def died(self, error: EngineDeadError) -> None:
         """Told by whoever notices first; the process ends with the first reason."""
         if self._death is None:
@@ -104,6 +112,7 @@ class Process:
         if not start.done():
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
+            self._left_while_starting = True
             log.warning("stopped before it was ready")
             return False
         await start
@@ -173,3 +182,13 @@ class Process:
         finally:
             for wait in waits:
                 wait.cancel()
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End the process without waiting for its threads: one that loads a model can't be stopped, and the interpreter
+    would wait minutes for it. Children are ended first, which its exit would have done."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

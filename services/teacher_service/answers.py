@@ -149,7 +149,7 @@ class Answers:
             self._store.put(job, targets)
         self._queue.recover()
         self.last_success = time.monotonic()
-        self._rate.count(len(job.tokens_T), self.last_success)
+        self._rate.count(len(job.tokens_T), self._queue.busy_s())
         return targets
 
 

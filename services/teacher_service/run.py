@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from serving.http_server import bind
 from serving.keys import Keys
 from serving.logs import set_up_logs
-from serving.process import Process
+from serving.process import Process, leave_at_once
 from serving.reload import Watched
 from serving.tls import TlsFiles
 from teacher_service.app import create_app
@@ -56,7 +56,10 @@ async def _serve(settings: TeacherSettings, keys: Keys, tls: TlsFiles | None, li
         url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
         print(f"stillhouse-teacher: ready at {url}, {identity.semantic.model}, {identity.fingerprint}", flush=True)
 
-    return await process.run(create_app(service), listener, tls=context, watched=watched, on_ready=announce)
+    code = await process.run(create_app(service), listener, tls=context, watched=watched, on_ready=announce)
+    if process.left_while_starting:
+        leave_at_once(code)
+    return code
 
 
 def _store(settings: TeacherSettings) -> StoredAnswers | None:

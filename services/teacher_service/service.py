@@ -23,7 +23,7 @@ from teacher_service.answers import Answers
 from teacher_service.asked import Asked
 from teacher_service.engine import Engine, Job
 from teacher_service.head_file import HeadFile
-from teacher_service.identify import find_model
+from teacher_service.identify import ModelFolder, find_model
 from teacher_service.settings import TeacherSettings
 from teacher_service.status import STEP_S, History, StatusBody, totals
 from teacher_service.text import JsonPieces, Text
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 State = Literal["loading", "ready", "draining", "dead"]
 _PROBE_TIMEOUT_S = 10.0
 _FRESH_S = 1.0
-# What a hidden state is taken to hold for admission, since an engine does not say: 7B models have 4096.
+# What a hidden state is taken to hold for admission where no config says: 7B models have 4096.
 _HIDDEN_WIDTH = 4096
 
 
@@ -56,6 +56,7 @@ class TeacherService:
         self.on_death: Callable[[EngineDeadError], None] = lambda error: None
         self.started = False
         self.hidden_width = _HIDDEN_WIDTH
+        self._folder: ModelFolder | None = None
         self._death: EngineDeadError | None = None
         self._probe: asyncio.Task[None] | None = None
         self._history = History(self.metrics)
@@ -67,6 +68,8 @@ class TeacherService:
 
     async def start(self) -> None:
         await self.engine.start()
+        self._folder = await asyncio.to_thread(_model_folder, self.settings)
+        self.hidden_width = _hidden_width(self._folder)
         if self._store is not None:
             await self._store.serve(self.info())
         self.started = True
@@ -139,10 +142,8 @@ class TeacherService:
         return self._text
 
     def _read_text(self) -> tuple[Text, JsonPieces]:
-        folder = None
-        if self.settings.engine != "scripted":
-            folder = find_model(self.settings.model, revision=self.settings.revision).path
-        text = Text(folder, self.engine.limits.vocab_size)
+        path = self._folder.path if self._folder is not None else None
+        text = Text(path, self.engine.limits.vocab_size)
         return text, JsonPieces(text)
 
     def require_started(self) -> None:
@@ -199,3 +200,13 @@ class TeacherService:
 
 def _store_value(store: StoredAnswers, name: str) -> float:
     return float(getattr(store.stats(), name))
+
+
+def _model_folder(settings: TeacherSettings) -> ModelFolder | None:
+    """The folder that the engine has just loaded from; the scripted engine has none."""
+    return None if settings.engine == "scripted" else find_model(settings.model, revision=settings.revision)
+
+
+def _hidden_width(folder: ModelFolder | None) -> int:
+    config = folder.config if folder is not None else {}
+    return int((config.get("text_config") or config).get("hidden_size", _HIDDEN_WIDTH))

@@ -6,6 +6,7 @@ import asyncio
 import random
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import msgpack
@@ -156,6 +157,14 @@ async def test_a_signal_while_the_model_loads_ends_the_process_at_once() -> None
         teacher.signal()
         assert await asyncio.to_thread(teacher.wait) == 1
         assert time.monotonic() - told < 2
+
+
+async def test_a_signal_while_a_real_model_loads_does_not_wait_for_it(tiny_llama: Path) -> None:
+    with TeacherProcess(str(tiny_llama), "--engine", "hf", wait=False) as teacher:
+        await _until_it_listens(teacher)
+        teacher.signal()
+        assert await asyncio.to_thread(teacher.wait) == 1
+        assert "Traceback" not in teacher.log
 
 
 async def test_a_loading_teacher_lives_and_is_not_ready() -> None:

@@ -121,6 +121,24 @@ async def _note(queue: FairQueue, ticket: Ticket, order: list[str]) -> None:
         order.append("shared")
 
 
+async def test_the_busy_clock_runs_while_there_is_work_and_stands_still_otherwise() -> None:
+    queue = FairQueue(window=100)
+    await asyncio.sleep(0.05)
+    assert queue.busy_s() == 0
+    for _ in range(2):
+        ticket, other = Ticket(10), Ticket(10)
+        queue.join("a", ticket)
+        queue.join("b", other)
+        async with queue.turn(ticket):
+            async with queue.turn(other):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)
+        stopped = queue.busy_s()
+        await asyncio.sleep(0.1)
+        assert queue.busy_s() == stopped
+    assert stopped >= 0.2
+
+
 async def test_the_window_halves_and_recovers() -> None:
     queue = FairQueue(window=1000)
     for expected in (500, 250, 125):
