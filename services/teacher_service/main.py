@@ -2,6 +2,8 @@
 
     stillhouse-teacher HuggingFaceTB/SmolLM2-135M-Instruct --port 8000
     stillhouse-teacher scripted --engine scripted --port 0
+    stillhouse-teacher fill MODEL DATA --store FOLDER       score a data set into a target store, without a server
+    stillhouse-teacher pack export FOLDER PARQUET_FOLDER    a target store as Parquet files; `pack import` back
 
 On stdout comes one line, when requests can be answered: `stillhouse-teacher: ready at URL, MODEL, FINGERPRINT`.
 Logs go to stderr. Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
@@ -16,20 +18,40 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
-    from teacher_service.settings import parse_settings
-
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
-        # Only now the imports that take their time: --help and a misspelt option are answered at once.
-        from teacher_service.run import run
-
-        code = run(settings)
+        code = COMMANDS.get(arguments[0] if arguments else "", _serve)(arguments)
     except ValueError as error:
         print(f"stillhouse-teacher: {error}", file=sys.stderr)
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _serve(arguments: list[str]) -> int:
+    from teacher_service.settings import parse_settings
+
+    settings = parse_settings(arguments)
+    # Only now the imports that take their time: --help and a misspelt option are answered at once.
+    from teacher_service.run import run
+
+    return run(settings)
+
+
+def _fill(arguments: list[str]) -> int:
+    from teacher_service.fill_command import fill_command
+
+    return fill_command(arguments[1:])
+
+
+def _pack(arguments: list[str]) -> int:
+    from teacher_service.pack_command import pack_command
+
+    return pack_command(arguments[1:])
+
+
+COMMANDS = {"fill": _fill, "pack": _pack}
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="stillhouse-teacher",
         description="Serve a language model as a teacher: POST /v1/targets, GET /v1/teacher, /docs.",
         epilog=f"Every option has an environment variable: --max-top-k is {PREFIX}MAX_TOP_K, MODEL is {PREFIX}MODEL. "
-        "With --engine vllm, options that are not listed here go to vLLM: --tensor-parallel-size 2.",
+        "With --engine vllm, options that are not listed here go to vLLM: --tensor-parallel-size 2. "
+        "Without a server: `stillhouse-teacher fill` scores a data set into a target store, `stillhouse-teacher pack` "
+        "makes Parquet of it; each has its --help.",
         allow_abbrev=False,
     )
     for name, field in TeacherSettings.model_fields.items():

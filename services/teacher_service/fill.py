@@ -1,0 +1,172 @@
+"""Scores sequences into a target store without a server: what `stillhouse-teacher fill` does once all is open.
+
+The engine, the reduction and the store are those that the service uses, so what is filled is what would be served.
+Sequences that the store can answer already are passed over: a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import structlog
+
+from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, InvalidTargetsError
+from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import TargetSpec
+from teacher_proto.store import TargetStore
+from teacher_proto.store_entry import sequence_key
+from teacher_proto.store_writer import StoreWriter
+from teacher_proto.targets import TokenTargets, check_targets
+from teacher_service.engine import Engine, Job
+from teacher_service.fill_data import Piece
+
+log = structlog.get_logger("stillhouse.fill")
+
+_SETTLING = 4096
+
+
+@dataclass
+class FillReport:
+    """What a run did, in sequences; `tokens` were scored. `failures` holds the first reasons.
+
+    `lost` entries did not stay: the store was full and let older ones go, or refused them.
+    """
+
+    scored: int = 0
+    skipped: int = 0
+    failed: int = 0
+    lost: int = 0
+    tokens: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+async def fill(
+    engine: Engine,
+    store: TargetStore,
+    pieces: Iterator[Piece],
+    spec: TargetSpec,
+    *,
+    window: int = 16_384,
+    on_progress: Callable[[FillReport], object] = lambda report: None,
+) -> FillReport:
+    """Score `pieces` with a started engine, `window` tokens at a time, and return when all of it is on disk.
+
+    A sequence that the engine fails at is counted and passed over. EngineDeadError ends the run; what was scored
+    until then is kept.
+    """
+    info = TeacherInfo(
+        identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=engine.limits, kinds=engine.kinds
+    )
+    store.remember(info)
+    run, before = _Run(engine, store, spec, info, on_progress), store.stats()
+    began = time.monotonic()
+    try:
+        await run.score_all(pieces, window)
+    finally:
+        await asyncio.to_thread(run.writer.close)
+        after = store.stats()
+        run.report.lost = after.evicted + after.refused - before.evicted - before.refused
+        run.report.seconds = time.monotonic() - began
+    return run.report
+
+
+class _Run:
+    def __init__(
+        self, engine: Engine, store: TargetStore, spec: TargetSpec, info: TeacherInfo,
+        on_progress: Callable[[FillReport], object],
+    ):  # fmt: skip
+        self.report = FillReport()
+        self.writer = StoreWriter(store)
+        self._engine = engine
+        self._store = store
+        self._spec = spec
+        self._info = info
+        self._on_progress = on_progress
+        self._on_way: set[bytes] = set()
+        self._settling: list[bytes] = []
+        self._alone = asyncio.Lock()
+
+    async def score_all(self, pieces: Iterator[Piece], window: int) -> None:
+        running: dict[asyncio.Task[None], int] = {}
+        try:
+            while (job := await asyncio.to_thread(self._next_missing, pieces)) is not None:
+                running[asyncio.create_task(self._score(job))] = len(job.tokens_T)
+                while sum(running.values()) >= window:
+                    await _finish_one(running)
+            while running:
+                await _finish_one(running)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    def _next_missing(self, pieces: Iterator[Piece]) -> Job | None:
+        """The next sequence that the store cannot answer and that is not on its way."""
+        if len(self._settling) > _SETTLING:
+            # What was handed to the writer before it was flushed can be found in the store from now on.
+            settled, self._settling = self._settling, []
+            self.writer.flush()
+            self._on_way.difference_update(settled)
+        for piece in pieces:
+            self.report.bytes_read = piece.bytes_read
+            number = self.report.scored + self.report.skipped
+            job = Job(piece.tokens_T, (0, len(piece.tokens_T)), self._spec, f"fill-{number}")
+            key = sequence_key(self._info.fingerprint, piece.tokens_T)
+            if key not in self._on_way and not self._store.has(self._info.fingerprint, job):
+                self._on_way.add(key)
+                return job
+            self.report.skipped += 1
+            self._on_progress(self.report)
+        return None
+
+    async def _score(self, job: Job) -> None:
+        try:
+            targets = await self._answer(job)
+            await self._keep(job, targets)
+            self.report.scored += 1
+            self.report.tokens += len(job.tokens_T)
+        except EngineDeadError:
+            raise
+        except (EngineError, InvalidTargetsError) as error:
+            self.report.failed += 1
+            self.report.failures = [*self.report.failures, f"{len(job.tokens_T)} tokens: {error}"][:10]
+            log.warning("sequence failed", tokens=len(job.tokens_T), error=str(error))
+        finally:
+            self._settling.append(sequence_key(self._info.fingerprint, job.tokens_T))
+            self._on_progress(self.report)
+
+    async def _answer(self, job: Job) -> TokenTargets:
+        """Checked targets; what did not fit the device beside others is tried once more with fewer of them."""
+        try:
+            targets = await self._engine.score(job)
+        except EngineMemoryError:
+            async with self._alone:
+                targets = await self._engine.score(job)
+        spec = job.spec
+        check_targets(
+            targets, kinds=spec.kinds, rows=job.rows, top_k=spec.top_k, num_temperatures=len(spec.temperatures),
+            vocab_size=self._info.limits.vocab_size, sequence_length=len(job.tokens_T),
+            temperatures=spec.temperatures, num_samples=spec.num_samples or None, hidden_dtype=spec.hidden_dtype,
+            tokens_T=job.tokens_T,
+        )  # fmt: skip
+        return targets
+
+    async def _keep(self, job: Job, targets: TokenTargets) -> None:
+        """Hand over to the writer; the disk's pace is ours where it is the slower one."""
+        fingerprint = self._info.fingerprint
+        if not self.writer.add(fingerprint, job, targets):
+            await asyncio.to_thread(self.writer.flush)
+            if not self.writer.add(fingerprint, job, targets):
+                await asyncio.to_thread(self._store.put, fingerprint, job, targets)
+
+
+async def _finish_one(running: dict[asyncio.Task[None], int]) -> None:
+    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        del running[task]
+        task.result()

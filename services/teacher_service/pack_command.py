@@ -1,0 +1,53 @@
+"""`stillhouse-teacher pack`: a target store as Parquet files, for sharing on a hub, and back. Called by `main.py`.
+
+stillhouse-teacher pack export STORE PARQUET_FOLDER
+stillhouse-teacher pack import STORE PARQUET_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+
+def pack_command(arguments: list[str]) -> int:
+    """Run the command; the exit code: 1 where rows were left out. ValueError in one line for what can't be done."""
+    options = _parser().parse_args(arguments)
+    from teacher_proto.store import TargetStore
+    from teacher_proto.store_parquet import export_parquet, import_parquet
+
+    exporting = options.direction == "export"
+    with TargetStore(options.store, options.store_bytes, readonly=exporting) as store:
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("entries"), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=store.stats().entries if exporting else None)
+            advance = partial(progress.advance, task)
+            if exporting:
+                packed = export_parquet(store, options.folder, on_entry=advance)
+            else:
+                packed = import_parquet(options.folder, store, on_entry=advance)
+        stats = store.stats()
+    print(f"stillhouse-teacher: {packed.entries} entries in {packed.files} files")
+    if left_out := packed.left_out:
+        print(f"stillhouse-teacher: {left_out} rows were left out: they can't be a teacher's answers", file=sys.stderr)
+    if lost := stats.damaged if exporting else stats.evicted + stats.refused:
+        why = "they are damaged" if exporting else "the store is too small; raise --store-bytes"
+        print(f"stillhouse-teacher: {lost} entries were lost: {why}", file=sys.stderr)
+    return 1 if left_out or lost else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse-teacher pack", description="Export a target store to Parquet files, or import such files."
+    )
+    parser.add_argument("direction", choices=("export", "import"))
+    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the target store")
+    parser.add_argument("folder", type=Path, metavar="PARQUET", help="folder of the Parquet files")
+    parser.add_argument("--store-bytes", type=int, default=50 * 2**30, help="size of the store, for import")
+    return parser
