@@ -73,7 +73,7 @@ def go(source: BatchSource, state: MixtureState, stop: int, weights: dict[int, d
     return batches, states
 
 
-@settings(max_examples=600, **QUICK)
+@settings(max_examples=500, **QUICK)
 @given(data=st.data(), config=data_settings(), seed=st.integers(0, 3))
 def test_a_stopped_run_goes_on_as_one_that_was_not(data: st.DataObject, config: DataSettings, seed: int) -> None:
     length = data.draw(st.integers(2, 14), "length")
