@@ -177,7 +177,10 @@ class TeacherClient:
     def _after_failure(self, call: Call, replica: Replica, error: StillhouseError) -> None:
         """Book the failure on the replica and the call; raises where the call ends with it."""
         self.stats.count(error)
-        if isinstance(error, WrongTeacherError):
+        hangs = isinstance(error.__cause__, httpx.ReadTimeout)
+        if isinstance(error, WrongTeacherError) or hangs:
+            # Two more calls that wait for one that hangs would cost two more read timeouts; a probe tells sooner.
+            replica.last_error = error
             self._pool.open(replica)
         elif isinstance(error, (TeacherUnavailableError, WireError)):
             self._pool.failed(replica, error)

@@ -18,7 +18,8 @@ class RetryPolicy:
     """How patient a client is.
 
     `deadline_s` bounds one call with all its retries; `read_timeout_s` is the longest silence inside an answer.
-    A replica's circuit opens after `open_after` failures in a row and is probed at most every `probe_cap_s`.
+    A replica's circuit opens after `open_after` failures in a row, or one silence, and is probed at most every
+    `probe_cap_s`.
     A replica hears a call a second time after a full-jitter backoff, and only while such repeats within the last
     minute stay below `budget_ratio` of the calls or below `budget_floor`. `max_wire_errors` attempts whose bytes
     were not the wire's end a call: something between the two rewrites it.

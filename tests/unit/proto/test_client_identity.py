@@ -138,11 +138,11 @@ async def test_the_canary_is_scored_again_at_every_reconnect() -> None:
     teacher = Replica()
     async with client_of(teacher) as client:
         await client.targets(REQUEST)
-        teacher.faults += [refuse(httpx.ReadTimeout("hangs"))] * 3
+        teacher.faults.append(refuse(httpx.ReadTimeout("hangs")))
         await client.targets(REQUEST)
         assert teacher.canaries == 2
         teacher.noise = 1e-2
-        teacher.faults += [refuse(httpx.ReadTimeout("hangs"))] * 3
+        teacher.faults.append(refuse(httpx.ReadTimeout("hangs")))
         with pytest.raises(WrongTeacherError, match="canary"):
             await client.targets(REQUEST)
 

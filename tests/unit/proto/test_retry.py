@@ -79,17 +79,29 @@ async def test_circuit_opens_after_three_failures_and_closes_after_teacher_and_c
     async with TeacherClient(teacher.url, transport=httpx.MockTransport(handle), timing=clock.timing()) as client:
         await client.teacher()
         log.clear()
-        teacher.faults += [refuse(httpx.ReadTimeout("hangs"))] * 3
+        teacher.faults += [refuse(httpx.ReadError("reset"))] * 3
         await client.targets(REQUEST)
     assert log == ["/v1/targets"] * 3 + ["/v1/teacher", "/v1/targets", "/v1/targets"]
     assert teacher.canaries == 2 and len(teacher.posts) == 4
+
+
+async def test_one_silence_opens_the_circuit_since_each_costs_a_read_timeout() -> None:
+    one, two, clock = Replica("t0"), Replica("t1"), FakeClock()
+    urls = [one.url, two.url]
+    async with TeacherClient(urls, transport=network(one, two), timing=clock.timing()) as client:
+        await client.targets(REQUEST)
+        first, second = (one, two) if one.posts else (two, one)
+        first.down = httpx.ReadTimeout("hangs")
+        for _ in range(20):
+            await client.targets(REQUEST)
+        assert len(second.posts) == 20 and client.stats.errors["teacher_unavailable"] == 1
 
 
 async def test_failures_that_are_not_in_a_row_open_nothing() -> None:
     teacher = Replica()
     async with TeacherClient(teacher.url, transport=network(teacher), timing=FakeClock().timing()) as client:
         for _ in range(5):
-            teacher.faults += [refuse(httpx.ReadTimeout("hangs"))] * 2
+            teacher.faults += [refuse(httpx.ReadError("reset"))] * 2
             await client.targets(REQUEST)
         assert client.stats.probes == 1
 
