@@ -151,8 +151,8 @@ def test_scale_cap_and_bias_reach_value_and_gradient() -> None:
     bias_V = torch.randn(64, dtype=torch.float64, requires_grad=True)
     rows = dense.rows_of(teacher_NV, 6, (2.0,))
     leaves = (hidden_ND, weight_VD, bias_V)
-    for softcap, scale in ((None, 0.25), (6.0, 1.0), (5.0, 1.7)):
-        terms = [CE, KD, REVERSE]
+    # One pass writes its gradient over the logits, two may not; a soft cap needs the logits afterwards.
+    for softcap, scale, terms in ((None, 0.25, [CE, KD]), (6.0, 1.0, [CE, KD]), (5.0, 1.7, [CE, KD, REVERSE])):
         got = head_loss(
             hidden_ND, weight_VD, labels_N, rows, terms, head_bias_V=bias_V, logit_softcap=softcap, logit_scale=scale
         )
@@ -250,3 +250,22 @@ def test_a_tail_below_float32s_range_still_has_its_gradient() -> None:
     tail = [i for i in range(30) if i not in (5, 6, 7)]
     want_NV = -p_tail_N[:, None] * student_NV[:, tail].softmax(-1)
     torch.testing.assert_close(gradient_NV[:, tail], want_NV, rtol=1e-4, atol=1e-7)
+
+
+def test_a_tail_that_rounding_has_swallowed_does_not_make_reverse_kl_infinite() -> None:
+    """On the student's own support nothing bounds the tail; the floor stands in for one that fp16 rounded to none."""
+    share = torch.linspace(0.3, 0.7, 401, dtype=torch.float64)
+    teacher_NV = torch.full((401, 100), -18.0, dtype=torch.float64)
+    teacher_NV[:, 0], teacher_NV[:, 1] = share.log(), (1 - share).log()
+    logprobs_NG = teacher_NV.log_softmax(-1)[:, :2].half()
+    swallowed_N = logprobs_NG.double().exp().sum(-1) >= 1
+    assert bool(swallowed_N.any())
+    student_NV = teacher_NV.clone()
+    student_NV[:, 2:] = -11.5  # a tail of 1e-3
+    rows = TeacherRows(gather_ids_NG=torch.tensor([[0, 1]] * 401), gather_logprobs_NG=logprobs_NG)
+    term = Term("kd", "reverse_kl", 1.0, support="gather")
+    got = head_loss(student_NV, torch.eye(100).double(), torch.zeros(401, dtype=torch.long), rows, [term])
+    ids_NG = torch.tensor([[0, 1]] * 401)
+    p_NB, q_NB = (dense.bucketed(z_NV.softmax(-1), ids_NG, "bucket") for z_NV in (teacher_NV, student_NV))
+    exact_N = dense.divergence(term, p_NB, q_NB)
+    torch.testing.assert_close(got.per_term["kd"][swallowed_N], exact_N[swallowed_N], rtol=0, atol=0.012)

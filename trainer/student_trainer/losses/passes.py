@@ -197,7 +197,7 @@ def _given_support(term: Term, student: _Student) -> tuple[Tensor, Tensor]:
     log_p_NK, log_q_NK = (renormalised(x, live_NK) for x in (student.support.logprobs_NK, student.log_q_NK))
     value_N, slope_NK = DIVERGENCES[term.kind](log_p_NK, log_q_NK, term)
     gradient_NK = slope_NK - log_q_NK.exp() * slope_NK.sum(-1, keepdim=True)
-    return torch.where(live_NK.any(-1), value_N, 0.0), gradient_NK
+    return value_N, gradient_NK
 
 
 def _with_the_rest(term: Term, student: _Student, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
