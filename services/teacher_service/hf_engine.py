@@ -1,6 +1,6 @@
 """The engine for any machine and any model: transformers, one forward pass at a time in a thread of its own.
 
-`main.py` builds it for `--engine hf`; tests take it, in float32, as what the truth is. torch and transformers are
+`run.py` builds it for `--engine hf`; tests take it, in float32, as what the truth is. torch and transformers are
 imported when it starts.
 """
 
@@ -146,16 +146,13 @@ class HfEngine:
         """The job that waits longest, and others of like length up to the batch's tokens, oldest first."""
         self._waiting = [waiting for waiting in self._waiting if not waiting.answer.done()]
         batch: list[_Waiting] = []
-        low = high = 0
+        left: list[_Waiting] = []
         for waiting in self._waiting:
-            length = len(waiting.job.tokens_T)
-            low, high = (min(low, length), max(high, length)) if batch else (length, length)
-            if batch and (low < _LEAST_LENGTH * high or high * (len(batch) + 1) > self._max_batch_tokens):
-                low = min(len(other.job.tokens_T) for other in batch)
-                high = max(len(other.job.tokens_T) for other in batch)
-                continue
-            batch.append(waiting)
-        self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
+            lengths = [len(other.job.tokens_T) for other in (*batch, waiting)]
+            alike = min(lengths) >= _LEAST_LENGTH * max(lengths)
+            fits = max(lengths) * len(lengths) <= self._max_batch_tokens
+            (batch if not batch or (alike and fits) else left).append(waiting)
+        self._waiting = left
         return batch
 
     async def _compute(self, batch: list[_Waiting]) -> None:

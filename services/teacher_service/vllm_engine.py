@@ -39,8 +39,9 @@ class VllmEngine:
 
     `dtype`, `quantization`, `max_model_len`, `gpu_memory_utilization`, the parallel sizes and `vllm_args` are vLLM's
     own options and pass through, but `dtype` "auto" is the checkpoint's own. `head_dtype` is that of the logits'
-    product: "auto" is float32 on a GPU, where it costs nothing, and the model's on a CPU. `kv_cache_bytes` bounds the
-    cache on a CPU (1 GiB if None). `kinds` is without `hidden` where the checkpoint's head can't stand for vLLM's.
+    product: "auto" is float32 on a GPU, where it costs nothing, and the model's on a CPU; a head that is itself
+    quantised needs "model". `kv_cache_bytes` bounds the cache on a CPU (1 GiB if None). `kinds` is without `hidden`
+    where the checkpoint's head can't stand for vLLM's.
     """
 
     kinds: tuple[Kind, ...] = KINDS
@@ -155,6 +156,8 @@ class VllmEngine:
             head = CheckpointHead(folder.weight_files, self.limits.vocab_size, scaling)
             targets = await self.score(Job(tokens_T, (0, _PROBE_LENGTH), spec, "head-probe"))
             await asyncio.to_thread(head.check, targets)
+        except EngineError as error:
+            raise ValueError(f"{folder.name} can't be served: {error}") from error
         except ValueError as error:
             self.kinds = tuple(kind for kind in KINDS if kind != "hidden")
             log.warning("kind hidden is not served: %s", error)
