@@ -1,4 +1,4 @@
-"""Writes a trained ternary student for others to load. Called by `stillhouse-train export RUN --format ...`.
+"""Writes a trained ternary student for others to load. For scripts: `EXPORTS[format](...)`.
 
 - hf: latent weights, to be trained on or quantised while running;
 - bitnet: two bits a weight, which transformers loads with nothing of ours installed;

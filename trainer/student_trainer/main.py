@@ -3,7 +3,6 @@
     stillhouse-train student.checkpoint_path=FOLDER data=text data.sources.text.path=FOLDER teacher.url=http://HOST:PORT
     stillhouse-train check SETTINGS...     say what would run, without training
     stillhouse-train report RUN ...        make the page of a run
-    stillhouse-train export RUN ...        write the student for others to load
 
 Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 stopped by a signal, saved, start it again.
 """
@@ -24,7 +23,6 @@ FAILED, USAGE = 1, 2
 SUBCOMMANDS = {
     "check": "student_trainer.check",
     "report": "student_trainer.report",
-    "export": "student_trainer.export",
 }
 logger = logging.getLogger("stillhouse")
 
