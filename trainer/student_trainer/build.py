@@ -67,8 +67,9 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         place = checkpoint.restore(snapshot, parts.student, optimizer)
         parts.source.check_state(place.mixture)
-        forget_after(folder.path, place.step)
         logger.info("resumed at step %d of %d", place.step, settings.run.steps)
+    # A run that was killed before its first save begins again, and so do its figures.
+    forget_after(folder.path, place.step if snapshot is not None else -1)
     _write_settings(settings, folder)
     checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher))
     stack.callback(checkpoints.close)

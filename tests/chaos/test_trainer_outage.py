@@ -1,0 +1,158 @@
+"""Teachers that die, hang, come back, or come back as somebody else, under a trainer that runs: it waits, goes on with
+the same trace, or stops before it learns anything wrong.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.teacher_process import TeacherProcess
+from tests.trainer_run import (
+    SIGKILL,
+    TrainerProcess,
+    Workshop,
+    final_files,
+    steps_of,
+    teacher_script,
+    trace_of,
+    train,
+    wait_for_step,
+)
+
+STEPS = 30
+# Slow enough that a fault falls between steps, quick enough for a test.
+SLOW = {"delay_s": 0.05}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def arguments(workshop: Workshop, root: Path, *urls: str) -> list[str]:
+    return workshop.settings(
+        root, f"run.steps={STEPS}", "prefetch.depth=1", "checkpoint.every=10", "teacher.read_timeout_s=2",
+        "teacher.say_every_s=1", "teacher.save_after_s=2", f"teacher.url=[{','.join(urls)}]",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("straight")
+    with TeacherProcess(script=teacher_script()) as teacher:
+        assert train(arguments(workshop, root, teacher.url), root / "output.txt") == 0
+    yield root / "run"
+
+
+def assert_same(folder: Path, straight: Path) -> None:
+    assert trace_of(folder) == trace_of(straight)
+    assert final_files(folder, STEPS) == final_files(straight, STEPS)
+
+
+def die(teacher: TeacherProcess) -> None:
+    teacher.signal(SIGKILL)
+    teacher.wait()
+
+
+def again(port: int, **changes: Any) -> TeacherProcess:
+    """A teacher on the port where another one was."""
+    return TeacherProcess(script=teacher_script(**(SLOW | changes)), port=port)
+
+
+@pytest.mark.parametrize("gone_s", [4.0, pytest.param(20.0, marks=pytest.mark.slow)])
+def test_the_only_teacher_dies_and_comes_back_and_the_trace_is_the_same(
+    workshop: Workshop, straight: Path, tmp_path: Path, gone_s: float
+) -> None:
+    with (
+        TeacherProcess(script=teacher_script(**SLOW)) as teacher,
+        TrainerProcess(arguments(workshop, tmp_path, teacher.url), tmp_path / "output.txt") as trainer,
+    ):
+        wait_for_step(tmp_path / "run", 12, trainer)
+        die(teacher)
+        time.sleep(gone_s)
+        assert trainer.running and steps_of(tmp_path / "run")[-1] < STEPS
+        with again(teacher.port):
+            assert trainer.wait() == 0, trainer.text
+    assert "NO TARGETS FOR" in trainer.text and "TRAINING WAITS" in trainer.text
+    assert_same(tmp_path / "run", straight)
+
+
+def test_replicas_that_are_killed_in_turn_cost_nothing_but_time(
+    workshop: Workshop, straight: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(5)
+    replicas = [TeacherProcess(script=teacher_script(**SLOW)) for _ in range(2)]
+    try:
+        urls = [replica.url for replica in replicas]
+        with TrainerProcess(arguments(workshop, tmp_path, *urls), tmp_path / "output.txt") as trainer:
+            for aim in (4, 11, 18):
+                wait_for_step(tmp_path / "run", aim, trainer)
+                time.sleep(draw.uniform(0, 0.2))
+                victim = draw.randrange(2)
+                port = replicas[victim].port
+                die(replicas[victim])
+                replicas[victim].stop()
+                replicas[victim] = again(port)
+            assert trainer.wait() == 0, trainer.text
+    finally:
+        for replica in replicas:
+            replica.stop()
+    assert_same(tmp_path / "run", straight)
+
+
+def test_a_replica_that_hangs_is_left_for_the_other(workshop: Workshop, straight: Path, tmp_path: Path) -> None:
+    with (
+        TeacherProcess(script=teacher_script(**SLOW)) as one,
+        TeacherProcess(script=teacher_script(**SLOW)) as other,
+        TrainerProcess(arguments(workshop, tmp_path, one.url, other.url), tmp_path / "output.txt") as trainer,
+    ):
+        wait_for_step(tmp_path / "run", 5, trainer)
+        one.signal(signal.SIGSTOP)
+        assert trainer.wait() == 0, trainer.text
+        one.signal(signal.SIGCONT)
+    assert_same(tmp_path / "run", straight)
+
+
+def test_another_teacher_behind_the_same_port_stops_the_run_before_it_teaches(
+    workshop: Workshop, straight: Path, tmp_path: Path
+) -> None:
+    with (
+        TeacherProcess(script=teacher_script(**SLOW)) as teacher,
+        TrainerProcess(arguments(workshop, tmp_path, teacher.url), tmp_path / "output.txt") as trainer,
+    ):
+        wait_for_step(tmp_path / "run", 6, trainer)
+        die(teacher)
+        with again(teacher.port, identity={"semantic.weights": '{"scripted": "swapped"}'}):
+            assert trainer.wait() == 2, trainer.text
+    assert "semantic.weights" in trainer.text and "Traceback" not in trainer.text
+    ours, theirs = trace_of(tmp_path / "run"), trace_of(straight)
+    assert ours == theirs[: len(ours)] and len(ours) < STEPS
+
+
+def test_damaged_weights_under_the_same_name_are_caught_at_connect(workshop: Workshop, tmp_path: Path) -> None:
+    with TeacherProcess(script=teacher_script()) as teacher:
+        stopped = [*arguments(workshop, tmp_path, teacher.url), "run.allow_changes=[run.steps]"]
+        assert train([*stopped, "run.steps=4"], tmp_path / "output.txt") == 0
+    with TeacherProcess(script=teacher_script(noise=1e-2)) as damaged:
+        resumed = [*arguments(workshop, tmp_path, damaged.url), "run.allow_changes=[run.steps]", "run.steps=8"]
+        assert train(resumed, tmp_path / "damaged.txt") == 2
+    assert "canary" in (tmp_path / "damaged.txt").read_text()
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def test_the_run_gives_up_after_its_time_and_says_for_how_long_it_waited(workshop: Workshop, tmp_path: Path) -> None:
+    with TeacherProcess(script=teacher_script(**SLOW)) as teacher:
+        given = [*arguments(workshop, tmp_path, teacher.url), "teacher.give_up_after_s=3"]
+        with TrainerProcess(given, tmp_path / "output.txt") as trainer:
+            wait_for_step(tmp_path / "run", 6, trainer)
+            die(teacher)
+            assert trainer.wait() == 2
+    assert "teacher.give_up_after_s is 3" in trainer.text and "Traceback" not in trainer.text
+    assert steps_of(tmp_path / "run")[-1] < STEPS
