@@ -20,6 +20,7 @@ class Ticket:
 
     tokens: int
     generation: int = -1
+    left: bool = False
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -72,12 +73,19 @@ class FairQueue:
             await ticket.turn
             yield
         finally:
-            if ticket.turn.done() and not ticket.turn.cancelled():
-                self._busy_s = self.busy_s()
-                self._busy_since = asyncio.get_running_loop().time()
-                self.running -= ticket.tokens
-            ticket.turn.cancel()
-            self._dispatch()
+            self.leave(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give back a turn, or a place in the queue. `turn` does it; this is for what is cancelled before it begins."""
+        if ticket.left:
+            return
+        ticket.left = True
+        if ticket.turn.done() and not ticket.turn.cancelled():
+            self._busy_s = self.busy_s()
+            self._busy_since = asyncio.get_running_loop().time()
+            self.running -= ticket.tokens
+        ticket.turn.cancel()
+        self._dispatch()
 
     def halve(self, ticket: Ticket) -> None:
         """The engine ran out of memory at this ticket: hand it half as much at a time. Tickets that were served

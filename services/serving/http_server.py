@@ -69,7 +69,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._arm(LINGER_S)
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, answered as our other errors are."""
+        """What is not HTTP, answered as our other errors are; in the midst of an answer only the end is left to say."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+            return
         body = json.dumps(MalformedError(msg, field="request").to_json()).encode()
         head = STATUS_LINE[400] + b"content-type: application/json\r\nconnection: close\r\ncontent-length: "
         self.transport.write(head + str(len(body)).encode() + b"\r\n\r\n" + body)

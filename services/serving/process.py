@@ -86,7 +86,8 @@ class Process:
             watching.cancel()
             server.should_exit = True
             await serving
-            await self._backend.close()
+            if not self._left_while_starting:
+                await self._backend.close()
 
     @property
     def left_while_starting(self) -> bool:

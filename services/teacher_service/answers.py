@@ -63,13 +63,13 @@ class Answers:
 
     async def answer(self, job: Job, student: str) -> TokenTargets:
         """The targets of a job that was admitted. EngineError if the engine failed at it."""
-        if self._aborted is not None:
-            raise self._aborted
+        self._check_open()
         if self._store is not None and job_key(job) not in self._flights:
             stored = await self._store.get(job)
             if stored is not None:
                 self._count(job, student, "store")
                 return stored
+            self._check_open()
         flight, source = self._board(job, student)
         flight.waiters += 1
         try:
@@ -84,6 +84,10 @@ class Answers:
                 flight.task.cancel()
         self._count(job, student, source)
         return targets
+
+    def _check_open(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
 
     def _count(self, job: Job, student: str, source: str) -> None:
         self._metrics.tokens.labels(student, source).inc(len(job.tokens_T))
@@ -112,6 +116,7 @@ class Answers:
         return flight, "engine"
 
     def _land(self, key: Hashable, flight: _Flight) -> None:
+        self._queue.leave(flight.ticket)
         # Read here, since those who waited may all have left; they raise it too, if they have not.
         if self._store is None or flight.task.cancelled() or flight.task.exception() is not None:
             self._forget(key, flight)

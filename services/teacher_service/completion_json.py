@@ -8,6 +8,7 @@ not among the K has rank K + 1: how far below it lies is not known.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,8 @@ def openai_logprobs(
     tokens_T: np.ndarray, targets: TokenTargets, top_k: int, text: Text, as_ids: bool, generated: int | None
 ) -> bytes:
     """OpenAI's `logprobs` object of an echoed prompt, and of the token that follows it where one was `generated`."""
-    strings = [f"token_id:{i}" for i in range(text.vocab_size)] if as_ids else text.strings()
+    name = _namer(text, as_ids)
     tokens = tokens_T.tolist() + ([] if generated is None else [generated])
-    names = [strings[token] for token in tokens]
     values: list[float | None] = [None]
     tops: list[dict[str, float] | None] = [None]
     ids_RK = targets.ids.tolist() if targets.ids is not None else [[]] * len(tokens_T)
@@ -59,20 +59,26 @@ def openai_logprobs(
     for row, token in enumerate(tokens[1:]):
         top = dict(zip(ids_RK[row][:top_k], logprobs_RK[row][:top_k], strict=True))
         came = float(targets.next_logprob[row])
-        value = top.get(token, _LOWEST) if np.isnan(came) else max(round(came, 6), _LOWEST)
+        # The last row has no next token: what is written after it is the most likely one.
+        value = logprobs_RK[row][0] if np.isnan(came) else max(round(came, 6), _LOWEST)
         values.append(value)
         listed = top if token in top else {token: value} | top
-        tops.append({strings[i]: listed_value for i, listed_value in listed.items()})
-    return _object(names, values, tops)
+        tops.append({name(i): listed_value for i, listed_value in listed.items()})
+    return _object([name(token) for token in tokens], values, tops)
 
 
 def next_token_logprobs(targets: TokenTargets, token: int, top_k: int, text: Text, as_ids: bool) -> bytes:
     """OpenAI's `logprobs` of the generated token alone, out of the last row."""
     assert targets.ids is not None and targets.logprobs is not None
-    strings = [f"token_id:{i}" for i in range(text.vocab_size)] if as_ids else text.strings()
+    name = _namer(text, as_ids)
     values = _rounded(targets.logprobs[-1:])[0]
-    top = {strings[i]: lp for i, lp in zip(targets.ids[-1, :top_k].tolist(), values[:top_k], strict=True)}
-    return _object([strings[token]], [values[0]], [top or {strings[token]: values[0]}])
+    top = {name(i): lp for i, lp in zip(targets.ids[-1, :top_k].tolist(), values[:top_k], strict=True)}
+    return _object([name(token)], [values[0]], [top or {name(token): values[0]}])
+
+
+def _namer(text: Text, as_ids: bool) -> Callable[[int], str]:
+    """How a token is written: as text, or as vLLM's `token_id:5`."""
+    return (lambda token: f"token_id:{token}") if as_ids else text.strings().__getitem__
 
 
 def _object(names: list[str], values: list[float | None], tops: list[dict[str, float] | None]) -> bytes:

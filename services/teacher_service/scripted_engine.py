@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,8 @@ class ScriptedEngine:
         self._device = asyncio.Lock()
 
     async def start(self) -> None:
-        await asyncio.sleep(self.script.start_s)
+        # In a thread, which nobody can stop, as real models load.
+        await asyncio.to_thread(time.sleep, self.script.start_s)
         if self.script.die_after_s is not None:
             asyncio.get_running_loop().call_later(self.script.die_after_s, self.die)
 

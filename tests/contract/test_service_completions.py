@@ -94,6 +94,14 @@ def test_one_token_asked_for_is_the_most_likely_one(teacher: TeacherProcess) -> 
     assert alone["token_logprobs"] == [pytest.approx(logprobs_of(IDS)[-1].max(), rel=2e-3, abs=1e-3)]
 
 
+def test_an_echo_ends_with_the_token_that_is_written(teacher: TeacherProcess) -> None:
+    best = logprobs_of(IDS)[-1]
+    for asked in (0, 2):
+        logprobs = complete(teacher, prompt=IDS, max_tokens=1, echo=True, logprobs=asked)["choices"][0]["logprobs"]
+        assert logprobs["tokens"][-1] == f"token_id:{best.argmax()}" and len(logprobs["tokens"]) == len(IDS) + 1
+        assert logprobs["token_logprobs"][-1] == pytest.approx(best.max(), rel=2e-3, abs=1e-3)
+
+
 def test_several_prompts_give_choices_in_their_order(teacher: TeacherProcess) -> None:
     prompts = [[n] * (n + 2) for n in range(1, 20)]
     choices = complete(teacher, prompt=prompts, prompt_logprobs=1)["choices"]

@@ -133,6 +133,17 @@ async def test_abort_answers_all_that_wait_and_all_that_come_later() -> None:
     assert engine.tokens_running == 0 and answers.in_flight == 0
 
 
+async def test_work_that_is_aborted_before_it_began_gives_its_turn_back() -> None:
+    answers, engine, _ = make(window=4)
+    waiting = asyncio.create_task(answers.answer(job(1, 2, 3), "a"))
+    await asyncio.sleep(0)
+    assert answers._queue.running == 3 and engine.jobs_started == 0
+    answers.abort(OverloadedError("the end"))
+    with pytest.raises(OverloadedError):
+        await waiting
+    assert answers._queue.running == 0 and engine.jobs_started == 0
+
+
 @pytest.mark.parametrize("fault", ["nan", "infinite", "missing_row"])
 @pytest.mark.parametrize("kinds", [("top_k",), ("score",)])
 async def test_what_is_not_finite_or_not_whole_does_not_leave_the_house(fault: str, kinds: tuple[str, ...]) -> None:
