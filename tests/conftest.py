@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from teacher_service.hf_engine import HfEngine
     from teacher_service.vllm_engine import VllmEngine
+
+# A busy machine is slow at drawing examples, which says nothing about the code.
+settings.register_profile("stillhouse", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("stillhouse")
 
 
 @pytest.fixture(scope="session")

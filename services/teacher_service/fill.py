@@ -90,6 +90,8 @@ class _Run:
         self._on_way: set[bytes] = set()
         self._settling: list[bytes] = []
         self._alone = asyncio.Lock()
+        self._idle = asyncio.Event()
+        self._computing = 0
 
     async def score_all(self, pieces: Iterator[Piece], window: int) -> None:
         running: dict[asyncio.Task[None], int] = {}
@@ -141,11 +143,11 @@ class _Run:
             self._on_progress(self.report)
 
     async def _answer(self, job: Job) -> TokenTargets:
-        """Checked targets; what did not fit the device beside others is tried once more with fewer of them."""
-        try:
-            targets = await self._engine.score(job)
-        except EngineMemoryError:
+        """Checked targets; what did not fit the device beside others is tried once more by itself."""
+        targets = await self._beside_others(job)
+        if targets is None:
             async with self._alone:
+                await self._idle.wait()
                 targets = await self._engine.score(job)
         spec = job.spec
         check_targets(
@@ -155,6 +157,20 @@ class _Run:
             tokens_T=job.tokens_T,
         )  # fmt: skip
         return targets
+
+    async def _beside_others(self, job: Job) -> TokenTargets | None:
+        """Targets, or None where the device was too small for all at once. Nobody starts while one is tried alone."""
+        async with self._alone:
+            self._computing += 1
+            self._idle.clear()
+        try:
+            return await self._engine.score(job)
+        except EngineMemoryError:
+            return None
+        finally:
+            self._computing -= 1
+            if not self._computing:
+                self._idle.set()
 
     async def _keep(self, job: Job, targets: TokenTargets) -> None:
         """Hand over to the writer; the disk's pace is ours where it is the slower one."""

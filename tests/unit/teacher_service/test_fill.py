@@ -80,8 +80,14 @@ async def test_nonsense_is_not_stored(store: TargetStore, corrupt: str) -> None:
 
 async def test_what_does_not_fit_the_device_together_is_tried_alone(store: TargetStore) -> None:
     report, _ = await run(store, pieces(*range(30)), oom_above_tokens=15, delay_s=0.001)
-    assert report.scored + report.failed == 30 and report.scored >= 20
-    assert all("out of memory" in failure for failure in report.failures)
+    assert (report.scored, report.failed, report.failures) == (30, 0, [])
+
+
+async def test_what_does_not_fit_the_device_alone_fails_alone(store: TargetStore) -> None:
+    large = Piece(np.arange(90, 106), 90)
+    report, _ = await run(store, iter([*pieces(*range(8)), large]), oom_above_tokens=15, delay_s=0.001)
+    assert (report.scored, report.failed) == (8, 1)
+    assert "out of memory" in report.failures[0]
 
 
 async def test_a_dead_engine_ends_the_run_and_loses_nothing(store: TargetStore) -> None:

@@ -131,13 +131,14 @@ def test_whoever_waits_can_be_told_and_can_give_up(thread: EventThread) -> None:
 
 def test_closing_ends_fetches_that_are_under_way(thread: EventThread) -> None:
     targets = Counting(lambda number: 60.0)
+    before = set(threading.enumerate())
     with prefetch(thread, targets, 3) as ahead, pytest.raises(InterruptedError):
         ahead.next(_give_up)
-    deadline = time.monotonic() + 5
-    while targets.running and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while (targets.running or set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert targets.running == 0
-    assert not [t for t in threading.enumerate() if t.name == "prefetch" and t.is_alive()]
+    assert not set(threading.enumerate()) - before
 
 
 def _give_up(waited_s: float) -> None:
