@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -88,7 +89,10 @@ def prepare_with_progress(console: Console) -> None:
 @contextmanager
 def serve_teacher(console: Console) -> Iterator[Teacher]:
     """`stillhouse-teacher` on a free port, ready when entered, ended when left."""
-    command = [str(BIN / "stillhouse-teacher"), str(TEACHER), "--port", "0", "--max-model-len", "1024"]
+    command = [
+        str(BIN / "stillhouse-teacher"), str(TEACHER), "--name", "SmolLM2-135M-Instruct", "--port", "0",
+        "--max-model-len", "1024",
+    ]  # fmt: skip
     console.print(f"[dim]$ {' '.join(command)}[/]")
     with TEACHER_LOG.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -164,15 +168,15 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """What the table says, in a sentence a source; it is allowed to say that distillation lost."""
+    """What the table says, in a sentence a source, with one standard error of the agreement's difference."""
     lines = []
     for source, distilled in summary["arms"]["distilled"]["after"].items():
         plain = summary["arms"]["cross_entropy"]["after"][source]
-        kl, agreement = distilled["kl"] / plain["kl"] - 1, distilled["agreement"] - plain["agreement"]
-        won = kl < 0 < agreement
+        shares, tokens = (plain["agreement"], distilled["agreement"]), distilled["tokens"]
+        error = math.sqrt(sum(share * (1 - share) / tokens for share in shares))
         lines.append(
-            f"{source}: distillation {'wins' if won else 'does not win on both'}: "
-            f"KL {kl:+.1%}, agreement {100 * agreement:+.1f} points, against cross-entropy alone"
+            f"{source}: with the teacher's logits KL changes by {distilled['kl'] / plain['kl'] - 1:+.1%} and agreement "
+            f"by {100 * (shares[1] - shares[0]):+.1f} ± {100 * error:.1f} points, against cross-entropy alone"
         )
     return "\n".join(lines)
 
