@@ -176,7 +176,7 @@ async def test_nonsense_from_the_engine_is_refused_by_service_or_client(corrupt:
 async def test_valid_answers_are_never_refused(teacher: TeacherProcess) -> None:
     generator = np.random.default_rng(0)
     rows = 0
-    async with TeacherClient(teacher.url, policy=QUICK) as client:
+    async with TeacherClient(teacher.url) as client:
         for top_k in (1, 2, 7, 64, 256):
             request = TargetsRequest.model_validate({
                 "sequences": [generator.integers(0, 512, int(n)) for n in generator.integers(1, 400, 40)],
