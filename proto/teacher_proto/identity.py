@@ -56,7 +56,7 @@ class TeacherIdentity(_Frozen):
 
     def difference(self, other: TeacherIdentity) -> list[str]:
         """One line for each field that differs, `semantic.dtype: bfloat16 here, float32 there`."""
-        ours, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        ours, theirs = flatten(self.model_dump()), flatten(other.model_dump())
         return [
             f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
             for name in sorted(ours.keys() | theirs.keys())
@@ -87,11 +87,12 @@ def tokenizer_sha256(token_by_id: Mapping[int, str]) -> str:
     return digest([[i, token_by_id[i]] for i in sorted(token_by_id)])
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted name: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from student_trainer.settings import Settings
+from teacher_proto.identity import flatten
 
 logger = logging.getLogger(__name__)
 Answer = Literal["fixed", "numeric", "free"]
@@ -65,7 +66,7 @@ def answer_for(name: str) -> Answer:
 
 def check_changes(before: Mapping[str, Any], now: Settings) -> None:
     """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed."""
-    old, new = _flat(before), _flat(now.model_dump(mode="json"))
+    old, new = flatten(before), flatten(now.model_dump(mode="json"))
     refused = []
     for name in sorted(old.keys() | new.keys()):
         was, becomes = old.get(name, "absent"), new.get(name, "absent")
@@ -84,13 +85,3 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
             f"the run cannot go on with other settings: {lines}. Set them back, begin anew with another run.id, or "
             f"allow it with run.allow_changes=[{names}]"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
