@@ -19,6 +19,7 @@ PACKAGES = {
     "services/teacher_service": "FastAPI, and the engines behind it",
     "services/attention_service": "FastAPI over an eager model that is cut off above the layer asked for",
     "trainer/student_trainer": "the trainer, a process of its own",
+    "trainer/student_trainer/settings": "what a run is: the one definition of every setting, a file a section",
     "trainer/student_trainer/data": "from sources to packed batches",
     "trainer/student_trainer/targets": "where targets come from, and how they come ahead of time",
     "trainer/student_trainer/losses": "pure functions, a file a family",

@@ -28,7 +28,7 @@ def print_help() -> None:
 
 
 def settings_by_name(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name, in the order of settings.py; members of a named family as `family.NAME`."""
+    """Every setting with its dotted name, in the order of `settings`; members of a named family as `family.NAME`."""
     for name, field in model.model_fields.items():
         member = _model_in(field.annotation)
         if member is None:

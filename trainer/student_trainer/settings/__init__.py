@@ -1,0 +1,67 @@
+"""What a run is, as frozen records: the one definition of every setting, its default and its meaning.
+
+A file a section. Made by `compose` out of YAML and overrides, read by everything. Nothing here imports torch. A name
+that is not here stops the start; `resume.py` says which of these a resumed run may change.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from student_trainer.data.settings import DataSettings
+from student_trainer.settings.distillation import DistillationSettings, TermSettings
+from student_trainer.settings.optim import (
+    GroupSettings,
+    MuonSettings,
+    OptimSettings,
+    QKClipSettings,
+    ScheduleSettings,
+    UndecayedGroupSettings,
+)
+from student_trainer.settings.run import CheckpointSettings, EvaluationSettings, LoggingSettings, RunSettings
+from student_trainer.settings.section import Section
+from student_trainer.settings.student import StudentSettings
+from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
+
+__all__ = [
+    "CheckpointSettings",
+    "DataSettings",
+    "DistillationSettings",
+    "EvaluationSettings",
+    "GroupSettings",
+    "LoggingSettings",
+    "MuonSettings",
+    "OptimSettings",
+    "PrefetchSettings",
+    "QKClipSettings",
+    "RunSettings",
+    "ScheduleSettings",
+    "Settings",
+    "StudentSettings",
+    "TeacherSettings",
+    "TermSettings",
+    "UndecayedGroupSettings",
+]
+
+
+class Settings(Section):
+    """A whole run."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    student: StudentSettings = StudentSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    optim: OptimSettings = OptimSettings()
+    prefetch: PrefetchSettings = PrefetchSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        terms = self.distillation.terms.items()
+        asking = [name for name, term in terms if (term.kind or name) != "cross_entropy"]
+        if self.teacher.kind == "none" and asking:
+            raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
+        return self

@@ -1,0 +1,48 @@
+"""Where a run lives, is saved and evaluated, and its figures go: `run`, `evaluation`, `checkpoint` and `logging`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from student_trainer.settings.section import Names, Section
+
+
+class RunSettings(Section):
+    """Where the run lives, how long it is, and what makes it repeatable."""
+
+    root: str = Field("runs", description="folder of all runs")
+    id: str | None = Field(None, description="this run's folder under root; null: made of the time and a random tail")
+    steps: int = Field(1000, ge=1, description="optimizer updates")
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    resume: Literal["auto", "never", "require"] = Field(
+        "auto", description="what to do about a checkpoint that is there"
+    )
+    allow_changes: Names = Field((), description="settings that may differ from the checkpoint's, by dotted name")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(None, ge=1, description="torch's threads on a CPU; null leaves them as they are")
+
+
+class EvaluationSettings(Section):
+    """The held-out figures."""
+
+    every: int = Field(100, ge=0, description="steps between evaluations, at start and end too; 0: never")
+    top_k: int | None = Field(None, ge=1, description="K of the KL; null: teacher.top_k")
+
+
+class CheckpointSettings(Section):
+    """When the run is saved, and how much is kept."""
+
+    every: int = Field(500, ge=0, description="steps between saves; 0: only at the end and on SIGTERM")
+    keep: int = Field(2, ge=1, description="checkpoints kept, newest first")
+    on_failure: Literal["continue", "stop"] = Field("continue", description="what a save that failed does to the run")
+
+
+class LoggingSettings(Section):
+    """Where figures go beside metrics.jsonl and evaluation.jsonl, which are always written."""
+
+    wandb: Literal["auto", "offline", "off"] = Field("auto", description="auto: online where WANDB_API_KEY is set")
+    project: str = "stillhouse"
+    tensorboard: bool = False
+    progress: Literal["auto", "on", "off"] = Field("auto", description="auto: where the terminal can show it")
