@@ -30,7 +30,7 @@ from student_trainer.resume import check_changes
 from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
-from student_trainer.students.causal import load_causal
+from student_trainer.students.load import load_student, model_behind
 from student_trainer.students.student import Student
 from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.align import MicroBatch, micro_batches
@@ -102,7 +102,7 @@ def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snaps
     tokenizer = load_tokenizer(settings)
     source = BatchSource(settings.data, tokenizer, settings.run.seed)
     stack.callback(source.close)
-    student = load_causal(settings.student, device)
+    student = load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
     return Parts(teacher, tokenizer, source, student)
@@ -110,11 +110,12 @@ def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snaps
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """The student's tokenizer. ValueError if there is none."""
-    name = settings.student.tokenizer or settings.student.checkpoint_path
+    student = settings.student if settings.student.tokenizer else model_behind(settings.student)
+    name = student.tokenizer or student.checkpoint_path
     if not name:
         raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
     try:
-        return AutoTokenizer.from_pretrained(name, revision=settings.student.revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
 

@@ -120,6 +120,14 @@ def newest(root: Path) -> Snapshot | None:
 
 def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> Place:
     """Put a run back to where it was saved."""
+    restore_student(snapshot, student)
+    optimizer.load(snapshot.tensors["optimizer"])
+    randomness.restore(snapshot.tensors["random"], snapshot.state["random"])
+    return Place(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
+
+
+def restore_student(snapshot: Snapshot, student: Student) -> None:
+    """The saved weights and buffers alone. ValueError if they are those of another student."""
     ours = student.tensors()
     saved = snapshot.tensors["model"]
     if ours.keys() != saved.keys() or any(ours[name].shape != saved[name].shape for name in ours):
@@ -130,9 +138,6 @@ def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> Place
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
-    optimizer.load(snapshot.tensors["optimizer"])
-    randomness.restore(snapshot.tensors["random"], snapshot.state["random"])
-    return Place(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
 
 
 def _folders(root: Path) -> list[Path]:

@@ -38,6 +38,7 @@ RULES = (
     Rule("optim.muon.", lambda s: s.optim.kind == "muon_clip", "optim.kind is not muon_clip"),
     Rule("optim.qk_clip.alpha", lambda s: s.optim.qk_clip.tau is not None, "optim.qk_clip.tau is null"),
     Rule("run.threads", lambda s: not s.run.device.startswith("cuda"), "run.device is a GPU"),
+    Rule("student.bitnet.", lambda s: s.student.kind == "bitnet", "student.kind is not bitnet"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
 )
 

@@ -20,10 +20,11 @@ from student_trainer.settings.optim import (
 )
 from student_trainer.settings.run import CheckpointSettings, EvaluationSettings, LoggingSettings, RunSettings
 from student_trainer.settings.section import Section
-from student_trainer.settings.student import StudentSettings
+from student_trainer.settings.student import BitNetSettings, StudentSettings
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
 
 __all__ = [
+    "BitNetSettings",
     "CheckpointSettings",
     "DataSettings",
     "DistillationSettings",
@@ -64,4 +65,10 @@ class Settings(Section):
         asking = [name for name, term in terms if (term.kind or name) != "cross_entropy"]
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
+        warmup = self.student.bitnet.warmup_steps
+        if self.student.kind == "bitnet" and warmup >= self.run.steps:
+            raise ValueError(
+                f"student.bitnet.warmup_steps is {warmup}, run.steps is {self.run.steps}: the student would never be "
+                "ternary; give a warm-up that ends before the run does"
+            )
         return self

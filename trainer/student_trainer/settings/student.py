@@ -6,16 +6,30 @@ from typing import Literal
 
 from pydantic import Field
 
-from student_trainer.settings.section import Section
+from student_trainer.settings.section import Positive, Section
+
+
+class BitNetSettings(Section):
+    """What makes a student ternary. Null: as in the checkpoint if it is ternary already, else the value named."""
+
+    sub_norm: Literal["output", "all", "none"] | None = Field(
+        None, description="SubLN before o_proj and down_proj, before every linear, or nowhere; null: output"
+    )
+    eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
+    quantise_activations: bool | None = Field(None, description="int8 activations beside ternary weights; null: true")
+    warmup_steps: int = Field(0, ge=0, description="steps in which quantisation rises from none to all")
 
 
 class StudentSettings(Section):
     """The model that learns."""
 
-    kind: Literal["causal"] = "causal"
-    checkpoint_path: str = Field("", description="folder or hub name of a Hugging Face causal language model")
+    kind: Literal["causal", "bitnet"] = Field("causal", description="bitnet: its linear layers made ternary")
+    checkpoint_path: str = Field(
+        "", description="a Hugging Face causal language model, by folder or hub name, or the folder of an earlier run"
+    )
     revision: str | None = Field(None, description="hub revision; a commit keeps a run repeatable")
     tokenizer: str | None = Field(None, description="folder or hub name of its tokenizer; null: checkpoint_path")
     compute: Literal["float32", "bfloat16"] = Field("float32", description="autocast dtype; parameters stay float32")
     attention: Literal["auto", "sdpa", "flex"] = Field("auto", description="auto: flex on a GPU, sdpa elsewhere")
     gradient_checkpointing: bool = False
+    bitnet: BitNetSettings = BitNetSettings()

@@ -1,4 +1,4 @@
-"""A ternary student out of any Llama-like Hugging Face model (BitDistill, arXiv 2510.13998). Called by `main`.
+"""A ternary student out of any Llama-like Hugging Face model (BitDistill, arXiv 2510.13998). Used by `bitnet_student`.
 
 `convert_to_bitnet` swaps every linear of the decoder for a `BitLinear`; head and embeddings stay in full precision.
 The latent weights are the original parameters under their original names, so checkpoints and optimizers see the same

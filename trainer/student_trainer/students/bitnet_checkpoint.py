@@ -1,6 +1,6 @@
 """Loads a ternary student from a path: a full-precision model, transformers' own BitNet, or one of our exports.
 
-Called by `main` for `student=bitnet`. What cannot be trained, because only its ternary codes were kept, is refused.
+Called by `bitnet_student`. What cannot be trained, because only its ternary codes were kept, is refused.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 def load_bitnet_student(
     path: str, *, revision: str | None = None, sub_norm: SubNorm | None = None, eps: float | None = None,
-    quantise_activations: bool = True, task: Task = "causal", num_labels: int | None = None,
+    quantise_activations: bool | None = None, task: Task = "causal", num_labels: int | None = None,
     dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa",
 ) -> Any:  # fmt: skip
     """A model whose decoder is ternary and whose latent weights come from `path` (a folder or a hub name).
 
-    A checkpoint that is a BitNet student already decides `sub_norm` and `eps` itself; naming another is an error.
+    A checkpoint that is a BitNet student already decides how it is ternary; naming another value is an error.
     Otherwise None means the defaults of `convert_to_bitnet`. `task` "classification" puts a head of `num_labels`
     classes on the decoder; a head that the checkpoint lacks is initialised at random.
     Raises ValueError for packed or otherwise quantised checkpoints and for settings that contradict the checkpoint.
@@ -45,15 +45,15 @@ def load_bitnet_student(
     if record is None:
         model = factory.from_pretrained(path, config=config, revision=revision, use_safetensors=True, **common)
         return convert_to_bitnet(
-            model, sub_norm=sub_norm or "output", quantise_activations=quantise_activations, eps=eps
+            model, sub_norm=sub_norm or "output", quantise_activations=quantise_activations is not False, eps=eps
         )
-    for name, asked in (("sub_norm", sub_norm), ("eps", eps)):
+    for name, asked in (("sub_norm", sub_norm), ("eps", eps), ("quantise_activations", quantise_activations)):
         if asked is not None and asked != record[name]:
             raise ValueError(f"{path} was trained with {name}={record[name]}, got {asked}; leave it out")
     model = factory.from_config(config, **common)
     own_norms = config.model_type == "bitnet"
     convert_to_bitnet(
-        model, sub_norm=record["sub_norm"], quantise_activations=quantise_activations,
+        model, sub_norm=record["sub_norm"], quantise_activations=record["quantise_activations"],
         eps=None if own_norms or record["sub_norm"] == "none" else record["eps"],
     )  # fmt: skip
     _load_weights(model, _folder_of(path, revision), dtype)
@@ -80,7 +80,7 @@ def _recorded(config: Any, path: str) -> dict[str, Any] | None:
         own_norms = config.model_type == "bitnet"
         eps = config.rms_norm_eps if own_norms else (quantisation or {}).get("rms_norm_eps", 1e-6)
         record = {"sub_norm": "output" if own_norms else normed, "eps": eps}
-    return record
+    return None if record is None else {"quantise_activations": True, **record}
 
 
 def _folder_of(path: str, revision: str | None) -> Path:

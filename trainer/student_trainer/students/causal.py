@@ -1,4 +1,4 @@
-"""A student out of any Hugging Face causal language model. Called by `build`.
+"""A student out of any Hugging Face causal language model. Called by `load`.
 
 The decoder runs on packed rows with attention and positions that stop at document edges; the head is handed to
 `head_loss` as a weight, so that no logits of a whole batch exist.
@@ -51,9 +51,7 @@ def load_causal(settings: StudentSettings, device: torch.device) -> Student:
     transformers_logging.disable_progress_bar()
     if not settings.checkpoint_path:
         raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
-    attention = settings.attention
-    if attention == "auto":
-        attention = "flex" if device.type == "cuda" else "sdpa"
+    attention = attention_for(settings, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             settings.checkpoint_path, revision=settings.revision, dtype=torch.float32, trust_remote_code=False,
@@ -62,6 +60,13 @@ def load_causal(settings: StudentSettings, device: torch.device) -> Student:
     except (OSError, ValueError) as error:
         raise ValueError(f"student.checkpoint_path={settings.checkpoint_path}: {_first_line(error)}") from None
     return wrap_causal(model.to(device), attention, settings)
+
+
+def attention_for(settings: StudentSettings, device: torch.device) -> str:
+    """ "flex" or "sdpa": what `settings.attention` means on this device."""
+    if settings.attention != "auto":
+        return settings.attention
+    return "flex" if device.type == "cuda" else "sdpa"
 
 
 def wrap_causal(model: Any, attention: str, settings: StudentSettings) -> Student:
