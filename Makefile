@@ -5,6 +5,7 @@
 #   make check        ruff, mypy and the import contracts
 #   make test-slow    the tests of over a minute
 #   make tree         write README's tree out of the modules' first lines
+#   make docs         build the documentation into site/
 #   make bench-NAME   run benchmarks/NAME.py; figures in runs/bench/NAME.json
 
 PYTHON ?= python3
@@ -24,10 +25,10 @@ BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l __main__ benchm
 export HYDRA_FULL_ERROR := 0
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo test test-slow check format tree clean $(BENCHMARKS)
+.PHONY: help install demo test test-slow check format tree docs clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,9s/^# \{0,3\}//p' Makefile
+	@sed -n '3,10s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
@@ -54,6 +55,9 @@ format: $(VENV)/.installed-dev
 
 tree:
 	$(PYTHON) docs/tree.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed-dev
 	$(BIN)/python -m demo.prepare

@@ -1,0 +1,60 @@
+"""What mkdocs asks while it builds the site: guides into the navigation, pages that live elsewhere, links out of docs/.
+
+Named in mkdocs.yml. A page in docs/ is written for a code host, where `../README.md` is a link; the site has no such
+page, and keeps the words.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+# Pages of the site that are written beside what they describe.
+ELSEWHERE = {
+    "wire.md": "proto/teacher_proto/WIRE.md",
+    "changelog.md": "CHANGELOG.md",
+    "security-policy.md": "SECURITY.md",
+}
+_OUTWARD = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)]*)?\)")
+
+
+def on_config(config: Any) -> Any:
+    """Every guide, by its title."""
+    guides = sorted((ROOT / "docs/guides").glob("*.md"))
+    for section in config.nav:
+        if "Guides" in section:
+            section["Guides"] = [{_title(path): f"guides/{path.name}"} for path in guides]
+    config.nav = [section for section in config.nav if section != {"Guides": []}]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for page, source in ELSEWHERE.items():
+        if (ROOT / source).is_file():
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links that leave docs/: to the site's page of that file, or the words alone."""
+    pages = {source: name for name, source in ELSEWHERE.items()}
+    depth = page.file.src_uri.count("/")
+
+    def link(match: re.Match[str]) -> str:
+        words, target, anchor = match.groups()
+        path = (ROOT / "docs" / page.file.src_uri).parent.joinpath(target).resolve()
+        if path.is_relative_to(ROOT / "docs"):
+            return match[0]
+        name = pages.get(str(path.relative_to(ROOT)))
+        return f"[{words}]({'../' * depth}{name}{anchor or ''})" if name else words
+
+    return _OUTWARD.sub(link, markdown)
+
+
+def _title(path: Path) -> str:
+    heading = re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return heading[1] if heading else path.stem
