@@ -1,4 +1,4 @@
-"""Fixtures that any test may use: tiny models on disk, engines over them.
+"""Fixtures that any test may use: tiny models on disk, engines over them, what small runs of the trainer need.
 
 Engines live for the whole session and in its event loop: tests that use one are marked
 `@pytest.mark.asyncio(loop_scope="session")`.
@@ -6,7 +6,7 @@ Engines live for the whole session and in its event loop: tests that use one are
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from teacher_service.hf_engine import HfEngine
     from teacher_service.vllm_engine import VllmEngine
+    from tests.teacher_process import TeacherProcess
+    from tests.trainer_run import Workshop
 
 # A busy machine is slow at drawing examples, which says nothing about the code.
 settings.register_profile("stillhouse", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -67,3 +69,21 @@ def demo_teacher() -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip("the demo's teacher is not prepared: python -m demo.prepare")
     return folder
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A tiny student and text that the scripted teacher would write."""
+    from tests.trainer_run import Workshop
+
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Iterator[TeacherProcess]:
+    """The real service with the scripted engine, which has the tiny student's tokenizer and fails at nothing."""
+    from tests.teacher_process import TeacherProcess
+    from tests.trainer_run import teacher_script
+
+    with TeacherProcess(script=teacher_script()) as process:
+        yield process

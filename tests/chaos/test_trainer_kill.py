@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,17 +30,6 @@ from tests.trainer_run import (
 )
 
 STEPS, EVERY = 40, 7
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherProcess]:
-    with TeacherProcess(script=teacher_script()) as process:
-        yield process
 
 
 def arguments(workshop: Workshop, root: Path, teacher: TeacherProcess, *overrides: str) -> list[str]:

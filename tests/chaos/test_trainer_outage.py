@@ -31,11 +31,6 @@ STEPS = 30
 SLOW = {"delay_s": 0.05}
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
 def arguments(workshop: Workshop, root: Path, *urls: str) -> list[str]:
     return workshop.settings(
         root, f"run.steps={STEPS}", "prefetch.depth=1", "checkpoint.every=10", "teacher.read_timeout_s=2",

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,6 @@ from tests.teacher_process import TeacherProcess
 from tests.trainer_run import Workshop, lines_of, steps_of, teacher_script, trace_of, train
 
 COMMAND = str(Path(sys.executable).parent / "stillhouse-train")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherProcess]:
-    with TeacherProcess(script=teacher_script()) as process:
-        yield process
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,6 +41,15 @@ def test_help_answers_and_nothing_at_all_shows_it() -> None:
     shown = command("--help")
     assert shown.returncode == 0 and "optim.learning_rate" in shown.stdout
     assert command().returncode == 2
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    """`stillhouse-train --help | head -1`, with a reader that is gone before the first byte."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([COMMAND, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 Refused = Callable[..., str]

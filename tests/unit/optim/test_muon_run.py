@@ -14,11 +14,6 @@ MUON = ("optim=muon_clip", f"optim.qk_clip.tau={TAU}", "optim.micro_batch_rows=2
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
-@pytest.fixture(scope="module")
 def straight(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("straight")
     assert run_here(workshop.settings(root, *MUON), ScriptedTargets()) == loop.DONE

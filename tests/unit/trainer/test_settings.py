@@ -102,6 +102,23 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
         compose([], tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (["data=text", "data.sources.text.path=/t"], {"text": 1.0}),
+        (["data=chat", "data.sources.chat.path=/c.jsonl"], {"chat": 1.0}),
+        (["data=hub", "data.sources.hub.name=a/b"], {"hub": 1.0}),
+        (["data=mixed", "data.sources.text.path=/t", "data.sources.chat.path=/c"], {"text": 0.8, "chat": 0.2}),
+        (["data=mixed_pretrain", "data.sources.web.weight=0.5"], {"web": 0.5, "textbooks": 0.2, "mathematics": 0.1}),
+    ],
+)
+def test_the_groups_of_data_are_mixtures(overrides: list[str], weights: dict[str, float]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = compose(["student.checkpoint_path=/model", *overrides])
+    assert {name: source.weight for name, source in settings.data.sources.items()} == weights
+
+
 def test_settings_survive_their_own_plain_form() -> None:
     settings = compose(MINIMAL)
     assert Settings.model_validate(settings.model_dump(mode="json")) == settings
