@@ -1,6 +1,7 @@
-"""Writes a trained ternary student for others to load. For scripts: `EXPORTS[format](...)`.
+"""Writes a trained student for others to load. Called by `export_command`, and by scripts: `EXPORTS[format](...)`.
 
-- hf: latent weights, to be trained on or quantised while running;
+- hf: latent weights, to be trained on or quantised while running; the weights as they are of a student that is not
+  ternary, for which this is the only format;
 - bitnet: two bits a weight, which transformers loads with nothing of ours installed;
 - gguf: one file for llama.cpp.
 
@@ -29,7 +30,7 @@ from student_trainer.export_bitnet import (
 )
 from student_trainer.export_card import ModelCard, write_card
 from student_trainer.export_gguf import TernaryType, write_gguf
-from student_trainer.students.bitnet import CONFIG_ENTRY, quantisation_blend
+from student_trainer.students.bitnet import CONFIG_ENTRY, is_ternary, quantisation_blend
 
 Architecture = Literal["auto", "original"]
 
@@ -74,6 +75,10 @@ def export_hf(
     loads them too, but as the unquantised model without SubLN, which is another function: report and card say so.
     `tokenizer` may be None. Raises ValueError if the warm-up has not ended or the folder exists.
     """
+    if not is_ternary(model):
+        return _write_folder(model, tokenizer, folder, card, _original(model), latent_weights(model),
+                             report=("hf", True, ()), what="Weights in full precision.",
+                             loading=_LOAD_TRANSFORMERS.format(factory=_factory(model)))  # fmt: skip
     _check_finished(model)
     notes: tuple[str, ...] = ()
     try:
@@ -138,6 +143,8 @@ EXPORTS: Mapping[str, Callable[..., ExportReport]] = {"hf": export_hf, "bitnet":
 
 
 def _check_finished(model: Any) -> None:
+    if not is_ternary(model):
+        raise ValueError("this student is not ternary (student.kind is not bitnet): use --format hf")
     blend = quantisation_blend(model)
     if blend != 1.0:
         raise ValueError(f"the quantisation warm-up stands at {blend:.3f}: export after it has reached 1")
@@ -189,7 +196,8 @@ def _write_folder(
             model.generation_config.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        write_card(card, unfinished / "README.md", library="transformers", what=what, loading=loading, notes=notes)
+        write_card(card, unfinished / "README.md", library="transformers", what=what, loading=loading, notes=notes,
+                   ternary=is_ternary(model))  # fmt: skip
     return ExportReport(kind, folder, architecture, stands_alone, _size(folder), notes)
 
 

@@ -13,7 +13,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 class ModelCard:
     """What a run knows about the model it made; the exporter adds format and loading instructions.
 
-    `data`: one line a source. `figures`: name -> value as it shall be printed. `config`: the run's settings as YAML.
+    `teacher` and its fingerprint are empty for a student that had none. `data`: one line a source. `figures`: name ->
+    value as it shall be printed. `config`: the run's settings as YAML.
     """
 
     name: str
@@ -25,13 +26,17 @@ class ModelCard:
     config: str = ""
 
 
-def write_card(card: ModelCard, file: Path, *, library: str, what: str, loading: str, notes: tuple[str, ...]) -> None:
-    """Render the card. `what` says what the files hold, `loading` how to open them, `notes` are caveats: Markdown."""
+def write_card(
+    card: ModelCard, file: Path, *, library: str, what: str, loading: str, notes: tuple[str, ...], ternary: bool = True
+) -> None:
+    """Render the card. `ternary`: whether its weights are. Markdown: `what` says what the files hold, `loading` how to
+    open them, `notes` are caveats.
+    """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(card=card, library=library, what=what, loading=loading, notes=notes)
+    text = template.render(card=card, library=library, what=what, loading=loading, notes=notes, ternary=ternary)
     file.write_text(text, encoding="utf-8")

@@ -95,7 +95,7 @@ def convert_to_bitnet(
         raise ValueError(f"sub_norm: got '{sub_norm}', expected 'output', 'all' or 'none'")
     if eps is not None and not eps > 0.0:
         raise ValueError(f"eps: got {eps}, expected a number above 0")
-    if any(True for _ in bit_linears(model)):
+    if is_ternary(model):
         raise ValueError("this model is ternary already: convert the full-precision model, once")
     linears = decoder_linears(model)
     own_norms = model.config.model_type == "bitnet"
@@ -156,6 +156,10 @@ def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
             yield name, module
+
+
+def is_ternary(model: nn.Module) -> bool:
+    return any(True for _ in bit_linears(model))
 
 
 def set_quantisation_blend(model: nn.Module, blend: float) -> None:
