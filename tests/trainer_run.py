@@ -164,7 +164,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 # What of a metrics line must be the same in two runs that claim to be one: all but times and how it was prefetched.
-TIMES = ("time", "seconds", "tokens_per_second", "wait_s", "wait_share", "prefetch_depth")
+TIMES = ("time", "seconds", "tokens_per_second", "wait_s", "wait_share", "prefetch_depth", "on_policy/write_s")
 
 
 def trace_of(folder: Path) -> list[dict[str, Any]]:

@@ -18,12 +18,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from student_trainer import checkpoint, randomness
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.checkpoint_files import Snapshot, replace_text
+from student_trainer.data.batch import Batch
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
+from student_trainer.data.tokenise import pad_id
 from student_trainer.evaluate import Evaluator, fetch_held_out
 from student_trainer.logs import RunLog, forget_after
 from student_trainer.loop import Place, Run
+from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
+from student_trainer.on_policy.written import WrittenBatches
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.progress import Progress
 from student_trainer.resume import check_changes
@@ -37,8 +42,8 @@ from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.open import Teacher, check_ask, open_teacher
-from student_trainer.targets.prefetch import Prefetch
-from student_trainer.targets.protocol import BatchTargets, ask_for
+from student_trainer.targets.prefetch import Prefetch, Stream
+from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
 from student_trainer.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -78,7 +83,8 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     guard = TargetGuard(
         settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.reason if parts.teacher else str
     )
-    prefetch = _prefetch(settings, parts, guard, place.mixture, thread, stack)
+    written, stream = _stream(settings, parts, place.mixture, snapshot, stack)
+    prefetch = _prefetch(settings, parts, guard, stream, thread, stack)
     evaluator = _evaluator(settings, parts, folder, thread)
     log = RunLog(
         folder.path,
@@ -88,6 +94,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     return Run(
         settings=settings, student=parts.student, terms=terms, optimizer=optimizer, prefetch=prefetch, guard=guard,
         evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log), signals=signals, place=place,
+        written=written, on_policy_terms=settings.on_policy.build(),
     )  # fmt: skip
 
 
@@ -156,19 +163,40 @@ def _constant(settings: Settings, teacher: Teacher | None) -> dict[str, Any]:
     return {"settings": settings.model_dump(mode="json"), "teacher": asdict(teacher.card) if teacher else None}
 
 
+def _stream(
+    settings: Settings, parts: Parts, state: MixtureState, snapshot: Snapshot | None, stack: ExitStack
+) -> tuple[WrittenBatches | None, Stream]:
+    """The batches from `state` on; among them, where the settings say so, those that the student writes."""
+    source, tokenizer = parts.source, parts.tokenizer
+    stream = stack.enter_context(BatchStream(source, state))
+    if not settings.on_policy.active:
+        return None, stream
+    pad, at_once = pad_id(tokenizer), settings.on_policy.sequences_at_once
+    sampler = GenerateSampler(parts.student, ends_of_text(parts.student, tokenizer), pad, at_once)
+    saved = snapshot.tensors.get(checkpoint.WRITTEN, {}) if snapshot is not None else {}
+    first_row = source.rank * (settings.data.rows // source.world)
+    written = WrittenBatches(stream, settings, sampler, pad, saved, first_row)
+    return written, written
+
+
 def _prefetch(
-    settings: Settings, parts: Parts, guard: TargetGuard, state: MixtureState, thread: EventThread, stack: ExitStack
+    settings: Settings, parts: Parts, guard: TargetGuard, stream: Stream, thread: EventThread, stack: ExitStack
 ) -> Prefetch:
     device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
 
     def prepare(batch: Any, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
         return tuple(micro.to(device) for micro in micro_batches(batch, targets, rows=rows, teacher_shift=shift))
 
-    stream = stack.enter_context(BatchStream(parts.source, state))
-    ask = ask_for(settings.distillation.build(), settings.teacher.top_k)
     # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
-    asks = any(term.kind != "cross_entropy" for term in settings.distillation.build())
-    targets = parts.teacher.targets if parts.teacher and asks else None
+    data, own = (
+        ask_for(terms, settings.teacher.top_k) if any(term.kind != "cross_entropy" for term in terms) else None
+        for terms in (settings.distillation.build(), settings.on_policy.build())
+    )
+
+    def ask(batch: Batch) -> Ask | None:
+        return own if isinstance(batch, WrittenBatch) else data
+
+    targets = parts.teacher.targets if parts.teacher else None
     return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"
+WRITTEN = "written"
 
 
 class Checkpoints:
@@ -45,15 +47,25 @@ class Checkpoints:
         """At the end always; in between every `every` steps."""
         return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
 
-    def save(self, place: Place, student: Student, optimizer: Optimizer) -> None:
-        """Copy the state now, write it in the background. Waits for the save before, whose failure is told here."""
+    def save(
+        self, place: Place, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
+
+        `written`: what the student wrote and has not learnt from yet.
+        """
         self.finish()
         if self._saved_step == place.step:
             return
         random_tensors, random_plain = randomness.capture()
         snapshot = Snapshot(
             place.step,
-            {"model": _copied(student.tensors()), "optimizer": _copied(optimizer.state()), "random": random_tensors},
+            {
+                "model": _copied(student.tensors()),
+                "optimizer": _copied(optimizer.state()),
+                "random": random_tensors,
+                **({WRITTEN: written} if written else {}),
+            },
             {
                 "step": place.step,
                 "tokens": place.tokens,

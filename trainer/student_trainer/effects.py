@@ -33,6 +33,10 @@ RULES = (
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
+    *(
+        Rule(f"on_policy.{name}", lambda s: s.on_policy.active, "on_policy.share is 0")
+        for name in ("lag", "prompt_tokens", "new_tokens", "temperature", "sequences_at_once", "terms.")
+    ),
     Rule("optim.schedule.decay_steps", lambda s: s.optim.schedule.kind == "wsd", "only schedule wsd has a decay phase"),
     Rule("optim.schedule.floor", lambda s: s.optim.schedule.kind != "constant", "a constant rate never falls"),
     Rule("optim.muon.", lambda s: s.optim.kind == "muon_clip", "optim.kind is not muon_clip"),
@@ -52,9 +56,10 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
             if matches and not rule.acts(settings):
                 lines.append(f"{name} has no effect: {rule.why}")
                 break
-    for term in settings.distillation.build():
-        lines += [
-            f"distillation.terms.{term.name}.{field} has no effect on a loss of kind {term.kind}"
-            for field in term.without_effect()
-        ]
+    for section, terms in (("distillation", settings.distillation.build()), ("on_policy", settings.on_policy.build())):
+        for name, term in zip(getattr(settings, section).terms, terms, strict=True):
+            lines += [
+                f"{section}.terms.{name}.{field} has no effect on a loss of kind {term.kind}"
+                for field in term.without_effect()
+            ]
     return lines

@@ -136,6 +136,7 @@ def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth
         **{f"learning_rate/{name}": value for name, value in figures.rates.items()},
         "grad_norm": figures.grad_norm,
         **_attention(figures),
+        **_written(figures),
         "seconds": seconds,
         "tokens_per_second": figures.tokens / seconds if seconds else None,
         "wait_s": figures.waited_s,
@@ -143,6 +144,15 @@ def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth
         "prefetch_depth": prefetch_depth,
         "time": time.time(),
     }
+
+
+def _written(figures: StepFigures) -> dict[str, Any]:
+    """Of a batch that the student wrote: how much, and how sure it was of it; and the time it takes to write."""
+    if figures.wrote_s is None:
+        return {}
+    written = figures.written
+    of_it = {f"on_policy/{name}": value for name, value in vars(written).items()} if written is not None else {}
+    return {"on_policy": int(written is not None), **of_it, "on_policy/write_s": figures.wrote_s}
 
 
 def _attention(figures: StepFigures) -> dict[str, Any]:

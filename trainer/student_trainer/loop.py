@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from student_trainer.data.mixture import MixtureState
+from student_trainer.on_policy.prompts import WrittenBatch
 from student_trainer.tally import StepFigures, Tally
 
 if TYPE_CHECKING:
     from student_trainer.checkpoint import Checkpoints
+    from student_trainer.data.batch import Batch
     from student_trainer.evaluate import Evaluator
     from student_trainer.logs import RunLog
     from student_trainer.losses.terms import Term
+    from student_trainer.on_policy.written import WrittenBatches
     from student_trainer.optim.optimizer import Optimizer
     from student_trainer.settings import Settings
     from student_trainer.signals import StopSignals
@@ -58,10 +61,21 @@ class Run:
     log: RunLog
     signals: StopSignals
     place: Place
+    written: WrittenBatches | None = None
+    on_policy_terms: tuple[Term, ...] = ()
+
+    def terms_for(self, batch: Batch) -> tuple[Term, ...]:
+        """The loss on a batch: the student's own text has one of its own."""
+        return self.on_policy_terms if isinstance(batch, WrittenBatch) else self.terms
+
+    def write(self) -> float | None:
+        """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
+        return self.written.write(self.place.step, self.signals.check) if self.written else None
 
     def save(self) -> None:
         """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
-        self.checkpoints.save(self.place, self.student, self.optimizer)
+        written = self.written.pending(self.place.step) if self.written else {}
+        self.checkpoints.save(self.place, self.student, self.optimizer, written)
 
     def while_waiting(self, waited_s: float) -> None:
         """What happens while a step stands still for its targets."""
@@ -82,9 +96,10 @@ def train(run: Run) -> int:
         while run.place.step < steps:
             run.signals.check()
             started = time.monotonic()
+            wrote_s = run.write()
             ready = run.prefetch.next(run.while_waiting)
             run.guard.check(ready)
-            figures = step(run, ready)
+            figures = replace(step(run, ready), wrote_s=wrote_s)
             run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
             run.log.step(run.place, figures, time.monotonic() - started, run.prefetch.control.depth)
             if run.evaluator.due(run.place.step, steps):
@@ -109,11 +124,12 @@ def step(run: Run, ready: Ready) -> StepFigures:
     """
     number = run.place.step
     count = sum(len(micro.labels_N) for micro in ready.micro)
-    tally = Tally(run.terms, ready.batch.source_names)
+    terms = run.terms_for(ready.batch)
+    tally = Tally(terms, ready.batch.source_names)
     run.student.before_step(number)
     for micro in ready.micro:
         with run.optimizer.watching(micro.document_ids_BT >= 0):
-            loss = run.student.loss(micro, run.terms, run.settings.distillation.chunk_rows)
+            loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
         (loss.total / count).backward()
         tally.add(loss, micro)
     norm = torch.nn.utils.get_total_norm(
@@ -125,4 +141,5 @@ def step(run: Run, ready: Ready) -> StepFigures:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
     rates = run.optimizer.step(number)
     run.optimizer.zero_grad()
-    return replace(figures, rates=rates, clipped=run.optimizer.clipped)
+    written = getattr(ready.batch, "written", None)
+    return replace(figures, rates=rates, clipped=run.optimizer.clipped, written=written)

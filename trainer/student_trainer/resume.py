@@ -44,6 +44,8 @@ ANSWERS: dict[str, Answer] = {
     "teacher.top_k": "fixed",
     "distillation": "fixed",
     "distillation.chunk_rows": "numeric",
+    "on_policy": "fixed",
+    "on_policy.sequences_at_once": "numeric",
     "optim": "fixed",
     "optim.micro_batch_rows": "numeric",
     "prefetch": "free",

@@ -17,6 +17,7 @@ from student_trainer.losses.terms import Term
 from student_trainer.targets.align import MicroBatch
 
 if TYPE_CHECKING:
+    from student_trainer.on_policy.prompts import WrittenFigures
     from student_trainer.optim.qk_clip import ClipReport
 
 
@@ -25,6 +26,7 @@ class StepFigures:
     """Means in nats over the tokens that count for each term; `loss` is what was differentiated.
 
     `terms`: raw means. `weighted`: the term's share of `loss`. `by_source`: source -> term -> mean, and "tokens".
+    `wrote_s`: seconds in which the student wrote a later batch; `written`: of a batch that it wrote.
     """
 
     tokens: int
@@ -36,6 +38,8 @@ class StepFigures:
     waited_s: float
     rates: Mapping[str, float] = field(default_factory=dict)
     clipped: ClipReport | None = None
+    wrote_s: float | None = None
+    written: WrittenFigures | None = None
 
     @property
     def finite(self) -> bool:

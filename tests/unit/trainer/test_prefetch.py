@@ -64,7 +64,15 @@ def thread() -> Iterator[EventThread]:
 
 def prefetch(thread: EventThread, targets: Any, depth: int | str, source: Any = None) -> Prefetch:
     settings = PrefetchSettings(depth=depth)  # type: ignore[arg-type]
-    return Prefetch(source or stream(), targets, ASK, thread, lambda batch, answer: (batch.number,), None, settings)  # type: ignore[arg-type,return-value]
+    return Prefetch(
+        source or stream(),
+        targets,
+        lambda batch: ASK,
+        thread,
+        lambda batch, answer: (batch.number,),
+        None,
+        settings,  # type: ignore[arg-type,return-value]
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 1, 4, 16, "auto"])

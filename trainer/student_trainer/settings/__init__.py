@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from student_trainer.data.settings import DataSettings
 from student_trainer.settings.distillation import DistillationSettings, TermSettings
+from student_trainer.settings.on_policy import OnPolicySettings
 from student_trainer.settings.optim import (
     GroupSettings,
     MuonSettings,
@@ -32,6 +33,7 @@ __all__ = [
     "GroupSettings",
     "LoggingSettings",
     "MuonSettings",
+    "OnPolicySettings",
     "OptimSettings",
     "PrefetchSettings",
     "QKClipSettings",
@@ -53,6 +55,7 @@ class Settings(Section):
     student: StudentSettings = StudentSettings()
     teacher: TeacherSettings = TeacherSettings()
     distillation: DistillationSettings = DistillationSettings()
+    on_policy: OnPolicySettings = OnPolicySettings()
     optim: OptimSettings = OptimSettings()
     prefetch: PrefetchSettings = PrefetchSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -71,4 +74,18 @@ class Settings(Section):
                 f"student.bitnet.warmup_steps is {warmup}, run.steps is {self.run.steps}: the student would never be "
                 "ternary; give a warm-up that ends before the run does"
             )
+        if self.on_policy.active:
+            self._check_on_policy()
         return self
+
+    def _check_on_policy(self) -> None:
+        needed = self.on_policy.prompt_tokens + self.on_policy.new_tokens
+        if self.teacher.kind == "none":
+            raise ValueError(
+                f"on_policy.share is {self.on_policy.share}, but there is no teacher to score what is written"
+            )
+        if needed > self.data.seq_len:
+            raise ValueError(
+                f"on_policy: {self.on_policy.prompt_tokens} tokens of prompt and {self.on_policy.new_tokens} new ones "
+                f"are {needed}, a row has {self.data.seq_len}: lower prompt_tokens or new_tokens, or raise data.seq_len"
+            )

@@ -48,6 +48,10 @@ class Made:
     latency_s: float
 
 
+# A batch that is not written yet comes as its promise, and the ones behind it need not wait for it.
+Stream = Iterator[tuple[Batch | Future[Batch], MixtureState]]
+# What is asked about a batch; None: nothing.
+AskFor = Callable[[Batch], Ask | None]
 Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
 # Keeps a batch whose targets are no targets, and gives the error to raise.
 Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTargetsError]
@@ -57,8 +61,8 @@ class Prefetch:
     """Close it, or use it in a `with`. `targets` is None for a run without a teacher."""
 
     def __init__(
-        self, stream: Iterator[tuple[Batch, MixtureState]], targets: Targets | None, ask: Ask | None,
-        thread: EventThread, prepare: Prepare, refuse: Refuse, settings: PrefetchSettings,
+        self, stream: Stream, targets: Targets | None, ask: AskFor, thread: EventThread, prepare: Prepare,
+        refuse: Refuse, settings: PrefetchSettings,
     ):  # fmt: skip
         self._stream, self._targets, self._ask = stream, targets, ask
         self._thread, self._prepare, self._refuse = thread, prepare, refuse
@@ -151,14 +155,14 @@ class Prefetch:
         if closed:
             future.cancel()
 
-    async def _make(self, batch: Batch, state: MixtureState) -> Made:
+    async def _make(self, item: Batch | Future[Batch], state: MixtureState) -> Made:
+        batch = await asyncio.wrap_future(item) if isinstance(item, Future) else item
         start = time.monotonic()
         targets = None
         loop = asyncio.get_running_loop()
         try:
-            if self._targets is not None:
-                assert self._ask is not None
-                targets = await self._targets.fetch(batch, self._ask)
+            if self._targets is not None and (ask := self._ask(batch)) is not None:
+                targets = await self._targets.fetch(batch, ask)
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
         except InvalidTargetsError as error:
             raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error

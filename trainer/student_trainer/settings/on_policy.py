@@ -1,0 +1,48 @@
+"""Batches that the student writes itself: the section `on_policy`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from student_trainer.settings.distillation import TermSettings
+from student_trainer.settings.section import Positive, Section, Share
+
+if TYPE_CHECKING:
+    from student_trainer.losses.terms import Term
+
+
+class OnPolicySettings(Section):
+    """A share of the batches is the student's own text, scored by the teacher (GKD, arXiv 2306.13649)."""
+
+    share: Share = Field(0.0, description="share of the batches that the student writes itself; lambda in GKD")
+    lag: int = Field(1, ge=0, description="updates between writing a batch and learning from it")
+    prompt_tokens: int = Field(32, ge=1, description="tokens of a text that are kept; a chat is kept to its answer")
+    new_tokens: int = Field(128, ge=1, description="tokens that the student writes after each, at most")
+    temperature: Positive = Field(1.0, description="of the student's sampling")
+    sequences_at_once: int | None = Field(None, ge=1, description="sequences written side by side; null: a whole batch")
+    terms: dict[str, TermSettings] = Field(
+        default_factory=lambda: {"reverse_kl": TermSettings()}, description="the loss on these batches"
+    )
+
+    @property
+    def active(self) -> bool:
+        return self.share > 0
+
+    @model_validator(mode="after")
+    def _teaches(self) -> OnPolicySettings:
+        kinds = {name: term.kind or name for name, term in self.terms.items()}
+        if not kinds:
+            raise ValueError("on_policy.terms is empty: name at least one loss, such as reverse_kl or jsd")
+        if "cross_entropy" in kinds.values():
+            raise ValueError(
+                "on_policy.terms has a cross_entropy: on its own text that teaches the student nothing but to repeat "
+                "itself; use reverse_kl or jsd"
+            )
+        return self
+
+    def build(self) -> tuple[Term, ...]:
+        """The terms, named `on_policy_NAME` so that their figures are not mixed with those on the data's text."""
+        return tuple(replace(settings.term(name), name=f"on_policy_{name}") for name, settings in self.terms.items())
