@@ -3,7 +3,7 @@
 Asked again: no connection, silence, a cut or changed body, 429 and 503, an engine's error that says `retryable`.
 Asked once more, elsewhere if there is an elsewhere: a record that cannot be a distribution; twice is a poison batch.
 Asked again only after the replica has shown who it is: an answer under another fingerprint. Everything else ends the
-call at once. Used by `client.py`.
+call at once. Used by `replica_client.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, Generic
 
+from teacher_proto.dialect import RequestT
 from teacher_proto.errors import (
     BusyError,
     InvalidTargetsError,
@@ -22,7 +24,6 @@ from teacher_proto.errors import (
     WrongTeacherError,
 )
 from teacher_proto.replicas import Replica
-from teacher_proto.requests import TargetsRequest
 from teacher_proto.retry import RetryPolicy, Timing
 
 MAX_IDENTITY_CHANGES = 3
@@ -44,16 +45,16 @@ class ClientStats:
         self.errors[error.code] += 1
 
 
-class Call:
+class Call(Generic[RequestT]):
     """State of one call: which sequences are missing, who was asked, what went wrong."""
 
-    def __init__(self, request: TargetsRequest, policy: RetryPolicy, timing: Timing, deadline_s: float | None):
+    def __init__(self, request: RequestT, policy: RetryPolicy, timing: Timing, deadline_s: float | None):
         self.request = request
         self.missing = set(range(len(request.sequences)))
         self.key = hashlib.sha256(b"".join(tokens_T.tobytes() for tokens_T in request.sequences)).digest()
         self.deadline_s = policy.deadline_s if deadline_s is None else deadline_s
         self.deadline = timing.now() + self.deadline_s
-        self.tried: set[Replica] = set()
+        self.tried: set[Replica[Any]] = set()
         self.attempts = 0
         self._policy = policy
         self._now = timing.now
@@ -65,17 +66,17 @@ class Call:
     def remaining_s(self) -> float:
         return self.deadline - self._now()
 
-    def begin(self, replica: Replica) -> None:
+    def begin(self, replica: Replica[Any]) -> None:
         self.attempts += 1
         self.tried.add(replica)
 
-    def judge(self, replica: Replica, error: StillhouseError) -> None:
+    def judge(self, replica: Replica[Any], error: StillhouseError) -> None:
         """Return if the call goes on after `error` of `replica`; raise what ends it."""
         if isinstance(error, InvalidTargetsError):
             self._rejections.append(f"{replica.url}: {error}")
             if len(self._rejections) >= 2:
                 raise PoisonBatchError(
-                    f"{len(self.missing)} sequences were answered with what cannot be a distribution, "
+                    f"{len(self.missing)} sequences were answered with what cannot be an answer, "
                     f"{len(self._rejections)} times: " + "; ".join(self._rejections),
                     request=self.request.select(sorted(self.missing)), reasons=tuple(self._rejections),
                 ) from error  # fmt: skip

@@ -1,6 +1,6 @@
 """One HTTP exchange with one replica: what goes out, what comes back checked, and every failure as one of our errors.
 
-`client.py` calls it and decides what a failure means. Nothing here retries.
+`replica_client.py` calls it and decides what a failure means. Nothing here retries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from teacher_proto.dialect import AnyInfo, Dialect, InfoT, RequestT
 from teacher_proto.errors import (
     InvalidTargetsError,
     NotFoundError,
@@ -24,44 +25,38 @@ from teacher_proto.errors import (
     WrongTeacherError,
     from_json,
 )
-from teacher_proto.info import TeacherInfo, parse_info
-from teacher_proto.requests import TargetsRequest
-from teacher_proto.targets import TokenTargets, check_answer
-from teacher_proto.wire import (
-    MSGPACK,
-    REQUEST_ID_HEADER,
-    Failure,
-    Header,
-    ResponseDecoder,
-    Targets,
-    encode_request,
-)
+from teacher_proto.request_checks import SequencesRequest
+from teacher_proto.wire import MSGPACK, REQUEST_ID_HEADER
+from teacher_proto.wire_answer import AnswerDecoder, AnyHeader, End, Failure, HeaderT, RecordT, Targets
+from teacher_proto.wire_request import encode_request
 
 MAX_PLAIN_BYTES = 2**20
 MAX_MESSAGE_BYTES = 2**30
-Outcome = TokenTargets | StillhouseError
+AnyDialect = Dialect[Any, Any, Any, Any]
 
 
-async def fetch_info(http: httpx.AsyncClient, url: str, timeouts: httpx.Timeout) -> TeacherInfo:
-    """Who answers at `url`. TeacherUnavailableError if nobody or no teacher does; else the peer's own error."""
+async def fetch_info(
+    http: httpx.AsyncClient, url: str, dialect: Dialect[RequestT, HeaderT, RecordT, InfoT], timeouts: httpx.Timeout
+) -> InfoT:
+    """Who answers at `url`. TeacherUnavailableError if nobody or no such service does; else the peer's own error."""
     try:
-        async with _response(http, "GET", f"{url}/v1/teacher", timeouts=timeouts) as response:
+        async with _response(http, "GET", url, "/v1/teacher", dialect, timeouts=timeouts) as response:
             body = await _plain_body(response)
             if response.status_code != 200:
-                raise _error_of(response, body)
+                raise _error_of(response, body, dialect)
             tree = _json_or_none(body)
             if not isinstance(tree, dict) or "identity" not in tree:
-                raise _not_a_teacher(url, "GET /v1/teacher gave no identity")
-            return parse_info(tree)
+                raise _not_one(url, dialect, "GET /v1/teacher gave no identity")
+            return dialect.read_info(tree)
     except NotFoundError as error:
-        raise _not_a_teacher(url, str(error)) from None
+        raise _not_one(url, dialect, str(error)) from None
 
 
 async def exchange(
-    http: httpx.AsyncClient, url: str, request: TargetsRequest, info: TeacherInfo, timeouts: httpx.Timeout,
-    on_chunk: Callable[[int], None] = lambda n: None,
-) -> AsyncGenerator[tuple[int, Outcome], None]:  # fmt: skip
-    """Post `request` and yield (index, checked targets or that sequence's error) as they come: the
+    http: httpx.AsyncClient, url: str, dialect: Dialect[RequestT, HeaderT, RecordT, InfoT], request: RequestT,
+    info: InfoT, timeouts: httpx.Timeout, on_chunk: Callable[[int], None] = lambda n: None,
+) -> AsyncGenerator[tuple[int, RecordT | StillhouseError], None]:  # fmt: skip
+    """Post `request` and yield (index, checked record or that sequence's error) as they come: the
     engine's, or InvalidTargetsError for a record that cannot be.
 
     Raises what concerns the whole: an error status, a cut or changed body, another teacher's fingerprint
@@ -70,39 +65,44 @@ async def exchange(
     """
     request_id = uuid.uuid4().hex
     headers = {"content-type": MSGPACK, "accept": MSGPACK, REQUEST_ID_HEADER: request_id}
+    content = encode_request(request)
     async with _response(
-        http, "POST", f"{url}/v1/targets", content=encode_request(request), headers=headers, timeouts=timeouts
+        http, "POST", url, dialect.path, dialect, content=content, headers=headers, timeouts=timeouts
     ) as response:
         if response.status_code != 200:
-            raise _error_of(response, await _plain_body(response))
+            raise _error_of(response, await _plain_body(response), dialect)
         if (kind := response.headers.get("content-type", "").split(";")[0]) != MSGPACK:
-            raise WireError(f"{url} answered /v1/targets with {kind or 'no content type'}, {MSGPACK} was expected")
-        decoder = ResponseDecoder(MAX_MESSAGE_BYTES)
+            raise WireError(f"{url} answered {dialect.path} with {kind or 'no content type'}, {MSGPACK} was expected")
+        decoder = AnswerDecoder(dialect.answers, MAX_MESSAGE_BYTES)
         async for chunk in response.aiter_bytes():
             on_chunk(len(chunk))
             for message in decoder.feed(chunk):
-                if isinstance(message, Header):
-                    _check_header(message, request, request_id, info)
-                elif isinstance(message, Failure):
+                if isinstance(message, Failure):
                     if message.index is None:
                         raise message.error
                     yield message.index, message.error
                 elif isinstance(message, Targets):
-                    yield message.index, _checked(message, request, info)
+                    error = _rejection(message, request, info, dialect)
+                    yield message.index, message.targets if error is None else error
+                elif not isinstance(message, End):
+                    _check_header(message, request, request_id, info)
+                    dialect.check_header(message, request, info)
         decoder.close()
 
 
-def _checked(message: Targets, request: TargetsRequest, info: TeacherInfo) -> Outcome:
-    """The record, or why it cannot be one: its neighbours in the body may still be good."""
+def _rejection(
+    message: Targets[RecordT], request: RequestT, info: InfoT, dialect: Dialect[RequestT, HeaderT, RecordT, InfoT]
+) -> InvalidTargetsError | None:
+    """Why a record cannot be one, if so: its neighbours in the body may still be good."""
     try:
-        check_answer(message.targets, request, message.index, info.limits.vocab_size)
+        dialect.check_record(message.targets, request, message.index, info)
     except InvalidTargetsError as error:
         error.field = f"sequences.{message.index}"
         return error
-    return message.targets
+    return None
 
 
-def _check_header(header: Header, request: TargetsRequest, request_id: str, info: TeacherInfo) -> None:
+def _check_header(header: AnyHeader, request: SequencesRequest, request_id: str, info: AnyInfo) -> None:
     if header.fingerprint != info.fingerprint:
         raise WrongTeacherError(
             f"the answer is from teacher {header.fingerprint}, {info.fingerprint} was asked",
@@ -110,27 +110,20 @@ def _check_header(header: Header, request: TargetsRequest, request_id: str, info
         )  # fmt: skip
     if header.request_id != request_id:
         raise WireError(f"the answer is to request {header.request_id[:80]!r}, {request_id!r} was sent")
-    if header.num_sequences != len(request.sequences) or header.vocab_size != info.limits.vocab_size:
+    if header.num_sequences != len(request.sequences):
         raise WireError(
-            f"the header speaks of {header.num_sequences} sequences and a vocabulary of {header.vocab_size}; "
-            f"{len(request.sequences)} and {info.limits.vocab_size} were expected"
-        )
-    spec = request.spec
-    if header.top_k != spec.top_k or header.temperatures != spec.temperatures:
-        raise WireError(
-            f"the header speaks of top_k {header.top_k} and temperatures {list(header.temperatures)}; "
-            f"{spec.top_k} and {list(spec.temperatures)} were asked"
+            f"the header speaks of {header.num_sequences} sequences; {len(request.sequences)} were expected"
         )
 
 
 @asynccontextmanager
 async def _response(
-    http: httpx.AsyncClient, method: str, url: str, timeouts: httpx.Timeout, **arguments: Any
-) -> AsyncIterator[httpx.Response]:
+    http: httpx.AsyncClient, method: str, place: str, path: str, dialect: AnyDialect, timeouts: httpx.Timeout,
+    **arguments: Any,
+) -> AsyncIterator[httpx.Response]:  # fmt: skip
     """`http.stream`, with whatever can go wrong on the way as a TeacherUnavailableError or TruncatedError."""
-    place = url.rpartition("/v1/")[0]
     try:
-        async with http.stream(method, url, timeout=timeouts, follow_redirects=False, **arguments) as response:
+        async with http.stream(method, place + path, timeout=timeouts, follow_redirects=False, **arguments) as response:
             if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
                 raise WireError(f"{place} answered with content-encoding {encoding[:40]!r}, none was asked for")
             yield response
@@ -138,7 +131,7 @@ async def _response(
         raise TeacherUnavailableError(f"no connection to {place} within {timeouts.connect} s") from error
     except httpx.ConnectError as error:
         raise TeacherUnavailableError(
-            f"nobody listens at {place} ({error}): start a teacher there with `stillhouse-teacher MODEL --port PORT`, "
+            f"nobody listens at {place} ({error}): start one there with `{dialect.command} MODEL --port PORT`, "
             "or correct the URL"
         ) from error
     except httpx.TimeoutException as error:
@@ -160,16 +153,16 @@ async def _plain_body(response: httpx.Response) -> bytes:
     return bytes(body)
 
 
-def _error_of(response: httpx.Response, body: bytes) -> StillhouseError:
+def _error_of(response: httpx.Response, body: bytes, dialect: AnyDialect) -> StillhouseError:
     """The error that a response stands for: its own if it is a teacher's, else one that names the status."""
     place = str(response.url.copy_with(path="/", query=None)).rstrip("/")
     tree = _json_or_none(body)
     if isinstance(tree, dict) and isinstance(tree.get("code"), str) and isinstance(tree.get("message"), str):
         return from_json(tree, _retry_after(response))
     if response.status_code == 404:
-        return NotFoundError(f"GET {response.url.path} gave 404")
+        return NotFoundError(f"{response.request.method} {response.url.path} gave 404")
     return TeacherUnavailableError(
-        f"{place} answered {response.status_code} {response.reason_phrase}, not as a teacher does: "
+        f"{place} answered {response.status_code} {response.reason_phrase}, not as a {dialect.noun} does: "
         "a proxy in between, or another service",
         retry_after=_retry_after(response),
     )
@@ -191,7 +184,7 @@ def _retry_after(response: httpx.Response) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def _not_a_teacher(url: str, why: str) -> TeacherUnavailableError:
+def _not_one(url: str, dialect: AnyDialect, why: str) -> TeacherUnavailableError:
     return TeacherUnavailableError(
-        f"{url} answers, but is not a Stillhouse teacher ({why}): check the URL; it is the root, without /v1"
+        f"{url} answers, but is not a Stillhouse {dialect.noun} ({why}): check the URL; it is the root, without /v1"
     )

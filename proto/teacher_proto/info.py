@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -12,15 +12,13 @@ from teacher_proto.requests import Kind, Limits
 from teacher_proto.wire import VERSION
 
 
-class TeacherInfo(BaseModel):
-    """The body of `GET /v1/teacher`. `version` is the wire's; fields that a later teacher adds are passed over."""
+class ServiceInfo(BaseModel):
+    """What every service tells of itself. `version` is the wire's; fields that a later one adds are passed over."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     identity: TeacherIdentity
     fingerprint: str
-    limits: Limits
-    kinds: tuple[Kind, ...]
     version: int = VERSION
 
     @model_validator(mode="after")
@@ -30,18 +28,39 @@ class TeacherInfo(BaseModel):
         return self
 
 
+class TeacherInfo(ServiceInfo):
+    """The body of a teacher's `GET /v1/teacher`."""
+
+    limits: Limits
+    kinds: tuple[Kind, ...]
+    service: Literal["teacher"] = "teacher"
+
+
+Info = TypeVar("Info", bound=ServiceInfo)
+
+
 def parse_info(body: Any) -> TeacherInfo:
     """A teacher's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
+    return read_info(TeacherInfo, body, "teacher")
+
+
+def read_info(kind: type[Info], body: Any, service: str) -> Info:
+    """The description of a `service` out of decoded JSON. VersionError for another wire, WireError for the rest."""
     if not isinstance(body, dict) or "identity" not in body:
         raise WireError("the answer of /v1/teacher holds no identity")
+    if (there := str(body.get("service", "teacher"))[:40]) != service:
+        raise WireError(
+            f"a service of kind {there!r} answers, one of kind {service!r} was expected: correct the URL",
+            retryable=False,
+        )
     version = body.get("version")
     if version != VERSION:
         raise VersionError(
             f"the teacher speaks version {version!r} of the wire, this client {VERSION}: update the older of the two"
         )
     try:
-        return TeacherInfo.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise WireError(f"the answer of /v1/teacher is not a teacher's: {field}: {first['msg']}") from None
+        raise WireError(f"the answer of /v1/teacher is not a {service} service's: {field}: {first['msg']}") from None

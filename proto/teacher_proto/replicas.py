@@ -1,7 +1,7 @@
 """The replicas of one teacher: which to ask first, a circuit breaker for each, and waiting until one can be asked.
 
-`client.py` owns a `ReplicaPool` and gives it the probe that closes a circuit. A circuit is open at first: the first
-probe is the connect.
+`replica_client.py` owns a `ReplicaPool` and gives it the probe that closes a circuit. A circuit is open at
+first: the first probe is the connect.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Generic
 
+from teacher_proto.dialect import InfoT
 from teacher_proto.errors import StillhouseError, TeacherUnavailableError
-from teacher_proto.info import TeacherInfo
 from teacher_proto.retry import RetryPolicy, Timing
 
 
-class Replica:
+class Replica(Generic[InfoT]):
     """One teacher process behind a URL, and what this client knows of it.
 
     `refused` is set where asking again is pointless until somebody acts: the wrong teacher, a key it does not know.
@@ -23,7 +24,7 @@ class Replica:
 
     def __init__(self, url: str):
         self.url = url
-        self.info: TeacherInfo | None = None
+        self.info: InfoT | None = None
         self.is_open = True
         self.ready_at = 0.0
         self.failures = 0
@@ -36,26 +37,30 @@ class Replica:
         return f"Replica({self.url}, {'open' if self.is_open else 'closed'}, {self.failures} failures)"
 
 
-class ReplicaPool:
+class ReplicaPool(Generic[InfoT]):
     """`acquire` hands out a replica that can be asked now, or waits; the caller reports how it went.
 
     `probe(replica)` returns if the replica is the teacher that is wanted and works, and raises otherwise.
     """
 
     def __init__(
-        self, urls: Sequence[str], probe: Callable[[Replica], Awaitable[None]], policy: RetryPolicy, timing: Timing
-    ):
-        self.replicas = [Replica(url) for url in urls]
+        self, urls: Sequence[str], probe: Callable[[Replica[InfoT]], Awaitable[None]], policy: RetryPolicy,
+        timing: Timing, noun: str = "teacher",
+    ):  # fmt: skip
+        self.replicas: list[Replica[InfoT]] = [Replica(url) for url in urls]
         self.down_since: float | None = None
         self._probe = probe
         self._policy = policy
         self._timing = timing
+        self._noun = noun
 
-    def ranked(self, key: bytes) -> list[Replica]:
+    def ranked(self, key: bytes) -> list[Replica[InfoT]]:
         """Rendezvous order for `key`: equal keys meet the same replica first, and its target store."""
         return sorted(self.replicas, key=lambda r: hashlib.sha256(key + r.url.encode()).digest())
 
-    async def acquire(self, ranked: Sequence[Replica], tried: Collection[Replica], deadline: float) -> Replica:
+    async def acquire(
+        self, ranked: Sequence[Replica[InfoT]], tried: Collection[Replica[InfoT]], deadline: float
+    ) -> Replica[InfoT]:
         """The first of `ranked` that can be asked now, untried ones before `tried`.
 
         Waits for a probe to succeed or a Retry-After to pass. TeacherUnavailableError at `deadline`, with what was
@@ -88,24 +93,24 @@ class ReplicaPool:
             await asyncio.wait(probes)
         self._collect_probes()
 
-    def succeeded(self, replica: Replica) -> None:
+    def succeeded(self, replica: Replica[InfoT]) -> None:
         replica.failures = 0
         self.down_since = None
 
-    def failed(self, replica: Replica, error: StillhouseError) -> None:
+    def failed(self, replica: Replica[InfoT], error: StillhouseError) -> None:
         """One failed exchange; the circuit opens after `open_after` in a row."""
         replica.last_error = error
         replica.failures += 1
         if replica.failures >= self._policy.open_after:
             self.open(replica)
 
-    def open(self, replica: Replica) -> None:
+    def open(self, replica: Replica[InfoT]) -> None:
         """Ask nothing of the replica until a probe has passed."""
         replica.is_open = True
         replica.failed_probes = 0
         replica.ready_at = self._timing.now()
 
-    def busy(self, replica: Replica, error: StillhouseError, attempt: int) -> None:
+    def busy(self, replica: Replica[InfoT], error: StillhouseError, attempt: int) -> None:
         """Leave the replica alone for its Retry-After and a jitter, so that those who wait do not come back at once."""
         replica.last_error = error
         asked = min(error.retry_after or 0.0, self._policy.max_retry_after_s)
@@ -117,7 +122,7 @@ class ReplicaPool:
         heard = [(replica.url, str(replica.last_error or "no answer yet")) for replica in self.replicas]
         reasons = [text if url in text else f"{url}: {text}" for url, text in heard]
         return TeacherUnavailableError(
-            f"no teacher could be asked within {waited_s:.1f} s. " + "; ".join(reasons),
+            f"no {self._noun} could be asked within {waited_s:.1f} s. " + "; ".join(reasons),
             retry_after=next((r.last_error.retry_after for r in self.replicas if r.last_error), None),
         )
 
@@ -132,7 +137,7 @@ class ReplicaPool:
             if replica.is_open and replica.refused is None and replica.probe is None and replica.ready_at <= now:
                 replica.probe = asyncio.create_task(self._run_probe(replica))
 
-    async def _run_probe(self, replica: Replica) -> None:
+    async def _run_probe(self, replica: Replica[InfoT]) -> None:
         try:
             await self._probe(replica)
             replica.is_open = False

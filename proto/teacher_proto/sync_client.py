@@ -1,4 +1,4 @@
-"""`SyncTeacherClient`: the same client for scripts and notebooks, without an event loop of one's own.
+"""`SyncTeacherClient`, `SyncAttentionClient`: the same clients for scripts, without an event loop of one's own.
 
 with SyncTeacherClient("http://localhost:8000") as client:
     targets = client.targets(TargetsRequest(sequences=[[1, 2, 3]], top_k=64))
@@ -10,30 +10,28 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
+from teacher_proto.attention import AttentionInfo, AttentionRequest
+from teacher_proto.attention_client import AttentionClient
+from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client import TeacherClient
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets
 
 T = TypeVar("T")
+ClientT = TypeVar("ClientT", bound=TeacherClient | AttentionClient)
 
 
-class SyncTeacherClient:
-    """`TeacherClient` on a thread of its own; takes the same arguments. Works inside a running event loop too."""
+class _SyncClient(Generic[ClientT]):
+    """A client on a thread of its own. Works inside a running event loop too."""
 
-    def __init__(self, urls: str | Sequence[str], **arguments: Any):
-        self.client = TeacherClient(urls, **arguments)
+    def __init__(self, client: ClientT):
+        self.client: ClientT = client
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
-
-    def teacher(self, wait_s: float = 0.0) -> TeacherInfo:
-        return self._run(self.client.teacher(wait_s))
-
-    def targets(self, request: TargetsRequest, *, deadline_s: float | None = None) -> list[TokenTargets]:
-        return self._run(self.client.targets(request, deadline_s=deadline_s))
 
     def close(self) -> None:
         if self._loop.is_closed():
@@ -43,7 +41,7 @@ class SyncTeacherClient:
         self._thread.join()
         self._loop.close()
 
-    def __enter__(self) -> SyncTeacherClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -59,3 +57,29 @@ class SyncTeacherClient:
             # Ctrl-C leaves the request running otherwise.
             future.cancel()
             raise
+
+
+class SyncTeacherClient(_SyncClient[TeacherClient]):
+    """`TeacherClient` for scripts; takes the same arguments."""
+
+    def __init__(self, urls: str | Sequence[str], **arguments: Any):
+        super().__init__(TeacherClient(urls, **arguments))
+
+    def teacher(self, wait_s: float = 0.0) -> TeacherInfo:
+        return self._run(self.client.teacher(wait_s))
+
+    def targets(self, request: TargetsRequest, *, deadline_s: float | None = None) -> list[TokenTargets]:
+        return self._run(self.client.targets(request, deadline_s=deadline_s))
+
+
+class SyncAttentionClient(_SyncClient[AttentionClient]):
+    """`AttentionClient` for scripts; takes the same arguments."""
+
+    def __init__(self, urls: str | Sequence[str], **arguments: Any):
+        super().__init__(AttentionClient(urls, **arguments))
+
+    def teacher(self, wait_s: float = 0.0) -> AttentionInfo:
+        return self._run(self.client.teacher(wait_s))
+
+    def attention(self, request: AttentionRequest, *, deadline_s: float | None = None) -> list[AttentionTargets]:
+        return self._run(self.client.attention(request, deadline_s=deadline_s))

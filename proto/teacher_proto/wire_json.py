@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
-from teacher_proto.requests import Limits
+from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire import Failure, Header, Message, Targets
 
 _CONTAINERS = 1024
 
 
-def decode_json_request(body: bytes, limits: Limits) -> dict[str, Any]:
+def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
     """The plain fields of a JSON request body. WireError if it is none, holds a key twice, or NaN and its like."""
     if len(body) > limits.max_json_bytes:
         raise WireError(f"{len(body)} bytes of JSON came, at most {limits.max_json_bytes} are read: send msgpack")

@@ -1,0 +1,218 @@
+"""What a client asks of the attention service, who answers, and the limits that it must keep to.
+
+A sequence is one document: attention and relations never look beyond it. Answers are in `attention_targets.py`, the
+definitions of relations in `relations.py`. Nothing here raises anything but a `RequestError` with the field at fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+)
+
+from teacher_proto.errors import NotFoundError
+from teacher_proto.info import ServiceInfo, read_info
+from teacher_proto.relations import FORMS, RelationForm, layer_index
+from teacher_proto.request_checks import (
+    SequenceLimits,
+    SequencesRequest,
+    check_sequences,
+    parse_body,
+    refuse,
+    token_array,
+    within,
+)
+
+AttentionKind = Literal["states", "relations", "maps"]
+ATTENTION_KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
+AttentionDtype = Literal["float16", "int8"]
+Positions = Annotated[Any, BeforeValidator(token_array)]
+
+
+class AttentionLimits(SequenceLimits):
+    """What one attention service accepts. `max_entries`: numbers in the answer for one sequence."""
+
+    max_relation_heads: int = 256
+    max_entries: int = 2**26
+
+
+class AttentionShape(BaseModel):
+    """The teacher's attention: layers in all, the highest that is served, and the heads of each."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    num_layers: int
+    max_layer: int
+    query_heads: int
+    kv_heads: int
+    head_width: int
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Numbers a position of queries, keys and values."""
+        kv = self.kv_heads * self.head_width
+        return {"query": self.query_heads * self.head_width, "key": kv, "value": kv}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is asked of every sequence alike, with the layer as an index and fields that the kind doesn't read at None.
+
+    Two equal specs over equal tokens and rows have equal answers: engines batch by it.
+    """
+
+    kind: AttentionKind
+    layer: int
+    dtype: AttentionDtype = "float16"
+    form: RelationForm | None = None
+    relation_heads: int = 0
+    block_size: int | None = None
+
+
+class AttentionRequest(SequencesRequest):
+    """The body of `POST /v1/attention`.
+
+    `sequences`: token ids, each [T]. `layer`: an index (negative: from the top), a fraction of the depth, or one of
+    `relations.LAYER_NAMES`. `kind`: `states` (Q and K after RoPE and any norm of theirs, V), from which every relation
+    follows; `relations`, of `form`, re-split into `relation_heads`, masked by position if `causal` (None: as the form
+    has it); or `maps`, the probabilities that the layer attends with, whole, or with `block_size` those within blocks
+    of so many positions. `rows`: for relations and maps, ascending positions a sequence; all where absent. `dtype`:
+    `int8` is for states. `fingerprint`: the teacher that must answer, by its first half; anyone where absent.
+    """
+
+    per_sequence: ClassVar[tuple[str, ...]] = ("sequences", "rows")
+    tensor_fields: ClassVar[tuple[str, ...]] = ("sequences", "rows")
+
+    layer: StrictInt | StrictFloat | StrictStr = "late_middle"
+    kind: AttentionKind = "states"
+    dtype: AttentionDtype = "float16"
+    form: Literal["official", "paper", "minilm"] = "official"
+    relation_heads: StrictInt = 32
+    causal: StrictBool | None = None
+    block_size: StrictInt | None = None
+    rows: tuple[Positions, ...] | None = None
+
+    @property
+    def relation_form(self) -> RelationForm:
+        """The form that is asked for, with `causal` where it says otherwise."""
+        form = FORMS[self.form]
+        return form if self.causal is None else replace(form, causal=self.causal)
+
+    def spec(self, num_layers: int) -> AttentionSpec:
+        """What is asked of a model with so many layers. ValueError for a layer that it has not."""
+        related = self.kind == "relations"
+        return AttentionSpec(
+            kind=self.kind,
+            layer=layer_index(self.layer, num_layers=num_layers),
+            dtype=self.dtype,
+            form=self.relation_form if related else None,
+            relation_heads=self.relation_heads if related else 0,
+            block_size=self.block_size if self.kind == "maps" else None,
+        )
+
+    def num_rows(self, index: int) -> int:
+        """How many positions of sequence `index` are answered."""
+        return len(self.sequences[index] if self.rows is None else self.rows[index])
+
+
+class AttentionInfo(ServiceInfo):
+    """The body of an attention service's `GET /v1/teacher`."""
+
+    limits: AttentionLimits
+    shape: AttentionShape
+    kinds: tuple[AttentionKind, ...] = ATTENTION_KINDS
+    service: Literal["attention"] = "attention"
+
+
+def parse_attention_info(body: Any) -> AttentionInfo:
+    """A service's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
+    return read_info(AttentionInfo, body, "attention")
+
+
+def parse_attention_request(body: dict[str, Any]) -> AttentionRequest:
+    """A request out of a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
+    return parse_body(AttentionRequest, body)
+
+
+def check_attention_request(request: AttentionRequest, limits: AttentionLimits, shape: AttentionShape) -> None:
+    """Hold a request to a service's limits. OutOfRangeError names the field, what came and the limit; NotFoundError
+    for a layer that isn't served."""
+    within("sequences", len(request.sequences), 1, limits.max_sequences, "sequences in a request")
+    check_sequences(request, limits)
+    _check_layer(request, shape)
+    if request.kind == "relations":
+        _check_relation_heads(request.relation_heads, limits, shape)
+    if request.dtype == "int8" and request.kind != "states":
+        refuse("dtype", "int8", "float16", f"float16 for {request.kind}: int8 is for states")
+    if request.block_size is not None:
+        if request.kind != "maps":
+            refuse("block_size", request.block_size, None, f"none for {request.kind}: blocks are of maps")
+        within("block_size", request.block_size, 1, limits.max_sequence_length, "positions in a block")
+    _check_rows(request)
+    for i in range(len(request.sequences)):
+        entries = answer_entries(request, i, shape)
+        if entries > limits.max_entries:
+            refuse(
+                f"sequences.{i}", entries, limits.max_entries,
+                f"at most {limits.max_entries} numbers in its answer: ask for fewer `rows`, or for states",
+            )  # fmt: skip
+
+
+def answer_entries(request: AttentionRequest, index: int, shape: AttentionShape) -> int:
+    """Numbers that the answer for sequence `index` holds."""
+    length, rows = len(request.sequences[index]), request.num_rows(index)
+    if request.kind == "states":
+        return length * sum(shape.widths.values())
+    if request.kind == "relations":
+        return 3 * request.relation_heads * rows * length
+    return shape.query_heads * rows * min(length, request.block_size or length)
+
+
+def _check_layer(request: AttentionRequest, shape: AttentionShape) -> None:
+    try:
+        layer = layer_index(request.layer, num_layers=shape.num_layers)
+    except ValueError as error:
+        if isinstance(request.layer, int):
+            raise NotFoundError(str(error), field="layer", got=request.layer, limit=shape.max_layer) from None
+        refuse("layer", request.layer, shape.max_layer, f"a layer of the model: {error}")
+    if layer > shape.max_layer:
+        raise NotFoundError(
+            f"layer: {request.layer!r} is layer {layer} of {shape.num_layers}, and this service holds layers 0 to "
+            f"{shape.max_layer}: ask for one of those, or start it with --layer {layer}",
+            field="layer", got=layer, limit=shape.max_layer,
+        )  # fmt: skip
+
+
+def _check_relation_heads(relation_heads: int, limits: AttentionLimits, shape: AttentionShape) -> None:
+    within("relation_heads", relation_heads, 1, limits.max_relation_heads, "relation heads")
+    widths = set(shape.widths.values())
+    if any(width % relation_heads for width in widths):
+        most = min(limits.max_relation_heads, *widths)
+        divisors = [n for n in range(1, most + 1) if not any(width % n for width in widths)]
+        refuse(
+            "relation_heads", relation_heads, divisors,
+            f"a divisor of the widths {shape.widths}: one of {', '.join(map(str, divisors))}",
+        )  # fmt: skip
+
+
+def _check_rows(request: AttentionRequest) -> None:
+    if request.rows is None:
+        return
+    if request.kind == "states":
+        refuse("rows", len(request.rows), None, "none for states: a relation needs the states of all positions")
+    if len(request.rows) != len(request.sequences):
+        refuse("rows", len(request.rows), len(request.sequences), "a list of positions for each sequence")
+    for i, (rows_r, tokens_T) in enumerate(zip(request.rows, request.sequences, strict=True)):
+        within(f"rows.{i}", len(rows_r), 1, len(tokens_T), "positions")
+        if rows_r[0] < 0 or rows_r[-1] >= len(tokens_T) or (np.diff(rows_r) <= 0).any():
+            refuse(f"rows.{i}", rows_r[:8].tolist(), len(tokens_T) - 1, f"ascending positions below {len(tokens_T)}")

@@ -1,0 +1,151 @@
+"""What the attention service answers for one sequence: `AttentionTargets`, and the checks that it can be one.
+
+The service makes it, the wire carries it, the trainer's relation loss reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from teacher_proto.attention import AttentionKind, AttentionRequest, AttentionShape, AttentionSpec
+from teacher_proto.errors import InvalidTargetsError
+
+PARTS = ("query", "key", "value")
+# The order of the keys in an `attention` message, and of the bytes under its checksum; and the dtypes of each.
+ATTENTION_TENSORS: dict[str, tuple[str, ...]] = {
+    "rows": ("<i4",),
+    "query": ("<f2", "|i1"),
+    "query_scale": ("<f4",),
+    "key": ("<f2", "|i1"),
+    "key_scale": ("<f4",),
+    "value": ("<f2", "|i1"),
+    "value_scale": ("<f4",),
+    "maps": ("<f2",),
+}
+# fp16 keeps 11 bits of a probability, and drops those below 6e-8 of a row of any length.
+MASS_TOLERANCE = 2.0**-8
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionTargets:
+    """The teacher's attention at one layer over one sequence of T positions; tensors not asked for are None.
+
+    - states: query [T, H, dh], key and value [T, H_kv, dh]; fp16, or int8 to be multiplied by its scale [T, H or
+      H_kv, 1] in fp32.
+    - relations: query, key and value [R, r, T] fp16: row i is the distribution of position rows[i] over all.
+    - maps: maps [H, r, T] fp16, or [H, r, b] within blocks of b: column j of position t is what it gives to position
+      t // b * b + j, as part of the whole map, 0 after t and beyond the end.
+
+    `layer` counts from 0. rows [r] int32 ascends; None means all positions.
+    """
+
+    kind: AttentionKind
+    layer: int
+    rows: np.ndarray | None = None
+    query: np.ndarray | None = None
+    query_scale: np.ndarray | None = None
+    key: np.ndarray | None = None
+    key_scale: np.ndarray | None = None
+    value: np.ndarray | None = None
+    value_scale: np.ndarray | None = None
+    maps: np.ndarray | None = None
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The tensors that are there, in wire order."""
+        present = ((name, getattr(self, name)) for name in ATTENTION_TENSORS)
+        return {name: array for name, array in present if array is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.tensors().values())
+
+    def states(self) -> dict[str, np.ndarray]:
+        """query, key and value as float32 [T, H, dh], int8 multiplied out. For kind states."""
+        assert self.kind == "states", "states() is for kind states"
+        arrays = self.tensors()
+        wide = {part: arrays[part].astype(np.float32) for part in PARTS}
+        return {part: x * arrays[f"{part}_scale"] if f"{part}_scale" in arrays else x for part, x in wide.items()}
+
+
+def check_attention(targets: AttentionTargets, request: AttentionRequest, index: int, shape: AttentionShape) -> None:
+    """Refuse a record that cannot be the answer to sequence `index` of `request`. InvalidTargetsError says why.
+
+    Kind, layer, presence, dtypes and shapes; states finite and none all zero; probabilities from 0 to 1, of a mass of
+    1 a row, and none for what comes after where that is masked.
+    """
+    spec = request.spec(shape.num_layers)
+    if (targets.kind, targets.layer) != (spec.kind, spec.layer):
+        raise InvalidTargetsError(
+            f"{targets.kind} of layer {targets.layer} came, {spec.kind} of layer {spec.layer} were asked for"
+        )
+    arrays = targets.tensors()
+    expected = expected_shapes(request, index, shape)
+    if set(arrays) != set(expected):
+        raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(expected)} were asked for")
+    for name, array in arrays.items():
+        dtype = "|i1" if spec.dtype == "int8" and name in PARTS else ATTENTION_TENSORS[name][0]
+        if array.shape != expected[name] or array.dtype.newbyteorder("<").str != dtype:
+            raise InvalidTargetsError(
+                f"{name} is {array.dtype} of shape {list(array.shape)}, {dtype} of {list(expected[name])} was expected"
+            )
+    asked_rows = None if request.rows is None else request.rows[index]
+    if asked_rows is not None and not np.array_equal(arrays["rows"], asked_rows):
+        raise InvalidTargetsError("rows are not the positions that were asked for")
+    rows_r = np.arange(len(request.sequences[index])) if asked_rows is None else asked_rows
+    if spec.kind == "states":
+        _check_states(arrays)
+    else:
+        for name in PARTS if spec.kind == "relations" else ("maps",):
+            _check_probabilities(arrays[name], name, rows_r, spec)
+
+
+def expected_shapes(request: AttentionRequest, index: int, shape: AttentionShape) -> dict[str, tuple[int, ...]]:
+    """The tensors of the answer to sequence `index`, and their shapes."""
+    length, num_rows = len(request.sequences[index]), request.num_rows(index)
+    shapes: dict[str, tuple[int, ...]] = {} if request.rows is None else {"rows": (num_rows,)}
+    if request.kind == "maps":
+        return shapes | {"maps": (shape.query_heads, num_rows, min(length, request.block_size or length))}
+    if request.kind == "relations":
+        return shapes | dict.fromkeys(PARTS, (request.relation_heads, num_rows, length))
+    for part in PARTS:
+        heads = shape.query_heads if part == "query" else shape.kv_heads
+        shapes[part] = (length, heads, shape.head_width)
+        if request.dtype == "int8":
+            shapes[f"{part}_scale"] = (length, heads, 1)
+    return shapes
+
+
+def _check_states(arrays: dict[str, np.ndarray]) -> None:
+    for part in PARTS:
+        states_THd = arrays[part]
+        scale_TH1 = arrays.get(f"{part}_scale")
+        if scale_TH1 is not None and not (np.isfinite(scale_TH1) & (scale_TH1 >= 0)).all():
+            raise InvalidTargetsError(f"{part}_scale: negative, NaN or infinite")
+        if states_THd.dtype.kind == "f" and not np.isfinite(states_THd).all():
+            raise InvalidTargetsError(f"{part}: NaN or infinite")
+        zero_T = ~states_THd.any(axis=(1, 2))
+        if zero_T.any():
+            raise InvalidTargetsError(
+                f"{part}: all zero at position {int(zero_T.argmax())}: nothing was computed there"
+            )
+
+
+def _check_probabilities(table: np.ndarray, name: str, rows_r: np.ndarray, spec: AttentionSpec) -> None:
+    """[heads, r, columns]. NaN fails every comparison."""
+    wide = table.astype(np.float32)
+    if not ((wide >= 0) & (wide <= 1 + MASS_TOLERANCE)).all():
+        raise InvalidTargetsError(f"{name}: a probability is NaN, below 0 or above 1")
+    mass = wide.sum(axis=-1)
+    low = 0.0 if spec.block_size else 1 - MASS_TOLERANCE
+    if not ((mass >= low) & (mass <= 1 + MASS_TOLERANCE)).all():
+        raise InvalidTargetsError(f"{name}: the probabilities of a row sum to {float(mass.min()):g}, not to 1")
+    if spec.kind == "maps" or (spec.form is not None and spec.form.causal):
+        place_r = rows_r % spec.block_size if spec.block_size else rows_r
+        later_rC = np.arange(table.shape[-1]) > place_r[:, None]
+        if table[:, later_rC].any():
+            raise InvalidTargetsError(f"{name}: a probability for a position that comes after")
+
+
+assert {field.name for field in fields(AttentionTargets)} == {"kind", "layer", *ATTENTION_TENSORS}

@@ -1,0 +1,47 @@
+"""What a client must know of one service's route: its path, its answers, its checks.
+
+`client.py` has the teacher's, `attention_client.py` the attention service's; `exchange.py` and `replica_client.py`
+speak either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from teacher_proto.identity import TeacherIdentity
+from teacher_proto.request_checks import SequencesRequest
+from teacher_proto.wire_answer import AnswerFormat, HeaderT, RecordT
+
+
+class AnyInfo(Protocol):
+    """What `GET /v1/teacher` of any service tells."""
+
+    @property
+    def identity(self) -> TeacherIdentity: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+RequestT = TypeVar("RequestT", bound=SequencesRequest)
+InfoT = TypeVar("InfoT", bound=AnyInfo)
+
+
+@dataclass(frozen=True)
+class Dialect(Generic[RequestT, HeaderT, RecordT, InfoT]):
+    """One service's route.
+
+    `noun` and `command` are for messages. `read_info` makes an info of decoded JSON. `check_request` raises a
+    RequestError for what the service would refuse, `check_header` a WireError where a header speaks of another
+    request, `check_record` InvalidTargetsError for a record that can't be the answer to the sequence of that index.
+    """
+
+    noun: str
+    command: str
+    path: str
+    answers: AnswerFormat[HeaderT, RecordT]
+    read_info: Callable[[Any], InfoT]
+    check_request: Callable[[RequestT, InfoT], None]
+    check_header: Callable[[HeaderT, RequestT, InfoT], None]
+    check_record: Callable[[RecordT, RequestT, int, InfoT], None]

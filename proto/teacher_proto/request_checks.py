@@ -1,0 +1,110 @@
+"""What every request is made of and held to, whatever it asks: token sequences, an addressee, limits.
+
+Used by `requests.py` and `attention.py`. Nothing here raises anything but a `RequestError` with the field at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from teacher_proto.errors import MalformedError, OutOfRangeError
+
+
+def token_array(value: Any) -> np.ndarray:
+    """One sequence as a read-only int64 array [T], from a list of ints or an integer array."""
+    if not isinstance(value, np.ndarray):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"a sequence is a tensor or a list of token ids, got {type(value).__name__}")
+        if any(type(token) is not int for token in value):
+            raise ValueError("a sequence holds token ids, and one of these is not an integer")
+        if any(abs(token) >= 2**63 for token in value):
+            raise ValueError("a token id does not fit 64 bits")
+        value = np.array(value, dtype=np.int64)
+    if value.dtype.kind not in "iu" or value.ndim != 1:
+        raise ValueError(f"a sequence is a one-dimensional integer tensor, got {value.dtype} of shape {value.shape}")
+    array = value.astype(np.int64)
+    array.flags.writeable = False
+    return array
+
+
+Sequence = Annotated[Any, BeforeValidator(token_array)]
+
+
+class SequenceLimits(BaseModel):
+    """What one service accepts of any request. Lengths in tokens, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int
+    max_sequence_length: int
+    max_sequences: int = 256
+    max_request_tokens: int = 131_072
+    max_body_bytes: int = 16 * 2**20
+    max_json_bytes: int = 2**20
+
+
+class SequencesRequest(BaseModel):
+    """Token ids, each [T], and the `fingerprint` of the teacher that must answer, anyone where absent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    # Fields with an item for each sequence, and those of them whose items are arrays of numbers.
+    per_sequence: ClassVar[tuple[str, ...]] = ("sequences",)
+    tensor_fields: ClassVar[tuple[str, ...]] = ("sequences",)
+
+    sequences: tuple[Sequence, ...]
+    fingerprint: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(tokens_T) for tokens_T in self.sequences)
+
+    def select(self, indexes: Iterable[int]) -> Self:
+        """The same request of these sequences alone, in this order."""
+        indexes = list(indexes)
+        given = {name: values for name in self.per_sequence if (values := getattr(self, name)) is not None}
+        return self.model_copy(update={name: tuple(values[i] for i in indexes) for name, values in given.items()})
+
+
+Request = TypeVar("Request", bound=SequencesRequest)
+
+
+def parse_body(kind: type[Request], body: dict[str, Any]) -> Request:
+    """A request out of a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(kind.model_fields)
+            raise MalformedError(f"unknown field {field!r}; known are {known}", field=field) from None
+        if first["type"] == "missing":
+            raise MalformedError(f"field {field!r} is missing", field=field) from None
+        got = repr(first["input"])
+        got = got if len(got) <= 80 else got[:77] + "..."
+        raise OutOfRangeError(f"{field}: {first['msg']} (got {got})", field=field, got=got) from None
+
+
+def check_sequences(request: SequencesRequest, limits: SequenceLimits) -> None:
+    for i, tokens_T in enumerate(request.sequences):
+        field = f"sequences.{i}"
+        within(field, len(tokens_T), 1, limits.max_sequence_length, "tokens in a sequence")
+        low, high = int(tokens_T.min()), int(tokens_T.max())
+        if low < 0 or high >= limits.vocab_size:
+            bad = low if low < 0 else high
+            refuse(field, bad, limits.vocab_size - 1, f"token ids from 0 to {limits.vocab_size - 1}")
+    within("sequences", request.num_tokens, 1, limits.max_request_tokens, "tokens in a request")
+
+
+def within(field: str, got: int, low: int, high: int, what: str) -> None:
+    if not low <= got <= high:
+        limit = high if got > high else low
+        raise OutOfRangeError(f"{field}: {got} {what}, expected {low} to {high}", field=field, got=got, limit=limit)
+
+
+def refuse(field: str, got: Any, limit: Any, expected: str) -> NoReturn:
+    raise OutOfRangeError(f"{field}: got {got}, expected {expected}", field=field, got=got, limit=limit)
