@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from pydantic import BeforeValidator, StrictInt
@@ -70,6 +70,19 @@ class TargetSpec:
     sample_temperature: float = 1.0
     seed: int = 0
     hidden_dtype: HiddenDtype | None = None
+
+
+class Wanted(Protocol):
+    """One sequence and what is asked of it: a service's `Job`, a store's `Ask`."""
+
+    @property
+    def tokens_T(self) -> np.ndarray: ...
+    @property
+    def rows(self) -> tuple[int, int]: ...
+    @property
+    def spec(self) -> TargetSpec: ...
+    @property
+    def gather_ids_RG(self) -> np.ndarray | None: ...
 
 
 class TargetsRequest(SequencesRequest):

@@ -14,13 +14,13 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import msgpack
 import numpy as np
 
 from teacher_proto.errors import ChecksumError, WireError
-from teacher_proto.requests import KINDS, HiddenDtype, Kind, TargetSpec
+from teacher_proto.requests import KINDS, HiddenDtype, Kind, TargetSpec, Wanted
 from teacher_proto.targets import TENSORS, TokenTargets, tensors_of
 from teacher_proto.wire import decode_targets, encode_targets
 from teacher_proto.wire_read import Budget, read_message
@@ -29,19 +29,6 @@ from teacher_proto.wire_tensor import decode_tensor, encode_tensor
 _HEAD = struct.Struct("<II")
 _BUDGET = Budget(containers=8, items=64)
 SEQUENCE_KEY_BYTES = 32
-
-
-class Wanted(Protocol):
-    """One sequence and what is asked of it: a service's `Job`, or an `Ask`."""
-
-    @property
-    def tokens_T(self) -> np.ndarray: ...
-    @property
-    def rows(self) -> tuple[int, int]: ...
-    @property
-    def spec(self) -> TargetSpec: ...
-    @property
-    def gather_ids_RG(self) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True, eq=False)

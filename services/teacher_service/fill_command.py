@@ -54,10 +54,10 @@ def fill_command(arguments: list[str]) -> int:
 async def _fill(
     settings: TeacherSettings, request: TargetsRequest, files: list[Path], options: argparse.Namespace
 ) -> FillReport:
+    from teacher_proto.model_files import find_model
     from teacher_proto.store import TargetStore
     from teacher_service.fill import fill
     from teacher_service.fill_data import Cutting, read_pieces
-    from teacher_service.identify import find_model
     from teacher_service.run import ENGINES
     from teacher_service.text import Text
 

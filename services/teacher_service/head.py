@@ -1,52 +1,19 @@
-"""The teacher's output head: how logits follow from final hidden states, and the file that `GET /v1/head` gives out.
-
-logits = scale * soft_cap(hidden @ weight.T + bias), soft_cap(z) = cap * tanh(z / cap) where the model has one.
-The file is safetensors: `weight` [V, D], `bias` [V] where there is one, `soft_cap` and `scale` as float32 scalars.
-"""
+"""The output head of a checkpoint, read without loading the model: what `GET /v1/head` gives out beside vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from teacher_proto.head import HeadScaling, save_head
 from teacher_proto.targets import TokenTargets
 
 _WEIGHT_NAMES = ("lm_head.weight", "output.weight", "embed_out.weight")
 _EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 # Of the largest logit: bf16 rounds by 2**-9 of it, and sums in another order.
 _HEAD_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True)
-class HeadScaling:
-    """What a model does to the head's product. A `soft_cap` of None caps nothing."""
-
-    soft_cap: float | None = None
-    scale: float = 1.0
-
-    def __call__(self, product_NV: torch.Tensor) -> torch.Tensor:
-        logits_NV = product_NV
-        if self.soft_cap is not None:
-            logits_NV = torch.tanh(logits_NV / self.soft_cap) * self.soft_cap
-        return logits_NV * self.scale if self.scale != 1.0 else logits_NV
-
-
-def scaling_of(config: Mapping[str, Any]) -> HeadScaling:
-    """Out of a model's config: Gemma's final soft cap, Granite's divisor, Cohere's factor."""
-    text = config.get("text_config") or config
-    scale = 1.0
-    if divisor := text.get("logits_scaling"):
-        scale = 1.0 / float(divisor)
-    elif factor := text.get("logit_scale"):
-        scale = float(factor)
-    cap = text.get("final_logit_softcapping")
-    return HeadScaling(float(cap) if cap else None, scale)
 
 
 class CheckpointHead:
@@ -104,14 +71,3 @@ class CheckpointHead:
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self._where[name], framework="pt") as file:
             return file.get_tensor(name)
-
-
-def save_head(path: Path, tensors: Mapping[str, torch.Tensor], scaling: HeadScaling) -> None:
-    """Write the file whole or not at all."""
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    contents["scale"] = torch.tensor(scaling.scale)
-    if scaling.soft_cap is not None:
-        contents["soft_cap"] = torch.tensor(scaling.soft_cap)
-    temporary = path.with_suffix(".partial")
-    save_file(contents, temporary)
-    temporary.replace(path)

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
-from teacher_proto.identity import NumericIdentity, TeacherIdentity
+from teacher_proto.identity import TeacherIdentity
+from teacher_proto.model_files import find_model
+from teacher_proto.packed import layout_of
 from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
-from teacher_service.identify import find_model, hash_files, identify
-from teacher_service.reading import layout_of, read_rows
+from teacher_service.reading import read_rows
 
 if TYPE_CHECKING:
-    from teacher_service.hf_model import HfModel
+    from teacher_proto.hf_model import HfModel
 
 # A batch takes sequences at least this long in parts of its longest, so that little of it is padding.
 _LEAST_LENGTH = 0.75
-_DEFAULT_MAX_LENGTH = 2048
 
 
 @dataclass(eq=False)
@@ -75,34 +75,11 @@ class HfEngine:
         self._death = None
 
     def _load(self) -> None:
-        import transformers
+        from teacher_proto.hf_model import HfModel
 
-        from teacher_service.hf_model import HfModel
-
-        folder = find_model(**self._source)
-        model = HfModel(folder, dtype=self._dtype, device=self._device)
-        longest = self._max_model_len or model.max_positions or _DEFAULT_MAX_LENGTH
-        self.limits = Limits(
-            vocab_size=model.vocab_size,
-            max_sequence_length=min(longest, model.max_positions or longest),
-            max_top_k=min(self._max_top_k, model.vocab_size),
-        )
-        numeric = NumericIdentity(
-            engine="transformers",
-            engine_version=transformers.__version__,
-            device=model.device_name,
-            parallel="1",
-            attention_backend=model.attention,
-        )
-        quantization = (folder.config.get("quantization_config") or {}).get("quant_method")
-        self.identity = identify(
-            folder,
-            hash_files(folder.weight_files),
-            dtype=str(model.dtype).removeprefix("torch."),
-            quantization=quantization,
-            vocab_size=model.vocab_size,
-            numeric=numeric,
-        )
+        model = HfModel(find_model(**self._source), dtype=self._dtype, device=self._device)
+        self.limits = model.limits(self._max_model_len, self._max_top_k)
+        self.identity = model.identity()
         self._model = model
 
     async def score(self, job: Job) -> TokenTargets:
@@ -127,7 +104,7 @@ class HfEngine:
 
     async def write_head(self, path: Path) -> None:
         """Write the output head as safetensors (`head.py` says how)."""
-        from teacher_service.head import save_head
+        from teacher_proto.head import save_head
 
         assert self._model is not None
         await asyncio.to_thread(save_head, path, self._model.head(), self._model.scaling)

@@ -1,4 +1,4 @@
-"""From what an engine computed to the record it answers with: the layout of a job, and packed rows read and checked.
+"""From what an engine computed to the record it answers with: packed rows read and checked.
 
 Used by the engines that reduce logits themselves (vLLM, transformers).
 """
@@ -11,11 +11,6 @@ from teacher_proto.errors import EngineError
 from teacher_proto.packed import RowLayout, unpack_rows
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
-
-
-def layout_of(job: Job, vocab_size: int, hidden_size: int) -> RowLayout:
-    width = job.gather_ids_RG.shape[1] if job.gather_ids_RG is not None and "gather" in job.spec.kinds else 0
-    return RowLayout(job.spec, vocab_size, width, hidden_size if "hidden" in job.spec.kinds else 0)
 
 
 def read_rows(packed_RB: np.ndarray, job: Job, layout: RowLayout) -> TokenTargets:

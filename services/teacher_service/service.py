@@ -18,12 +18,12 @@ from serving.keys import Keys
 from serving.metrics import Metrics
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
 from teacher_proto.info import TeacherInfo
+from teacher_proto.model_files import ModelFolder, find_model
 from teacher_proto.requests import TargetSpec
 from teacher_service.answers import Answers
 from teacher_service.asked import Asked
 from teacher_service.engine import Engine, Job
 from teacher_service.head_file import HeadFile
-from teacher_service.identify import ModelFolder, find_model
 from teacher_service.settings import TeacherSettings
 from teacher_service.status import STEP_S, History, StatusBody, totals
 from teacher_service.text import JsonPieces, Text

@@ -21,7 +21,7 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from teacher_proto.packed import RowLayout
 from teacher_proto.requests import TargetSpec
-from teacher_service.slices import Slice, reduce_slices
+from teacher_proto.slices import Slice, reduce_slices
 
 TASK = "token_classify"
 # vLLM measures its memory with a run of requests that ask nothing: they are taken to ask for the most.

@@ -20,12 +20,13 @@ from pydantic import ValidationError
 
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
+from teacher_proto.model_files import ModelFolder, find_model, hash_files, identify
+from teacher_proto.packed import layout_of
 from teacher_proto.reduction import sample_key
 from teacher_proto.requests import KINDS, Kind, Limits, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
-from teacher_service.identify import ModelFolder, find_model, hash_files, identify
-from teacher_service.reading import layout_of, read_rows
+from teacher_service.reading import read_rows
 from teacher_service.vllm_options import engine_arguments, prepare_environment
 
 log = logging.getLogger("stillhouse.vllm")
@@ -147,7 +148,8 @@ class VllmEngine:
 
     async def _find_head(self, folder: ModelFolder, description: Mapping[str, Any]) -> None:
         """Hold the checkpoint's head to what vLLM computes; without agreement `hidden` is not served."""
-        from teacher_service.head import CheckpointHead, HeadScaling
+        from teacher_proto.head import HeadScaling
+        from teacher_service.head import CheckpointHead
 
         tokens_T = np.arange(_PROBE_LENGTH) * 7919 % self.limits.vocab_size
         spec = TargetSpec(kinds=("top_k", "hidden"), top_k=1, hidden_dtype="float16")

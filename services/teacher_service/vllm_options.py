@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from teacher_service.identify import ModelFolder
+from teacher_proto.model_files import ModelFolder
 
 _ADAPTER = "teacher_service.vllm_adapter"
 _TRANSFORMERS_MODEL = "vllm.model_executor.models.transformers.TransformersForCausalLM"

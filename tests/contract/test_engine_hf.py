@@ -15,12 +15,12 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
+from teacher_proto import hf_model
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
+from teacher_proto.head import HeadScaling
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service import hf_model
 from teacher_service.engine import Job
-from teacher_service.head import HeadScaling
 from teacher_service.hf_engine import HfEngine
 from tests.contract.engine_cases import job, sequences_of
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from teacher_proto.head import HeadScaling, scaling_of
 from teacher_proto.targets import TokenTargets
-from teacher_service.head import CheckpointHead, HeadScaling, scaling_of
+from teacher_service.head import CheckpointHead
 
 V, D = 40, 8
 

@@ -1,18 +1,20 @@
 """Rows of several sequences, to be reduced in one go: an engine's batch, cut to what was asked.
 
-Used by `hf_engine` and, inside vLLM, by `vllm_adapter`.
+Used by `hf_model` and, inside vLLM, by `vllm_adapter`. torch is imported on demand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from teacher_proto.packed import RowLayout
 from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows
 from teacher_proto.requests import TargetSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +36,16 @@ def reduce_slices(
     slices: Sequence[Slice], compute_logits: Callable[[torch.Tensor], torch.Tensor | None], layout: RowLayout
 ) -> list[torch.Tensor] | None:
     """Packed rows of each slice; all have one layout. None where `compute_logits` gives none."""
+    import torch
+
     hidden_ND = slices[0].hidden_ND if len(slices) == 1 else torch.cat([s.hidden_ND for s in slices])
     packed_NB = reduce_rows(hidden_ND, compute_logits, _rows(layout.spec, slices, hidden_ND.device), layout)
     return None if packed_NB is None else list(packed_NB.split([s.stop - s.start for s in slices]))
 
 
 def _rows(spec: TargetSpec, slices: Sequence[Slice], device: torch.device) -> Rows:
+    import torch
+
     def on_device(parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(parts).to(device, non_blocking=True)
 
@@ -56,6 +62,8 @@ def _rows(spec: TargetSpec, slices: Sequence[Slice], device: torch.device) -> Ro
 
 
 def _next_ids(s: Slice) -> torch.Tensor:
+    import torch
+
     next_N = s.tokens_T[s.start + 1 : s.stop + 1].to(torch.int64)
     if len(next_N) == s.stop - s.start:
         return next_N

@@ -1,7 +1,8 @@
-"""A transformers causal language model as a teacher: token ids in, packed rows out. `hf_engine.py` runs it.
+"""A transformers causal language model as a teacher: token ids in, packed rows out.
 
-Only the last hidden states of a batch are kept; the logits of a chunk of rows at a time are made of them by the
-model's own head.
+Run by the service's `hf_engine` and by the trainer's local teacher, so that both say the same; imported on demand.
+Only the last hidden states of a batch are kept; the logits of a chunk of rows at a time are made of them by the model's
+own head.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
-from teacher_proto.packed import RowLayout
+from teacher_proto.head import HeadScaling, scaling_of
+from teacher_proto.identity import NumericIdentity, TeacherIdentity
+from teacher_proto.model_files import ModelFolder, hash_files, identify
+from teacher_proto.packed import RowLayout, layout_of
 from teacher_proto.reduction import sample_key
-from teacher_service.engine import Job
-from teacher_service.head import HeadScaling, scaling_of
-from teacher_service.identify import ModelFolder
-from teacher_service.reading import layout_of
-from teacher_service.slices import Slice, reduce_slices
+from teacher_proto.requests import Limits, Wanted
+from teacher_proto.slices import Slice, reduce_slices
 
+_DEFAULT_MAX_LENGTH = 2048
 _PROBE_LENGTH = 16
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
 
@@ -30,6 +32,7 @@ class HfModel:
     """The model on its device. ValueError where its logits are not its last hidden states through a known head."""
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str):
+        self._folder = folder
         self.device = torch.device(_device(device))
         model = _load(folder, _dtype(dtype, self.device)).to(self.device)
         self._model = model
@@ -45,6 +48,27 @@ class HfModel:
         self.hidden_size: int = self._head.weight.shape[1]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._compare_with_own_logits(folder.name)
+
+    def identity(self) -> TeacherIdentity:
+        """Who this teacher is. Hashes the weights where nobody has yet."""
+        numeric = NumericIdentity(
+            engine="transformers", engine_version=transformers.__version__, device=self.device_name, parallel="1",
+            attention_backend=self.attention,
+        )  # fmt: skip
+        quantization = (self._folder.config.get("quantization_config") or {}).get("quant_method")
+        return identify(
+            self._folder, hash_files(self._folder.weight_files), dtype=str(self.dtype).removeprefix("torch."),
+            quantization=quantization, vocab_size=self.vocab_size, numeric=numeric,
+        )  # fmt: skip
+
+    def limits(self, max_length: int | None, max_top_k: int) -> Limits:
+        """What it accepts: `max_length` tokens a sequence at most, by default as many as it has positions."""
+        longest = max_length or self.max_positions or _DEFAULT_MAX_LENGTH
+        return Limits(
+            vocab_size=self.vocab_size,
+            max_sequence_length=min(longest, self.max_positions or longest),
+            max_top_k=min(max_top_k, self.vocab_size),
+        )
 
     @property
     def device_name(self) -> str:
@@ -63,7 +87,7 @@ class HfModel:
         return self._scaling(self._head(hidden_ND))
 
     @torch.inference_mode()
-    def score(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def score(self, jobs: Sequence[Wanted]) -> list[np.ndarray]:
         """Packed rows [R, bytes] uint8 of each job, from one forward pass over all."""
         hidden = self._hidden_states([job.tokens_T for job in jobs])
         groups: dict[RowLayout, list[tuple[int, Slice]]] = defaultdict(list)
@@ -113,7 +137,7 @@ class HfModel:
 def _load(folder: ModelFolder, dtype: torch.dtype | str) -> Any:
     """ValueError with the first line of what transformers says."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         ).eval()
     except (OSError, RuntimeError, ValueError, ImportError) as error:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from teacher_proto import model_files as module
 from teacher_proto.identity import NumericIdentity, TeacherIdentity, compare_fingerprints
-from teacher_service import identify as module
-from teacher_service.identify import find_model, hash_files, identify
+from teacher_proto.model_files import find_model, hash_files, identify
 
 NUMERIC = NumericIdentity(engine="e", engine_version="1", device="cpu", parallel="1", attention_backend="sdpa")
 

@@ -1,6 +1,7 @@
-"""Who the teacher is, read from the folder that it is loaded from.
+"""A model on this disk: who it is, read from the folder that it is loaded from.
 
-The engines call `find_model` before they load, `hash_files` while they do and `identify` after. Files are hashed in
+Engines and the trainer's local teacher call `find_model` before they load, `hash_files` while they do and `identify`
+after. Files are hashed in
 parallel; a hash is kept by (path, size, modification time) under the user's cache folder, so that a restart reads no
 weights twice.
 """
