@@ -1,6 +1,6 @@
 """vLLM without an answer: prefill alone, and prefill with the head's product on all positions. `serve.py` starts it.
 
-    python -m benchmarks.bare_prefill MODEL      then a line of JSON a round on stdin: {"head": bool, "sequences": [...]}
+    python -m benchmarks.bare_prefill MODEL      a line of JSON on stdin is a round: {"head": bool, "sequences": [...]}
 
 The engine is set up as the teacher service's, but for the pooler, and answers each round with its seconds. With the
 head it is the physical limit of whoever returns logits. This module is also what vLLM loads the model from.
