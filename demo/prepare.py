@@ -9,11 +9,12 @@ file, dequantised here to bf16 safetensors); the text is what every Python carri
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
+CACHE = Path(os.environ.get("STILLHOUSE_DEMO") or Path(__file__).resolve().parent.parent / ".cache" / "demo")
 TEACHER = CACHE / "teacher"
 STUDENT = CACHE / "student"
 KEEP_EVERY = 5

@@ -43,6 +43,7 @@ RULES = (
     Rule("optim.qk_clip.alpha", lambda s: s.optim.qk_clip.tau is not None, "optim.qk_clip.tau is null"),
     Rule("run.threads", lambda s: not s.run.device.startswith("cuda"), "run.device is a GPU"),
     Rule("student.bitnet.", lambda s: s.student.kind == "bitnet", "student.kind is not bitnet"),
+    Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
 )
 

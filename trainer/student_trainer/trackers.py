@@ -1,4 +1,4 @@
-"""Trackers of others: Weights & Biases and TensorBoard. Built by `build`, fed by `logs`.
+"""Trackers of others: Weights & Biases, TensorBoard and Prometheus. Built by `build`, fed by `logs`.
 
 A tracker may be slow, down or gone: it is fed from a queue by a thread of its own, and what it can't take is counted
 and dropped. `metrics.jsonl` has every line whatever happens here.
@@ -122,4 +122,17 @@ def open_trackers(settings: Settings, run_id: str, folder: Path) -> list[Tracker
         trackers.append(Tracker("wandb", lambda: _Wandb(settings, run_id, folder, "offline")))
     if settings.logging.tensorboard:
         trackers.append(Tracker("tensorboard", lambda: _TensorBoard(folder)))
+    if settings.logging.prometheus_port is not None:
+        trackers.append(_prometheus(settings, run_id))
     return trackers
+
+
+def _prometheus(settings: Settings, run_id: str) -> Tracker:
+    """Opened here and not on the tracker's thread: a port that is taken stops the run before it begins."""
+    from student_trainer.exporter import Exporter
+
+    assert settings.logging.prometheus_port is not None
+    host = settings.logging.prometheus_host
+    exporter = Exporter(host, settings.logging.prometheus_port, run_id, settings.run.steps)
+    logger.info("figures for Prometheus at http://%s:%d/metrics", host, exporter.port)
+    return Tracker("prometheus", lambda: exporter)

@@ -45,4 +45,6 @@ class LoggingSettings(Section):
     wandb: Literal["auto", "offline", "off"] = Field("auto", description="auto: online where WANDB_API_KEY is set")
     project: str = "stillhouse"
     tensorboard: bool = False
+    prometheus_port: int | None = Field(None, ge=0, le=65_535, description="port of /metrics; 0 takes a free one")
+    prometheus_host: str = Field("127.0.0.1", description="address that /metrics listens at")
     progress: Literal["auto", "on", "off"] = Field("auto", description="auto: where the terminal can show it")

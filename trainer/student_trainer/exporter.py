@@ -1,0 +1,91 @@
+"""The run's figures for Prometheus, at `http://HOST:PORT/metrics`. Opened by `trackers` where `logging.prometheus_port`
+is set.
+
+The same figures as `metrics.jsonl` and `evaluation.jsonl`, the newest of each: Prometheus keeps the rest. Names of
+terms, sources and groups become labels. deploy/grafana and deploy/prometheus read them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+PREFIX = "stillhouse_train_"
+# Key of a step's line -> metric and its text.
+GAUGES = {
+    "loss": ("loss", "What was differentiated, nats a token"),
+    "learning_rate": ("learning_rate", "Of the first group of parameters"),
+    "grad_norm": ("grad_norm", "Before it is clipped"),
+    "seconds": ("step_seconds", "The last step's time"),
+    "tokens_per_second": ("tokens_per_second", "Tokens learnt from, in the last step's time"),
+    "wait_share": ("wait_share", "Share of the last step's time that it waited for targets"),
+    "prefetch_depth": ("prefetch_depth", "Batches asked for ahead"),
+}
+# First part of a key -> metric, its text, and the labels that the rest of the key fills, separated by "/".
+LABELLED = {
+    "loss": ("term_loss", "Mean of a loss term, nats a token", ("term",)),
+    "weighted": ("term_weighted", "A loss term's share of the loss", ("term",)),
+    "source": ("source", "Figures of a step by source of data", ("source", "figure")),
+    "held_out": ("held_out", "The last evaluation, by source", ("source", "figure")),
+}
+
+
+class Exporter:
+    """A tracker's sink that is read over HTTP. ValueError where the port can't be had."""
+
+    def __init__(self, host: str, port: int, run_id: str, steps: int):
+        registry = CollectorRegistry()
+        self._gauges = {key: Gauge(PREFIX + name, text, registry=registry) for key, (name, text) in GAUGES.items()}
+        self._labelled = {
+            key: Gauge(PREFIX + name, text, labels, registry=registry) for key, (name, text, labels) in LABELLED.items()
+        }
+        self._step = Gauge(PREFIX + "step", "Updates made", registry=registry)
+        self._last = Gauge(PREFIX + "last_step_timestamp_seconds", "When the last step ended", registry=registry)
+        self._tokens = Counter(PREFIX + "tokens", "Tokens learnt from by this process", registry=registry)
+        self._waited = Counter(PREFIX + "wait_seconds", "Seconds waited for targets", registry=registry)
+        Gauge(PREFIX + "steps", "Updates that the run is to make", ("run",), registry=registry).labels(run_id).set(
+            steps
+        )
+        self._tokens_before: float | None = None
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ValueError(
+                f"logging.prometheus_port: nothing can listen at {host}:{port}: {error.strerror}"
+            ) from None
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        for key, value in figures.items():
+            if value is None or isinstance(value, str):
+                continue
+            first, _, rest = key.partition("/")
+            if key in self._gauges:
+                self._gauges[key].set(value)
+            elif rest and first in self._labelled:
+                # A source may have a slash in its name, a figure has none.
+                labels = rest.rsplit("/", 1) if len(LABELLED[first][2]) == 2 else [rest]
+                self._labelled[first].labels(*labels).set(value)
+        if "seconds" in figures:
+            self._count(step, figures)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _count(self, step: int, figures: Mapping[str, Any]) -> None:
+        """What a step adds up to. A resumed run's tokens begin at what was learnt before: only the rise counts."""
+        tokens = figures["tokens"]
+        if self._tokens_before is not None:
+            self._tokens.inc(tokens - self._tokens_before)
+        self._tokens_before = tokens
+        self._waited.inc(figures["wait_s"])
+        self._step.set(step)
+        self._last.set(time.time())
