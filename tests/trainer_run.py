@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from student_trainer.data.batch import Batch
-from student_trainer.targets.protocol import Ask, BatchTargets, TeacherCard, counted_rows
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
@@ -194,17 +194,15 @@ class ScriptedTargets:
             max_top_k=limits.max_top_k, kinds=self.engine.kinds, identity=identity.model_dump(mode="json"),
         )  # fmt: skip
 
-    async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
-        from teacher_proto.requests import TargetSpec
-
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
         self.fetched.append(batch.number)
         await asyncio.sleep(self._delay(batch.number))
-        spec = TargetSpec(kinds=ask.kinds, top_k=ask.top_k, temperatures=ask.temperatures)
         answers: list[TokenTargets | None] = []
-        for document in batch.documents:
+        for place, document in enumerate(batch.documents):
             rows = counted_rows(batch, document)
             tokens_T = batch.tokens_BT[document.row, document.start : document.stop]
-            answers.append(None if rows is None else await self.engine.score(Job(tokens_T, rows, spec, "test")))
+            ids_RG = None if gather_ids is None else gather_ids[place]
+            answers.append(None if rows is None else await self.engine.score(Job(tokens_T, rows, ask, "test", ids_RG)))
         return BatchTargets(tuple(answers), ask, self.engine.identity.fingerprint)
 
     async def close(self) -> None:

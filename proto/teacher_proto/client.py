@@ -17,6 +17,7 @@ import httpx
 from teacher_proto.canary import Canary, canary_request, read_canary
 from teacher_proto.dialect import Dialect
 from teacher_proto.errors import StillhouseError, WireError
+from teacher_proto.exchange import fetch_head
 from teacher_proto.info import TeacherInfo, parse_info
 from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.replicas import Replica
@@ -57,6 +58,22 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
     async def targets(self, request: TargetsRequest, *, deadline_s: float | None = None) -> list[TokenTargets]:
         """The targets of every sequence, in the order of the sequences. Errors as `stream`."""
         return await self.answers(request, deadline_s=deadline_s)
+
+    async def head(self) -> bytes:
+        """The teacher's output head as the safetensors file of `GET /v1/head`, from the first replica that gives it.
+
+        NotFoundError where the teacher serves no hidden states; WrongTeacherError; TeacherUnavailableError.
+        """
+        await self.teacher()
+        failures = []
+        for replica in self._pool.replicas:
+            if replica.info is not None:
+                try:
+                    timeouts = self._timeout(self.policy.read_timeout_s)
+                    return await fetch_head(self._http, replica.url, self.dialect, replica.info.fingerprint, timeouts)
+                except StillhouseError as error:
+                    failures.append(error)
+        raise failures[0]
 
     async def _inspect(self, replica: Replica[TeacherInfo], info: TeacherInfo, timeouts: httpx.Timeout) -> None:
         """Does it compute what it did?"""

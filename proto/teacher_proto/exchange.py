@@ -52,6 +52,22 @@ async def fetch_info(
         raise _not_one(url, dialect, str(error)) from None
 
 
+async def fetch_head(
+    http: httpx.AsyncClient, url: str, dialect: AnyDialect, fingerprint: str, timeouts: httpx.Timeout
+) -> bytes:
+    """The file of `GET /v1/head`. NotFoundError where the teacher serves none, WrongTeacherError if another answers."""
+    async with _response(http, "GET", url, "/v1/head", dialect, timeouts=timeouts) as response:
+        if response.status_code != 200:
+            raise _error_of(response, await _plain_body(response), dialect)
+        told = response.headers.get("x-teacher-fingerprint")
+        if told != fingerprint:
+            raise WrongTeacherError(
+                f"{url} gave the head of teacher {told}, {fingerprint} was asked",
+                field="fingerprint", got=told, limit=fingerprint,
+            )  # fmt: skip
+        return await response.aread()
+
+
 async def exchange(
     http: httpx.AsyncClient, url: str, dialect: Dialect[RequestT, HeaderT, RecordT, InfoT], request: RequestT,
     info: InfoT, timeouts: httpx.Timeout, on_chunk: Callable[[int], None] = lambda n: None,

@@ -106,6 +106,25 @@ class TargetsRequest(SequencesRequest):
     seed: StrictInt = 0
     hidden_dtype: HiddenDtype = "float16"
 
+    @classmethod
+    def of(
+        cls, spec: TargetSpec, sequences: Iterable[np.ndarray], rows: Iterable[tuple[int, int]] | None = None,
+        gather_ids: Iterable[np.ndarray] | None = None,
+    ) -> TargetsRequest:  # fmt: skip
+        """The request whose `spec` is the given one."""
+        return cls(
+            sequences=tuple(sequences),
+            kinds=spec.kinds,
+            top_k=spec.top_k,
+            temperatures=spec.temperatures,
+            rows=None if rows is None else tuple(rows),
+            gather_ids=None if gather_ids is None else tuple(gather_ids),
+            num_samples=spec.num_samples,
+            sample_temperature=spec.sample_temperature,
+            seed=spec.seed,
+            hidden_dtype=spec.hidden_dtype or "float16",
+        )
+
     @property
     def spec(self) -> TargetSpec:
         kinds = tuple(kind for kind in KINDS if kind in self.kinds)

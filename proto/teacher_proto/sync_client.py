@@ -71,6 +71,9 @@ class SyncTeacherClient(_SyncClient[TeacherClient]):
     def targets(self, request: TargetsRequest, *, deadline_s: float | None = None) -> list[TokenTargets]:
         return self._run(self.client.targets(request, deadline_s=deadline_s))
 
+    def head(self) -> bytes:
+        return self._run(self.client.head())
+
 
 class SyncAttentionClient(_SyncClient[AttentionClient]):
     """`AttentionClient` for scripts; takes the same arguments."""

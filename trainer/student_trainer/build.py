@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from student_trainer.data.tokenise import pad_id
 from student_trainer.evaluate import Evaluator, fetch_held_out
 from student_trainer.logs import RunLog, forget_after
 from student_trainer.loop import Place, Run
+from student_trainer.losses.rows import TeacherHead
 from student_trainer.on_policy.prompts import WrittenBatch
 from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
 from student_trainer.on_policy.written import WrittenBatches
@@ -41,9 +42,11 @@ from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
-from student_trainer.targets.open import Teacher, check_ask, open_teacher
+from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
 from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
+from student_trainer.targets.student_support import StudentSupport
+from student_trainer.targets.teacher_head import read_head
 from student_trainer.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     source: BatchSource
     student: Student
+    head: TeacherHead | None  # the teacher's, where something is compared over the whole vocabulary
 
 
 def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
@@ -95,6 +99,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         settings=settings, student=parts.student, terms=terms, optimizer=optimizer, prefetch=prefetch, guard=guard,
         evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log), signals=signals, place=place,
         written=written, on_policy_terms=settings.on_policy.build(),
+        student_support=_student_support(settings, parts, thread),
     )  # fmt: skip
 
 
@@ -106,13 +111,16 @@ def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snaps
         saved_card = snapshot.state.get("teacher") if snapshot is not None else None
         teacher = open_teacher(settings.teacher, thread, stack, saved_card)
         check_ask(settings, teacher.card)
+    head = None
+    if teacher is not None and wants_head(settings):
+        head = read_head(thread.call(teacher.targets.head()), device)
     tokenizer = load_tokenizer(settings)
     source = BatchSource(settings.data, tokenizer, settings.run.seed)
     stack.callback(source.close)
     student = load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
-    return Parts(teacher, tokenizer, source, student)
+    return Parts(teacher, tokenizer, source, student, head)
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -185,11 +193,14 @@ def _prefetch(
     device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
 
     def prepare(batch: Any, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
-        return tuple(micro.to(device) for micro in micro_batches(batch, targets, rows=rows, teacher_shift=shift))
+        cut = micro_batches(batch, targets, rows=rows, teacher_shift=shift, head=parts.head)
+        return tuple(micro.to(device) for micro in cut)
 
     # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
     data, own = (
-        ask_for(terms, settings.teacher.top_k) if any(term.kind != "cross_entropy" for term in terms) else None
+        ask_for(terms, settings.teacher.top_k, settings.distillation)
+        if any(term.kind != "cross_entropy" for term in terms)
+        else None
         for terms in (settings.distillation.build(), settings.on_policy.build())
     )
 
@@ -203,9 +214,19 @@ def _prefetch(
 def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread) -> Evaluator:
     names = parts.source.names if settings.evaluation.every else ()
     batches = {name: group for name in names if (group := parts.source.held_out(name))}
-    top_k = settings.evaluation.top_k or settings.teacher.top_k
-    held_out = fetch_held_out(batches, parts.teacher.targets if parts.teacher else None, thread, top_k)
+    ask = Ask(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
+    if settings.evaluation.kl == "full":
+        ask = replace(ask, kinds=("top_k", "hidden"), hidden_dtype="float16")
+    held_out = fetch_held_out(batches, parts.teacher.targets if parts.teacher else None, thread, ask)
     decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
     return Evaluator(
-        settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json"
-    )
+        settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",
+        parts.head,
+    )  # fmt: skip
+
+
+def _student_support(settings: Settings, parts: Parts, thread: EventThread) -> StudentSupport | None:
+    gathers = any(term.support == "gather" for term in settings.terms())
+    if parts.teacher is None or not gathers:
+        return None
+    return StudentSupport(parts.teacher.targets, thread, settings.distillation.gather_k)

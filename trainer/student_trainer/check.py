@@ -82,7 +82,7 @@ def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread
     terms = settings.distillation.build()
     if parts.teacher is None or all(term.kind == "cross_entropy" for term in terms):
         return
-    ask = ask_for(terms, settings.teacher.top_k)
+    ask = ask_for(terms, settings.teacher.top_k, settings.distillation)
     answered = thread.call(parts.teacher.targets.fetch(batch, ask))
     tokens = int((batch.document_ids_BT >= 0).sum())
     yield "targets", f"{', '.join(ask.kinds)} with K = {ask.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"

@@ -23,7 +23,15 @@ def _has_teacher(settings: Settings) -> bool:
     return settings.teacher.kind != "none"
 
 
+def _has_support(name: str) -> Callable[[Settings], bool]:
+    return lambda settings: any(term.support == name for term in settings.terms())
+
+
 RULES = (
+    Rule("distillation.samples", _has_support("sampled"), "no loss is on samples"),
+    Rule("distillation.sample_seed", _has_support("sampled"), "no loss is on samples"),
+    Rule("distillation.gather_k", _has_support("gather"), "no loss has support gather"),
+    Rule("distillation.hidden_dtype", _has_support("full"), "no loss has support full"),
     *(
         Rule(f"teacher.{name}", _has_teacher, "teacher.kind is none")
         for name in ("url", "key_variable", "fingerprint", "top_k", "sanity", "tokenizer", "start_within_s")
@@ -32,6 +40,7 @@ RULES = (
     Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
+    Rule("evaluation.kl", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     *(
         Rule(f"on_policy.{name}", lambda s: s.on_policy.active, "on_policy.share is 0")

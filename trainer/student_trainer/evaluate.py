@@ -1,7 +1,8 @@
 """Held-out figures, by source: cross-entropy, KL(teacher‖student), agreement. Built by `build`, called by `loop`.
 
 The teacher is asked for the held-out rows once; they are kept in memory, so that every evaluation compares with the
-same answers. KL is over the served K ids and one bucket for all others, at temperature 1: a lower bound of the full KL.
+same answers. KL is at temperature 1, over the served K ids and one bucket for all others, which is a lower bound of the
+full KL, or with `evaluation.kl=full` over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from student_trainer.data.batch import Batch
+from student_trainer.losses.rows import TeacherHead
 from student_trainer.losses.terms import Term
 from student_trainer.passage import make_passage
 from student_trainer.settings import EvaluationSettings
@@ -26,7 +28,10 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import Ask, BatchTargets, Targets
 
 CROSS_ENTROPY = Term("cross_entropy", "cross_entropy", 1.0)
-KL = Term("kl", "top_k_kl", 1.0)
+KL: dict[str, Term] = {
+    "top_k": Term("kl", "top_k_kl", 1.0),
+    "full": Term("kl", "forward_kl", 1.0, support="full"),
+}
 Figures = dict[str, float | int | None]
 
 
@@ -39,12 +44,11 @@ class HeldOut:
 
 
 def fetch_held_out(
-    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, top_k: int
+    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, ask: Ask
 ) -> HeldOut:
     """Ask the teacher for all of them, side by side; the first failure is raised."""
     if targets is None:
         return HeldOut(batches, {name: [None] * len(group) for name, group in batches.items()})
-    ask = Ask(("top_k",), top_k)
     ordered = [batch for group in batches.values() for batch in group]
 
     async def fetch_all() -> list[BatchTargets]:
@@ -55,14 +59,16 @@ def fetch_held_out(
 
 
 class Evaluator:
-    """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run."""
+    """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run. `head`: the
+    teacher's, for the full KL.
+    """
 
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
-        passage_file: Path,
+        passage_file: Path, head: TeacherHead | None = None,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
-        self._decode, self._passage_file = decode, passage_file
+        self._decode, self._passage_file, self._head = decode, passage_file, head
 
     def due(self, step: int, steps: int) -> bool:
         return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
@@ -84,12 +90,14 @@ class Evaluator:
     def _figures(self, student: Student, name: str) -> Figures:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
         has_teacher = all(answer is not None for answer in answers)
-        terms = (CROSS_ENTROPY, KL) if has_teacher else (CROSS_ENTROPY,)
+        terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
         tally = Tally(terms, batches[0].source_names)
         agreed, tokens = 0, 0
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
-                for micro in micro_batches(batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift):
+                for micro in micro_batches(
+                    batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift, head=self._head
+                ):
                     micro = micro.to(student.device)
                     loss = student.loss(micro, terms, None, want_top1=has_teacher)
                     tally.add(loss, micro)

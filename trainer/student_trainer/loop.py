@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from student_trainer.students.student import Student
     from student_trainer.targets.guard import TargetGuard
     from student_trainer.targets.prefetch import Prefetch, Ready
+    from student_trainer.targets.student_support import StudentSupport
 
 logger = logging.getLogger(__name__)
 DONE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start it again and it goes on
@@ -61,6 +62,7 @@ class Run:
     log: RunLog
     signals: StopSignals
     place: Place
+    student_support: StudentSupport | None = None
     written: WrittenBatches | None = None
     on_policy_terms: tuple[Term, ...] = ()
 
@@ -71,6 +73,13 @@ class Run:
     def write(self) -> float | None:
         """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
         return self.written.write(self.place.step, self.signals.check) if self.written else None
+
+    def ask_at_students_ids(self, ready: Ready) -> Ready:
+        """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
+        if self.student_support is None or all(term.support != "gather" for term in self.terms_for(ready.batch)):
+            return ready
+        self.student.before_step(self.place.step)
+        return self.student_support.add(self.student, ready, self.while_waiting)
 
     def save(self) -> None:
         """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
@@ -99,6 +108,7 @@ def train(run: Run) -> int:
             wrote_s = run.write()
             ready = run.prefetch.next(run.while_waiting)
             run.guard.check(ready)
+            ready = run.ask_at_students_ids(ready)
             figures = replace(step(run, ready), wrote_s=wrote_s)
             run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
             run.log.step(run.place, figures, time.monotonic() - started, run.prefetch.control.depth)

@@ -6,6 +6,8 @@ that is not here stops the start; `resume.py` says which of these a resumed run 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import model_validator
 
 from student_trainer.data.settings import DataSettings
@@ -23,6 +25,9 @@ from student_trainer.settings.run import CheckpointSettings, EvaluationSettings,
 from student_trainer.settings.section import Section
 from student_trainer.settings.student import BitNetSettings, StudentSettings
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
+
+if TYPE_CHECKING:
+    from student_trainer.losses.terms import Term
 
 __all__ = [
     "BitNetSettings",
@@ -61,6 +66,10 @@ class Settings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+
+    def terms(self) -> tuple[Term, ...]:
+        """Every loss of the run, those on the student's own text included. ValueError for one that cannot be."""
+        return self.distillation.build() + (self.on_policy.build() if self.on_policy.active else ())
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from student_trainer.settings.section import Section
+from teacher_proto.requests import HiddenDtype
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
@@ -36,6 +37,10 @@ class DistillationSettings(Section):
 
     terms: dict[str, TermSettings] = Field(default_factory=lambda: {"cross_entropy": TermSettings()})
     chunk_rows: int | None = Field(None, ge=1, description="rows whose logits exist at a time; null: by memory")
+    samples: int = Field(50, ge=1, description="draws a token, for losses on sampled targets")
+    sample_seed: int = Field(0, ge=0, le=2**63 - 1, description="with a document's tokens it decides what is drawn")
+    gather_k: int = Field(64, ge=1, description="the student's own likeliest ids that support gather asks about")
+    hidden_dtype: HiddenDtype = Field("float16", description="of the hidden states that support full asks for")
 
     def build(self) -> tuple[Term, ...]:
         """The terms in the order of their names in the settings. ValueError for one that cannot be."""

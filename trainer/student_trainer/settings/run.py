@@ -29,6 +29,7 @@ class EvaluationSettings(Section):
 
     every: int = Field(100, ge=0, description="steps between evaluations, at start and end too; 0: never")
     top_k: int | None = Field(None, ge=1, description="K of the KL; null: teacher.top_k")
+    kl: Literal["top_k", "full"] = Field("top_k", description="over K ids and the rest, or all (from hidden states)")
 
 
 class CheckpointSettings(Section):

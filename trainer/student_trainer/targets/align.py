@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.data.batch import Batch
-from student_trainer.losses.rows import TeacherRows
+from student_trainer.losses.rows import TeacherHead, TeacherRows
 from student_trainer.targets.protocol import BatchTargets
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.targets import TokenTargets
@@ -57,20 +57,26 @@ _TENSORS = ("tokens_BT", "position_ids_BT", "document_ids_BT", "rows_N", "labels
 
 
 def micro_batches(
-    batch: Batch, targets: BatchTargets | None, *, rows: int | None = None, teacher_shift: int = 0
-) -> tuple[MicroBatch, ...]:
-    """The batch cut into micro batches of at most `rows` rows, on the CPU. Those without any label are left out."""
+    batch: Batch, targets: BatchTargets | None, *, rows: int | None = None, teacher_shift: int = 0,
+    head: TeacherHead | None = None,
+) -> tuple[MicroBatch, ...]:  # fmt: skip
+    """The batch cut into micro batches of at most `rows` rows, on the CPU. Those without any label are left out.
+
+    `head` is the teacher's, already on its device, for targets of kind `hidden`.
+    """
     assert teacher_shift in (0, -1), teacher_shift
     size = rows or len(batch.tokens_BT)
     parts = []
     for first in range(0, len(batch.tokens_BT), size):
-        part = _one(batch, targets, first, min(first + size, len(batch.tokens_BT)), teacher_shift)
+        part = _one(batch, targets, first, min(first + size, len(batch.tokens_BT)), teacher_shift, head)
         if len(part.labels_N):
             parts.append(part)
     return tuple(parts)
 
 
-def _one(batch: Batch, targets: BatchTargets | None, first: int, stop: int, teacher_shift: int) -> MicroBatch:
+def _one(
+    batch: Batch, targets: BatchTargets | None, first: int, stop: int, teacher_shift: int, head: TeacherHead | None
+) -> MicroBatch:
     width = batch.tokens_BT.shape[1]
     # Row t of the batch predicts token t+1 where the mask is set.
     row_N, column_N = np.nonzero(batch.loss_mask_BT[first:stop])
@@ -81,12 +87,12 @@ def _one(batch: Batch, targets: BatchTargets | None, first: int, stop: int, teac
         rows_N=_tensor(row_N * width + column_N - teacher_shift, torch.int64),
         labels_N=_tensor(batch.tokens_BT[first:stop][row_N, column_N + 1], torch.int64),
         sources_N=_tensor(batch.source_ids_BT[first:stop][row_N, column_N], torch.int64),
-        teacher=None if targets is None else _teacher_rows(batch, targets, first, stop),
+        teacher=None if targets is None else _teacher_rows(batch, targets, first, stop, head),
         first_row=first,
     )
 
 
-def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int) -> TeacherRows:
+def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int, head: TeacherHead | None) -> TeacherRows:
     """Rows in the order of the labels: by row of the batch, then by position; documents come in that order.
 
     InvalidTargetsError for a number that is not finite where it would be learnt from.
@@ -98,18 +104,44 @@ def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int) ->
         mask_T = batch.loss_mask_BT[document.row, document.start : document.stop]
         counted_R = mask_T[answer.start : answer.start + answer.num_rows]
         assert counted_R.sum() == mask_T.sum(), "a row that counts was not asked for"
-        for name, array in _row_arrays(answer).items():
-            array = array if counted_R.all() else array[counted_R]
+        for name, array in _counted(answer, counted_R).items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise InvalidTargetsError(f"{name} of document {document.key} is not finite on a row that counts")
             pieces.setdefault(name, []).append(array)
     arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
+    if "sampled_lengths" in arrays:
+        arrays["sampled_offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("sampled_lengths"))])
+    if "hidden" not in arrays:
+        head = None
     tensors = {_FIELDS[name]: _tensor(array, _DTYPES.get(name)) for name, array in arrays.items()}
-    return TeacherRows(**tensors, temperatures=targets.ask.temperatures)
+    ask = targets.ask
+    return TeacherRows(
+        **tensors, temperatures=ask.temperatures, sampled_temperature=ask.sample_temperature, teacher_head=head
+    )
 
 
-def _row_arrays(answer: TokenTargets) -> dict[str, np.ndarray]:
-    return {name: array for name, array in answer.tensors().items() if name in _FIELDS}
+def _counted(answer: TokenTargets, counted_R: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows that count of every tensor; of samples, which are ragged, how many each row has instead of offsets."""
+    arrays = answer.tensors()
+    if answer.hidden is not None:
+        arrays["hidden"] = hidden_numbers(answer.hidden, arrays.pop("hidden_scale", None))
+    ragged = {}
+    if answer.sampled_offsets is not None:
+        lengths_R = np.diff(arrays.pop("sampled_offsets"))
+        drawn_M = np.repeat(counted_R, lengths_R)
+        ragged = {name: arrays.pop(name)[drawn_M] for name in ("sampled_ids", "sampled_counts")}
+        ragged["sampled_lengths"] = lengths_R[counted_R]
+    whole = bool(counted_R.all())
+    return ragged | {name: array if whole else array[counted_R] for name, array in arrays.items() if name in _FIELDS}
+
+
+def hidden_numbers(hidden_RD: np.ndarray, scale_R: np.ndarray | None) -> np.ndarray:
+    """Hidden states as floats: fp16 as it is, bf16 (which comes as its bits) and scaled int8 as fp32."""
+    if scale_R is not None:
+        return hidden_RD.astype(np.float32) * scale_R[:, None]
+    if hidden_RD.dtype == np.uint16:
+        return (hidden_RD.astype(np.uint32) << 16).view(np.float32)
+    return hidden_RD
 
 
 # Tensors of a record and the fields that they become; ids are two bytes on the wire, which torch cannot index with.
@@ -119,8 +151,12 @@ _FIELDS = {
     "lse": "lse_N",
     "next_logprob": "next_logprob_N",
     "log_z": "log_z_NT",
+    "sampled_offsets": "sampled_offsets",
+    "sampled_ids": "sampled_ids",
+    "sampled_counts": "sampled_counts",
+    "hidden": "teacher_hidden_NE",
 }
-_DTYPES = {"ids": torch.int32}
+_DTYPES = {"ids": torch.int32, "sampled_ids": torch.int32, "sampled_offsets": torch.int64}
 
 
 def _tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:

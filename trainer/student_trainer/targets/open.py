@@ -59,9 +59,17 @@ def check_ask(settings: Settings, card: TeacherCard) -> None:
     for name, top_k in (("teacher.top_k", settings.teacher.top_k), ("evaluation.top_k", settings.evaluation.top_k)):
         if top_k is not None and top_k > min(card.max_top_k, card.vocab_size):
             raise ValueError(f"{name} is {top_k}, the teacher gives {min(card.max_top_k, card.vocab_size)} at most")
-    for term in settings.distillation.build():
+    for term in settings.terms():
         if term.kind != "cross_entropy" and (kind := KIND_OF_SUPPORT[term.support]) not in card.kinds:
             raise ValueError(f"the loss {term.name} needs targets of kind {kind}, the teacher serves {card.kinds}")
+    if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
+        raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")
+
+
+def wants_head(settings: Settings) -> bool:
+    """Whether something compares whole vocabularies, for which hidden states need the teacher's head."""
+    evaluates = settings.evaluation.every > 0 and settings.evaluation.kl == "full"
+    return evaluates or any(term.support == "full" for term in settings.terms())
 
 
 def _client(settings: TeacherSettings, saved: Mapping[str, Any] | None) -> TeacherClient:

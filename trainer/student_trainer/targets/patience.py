@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from student_trainer.data.batch import Batch
 from student_trainer.settings import TeacherSettings
-from student_trainer.targets.protocol import Ask, BatchTargets, Targets, TeacherCard
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
 from teacher_proto.errors import TeacherUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,14 @@ class Patient:
     async def open(self) -> TeacherCard:
         return await self._targets.open()
 
-    async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
+    async def head(self) -> bytes:
+        return await self._targets.head()
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
         started = time.monotonic()
         while True:
             try:
-                answer = await self._targets.fetch(batch, ask)
+                answer = await self._targets.fetch(batch, ask, gather_ids)
             except TeacherUnavailableError as error:
                 self.reason = str(error)
                 lasted_s = time.monotonic() - started

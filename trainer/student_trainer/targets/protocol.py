@@ -6,7 +6,7 @@ rows beside the student's hidden rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,22 +14,21 @@ import numpy as np
 
 from student_trainer.data.batch import Batch, Document
 from teacher_proto.requests import KINDS, Kind
+from teacher_proto.requests import TargetSpec as Ask
 from teacher_proto.targets import TokenTargets
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
+    from student_trainer.settings import DistillationSettings
+
+__all__ = ["Ask", "BatchTargets", "GatherIds", "Targets", "TeacherCard", "ask_for", "counted_rows"]
+
+# What is asked of every row alike is an `Ask`; beside it, by document, the ids [R, G] at which kind `gather` wants the
+# teacher's logprobs, a row for each row asked for, so none for a document of which nothing is asked.
+GatherIds = Sequence[np.ndarray]
 
 # What each support of a loss asks a teacher for; `full` needs the teacher's head beside the hidden states.
 KIND_OF_SUPPORT: dict[str, Kind] = {"top_k": "top_k", "gather": "gather", "sampled": "sampled", "full": "hidden"}
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is asked of every row alike."""
-
-    kinds: tuple[Kind, ...]
-    top_k: int
-    temperatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,19 +70,41 @@ class Targets(Protocol):
         """Reach the teacher. A `StillhouseError` that says what to do if it can't be reached or is the wrong one."""
         ...
 
-    async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
-        """The targets of every document of the batch. The answer depends on the batch and the teacher alone."""
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        """The targets of every document of the batch. The answer depends on what is given and the teacher alone.
+
+        `gather_ids` goes with kind `gather`.
+        """
+        ...
+
+    async def head(self) -> bytes:
+        """The teacher's output head, the file of `GET /v1/head`. NotFoundError where there is none."""
         ...
 
     async def close(self) -> None: ...
 
 
-def ask_for(terms: Iterable[Term], top_k: int) -> Ask:
-    """What these losses need of a teacher; top K at least, which the sanity check and the figures want."""
+def ask_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettings) -> Ask:
+    """What these losses need of a teacher ahead of the step; top K at least, which the sanity check and the figures
+    want. `gather` is not among it: its ids are known when the step begins (`student_support`), its `log_z` is top K's.
+
+    ValueError for losses on samples at several temperatures: the teacher draws at one.
+    """
     terms = [term for term in terms if term.kind != "cross_entropy"]
-    kinds = {KIND_OF_SUPPORT[term.support] for term in terms} | {"top_k"}
-    temperatures = {term.temperature for term in terms if term.temperature != 1.0}
-    return Ask(tuple(kind for kind in KINDS if kind in kinds), top_k, tuple(sorted(temperatures)))
+    kinds = {KIND_OF_SUPPORT[term.support] for term in terms} - {"gather"} | {"top_k"}
+    softened = {term.temperature for term in terms if term.support in ("top_k", "gather")} - {1.0}
+    drawn = sorted({term.temperature for term in terms if term.support == "sampled"})
+    if len(drawn) > 1:
+        raise ValueError(f"there are losses on samples at the temperatures {drawn}; give them all the same")
+    return Ask(
+        kinds=tuple(kind for kind in KINDS if kind in kinds),
+        top_k=top_k,
+        temperatures=tuple(sorted(softened)),
+        num_samples=distillation.samples if drawn else 0,
+        sample_temperature=drawn[0] if drawn else 1.0,
+        seed=distillation.sample_seed if drawn else 0,
+        hidden_dtype=distillation.hidden_dtype if "hidden" in kinds else None,
+    )
 
 
 def counted_rows(batch: Batch, document: Document) -> tuple[int, int] | None:

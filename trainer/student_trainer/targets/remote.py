@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from student_trainer.data.batch import Batch
-from student_trainer.targets.protocol import Ask, BatchTargets, TeacherCard, counted_rows
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
 from teacher_proto.client import TeacherClient
 from teacher_proto.errors import OutOfRangeError
 from teacher_proto.requests import Limits, TargetsRequest
@@ -48,18 +48,22 @@ class RemoteTargets:
             canary=canary.logprobs if canary is not None else None,
         )
 
-    async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
         client = self.client
         wanted = [(place, rows) for place, rows in enumerate(_rows(batch)) if rows is not None]
         answers: list[TokenTargets | None] = [None] * len(batch.documents)
         _check_tokens(batch, self._limits.vocab_size)
         groups = split(batch, wanted, self._limits)
-        requests = [_request(batch, group, ask) for group in groups]
+        requests = [_request(batch, group, ask, gather_ids) for group in groups]
         for group, targets in zip(groups, await _all(client, requests), strict=True):
             for (place, _), answer in zip(group, targets, strict=True):
                 answers[place] = answer
         return BatchTargets(tuple(answers), ask, self._fingerprint)
+
+    async def head(self) -> bytes:
+        assert self.client is not None, "open() comes before head()"
+        return await self.client.head()
 
     def outage(self) -> str:
         """What is known of an outage that the client is still trying to outlast; empty while there is none."""
@@ -105,15 +109,11 @@ def _rows(batch: Batch) -> list[tuple[int, int] | None]:
     return [counted_rows(batch, document) for document in batch.documents]
 
 
-def _request(batch: Batch, group: list[Wanted], ask: Ask) -> TargetsRequest:
+def _request(batch: Batch, group: list[Wanted], ask: Ask, gather_ids: GatherIds | None) -> TargetsRequest:
     documents = [batch.documents[place] for place, _ in group]
-    return TargetsRequest(
-        sequences=tuple(batch.tokens_BT[d.row, d.start : d.stop] for d in documents),
-        rows=tuple(rows for _, rows in group),
-        kinds=ask.kinds,
-        top_k=ask.top_k,
-        temperatures=ask.temperatures,
-    )
+    sequences = [batch.tokens_BT[d.row, d.start : d.stop] for d in documents]
+    gathered = None if gather_ids is None else [gather_ids[place] for place, _ in group]
+    return TargetsRequest.of(ask, sequences, [rows for _, rows in group], gathered)
 
 
 def _check_tokens(batch: Batch, vocab_size: int) -> None:

@@ -1,0 +1,110 @@
+"""The trainer and every kind of target, over HTTP from the real service: a student that is the teacher has nothing to
+learn, whatever it is asked for, and a run that was cut in two learns the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from student_trainer.compose import compose
+from student_trainer.data.loader import BatchSource
+from tests.teacher_process import TeacherProcess
+from tests.trainer_run import Workshop, final_files, lines_of, teacher_script, trace_of, train
+
+KINDS = {
+    "full": ("forward_kl", "full"),
+    "full reverse": ("reverse_kl", "full"),
+    "gather": ("reverse_kl", "gather"),
+    "gather jsd": ("jsd", "gather"),
+}
+
+
+def term(kind: str, support: str, temperature: float = 1.0) -> list[str]:
+    name = "distillation.terms.d"
+    return ["distillation=cross_entropy", f"{name}.kind={kind}", f"{name}.support={support}",
+            f"{name}.temperature={temperature}"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def itself(workshop: Workshop) -> Iterator[TeacherProcess]:
+    """The student's own checkpoint, served."""
+    with TeacherProcess(str(workshop.student), "--engine", "hf", "--dtype", "float32") as teacher:
+        yield teacher
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[TeacherProcess]:
+    with TeacherProcess(script=teacher_script()) as teacher:
+        yield teacher
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(
+    workshop: Workshop, itself: TeacherProcess, tmp_path: Path, name: str, temperature: float
+) -> None:
+    arguments = workshop.settings(
+        tmp_path, "run.steps=1", "teacher.sanity=off", *term(*KINDS[name], temperature), url=itself.url
+    )
+    assert train(arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    (line,) = lines_of(tmp_path / "run")
+    assert abs(line["loss/d"]) < 2e-5, line
+
+
+def test_samples_cost_the_teachers_entropy_where_there_is_nothing_to_learn(
+    workshop: Workshop, itself: TeacherProcess, tmp_path: Path
+) -> None:
+    arguments = workshop.settings(
+        tmp_path, "run.steps=1", "distillation.samples=400", "teacher.sanity=off", *term("sampled", "sampled"),
+        url=itself.url,
+    )  # fmt: skip
+    assert train(arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    (line,) = lines_of(tmp_path / "run")
+    entropy = mean_entropy(workshop, arguments)
+    assert line["loss/d"] == pytest.approx(entropy, rel=0.02), line
+
+
+def mean_entropy(workshop: Workshop, arguments: list[str]) -> float:
+    """Of the student's own distributions over the rows of batch 0 that count."""
+    settings = compose(arguments)
+    source = BatchSource(settings.data, AutoTokenizer.from_pretrained(workshop.student), settings.run.seed)
+    batch, _ = source.batch(source.initial_state(), 0)
+    source.close()
+    model = AutoModelForCausalLM.from_pretrained(workshop.student)
+    entropies = []
+    for d in batch.documents:
+        with torch.no_grad():
+            z_TV = model(torch.from_numpy(batch.tokens_BT[d.row, d.start : d.stop])[None].long()).logits[0]
+        entropy_T = torch.distributions.Categorical(logits=z_TV.double()).entropy()
+        entropies.append(entropy_T[torch.from_numpy(batch.loss_mask_BT[d.row, d.start : d.stop])])
+    return float(torch.cat(entropies).mean())
+
+
+SUPPORTS = ("full", "gather", "sampled")
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_run_cut_in_two_learns_the_same_to_the_last_bit(
+    workshop: Workshop, scripted: TeacherProcess, tmp_path: Path, support: str
+) -> None:
+    kind = "sampled" if support == "sampled" else "jsd"
+    settings = ("run.steps=8", "optim.micro_batch_rows=2", "teacher.top_k=4", *term(kind, support, 2.0))
+    for root, stops in (("straight", [8]), ("cut", [4, 8])):
+        for steps in stops:
+            more = (f"run.steps={steps}", "run.allow_changes=[run.steps]", "optim.schedule.kind=constant")
+            arguments = workshop.settings(tmp_path / root, *settings, *more, url=scripted.url)
+            assert train(arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert trace_of(tmp_path / "cut" / "run") == trace_of(tmp_path / "straight" / "run")
+    assert final_files(tmp_path / "cut" / "run", 8) == final_files(tmp_path / "straight" / "run", 8)
+    losses = [line["loss/d"] for line in lines_of(tmp_path / "cut" / "run")]
+    assert len(losses) == 8 and losses[-1] < losses[0]

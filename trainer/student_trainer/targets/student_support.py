@@ -1,0 +1,95 @@
+"""The teacher's logprobs at the student's own likeliest ids, for losses with support `gather`. Called by `loop`.
+
+Those ids come out of the student's weights, so they are not known before the update before has been made: nothing can
+be asked ahead of time. They are taken from the weights that the step begins with, in a forward pass of its own without
+dropout, and asked for between two updates, all micro batches at once: a step costs a forward pass without gradient and
+one round trip more. The answer depends on the batch and the weights alone, so a resumed run learns from the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from student_trainer.data.batch import Batch
+from student_trainer.losses.student_support import student_top_ids
+from student_trainer.students.student import Student
+from student_trainer.targets.align import MicroBatch
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.prefetch import POLL_S, Ready
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, counted_rows
+
+ASK = Ask(("gather",))
+
+
+class StudentSupport:
+    """Asks `targets` about the student's `k` likeliest ids on every row that counts."""
+
+    def __init__(self, targets: Targets, thread: EventThread, k: int):
+        self._targets, self._thread, self._k = targets, thread, k
+
+    def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
+        """The batch with `gather_*` beside its other targets. `while_waiting` as in `Prefetch.next`."""
+        parts = [ready.batch.rows(micro.first_row, micro.first_row + len(micro.tokens_BT)) for micro in ready.micro]
+        ids = [self._likeliest(student, micro) for micro in ready.micro]
+        asked = time.monotonic()
+        futures = [
+            self._thread.submit(self._targets.fetch(part, ASK, ids_by_document(part, ids_NG.cpu().numpy())))
+            for part, ids_NG in zip(parts, ids, strict=True)
+        ]
+        try:
+            while wait(futures, timeout=POLL_S).not_done:
+                while_waiting(time.monotonic() - asked)
+            answers = [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+        waited_s = ready.waited_s + time.monotonic() - asked
+        micro = tuple(map(_with_gathered, ready.micro, ids, parts, answers))
+        return replace(ready, micro=micro, waited_s=waited_s)
+
+    def _likeliest(self, student: Student, micro: MicroBatch) -> Tensor:
+        head = student.head
+        was_training = student.model.training
+        student.model.eval()
+        try:
+            with torch.no_grad():
+                return student_top_ids(
+                    student.hidden(micro), head.weight_VD, self._k,
+                    head_bias_V=head.bias_V, shared_vocab=student.shared_vocab,
+                )  # fmt: skip
+        finally:
+            student.model.train(was_training)
+
+
+def ids_by_document(part: Batch, ids_NG: np.ndarray) -> GatherIds:
+    """Ids of the rows that count, cut to what is asked of each document; a row in between that doesn't gets any."""
+    asked = []
+    first = 0
+    for document in part.documents:
+        rows = counted_rows(part, document) or (0, 0)
+        counted_R = part.loss_mask_BT[document.row, document.start + rows[0] : document.start + rows[1]]
+        ids_RG = np.zeros((len(counted_R), ids_NG.shape[1]), ids_NG.dtype)
+        ids_RG[counted_R] = ids_NG[first : first + counted_R.sum()]
+        first += int(counted_R.sum())
+        asked.append(ids_RG)
+    assert first == len(ids_NG), (first, len(ids_NG))
+    return asked
+
+
+def _with_gathered(micro: MicroBatch, ids_NG: Tensor, part: Batch, answer: BatchTargets) -> MicroBatch:
+    logprobs = []
+    for document, targets in zip(part.documents, answer.documents, strict=True):
+        if targets is not None and targets.gather_logprobs is not None:
+            start = document.start + targets.start
+            counted_R = part.loss_mask_BT[document.row, start : start + targets.num_rows]
+            logprobs.append(targets.gather_logprobs[counted_R])
+    assert micro.teacher is not None
+    logprobs_NG = torch.from_numpy(np.concatenate(logprobs)).to(ids_NG.device)
+    return replace(micro, teacher=replace(micro.teacher, gather_ids_NG=ids_NG, gather_logprobs_NG=logprobs_NG))
