@@ -108,3 +108,27 @@ def test_a_run_cut_in_two_learns_the_same_to_the_last_bit(
     assert final_files(tmp_path / "cut" / "run", 8) == final_files(tmp_path / "straight" / "run", 8)
     losses = [line["loss/d"] for line in lines_of(tmp_path / "cut" / "run")]
     assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+def test_balance_and_schedule_in_a_run_and_across_a_cut(
+    workshop: Workshop, scripted: TeacherProcess, tmp_path: Path
+) -> None:
+    terms, balance = "distillation.terms", "distillation.balance"
+    settings = (
+        "run.steps=8", "distillation=logits_only", "optim.micro_batch_rows=2", "optim.schedule.kind=constant",
+        f"{terms}.cross_entropy.schedule=[[0,1],[8,0.5]]", f"{balance}.shares={{cross_entropy:1,top_k_kl:3}}",
+        f"{balance}.every=3", "run.allow_changes=[run.steps]",
+    )  # fmt: skip
+    for root, stops in (("straight", [8]), ("cut", [4, 8])):
+        for steps in stops:
+            arguments = workshop.settings(tmp_path / root, *settings, f"run.steps={steps}", url=scripted.url)
+            assert train(arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    lines = lines_of(tmp_path / "straight" / "run")
+    assert trace_of(tmp_path / "cut" / "run") == trace_of(tmp_path / "straight" / "run")
+    measured = [line["step"] for line in lines if "gradient_share/top_k_kl" in line]
+    assert measured == [1, 4, 7]
+    assert lines[0]["gradient_share/top_k_kl"] == pytest.approx(0.75)
+    for line in lines:
+        factor = 1 - 0.5 * (line["step"] - 1) / 8
+        assert line["coefficient/cross_entropy"] == pytest.approx(0.5 * factor)
+        assert line["weighted/top_k_kl"] == pytest.approx(line["coefficient/top_k_kl"] * line["loss/top_k_kl"])

@@ -69,12 +69,13 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     snapshot = _earlier(settings, folder)
     thread = stack.enter_context(EventThread())
     parts = build_parts(settings, thread, stack, snapshot)
-    terms = settings.distillation.build()
+    weighting = settings.distillation.weighting()
     optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
     place = Place(0, 0, parts.source.initial_state())
     randomness.seed_everything(settings.run.seed)
     if snapshot is not None:
         place = checkpoint.restore(snapshot, parts.student, optimizer)
+        weighting = weighting.restored(snapshot.state.get("balance"))
         parts.source.check_state(place.mixture)
         logger.info("resumed at step %d of %d", place.step, settings.run.steps)
     # A run that was killed before its first save begins again, and so do its figures.
@@ -96,9 +97,10 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         open_trackers(settings, folder.id, folder.path),
     )
     return Run(
-        settings=settings, student=parts.student, terms=terms, optimizer=optimizer, prefetch=prefetch, guard=guard,
+        settings=settings, student=parts.student, weighting=weighting, optimizer=optimizer, prefetch=prefetch,
+        guard=guard,
         evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log), signals=signals, place=place,
-        written=written, on_policy_terms=settings.on_policy.build(),
+        written=written, on_policy=settings.on_policy.weighting(),
         student_support=_student_support(settings, parts, thread),
     )  # fmt: skip
 

@@ -48,11 +48,12 @@ class Checkpoints:
         return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
 
     def save(
-        self, place: Place, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None
-    ) -> None:
+        self, place: Place, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None,
+        balance: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
 
-        `written`: what the student wrote and has not learnt from yet.
+        `written`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
         """
         self.finish()
         if self._saved_step == place.step:
@@ -71,6 +72,7 @@ class Checkpoints:
                 "tokens": place.tokens,
                 "mixture": place.mixture.to_json(),
                 "random": random_plain,
+                "balance": balance,
                 "wire_version": WIRE_VERSION,
                 **self._constant,
             },

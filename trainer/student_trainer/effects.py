@@ -28,6 +28,10 @@ def _has_support(name: str) -> Callable[[Settings], bool]:
 
 
 RULES = (
+    *(
+        Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")
+        for name in ("reference", "every", "ema")
+    ),
     Rule("distillation.samples", _has_support("sampled"), "no loss is on samples"),
     Rule("distillation.sample_seed", _has_support("sampled"), "no loss is on samples"),
     Rule("distillation.gather_k", _has_support("gather"), "no loss has support gather"),
@@ -66,6 +70,12 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
             if matches and not rule.acts(settings):
                 lines.append(f"{name} has no effect: {rule.why}")
                 break
+    balance = settings.distillation.balance
+    lines += [
+        f"distillation.terms.{name}.coefficient has no effect: balance.shares sets how hard it pulls"
+        for name in sorted(balance.shares.keys() - {balance.reference or next(iter(balance.shares), None)})
+        if f"distillation.terms.{name}.coefficient" in given
+    ]
     for section, terms in (("distillation", settings.distillation.build()), ("on_policy", settings.on_policy.build())):
         for name, term in zip(getattr(settings, section).terms, terms, strict=True):
             lines += [

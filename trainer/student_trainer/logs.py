@@ -132,6 +132,8 @@ def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth
             for source, values in figures.by_source.items()
             for name, value in values.items()
         },
+        **{f"coefficient/{name}": value for name, value in figures.coefficients.items()},
+        **{f"gradient_share/{name}": value for name, value in figures.gradient_shares.items()},
         "learning_rate": rates[0] if rates else None,
         **{f"learning_rate/{name}": value for name, value in figures.rates.items()},
         "grad_norm": figures.grad_norm,

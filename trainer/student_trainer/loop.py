@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from student_trainer.data.mixture import MixtureState
+from student_trainer.losses.weighting import gradient_shares
 from student_trainer.on_policy.prompts import WrittenBatch
 from student_trainer.tally import StepFigures, Tally
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from student_trainer.evaluate import Evaluator
     from student_trainer.logs import RunLog
     from student_trainer.losses.terms import Term
+    from student_trainer.losses.weighting import Weighting
     from student_trainer.on_policy.written import WrittenBatches
     from student_trainer.optim.optimizer import Optimizer
     from student_trainer.settings import Settings
@@ -53,7 +55,7 @@ class Run:
 
     settings: Settings
     student: Student
-    terms: tuple[Term, ...]
+    weighting: Weighting
     optimizer: Optimizer
     prefetch: Prefetch
     guard: TargetGuard
@@ -64,11 +66,24 @@ class Run:
     place: Place
     student_support: StudentSupport | None = None
     written: WrittenBatches | None = None
-    on_policy_terms: tuple[Term, ...] = ()
+    on_policy: Weighting | None = None
 
     def terms_for(self, batch: Batch) -> tuple[Term, ...]:
         """The loss on a batch: the student's own text has one of its own."""
-        return self.on_policy_terms if isinstance(batch, WrittenBatch) else self.terms
+        if isinstance(batch, WrittenBatch):
+            assert self.on_policy is not None
+            return self.on_policy.at(self.place.step)
+        return self.weighting.at(self.place.step)
+
+    def measure(self, ready: Ready) -> dict[str, float]:
+        """The norms of the terms' gradients on the first micro batch, where they are due; later steps go by them."""
+        own = isinstance(ready.batch, WrittenBatch)
+        if own or not ready.micro or not self.weighting.due(self.place.step):
+            return {}
+        terms, chunk_rows = self.weighting.measured_terms, self.settings.distillation.chunk_rows
+        norms = self.student.gradient_norms(ready.micro[0], terms, chunk_rows)
+        self.weighting = self.weighting.take_in(norms)
+        return norms
 
     def write(self) -> float | None:
         """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
@@ -84,7 +99,7 @@ class Run:
     def save(self) -> None:
         """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
         written = self.written.pending(self.place.step) if self.written else {}
-        self.checkpoints.save(self.place, self.student, self.optimizer, written)
+        self.checkpoints.save(self.place, self.student, self.optimizer, written, self.weighting.state())
 
     def while_waiting(self, waited_s: float) -> None:
         """What happens while a step stands still for its targets."""
@@ -134,9 +149,10 @@ def step(run: Run, ready: Ready) -> StepFigures:
     """
     number = run.place.step
     count = sum(len(micro.labels_N) for micro in ready.micro)
+    run.student.before_step(number)
+    norms = run.measure(ready)
     terms = run.terms_for(ready.batch)
     tally = Tally(terms, ready.batch.source_names)
-    run.student.before_step(number)
     for micro in ready.micro:
         with run.optimizer.watching(micro.document_ids_BT >= 0):
             loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
@@ -152,4 +168,7 @@ def step(run: Run, ready: Ready) -> StepFigures:
     rates = run.optimizer.step(number)
     run.optimizer.zero_grad()
     written = getattr(ready.batch, "written", None)
-    return replace(figures, rates=rates, clipped=run.optimizer.clipped, written=written)
+    if run.weighting.varies or (run.on_policy is not None and run.on_policy.varies):
+        figures = replace(figures, coefficients={term.name: term.coefficient for term in terms})
+    shares = gradient_shares(terms, norms)
+    return replace(figures, rates=rates, clipped=run.optimizer.clipped, written=written, gradient_shares=shares)

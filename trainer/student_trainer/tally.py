@@ -26,6 +26,7 @@ class StepFigures:
     """Means in nats over the tokens that count for each term; `loss` is what was differentiated.
 
     `terms`: raw means. `weighted`: the term's share of `loss`. `by_source`: source -> term -> mean, and "tokens".
+    `coefficients` where they change in the run; `gradient_shares` where they were measured, see `losses.weighting`.
     `wrote_s`: seconds in which the student wrote a later batch; `written`: of a batch that it wrote.
     """
 
@@ -38,6 +39,8 @@ class StepFigures:
     waited_s: float
     rates: Mapping[str, float] = field(default_factory=dict)
     clipped: ClipReport | None = None
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    gradient_shares: Mapping[str, float] = field(default_factory=dict)
     wrote_s: float | None = None
     written: WrittenFigures | None = None
 

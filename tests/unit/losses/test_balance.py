@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from student_trainer.losses import TeacherRows, Term, head_loss
 from student_trainer.losses.balance import GradientBalance, gradient_norms, term_gradient_norms
+from student_trainer.losses.weighting import Weighting, gradient_shares
 from student_trainer.losses.weights import weight_at
 
 TERMS = (
@@ -124,6 +126,8 @@ def test_state_goes_through_json_exactly() -> None:
 
 def test_it_is_due_at_the_first_step_and_every_few() -> None:
     balance = GradientBalance({"a": 1.0}, "a", every=20)
+    assert balance.due(7), "nothing was measured yet"
+    balance = balance.update({"a": 1.0})
     assert [step for step in range(61) if balance.due(step)] == [0, 20, 40, 60]
 
 
@@ -150,3 +154,28 @@ def test_weights_by_step_follow_straight_lines_between_their_points() -> None:
     points = ((10, 0.0), (20, 1.0), (40, 0.5))
     assert [weight_at(points, step) for step in (0, 10, 15, 20, 30, 40, 1000)] == [0.0, 0.0, 0.5, 1.0, 0.75, 0.5, 0.5]
     assert [weight_at(((5, 2.0),), step) for step in (0, 5, 9)] == [2.0, 2.0, 2.0]
+
+
+def test_a_weighting_gives_each_step_its_coefficients() -> None:
+    weighting = Weighting(TERMS, {"soft": ((0, 0.0), (10, 1.0))})
+    assert [term.coefficient for term in weighting.at(5)] == [0.3, 3.5, 0.01]
+    assert weighting.at(5)[1] == replace(TERMS[1], coefficient=3.5)
+    assert not Weighting(TERMS).varies and Weighting(TERMS).at(7) == TERMS
+    assert Weighting(TERMS).state() is None and not Weighting(TERMS).due(0)
+
+
+def test_a_balanced_term_pulls_as_hard_as_its_share_whatever_its_coefficient() -> None:
+    hidden_ND, weight_VD, labels_N, teacher = rows(3)
+    loss = lambda hidden, terms: head_loss(hidden, weight_VD, labels_N, teacher, terms)  # noqa: E731
+    balance = GradientBalance({"cross_entropy": 1.0, "soft": 3.0}, "cross_entropy", every=10)
+    weighting = Weighting(TERMS, {"back": ((0, 2.0),)}, balance)
+    assert weighting.due(3) and [term.name for term in weighting.measured_terms] == ["cross_entropy", "soft"]
+    norms = term_gradient_norms(loss, hidden_ND, weighting.measured_terms)
+    weighting = weighting.take_in(norms)
+    assert weighting.due(10) and not weighting.due(3)
+    terms = weighting.at(3)
+    assert terms[0].coefficient == 0.3 and terms[2].coefficient == 0.02
+    shares = gradient_shares(terms, norms)
+    assert shares == pytest.approx({"cross_entropy": 0.25, "soft": 0.75})
+    assert Weighting(TERMS, {}, balance).restored(json.loads(json.dumps(weighting.state()))).at(3)[1] == terms[1]
+    assert gradient_shares(terms, dict.fromkeys(norms, 0.0)) == {}

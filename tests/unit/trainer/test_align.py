@@ -7,11 +7,15 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from student_trainer.data.batch import Batch, Placed, build_batch
 from student_trainer.losses import Term, head_loss
-from student_trainer.targets.align import micro_batches
+from student_trainer.targets.align import hidden_numbers, micro_batches
 from student_trainer.targets.protocol import Ask, BatchTargets, counted_rows
+from student_trainer.targets.student_support import ids_by_document
+from student_trainer.targets.teacher_head import read_head
+from teacher_proto.errors import InvalidTargetsError
 from teacher_service.scripted_model import scripted_head, scripted_hidden
 from tests.trainer_run import ScriptedTargets
 
@@ -116,3 +120,88 @@ def test_micro_batches_without_a_label_are_left_out() -> None:
     batch = batch_of([1, 1], [5, 3], [1])
     parts = micro_batches(batch, targets_of(batch), rows=1)
     assert [part.first_row for part in parts] == [1]
+
+
+SAMPLED = Ask(("top_k", "sampled", "hidden"), 16, num_samples=9, seed=3, hidden_dtype="float16")
+
+
+def columns_by_label(batch: Batch, targets: BatchTargets) -> list[tuple[list[int], list[int], np.ndarray]]:
+    """Of every label in order: the ids drawn, how often, and the hidden state, read from the answers one by one."""
+    out = []
+    for d, answer in zip(batch.documents, targets.documents, strict=True):
+        for t in np.flatnonzero(batch.loss_mask_BT[d.row, d.start : d.stop]):
+            assert answer is not None and answer.sampled_offsets is not None and answer.hidden is not None
+            assert answer.sampled_ids is not None and answer.sampled_counts is not None
+            a, b = answer.sampled_offsets[t - answer.start : t - answer.start + 2]
+            out.append((answer.sampled_ids[a:b].tolist(), answer.sampled_counts[a:b].tolist(),
+                        answer.hidden[t - answer.start]))  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("name", ["plain", "masked"])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_samples_and_hidden_states_stand_beside_their_labels(name: str, rows: int | None) -> None:
+    batch = BATCHES[name]
+    targets = targets_of(batch, SAMPLED)
+    expected = iter(columns_by_label(batch, targets))
+    for part in micro_batches(batch, targets, rows=rows):
+        teacher = part.teacher
+        assert teacher is not None and teacher.sampled_offsets is not None and teacher.teacher_hidden_NE is not None
+        assert teacher.sampled_ids is not None and teacher.sampled_counts is not None
+        offsets = teacher.sampled_offsets.tolist()
+        for n, (ids, counts, hidden) in zip(range(len(part.labels_N)), expected, strict=False):
+            drawn = slice(offsets[n], offsets[n + 1])
+            assert teacher.sampled_ids[drawn].tolist() == ids and sum(counts) == 9
+            assert teacher.sampled_counts[drawn].tolist() == counts
+            assert np.array_equal(teacher.teacher_hidden_NE[n].numpy(), hidden)
+    assert next(expected, None) is None
+
+
+def test_hidden_states_are_read_in_each_of_their_dtypes() -> None:
+    numbers_RD = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    bf16_RD = torch.from_numpy(numbers_RD).bfloat16()
+    bits_RD = bf16_RD.view(torch.uint16).numpy()
+    assert np.array_equal(hidden_numbers(bits_RD, None), bf16_RD.float().numpy())
+    scale_R = np.abs(numbers_RD).max(1) / 127
+    int8_RD = np.round(numbers_RD / scale_R[:, None]).astype(np.int8)
+    assert np.abs(hidden_numbers(int8_RD, scale_R) - numbers_RD).max() <= scale_R.max() / 2 + 1e-6
+
+
+def test_the_ids_of_the_student_go_to_the_documents_that_they_belong_to() -> None:
+    batch = BATCHES["masked"]
+    ids_NG = np.arange(int(batch.loss_mask_BT.sum()))[:, None] + np.array([[100, 1000]])
+    asked = ids_by_document(batch, ids_NG)
+    labels = 0
+    for d, ids_RG in zip(batch.documents, asked, strict=True):
+        start, stop = counted_rows(batch, d) or (0, 0)
+        assert len(ids_RG) == stop - start
+        counted_R = batch.loss_mask_BT[d.row, d.start + start : d.start + stop]
+        assert ids_RG[counted_R][:, 0].tolist() == list(range(labels + 100, labels + 100 + counted_R.sum()))
+        labels += int(counted_R.sum())
+
+
+@pytest.mark.parametrize("soft_cap", [None, 7.0])
+def test_the_teachers_head_makes_the_logits_that_the_wire_defines(soft_cap: float | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight_VD, bias_V, hidden_ND = (torch.randn(*shape, generator=generator) for shape in ((20, 6), (20,), (4, 6)))
+    file = {"weight": weight_VD, "bias": bias_V, "scale": torch.tensor(0.5)}
+    product_NV = hidden_ND @ weight_VD.T + bias_V
+    if soft_cap is not None:
+        file["soft_cap"] = torch.tensor(soft_cap)
+        product_NV = soft_cap * torch.tanh(product_NV / soft_cap)
+    head = read_head(save(file), torch.device("cpu"))
+    logits_NV = head.scale * (hidden_ND @ head.weight_VE.T + head.bias_V)
+    if head.softcap is not None:
+        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
+    assert torch.allclose(logits_NV, 0.5 * product_NV, atol=1e-5)
+
+
+def test_a_file_that_is_no_head_is_refused() -> None:
+    with pytest.raises(InvalidTargetsError, match="no safetensors"):
+        read_head(b"nonsense", torch.device("cpu"))
+    with pytest.raises(InvalidTargetsError, match=r"expected weight \[V, D\]"):
+        read_head(save({"weight": torch.zeros(3), "scale": torch.tensor(1.0)}), torch.device("cpu"))
+    with pytest.raises(InvalidTargetsError, match="biases"):
+        read_head(
+            save({"weight": torch.zeros(3, 2), "bias": torch.zeros(2), "scale": torch.tensor(1.0)}), torch.device("cpu")
+        )

@@ -49,8 +49,8 @@ class GradientBalance:
             raise ValueError(f"balance: got every {self.every}, expected 1 or more steps")
 
     def due(self, step: int) -> bool:
-        """Whether to measure ahead of update `step`, counted from 0."""
-        return step % self.every == 0
+        """Whether to measure ahead of update `step`, counted from 0; at every step while nothing was measured yet."""
+        return step % self.every == 0 or not self.means
 
     def update(self, norms: Mapping[str, float]) -> GradientBalance:
         """With a measurement taken in: the norm of each term's gradient at coefficient 1, all over the same rows.

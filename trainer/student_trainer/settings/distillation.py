@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from student_trainer.settings.section import Section
+from student_trainer.settings.section import Positive, Section
 from teacher_proto.requests import HiddenDtype
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
+    from student_trainer.losses.weighting import Weighting
 
 
 class TermSettings(Section):
@@ -24,23 +26,66 @@ class TermSettings(Section):
     beta: float = 0.5
     alpha: float = 0.1
     support: Literal["top_k", "gather", "sampled", "full"] = "top_k"
+    schedule: tuple[tuple[int, float], ...] | None = Field(
+        None, description="points [step, factor] of the coefficient, straight lines between them; null: 1 throughout"
+    )
+
+    @field_validator("schedule")
+    @classmethod
+    def _rising(cls, points: tuple[tuple[int, float], ...] | None) -> tuple[tuple[int, float], ...] | None:
+        if points is not None and (not points or any(a[0] >= b[0] for a, b in pairwise(points))):
+            raise ValueError(f"got the points {list(points)}, expected [[step, factor], ...] of rising steps")
+        return points
 
     def term(self, name: str) -> Term:
         """The term that the losses read. ValueError for one that cannot be."""
         from student_trainer.losses.terms import Term  # brings torch
 
-        return Term(name=name, kind=self.kind or name, **self.model_dump(exclude={"kind"}))
+        return Term(name=name, kind=self.kind or name, **self.model_dump(exclude={"kind", "schedule"}))
+
+
+class BalanceSettings(Section):
+    """Shares of the gradient instead of coefficients; see `losses.balance`."""
+
+    shares: dict[str, Positive] = Field(
+        default_factory=dict, description="by term, how hard it pulls relative to the others; empty: no balancing"
+    )
+    reference: str | None = Field(None, description="the term that keeps its coefficient; null: the first of shares")
+    every: int = Field(50, ge=1, description="steps from one measurement of the gradients to the next")
+    ema: float = Field(0.9, ge=0, lt=1, description="what is kept of the running mean at a measurement")
 
 
 class DistillationSettings(Section):
     """The loss: its terms by name."""
 
     terms: dict[str, TermSettings] = Field(default_factory=lambda: {"cross_entropy": TermSettings()})
+    balance: BalanceSettings = BalanceSettings()
     chunk_rows: int | None = Field(None, ge=1, description="rows whose logits exist at a time; null: by memory")
     samples: int = Field(50, ge=1, description="draws a token, for losses on sampled targets")
     sample_seed: int = Field(0, ge=0, le=2**63 - 1, description="with a document's tokens it decides what is drawn")
     gather_k: int = Field(64, ge=1, description="the student's own likeliest ids that support gather asks about")
     hidden_dtype: HiddenDtype = Field("float16", description="of the hidden states that support full asks for")
+
+    @model_validator(mode="after")
+    def _balanced_terms_are_there(self) -> DistillationSettings:
+        shares, reference = self.balance.shares, self.balance.reference
+        if missing := sorted(shares.keys() - self.terms.keys()):
+            raise ValueError(f"balance.shares names {missing[0]}, expected one of the terms {sorted(self.terms)}")
+        if shares and reference is not None and reference not in shares:
+            raise ValueError(f"balance.reference is {reference}, expected one of balance.shares: {sorted(shares)}")
+        return self
+
+    def weighting(self) -> Weighting:
+        """The terms with what changes their coefficients."""
+        from student_trainer.losses.balance import GradientBalance  # brings torch
+        from student_trainer.losses.weighting import Weighting
+
+        shares, balance = self.balance.shares, None
+        if shares:
+            reference = self.balance.reference or next(iter(shares))
+            balance = GradientBalance(shares, reference, self.balance.ema, self.balance.every)
+        schedules = {name: term.schedule for name, term in self.terms.items() if term.schedule is not None}
+        return Weighting(self.build(), schedules, balance)
 
     def build(self) -> tuple[Term, ...]:
         """The terms in the order of their names in the settings. ValueError for one that cannot be."""

@@ -12,6 +12,7 @@ from student_trainer.settings.section import Positive, Section, Share
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
+    from student_trainer.losses.weighting import Weighting
 
 
 class OnPolicySettings(Section):
@@ -42,6 +43,13 @@ class OnPolicySettings(Section):
                 "itself; use reverse_kl or jsd"
             )
         return self
+
+    def weighting(self) -> Weighting:
+        """The terms with what changes their coefficients."""
+        from student_trainer.losses.weighting import Weighting  # brings torch
+
+        schedules = {f"on_policy_{name}": term.schedule for name, term in self.terms.items() if term.schedule}
+        return Weighting(self.build(), schedules)
 
     def build(self) -> tuple[Term, ...]:
         """The terms, named `on_policy_NAME` so that their figures are not mixed with those on the data's text."""

@@ -6,12 +6,13 @@ Built by `causal` (and its kin), used by `loop`, `evaluate` and `checkpoint`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from student_trainer.losses.balance import term_gradient_norms
 from student_trainer.losses.head import HeadLoss, head_loss
 from student_trainer.losses.terms import Term
 from student_trainer.targets.align import MicroBatch
@@ -67,12 +68,34 @@ class Student:
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
     ) -> HeadLoss:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
-        head = self.head
+        return self.loss_of(self.hidden(micro), self.head, micro, terms, chunk_rows, want_top1)
+
+    def loss_of(
+        self, hidden_ND: Tensor, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
+        want_top1: bool = False,
+    ) -> HeadLoss:  # fmt: skip
+        """The loss of a micro batch from its hidden rows."""
         return head_loss(
-            self.hidden(micro), head.weight_VD, micro.labels_N, micro.teacher, terms,
+            hidden_ND, head.weight_VD, micro.labels_N, micro.teacher, terms,
             head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
             shared_vocab=self.shared_vocab, chunk_rows=chunk_rows, want_top1=want_top1,
         )  # fmt: skip
+
+    def gradient_norms(
+        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None
+    ) -> dict[str, float]:  # fmt: skip
+        """By term, the norm of its gradient at coefficient 1 at the hidden rows, where all terms of the head meet.
+
+        A student with a term that meets the others at parameters only measures there: `balance.gradient_norms`.
+        """
+        head = replace(self.head, weight_VD=self.head.weight_VD.detach())
+        if head.bias_V is not None:
+            head = replace(head, bias_V=head.bias_V.detach())
+        with torch.no_grad():
+            hidden_ND = self.hidden(micro)
+        return term_gradient_norms(
+            lambda hidden_ND, terms: self.loss_of(hidden_ND, head, micro, terms, chunk_rows), hidden_ND, terms
+        )
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """The hidden rows [N, D] that predict the labels of the micro batch."""

@@ -1,0 +1,241 @@
+"""What each loss teaches: one student, one text, equal tokens, several losses, several seeds.
+
+    python -m benchmarks.quality                      the table of docs/quality.md; hours on a busy machine
+    python -m benchmarks.quality --steps 4 --seeds 0 --keep 6      a few minutes, to see that it works
+
+The teacher scores the text of each seed once, into a target store; the runs then learn from the store, so a run costs
+its student's steps alone. Runs are kept in runs/quality, and a run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import report
+from demo.prepare import TEACHER, prepare
+
+ROOT = Path("runs/quality")
+READY_WITHIN_S = 900.0
+READY = re.compile(r"^stillhouse-teacher: ready at (\S+),", re.MULTILINE)
+PLAIN, FULL = "cross-entropy alone", "full KL, from hidden states"
+
+
+def term(kind: str, **fields: Any) -> list[str]:
+    """One loss alone, with coefficient 1."""
+    settings = {"kind": kind, "coefficient": 1.0, **fields}
+    return ["distillation=none", *(f"distillation.terms.loss.{name}={value}" for name, value in settings.items())]
+
+
+# By arm: what of the teacher's answer it reads, and its settings. K and the number of draws stand in `common`.
+ARMS: dict[str, tuple[str | None, list[str]]] = {
+    PLAIN: (None, term("cross_entropy")),
+    "renormalised top-64": ("top_k", term("forward_kl", tail="renormalise")),
+    "top-64 and tail": ("top_k", term("forward_kl")),
+    "sampled-50": ("sampled", term("sampled")),
+    "reverse KL, top-64 and tail": ("top_k", term("reverse_kl")),
+    "JSD, top-64 and tail": ("top_k", term("jsd")),
+    FULL: ("hidden", term("forward_kl", support="full")),
+    "0.5 cross-entropy + top-64 and tail": ("top_k", ["distillation=logits_only"]),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep", type=int, default=24, help="layers of the teacher's 30 that the student keeps")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--held-out-rows", type=int, default=8, help="rows of each source that figures are taken on")
+    options = parser.parse_args()
+    prepare()
+    ROOT.mkdir(parents=True, exist_ok=True)
+    student = make_student(options.keep)
+    with serve_teacher() as url:
+        for seed in options.seeds:
+            settings = common(options, student, seed, url)
+            figures = fill(settings, options.steps, url)
+            (ROOT / f"bytes-{seed}.json").write_text(json.dumps(figures))
+            for arm, (_, loss) in ARMS.items():
+                learn(arm, [*settings, *loss], seed)
+    write_table(options)
+    return 0
+
+
+def common(options: argparse.Namespace, student: Path, seed: int, url: str) -> list[str]:
+    """The settings in which no two arms differ; the seed decides which texts come, and in which order."""
+    return [
+        "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={options.seq_len}",
+        f"data.held_out_rows={options.held_out_rows}", f"run.root={ROOT}", f"run.seed={seed}",
+        f"run.steps={options.steps}", f"student.checkpoint_path={student}", f"teacher.url={url}", "teacher.top_k=64",
+        "distillation.samples=50", f"optim.learning_rate={options.learning_rate}", "optim.weight_decay=0.01",
+        f"optim.schedule.warmup_steps={max(1, options.steps // 8)}", f"evaluation.every={options.steps}",
+        "evaluation.kl=full", "checkpoint.every=0", "logging.wandb=off", "logging.progress=off",
+    ]  # fmt: skip
+
+
+def make_student(keep: int) -> Path:
+    """The teacher with `keep` of its layers, spread evenly, the first and the last among them."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = ROOT / f"student-{keep}"
+    if folder.is_dir():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16)
+    layers = model.model.layers
+    kept = sorted({round(i * (len(layers) - 1) / (keep - 1)) for i in range(keep)})
+    model.model.layers = nn.ModuleList(layers[i] for i in kept)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def serve_teacher() -> Iterator[str]:
+    """The demo's teacher as a process, float32 in transformers, before a target store."""
+    command = [
+        str(Path(sys.executable).parent / "stillhouse-teacher"), str(TEACHER), "--port", "0", "--engine", "hf",
+        "--dtype", "float32", "--store", str(ROOT / "store"),
+    ]  # fmt: skip
+    log = ROOT / "teacher.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + READY_WITHIN_S
+        while not (ready := READY.search(log.read_text(errors="replace"))):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the teacher is not ready: see {log}")
+            time.sleep(0.5)
+        yield ready[1]
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
+    """Have the teacher score all that the runs of a seed will ask, in one pass; bytes a token of each kind."""
+    from student_trainer.build import load_tokenizer
+    from student_trainer.compose import compose
+    from student_trainer.data.loader import BatchSource
+    from student_trainer.main import split_config_folder
+    from student_trainer.targets.background import EventThread
+    from student_trainer.targets.protocol import Ask
+    from student_trainer.targets.remote import RemoteTargets
+    from teacher_proto.client import TeacherClient
+    from teacher_proto.targets import tensors_of
+
+    settings = compose(*split_config_folder(arguments))
+    source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
+    state, batches = source.initial_state(), []
+    for number in range(steps):
+        batch, state = source.batch(state, number)
+        batches.append(batch)
+    held_out = [batch for name in source.names for batch in source.held_out(name)]
+    source.close()
+    ask = Ask(("top_k", "sampled", "hidden"), top_k=64, num_samples=50, hidden_dtype="float16")
+    sums: dict[str, float] = dict.fromkeys(ask.kinds, 0.0)
+    rows = 0
+    with EventThread() as thread:
+        teacher = RemoteTargets(lambda: TeacherClient(url))
+        thread.call(teacher.open())
+        for batch in (*batches, *held_out):
+            for answer in thread.call(teacher.fetch(batch, ask)).documents:
+                if answer is not None:
+                    rows += answer.num_rows
+                    for kind in ask.kinds:
+                        arrays = answer.tensors()
+                        sums[kind] += sum(arrays[name].nbytes for name in tensors_of((kind,)) if name in arrays)
+        thread.call(teacher.close())
+    return {kind: total / rows for kind, total in sums.items()}
+
+
+def learn(arm: str, arguments: list[str], seed: int) -> None:
+    """One run, as `stillhouse-train` makes it, in this process: what it imports is imported once."""
+    from student_trainer import main as trainer
+
+    if result(arm, seed) is None:
+        code = trainer.run([*arguments, f"run.id={folder_of(arm, seed).name}", "run.resume=never"])
+        if code:
+            raise SystemExit(f"stillhouse-train ended with code {code} in the arm {arm}, seed {seed}")
+
+
+def folder_of(arm: str, seed: int) -> Path:
+    return ROOT / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-{seed}"
+
+
+def result(arm: str, seed: int) -> dict[str, float] | None:
+    """Held-out figures at the end of a run, means over the tokens of all sources; None if there is no such run."""
+    path = folder_of(arm, seed) / "evaluation.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if len(lines) < 2:
+        return None
+    return {"start_kl": mean(lines[0], "kl")} | {
+        figure: mean(lines[-1], figure) for figure in ("cross_entropy", "kl", "agreement")
+    }
+
+
+def mean(line: Mapping[str, Any], figure: str) -> float:
+    sources = [figures for name, figures in line.items() if name != "step"]
+    return sum(f[figure] * f["tokens"] for f in sources) / sum(f["tokens"] for f in sources)
+
+
+def write_table(options: argparse.Namespace) -> None:
+    seeds: Sequence[int] = options.seeds
+    results = {arm: [result(arm, seed) for seed in seeds] for arm in ARMS}
+    bytes_by_kind = json.loads((ROOT / f"bytes-{seeds[0]}.json").read_text())
+    rows = []
+    for arm, (kind, _) in ARMS.items():
+        got = [r for r in results[arm] if r is not None]
+        assert len(got) == len(seeds), arm
+        rows.append({
+            "loss": arm,
+            "cross-entropy": spread([r["cross_entropy"] for r in got], 3),
+            "KL": spread([r["kl"] for r in got], 3),
+            "agreement %": spread([100 * r["agreement"] for r in got], 1),
+            "bytes a token": round(bytes_by_kind[kind]) if kind else 0,
+            "gap closed, KL %": spread(closed(results, arm, "kl"), 0),
+            "gap closed, cross-entropy %": spread(closed(results, arm, "cross_entropy"), 0),
+        })  # fmt: skip
+    start = [r["start_kl"] for r in results[PLAIN] if r is not None]
+    report(
+        "quality", rows, {"KL before the first step": start[0]},
+        title=f"{options.steps} steps of {options.seq_len} tokens, {len(seeds)} seeds, {options.keep} of 30 layers",
+        notes=("mean ± standard deviation over seeds", f"results of each run: {ROOT}/*/evaluation.jsonl"),
+    )  # fmt: skip
+
+
+def closed(results: Mapping[str, Sequence[Mapping[str, float] | None]], arm: str, figure: str) -> list[float]:
+    """By seed, per cent of the way from cross-entropy alone to full KL."""
+    triples = zip(results[PLAIN], results[arm], results[FULL], strict=True)
+    return [
+        100 * (plain[figure] - got[figure]) / (plain[figure] - full[figure])
+        for plain, got, full in triples
+        if plain is not None and got is not None and full is not None
+    ]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.exit(main())

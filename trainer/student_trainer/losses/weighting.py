@@ -1,0 +1,74 @@
+"""The coefficient of every term at a step: its setting times its schedule, or its share of the gradient. Made from the
+settings by `build`, used by `loop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from student_trainer.losses.balance import GradientBalance
+from student_trainer.losses.terms import Term
+from student_trainer.losses.weights import weight_at
+
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """`terms` with the coefficients of the settings. `schedules`: by term, what its coefficient is multiplied by.
+
+    A term that is balanced has, in place of its own coefficient, its reference's times what `balance` says.
+    """
+
+    terms: tuple[Term, ...]
+    schedules: Mapping[str, Points] = field(default_factory=dict)
+    balance: GradientBalance | None = None
+
+    @property
+    def varies(self) -> bool:
+        return bool(self.schedules) or self.balance is not None
+
+    def at(self, step: int) -> tuple[Term, ...]:
+        """The terms with the coefficients of update `step`, counted from 0."""
+        own = {term.name: term.coefficient for term in self.terms}
+        if self.balance is not None:
+            scale = own[self.balance.reference]
+            own |= {name: scale * balanced for name, balanced in self.balance.coefficients().items()}
+        return tuple(
+            replace(term, coefficient=own[term.name] * weight_at(self.schedules.get(term.name, ((0, 1.0),)), step))
+            for term in self.terms
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether the terms' gradients are to be measured ahead of update `step`."""
+        return self.balance is not None and self.balance.due(step)
+
+    @property
+    def measured_terms(self) -> tuple[Term, ...]:
+        """The terms whose gradients `take_in` wants."""
+        shares = {} if self.balance is None else self.balance.shares
+        return tuple(term for term in self.terms if term.name in shares)
+
+    def take_in(self, norms: Mapping[str, float]) -> Weighting:
+        """With a measurement taken in: by term, the norm of its gradient at coefficient 1."""
+        assert self.balance is not None, "nothing is balanced"
+        return replace(self, balance=self.balance.update(norms))
+
+    def state(self) -> dict[str, Any] | None:
+        """Plain numbers, for a checkpoint."""
+        return None if self.balance is None else self.balance.state()
+
+    def restored(self, state: Mapping[str, Any] | None) -> Weighting:
+        """With what a checkpoint kept."""
+        if self.balance is None or state is None:
+            return self
+        return replace(self, balance=self.balance.restored(state))
+
+
+def gradient_shares(terms: Sequence[Term], norms: Mapping[str, float]) -> dict[str, float]:
+    """By measured term, |coefficient| * norm as a share of their sum; empty where no gradient is left."""
+    pulls = {term.name: abs(term.coefficient) * norms[term.name] for term in terms if term.name in norms}
+    whole = sum(pulls.values())
+    return {name: pull / whole for name, pull in pulls.items()} if whole > 0 else {}
