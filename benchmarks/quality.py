@@ -53,12 +53,12 @@ ARMS: dict[str, tuple[str | None, list[str]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=int, default=24, help="layers of the teacher's 30 that the student keeps")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--held-out-rows", type=int, default=8, help="rows of each source that figures are taken on")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--held-out-rows", type=int, default=4, help="rows of each source that figures are taken on")
     options = parser.parse_args()
     prepare()
     ROOT.mkdir(parents=True, exist_ok=True)
