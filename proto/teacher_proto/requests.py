@@ -7,6 +7,7 @@ but a `RequestError` with the field at fault.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
