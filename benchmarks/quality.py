@@ -153,7 +153,7 @@ def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     sums: dict[str, float] = dict.fromkeys(ask.kinds, 0.0)
     rows = 0
     with EventThread() as thread:
-        teacher = RemoteTargets(lambda: TeacherClient(url))
+        teacher = RemoteTargets(lambda: TeacherClient(url), (url,))
         thread.call(teacher.open())
         for batch in (*batches, *held_out):
             for answer in thread.call(teacher.fetch(batch, ask)).documents:

@@ -205,6 +205,9 @@ class ScriptedTargets:
             answers.append(None if rows is None else await self.engine.score(Job(tokens_T, rows, ask, "test", ids_RG)))
         return BatchTargets(tuple(answers), ask, self.engine.identity.fingerprint)
 
+    def outage(self) -> str:
+        return ""
+
     async def close(self) -> None:
         await self.engine.close()
 
@@ -227,7 +230,7 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     threads = torch.get_num_threads()
 
     def open_here(settings: Any, thread: Any, stack: ExitStack, saved: Any = None) -> Teacher:
-        return Teacher(thread.call(targets.open()), targets, str)
+        return Teacher(thread.call(targets.open()), targets)
 
     real = building.open_teacher
     if targets is not None:

@@ -86,7 +86,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         checkpoints.resumed_at(place.step)
     guard = TargetGuard(
-        settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.reason if parts.teacher else str
+        settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.targets.outage if parts.teacher else str
     )
     written, stream = _stream(settings, parts, place.mixture, snapshot, stack)
     prefetch = _prefetch(settings, parts, guard, stream, thread, stack)

@@ -27,6 +27,16 @@ def _has_support(name: str) -> Callable[[Settings], bool]:
     return lambda settings: any(term.support == name for term in settings.terms())
 
 
+def _asks_a_service(settings: Settings) -> bool:
+    teacher = settings.teacher
+    return teacher.kind == "remote" or (teacher.kind == "cached" and teacher.on_miss == "remote")
+
+
+def _may_wait(settings: Settings) -> bool:
+    members = settings.teacher.members.values()
+    return _asks_a_service(settings) or any(m.kind == "remote" or m.on_miss == "remote" for m in members)
+
+
 RULES = (
     *(
         Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")
@@ -38,8 +48,26 @@ RULES = (
     Rule("distillation.hidden_dtype", _has_support("full"), "no loss has support full"),
     *(
         Rule(f"teacher.{name}", _has_teacher, "teacher.kind is none")
-        for name in ("url", "key_variable", "fingerprint", "top_k", "sanity", "tokenizer", "start_within_s")
+        for name in ("fingerprint", "top_k", "sanity", "tokenizer", "same_tokenizer")
     ),
+    *(
+        Rule(f"teacher.{name}", _asks_a_service, "teacher.kind is another, and its store is not written through")
+        for name in ("url", "key_variable")
+    ),
+    *(
+        Rule(f"teacher.{name}", _may_wait, "no teacher of this run is asked over the network")
+        for name in ("start_within_s", "deadline_s", "read_timeout_s", "give_up_after_s")
+    ),
+    *(
+        Rule(f"teacher.{name}", lambda s: s.teacher.kind == "local", "teacher.kind is not local")
+        for name in ("model", "revision", "dtype", "device", "max_batch_tokens")
+    ),
+    *(
+        Rule(f"teacher.{name}", lambda s: s.teacher.kind == "cached", "teacher.kind is not cached")
+        for name in ("store", "store_bytes", "on_miss")
+    ),
+    Rule("teacher.store_bytes", lambda s: s.teacher.on_miss == "remote", "the store is only read"),
+    Rule("teacher.mix", lambda s: s.teacher.kind == "mixed", "teacher.kind is not mixed"),
     Rule("teacher.tokenizer", lambda s: s.teacher.same_tokenizer == "check", "teacher.same_tokenizer is trust"),
     Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),

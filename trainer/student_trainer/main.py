@@ -3,6 +3,7 @@
     stillhouse-train student.checkpoint_path=FOLDER data=text data.sources.text.path=FOLDER teacher.url=http://HOST:PORT
     stillhouse-train check SETTINGS...     say what would run, without training
     stillhouse-train report RUN ...        make the page of a run
+    stillhouse-train sequences FILE SETTINGS...   write a run's documents, for `stillhouse-teacher fill`
     stillhouse-train export RUN --format hf|bitnet|gguf    write its student for transformers or llama.cpp
 
 Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 stopped by a signal, saved, start it again.
@@ -26,6 +27,7 @@ SUBCOMMANDS = {
     "check": "student_trainer.check",
     "export": "student_trainer.export_command",
     "report": "student_trainer.report",
+    "sequences": "student_trainer.sequences",
 }
 logger = logging.getLogger("stillhouse")
 

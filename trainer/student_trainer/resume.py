@@ -38,9 +38,7 @@ ANSWERS: dict[str, Answer] = {
     "student.compute": "numeric",
     "student.attention": "numeric",
     "student.gradient_checkpointing": "numeric",
-    "teacher": "free",
-    "teacher.kind": "fixed",
-    "teacher.fingerprint": "free",  # the teacher's identity itself is compared
+    "teacher": "free",  # who answers, by which way: the identity itself is compared
     "teacher.top_k": "fixed",
     "distillation": "fixed",
     "distillation.chunk_rows": "numeric",

@@ -73,7 +73,9 @@ def check_targets(term: Term, teacher: TeacherRows | None, counted_N: Tensor, li
         _check_full(term, teacher, counted_N)
     else:
         ids_NK, logprobs_NK = (getattr(teacher, name) for name in wanted)
-        _check_ids(term, ids_NK, logprobs_NK, teacher.log_z_at(term.temperature), counted_N, limit)
+        tempered = term.support == "top_k" and teacher.tempered_at(term.temperature) is not None
+        log_z_N = None if tempered else teacher.log_z_at(term.temperature)
+        _check_ids(term, ids_NK, logprobs_NK, log_z_N, counted_N, limit)
 
 
 def _check_ids(

@@ -19,6 +19,7 @@ _ROW_FIELDS = (
     "logprobs_NK",
     "lse_N",
     "log_z_NT",
+    "tempered_logprobs_NKT",
     "next_logprob_N",
     "valid_N",
     "gather_ids_NG",
@@ -47,6 +48,8 @@ class TeacherRows:
     `ids_NK` and `logprobs_NK`: the K largest logprobs at temperature 1, largest first, any float dtype.
     `log_z_NT`: one scalar for each of `temperatures`, log_z = lse(z / T) - lse(z) / T, so that the exact probability
     at T is exp(logprob / T - log_z). Temperature 1 needs no column.
+    `tempered_logprobs_NKT`: logprobs of `ids_NK` at each of `temperatures`, where they do not follow from those at 1:
+    several teachers' probabilities mixed at each. Then every probability is at most the truth, and there is no log_z.
     `valid_N`: False where the teacher has no row (padding, alignment's edge); what stands there is never used.
     `gather_*`: logprobs at ids which the student chose. `sampled_*`: row n drew `sampled_ids[o[n]:o[n+1]]`, each
     `sampled_counts` times, from the teacher at `sampled_temperature`.
@@ -57,6 +60,7 @@ class TeacherRows:
     logprobs_NK: Tensor | None = None
     lse_N: Tensor | None = None
     log_z_NT: Tensor | None = None
+    tempered_logprobs_NKT: Tensor | None = None
     temperatures: tuple[float, ...] = ()
     next_logprob_N: Tensor | None = None
     valid_N: Tensor | None = None
@@ -103,6 +107,12 @@ class TeacherRows:
                 f"temperatures {list(self.temperatures)}; ask the teacher for {temperature} as well"
             )
         return self.log_z_NT[:, self.temperatures.index(temperature)]
+
+    def tempered_at(self, temperature: float) -> Tensor | None:
+        """Logprobs [N, K] of `ids_NK` at `temperature`; None where they follow from those at 1."""
+        if self.tempered_logprobs_NKT is None or temperature == 1.0 or temperature not in self.temperatures:
+            return None
+        return self.tempered_logprobs_NKT[:, :, self.temperatures.index(temperature)]
 
     def sampled_padded(self) -> tuple[Tensor, Tensor]:
         """(ids_NU, counts_NU) with U the most distinct ids that any row drew; count 0 marks the padding."""

@@ -48,13 +48,15 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
     least_N = torch.where(counted_N[:, None], logprobs_NK, LOG_FLOOR).amin(-1)
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)
+    # Several teachers together keep the K likeliest by what all of them list: another id may have more.
+    bounds = support == "top_k" and rows.tempered_logprobs_NKT is None
     spare_N1 = torch.where(live_NK.any(-1, keepdim=True), ids_NK.gather(1, first_N1), 0)
     return SupportRows(
         ids_NK=torch.where(live_NK, ids_NK, spare_N1),
         live_NK=live_NK,
         logprobs_NK=torch.where(live_NK, logprobs_NK, LOG_FLOOR),
         outside_N=outside_N,
-        most_N=least_N.exp() * ROUNDING if support == "top_k" else torch.ones_like(outside_N),
+        most_N=least_N.exp() * ROUNDING if bounds else torch.ones_like(outside_N),
     )
 
 
@@ -81,7 +83,10 @@ def renormalised(logprobs_NK: Tensor, live_NK: Tensor) -> Tensor:
 
 def _top_k(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
     assert rows.ids_NK is not None and rows.logprobs_NK is not None
-    return rows.ids_NK.long(), _softened(rows.logprobs_NK, rows, temperature)
+    tempered_NK = rows.tempered_at(temperature)
+    if tempered_NK is None:
+        tempered_NK = _softened(rows.logprobs_NK, rows, temperature)
+    return rows.ids_NK.long(), tempered_NK.clamp_min(LOG_FLOOR)
 
 
 def _gather(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,42 @@ from pydantic import Field, model_validator
 from student_trainer.settings.section import Names, Positive, Section
 
 
-class TeacherSettings(Section):
+class OneTeacher(Section):
+    """One source of targets: a service, a model in this process, or a store of answers."""
+
+    url: Names = Field(("http://127.0.0.1:8000",), description="remote: one teacher, or a list of replicas of it")
+    key_variable: str = Field("STILLHOUSE_KEY", description="remote: the environment variable that holds the key")
+    model: str = Field("", description="local: folder or hub name of a Hugging Face causal language model")
+    revision: str | None = Field(None, description="local: hub revision; a commit keeps a run repeatable")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="local: auto is float32 on a CPU, else the checkpoint's own"
+    )
+    device: str = Field("auto", description="local: auto, cpu, cuda or cuda:N")
+    max_batch_tokens: int = Field(4096, ge=1, description="local: tokens of a forward pass, padding included")
+    store: str = Field("", description="cached: folder of the target store")
+    store_bytes: int = Field(50 * 2**30, ge=2**20, description="cached, written through: the store's size at most")
+    on_miss: Literal["stop", "remote"] = Field(
+        "stop", description="cached, what the store has not: stop, or ask teacher.url and write it through"
+    )
+    fingerprint: str | None = Field(None, description="the teacher that must answer; null: whoever does at the start")
+
+
+class MemberSettings(OneTeacher):
+    """One of several teachers."""
+
+    kind: Literal["remote", "local", "cached"] = "remote"
+    weight: Positive = Field(1.0, description="ensemble: the share, against the others'")
+    sources: Names = Field((), description="by_source: the sources of data that this teacher answers for")
+
+
+class TeacherSettings(OneTeacher):
     """Who answers, what it is asked, and how long the run waits for it."""
 
-    kind: Literal["remote", "none"] = "remote"
-    url: Names = Field(("http://127.0.0.1:8000",), description="one teacher, or a list of replicas of it")
-    key_variable: str = Field("STILLHOUSE_KEY", description="the environment variable that holds the key")
-    fingerprint: str | None = Field(None, description="the teacher that must answer; null: whoever does at the start")
+    kind: Literal["remote", "local", "cached", "mixed", "none"] = "remote"
+    members: dict[str, MemberSettings] = Field(default_factory=dict, description="mixed: the teachers by name")
+    mix: Literal["ensemble", "by_source"] = Field(
+        "ensemble", description="mixed: all answer and their probabilities are mixed, or one for each source of data"
+    )
     top_k: int = Field(64, ge=1, description="logprobs a token")
     sanity: Literal["stop", "warn", "off"] = Field("stop", description="check of the first targets' alignment")
     same_tokenizer: Literal["check", "trust"] = Field("check", description="trust: don't compare tokenizers")
@@ -26,6 +55,29 @@ class TeacherSettings(Section):
     say_every_s: Positive = Field(30.0, description="how often an outage is spoken of")
     save_after_s: Positive = Field(60.0, description="outage after which the run is saved once")
     give_up_after_s: Positive = Field(3600.0, description="outage after which the run stops")
+
+    @model_validator(mode="after")
+    def _members_fit(self) -> TeacherSettings:
+        if (self.kind == "mixed") != bool(self.members):
+            raise ValueError(
+                "teacher.kind is mixed and teacher.members is empty: name the teachers, as in "
+                "teacher.members.big.url=http://HOST:PORT"
+                if self.kind == "mixed"
+                else f"teacher.members are given and teacher.kind is {self.kind}: say teacher=mixed"
+            )
+        if self.kind == "mixed" and self.mix == "by_source":
+            answered = [source for member in self.members.values() for source in member.sources]
+            if not answered or len(set(answered)) != len(answered) or not all(m.sources for m in self.members.values()):
+                raise ValueError(
+                    "teacher.mix is by_source: give each of teacher.members the `sources` that it answers for, and no "
+                    "source to two"
+                )
+        return self
+
+    @property
+    def all_members(self) -> dict[str, OneTeacher]:
+        """The teachers by name with the kind of each; one, without a name, where they are not mixed."""
+        return dict(self.members) if self.kind == "mixed" else {"": self}
 
 
 class PrefetchSettings(Section):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from student_trainer.data.batch import Batch
 from student_trainer.losses.rows import TeacherHead, TeacherRows
+from student_trainer.targets.ensemble import TEMPERED
 from student_trainer.targets.protocol import BatchTargets
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.targets import TokenTargets
@@ -151,6 +152,7 @@ _FIELDS = {
     "lse": "lse_N",
     "next_logprob": "next_logprob_N",
     "log_z": "log_z_NT",
+    TEMPERED: "tempered_logprobs_NKT",
     "sampled_offsets": "sampled_offsets",
     "sampled_ids": "sampled_ids",
     "sampled_counts": "sampled_counts",

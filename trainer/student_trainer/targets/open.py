@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from student_trainer.settings import Settings, TeacherSettings
+from student_trainer.settings.teacher import OneTeacher
 from student_trainer.targets.background import EventThread
+from student_trainer.targets.cached import CachedTargets
+from student_trainer.targets.expected import expected
+from student_trainer.targets.local import LocalTargets
+from student_trainer.targets.mixed import BySource, Ensemble, Member
 from student_trainer.targets.patience import Patient
 from student_trainer.targets.protocol import KIND_OF_SUPPORT, Targets, TeacherCard
 from student_trainer.targets.remote import RemoteTargets
-from teacher_proto.canary import Canary
 from teacher_proto.client import TeacherClient
-from teacher_proto.errors import TeacherUnavailableError
-from teacher_proto.identity import TeacherIdentity
+from teacher_proto.errors import WrongTeacherError
+from teacher_proto.identity import compare_fingerprints
 from teacher_proto.retry import RetryPolicy
+from teacher_proto.store import TargetStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """An opened source of targets. `reason` tells what is known of an outage."""
+    """An opened source of targets."""
 
     card: TeacherCard
     targets: Targets
-    reason: Callable[[], str]
 
 
 def open_teacher(
@@ -34,19 +42,79 @@ def open_teacher(
 ) -> Teacher:
     """Reach the teacher; `saved` is the card in the checkpoint that the run goes on from.
 
-    StillhouseError if nobody answers, or another teacher than the run began with.
+    StillhouseError if nobody answers, or another teacher than the run began with. ValueError for one that the settings
+    don't describe.
     """
-    remote = RemoteTargets(lambda: _client(settings, saved), settings.start_within_s)
-    stack.callback(lambda: thread.call(remote.close()))
-    try:
-        card = thread.call(remote.open())
-    except TeacherUnavailableError as error:
-        raise TeacherUnavailableError(
-            f"no teacher at {', '.join(settings.url)}: {error}. Start one with `stillhouse-teacher MODEL --port 8000`, "
-            "say where it is with teacher.url=http://HOST:PORT, or wait for it with teacher.start_within_s=600"
-        ) from error
-    patient = Patient(remote, settings.give_up_after_s)
-    return Teacher(card, patient, lambda: patient.reason or remote.outage())
+    opening = _Opening(settings, stack)
+    targets = opening.several(saved) if settings.kind == "mixed" else opening.one(settings.kind, settings, saved)
+    stack.callback(lambda: thread.call(targets.close()))
+    card = thread.call(targets.open())
+    if saved is not None and settings.kind == "mixed" and settings.fingerprint is None:
+        _compare_several(saved, card)
+    return Teacher(card, targets)
+
+
+class _Opening:
+    """Makes sources of targets that are yet to be opened. Members that read one store share it."""
+
+    def __init__(self, settings: TeacherSettings, stack: ExitStack):
+        self._settings, self._stack = settings, stack
+        self._stores: dict[Path, TargetStore] = {}
+
+    def several(self, saved: Mapping[str, Any] | None) -> Targets:
+        cards = (saved or {}).get("members") or {}
+        members = [
+            Member(name, self.one(member.kind, member, cards.get(name)), member.weight, member.sources)
+            for name, member in self._settings.members.items()
+        ]
+        return {"ensemble": Ensemble, "by_source": BySource}[self._settings.mix](members)
+
+    def one(self, kind: str, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> Targets:
+        if kind == "local":
+            return LocalTargets(teacher, saved)
+        if kind == "remote":
+            return self._remote(teacher, saved)
+        assert kind == "cached", kind
+        behind = self._remote(teacher, saved) if teacher.on_miss == "remote" else None
+        return CachedTargets(self._store(teacher), teacher.fingerprint, behind, saved)
+
+    def _remote(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> Targets:
+        remote = RemoteTargets(lambda: self._client(teacher, saved), teacher.url, self._settings.start_within_s)
+        return Patient(remote, self._settings.give_up_after_s)
+
+    def _store(self, teacher: OneTeacher) -> TargetStore:
+        if not teacher.store:
+            raise ValueError("teacher.store must be given: the folder of a target store")
+        path = Path(teacher.store).resolve()
+        if path not in self._stores:
+            store = TargetStore(path, teacher.store_bytes, readonly=teacher.on_miss == "stop")
+            self._stack.callback(store.close)
+            self._stores[path] = store
+        return self._stores[path]
+
+    def _client(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> TeacherClient:
+        expect, canary = expected(teacher.fingerprint, saved)
+        policy = RetryPolicy(
+            deadline_s=min(self._settings.deadline_s, self._settings.give_up_after_s),
+            read_timeout_s=self._settings.read_timeout_s,
+        )
+        key = os.environ.get(teacher.key_variable)
+        return TeacherClient(teacher.url, key=key, expect=expect, expect_canary=canary, policy=policy)
+
+
+def _compare_several(saved: Mapping[str, Any], card: TeacherCard) -> None:
+    """WrongTeacherError if the teachers together are not those that the run began with; their own cards are compared
+    by each.
+    """
+    severity = compare_fingerprints(saved["fingerprint"], card.fingerprint)
+    if severity == "semantic":
+        raise WrongTeacherError(
+            f"the run began with the teacher {saved['name']} ({saved['fingerprint']}), now it is {card.name} "
+            f"({card.fingerprint}): members, weights and sources must be those that it began with",
+            field="fingerprint", got=card.fingerprint, limit=saved["fingerprint"],
+        )  # fmt: skip
+    if severity == "numeric":
+        logger.warning("the teachers compute with other rounding than when the run began: %s", card.name)
 
 
 def check_ask(settings: Settings, card: TeacherCard) -> None:
@@ -65,22 +133,28 @@ def check_ask(settings: Settings, card: TeacherCard) -> None:
     if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
         raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")
 
+    if settings.teacher.kind == "mixed":
+        _check_mix(settings)
+
+
+def _check_mix(settings: Settings) -> None:
+    if settings.teacher.mix == "by_source":
+        answered = {source for member in settings.teacher.members.values() for source in member.sources}
+        if differ := answered ^ settings.data.sources.keys():
+            raise ValueError(
+                f"teacher.members answer for the sources {', '.join(sorted(answered))}, data.sources are "
+                f"{', '.join(sorted(settings.data.sources))}: {', '.join(sorted(differ))} is named once only"
+            )
+        return
+    for term in settings.terms():
+        if term.support == "gather" and term.temperature != 1.0:
+            raise ValueError(
+                f"the loss {term.name} has support gather and temperature {term.temperature:g}: an ensemble answers at "
+                "the student's own ids at temperature 1 alone"
+            )
+
 
 def wants_head(settings: Settings) -> bool:
     """Whether something compares whole vocabularies, for which hidden states need the teacher's head."""
     evaluates = settings.evaluation.every > 0 and settings.evaluation.kl == "full"
     return evaluates or any(term.support == "full" for term in settings.terms())
-
-
-def _client(settings: TeacherSettings, saved: Mapping[str, Any] | None) -> TeacherClient:
-    expect: TeacherIdentity | str | None = settings.fingerprint
-    canary = None
-    if saved is not None and settings.fingerprint is None:
-        expect = TeacherIdentity.model_validate(saved["identity"]) if saved["identity"] else saved["fingerprint"]
-        canary = Canary(tuple(saved["canary"])) if saved["canary"] is not None else None
-    policy = RetryPolicy(
-        deadline_s=min(settings.deadline_s, settings.give_up_after_s), read_timeout_s=settings.read_timeout_s
-    )
-    return TeacherClient(
-        settings.url, key=os.environ.get(settings.key_variable), expect=expect, expect_canary=canary, policy=policy
-    )

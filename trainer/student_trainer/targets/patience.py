@@ -22,15 +22,12 @@ ASK_AGAIN_S = 0.5
 
 
 class Patient:
-    """`Targets` that outlast an outage of those they stand before. TeacherUnavailableError after `give_up_after_s`.
-
-    `reason` is the last that was heard while an outage lasts, else empty.
-    """
+    """`Targets` that outlast an outage of those they stand before. TeacherUnavailableError after `give_up_after_s`."""
 
     def __init__(self, targets: Targets, give_up_after_s: float):
         self._targets = targets
         self._give_up_after_s = give_up_after_s
-        self.reason = ""
+        self._reason = ""
 
     async def open(self) -> TeacherCard:
         return await self._targets.open()
@@ -44,7 +41,7 @@ class Patient:
             try:
                 answer = await self._targets.fetch(batch, ask, gather_ids)
             except TeacherUnavailableError as error:
-                self.reason = str(error)
+                self._reason = str(error)
                 lasted_s = time.monotonic() - started
                 if lasted_s >= self._give_up_after_s:
                     raise TeacherUnavailableError(
@@ -53,8 +50,11 @@ class Patient:
                     ) from error
                 await asyncio.sleep(ASK_AGAIN_S)
             else:
-                self.reason = ""
+                self._reason = ""
                 return answer
+
+    def outage(self) -> str:
+        return self._reason or self._targets.outage()
 
     async def close(self) -> None:
         await self._targets.close()

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from student_trainer.data.batch import Batch, Document
-from teacher_proto.requests import KINDS, Kind
+from teacher_proto.canary import Canary
+from teacher_proto.identity import TeacherIdentity
+from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.requests import TargetSpec as Ask
 from teacher_proto.targets import TokenTargets
 
@@ -48,8 +51,9 @@ class BatchTargets:
 class TeacherCard:
     """Who answers: what a run keeps of its teacher in checkpoints and compares on resume.
 
-    `identity` is the plain form of `TeacherIdentity`, None where several teachers answer together; `canary` are the
-    logprobs of the client's fixed sequences, which catch a teacher that is not who it says.
+    `identity` is the plain form of `TeacherIdentity`; several teachers that answer together have none, but a card each
+    in `members`. `canary` are the logprobs of the client's fixed sequences, which catch a teacher that is not who it
+    says.
     """
 
     name: str
@@ -61,6 +65,27 @@ class TeacherCard:
     kinds: tuple[Kind, ...]
     identity: dict[str, Any] | None = None
     canary: tuple[float, ...] | None = None
+    members: dict[str, TeacherCard] | None = None
+
+    @classmethod
+    def of(cls, info: TeacherInfo, canary: Canary | None) -> TeacherCard:
+        """The card of one teacher, out of what it publishes."""
+        semantic, limits = info.identity.semantic, info.limits
+        return cls(
+            name=semantic.model, fingerprint=info.fingerprint, vocab_size=limits.vocab_size,
+            max_sequence_length=limits.max_sequence_length, tokenizer_sha256=semantic.tokenizer_sha256,
+            max_top_k=limits.max_top_k, kinds=info.kinds, identity=info.identity.model_dump(mode="json"),
+            canary=canary.logprobs if canary is not None else None,
+        )  # fmt: skip
+
+    def info(self) -> TeacherInfo:
+        """What a target store keeps of one teacher."""
+        assert self.identity is not None
+        limits = Limits(
+            vocab_size=self.vocab_size, max_sequence_length=self.max_sequence_length, max_top_k=self.max_top_k
+        )
+        identity = TeacherIdentity.model_validate(self.identity)
+        return TeacherInfo(identity=identity, fingerprint=self.fingerprint, limits=limits, kinds=self.kinds)
 
 
 class Targets(Protocol):
@@ -79,6 +104,10 @@ class Targets(Protocol):
 
     async def head(self) -> bytes:
         """The teacher's output head, the file of `GET /v1/head`. NotFoundError where there is none."""
+        ...
+
+    def outage(self) -> str:
+        """What is known of an outage that `fetch` is trying to outlast; empty while there is none. From any thread."""
         ...
 
     async def close(self) -> None: ...

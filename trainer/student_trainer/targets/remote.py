@@ -1,29 +1,27 @@
-"""Targets from a teacher service, one replica or several. Built by `build`, called through the `Targets` protocol.
+"""Targets from a teacher service, one replica or several. Opened by `open`, called through the `Targets` protocol.
 
-Each document of a batch is a sequence of its own, so the teacher respects document boundaries as the student does.
 Only rows that count are asked for; a document without any is not sent at all.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from student_trainer.data.batch import Batch
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
+from student_trainer.targets.questions import Question, answers, gathered_ids, questions, together
 from teacher_proto.client import TeacherClient
-from teacher_proto.errors import OutOfRangeError
+from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.requests import Limits, TargetsRequest
-from teacher_proto.targets import TokenTargets
 
 
 class RemoteTargets:
-    """`make_client` is called on the event loop, where the client lives. `start_within_s`: how long `open` waits."""
+    """`make_client` is called on the event loop, where the client of `urls` lives. `start_within_s`: how long `open`
+    waits for a teacher.
+    """
 
-    def __init__(self, make_client: Callable[[], TeacherClient], start_within_s: float = 0.0):
-        self._make_client = make_client
+    def __init__(self, make_client: Callable[[], TeacherClient], urls: Sequence[str], start_within_s: float = 0.0):
+        self._make_client, self._urls = make_client, urls
         self._start_within_s = start_within_s
         self.client: TeacherClient | None = None
         self._limits: Limits | None = None
@@ -32,41 +30,29 @@ class RemoteTargets:
     async def open(self) -> TeacherCard:
         if self.client is None:
             self.client = self._make_client()
-        info = await self.client.teacher(self._start_within_s)
+        try:
+            info = await self.client.teacher(self._start_within_s)
+        except TeacherUnavailableError as error:
+            raise TeacherUnavailableError(
+                f"no teacher at {', '.join(self._urls)}: {error}. Start one with `stillhouse-teacher MODEL --port "
+                "8000`, say where it is with teacher.url=http://HOST:PORT, or wait for it with "
+                "teacher.start_within_s=600"
+            ) from error
         self._limits, self._fingerprint = info.limits, info.fingerprint
-        semantic = info.identity.semantic
-        canary = self.client.canary
-        return TeacherCard(
-            name=semantic.model,
-            fingerprint=info.fingerprint,
-            vocab_size=info.limits.vocab_size,
-            max_sequence_length=info.limits.max_sequence_length,
-            tokenizer_sha256=semantic.tokenizer_sha256,
-            max_top_k=info.limits.max_top_k,
-            kinds=info.kinds,
-            identity=info.identity.model_dump(mode="json"),
-            canary=canary.logprobs if canary is not None else None,
-        )
+        return TeacherCard.of(info, self.client.canary)
 
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
-        client = self.client
-        wanted = [(place, rows) for place, rows in enumerate(_rows(batch)) if rows is not None]
-        answers: list[TokenTargets | None] = [None] * len(batch.documents)
-        _check_tokens(batch, self._limits.vocab_size)
-        groups = split(batch, wanted, self._limits)
-        requests = [_request(batch, group, ask, gather_ids) for group in groups]
-        for group, targets in zip(groups, await _all(client, requests), strict=True):
-            for (place, _), answer in zip(group, targets, strict=True):
-                answers[place] = answer
-        return BatchTargets(tuple(answers), ask, self._fingerprint)
+        asked = questions(batch, ask, self._limits.vocab_size, gather_ids)
+        requests = [_request(group, ask) for group in split([question for _, question in asked], self._limits)]
+        given = [targets for part in await together(map(self.client.targets, requests)) for targets in part]
+        return BatchTargets(answers(batch, asked, given), ask, self._fingerprint)
 
     async def head(self) -> bytes:
         assert self.client is not None, "open() comes before head()"
         return await self.client.head()
 
     def outage(self) -> str:
-        """What is known of an outage that the client is still trying to outlast; empty while there is none."""
         lasted_s = self.client.outage_s if self.client is not None else 0.0
         return f"{self.client!r} has found no replica that can be asked for {lasted_s:.0f} s" if lasted_s else ""
 
@@ -75,55 +61,20 @@ class RemoteTargets:
             await self.client.close()
 
 
-Wanted = tuple[int, tuple[int, int]]  # which document, and its rows [start, stop)
-
-
-def split(batch: Batch, wanted: list[Wanted], limits: Limits) -> list[list[Wanted]]:
-    """The documents in requests that each keep to the teacher's limits, in order."""
-    groups: list[list[Wanted]] = []
+def split(asked: list[Question], limits: Limits) -> list[list[Question]]:
+    """The questions in requests that each keep to the teacher's limits, in order."""
+    groups: list[list[Question]] = []
     tokens = 0
-    for place, rows in wanted:
-        document = batch.documents[place]
-        length = document.stop - document.start
+    for question in asked:
+        length = len(question.tokens_T)
         full = not groups or len(groups[-1]) >= limits.max_sequences or tokens + length > limits.max_request_tokens
         if full:
             groups.append([])
             tokens = 0
-        groups[-1].append((place, rows))
+        groups[-1].append(question)
         tokens += length
     return groups
 
 
-async def _all(client: TeacherClient, requests: list[TargetsRequest]) -> list[list[TokenTargets]]:
-    """All answers; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(client.targets(request)) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _rows(batch: Batch) -> list[tuple[int, int] | None]:
-    return [counted_rows(batch, document) for document in batch.documents]
-
-
-def _request(batch: Batch, group: list[Wanted], ask: Ask, gather_ids: GatherIds | None) -> TargetsRequest:
-    documents = [batch.documents[place] for place, _ in group]
-    sequences = [batch.tokens_BT[d.row, d.start : d.stop] for d in documents]
-    gathered = None if gather_ids is None else [gather_ids[place] for place, _ in group]
-    return TargetsRequest.of(ask, sequences, [rows for _, rows in group], gathered)
-
-
-def _check_tokens(batch: Batch, vocab_size: int) -> None:
-    """OutOfRangeError with the document that holds a token the teacher has not: its limits would only say a number."""
-    for document in batch.documents:
-        tokens_T = batch.tokens_BT[document.row, document.start : document.stop]
-        if len(tokens_T) and int(tokens_T.max()) >= vocab_size:
-            place = int(np.argmax(tokens_T >= vocab_size))
-            raise OutOfRangeError(
-                f"document {document.key} holds token {int(tokens_T[place])} at its place {place}, the teacher's "
-                f"vocabulary ends at {vocab_size - 1}: data for a teacher is made of tokens that both know",
-                field=document.key, got=int(tokens_T[place]), limit=vocab_size - 1,
-            )  # fmt: skip
+def _request(group: list[Question], ask: Ask) -> TargetsRequest:
+    return TargetsRequest.of(ask, [q.tokens_T for q in group], [q.rows for q in group], gathered_ids(group))

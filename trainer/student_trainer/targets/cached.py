@@ -1,0 +1,161 @@
+"""Targets out of a target store on this disk: what a service kept or `stillhouse-teacher fill` made. Opened by `open`.
+
+A document that the store can't answer stops the run, or is asked of another source of targets and written through, so
+that the next epoch finds it. What comes out of the store is bit for bit what went in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from student_trainer.data.batch import Batch
+from student_trainer.targets.expected import expectation
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
+from student_trainer.targets.questions import Question, Questions, answers, gathered_ids, questions
+from teacher_proto.errors import NotFoundError, WrongTeacherError
+from teacher_proto.info import TeacherInfo
+from teacher_proto.store import TargetStore
+from teacher_proto.store_writer import StoreWriter
+from teacher_proto.targets import TokenTargets
+
+logger = logging.getLogger(__name__)
+READERS = 4
+
+
+class MissingTargetsError(ValueError):
+    """Documents that the store can't answer, where nobody else may be asked."""
+
+
+class CachedTargets:
+    """`fingerprint`: the teacher to read where the store holds several. `behind`: whom a miss is asked of, None where
+    it is an error. `saved`: the card of the teacher that the run began with. `hits` and `misses` count documents.
+
+    ValueError where the store holds no such teacher.
+    """
+
+    def __init__(
+        self, store: TargetStore, fingerprint: str | None, behind: Targets | None = None,
+        saved: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        self._store, self._fingerprint, self._behind = store, fingerprint, behind
+        self._expected = expectation(fingerprint, saved)
+        self._writer = StoreWriter(store) if behind is not None else None
+        self._readers = ThreadPoolExecutor(READERS, "store-reader")
+        self._behind_card: TeacherCard | None = None
+        self._opening = asyncio.Lock()
+        self._info: TeacherInfo | None = None
+        self.hits = self.misses = 0
+
+    async def open(self) -> TeacherCard:
+        info = await self._run(self._remembered)
+        if info is None:
+            # An empty store that is to be written through: only the teacher behind it can say who it is.
+            await self._open_behind()
+            assert self._behind_card is not None
+            info = self._behind_card.info()
+            await self._run(self._store.remember, info)
+        self._expected.check_identity(info, f"the target store at {self._store.path}")
+        self._info = info
+        return TeacherCard.of(info, self._expected.canary)
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        assert self._info is not None, "open() comes before fetch()"
+        fingerprint = self._info.fingerprint
+        asked = questions(batch, ask, self._info.limits.vocab_size, gather_ids)
+        found = await self._run(self._read, fingerprint, [question for _, question in asked])
+        missing = [index for index, targets in enumerate(found) if targets is None]
+        self.hits += len(asked) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            if self._behind is None:
+                raise MissingTargetsError(self._explain(batch, asked, missing, ask))
+            given = await self._fetch_behind(batch, ask, [asked[index] for index in missing])
+            for index, targets in zip(missing, given, strict=True):
+                found[index] = targets
+        return BatchTargets(answers(batch, asked, found), ask, fingerprint)
+
+    async def head(self) -> bytes:
+        if self._behind is None:
+            raise NotFoundError("a target store holds no output head, which support `full` needs", field="path")
+        await self._open_behind()
+        return await self._behind.head()
+
+    def outage(self) -> str:
+        return self._behind.outage() if self._behind is not None else ""
+
+    async def close(self) -> None:
+        """Write what waits."""
+        if self._writer is not None:
+            await asyncio.to_thread(self._writer.close)
+        if self._behind is not None:
+            await self._behind.close()
+        await asyncio.to_thread(self._readers.shutdown)
+        if self.misses:
+            logger.info("target store %s: %d documents were there, %d were asked for", self._store.path, self.hits,
+                        self.misses)  # fmt: skip
+
+    async def _run(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *arguments)
+
+    def _remembered(self) -> TeacherInfo | None:
+        """Who the store's answers are from: the teacher that the settings or the checkpoint name, or its only one."""
+        known = {info.fingerprint: info for info in self._store.teachers()}
+        wanted = self._expected.fingerprint
+        if wanted is not None and wanted in known:
+            return known[wanted]
+        if len(known) == 1 and (wanted is None or self._fingerprint is None):
+            return next(iter(known.values()))
+        if not known and self._behind is not None:
+            return None
+        listed = "; ".join(f"{fp} ({info.identity.semantic.model})" for fp, info in known.items()) or "of nobody"
+        raise ValueError(
+            f"the target store at {self._store.path} holds answers {listed}: "
+            + (f"teacher {wanted} is not among them" if wanted else "say whose with teacher.fingerprint=FINGERPRINT")
+        )
+
+    def _read(self, fingerprint: str, asked: list[Question]) -> list[TokenTargets | None]:
+        return [self._store.get(fingerprint, question) for question in asked]
+
+    async def _open_behind(self) -> None:
+        """Reach the teacher behind the store, once, when it is first needed. WrongTeacherError if it is another."""
+        assert self._behind is not None
+        async with self._opening:
+            if self._behind_card is None:
+                self._behind_card = await self._behind.open()
+                logger.info("what the target store has not is asked of %s", self._behind_card.name)
+        if self._info is not None and self._behind_card.fingerprint != self._info.fingerprint:
+            raise WrongTeacherError(
+                f"the target store's answers are of teacher {self._info.fingerprint}, behind it is "
+                f"{self._behind_card.fingerprint}: the two would be mixed. Use another store for it",
+                field="fingerprint", got=self._behind_card.fingerprint, limit=self._info.fingerprint,
+            )  # fmt: skip
+
+    async def _fetch_behind(self, batch: Batch, ask: Ask, asked: Questions) -> list[TokenTargets]:
+        """The answers of the teacher behind the store, on their way to the disk."""
+        assert self._behind is not None and self._writer is not None and self._info is not None
+        await self._open_behind()
+        documents = tuple(batch.documents[place] for place, _ in asked)
+        gathered = gathered_ids([question for _, question in asked])
+        targets = await self._behind.fetch(replace(batch, documents=documents), ask, gathered)
+        given = [answer for answer in targets.documents if answer is not None]
+        for (_, question), answer in zip(asked, given, strict=True):
+            self._writer.add(self._info.fingerprint, question, answer)
+        return given
+
+    def _explain(self, batch: Batch, asked: Questions, missing: list[int], ask: Ask) -> str:
+        assert self._info is not None
+        path, model = self._store.path, self._info.identity.semantic.model
+        keys = ", ".join(batch.documents[asked[index][0]].key for index in missing[:3])
+        temperatures = f" --temperatures {','.join(f'{t:g}' for t in ask.temperatures)}" if ask.temperatures else ""
+        return (
+            f"the target store at {path} lacks {len(missing)} of the {len(asked)} documents of batch {batch.number} "
+            f"(first {keys}) as {model} answers {', '.join(ask.kinds)}, {self.misses} documents so far. Write the "
+            "run's documents with `stillhouse-train sequences FILE.jsonl SETTINGS...`, have them scored with "
+            f"`stillhouse-teacher fill MODEL FILE.jsonl --store {path} --kinds {','.join(ask.kinds)} "
+            f"--top-k {ask.top_k}{temperatures}`, or have a teacher asked for them with teacher.on_miss=remote"
+        )

@@ -1,0 +1,170 @@
+"""The answer of several teachers to one document: probabilities mixed by weight. Called by `mixed`.
+
+With w_i the weights (they sum to one) and p_i(v; T) what teacher i gives token v at temperature T, the ensemble is
+
+    P(v; T) = sum_i w_i p_i(v; T)
+
+at every temperature: the teachers' softened probabilities are mixed, which is not the mixture softened. So logprobs at
+T do not follow from those at 1, and a record holds both. Out of the union of the ids that the teachers list, and the
+document's own next token, a row keeps the K likeliest at T = 1.
+
+Exact, up to the teachers' rounding of a logprob to fp16: the document's own next token, and every id that all teachers
+list. An id that teacher i does not list is short of w_i p_i(v; T), which is at most w_i times the least probability
+that i lists on that row at T, and at most w_i times its tail mass. What is short stays in the tail: probabilities are
+never above the truth, and one minus their sum is the tail's mass plus all that is short, never negative.
+
+Draws are shared out among the teachers by weight, to the nearest whole draw. Logprobs at gathered ids are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from student_trainer.targets.protocol import Ask
+from teacher_proto.targets import TENSORS, TokenTargets
+
+TEMPERED = "tempered_logprobs"
+LEAST = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class MixedTargets(TokenTargets):
+    """A record of an ensemble: ids [R, K] int32, logprobs [R, K] and next_logprob [R] fp32 at temperature 1.
+
+    tempered_logprobs [R, K, T] fp32 are those at the temperatures asked for. There is no lse and no log_z.
+    """
+
+    tempered_logprobs: np.ndarray | None = None
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        tempered = {} if self.tempered_logprobs is None else {TEMPERED: self.tempered_logprobs}
+        return super().tensors() | tempered
+
+
+assert TEMPERED not in TENSORS
+
+
+def mix(answers: Sequence[TokenTargets], weights: Sequence[float], ask: Ask, tokens_T: np.ndarray) -> MixedTargets:
+    """The ensemble's record of one document out of its teachers', which are of the same rows."""
+    start, num_rows = answers[0].start, answers[0].num_rows
+    assert all((answer.start, answer.num_rows) == (start, num_rows) for answer in answers)
+    tensors: dict[str, np.ndarray] = {}
+    if {"top_k", "score"} & set(ask.kinds):
+        logprobs = [answer.next_logprob for answer in answers]
+        tensors["next_logprob"] = _log_mean([x for x in logprobs if x is not None], weights)
+    if "top_k" in ask.kinds:
+        next_R = np.append(tokens_T, -1)[start + 1 : start + num_rows + 1]
+        tensors |= _mix_top_k(answers, weights, ask, next_R)
+    if "gather" in ask.kinds:
+        gathered = [answer.gather_logprobs for answer in answers]
+        tensors["gather_logprobs"] = _log_mean([x for x in gathered if x is not None], weights)
+    if "sampled" in ask.kinds:
+        tensors |= _mix_draws(answers, num_rows)
+    return MixedTargets(start, **tensors)
+
+
+def share_draws(ask: Ask, weights: Sequence[float]) -> list[Ask]:
+    """What each teacher is asked: the same, but for its share of the draws under a seed of its own."""
+    if "sampled" not in ask.kinds:
+        return [ask] * len(weights)
+    quota = np.array(weights) * ask.num_samples
+    counts = np.floor(quota).astype(int)
+    for index in np.argsort(counts - quota, kind="stable")[: ask.num_samples - counts.sum()]:
+        counts[index] += 1
+    if not counts.all():
+        raise ValueError(
+            f"distillation.samples is {ask.num_samples}, too few for {len(weights)} teachers by weight: the least must "
+            f"draw once at least, and has {min(weights):.3g} of them"
+        )
+    return [replace(ask, num_samples=int(count), seed=ask.seed + index) for index, count in enumerate(counts)]
+
+
+def _mix_top_k(
+    answers: Sequence[TokenTargets], weights: Sequence[float], ask: Ask, next_R: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The K likeliest of the union, and their logprobs at 1 and at each temperature.
+
+    The candidates of a row are all ids that somebody lists, column by column, and last its next token.
+    """
+    columns, probabilities, exact = [], [], []
+    for answer, weight in zip(answers, weights, strict=True):
+        assert answer.ids is not None and answer.next_logprob is not None
+        columns.append(answer.ids.astype(np.int64))
+        probabilities.append(weight * _at_temperatures(answer, answer.logprobs, ask))
+        exact.append(weight * _at_temperatures(answer, answer.next_logprob[:, None], ask))
+    has_next_R1 = (next_R >= 0)[:, None]
+    own_R1 = np.where(has_next_R1, next_R[:, None], columns[0][:, :1])
+    ids_RC = np.concatenate([*columns, own_R1], 1)
+    listed_RCS = np.concatenate(probabilities, 1)
+    # The next token's probability is known of every teacher, so what some of them list of it is not counted again.
+    listed_RCS[(ids_RC[:, :-1] == own_R1) & has_next_R1] = 0.0
+    own_R1S = np.where(has_next_R1[:, :, None], np.nan_to_num(sum(exact)), 0.0)
+    ids_RK, mixed_RKS = _largest_sums(ids_RC, np.concatenate([listed_RCS, own_R1S], 1), ask.top_k)
+    logprobs_RKS = np.log(np.maximum(mixed_RKS, LEAST)).astype(np.float32)
+    return {
+        "ids": ids_RK.astype(np.int32),
+        "logprobs": np.ascontiguousarray(logprobs_RKS[:, :, 0]),
+        TEMPERED: np.ascontiguousarray(logprobs_RKS[:, :, 1:]),
+    }
+
+
+def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, ask: Ask) -> np.ndarray:
+    """Probabilities [R, C, 1 + T] at temperature 1 and at each that was asked for."""
+    assert logprobs_RC is not None
+    wide_RC = logprobs_RC.astype(np.float64)
+    softened = [wide_RC]
+    for index, temperature in enumerate(ask.temperatures):
+        assert answer.log_z is not None
+        softened.append(wide_RC / temperature - answer.log_z[:, index, None])
+    return np.exp(np.stack(softened, -1))
+
+
+def _largest_sums(ids_RC: np.ndarray, parts_RCS: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each row, the parts of equal ids added up; the ids of the `top_k` largest sums [., ., 0], largest first."""
+    rows, width = ids_RC.shape
+    order_RC = np.argsort(ids_RC, axis=1, kind="stable")
+    sorted_RC = np.take_along_axis(ids_RC, order_RC, axis=1)
+    first_RC = np.ones_like(sorted_RC, dtype=bool)
+    first_RC[:, 1:] = sorted_RC[:, 1:] != sorted_RC[:, :-1]
+    group_RC = np.cumsum(first_RC, axis=1) - 1
+    flat_RC = group_RC + np.arange(rows)[:, None] * width
+    ids_RG = np.zeros((rows, width), dtype=np.int64)
+    ids_RG.reshape(-1)[flat_RC[first_RC]] = sorted_RC[first_RC]
+    sums_RGS = np.zeros_like(parts_RCS)
+    sorted_RCS = np.take_along_axis(parts_RCS, order_RC[:, :, None], axis=1)
+    np.add.at(sums_RGS.reshape(rows * width, -1), flat_RC.reshape(-1), sorted_RCS.reshape(rows * width, -1))
+    # Beyond a row's own number of ids there is nothing: behind all others, whose sums are not negative.
+    key_RG = np.where(np.arange(width) <= group_RC[:, -1:], sums_RGS[:, :, 0], -1.0)
+    best_RK = np.argsort(-key_RG, axis=1, kind="stable")[:, :top_k]
+    return np.take_along_axis(ids_RG, best_RK, axis=1), np.take_along_axis(sums_RGS, best_RK[:, :, None], axis=1)
+
+
+def _log_mean(logprobs: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """log sum_i w_i exp(logprob_i) as fp32; NaN where one is."""
+    terms = [np.log(weight) + x.astype(np.float64) for x, weight in zip(logprobs, weights, strict=True)]
+    with np.errstate(invalid="ignore"):
+        return np.logaddexp.reduce(terms, axis=0).astype(np.float32)
+
+
+def _mix_draws(answers: Sequence[TokenTargets], num_rows: int) -> dict[str, np.ndarray]:
+    """The draws of all teachers together: each id once a row, ascending, with how often it was drawn."""
+    rows, ids, counts = [], [], []
+    for answer in answers:
+        assert (
+            answer.sampled_offsets is not None and answer.sampled_ids is not None and answer.sampled_counts is not None
+        )
+        rows.append(np.repeat(np.arange(num_rows), np.diff(answer.sampled_offsets)))
+        ids.append(answer.sampled_ids.astype(np.int64))
+        counts.append(answer.sampled_counts.astype(np.int64))
+    row_M, id_M, count_M = np.concatenate(rows), np.concatenate(ids), np.concatenate(counts)
+    pairs_U, inverse_M = np.unique(np.stack([row_M, id_M]), axis=1, return_inverse=True)
+    summed_U = np.bincount(inverse_M.reshape(-1), weights=count_M, minlength=pairs_U.shape[1])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(pairs_U[0], minlength=num_rows))])
+    return {
+        "sampled_offsets": offsets.astype(np.int32),
+        "sampled_ids": pairs_U[1].astype(np.int32),
+        "sampled_counts": summed_U.astype(np.uint16),
+    }

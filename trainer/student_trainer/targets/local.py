@@ -1,0 +1,130 @@
+"""Targets from a model in this process, without a service: transformers, on a thread of its own. Opened by `open`.
+
+The model, its identity and the reduction are those of the service's `hf` engine, so a run may go from one to the other.
+Batches take their turns; within one, documents of like length share a forward pass, by a rule that looks at this batch
+alone: the same batch has the same answer, bit for bit, whatever else is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from student_trainer.data.batch import Batch
+from student_trainer.targets.expected import expectation
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
+from student_trainer.targets.questions import Question, answers, check, questions
+from teacher_proto.canary import canary_request, read_canary
+from teacher_proto.info import TeacherInfo
+from teacher_proto.packed import layout_of, unpack_rows
+from teacher_proto.requests import KINDS
+from teacher_proto.targets import TokenTargets
+
+if TYPE_CHECKING:
+    from student_trainer.settings.teacher import OneTeacher
+    from teacher_proto.hf_model import HfModel
+
+MAX_TOP_K = 4096
+SHORTEST = 0.75  # A forward pass takes documents at least this long in parts of its longest: little of it is padding.
+
+
+class LocalTargets:
+    """`settings` name the model; `saved` is the card of the teacher that the run began with.
+
+    ValueError where it can't be loaded; WrongTeacherError if it is not the one that is expected.
+    """
+
+    def __init__(self, settings: OneTeacher, saved: Mapping[str, Any] | None = None):
+        self._settings = settings
+        self._expected = expectation(settings.fingerprint, saved)
+        threads = torch.get_num_threads()
+        # A thread takes the number of cores for its own from the environment, not from the thread that starts it.
+        self._thread = ThreadPoolExecutor(1, "local-teacher", lambda: torch.set_num_threads(threads))
+        self._model: HfModel | None = None
+        self._info: TeacherInfo | None = None
+
+    async def open(self) -> TeacherCard:
+        self._info = await self._run(self._load)
+        return TeacherCard.of(self._info, self._expected.canary)
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        assert self._info is not None, "open() comes before fetch()"
+        asked = questions(batch, ask, self._info.limits.vocab_size, gather_ids)
+        given = await self._run(self._score, [question for _, question in asked])
+        return BatchTargets(answers(batch, asked, given), ask, self._info.fingerprint)
+
+    async def head(self) -> bytes:
+        return await self._run(self._head)
+
+    def outage(self) -> str:
+        return ""
+
+    async def close(self) -> None:
+        """Wait for the forward pass that runs, give the memory back."""
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        self._model = None
+
+    async def _run(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def _load(self) -> TeacherInfo:
+        from teacher_proto.hf_model import HfModel
+        from teacher_proto.model_files import find_model
+
+        settings = self._settings
+        if not settings.model:
+            raise ValueError(
+                "teacher.model must be given: a folder or hub name of a Hugging Face causal language model"
+            )
+        folder = find_model(settings.model, revision=settings.revision)
+        self._model = HfModel(folder, dtype=settings.dtype, device=settings.device)
+        identity = self._model.identity()
+        info = TeacherInfo(
+            identity=identity, fingerprint=identity.fingerprint, limits=self._model.limits(None, MAX_TOP_K), kinds=KINDS
+        )
+        self._expected.check_identity(info, "the local teacher")
+        if (request := canary_request(info)) is not None:
+            asked = [
+                Question(tokens_T, request.row_range(i), request.spec) for i, tokens_T in enumerate(request.sequences)
+            ]
+            self._expected.check_canary(read_canary(self._score(asked)), info, "the local teacher")
+        return info
+
+    def _score(self, asked: list[Question]) -> list[TokenTargets]:
+        """The answers in order. InvalidTargetsError for what cannot be a distribution: the model overflowed."""
+        assert self._model is not None
+        model = self._model
+        given: dict[int, TokenTargets] = {}
+        for group in alike(asked, self._settings.max_batch_tokens):
+            packed = model.score([asked[index] for index in group])
+            for index, packed_RB in zip(group, packed, strict=True):
+                layout = layout_of(asked[index], model.vocab_size, model.hidden_size)
+                given[index] = unpack_rows(packed_RB, asked[index].rows[0], layout)
+                check(asked[index], given[index], model.vocab_size)
+        return [given[index] for index in range(len(asked))]
+
+    def _head(self) -> bytes:
+        from safetensors.torch import save
+
+        from teacher_proto.head import head_contents
+
+        assert self._model is not None
+        return save(head_contents(self._model.head(), self._model.scaling))
+
+
+def alike(asked: list[Question], max_tokens: int) -> list[list[int]]:
+    """Places of documents that share a forward pass: longest first, of like length, `max_tokens` with the padding."""
+    groups: list[list[int]] = []
+    lengths = [len(question.tokens_T) for question in asked]
+    for index in sorted(range(len(asked)), key=lambda index: (-lengths[index], index)):
+        longest = lengths[groups[-1][0]] if groups else 0
+        fits = bool(groups) and longest * (len(groups[-1]) + 1) <= max_tokens
+        if fits and lengths[index] >= SHORTEST * longest:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,158 @@
+"""Several teachers as one source of targets: an ensemble, or one teacher for each source of data. Opened by `open`.
+
+All of them share a tokenizer. What the ensemble of an answer is stands in `ensemble.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from student_trainer.data.batch import Batch
+from student_trainer.targets.ensemble import mix, share_draws
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard, counted_rows
+from student_trainer.targets.questions import together
+from teacher_proto.errors import NotFoundError
+from teacher_proto.identity import digest
+from teacher_proto.requests import KINDS, Kind
+from teacher_proto.targets import TokenTargets
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One teacher of several: `weight` is its share, against the others'; `sources` the data that it answers for."""
+
+    name: str
+    targets: Targets
+    weight: float
+    sources: tuple[str, ...] = ()
+
+
+class _Several:
+    """What both ways to mix have in common: who the members are together, and their life."""
+
+    def __init__(self, members: Sequence[Member]):
+        assert members
+        self._members = tuple(members)
+        self._fingerprint = ""
+
+    async def open(self) -> TeacherCard:
+        cards = dict(
+            zip((m.name for m in self._members), await together(m.targets.open() for m in self._members), strict=True)
+        )
+        card = as_one(cards, self._kinds(cards), self._description())
+        self._fingerprint = card.fingerprint
+        return card
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        raise NotImplementedError
+
+    async def head(self) -> bytes:
+        raise NotFoundError(
+            "several teachers have no output head together, which losses with support `full` need", field="path"
+        )
+
+    def outage(self) -> str:
+        return "; ".join(f"{m.name}: {reason}" for m in self._members if (reason := m.targets.outage()))
+
+    async def close(self) -> None:
+        for member in self._members:
+            await member.targets.close()
+
+    def _kinds(self, cards: Mapping[str, TeacherCard]) -> tuple[Kind, ...]:
+        return tuple(kind for kind in KINDS if kind != "hidden" and all(kind in card.kinds for card in cards.values()))
+
+    def _description(self) -> list[Any]:
+        """What beside the members themselves decides the answers."""
+        raise NotImplementedError
+
+
+class Ensemble(_Several):
+    """Every teacher is asked, and their probabilities are mixed by weight."""
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        total = sum(member.weight for member in self._members)
+        weights = [member.weight / total for member in self._members]
+        given = await together(
+            member.targets.fetch(batch, asked, gather_ids)
+            for member, asked in zip(self._members, share_draws(ask, weights), strict=True)
+        )
+        documents = await asyncio.to_thread(_mix_all, batch, given, weights, ask)
+        return BatchTargets(documents, ask, self._fingerprint)
+
+    def _description(self) -> list[Any]:
+        return ["ensemble", [member.weight for member in self._members]]
+
+
+class BySource(_Several):
+    """Each document is answered by the one teacher that its source of data names."""
+
+    def __init__(self, members: Sequence[Member]):
+        super().__init__(members)
+        self._of = {source: index for index, member in enumerate(members) for source in member.sources}
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        groups: dict[int, list[int]] = {}
+        for place, document in enumerate(batch.documents):
+            if counted_rows(batch, document) is not None:
+                groups.setdefault(self._index(document.source), []).append(place)
+        parts = [
+            self._members[index].targets.fetch(
+                replace(batch, documents=tuple(batch.documents[place] for place in places)), ask,
+                None if gather_ids is None else [gather_ids[place] for place in places],
+            )
+            for index, places in groups.items()
+        ]  # fmt: skip
+        documents: list[TokenTargets | None] = [None] * len(batch.documents)
+        for places, targets in zip(groups.values(), await together(parts), strict=True):
+            for place, answer in zip(places, targets.documents, strict=True):
+                documents[place] = answer
+        return BatchTargets(tuple(documents), ask, self._fingerprint)
+
+    def _index(self, source: str) -> int:
+        if source not in self._of:
+            raise ValueError(
+                f"no teacher answers for the source {source}: name it in the `sources` of one of teacher.members, "
+                f"which answer for {', '.join(self._of)}"
+            )
+        return self._of[source]
+
+    def _description(self) -> list[Any]:
+        return ["by_source", [sorted(member.sources) for member in self._members]]
+
+
+def _mix_all(
+    batch: Batch, given: Sequence[BatchTargets], weights: Sequence[float], ask: Ask
+) -> tuple[TokenTargets | None, ...]:
+    documents: list[TokenTargets | None] = []
+    for place, document in enumerate(batch.documents):
+        answers = [answer for targets in given if (answer := targets.documents[place]) is not None]
+        tokens_T = batch.tokens_BT[document.row, document.start : document.stop]
+        documents.append(mix(answers, weights, ask, tokens_T) if answers else None)
+    return tuple(documents)
+
+
+def as_one(cards: Mapping[str, TeacherCard], kinds: tuple[Kind, ...], description: list[Any]) -> TeacherCard:
+    """Who several teachers are as one. ValueError where their tokenizers differ, or there is no kind that all serve."""
+    tokenizers = {card.tokenizer_sha256: name for name, card in cards.items()}
+    if len(tokenizers) > 1:
+        raise ValueError(
+            f"the teachers {' and '.join(tokenizers.values())} have different tokenizers: an id would mean one token "
+            "to the one and another to the other"
+        )
+    if not kinds:
+        served = "; ".join(f"{name} serves {', '.join(card.kinds)}" for name, card in cards.items())
+        raise ValueError(f"there is no kind of targets that all teachers serve and that can be mixed: {served}")
+    meaning, rounding = zip(*(card.fingerprint.split(".") for card in cards.values()), strict=True)
+    return TeacherCard(
+        name=" + ".join(card.name for card in cards.values()),
+        fingerprint=f"{digest([*description, meaning])[:32]}.{digest(rounding)[:16]}",
+        vocab_size=min(card.vocab_size for card in cards.values()),
+        max_sequence_length=min(card.max_sequence_length for card in cards.values()),
+        tokenizer_sha256=next(iter(tokenizers)),
+        max_top_k=min(card.max_top_k for card in cards.values()),
+        kinds=kinds,
+        members=dict(cards),
+    )
