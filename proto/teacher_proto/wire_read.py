@@ -1,7 +1,8 @@
 """A msgpack reader for bodies that strangers send: nothing is copied, and nothing is allocated that was not paid for.
 
 Generic decoders turn 10 MB of empty lists into 700 MB. This one counts every list, map and item against a budget
-before it reads it, keeps to a depth, refuses extension types, and hands out binaries as views of the body.
+before it reads it, keeps to a depth, refuses extension types and long texts, and hands out binaries as views of the
+body.
 `wire_request.py` calls it; answers, which come piecemeal and from a known teacher, go through the msgpack library.
 """
 
@@ -18,6 +19,8 @@ import numpy as np
 from teacher_proto.errors import TruncatedError, WireError
 
 MAX_DEPTH = 6
+# Names, dtypes and fingerprints are short; a text of megabytes would be decoded and quoted before it is refused.
+MAX_TEXT = 4096
 _ARRAY_FROM = 8
 
 
@@ -143,6 +146,8 @@ class _Reader:
         return result
 
     def _text(self, size: int, depth: int = 0) -> str:
+        if size > MAX_TEXT:
+            raise WireError(f"a text of {size} bytes, of at most {MAX_TEXT}")
         try:
             return str(self._take(size), "utf-8")
         except UnicodeDecodeError as error:

@@ -1,7 +1,8 @@
 """The road of one sequence inside the service: look into the store, coalesce, wait for a fair turn, score, check.
 
 Sequences that are asked for while an identical one is on its way wait for that one. It goes when the first of those
-who want it gets a turn, and is aborted when the last of them has left.
+who want it gets a turn, and is aborted when the last of them has left. An answer stays at hand for those who come a
+little later: in memory, the latest `RECENT_BYTES` of them, or where there is a store until it is found there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("stillhouse.answers")
 _SETTLING_S = 1.0
+RECENT_BYTES = 64 * 2**20
+_FLIGHT_BYTES = 4096  # what a finished flight takes beside its answer
 
 
 @dataclass(eq=False)
@@ -54,6 +58,8 @@ class Answers:
         self._on_death = on_death
         self._store = store
         self._flights: dict[Hashable, _Flight] = {}
+        self._recent: deque[tuple[Hashable, _Flight]] = deque()
+        self._recent_bytes = 0
         self._aborted: StillhouseError | None = None
         self.last_success = 0.0
 
@@ -118,11 +124,20 @@ class Answers:
     def _land(self, key: Hashable, flight: _Flight) -> None:
         self._queue.leave(flight.ticket)
         # Read here, since those who waited may all have left; they raise it too, if they have not.
-        if self._store is None or flight.task.cancelled() or flight.task.exception() is not None:
+        if flight.task.cancelled() or flight.task.exception() is not None:
             self._forget(key, flight)
-        else:
-            # Until it can be found in the store, the answer itself is at hand for those who come.
+        elif self._store is not None:
             asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, flight)
+        else:
+            self._keep(key, flight)
+
+    def _keep(self, key: Hashable, flight: _Flight) -> None:
+        self._recent.append((key, flight))
+        self._recent_bytes += flight.task.result().nbytes + _FLIGHT_BYTES
+        while self._recent_bytes > RECENT_BYTES:
+            old_key, old = self._recent.popleft()
+            self._recent_bytes -= old.task.result().nbytes + _FLIGHT_BYTES
+            self._forget(old_key, old)
 
     def _forget(self, key: Hashable, flight: _Flight) -> None:
         if self._flights.get(key) is flight:

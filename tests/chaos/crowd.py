@@ -1,11 +1,18 @@
-"""Many clients of one teacher process at once, for the chaos tests: what each request came to, and how long it took."""
+"""Many clients of one teacher process at once, for the chaos tests: what each request came to, and how long it took.
+
+    python -m tests.chaos.crowd '{"url": ..., "clients": 36, "seconds": 8, ...}'
+
+is a crowd in a process of its own, so that its work does not count as the teacher's delay; `crowd_process` runs it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import httpx
 import numpy as np
@@ -109,5 +116,40 @@ async def crowd(
     return outcomes
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """`clients` that ask for `tokens` tokens a request until `seconds` have passed; no two requests are alike."""
+
+    url: str
+    clients: int
+    seconds: float
+    key: str
+    seed: int
+    tokens: int = 50
+    pause_s: float = 0.0
+
+    async def run(self) -> list[Outcome]:
+        end = time.monotonic() + self.seconds
+        return await crowd(
+            self.url, self.clients, lambda n: request_body(self.tokens, seed=self.seed * 10**7 + n),
+            lambda: time.monotonic() > end, self.key, self.pause_s,
+        )  # fmt: skip
+
+
+async def crowd_process(them: Crowd) -> list[Outcome]:
+    """The outcomes of a crowd in a process of its own, without bodies."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.chaos.crowd", json.dumps(asdict(them)), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return [Outcome(**fields) for fields in json.loads(out)]
+
+
 def percentile(values: list[float], share: float) -> float:
     return float(np.percentile(values, share * 100)) if values else float("nan")
+
+
+if __name__ == "__main__":
+    found = asyncio.run(Crowd(**json.loads(sys.argv[1])).run())
+    print(json.dumps([asdict(replace(outcome, body="")) for outcome in found]))

@@ -80,32 +80,34 @@ def peak(teacher: TeacherProcess) -> int:
 
 async def test_bombs_are_refused_in_bounded_memory_and_time(teacher: TeacherProcess) -> None:
     worst = (0.0, "")
-    async with (
-        httpx.AsyncClient(base_url=teacher.url, timeout=60) as client,
-        httpx.AsyncClient(base_url=teacher.url, timeout=60) as other,
-    ):
+    async with httpx.AsyncClient(base_url=teacher.url, timeout=60) as other:
         calm = [await _live(other) for _ in range(50)]
-        lags: list[float] = []
+        lags: list[tuple[float, str]] = []
         stop = asyncio.Event()
+        name = ""
 
         async def watch() -> None:
             while not stop.is_set():
-                lags.append(await _live(other))
+                lags.append((await _live(other), name))
                 await asyncio.sleep(0.005)
 
         watching = asyncio.create_task(watch())
         for name, body in BOMBS.items():
             before = peak(teacher)
-            response = await client.post("/v1/targets", content=body, headers={"Content-Type": MSGPACK})
+            # In a thread, or sending would hold up the loop that measures the teacher's.
+            response = await asyncio.to_thread(
+                httpx.post, f"{teacher.url}/v1/targets", content=body, headers={"Content-Type": MSGPACK}, timeout=60
+            )
             assert response.status_code in (400, 422), (name, response.text)
             assert response.json()["code"] in ("malformed", "out_of_range"), name
             worst = max(worst, ((peak(teacher) - before) / MIB, name))
         stop.set()
         await watching
+    lag, slowest = max(lags)
     print(f"bombs of {SIZE / MIB:.0f} MiB: largest growth {worst[0]:.1f} MiB ({worst[1]}); liveness "
-          f"{1000 * percentile(calm, 0.5):.1f} ms calm, at most {1000 * max(lags):.1f} ms meanwhile")  # fmt: skip
+          f"{1000 * percentile(calm, 0.5):.1f} ms calm, at most {1000 * lag:.1f} ms meanwhile ({slowest})")  # fmt: skip
     assert worst[0] < 3 * 16
-    assert max(lags) < 1.0
+    assert lag < 1.0
 
 
 async def _live(client: httpx.AsyncClient) -> float:

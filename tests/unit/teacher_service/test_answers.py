@@ -14,6 +14,7 @@ from serving.fair import FairQueue
 from serving.metrics import Metrics
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
 from teacher_proto.requests import TargetSpec
+from teacher_service import answers as answers_module
 from teacher_service.answers import Answers
 from teacher_service.engine import Job
 from teacher_service.scripted_engine import Script, ScriptedEngine
@@ -62,6 +63,20 @@ async def test_gathers_of_different_ids_are_not_coalesced() -> None:
     first, second, third = await asyncio.gather(*(answers.answer(one, "a") for one in jobs))
     assert engine.jobs_started == 2 and third is first
     assert first.gather_logprobs != second.gather_logprobs
+
+
+async def test_who_asks_later_is_answered_from_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers_module, "RECENT_BYTES", 20_000)  # four short answers
+    answers, engine, _ = make()
+    first = await answers.answer(job(1, 2, 3), "a")
+    assert await answers.answer(job(1, 2, 3), "b") is first and engine.jobs_started == 1
+    for number in range(10):
+        await answers.answer(job(1, number + 10), "a")
+    assert len(answers._flights) == len(answers._recent) == 4 and answers.in_flight == 0
+    await answers.answer(job(1, 2, 3), "b")
+    assert engine.jobs_started == 12
 
 
 async def test_the_first_may_leave_and_the_others_are_still_answered() -> None:
