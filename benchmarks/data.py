@@ -1,7 +1,8 @@
 """What the trainer's data costs: ten million short documents on disk, opened, resumed midway, read and tokenised.
 
-    python benchmarks/data.py            # 10,000,000 documents, about 10 GB of disk under --folder while it runs
-    python benchmarks/data.py --quick    # 200,000 documents
+    python -m benchmarks.data            # 10,000,000 documents, about 10 GB of disk under --folder while it runs
+    python -m benchmarks.data --quick    # 200,000 documents
+    python -m benchmarks.data --keep     # leaves documents and index there, and uses those of the last time
 
 Each measurement is a fresh process, as a trainer's start and resume are. A word on memory: the index is memory-mapped,
 so pages of it that were read count as resident until the system wants them back; anonymous memory is what the process
@@ -19,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.report import report
 
 STEP_SECONDS = 0.1
 STEP_TOKENS = 16_384
@@ -34,15 +38,19 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(MEASUREMENTS[arguments.measure](arguments)))
         return
-    from report import report
-
     count = 200_000 if arguments.quick else arguments.documents
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="stillhouse-data-") as folder:
-        path = Path(folder) / "documents.jsonl"
-        size = write_documents(path, count)
+    with ExitStack() as stack:
+        if arguments.keep:
+            folder = Path(arguments.folder) / f"stillhouse-data-{count}"
+            folder.mkdir(exist_ok=True)
+        else:
+            made = tempfile.TemporaryDirectory(dir=arguments.folder, prefix="stillhouse-data-")
+            folder = Path(stack.enter_context(made))
+        path = folder / "documents.jsonl"
+        size = path.stat().st_size if path.exists() else write_documents(path, count)
         rows, figures = [], {}
         for name in ("index", "start", "middle", "steady", "one_core", "peer"):
-            figures[name] = _run(name, arguments, Path(folder), count)
+            figures[name] = _run(name, arguments, folder, count)
             rows += [{"measurement": name, "figure": figure, "value": value} for figure, value in figures[name].items()]
     one_core = figures["one_core"]["tokens_per_second"]
     report(
@@ -66,14 +74,26 @@ def write_documents(path: Path, count: int) -> int:
     """Documents of 20 to 120 words, no two alike; the file's size in bytes."""
     rng = random.Random(0)
     pool = [" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) for _ in range(5000)]
-    with path.open("w") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
         for i in range(count):
             file.write(json.dumps({"id": i, "text": f"{i} {pool[(i * 7919) % 5000]}"}) + "\n")
+    partial.replace(path)
     return path.stat().st_size
 
 
 def _run(name: str, arguments: argparse.Namespace, folder: Path, count: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--documents", str(count)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.data",
+        "--measure",
+        name,
+        "--folder",
+        str(folder),
+        "--documents",
+        str(count),
+    ]
     command += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer else []
     if name == "one_core" and shutil.which("taskset"):
         command = ["taskset", "-c", "0", *command]
@@ -241,6 +261,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="200,000 documents")
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the documents and the index are put")
+    parser.add_argument("--keep", action="store_true", help="leave documents and index, use those that are there")
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer; one of 8,192 tokens is made if not given")
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     return parser.parse_args()

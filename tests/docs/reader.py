@@ -27,7 +27,7 @@ PORT = re.compile(r"(localhost:|127\.0\.0\.1:|gpu-box:|--port )(80\d\d)\b")
 BLOCK_TIMEOUT_S, READY_WITHIN_S = 240.0, 120.0
 SHIM = """#!/bin/sh
 # Settings of a run are followed by those that make it tiny; other commands are left alone.
-case "$1" in check|*=*) exec {command} "$@" $STILLHOUSE_DOCS_TINY ;; *) exec {command} "$@" ;; esac
+case "$1" in check|sequences|*=*) exec {command} "$@" $STILLHOUSE_DOCS_TINY ;; *) exec {command} "$@" ;; esac
 """
 
 
