@@ -6,6 +6,7 @@
 #   make test-slow    the tests of over a minute
 #   make tree         write README's tree out of the modules' first lines
 #   make docs         build the documentation into site/
+#   make audit        look up known vulnerabilities of what is installed
 #   make bench-NAME   run benchmarks/NAME.py; figures in runs/bench/NAME.json
 
 PYTHON ?= python3
@@ -25,10 +26,10 @@ BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l __main__ benchm
 export HYDRA_FULL_ERROR := 0
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo test test-slow check format tree docs clean $(BENCHMARKS)
+.PHONY: help install demo test test-slow check format tree docs audit clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,10s/^# \{0,3\}//p' Makefile
+	@sed -n '3,11s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
@@ -58,6 +59,9 @@ tree:
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build
+
+audit: $(VENV)/.installed-dev
+	$(BIN)/pip-audit --skip-editable
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed-dev
 	$(BIN)/python -m demo.prepare

@@ -6,6 +6,7 @@ page, and keeps the words.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "security-policy.md": "SECURITY.md",
 }
-_OUTWARD = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)]*)?\)")
+_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_config(config: Any) -> Any:
@@ -40,19 +41,23 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that leave docs/: to the site's page of that file, or the words alone."""
-    pages = {source: name for name, source in ELSEWHERE.items()}
-    depth = page.file.src_uri.count("/")
+    """Links as the site has them: to a page of docs/, to the page of a file elsewhere, or the words alone."""
+    name = page.file.src_uri
+    source = ROOT / ELSEWHERE.get(name, f"docs/{name}")
+    pages = {ROOT / file: page_name for page_name, file in ELSEWHERE.items()}
 
     def link(match: re.Match[str]) -> str:
         words, target, anchor = match.groups()
-        path = (ROOT / "docs" / page.file.src_uri).parent.joinpath(target).resolve()
-        if path.is_relative_to(ROOT / "docs"):
-            return match[0]
-        name = pages.get(str(path.relative_to(ROOT)))
-        return f"[{words}]({'../' * depth}{name}{anchor or ''})" if name else words
+        path = (source.parent / target).resolve()
+        if path in pages:
+            inside = pages[path]
+        elif path.is_relative_to(ROOT / "docs"):
+            inside = str(path.relative_to(ROOT / "docs"))
+        else:
+            return words
+        return f"[{words}]({os.path.relpath(inside, Path(name).parent)}{anchor or ''})"
 
-    return _OUTWARD.sub(link, markdown)
+    return _LINK.sub(link, markdown)
 
 
 def _title(path: Path) -> str:

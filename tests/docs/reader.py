@@ -22,6 +22,8 @@ TINY = "run.steps=2 run.threads=1 data.seq_len=64 data.rows=2 data.held_out_rows
 DEMO = ROOT / ".cache/demo"
 # What the names in the pages are here: the demo's own two models.
 HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": DEMO / "teacher", "HuggingFaceTB/SmolLM2-135M": DEMO / "student"}
+# What a fresh clone has not, and what a page may write.
+OWN = (".git", ".env", "runs", "outputs", "site", "wandb")
 READY = re.compile(r"stillhouse-\w+: ready at ")
 PORT = re.compile(r"(localhost:|127\.0\.0\.1:|gpu-box:|--port )(80\d\d)\b")
 BLOCK_TIMEOUT_S, READY_WITHIN_S = 240.0, 120.0
@@ -62,7 +64,9 @@ class Reader:
         told = f"{block.where}\n{block.text}\n{done.stdout}"
         assert (done.returncode != 0) == ("fails" in block.marks), f"exit code {done.returncode}: {told}"
         if block.prints is not None:
-            assert missing(block.prints, done.stdout) is None, f"not printed: {missing(block.prints, done.stdout)}"
+            assert missing(block.prints, done.stdout) is None, (
+                f"not printed: {missing(block.prints, done.stdout)!r} by {told}"
+            )
 
     def _command(self, block: Block) -> list[str]:
         text = PORT.sub(self._here, block.text)
@@ -115,7 +119,7 @@ def missing(told: str, printed: str) -> str | None:
 def _prepare(folder: Path) -> dict[str, str]:
     """Fill the folder; the environment of everything that is executed there."""
     for entry in ROOT.iterdir():
-        if entry.name not in (".git", "runs", "outputs"):
+        if entry.name not in OWN:
             (folder / entry.name).symlink_to(entry)
     _write_corpus(folder)
     binaries = folder / ".reader/bin"
