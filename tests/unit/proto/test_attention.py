@@ -104,7 +104,8 @@ def test_every_flipped_bit_and_every_cut_is_noticed(request_: AttentionRequest) 
     record = encode_attention(0, make_record(request_, 0))
     start = make_body(request_).index(b"\xa9attention")
     header = body[: start - 6]
-    data_at = record.index(b"\xa4data") + 7
+    binary_at = record.index(b"\xa4data") + 5
+    data_at = binary_at + {0xC4: 2, 0xC5: 3}[record[binary_at]]
     for at in range(data_at, data_at + 8):
         flipped = bytearray(record)
         flipped[at] ^= 1
