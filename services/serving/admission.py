@@ -38,13 +38,15 @@ class _Held:
 class Admission:
     """Counts permits. All methods run in the event loop's thread and none awaits: a check and its take are one act.
 
-    With `shared`, a student may hold a share of the capacity: of those who ask of late, one part more than there are.
+    `unit` is what cost counts, in words. With `shared`, a student may hold a share of the capacity: of those who ask
+    of late, one part more than there are.
     """
 
-    def __init__(self, capacity: int, *, shared: bool, retry_after: RetryAfter):
+    def __init__(self, capacity: int, *, shared: bool, retry_after: RetryAfter, unit: str = "tokens x (K + 1)"):
         self._capacity = capacity
         self._shared = shared
         self._retry_after = retry_after
+        self._unit = unit
         self._held: dict[str, _Held] = {}
         self._closed: StillhouseError | None = None
         self.cost = 0
@@ -87,14 +89,14 @@ class Admission:
         # Into an empty house everyone is let, so that a request above the capacity is slow and not impossible.
         if self.cost and cost > free:
             raise OverloadedError(
-                f"the service is full: {self.cost} of {self._capacity} tokens x (K + 1) are taken, this asks {cost}",
+                f"the service is full: {self.cost} of {self._capacity} {self._unit} are taken, this asks {cost}",
                 field="sequences", got=cost, limit=free, retry_after=self._retry_after.seconds(self.tokens),
             )  # fmt: skip
         # One part more than there are students, so that a newcomer finds room at once.
         share = self._capacity // (len(self._held) + 1)
         if self._shared and held.cost and held.cost + cost > share:
             raise QuotaError(
-                f"{student!r} holds {held.cost} tokens x (K + 1) and asks {cost} more, with a share of {share} of "
+                f"{student!r} holds {held.cost} {self._unit} and asks {cost} more, with a share of {share} of "
                 f"{self._capacity}: come again when some of that is answered", field="sequences",
                 got=held.cost + cost, limit=share,
                 retry_after=self._retry_after.seconds(held.tokens * len(self._held)),

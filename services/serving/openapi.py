@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
+
+from teacher_proto import wire
 
 _MEANING = {
     400: "Malformed: bytes that do not decode, an unknown or a missing field",
@@ -46,3 +50,49 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 # What any request with a key can meet, and what any request with a body can.
 ASKING = (400, 401, 503)
 POSTING = (400, 401, 408, 409, 413, 415, 422, 429, 500, 503)
+
+TENSOR = {
+    "type": "object",
+    "description": "msgpack only: little-endian numbers of this dtype and shape",
+    "properties": {
+        "dtype": {"type": "string", "enum": list(wire.ITEM_SIZE)},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "data": {"type": "string", "format": "binary"},
+    },
+    "required": ["dtype", "shape", "data"],
+}
+
+
+def whole(low: int, high: int, **more: Any) -> dict[str, Any]:
+    return {"type": "integer", "minimum": low, "maximum": high} | more
+
+
+def list_of(items: dict[str, Any], low: int, high: int, **more: Any) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": low, "maxItems": high} | more
+
+
+METRICS_ANSWER: dict[str, Any] = {
+    "description": "the text format of Prometheus",
+    "content": {"text/plain": {"schema": {"type": "string"}}},
+}
+
+
+class Health(BaseModel):
+    """What a probe answers when all is well."""
+
+    status: str
+
+
+def describe_app(app: FastAPI, description: str, bodies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI document of a service, made once; `bodies` are the contents of POSTs that FastAPI can't see."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=description, routes=app.routes)
+        schema["components"]["securitySchemes"] = SECURITY_SCHEMES
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                if not path.startswith("/health"):
+                    operation["security"] = [{"bearer": []}, {"basic": []}]
+        for path, content in bodies.items():
+            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        app.openapi_schema = schema
+    return app.openapi_schema

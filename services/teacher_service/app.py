@@ -1,4 +1,4 @@
-"""The routes of the teacher service, and nothing else. `create_app(service)` is a whole ASGI application.
+"""The routes of the teacher service beside the common ones. `create_app(service)` is a whole ASGI application.
 
 Every route but the probes depends on `require_student`. What a route needs beyond its HTTP is in `asking.py`,
 `replies.py`, `completions.py`, `service.py` and `serving`.
@@ -6,42 +6,30 @@ Every route but the probes depends on `require_student`. What a route needs beyo
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import FileResponse, Response
 
-from serving.bodies import BodyGuard, BodyLimits
-from serving.context import RequestContext
-from serving.error_table import install_error_table
-from serving.keys import require_student
-from serving.metrics import MEDIA_TYPE
+from serving import replies
+from serving.asking import read_json
 from serving.openapi import ASKING, POSTING, errors
+from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
-from teacher_service import completions, openapi, replies
-from teacher_service.asking import max_body, read_json, read_targets
-from teacher_service.pages import page
+from teacher_service import completions, openapi
+from teacher_service.asking import read_targets
+from teacher_service.replies import reply_to
 from teacher_service.service import TeacherService
-from teacher_service.status import StatusBody
 
-Student = Annotated[str, Depends(require_student)]
-router = APIRouter(dependencies=[Depends(require_student)])
-probes = APIRouter()
+router = keyed_router()
 
 
 def create_app(service: TeacherService) -> FastAPI:
-    app = FastAPI(title="Stillhouse teacher", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.service = service
-    app.state.keys = service.keys
-    app.include_router(probes)
-    app.include_router(router)
-    install_error_table(app)
-    settings = service.settings
-    app.add_middleware(BodyGuard, limits=BodyLimits(partial(max_body, service), timeout_s=settings.body_timeout))
-    app.add_middleware(RequestContext, observe=service.metrics.observe)
-    return app
+    def describe(app: FastAPI) -> dict[str, Any]:
+        return openapi.describe(app, service.engine.limits, service.engine.kinds)
+
+    return make_app("Stillhouse teacher", service, router, describe)
 
 
 def service_of(request: Request) -> TeacherService:
@@ -59,11 +47,11 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
     asked, as_json = await read_targets(request, student, service)
-    reply = replies.document if as_json else replies.stream
+    reply, write = reply_to(asked, service.engine), replies.document if as_json else replies.stream
 
     async def work(outlet: Outlet) -> None:
         with service.admit(asked):
-            await reply(asked, service, outlet)
+            await write(reply, service.answers, service.metrics, outlet)
 
     return RacedResponse(work, service.settings.stall_timeout)
 
@@ -108,46 +96,3 @@ async def get_models(service: Service) -> dict[str, Any]:
     """The one model that is served, as vLLM lists it."""
     service.require_started()
     return completions.models(service)
-
-
-@router.get("/v1/status", responses=errors(*ASKING))
-async def get_status(service: Service) -> StatusBody:
-    """What the page at `/` shows: who is using the teacher, and how fast."""
-    service.require_started()
-    return service.status()
-
-
-@router.get("/metrics", response_class=Response, responses={**errors(400, 401), 200: openapi.METRICS_ANSWER})
-async def get_metrics(service: Service) -> Response:
-    """Counters for Prometheus."""
-    return Response(service.metrics.text(), media_type=MEDIA_TYPE)
-
-
-@probes.get("/health/live", responses=errors(400))
-async def get_live() -> openapi.Health:
-    """200 as long as the process answers at all."""
-    return openapi.Health(status="live")
-
-
-@probes.get("/health", responses=errors(400, 503), name="get_health")
-@probes.get("/health/ready", responses=errors(400, 503))
-async def get_ready(service: Service) -> openapi.Health:
-    """200 when a token gets through the engine; 503 while loading, draining or broken. `/health` is vLLM's name."""
-    await service.check_ready()
-    return openapi.Health(status="ready")
-
-
-@router.get("/", include_in_schema=False)
-async def get_page() -> Response:
-    return page("status.html")
-
-
-@router.get("/docs", include_in_schema=False)
-async def get_docs() -> Response:
-    return page("docs.html")
-
-
-@router.get("/openapi.json", include_in_schema=False)
-async def get_openapi(request: Request, service: Service) -> JSONResponse:
-    service.require_started()
-    return JSONResponse(openapi.describe(request.app, service.engine.limits, service.engine.kinds))

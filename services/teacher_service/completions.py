@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
+from serving.replies import outcomes
 from serving.streams import Outlet
 from teacher_proto.errors import NotFoundError, OutOfRangeError, StillhouseError
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
 from teacher_service.asked import Asked
 from teacher_service.completion_json import next_token_logprobs, openai_logprobs, prompt_logprobs
-from teacher_service.replies import outcomes
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
@@ -121,7 +121,8 @@ async def answer(
 ) -> None:
     """Write the completion. The first sequence that fails fails the request, as vLLM has it."""
     choices: dict[int, bytes] = {}
-    async with aclosing(outcomes(asked, service)) as results:
+    results = outcomes(asked.jobs(), asked.student, service.answers, service.metrics)
+    async with aclosing(results):
         async for index, outcome in results:
             if isinstance(outcome, StillhouseError):
                 raise outcome

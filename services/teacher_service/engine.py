@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +27,16 @@ class Job:
     spec: TargetSpec
     request_id: str
     gather_ids_RG: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for jobs with equal answers: token ids, rows, what is asked of them."""
+        gathered = b"" if self.gather_ids_RG is None else hashlib.sha256(self.gather_ids_RG.tobytes()).digest()
+        return hashlib.sha256(self.tokens_T.tobytes()).digest(), self.rows, self.spec, gathered
 
 
 class Engine(Protocol):

@@ -8,10 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 
-from serving.openapi import SECURITY_SCHEMES
+from serving.openapi import TENSOR, describe_app, list_of, whole
 from teacher_proto import wire
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.targets import TENSORS
@@ -21,52 +19,33 @@ _DESCRIPTION = """One teacher, many students: POST token ids, get for every posi
 the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request
 may bring its own."""
 
-_TENSOR = {
-    "type": "object",
-    "description": "msgpack only: little-endian numbers of this dtype and shape",
-    "properties": {
-        "dtype": {"type": "string", "enum": list(wire.ITEM_SIZE)},
-        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-        "data": {"type": "string", "format": "binary"},
-    },
-    "required": ["dtype", "shape", "data"],
-}
-
-
-def _whole(low: int, high: int, **more: Any) -> dict[str, Any]:
-    return {"type": "integer", "minimum": low, "maximum": high} | more
-
-
-def _list_of(items: dict[str, Any], low: int, high: int, **more: Any) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": low, "maxItems": high} | more
-
 
 def _request(limits: Limits, kinds: tuple[Kind, ...], *, packed: bool) -> dict[str, Any]:
     """The body of `POST /v1/targets` with the limits of this very teacher."""
-    ids = _list_of(_whole(0, limits.vocab_size - 1), 1, limits.max_sequence_length)
+    ids = list_of(whole(0, limits.vocab_size - 1), 1, limits.max_sequence_length)
     many = limits.max_sequences
     temperature = {"type": "number", "minimum": 0.001, "maximum": 1000}
-    gathered = _list_of(_list_of(_whole(0, limits.vocab_size - 1), 1, limits.max_gather), 1, limits.max_sequence_length)
-    sequence = {"anyOf": [ids, _TENSOR]} if packed else ids
+    gathered = list_of(list_of(whole(0, limits.vocab_size - 1), 1, limits.max_gather), 1, limits.max_sequence_length)
+    sequence = {"anyOf": [ids, TENSOR]} if packed else ids
     fields = {
-        "sequences": _list_of(sequence, 1, many, description="token ids of each sequence"),
-        "kinds": _list_of({"enum": list(kinds)}, 1, len(kinds), uniqueItems=True, default=["top_k"]),
-        "top_k": _whole(1, min(limits.max_top_k, limits.vocab_size), default=64),
-        "temperatures": _list_of(
+        "sequences": list_of(sequence, 1, many, description="token ids of each sequence"),
+        "kinds": list_of({"enum": list(kinds)}, 1, len(kinds), uniqueItems=True, default=["top_k"]),
+        "top_k": whole(1, min(limits.max_top_k, limits.vocab_size), default=64),
+        "temperatures": list_of(
             temperature, 0, limits.max_temperatures, default=[], description="temperatures to be exact at; 1 always is"
         ),
         "fingerprint": {"type": ["string", "null"], "description": "the teacher that must answer"},
-        "rows": _list_of(
-            _list_of(_whole(0, limits.max_sequence_length), 2, 2), 1, many, type=["array", "null"],
+        "rows": list_of(
+            list_of(whole(0, limits.max_sequence_length), 2, 2), 1, many, type=["array", "null"],
             description="a [start, stop) for each sequence; all rows if absent",
         ),
-        "gather_ids": _list_of(
-            {"anyOf": [gathered, _TENSOR]} if packed else gathered, 1, many, type=["array", "null"],
+        "gather_ids": list_of(
+            {"anyOf": [gathered, TENSOR]} if packed else gathered, 1, many, type=["array", "null"],
             description="kind gather: the ids to score, a row of them for each row asked, for each sequence",
         ),
-        "num_samples": _whole(1, limits.max_samples, default=50, description="kind sampled: draws for each row"),
+        "num_samples": whole(1, limits.max_samples, default=50, description="kind sampled: draws for each row"),
         "sample_temperature": temperature | {"default": 1.0},
-        "seed": _whole(0, 2**63 - 1, default=0),
+        "seed": whole(0, 2**63 - 1, default=0),
         "hidden_dtype": {"enum": ["float16", "bfloat16", "int8"], "default": "float16"},
     }  # fmt: skip
     return {"type": "object", "properties": fields, "required": ["sequences"], "additionalProperties": False}
@@ -113,32 +92,12 @@ HEAD_ANSWER: dict[str, Any] = {
     "description": "safetensors: weight [V, D], bias where there is one, scale and soft_cap",
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
 }
-METRICS_ANSWER: dict[str, Any] = {
-    "description": "the text format of Prometheus",
-    "content": {"text/plain": {"schema": {"type": "string"}}},
-}
-
-
-class Health(BaseModel):
-    """What a probe answers when all is well."""
-
-    status: str
 
 
 def describe(app: FastAPI, limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
     """The OpenAPI document of a teacher with these limits, made once."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
-        schema["components"]["securitySchemes"] = SECURITY_SCHEMES
-        for path, operations in schema["paths"].items():
-            for operation in operations.values():
-                if not path.startswith("/health"):
-                    operation["security"] = [{"bearer": []}, {"basic": []}]
-        bodies = {"/v1/targets": _targets_body(limits, kinds), "/v1/completions": _completions_body()}
-        for path, content in bodies.items():
-            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-        app.openapi_schema = schema
-    return app.openapi_schema
+    bodies = {"/v1/targets": _targets_body(limits, kinds), "/v1/completions": _completions_body()}
+    return describe_app(app, _DESCRIPTION, bodies)
 
 
 def _targets_body(limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:

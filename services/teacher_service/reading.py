@@ -1,6 +1,6 @@
 """From what an engine computed to the record it answers with: packed rows read and checked.
 
-Used by the engines that reduce logits themselves (vLLM, transformers).
+Used by the engines that reduce logits themselves (vLLM, transformers); `service.py` has every answer checked.
 """
 
 from __future__ import annotations
@@ -44,3 +44,21 @@ def read_rows(packed_RB: np.ndarray, job: Job, layout: RowLayout) -> TokenTarget
                 request_id=job.request_id,
             )
     return targets
+
+
+def check_sound(job: Job, targets: TokenTargets) -> None:
+    """Refuse what a broken model computes: NaN and infinity reach `lse` or `next_logprob` of their row.
+
+    EngineError, not retryable. The client checks the whole record; this is cheap enough for every answer.
+    """
+    if targets.start != job.rows[0] or targets.num_rows != job.rows[1] - job.rows[0]:
+        raise EngineError(f"the engine answered {targets.num_rows} rows from {targets.start}, not {job.rows}")
+    scored_R = targets.lse if targets.lse is not None else targets.next_logprob
+    if scored_R is None:
+        return
+    finite_R = np.isfinite(scored_R)
+    if targets.lse is None and job.rows[1] == len(job.tokens_T):
+        finite_R = finite_R[:-1]
+    if not finite_R.all():
+        row = int(np.flatnonzero(~finite_R)[0]) + targets.start
+        raise EngineError(f"the teacher computed NaN or infinity at row {row} of this sequence", retryable=False)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import uvloop
 from pydantic import ValidationError
 
-from serving.http_server import bind
 from serving.keys import Keys
-from serving.logs import set_up_logs
-from serving.process import Process, leave_at_once
-from serving.reload import Watched
-from serving.tls import TlsFiles
+from serving.run import run_service
 from teacher_service.app import create_app
 from teacher_service.engine import Engine
 from teacher_service.service import TeacherService
@@ -29,37 +23,11 @@ if TYPE_CHECKING:
 
 def run(settings: TeacherSettings) -> int:
     """Serve until a signal; the exit code. ValueError for what can't be served."""
-    set_up_logs(settings.log_format, settings.log_level)
-    keys = Keys(settings.keys)
-    tls = None
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        tls = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    with bind(settings.host, settings.port) as listener:
-        return uvloop.run(_serve(settings, keys, tls, listener))
 
+    def make_service(keys: Keys) -> TeacherService:
+        return TeacherService(ENGINES[settings.engine](settings), settings, keys, _store(settings))
 
-async def _serve(settings: TeacherSettings, keys: Keys, tls: TlsFiles | None, listener: socket.socket) -> int:
-    engine = ENGINES[settings.engine](settings)
-    service = TeacherService(engine, settings, keys, _store(settings))
-    process = Process(service, settings.drain_time)
-    service.on_death = process.died
-    context, watched = None, []
-    if keys.path is not None:
-        watched.append(Watched("keys", [keys.path], keys.reload))
-    if tls is not None:
-        context = tls.context()
-        watched.append(Watched("certificate", tls.paths, lambda: tls.load_into(context)))
-
-    def announce() -> None:
-        identity = service.engine.identity
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
-        print(f"stillhouse-teacher: ready at {url}, {identity.semantic.model}, {identity.fingerprint}", flush=True)
-
-    code = await process.run(create_app(service), listener, tls=context, watched=watched, on_ready=announce)
-    if process.left_while_starting:
-        leave_at_once(code)
-    return code
+    return run_service(settings, make_service, create_app)
 
 
 def _store(settings: TeacherSettings) -> StoredAnswers | None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from serving.admission import RetryAfter
+from serving import answers as answers_module
+from serving.answers import Answers
 from serving.fair import FairQueue
 from serving.metrics import Metrics
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
 from teacher_proto.requests import TargetSpec
-from teacher_service import answers as answers_module
-from teacher_service.answers import Answers
 from teacher_service.engine import Job
+from teacher_service.reading import check_sound
 from teacher_service.scripted_engine import Script, ScriptedEngine
 
 SPEC = TargetSpec(("top_k",), 8, (2.0,))
@@ -28,7 +29,7 @@ def job(*tokens: int, spec: TargetSpec = SPEC, rows: tuple[int, int] | None = No
 
 def make(script: Script | None = None, window: int = 10_000) -> tuple[Answers, ScriptedEngine, list[EngineDeadError]]:
     engine, deaths = ScriptedEngine(script), []
-    return Answers(engine, FairQueue(window), RetryAfter(), Metrics(), deaths.append), engine, deaths
+    return Answers(engine.score, check_sound, FairQueue(window), RetryAfter(), Metrics(), deaths.append), engine, deaths
 
 
 async def until(condition: Callable[[], bool]) -> None:

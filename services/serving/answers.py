@@ -8,57 +8,65 @@ little later: in memory, the latest `RECENT_BYTES` of them, or where there is a 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import structlog
 
 from serving.admission import RetryAfter
+from serving.engine import AnswerT, JobT
 from serving.fair import FairQueue, Ticket
 from serving.metrics import Metrics
-from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, StillhouseError
-from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Engine, Job
-
-if TYPE_CHECKING:
-    from teacher_service.stored import StoredAnswers
+from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseError
 
 log = structlog.get_logger("stillhouse.answers")
 _SETTLING_S = 1.0
 RECENT_BYTES = 64 * 2**20
 _FLIGHT_BYTES = 4096  # what a finished flight takes beside its answer
+StoredJobT = TypeVar("StoredJobT", contravariant=True)
 
 
 @dataclass(eq=False)
-class _Flight:
+class _Flight(Generic[AnswerT]):
     """A sequence on its way through the engine, and how many wait for it."""
 
     ticket: Ticket
-    task: asyncio.Task[TokenTargets]
+    task: asyncio.Task[AnswerT]
     students: set[str]
     waiters: int = 0
 
 
-class Answers:
-    """Turns jobs into targets for one engine. Every method runs in the event loop's thread."""
+class AnswerStore(Protocol[StoredJobT, AnswerT]):
+    """Where answers are kept and found again."""
+
+    async def get(self, job: StoredJobT) -> AnswerT | None: ...
+
+    def put(self, job: StoredJobT, answer: AnswerT) -> None: ...
+
+
+class Answers(Generic[JobT, AnswerT]):
+    """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
+
+    `check` raises an EngineError for an answer that only a broken model computes.
+    """
 
     def __init__(
-        self, engine: Engine, queue: FairQueue, rate: RetryAfter, metrics: Metrics,
-        on_death: Callable[[EngineDeadError], None], store: StoredAnswers | None = None,
+        self, score: Callable[[JobT], Awaitable[AnswerT]], check: Callable[[JobT, AnswerT], None],
+        queue: FairQueue, rate: RetryAfter, metrics: Metrics,
+        on_death: Callable[[EngineDeadError], None], store: AnswerStore[JobT, AnswerT] | None = None,
     ):  # fmt: skip
-        self._engine = engine
+        self._engine_score = score
+        self._check_answer = check
         self._queue = queue
         self._rate = rate
         self._metrics = metrics
         self._on_death = on_death
         self._store = store
-        self._flights: dict[Hashable, _Flight] = {}
-        self._recent: deque[tuple[Hashable, _Flight]] = deque()
+        self._flights: dict[Hashable, _Flight[AnswerT]] = {}
+        self._recent: deque[tuple[Hashable, _Flight[AnswerT]]] = deque()
         self._recent_bytes = 0
         self._aborted: StillhouseError | None = None
         self.last_success = 0.0
@@ -67,10 +75,10 @@ class Answers:
     def in_flight(self) -> int:
         return sum(not flight.task.done() for flight in self._flights.values())
 
-    async def answer(self, job: Job, student: str) -> TokenTargets:
-        """The targets of a job that was admitted. EngineError if the engine failed at it."""
+    async def answer(self, job: JobT, student: str) -> AnswerT:
+        """The answer to a job that was admitted. EngineError if the engine failed at it."""
         self._check_open()
-        if self._store is not None and job_key(job) not in self._flights:
+        if self._store is not None and job.key not in self._flights:
             stored = await self._store.get(job)
             if stored is not None:
                 self._count(job, student, "store")
@@ -79,7 +87,7 @@ class Answers:
         flight, source = self._board(job, student)
         flight.waiters += 1
         try:
-            targets = await asyncio.shield(flight.task)
+            answer = await asyncio.shield(flight.task)
         except asyncio.CancelledError:
             if flight.task.cancelled() and self._aborted is not None:
                 raise self._aborted from None
@@ -89,14 +97,14 @@ class Answers:
             if not flight.waiters and not flight.task.done():
                 flight.task.cancel()
         self._count(job, student, source)
-        return targets
+        return answer
 
     def _check_open(self) -> None:
         if self._aborted is not None:
             raise self._aborted
 
-    def _count(self, job: Job, student: str, source: str) -> None:
-        self._metrics.tokens.labels(student, source).inc(len(job.tokens_T))
+    def _count(self, job: JobT, student: str, source: str) -> None:
+        self._metrics.tokens.labels(student, source).inc(job.num_tokens)
         self._metrics.sequences.labels(student, source).inc()
 
     def abort(self, error: StillhouseError) -> None:
@@ -105,23 +113,23 @@ class Answers:
         for flight in list(self._flights.values()):
             flight.task.cancel()
 
-    def _board(self, job: Job, student: str) -> tuple[_Flight, str]:
+    def _board(self, job: JobT, student: str) -> tuple[_Flight[AnswerT], str]:
         """The flight that a job goes by, and `coalesced` if it was there before, else `engine`."""
-        key = job_key(job)
+        key = job.key
         flight = self._flights.get(key)
         if flight is not None and not flight.task.cancelling():
             if student not in flight.students and flight.ticket.waiting:
                 flight.students.add(student)
                 self._queue.join(student, flight.ticket)
             return flight, "coalesced"
-        ticket = Ticket(len(job.tokens_T))
+        ticket = Ticket(job.num_tokens)
         task = asyncio.create_task(self._score(job, student, ticket))
         flight = self._flights[key] = _Flight(ticket, task, {student})
         task.add_done_callback(lambda _: self._land(key, flight))
         self._queue.join(student, ticket)
         return flight, "engine"
 
-    def _land(self, key: Hashable, flight: _Flight) -> None:
+    def _land(self, key: Hashable, flight: _Flight[AnswerT]) -> None:
         self._queue.leave(flight.ticket)
         # Read here, since those who waited may all have left; they raise it too, if they have not.
         if flight.task.cancelled() or flight.task.exception() is not None:
@@ -131,7 +139,7 @@ class Answers:
         else:
             self._keep(key, flight)
 
-    def _keep(self, key: Hashable, flight: _Flight) -> None:
+    def _keep(self, key: Hashable, flight: _Flight[AnswerT]) -> None:
         self._recent.append((key, flight))
         self._recent_bytes += flight.task.result().nbytes + _FLIGHT_BYTES
         while self._recent_bytes > RECENT_BYTES:
@@ -139,18 +147,18 @@ class Answers:
             self._recent_bytes -= old.task.result().nbytes + _FLIGHT_BYTES
             self._forget(old_key, old)
 
-    def _forget(self, key: Hashable, flight: _Flight) -> None:
+    def _forget(self, key: Hashable, flight: _Flight[AnswerT]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
-    async def _score(self, job: Job, student: str, ticket: Ticket) -> TokenTargets:
+    async def _score(self, job: JobT, student: str, ticket: Ticket) -> AnswerT:
         queued = time.monotonic()
         async with self._queue.turn(ticket):
             started = time.monotonic()
             self._metrics.queue_seconds.labels(student).inc(started - queued)
             self._metrics.engine_sequences.labels(student).inc()
             try:
-                targets = await self._engine.score(job)
+                answer = await self._engine_score(job)
             except asyncio.CancelledError:
                 self._metrics.engine_aborted.labels(student).inc()
                 raise
@@ -160,38 +168,14 @@ class Answers:
             except EngineMemoryError:
                 self._queue.halve(ticket)
                 self._metrics.out_of_memory.inc()
-                log.warning("engine out of memory", tokens=len(job.tokens_T), window=self._queue.window)
+                log.warning("engine out of memory", tokens=job.num_tokens, window=self._queue.window)
                 raise
             finally:
                 self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
-        check_answer(job, targets)
+        self._check_answer(job, answer)
         if self._store is not None:
-            self._store.put(job, targets)
+            self._store.put(job, answer)
         self._queue.recover()
         self.last_success = time.monotonic()
-        self._rate.count(len(job.tokens_T), self._queue.busy_s())
-        return targets
-
-
-def job_key(job: Job) -> Hashable:
-    """Equal for jobs with equal answers: token ids, rows, what is asked of them."""
-    gathered = b"" if job.gather_ids_RG is None else hashlib.sha256(job.gather_ids_RG.tobytes()).digest()
-    return hashlib.sha256(job.tokens_T.tobytes()).digest(), job.rows, job.spec, gathered
-
-
-def check_answer(job: Job, targets: TokenTargets) -> None:
-    """Refuse what a broken model computes: NaN and infinity reach `lse` or `next_logprob` of their row.
-
-    EngineError, not retryable. The client checks the whole record; this is cheap enough for every answer.
-    """
-    if targets.start != job.rows[0] or targets.num_rows != job.rows[1] - job.rows[0]:
-        raise EngineError(f"the engine answered {targets.num_rows} rows from {targets.start}, not {job.rows}")
-    scored_R = targets.lse if targets.lse is not None else targets.next_logprob
-    if scored_R is None:
-        return
-    finite_R = np.isfinite(scored_R)
-    if targets.lse is None and job.rows[1] == len(job.tokens_T):
-        finite_R = finite_R[:-1]
-    if not finite_R.all():
-        row = int(np.flatnonzero(~finite_R)[0]) + targets.start
-        raise EngineError(f"the teacher computed NaN or infinity at row {row} of this sequence", retryable=False)
+        self._rate.count(job.num_tokens, self._queue.busy_s())
+        return answer

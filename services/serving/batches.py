@@ -1,0 +1,127 @@
+"""Jobs of an engine that computes in this process: one batch of like lengths at a time, in a thread of its own.
+
+Used by the engines over transformers. A job that is cancelled while it waits is never computed; a batch that fails is
+tried again job by job, so that one bad job fails only itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from serving.engine import AnswerT, JobT
+from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
+
+# A batch takes sequences at least this long in parts of its longest, so that little of it is padding.
+_LEAST_LENGTH = 0.75
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[JobT, AnswerT]):
+    job: JobT
+    answer: asyncio.Future[AnswerT]
+
+
+class Batches(Generic[JobT, AnswerT]):
+    """`compute` makes the answers of a batch, in its order. `max_tokens` bounds a batch, padding included; a longer
+    job goes alone. Every method but `compute` runs in the event loop's thread."""
+
+    def __init__(self, name: str, compute: Callable[[Sequence[JobT]], Sequence[AnswerT]], max_tokens: int):
+        self._name = name
+        self._compute_batch = compute
+        self._max_tokens = max_tokens
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name.replace(" ", "-"))
+        self._waiting: list[_Waiting[JobT, AnswerT]] = []
+        self._open: set[_Waiting[JobT, AnswerT]] = set()
+        self._pump: asyncio.Task[None] | None = None
+        self._death: str | None = "it has not been started"
+
+    async def start(self, load: Callable[[], T]) -> T:
+        """Run `load` in the thread; jobs are taken from then on."""
+        loaded = await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        self._death = None
+        return loaded
+
+    async def answer(self, job: JobT) -> AnswerT:
+        """The answer to a job. EngineError where it failed, EngineMemoryError where memory ran out at it."""
+        self.check()
+        waiting = _Waiting(job, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._run())
+            self._pump.add_done_callback(self._on_pump_end)
+        self._open.add(waiting)
+        try:
+            return await waiting.answer
+        finally:
+            self._open.discard(waiting)
+
+    def check(self) -> None:
+        """EngineDeadError if nothing is answered any more."""
+        if self._death is not None:
+            raise EngineDeadError(f"the {self._name} is dead: {self._death}")
+
+    async def close(self) -> None:
+        """Wait for the batch that runs, drop what waits."""
+        self._die("it was closed")
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _run(self) -> None:
+        while batch := self._next_batch():
+            await self._compute(batch)
+
+    def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
+        """The job that waits longest, and others of like length up to the batch's tokens, oldest first."""
+        self._waiting = [waiting for waiting in self._waiting if not waiting.answer.done()]
+        batch: list[_Waiting[JobT, AnswerT]] = []
+        left: list[_Waiting[JobT, AnswerT]] = []
+        for waiting in self._waiting:
+            lengths = [other.job.num_tokens for other in (*batch, waiting)]
+            alike = min(lengths) >= _LEAST_LENGTH * max(lengths)
+            fits = max(lengths) * len(lengths) <= self._max_tokens
+            (batch if not batch or (alike and fits) else left).append(waiting)
+        self._waiting = left
+        return batch
+
+    async def _compute(self, batch: list[_Waiting[JobT, AnswerT]]) -> None:
+        jobs = [waiting.job for waiting in batch]
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute_batch, jobs)
+        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+            if len(batch) > 1:
+                for waiting in batch:
+                    await self._compute([waiting])
+                return
+            if not batch[0].answer.done():
+                batch[0].answer.set_exception(_failure(error, jobs[0].request_id))
+            return
+        for waiting, answer in zip(batch, answers, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result(answer)
+
+    def _on_pump_end(self, pump: asyncio.Task[None]) -> None:
+        if not pump.cancelled() and (error := pump.exception()) is not None:
+            self._die(repr(error))
+
+    def _die(self, reason: str) -> None:
+        """Nothing is answered any more, to those who wait no more than to those who come."""
+        self._death = self._death or reason
+        for waiting in self._open:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(EngineDeadError(f"the {self._name} is dead: {self._death}"))
+
+
+def _failure(error: Exception, request_id: str) -> EngineError:
+    """An engine's own error as it is; torch's say by their type or their words that memory ran out."""
+    if isinstance(error, EngineError):
+        return error
+    import torch
+
+    text = str(error) or type(error).__name__
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    kind = EngineMemoryError if is_memory else EngineError
+    return kind(f"the forward pass failed: {text}", request_id=request_id)

@@ -1,0 +1,86 @@
+"""Options that every service has, and how a command line and the environment become settings.
+
+Each service's `settings.py` adds its own fields. Every option has an environment variable, the class's prefix and its
+name; an option on the command line beats its variable. Imports nothing that takes its time: `--help` is answered at
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class ServiceSettings(BaseSettings):
+    """Sizes in tokens, bytes or numbers of an answer; times in seconds. `program` is the command's name."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
+    program: ClassVar[str]
+
+    model: str = Field(description="a folder with a model, or its name on a hub")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
+    revision: str | None = Field(None, description="revision of a hub model, a commit for choice")
+    name: str | None = Field(None, description="name to serve the model under, instead of its folder's or hub's")
+    dtype: str = Field("auto", description="dtype of the weights: auto, bfloat16, float16 or float32")
+    max_model_len: int | None = Field(None, ge=1, description="longest sequence; the model's own limit if not given")
+    keys: Path | None = Field(None, description="file with a line a student: NAME KEY, or NAME sha256:HEX")
+    capacity: int = Field(2**26, ge=1, description="tokens x (K + 1) that may be in the house, waiting ones included")
+    window: int = Field(16_384, ge=1, description="tokens handed to the engine at a time; turns are shared fairly")
+    body_timeout: float = Field(10.0, gt=0, description="seconds for a request's body to arrive, and 1 per 64 KiB")
+    stall_timeout: float = Field(60.0, gt=0, description="seconds after which a client that reads nothing is dropped")
+    drain_time: float = Field(60.0, gt=0, description="seconds that accepted requests have after SIGTERM")
+    tls_cert: Path | None = Field(None, description="certificate chain (PEM); turns TLS on")
+    tls_key: Path | None = Field(None, description="private key (PEM)")
+    tls_client_ca: Path | None = Field(None, description="only clients with a certificate signed by this CA (PEM)")
+    log_format: Literal["json", "text"] = Field("json", description="form of the log on stderr")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    @model_validator(mode="after")
+    def _tls_hangs_together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        return self
+
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def build_settings(kind: type[Settings], given: dict[str, Any]) -> Settings:
+    """Settings from given options and the environment. ValueError in one line."""
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(kind, one) for one in error.errors(include_url=False))) from None
+
+
+def _explain(kind: type[ServiceSettings], error: Any) -> str:
+    if error["type"] == "missing":
+        name = str(error["loc"][0])
+        return f"{name} is not given: {kind.program} MODEL, or {kind.model_config['env_prefix']}{name.upper()}"
+    if not error["loc"]:
+        return str(error["ctx"]["error"])
+    return f"--{str(error['loc'][0]).replace('_', '-')}: {error['msg']}, got {error['input']!r}"
+
+
+def options_parser(kind: type[ServiceSettings], description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with an option for each field; what is not given is None."""
+    parser = argparse.ArgumentParser(prog=kind.program, description=description, epilog=epilog, allow_abbrev=False)
+    for name, field in kind.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
+        if name == "model":
+            parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
+        else:
+            choices = getattr(field.annotation, "__args__", None)
+            names = [choice for choice in choices or () if isinstance(choice, str)]
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", metavar="|".join(names) or name.split("_")[-1].upper(), help=text
+            )
+    return parser
