@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from teacher_proto.model_files import ModelFolder, find_model, hash_files, identify
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import ModelFolder, find_model, hash_files, identify

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from serving.admission import RetryAfter
 from serving import answers as answers_module
+from serving.admission import RetryAfter
 from serving.answers import Answers
 from serving.fair import FairQueue
 from serving.metrics import Metrics

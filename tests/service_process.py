@@ -1,4 +1,4 @@
-"""The real teacher service as a child process, for tests that go through the front door.
+"""A real service as a child process, for tests that go through the front door.
 
 with TeacherProcess(script={"delay_s": 0.1}, keys="alice 0123456789abcdef") as teacher:
     httpx.get(teacher.url + "/v1/teacher")
@@ -18,25 +18,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-READY = re.compile(r"stillhouse-teacher: ready at (\S+), (\S+), (\S+)")
+READY = re.compile(r"stillhouse-(?:teacher|attention): ready at (\S+), (\S+), (\S+)")
 START_TIMEOUT_S = 60.0
 
 
-class TeacherProcess:
-    """Starts `stillhouse-teacher` with the scripted engine (or whatever `options` say) on a free port.
+class ServiceProcess:
+    """Starts `python -m MODULE ARGUMENTS` on a free port.
 
     `url`, `model` and `fingerprint` are the ready line's. `log` is what it has written to stderr. Leaving the block
     kills it if it still runs.
     """
 
     def __init__(
-        self, *options: str, script: dict[str, Any] | None = None, keys: str | None = None, port: int = 0,
+        self, module: str, *arguments: str, keys: str | None = None, port: int = 0,
         environment: dict[str, str] | None = None, wait: bool = True,
     ):  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix="stillhouse-test-")
-        command = [sys.executable, "-m", "teacher_service.main"]
-        if not any(option.startswith("--engine") for option in options):
-            command += ["scripted", "--engine", "scripted", "--script", json.dumps(script or {})]
+        command = [sys.executable, "-m", module, *arguments, "--port", str(port)]
         if keys is not None:
             keys_file = Path(self._folder.name, "keys")
             keys_file.write_text(keys + "\n")
@@ -44,7 +42,7 @@ class TeacherProcess:
         self._log = Path(self._folder.name, "log").open("w+")  # noqa: SIM115 - closed by stop()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
         self.process = subprocess.Popen(
-            [*command, "--port", str(port), *options], stdout=subprocess.PIPE, stderr=self._log, text=True,
+            command, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env=inherited | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         )  # fmt: skip
         self.pid = self.process.pid
@@ -67,7 +65,7 @@ class TeacherProcess:
         finally:
             killer.cancel()
         match = READY.match(line)
-        assert match, f"the teacher ended before it was ready:\n{self.log}"
+        assert match, f"the service ended before it was ready:\n{self.log}"
         self.url, self.model, self.fingerprint = match.groups()
         self.host, port = self.url.rpartition("//")[2].split(":")
         self.port = int(port)
@@ -102,3 +100,20 @@ class TeacherProcess:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.stop()
+
+
+class TeacherProcess(ServiceProcess):
+    """`stillhouse-teacher` with the scripted engine, or whatever `options` say."""
+
+    def __init__(self, *options: str, script: dict[str, Any] | None = None, **arguments: Any):
+        scripted: tuple[str, ...] = ()
+        if not any(option.startswith("--engine") for option in options):
+            scripted = ("scripted", "--engine", "scripted", "--script", json.dumps(script or {}))
+        super().__init__("teacher_service.main", *scripted, *options, **arguments)
+
+
+class AttentionProcess(ServiceProcess):
+    """`stillhouse-attention` over the model in a folder."""
+
+    def __init__(self, model: Path, *options: str, **arguments: Any):
+        super().__init__("attention_service.main", str(model), *options, **arguments)

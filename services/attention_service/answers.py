@@ -1,0 +1,122 @@
+"""From what a layer attends with to the record that is answered: states, relations or maps of one sequence.
+
+Called by `model.py` on the device. Relations and maps are made a block of rows at a time, so that no float32 [heads, T,
+T] is ever whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attention_service.job import Job
+from attention_service.tap import Attended
+from teacher_proto.attention_targets import PARTS, AttentionTargets
+from teacher_proto.errors import EngineError
+from teacher_proto.relations import log_relation_rows, similarity_factor
+
+# Numbers in float32 held at a time: 32 MiB for each of a few arrays.
+BLOCK_ENTRIES = 2**23
+_INT8_MAX = 127
+
+
+def make_answer(job: Job, attended: Attended, place: int) -> AttentionTargets:
+    """The record of the sequence at `place` of the batch. EngineError for numbers that are not finite."""
+    length = len(job.tokens_T)
+    states = {
+        part: getattr(attended, name)[place, :, :length]
+        for part, name in zip(PARTS, ("query_BHTd", "key_BGTd", "value_BGTd"), strict=True)
+    }
+    rows_r = None if job.rows_r is None else job.rows_r.astype(np.int32)
+    if job.spec.kind == "states":
+        tensors = _states({part: x_HTd.transpose(0, 1) for part, x_HTd in states.items()}, job)
+    elif job.spec.kind == "relations":
+        tensors = {part: _relations(x_HTd.transpose(0, 1), job, part) for part, x_HTd in states.items()}
+    else:
+        tensors = {"maps": _maps(states["query"], states["key"], attended, place, job)}
+    return AttentionTargets(job.spec.kind, job.spec.layer, rows_r, **tensors)
+
+
+def _states(states: dict[str, Tensor], job: Job) -> dict[str, np.ndarray]:
+    """[T, H, d] of each part as fp16, or as int8 with a scale for each of its rows of d."""
+    tensors: dict[str, np.ndarray] = {}
+    for part, states_THd in states.items():
+        if job.spec.dtype == "float16":
+            tensors[part] = _finite(states_THd.to(torch.float16), part, job).cpu().numpy()
+            continue
+        wide_THd = _finite(states_THd.float(), part, job)
+        scale_TH1 = wide_THd.abs().amax(dim=-1, keepdim=True) / _INT8_MAX
+        codes_THd = torch.where(scale_TH1 > 0, wide_THd / scale_TH1, 0).round().to(torch.int8)
+        tensors |= {part: codes_THd.cpu().numpy(), f"{part}_scale": scale_TH1.cpu().numpy()}
+    return tensors
+
+
+def _relations(states_THd: Tensor, job: Job, part: str) -> np.ndarray:
+    """[R, r, T] fp16."""
+    spec = job.spec
+    assert spec.form is not None, "a request for relations has a form"
+    factor_RTd = similarity_factor(states_THd, form=spec.form, relation_heads=spec.relation_heads)
+    _finite(factor_RTd, part, job)
+    form = spec.form
+    return _by_rows(job, spec.relation_heads, len(job.tokens_T), factor_RTd.device,
+                    lambda rows_r: log_relation_rows(factor_RTd, rows_r, form).exp())  # fmt: skip
+
+
+def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, job: Job) -> np.ndarray:
+    """[H, r, T or b] fp16: the softmax that the layer itself takes."""
+    length, block_size = len(job.tokens_T), job.spec.block_size
+    query_HTd, key_HTd = query_HTd.float(), key_GTd.float()
+    key_HTd = key_HTd.repeat_interleave(len(query_HTd) // len(key_HTd), dim=0)
+    _finite(query_HTd, "query", job), _finite(key_HTd, "key", job)
+    columns_T = torch.arange(length, device=query_HTd.device)
+
+    def of(rows_r: Tensor) -> Tensor:
+        logits_HrT = query_HTd[:, rows_r] @ key_HTd.transpose(1, 2) * attended.scaling
+        if attended.soft_cap is not None:
+            logits_HrT = attended.soft_cap * torch.tanh(logits_HrT / attended.soft_cap)
+        seen_rT = columns_T <= rows_r[:, None]
+        if attended.mask is not None:
+            # The first axis of a mask is 1 where it is the same for the whole batch.
+            mask_TT = attended.mask[place % len(attended.mask), 0]
+            row_rT = mask_TT[rows_r, :length]
+            seen_rT &= row_rT if row_rT.dtype == torch.bool else row_rT >= 0
+        maps_HrT = logits_HrT.masked_fill(~seen_rT, -math.inf).softmax(dim=-1)
+        return maps_HrT if block_size is None else _within_blocks(maps_HrT, rows_r, min(length, block_size), block_size)
+
+    return _by_rows(job, len(query_HTd), min(length, block_size or length), query_HTd.device, of, of_whole=length)
+
+
+def _within_blocks(maps_HrT: Tensor, rows_r: Tensor, width: int, block_size: int) -> Tensor:
+    """[H, r, width]: of each row the columns of its own block; those beyond the end are 0."""
+    length = maps_HrT.shape[-1]
+    columns_rb = (rows_r // block_size * block_size)[:, None] + torch.arange(width, device=rows_r.device)
+    inside_rb = columns_rb < length
+    columns_Hrb = columns_rb.clamp(max=length - 1).expand(len(maps_HrT), -1, -1)
+    return maps_HrT.gather(-1, columns_Hrb) * inside_rb
+
+
+def _by_rows(
+    job: Job, heads: int, width: int, device: torch.device, of: Callable[[Tensor], Tensor], of_whole: int | None = None
+) -> np.ndarray:
+    """[heads, r, width] fp16 of the job's rows, by `of` for a block of them at a time."""
+    rows_r = np.arange(len(job.tokens_T)) if job.rows_r is None else job.rows_r
+    table = np.empty((heads, len(rows_r), width), dtype=np.float16)
+    step = max(1, BLOCK_ENTRIES // (heads * (of_whole or width)))
+    for start in range(0, len(rows_r), step):
+        block_r = torch.as_tensor(rows_r[start : start + step], device=device)
+        table[:, start : start + step] = of(block_r).to(torch.float16).cpu().numpy()
+    return table
+
+
+def _finite(states: Tensor, part: str, job: Job) -> Tensor:
+    if not torch.isfinite(states).all():
+        what = "does not fit float16: ask with dtype int8" if job.spec.dtype == "float16" else "is not finite"
+        raise EngineError(
+            f"the teacher's {part} of layer {job.spec.layer} {what}, or its weights overflow at this sequence",
+            field=part, request_id=job.request_id, retryable=False,
+        )  # fmt: skip
+    return states

@@ -1,0 +1,57 @@
+"""The routes of the attention service beside the common ones. `create_app(service)` is a whole ASGI application."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import Response
+
+from attention_service import openapi
+from attention_service.asking import read_attention, reply_to
+from attention_service.service import AttentionService
+from serving import replies
+from serving.openapi import ASKING, POSTING, errors
+from serving.routes import Student, keyed_router, make_app
+from serving.streams import Outlet, RacedResponse
+from teacher_proto.attention import AttentionInfo
+
+router = keyed_router()
+
+
+def create_app(service: AttentionService) -> FastAPI:
+    def describe(app: FastAPI) -> dict[str, Any]:
+        return openapi.describe(app, service.engine.limits, service.engine.shape)
+
+    return make_app("Stillhouse attention", service, router, describe)
+
+
+def service_of(request: Request) -> AttentionService:
+    return request.app.state.service
+
+
+Service = Annotated[AttentionService, Depends(service_of)]
+
+
+@router.post(
+    "/v1/attention", response_class=Response,
+    responses={**errors(*POSTING, 404), 200: openapi.ATTENTION_ANSWER},
+)  # fmt: skip
+async def post_attention(request: Request, student: Student, service: Service) -> Response:
+    """The attention of one layer over token sequences: states, relations between them, or maps."""
+    service.require_started()
+    asked, as_json = await read_attention(request, student, service)
+    reply, write = reply_to(asked, service), replies.document if as_json else replies.stream
+
+    async def work(outlet: Outlet) -> None:
+        with service.admission.admit(student, asked.request.num_tokens, asked.values_per_token):
+            await write(reply, service.answers, service.metrics, outlet)
+
+    return RacedResponse(work, service.settings.stall_timeout)
+
+
+@router.get("/v1/teacher", responses=errors(*ASKING))
+async def get_teacher(service: Service) -> AttentionInfo:
+    """Whose attention it is, which layers are served, and what is accepted."""
+    service.require_started()
+    return service.info()

@@ -1,0 +1,111 @@
+"""The engine of the attention service: the cut model in a thread, batches of like lengths, and whom it sits beside.
+
+`service.py` sees nothing else of the model. torch and transformers are imported when it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from attention_service.job import Job
+from attention_service.settings import AttentionSettings
+from serving.batches import Batches
+from serving.identify import find_model, hash_files, identify
+from teacher_proto.attention import AttentionLimits, AttentionShape
+from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.client import TeacherClient
+from teacher_proto.errors import StillhouseError
+from teacher_proto.identity import NumericIdentity, TeacherIdentity
+
+if TYPE_CHECKING:
+    from attention_service.model import AttentionModel
+
+_DEFAULT_MAX_LENGTH = 2048
+# A teacher that starts at the same time loads for minutes.
+_TEACHER_WAIT_S = 900.0
+
+
+class AttentionEngine:
+    """A `serving.engine.AnyEngine` that answers with attention. `shape` is known once `start` has returned."""
+
+    identity: TeacherIdentity
+    limits: AttentionLimits
+    shape: AttentionShape
+
+    def __init__(self, settings: AttentionSettings):
+        self._settings = settings
+        self._teacher: TeacherIdentity | None = None
+        self._model: AttentionModel | None = None
+        self._batches: Batches[Job, AttentionTargets] = Batches(
+            "attention engine", self._compute, settings.max_batch_tokens
+        )
+
+    async def start(self) -> None:
+        """Load the model. ValueError if it can't be served, or is another one than the teacher's beside it."""
+        if self._settings.beside is not None:
+            self._teacher = await self._ask_teacher(self._settings.beside)
+        await self._batches.start(self._load)
+
+    async def score(self, job: Job) -> AttentionTargets:
+        """The attention of a job. A job that is cancelled while it waits is never computed."""
+        return await self._batches.answer(job)
+
+    async def check(self) -> None:
+        self._batches.check()
+
+    async def close(self) -> None:
+        """Wait for the forward pass that runs, drop what waits, give the memory back."""
+        await self._batches.close()
+        self._model = None
+
+    def _compute(self, jobs: Sequence[Job]) -> list[AttentionTargets]:
+        assert self._model is not None
+        return self._model.attend(jobs)
+
+    async def _ask_teacher(self, url: str) -> TeacherIdentity:
+        key = self._settings.beside_key
+        async with TeacherClient(url, key=key.get_secret_value() if key is not None else None) as client:
+            try:
+                return (await client.teacher(_TEACHER_WAIT_S)).identity
+            except StillhouseError as error:
+                raise ValueError(f"--beside: {error}") from None
+
+    def _load(self) -> None:
+        import transformers
+
+        from attention_service.model import AttentionModel
+
+        settings, teacher = self._settings, self._teacher
+        name, dtype = settings.name, settings.dtype
+        if teacher is not None:
+            name = name or teacher.semantic.model
+            dtype = teacher.semantic.dtype if dtype == "auto" else dtype
+        folder = find_model(settings.model, revision=settings.revision, name=name)
+        model = AttentionModel(folder, dtype=dtype, device=settings.device, highest_layer=settings.highest_layer)
+        longest = settings.max_model_len or model.max_positions or _DEFAULT_MAX_LENGTH
+        self.limits = AttentionLimits(
+            vocab_size=model.vocab_size,
+            max_sequence_length=min(longest, model.max_positions or longest),
+            max_entries=settings.max_entries,
+        )
+        numeric = NumericIdentity(
+            engine="transformers attention", engine_version=transformers.__version__, device=model.device_name,
+            parallel="1", attention_backend=model.attention,
+        )  # fmt: skip
+        self.identity = identify(
+            folder, hash_files(folder.weight_files), dtype=str(model.dtype).removeprefix("torch."),
+            quantization=(folder.config.get("quantization_config") or {}).get("quant_method"),
+            vocab_size=model.vocab_size, numeric=numeric,
+        )  # fmt: skip
+        if teacher is not None:
+            self._hold_against(teacher)
+        self._model, self.shape = model, model.shape
+
+    def _hold_against(self, teacher: TeacherIdentity) -> None:
+        lines = [line for line in self.identity.difference(teacher) if line.startswith("semantic.")]
+        if lines:
+            raise ValueError(
+                f"--beside {self._settings.beside}: that teacher is another model, {'; '.join(lines)}; give its MODEL, "
+                "--revision, --name and --dtype"
+            )

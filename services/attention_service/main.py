@@ -1,0 +1,40 @@
+"""`stillhouse-attention MODEL`: serve a language model's attention beside a teacher of the same model.
+
+    stillhouse-attention HuggingFaceTB/SmolLM2-135M-Instruct --port 8001
+    stillhouse-attention MODEL --beside http://localhost:8000 --layer 20
+
+On stdout comes one line, when requests can be answered: `stillhouse-attention: ready at URL, MODEL, FINGERPRINT`.
+Logs go to stderr. Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
+"""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
+    try:
+        code = _serve(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        print(f"stillhouse-attention: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+def _serve(arguments: list[str]) -> int:
+    from attention_service.settings import parse_settings
+
+    settings = parse_settings(arguments)
+    # Only now the imports that take their time: --help and a misspelt option are answered at once.
+    from attention_service.run import run
+
+    return run(settings)
+
+
+if __name__ == "__main__":
+    main()

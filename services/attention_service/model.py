@@ -1,0 +1,136 @@
+"""A transformers language model cut off above the layer that is served: token ids in, attention out. For `engine.py`.
+
+Weights of higher layers and the head are never read; a pass ends in the highest layer wanted, before it attends.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel
+
+from attention_service.answers import make_answer
+from attention_service.job import Job
+from attention_service.tap import Attended, Tap
+from serving.identify import ModelFolder
+from teacher_proto.attention import AttentionShape
+from teacher_proto.attention_targets import AttentionTargets
+
+# Decoders whose attention is held against transformers' own maps in the tests.
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+class AttentionModel:
+    """The lower layers on their device. ValueError for an architecture that isn't one of MODEL_TYPES."""
+
+    def __init__(self, folder: ModelFolder, *, dtype: str, device: str, highest_layer: Callable[[int], int]):
+        config = _config(folder)
+        self.num_layers: int = config.num_hidden_layers
+        self.max_layer = highest_layer(self.num_layers)
+        self.device = torch.device(_device(device))
+        self._model = _load(folder, _cut(config, self.max_layer), _dtype(dtype)).to(self.device)
+        self._tap = Tap(self._model)
+        self.dtype: torch.dtype = self._model.dtype
+        self.attention: str = self._model.config._attn_implementation
+        self.vocab_size: int = self._model.get_input_embeddings().weight.shape[0]
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.shape = self._measure(folder.name)
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @torch.inference_mode()
+    def attend(self, jobs: Sequence[Job]) -> list[AttentionTargets]:
+        """The record of each job, from one forward pass over all. EngineError for numbers that are not finite."""
+        taken = self._attend([job.tokens_T for job in jobs], {job.spec.layer for job in jobs})
+        return [make_answer(job, taken[job.spec.layer], place) for place, job in enumerate(jobs)]
+
+    def _attend(self, sequences: Sequence[np.ndarray], layers: set[int]) -> dict[int, Attended]:
+        """Padding is on the right, where causal attention never looks."""
+        lengths = [len(tokens_T) for tokens_T in sequences]
+        ids_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
+        mask_BT = torch.zeros_like(ids_BT)
+        for i, tokens_T in enumerate(sequences):
+            ids_BT[i, : lengths[i]] = torch.tensor(tokens_T)
+            mask_BT[i, : lengths[i]] = 1
+        ids_BT = ids_BT.to(self.device)
+        mask = mask_BT.to(self.device) if min(lengths) < max(lengths) else None
+        return self._tap.take(lambda: self._model(input_ids=ids_BT, attention_mask=mask, use_cache=False), layers)
+
+    @torch.inference_mode()
+    def _measure(self, name: str) -> AttentionShape:
+        """The heads of every layer, from a pass over one token. ValueError where layers differ."""
+        shapes = set()
+        for layer in range(self.max_layer + 1):
+            attended = self._attend([np.zeros(1, dtype=np.int64)], {layer})[layer]
+            states = (attended.query_BHTd, attended.key_BGTd, attended.value_BGTd)
+            shapes.add(tuple((x.shape[1], x.shape[3]) for x in states))
+        (query_heads, width), (kv_heads, key_width), value = next(iter(shapes))
+        if len(shapes) > 1 or key_width != width or value != (kv_heads, width):
+            raise ValueError(f"{name}: its layers' heads differ ({sorted(shapes)}), which is not served")
+        return AttentionShape(
+            num_layers=self.num_layers, max_layer=self.max_layer, query_heads=query_heads, kv_heads=kv_heads,
+            head_width=width,
+        )  # fmt: skip
+
+
+def _config(folder: ModelFolder) -> Any:
+    """The text model's config. ValueError where its architecture is not one that is served."""
+    try:
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder.name}: transformers cannot read its config: {_first_line(error)}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{folder.name} is a {config.model_type!r} model; attention is served of {', '.join(MODEL_TYPES)}"
+        )
+    return config
+
+
+def _cut(config: Any, max_layer: int) -> Any:
+    """The config of the same model without the layers above `max_layer`."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers = max_layer + 1
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(cut, name, None) is not None:
+            setattr(cut, name, getattr(cut, name)[: max_layer + 1])
+    # SDPA has no soft cap: a model with one is right in eager attention alone.
+    capped = getattr(cut, "attn_logit_softcapping", None) is not None
+    cut._attn_implementation = "eager" if capped else "sdpa"
+    return cut
+
+
+def _load(folder: ModelFolder, config: Any, dtype: torch.dtype | str) -> Any:
+    """ValueError with the first line of what transformers says, or where the files lack a weight."""
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder.path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"transformers cannot load {folder.name}: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{folder.name}: its files lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    dtype = getattr(torch, name, None)
+    if name != "auto" and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    return "auto" if dtype is None else dtype

@@ -1,0 +1,31 @@
+"""The attention service as one object: a `serving.service` of attention."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attention_service.engine import AttentionEngine
+from attention_service.job import Job
+from attention_service.settings import AttentionSettings
+from serving.service import Service
+from teacher_proto.attention import AttentionInfo, AttentionSpec
+from teacher_proto.attention_targets import AttentionTargets
+
+
+class AttentionService(Service[AttentionEngine, AttentionSettings, Job, AttentionTargets]):
+    """A `Service` of attention."""
+
+    unit = "numbers in answers"
+
+    def readiness_job(self) -> Job:
+        return Job(np.zeros(1, dtype=np.int64), AttentionSpec("states", 0), "readiness")
+
+    def check_sound(self, job: Job, answer: AttentionTargets) -> None:
+        """Nothing is left to check: the model refuses what is not finite while it makes an answer."""
+
+    def info(self) -> AttentionInfo:
+        """What `GET /v1/teacher` answers."""
+        engine = self.engine
+        return AttentionInfo(
+            identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=engine.limits, shape=engine.shape
+        )

@@ -1,0 +1,75 @@
+"""The options of `stillhouse-attention`: every one has an environment variable, `STILLHOUSE_ATTENTION_` and its name.
+
+Read by `main.py`; what the teacher service has too is in `serving.settings`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from serving.settings import ServiceSettings, build_settings, options_parser
+from teacher_proto.relations import LAYER_NAMES, layer_index
+
+PREFIX = "STILLHOUSE_ATTENTION_"
+
+
+class AttentionSettings(ServiceSettings):
+    """Sizes in tokens, bytes or numbers of an answer; times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX)
+    program: ClassVar[str] = "stillhouse-attention"
+
+    port: int = Field(8001, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
+    layer: str = Field(
+        "late_middle",
+        description=f"highest layer that is loaded and served: an index from 0, a fraction, or {'|'.join(LAYER_NAMES)}",
+    )
+    dtype: str = Field(
+        "auto", description="dtype of the weights: bfloat16, float16, float32; auto: the teacher's, or the checkpoint's"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU where there is one")
+    beside: str | None = Field(
+        None, description="URL of the teacher to sit beside: its name and dtype are taken, other weights refused"
+    )
+    beside_key: SecretStr | None = Field(None, description="key for that teacher")
+    capacity: int = Field(2**28, ge=1, description="numbers in answers that may be in the house, waiting ones included")
+    max_entries: int = Field(2**26, ge=1, description="numbers in the answer for one sequence")
+    max_batch_tokens: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
+
+    @model_validator(mode="after")
+    def _hang_together(self) -> Self:
+        self.highest_layer(num_layers=2**20)
+        if self.beside_key is not None and self.beside is None:
+            raise ValueError("--beside-key is for --beside URL")
+        return self
+
+    def highest_layer(self, num_layers: int) -> int:
+        """`layer` in a model of so many layers. ValueError for one that it has not."""
+        try:
+            layer: int | float | str = int(self.layer)
+        except ValueError:
+            try:
+                layer = float(self.layer)
+            except ValueError:
+                layer = self.layer
+        try:
+            return layer_index(layer, num_layers=num_layers)
+        except ValueError as error:
+            raise ValueError(f"--layer: {error}") from None
+
+
+def parse_settings(arguments: list[str]) -> AttentionSettings:
+    """Settings from a command line and the environment. ValueError in one line; `--help` prints and exits."""
+    parser = options_parser(
+        AttentionSettings,
+        description="Serve a language model's attention beside a teacher of the same model: POST /v1/attention, "
+        "GET /v1/teacher, /docs. Layers above --layer are neither loaded nor computed.",
+        epilog=f"Every option has an environment variable: --layer is {PREFIX}LAYER, MODEL is {PREFIX}MODEL.",
+    )
+    known, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise ValueError(f"{rest[0]!r} is not an option; stillhouse-attention --help lists them")
+    return build_settings(AttentionSettings, {n: value for n, value in vars(known).items() if value is not None})
