@@ -45,7 +45,7 @@ async def serve(model: str) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from teacher_service.identify import find_model
+    from teacher_proto.model_files import find_model
     from teacher_service.vllm_options import adapted_class, engine_arguments
 
     folder = find_model(model)

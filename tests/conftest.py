@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from teacher_service.hf_engine import HfEngine
     from teacher_service.vllm_engine import VllmEngine
-    from tests.service_process import TeacherProcess
+    from tests.teacher_process import TeacherProcess
     from tests.trainer_run import Workshop
 
 # A busy machine is slow at drawing examples, which says nothing about the code.
@@ -82,7 +82,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(scope="session")
 def teacher() -> Iterator[TeacherProcess]:
     """The real service with the scripted engine, which has the tiny student's tokenizer and fails at nothing."""
-    from tests.service_process import TeacherProcess
+    from tests.teacher_process import TeacherProcess
     from tests.trainer_run import teacher_script
 
     with TeacherProcess(script=teacher_script()) as process:

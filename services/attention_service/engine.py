@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from attention_service.job import Job
 from attention_service.settings import AttentionSettings
 from serving.batches import Batches
-from serving.identify import find_model, hash_files, identify
 from teacher_proto.attention import AttentionLimits, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client import TeacherClient
 from teacher_proto.errors import StillhouseError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
+from teacher_proto.model_files import find_model, hash_files, identify
 
 if TYPE_CHECKING:
     from attention_service.model import AttentionModel

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModel
 from attention_service.answers import make_answer
 from attention_service.job import Job
 from attention_service.tap import Attended, Tap
-from serving.identify import ModelFolder
 from teacher_proto.attention import AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.model_files import ModelFolder
 
 # Decoders whose attention is held against transformers' own maps in the tests.
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")

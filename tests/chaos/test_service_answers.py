@@ -23,7 +23,7 @@ from teacher_proto.retry import RetryPolicy
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire import MSGPACK, ResponseDecoder, encode_request
 from tests.chaos.crowd import crowd, request_body
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 QUICK = RetryPolicy(deadline_s=20, backoff_base_s=0.001, backoff_cap_s=0.002, budget_ratio=1.0, budget_floor=10**6,
                     open_after=10**6, read_timeout_s=3)  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from tests.chaos.crowd import ask, gauge, percentile, request_body, until_admitted, until_gauge
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 MIB = 2**20
 HEAD = "POST /v1/targets HTTP/1.1\r\nHost: teacher\r\nContent-Type: application/msgpack\r\n"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.chaos.crowd import ask, crowd, request_body, until_admitted
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 CLIENTS = 32
 

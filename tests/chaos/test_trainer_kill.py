@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from student_trainer import checkpoint
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (
     SIGKILL,
     SIGTERM,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (
     SIGKILL,
     TrainerProcess,

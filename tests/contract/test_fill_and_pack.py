@@ -15,7 +15,7 @@ import pytest
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.store import TargetStore
 from teacher_proto.sync_client import SyncTeacherClient
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 from tests.unit.proto.fake_teacher import same_bits
 
 SCRIPTED = ("--engine", "scripted")

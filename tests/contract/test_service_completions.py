@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from teacher_service.scripted_model import scripted_logits
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 VOCAB = 512
 IDS = [5, 7, 300, 7, 12, 511, 0]

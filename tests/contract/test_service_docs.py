@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 TEXT = (Path(__file__).parents[2] / "docs/api.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```\n```(json|text)\n(.*?)```", TEXT, re.DOTALL)

@@ -23,7 +23,7 @@ from teacher_service.app import create_app
 from teacher_service.scripted_engine import ScriptedEngine
 from teacher_service.service import TeacherService
 from teacher_service.settings import TeacherSettings
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 ALICE, BOB = "alice-key-0123456789abcdef", "bob-key-0123456789abcdef"
 KEYS = f"alice {ALICE}\nbob sha256:{hashlib.sha256(BOB.encode()).hexdigest()}  # by digest\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 KEY = "page-key-0123456789abcdef"
 CHROMIUM = shutil.which("chromium")

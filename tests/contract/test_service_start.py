@@ -13,7 +13,7 @@ import pytest
 
 from teacher_service.run import engine_options
 from teacher_service.settings import PREFIX, TeacherSettings, parse_settings
-from tests.service_process import READY, TeacherProcess
+from tests.teacher_process import READY, TeacherProcess
 
 HEAVY = ("torch", "fastapi", "vllm", "transformers", "uvicorn")
 

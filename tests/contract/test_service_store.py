@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import msgpack
 
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 
 def post(teacher: TeacherProcess, **fields: Any) -> dict[int, dict[str, Any]]:

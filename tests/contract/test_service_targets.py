@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from teacher_service.scripted_model import scripted_logits
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 VOCAB = 512
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import trustme
 
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 
 def save(certificate: trustme.LeafCert, folder: Path) -> tuple[Path, Path]:

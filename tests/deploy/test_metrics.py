@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from tests.teacher_process import TeacherProcess
 
 from tests.docs.markdown import ROOT
+from tests.teacher_process import TeacherProcess
 from tests.trainer_run import TrainerProcess, Workshop, teacher_script, wait_for_step
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/stillhouse.json").read_text())

@@ -14,7 +14,7 @@ import pytest
 
 from tests.docs.markdown import EXECUTED, NEEDS, ROOT, Block, blocks_of, is_slow
 from tests.docs.reader import Reader
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 # The API page has answers of the scripted teacher beside its requests, and a test of its own.
 ELSEWHERE = {"docs/api.md": "tests/contract/test_service_docs.py"}

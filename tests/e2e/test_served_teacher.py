@@ -17,7 +17,7 @@ from tests.contract.engine_cases import (
     reference_logits,
     sequences_of,
 )
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 START_WITHIN_S = 240.0
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.teacher_process import TeacherProcess
 
 from student_trainer import main
+from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (
     SIGKILL,
     TrainerProcess,

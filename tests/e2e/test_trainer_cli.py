@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from student_trainer import main
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 from tests.trainer_run import Workshop, lines_of, steps_of, teacher_script, trace_of, train
 
 COMMAND = str(Path(sys.executable).parent / "stillhouse-train")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.teacher_process import TeacherProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.compose import compose
 from student_trainer.data.loader import BatchSource
+from tests.teacher_process import TeacherProcess
 from tests.trainer_run import Workshop, final_files, lines_of, teacher_script, trace_of, train
 
 TEMPERATURES = (1.0, 2.0, 5.0)

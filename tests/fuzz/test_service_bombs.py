@@ -20,7 +20,7 @@ from teacher_proto.errors import StillhouseError
 from teacher_proto.requests import Limits, check_request, parse_request
 from teacher_proto.wire import MSGPACK, decode_request
 from tests.chaos.crowd import percentile, request_body
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 MIB = 2**20
 SIZE = 16 * MIB - 64

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
 
-from tests.service_process import TeacherProcess
+from tests.teacher_process import TeacherProcess
 
 EXAMPLES = int(os.environ.get("STILLHOUSE_FUZZ_EXAMPLES", "40"))
 KEY = "fuzz-key-0123456789abcdef"
