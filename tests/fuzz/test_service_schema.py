@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
 
 from tests.teacher_process import TeacherProcess
 
-EXAMPLES = int(os.environ.get("STILLHOUSE_FUZZ_EXAMPLES", "40"))
+EXAMPLES, EXAMPLES_AT_LENGTH = 40, 1000
 KEY = "fuzz-key-0123456789abcdef"
 
 
@@ -44,14 +44,31 @@ CASES += [(*route, GenerationMode.NEGATIVE) for route in ROUTES if route[1] == "
 UNSAYABLE = [positive_data_acceptance]
 
 
-@pytest.mark.parametrize(("path", "method", "mode"), CASES)
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(data=strategies.data())
-def test_answers_are_as_documented(
-    api: schemathesis.BaseSchema, path: str, method: str, mode: GenerationMode, data: strategies.DataObject
-) -> None:
+LENIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def meet(api: schemathesis.BaseSchema, path: str, method: str, mode: GenerationMode, data: st.DataObject) -> None:
     case = data.draw(api[path][method].as_strategy(generation_mode=mode))
     case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, timeout=30, excluded_checks=UNSAYABLE)
+
+
+@pytest.mark.parametrize(("path", "method", "mode"), CASES)
+@settings(LENIENT, max_examples=EXAMPLES)
+@given(data=st.data())
+def test_answers_are_as_documented(
+    api: schemathesis.BaseSchema, path: str, method: str, mode: GenerationMode, data: st.DataObject
+) -> None:
+    meet(api, path, method, mode, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "method", "mode"), CASES)
+@settings(LENIENT, max_examples=EXAMPLES_AT_LENGTH)
+@given(data=st.data())
+def test_twelve_thousand_answers_are_as_documented(
+    api: schemathesis.BaseSchema, path: str, method: str, mode: GenerationMode, data: st.DataObject
+) -> None:
+    meet(api, path, method, mode, data)
 
 
 def test_every_route_is_described_and_asks_for_a_key(teacher: TeacherProcess) -> None:
