@@ -118,7 +118,8 @@ class Process:
             log.warning("stopped before it was ready")
             return False
         await start
-        # All that was loaded stays; a full collection would walk it, for 0.4 s with vLLM, and the event loop stand still.
+        # All that was loaded stays. Full collections would walk it, which takes 0.4 s with vLLM's modules, and nothing
+        # is answered meanwhile.
         gc.collect()
         gc.freeze()
         on_ready()
