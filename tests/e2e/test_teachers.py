@@ -5,13 +5,16 @@ The trainer is a process, the teacher a real service, and what must be the same 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from student_trainer import main
+from tests.models import VOCAB_SIZE, save_tiny_llama
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (
     SIGKILL,
@@ -155,6 +158,37 @@ def test_a_teacher_for_each_source_and_an_ensemble(
     refused = arguments(workshop, tmp_path / "ensemble", *both, "teacher.members.one.weight=2")
     assert train(refused, tmp_path / "refused.txt") == 2
     assert "members, weights and sources" in (tmp_path / "refused.txt").read_text()
+
+
+def with_tokens(folder: Path, change: Callable[[dict[str, int]], object]) -> Path:
+    """The tiny student with another vocabulary in its tokenizer's file."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    change(tokenizer["model"]["vocab"])
+    file.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_another_vocabulary_is_shared_where_it_can_be_and_refused_where_not(workshop: Workshop, tmp_path: Path) -> None:
+    local = ("teacher=local", f"teacher.model={workshop.student}", "teacher.sanity=off", "run.steps=2")
+
+    def start(name: str, student: Path) -> tuple[int, str]:
+        given = [*arguments(workshop, tmp_path / name, *local), f"student.checkpoint_path={student}"]
+        code = train(given, tmp_path / f"{name}.txt")
+        return code, (tmp_path / f"{name}.txt").read_text()
+
+    padded = save_tiny_llama(tmp_path / "padded-student", vocab_size=VOCAB_SIZE + 64)
+    code, said = start("padded", padded)
+    assert code == 0 and f"the losses compare the two on the first {VOCAB_SIZE} ids" in said, said
+
+    grown = save_tiny_llama(tmp_path / "grown-student", vocab_size=VOCAB_SIZE + 8)
+    code, said = start("grown", with_tokens(grown, lambda vocab: vocab.update(mash=len(vocab))))
+    assert code == 0 and "the student knows 1 tokens that the teacher does not, from 'mash'" in said, said
+
+    other = save_tiny_llama(tmp_path / "other-student")
+    code, said = start("other", with_tokens(other, lambda vocab: vocab.update(a=vocab["b"], b=vocab["a"])))
+    assert code == 2 and "2 ids mean different tokens" in said and "'b' here, 'a' there" in said, said
+    assert steps_of(tmp_path / "other" / "run") == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from student_trainer.data.batch import Batch, Placed, build_batch
 from student_trainer.losses import Term, head_loss
 from student_trainer.targets.align import hidden_numbers, micro_batches
 from student_trainer.targets.protocol import Ask, BatchTargets, counted_rows
+from student_trainer.targets.questions import questions
 from student_trainer.targets.student_support import ids_by_document
 from student_trainer.targets.teacher_head import read_head
 from teacher_proto.errors import InvalidTargetsError
@@ -108,6 +109,23 @@ def test_rows_that_do_not_count_are_not_asked_for() -> None:
     assert asked == [(0, 9), (0, 4), (0, 2), None, (0, 7)]
     first = batch_of([6], masks={(0, 0): [False, False, False, True, True, False]})
     assert counted_rows(first, first.documents[0]) == (2, 4)
+
+
+def test_a_teacher_is_asked_the_same_about_a_document_packed_alone_and_padded() -> None:
+    together = BATCHES["masked"]
+    asked = {together.documents[place].key: question for place, question in questions(together, ASK, V)}
+    for document in together.documents:
+        tokens_T = together.tokens_BT[document.row, document.start : document.stop]
+        counts = MASKS.get(tuple(int(part) for part in document.key.split(":")[1:]))
+        placed = Placed(0, document.key, tokens_T, None if counts is None else np.array(counts))
+        for seq_len in (len(tokens_T), 24):
+            alone = build_batch(0, [[placed]], seq_len, 0, ("x", "y"))
+            found = dict(questions(alone, ASK, V)).get(0)
+            expected = asked.get(document.key)
+            assert (found is None) == (expected is None)
+            if found is not None and expected is not None:
+                np.testing.assert_array_equal(found.tokens_T, expected.tokens_T)
+                assert (found.rows, found.spec) == (expected.rows, expected.spec)
 
 
 def test_documents_of_one_token_need_no_teacher() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from student_trainer.data.mixture import MixtureState
@@ -16,6 +17,7 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
 from student_trainer.targets.prefetch import Prefetch
 from student_trainer.targets.protocol import Ask, BatchTargets
+from teacher_proto.targets import TokenTargets
 from tests.trainer_run import random_delays
 
 ASK = Ask(("top_k",), 4)
@@ -62,8 +64,10 @@ def thread() -> Iterator[EventThread]:
         yield made
 
 
-def prefetch(thread: EventThread, targets: Any, depth: int | str, source: Any = None) -> Prefetch:
-    settings = PrefetchSettings(depth=depth)  # type: ignore[arg-type]
+def prefetch(
+    thread: EventThread, targets: Any, depth: int | str, source: Any = None, max_bytes: int = 2**30
+) -> Prefetch:
+    settings = PrefetchSettings(depth=depth, max_bytes=max_bytes)  # type: ignore[arg-type]
     return Prefetch(
         source or stream(),
         targets,
@@ -92,6 +96,44 @@ def test_no_more_than_depth_batches_are_under_way_beside_the_one_in_use(thread: 
             time.sleep(0.01)
             assert max(targets.begun) <= number + depth
     assert targets.most <= depth + 1
+
+
+class Heavy(Counting):
+    """Answers of a mebibyte each, after far longer than a step takes."""
+
+    async def fetch(self, batch: Any, ask: Ask) -> BatchTargets:
+        answered = await super().fetch(batch, ask)
+        document = TokenTargets(0, lse=np.zeros(2**18, np.float32))
+        return BatchTargets((document,), answered.ask, answered.fingerprint)
+
+
+@pytest.mark.parametrize("most", [1, 3, 6])
+def test_the_bytes_of_targets_ahead_of_the_step_keep_to_their_limit(thread: EventThread, most: int) -> None:
+    targets = Heavy(lambda number: 0.03)
+    with prefetch(thread, targets, "auto", max_bytes=most * 2**20) as ahead:
+        deepest = 0
+        for number in range(30):
+            assert ahead.next().targets.nbytes == 2**20
+            time.sleep(0.003)
+            # Before the first answers nobody knows how large they are.
+            if number >= 4:
+                assert len(targets.begun) - 1 - number <= most
+                deepest = max(deepest, len(targets.begun) - 1 - number)
+    assert deepest == most, "the latency wants more than the limit allows"
+
+
+def test_what_becomes_of_targets_happens_off_the_main_thread(thread: EventThread) -> None:
+    names = []
+
+    def prepare(batch: Any, answer: BatchTargets) -> tuple[int, ...]:
+        names.append(threading.current_thread())
+        return (batch.number,)
+
+    settings = PrefetchSettings(depth=2)
+    with Prefetch(stream(), Counting(), lambda batch: ASK, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
+        for _ in range(5):
+            ahead.next()
+    assert threading.main_thread() not in names
 
 
 def test_depth_zero_asks_only_when_the_step_does(thread: EventThread) -> None:

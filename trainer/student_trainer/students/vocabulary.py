@@ -32,7 +32,8 @@ def agree_on_vocabulary(settings: TeacherSettings, card: TeacherCard, tokenizer:
     tokens = tokens_by_id(tokenizer)
     theirs = None
     if matching_prefix(tokens, card.tokenizer_sha256) is None:
-        theirs = _teacher_tokens(settings.tokenizer or card.name, local_only=settings.tokenizer is None)
+        name = settings.tokenizer or (settings.model if settings.kind == "local" else card.name)
+        theirs = _teacher_tokens(name, local_only=settings.tokenizer is None)
     return shared_vocabulary(tokens, student_rows, card.tokenizer_sha256, card.vocab_size, theirs)
 
 
