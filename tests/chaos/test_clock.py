@@ -6,10 +6,8 @@ import re
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.teacher_process import TeacherProcess
-from tests.trainer_run import TrainerProcess, Workshop, trace_of, train
+from tests.trainer_run import TrainerProcess, Workshop, teacher_script, trace_of, train
 
 ROOT = Path(__file__).parents[2]
 WALL_CLOCK = re.compile(r"time\.time\(|datetime\.(?:now|utcnow|today)\(|time\.(?:localtime|gmtime|strftime)\(")
@@ -42,15 +40,9 @@ def jump() -> None:
     time.time = jumping
 
 
-@pytest.mark.parametrize("teacher_is_slow", [False, True])
-def test_a_run_under_a_jumping_clock_is_the_run_under_a_steady_one(
-    workshop: Workshop, tmp_path: Path, teacher_is_slow: bool
-) -> None:
-    from tests.trainer_run import teacher_script
-
-    delay_s = 0.1 if teacher_is_slow else 0.0
+def test_a_run_under_a_jumping_clock_is_the_run_under_a_steady_one(workshop: Workshop, tmp_path: Path) -> None:
     settings = ("teacher.read_timeout_s=5", "teacher.deadline_s=20", "teacher.give_up_after_s=20", "prefetch.depth=1")
-    with TeacherProcess(script=teacher_script(delay_s=delay_s)) as teacher:
+    with TeacherProcess(script=teacher_script(delay_s=0.1)) as teacher:
         steady = workshop.settings(tmp_path / "steady", *settings, url=teacher.url)
         assert train(steady, tmp_path / "steady.txt") == 0
         jumping = workshop.settings(tmp_path / "jumping", *settings, url=teacher.url)
