@@ -60,9 +60,10 @@ class HfEngine:
         await self._batches.start(self._load)
 
     def _load(self) -> None:
+        folder = find_model(**self._source)  # before the import below, so that a mistyped name is answered at once
         from teacher_proto.hf_model import HfModel
 
-        model = HfModel(find_model(**self._source), dtype=self._dtype, device=self._device)
+        model = HfModel(folder, dtype=self._dtype, device=self._device)
         self.limits = model.limits(self._max_model_len, self._max_top_k)
         self.identity = model.identity()
         self._model = model

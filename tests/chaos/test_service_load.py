@@ -136,7 +136,7 @@ async def test_four_students_over_the_same_data_cost_one_forward_pass() -> None:
             status = (await client.get("/v1/status")).json()
     computed = status["sources"]["engine"] / (30 * 4 * 100)
     print(f"four students over the same data: {computed:.2f} forward passes")
-    assert computed <= 2.0 and sum(status["sources"].values()) == 4 * 30 * 4 * 100
+    assert computed == 1.0 and sum(status["sources"].values()) == 4 * 30 * 4 * 100
 
 
 def _key(name: str) -> dict[str, str]:
