@@ -1,6 +1,8 @@
 """Time and peak memory of forward and backward from hidden states: our loss against its peers, in the same run.
 
     python -m benchmarks.loss                  V = 32,000 and 151,936, as many tokens as 16 GiB lets the naive form have
+    python -m benchmarks.loss --of memory --gib 12                the peaks of naive and ours alone, one call each
+    python -m benchmarks.loss --of time --tokens 1024             ours against cross-entropy alone, at any size
     python -m benchmarks.loss --quick          a few hundred tokens, half a minute
     python -m benchmarks.loss --device cuda --dtype bfloat16 --shape 128256x4096 --tokens 8192
 
@@ -116,6 +118,13 @@ CONTENDERS: dict[str, Callable[[Inputs], None]] = {
 }
 
 
+QUESTIONS = {
+    "everything": tuple(CONTENDERS),
+    "memory": (NAIVE, OURS),
+    "time": (PEER, f"{PEER}, chunked", "stillhouse: cross-entropy alone", OURS),
+}
+
+
 def make_inputs(vocab: int, width: int, tokens: int, device: str, dtype_name: str) -> Inputs:
     """Random inputs with logits of a trained model's spread; made without an array of tokens x vocabulary."""
     import torch
@@ -186,7 +195,7 @@ def measure(name: str, arguments: argparse.Namespace, vocab: int, width: int, to
         CONTENDERS[name](x)
         if arguments.device == "cuda":
             torch.cuda.synchronize()
-        if call:
+        if call or not arguments.repeats:
             seconds.append(time.perf_counter() - began)
         peak = max(peak, memory.stop())
     return {"seconds": min(seconds), "peak_bytes": peak}
@@ -211,7 +220,7 @@ def tokens_for(arguments: argparse.Namespace, shape: str) -> int:
     vocab, width = (int(part) for part in shape.split("x"))
     probe = in_a_process(NAIVE, arguments, shape, 512)["peak_bytes"]
     bytes_a_row = (probe - 4 * vocab * width) / 512
-    return int((BUDGET_GIB * 2**30 - 4 * vocab * width) / bytes_a_row) // 256 * 256
+    return int((arguments.gib * 2**30 - 4 * vocab * width) / bytes_a_row) // 256 * 256
 
 
 def compare(arguments: argparse.Namespace, shape: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -219,7 +228,7 @@ def compare(arguments: argparse.Namespace, shape: str) -> tuple[list[dict[str, A
     tokens = tokens_for(arguments, shape)
     best: dict[str, dict[str, float]] = {}
     for turn in range(arguments.rounds):
-        for name in CONTENDERS:
+        for name in QUESTIONS[arguments.of]:
             print(f"{shape}, {tokens} tokens, round {turn + 1}: {name}", file=sys.stderr, flush=True)
             got = in_a_process(name, arguments, shape, tokens)
             seen = best.setdefault(name, got)
@@ -236,18 +245,24 @@ def compare(arguments: argparse.Namespace, shape: str) -> tuple[list[dict[str, A
         }
         for name, got in best.items()
     ]
-    alone = min(best[PEER]["seconds"], best[f"{PEER}, chunked"]["seconds"])
-    return rows, {
-        f"{shape}: peak, naive = 1 (target 0.125)": best[OURS]["peak_bytes"] / best[NAIVE]["peak_bytes"],
-        f"{shape}: time, cross-entropy alone = 1 (target 1.15)": best[OURS]["seconds"] / alone,
-        f"{shape}: time, naive = 1": best[OURS]["seconds"] / best[NAIVE]["seconds"],
-    }
+    ratios = {}
+    if NAIVE in best:
+        peaks = best[OURS]["peak_bytes"], best[NAIVE]["peak_bytes"]
+        ratios[f"{shape}: peak, naive = 1 (target 0.125)"] = peaks[0] / peaks[1]
+        if arguments.repeats:
+            ratios[f"{shape}: time, naive = 1"] = best[OURS]["seconds"] / best[NAIVE]["seconds"]
+    if PEER in best:
+        alone = min(best[PEER]["seconds"], best[f"{PEER}, chunked"]["seconds"])
+        ratios[f"{shape}: time, cross-entropy alone = 1 (target 1.15)"] = best[OURS]["seconds"] / alone
+    return rows, ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help="VOCABULARYxWIDTH, may come several times")
-    parser.add_argument("--tokens", type=int, help="rows; default: what the naive form can have in 16 GiB")
+    parser.add_argument("--tokens", type=int, help="rows; default: what the naive form can have in --gib")
+    parser.add_argument("--gib", type=float, default=BUDGET_GIB, help="memory that the naive form may have")
+    parser.add_argument("--of", choices=QUESTIONS, default="everything", help="which contenders, and what is asked")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=1, help="timed calls a process")
@@ -257,6 +272,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.tokens, arguments.rounds, arguments.shape = 512, 1, ["8000x64", "32000x64"]
+    if arguments.of == "memory":
+        arguments.repeats, arguments.rounds = 0, 1
     if arguments.one:
         vocab, width = (int(part) for part in arguments.shape[0].split("x"))
         print(json.dumps(measure(arguments.one, arguments, vocab, width, arguments.tokens)))
@@ -268,8 +285,12 @@ def main() -> None:
         rows += shape_rows
         ratios |= shape_ratios
     on_cpu = (arguments.device, arguments.dtype) == ("cpu", "float32")
-    name = "loss" if on_cpu else f"loss-{arguments.device}-{arguments.dtype}"
-    report(f"{name}-quick" if arguments.quick else name, rows, ratios, title="forward + backward from hidden states")
+    parts = [
+        "" if on_cpu else f"-{arguments.device}-{arguments.dtype}",
+        "" if arguments.of == "everything" else f"-{arguments.of}",
+        "-quick" if arguments.quick else "",
+    ]
+    report("loss" + "".join(parts), rows, ratios, title="forward + backward from hidden states")
 
 
 if __name__ == "__main__":

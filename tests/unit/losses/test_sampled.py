@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,20 +25,21 @@ def draw(probability_NV: torch.Tensor, draws: int) -> TeacherRows:
     )
 
 
-def test_value_and_gradient_are_cross_entropy_with_the_counts() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_value_and_gradient_are_cross_entropy_with_the_counts(temperature: float) -> None:
     hidden_ND = torch.randn(15, 12, dtype=torch.float64, requires_grad=True)
     weight_VD = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
-    rows = draw(torch.randn(15, 40).softmax(-1), 9)
+    rows = replace(draw((torch.randn(15, 40) / temperature).softmax(-1), 9), sampled_temperature=temperature)
     assert rows.sampled_offsets is not None and rows.sampled_ids is not None and rows.sampled_counts is not None
     target_NV = torch.zeros(15, 40, dtype=torch.float64)
     for row in range(15):
         span = slice(int(rows.sampled_offsets[row]), int(rows.sampled_offsets[row + 1]))
         target_NV[row, rows.sampled_ids[span].long()] = rows.sampled_counts[span].double() / 9
     labels_N = torch.randint(40, (15,))
-    terms = [TERM, Term("ce", "cross_entropy", 0.5)]
+    terms = [replace(TERM, temperature=temperature), Term("ce", "cross_entropy", 0.5)]
     result = head_loss(hidden_ND, weight_VD, labels_N, rows, terms, chunk_rows=4)
     logits_NV = hidden_ND @ weight_VD.T
-    soft_N = torch.nn.functional.cross_entropy(logits_NV, target_NV, reduction="none")
+    soft_N = torch.nn.functional.cross_entropy(logits_NV / temperature, target_NV, reduction="none")
     torch.testing.assert_close(result.per_term["rs"], soft_N.detach())
     expected = soft_N.sum() + 0.5 * torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
     leaves = (hidden_ND, weight_VD)

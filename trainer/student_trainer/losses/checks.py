@@ -1,8 +1,12 @@
-"""What a call of `head.head_loss` must satisfy, checked before any product is made. Called by `head`."""
+"""What a call of `head.head_loss` must satisfy, checked before any product is made. Called by `head`.
+
+What is known without looking into a tensor is refused at once. The rest are *doubts*, which `settle` reads all
+together, so that a GPU is waited for once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +15,9 @@ from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.terms import Term
 
 IGNORED = -100
+
+# A scalar that is True where something is wrong, and the words for it.
+Doubt = tuple[Tensor, Callable[[], str]]
 
 # What each support reads, and the word to ask the teacher for.
 _FIELDS = {
@@ -21,8 +28,17 @@ _FIELDS = {
 }
 
 
+def settle(doubts: Sequence[Doubt]) -> None:
+    """ValueError with the words of the first doubt that holds."""
+    if doubts:
+        flags = torch.stack([wrong for wrong, _ in doubts]).tolist()
+        for wrong, (_, words) in zip(flags, doubts, strict=True):
+            if wrong:
+                raise ValueError(words())
+
+
 def check_shapes(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[Term]) -> None:
-    """ValueError where shapes disagree, a label is out of range, or two terms share a name."""
+    """ValueError where shapes disagree, or two terms share a name."""
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"got hidden states {tuple(hidden_ND.shape)} and head {tuple(weight_VD.shape)}, "
@@ -30,15 +46,20 @@ def check_shapes(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: 
         )
     if labels_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"got labels {tuple(labels_N.shape)}, expected one for each of {len(hidden_ND)} rows")
-    wrong_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= weight_VD.shape[0]))
-    if bool(wrong_N.any()):
-        row = int(wrong_N.nonzero()[0])
-        raise ValueError(
-            f"label {int(labels_N[row])} on row {row}: expected {IGNORED} or an id below {weight_VD.shape[0]}"
-        )
     names = [term.name for term in terms]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"got losses named {names}, expected at least one, and each name once")
+
+
+def doubt_labels(labels_N: Tensor, vocab_size: int) -> Iterator[Doubt]:
+    """A label that is neither ignored nor an id of the student."""
+    wrong_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= vocab_size))
+
+    def words() -> str:
+        row = int(wrong_N.nonzero()[0])
+        return f"label {int(labels_N[row])} on row {row}: expected {IGNORED} or an id below {vocab_size}"
+
+    yield wrong_N.any(), words
 
 
 def shared_width(shared_vocab: int | None, vocab_size: int) -> int:
@@ -59,8 +80,10 @@ def rows_that_count(term: Term, labels_N: Tensor, teacher: TeacherRows | None) -
     return teacher.valid_N.to(labels_N.device, torch.bool)
 
 
-def check_targets(term: Term, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None) -> None:
-    """ValueError if the term needs what `teacher` has not, or if a counted row names an id of `limit` or more."""
+def check_targets(
+    term: Term, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None
+) -> Iterator[Doubt]:  # fmt: skip
+    """ValueError if the term needs what `teacher` has not; doubts about NaN, and about ids of `limit` or more."""
     if term.kind == "cross_entropy":
         return
     wanted, request = _FIELDS[term.support]
@@ -68,37 +91,40 @@ def check_targets(term: Term, teacher: TeacherRows | None, counted_N: Tensor, li
     if teacher is None or missing:
         raise ValueError(f"loss '{term.name}' needs the target kind '{request}' ({', '.join(missing)} not given)")
     if term.support == "sampled":
-        _check_sampled(term, teacher, counted_N, limit)
+        yield from _check_sampled(term, teacher, counted_N, limit)
     elif term.support == "full":
         _check_full(term, teacher, counted_N)
     else:
         ids_NK, logprobs_NK = (getattr(teacher, name) for name in wanted)
         tempered = term.support == "top_k" and teacher.tempered_at(term.temperature) is not None
         log_z_N = None if tempered else teacher.log_z_at(term.temperature)
-        _check_ids(term, ids_NK, logprobs_NK, log_z_N, counted_N, limit)
+        yield from _check_ids(term, ids_NK, logprobs_NK, log_z_N, counted_N, limit)
 
 
 def _check_ids(
     term: Term, ids_NK: Tensor, logprobs_NK: Tensor, log_z_N: Tensor | None, counted_N: Tensor, limit: int | None
-) -> None:
+) -> Iterator[Doubt]:
     if ids_NK.shape != logprobs_NK.shape or len(ids_NK) != len(counted_N):
         raise ValueError(
             f"loss '{term.name}': got ids {tuple(ids_NK.shape)} and logprobs {tuple(logprobs_NK.shape)}, "
             f"expected [{len(counted_N)}, K] twice"
         )
-    used_MK = ids_NK.long()[counted_N]
-    if used_MK.numel() == 0:
+    if ids_NK.numel() == 0:
         return
-    if bool(torch.isnan(logprobs_NK[counted_N]).any()) or (
-        log_z_N is not None and not bool(torch.isfinite(log_z_N[counted_N]).all())
-    ):
-        raise ValueError(f"loss '{term.name}': the teacher's logprobs or log_z contain NaN on a row that counts")
-    if term.support == "gather" and bool((used_MK.sort(-1).values.diff(dim=-1) == 0).any()):
-        raise ValueError(f"loss '{term.name}': an id comes twice on a row of gather_ids, expected distinct ids")
-    _check_range(term, int(used_MK.min()), int(used_MK.max()), limit)
+    nan_N = torch.isnan(logprobs_NK).any(-1)
+    if log_z_N is not None:
+        nan_N = nan_N | ~torch.isfinite(log_z_N)
+    nan = (nan_N & counted_N).any()
+    yield nan, lambda: f"loss '{term.name}': the teacher's logprobs or log_z contain NaN on a row that counts"
+    used_NK = torch.where(counted_N[:, None], ids_NK.long(), 0)
+    if term.support == "gather":
+        twice_N = (used_NK.sort(-1).values.diff(dim=-1) == 0).any(-1) & counted_N
+        words = f"loss '{term.name}': an id comes twice on a row of gather_ids, expected distinct ids"
+        yield twice_N.any(), lambda: words
+    yield _doubt_range(term, used_NK, limit)
 
 
-def _check_sampled(term: Term, teacher: TeacherRows, counted_N: Tensor, limit: int | None) -> None:
+def _check_sampled(term: Term, teacher: TeacherRows, counted_N: Tensor, limit: int | None) -> Iterator[Doubt]:
     assert teacher.sampled_offsets is not None and teacher.sampled_ids is not None
     if len(teacher.sampled_offsets) != len(counted_N) + 1:
         raise ValueError(
@@ -110,17 +136,20 @@ def _check_sampled(term: Term, teacher: TeacherRows, counted_N: Tensor, limit: i
             f"{teacher.sampled_temperature}; ask for samples at the same temperature"
         )
     if teacher.sampled_ids.numel():
-        ids = teacher.sampled_ids.long()
-        _check_range(term, int(ids.min()), int(ids.max()), limit)
+        yield _doubt_range(term, teacher.sampled_ids.long(), limit)
 
 
-def _check_range(term: Term, least: int, largest: int, limit: int | None) -> None:
-    if least < 0 or (limit is not None and largest >= limit):
-        raise ValueError(
-            f"loss '{term.name}': the teacher names ids from {least} to {largest}, expected 0 to "
+def _doubt_range(term: Term, ids: Tensor, limit: int | None) -> Doubt:
+    least, largest = ids.aminmax()
+
+    def words() -> str:
+        return (
+            f"loss '{term.name}': the teacher names ids from {int(least)} to {int(largest)}, expected 0 to "
             f"{'any' if limit is None else limit - 1}; is it a teacher of another vocabulary? "
             "If both share their leading ids, say how many with shared_vocab"
         )
+
+    return (least < 0) if limit is None else (least < 0) | (largest >= limit), words
 
 
 def _check_full(term: Term, teacher: TeacherRows, counted_N: Tensor) -> None:

@@ -121,11 +121,11 @@ def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Te
 def _push_back(head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor) -> None:
     if outcome.bias_V is not None:
         outcome.bias_V.add_(gradient_CV.sum(0))
-    gradient_CV = gradient_CV.to(head.dtype)
+    gradient_CV = gradient_CV.to(head.back_dtype)
     if outcome.hidden_ND is not None:
         outcome.hidden_ND[rows_C] = head.back_to_hidden(gradient_CV).to(outcome.hidden_ND.dtype)
     if outcome.weight_VD is not None:
-        head.back_to_weight_(outcome.weight_VD, gradient_CV, hidden_CD)
+        head.back_to_weight_(outcome.weight_VD, gradient_CV, hidden_CD.to(head.back_dtype))
 
 
 def _empty(

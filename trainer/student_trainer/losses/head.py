@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student_trainer.losses.checks import check_shapes, check_targets, rows_that_count, shared_width
+from student_trainer.losses.checks import (
+    check_shapes,
+    check_targets,
+    doubt_labels,
+    rows_that_count,
+    settle,
+    shared_width,
+)
 from student_trainer.losses.chunks import Job, default_chunk_rows, walk
 from student_trainer.losses.passes import plan_passes
 from student_trainer.losses.rows import TeacherRows
@@ -78,8 +85,10 @@ def head_loss(
         raise ValueError(f"got chunk_rows {chunk_rows}, expected 1 or more")
     shared = shared_width(shared_vocab, vocab_size)
     counted = {term.name: rows_that_count(term, labels_N, teacher) for term in terms}
+    doubts = list(doubt_labels(labels_N, vocab_size))
     for term in terms:
-        check_targets(term, teacher, counted[term.name], vocab_size if shared_vocab is None else None)
+        doubts += check_targets(term, teacher, counted[term.name], vocab_size if shared_vocab is None else None)
+    settle(doubts)
     tracked = [x for x in (hidden_ND, head_weight_VD, head_bias_V) if x is not None and x.requires_grad]
     job = Job(
         labels_N=labels_N,
