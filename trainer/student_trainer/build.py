@@ -26,6 +26,7 @@ from student_trainer.data.tokenise import pad_id
 from student_trainer.evaluate import Evaluator, fetch_held_out
 from student_trainer.logs import RunLog, forget_after
 from student_trainer.loop import Place, Run
+from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.rows import TeacherHead
 from student_trainer.on_policy.prompts import WrittenBatch
 from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
@@ -40,6 +41,7 @@ from student_trainer.students.load import load_student, model_behind
 from student_trainer.students.student import Student
 from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.align import MicroBatch, micro_batches
+from student_trainer.targets.attention import NO_TOKENS, AttentionSource, BesideTokens, open_attention
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
@@ -61,6 +63,12 @@ class Parts:
     source: BatchSource
     student: Student
     head: TeacherHead | None  # the teacher's, where something is compared over the whole vocabulary
+    attention: AttentionSource | None = None
+
+    def reason(self) -> str:
+        """What is known of an outage of those who are asked for targets."""
+        known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
+        return "; ".join(filter(None, known))
 
 
 def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
@@ -85,9 +93,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     stack.callback(checkpoints.close)
     if snapshot is not None:
         checkpoints.resumed_at(place.step)
-    guard = TargetGuard(
-        settings.teacher, folder.dumps, parts.student.vocab_size, parts.teacher.targets.outage if parts.teacher else str
-    )
+    guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason)
     written, stream = _stream(settings, parts, place.mixture, snapshot, stack)
     prefetch = _prefetch(settings, parts, guard, stream, thread, stack)
     evaluator = _evaluator(settings, parts, folder, thread)
@@ -122,7 +128,11 @@ def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snaps
     student = load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
-    return Parts(teacher, tokenizer, source, student, head)
+    attention = None
+    if teacher is not None and settings.distillation.attention.active:
+        student.attention = AttentionTerm.of(settings.distillation.attention, student.model)
+        attention = open_attention(settings, teacher, thread, stack)
+    return Parts(teacher, tokenizer, source, student, head, attention)
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -201,7 +211,7 @@ def _prefetch(
     # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
     data, own = (
         ask_for(terms, settings.teacher.top_k, settings.distillation)
-        if any(term.kind != "cross_entropy" for term in terms)
+        if any(term.reads_tokens for term in terms)
         else None
         for terms in (settings.distillation.build(), settings.on_policy.build())
     )
@@ -210,6 +220,8 @@ def _prefetch(
         return own if isinstance(batch, WrittenBatch) else data
 
     targets = parts.teacher.targets if parts.teacher else None
+    if targets is not None and parts.attention is not None:
+        targets, data = BesideTokens(targets, parts.attention), data or NO_TOKENS
     return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
 
 

@@ -80,11 +80,16 @@ def _batch(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
 
 def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread) -> Iterator[tuple[str, str]]:
     terms = settings.distillation.build()
-    if parts.teacher is None or all(term.kind == "cross_entropy" for term in terms):
+    tokens = int((batch.document_ids_BT >= 0).sum())
+    if parts.attention is not None and parts.student.attention is not None:
+        states = thread.call(parts.attention.fetch(batch))
+        size = sum(each.nbytes for each in states) / tokens
+        layers = f"the teacher's layer {states[0].layer}, the student's {parts.student.attention.layer}"
+        yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
+    if parts.teacher is None or not any(term.reads_tokens for term in terms):
         return
     ask = ask_for(terms, settings.teacher.top_k, settings.distillation)
     answered = thread.call(parts.teacher.targets.fetch(batch, ask))
-    tokens = int((batch.document_ids_BT >= 0).sum())
     yield "targets", f"{', '.join(ask.kinds)} with K = {ask.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
 
 

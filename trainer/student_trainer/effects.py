@@ -34,7 +34,15 @@ def _asks_a_service(settings: Settings) -> bool:
 
 def _may_wait(settings: Settings) -> bool:
     members = settings.teacher.members.values()
-    return _asks_a_service(settings) or any(m.kind == "remote" or m.on_miss == "remote" for m in members)
+    return (
+        _asks_a_service(settings)
+        or _has_attention(settings)
+        or any(m.kind == "remote" or m.on_miss == "remote" for m in members)
+    )
+
+
+def _has_attention(settings: Settings) -> bool:
+    return settings.distillation.attention.active
 
 
 RULES = (
@@ -51,8 +59,11 @@ RULES = (
         for name in ("fingerprint", "top_k", "sanity", "tokenizer", "same_tokenizer")
     ),
     *(
-        Rule(f"teacher.{name}", _asks_a_service, "teacher.kind is another, and its store is not written through")
-        for name in ("url", "key_variable")
+        Rule(f"teacher.{name}", acts, "teacher.kind is another, and its store is not written through")
+        for name, acts in (
+            ("url", _asks_a_service),
+            ("key_variable", lambda s: _asks_a_service(s) or _has_attention(s)),
+        )
     ),
     *(
         Rule(f"teacher.{name}", _may_wait, "no teacher of this run is asked over the network")
@@ -69,6 +80,8 @@ RULES = (
     Rule("teacher.store_bytes", lambda s: s.teacher.on_miss == "remote", "the store is only read"),
     Rule("teacher.mix", lambda s: s.teacher.kind == "mixed", "teacher.kind is not mixed"),
     Rule("teacher.tokenizer", lambda s: s.teacher.same_tokenizer == "check", "teacher.same_tokenizer is trust"),
+    Rule("teacher.attention_url", _has_attention, "distillation.attention.coefficient is null"),
+    Rule("distillation.attention.", _has_attention, "distillation.attention.coefficient is null"),
     Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
@@ -105,7 +118,8 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
         if f"distillation.terms.{name}.coefficient" in given
     ]
     for section, terms in (("distillation", settings.distillation.build()), ("on_policy", settings.on_policy.build())):
-        for name, term in zip(getattr(settings, section).terms, terms, strict=True):
+        # The relation term comes last and has a section of its own.
+        for name, term in zip(getattr(settings, section).terms, terms, strict=False):
             lines += [
                 f"{section}.terms.{name}.{field} has no effect on a loss of kind {term.kind}"
                 for field in term.without_effect()

@@ -1,4 +1,5 @@
-"""Attention-relation distillation: KL(teacher relations || student relations) of Q, K and V. Called by the loop.
+"""Attention-relation distillation: KL(teacher relations || student relations) of Q, K and V. Called by
+`attention_term`.
 
 Relations are of states, never of attention maps: a map's entries lie in [0, 1], so relations of maps are all but
 uniform for any model, and their KL is bounded by 1 / (2T). The definitions are in `teacher_proto.relations`.
@@ -52,7 +53,8 @@ class RelationLoss:
     """`total` / `count` is the loss of its form; both add up over micro batches.
 
     total: differentiable float32 scalar. per_part: the summands of query, key and value, detached.
-    count: positions that took part.
+    per_document_D, counts_D: the summand of each document, differentiable, and its positions that took part.
+    count: positions that took part in all.
 
     Over all positions of the batch, official: sum over Q, K, V of the KL averaged over positions and relation heads,
     divided by R (what the released code does with one layer). paper and minilm: the same without that division.
@@ -60,7 +62,12 @@ class RelationLoss:
 
     total: Tensor
     per_part: dict[str, Tensor]
-    count: int
+    per_document_D: Tensor
+    counts_D: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts_D)
 
 
 TeacherDocument = QKV | ServedRelations
@@ -82,21 +89,25 @@ def attention_relations(
     spans = document_spans(document_ids_BT, student.query.shape[:2])
     documents = _teacher_documents(teacher, spans, student.query.shape[:2])
     weight = 1.0 / relation_heads ** (2 if chosen.per_head else 1)
-    sums = {part: student.query.new_zeros((), dtype=torch.float32) for part in PARTS}
-    count = 0
+    parts_DP: list[Tensor] = []
+    counts_D = []
     for (row, start, stop), document in zip(spans, documents, strict=True):
+        summands = []
         for part in PARTS:
             factor_RTd = similarity_factor(
                 getattr(student, part)[row, start:stop], form=chosen, relation_heads=relation_heads
             )
             rows_r, teacher_rows = _teacher_rows(document, part, factor_RTd, chosen)
             divergence = _BlockwiseDivergence.apply(factor_RTd, rows_r, teacher_rows, chosen, row_chunk)
-            sums[part] = sums[part] + weight * divergence
-        count += len(rows_r)
+            summands.append(weight * divergence)
+        parts_DP.append(torch.stack(summands))
+        counts_D.append(len(rows_r))
+    table_DP = torch.stack(parts_DP) if parts_DP else student.query.new_zeros((0, len(PARTS)), dtype=torch.float32)
     return RelationLoss(
-        total=torch.stack(list(sums.values())).sum(),
-        per_part={part: value.detach() for part, value in sums.items()},
-        count=count,
+        total=table_DP.sum(),
+        per_part=dict(zip(PARTS, table_DP.detach().sum(0), strict=True)),
+        per_document_D=table_DP.sum(1),
+        counts_D=tuple(counts_D),
     )
 
 

@@ -23,7 +23,11 @@ SUPPORTS: dict[str, tuple[str, ...]] = {
     "skewed_reverse_kl": ("top_k", "gather", "full"),
     "tvd": ("top_k", "gather", "full"),
     "sampled": ("sampled",),
+    "attention_relations": (),
 }
+# Kinds that read nothing that the teacher says of tokens. `attention_relations`, of a layer's states, is no term of
+# `head_loss`.
+OFF_TOKENS = ("cross_entropy", "attention_relations")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Term:
             raise ValueError(f"loss '{self.name}': got alpha {self.alpha}, expected a number between 0 and 1")
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether the term compares with what the teacher says of each token."""
+        return self.kind not in OFF_TOKENS
+
+    @property
     def squared(self) -> float:
         """T^2 where the term asks for it, else 1."""
         return self.temperature**2 if self.temperature_squared else 1.0
@@ -82,11 +91,11 @@ class Term:
     def without_effect(self) -> list[str]:
         """Names of the settings that differ from their default and change nothing for this kind."""
         used = {"name", "kind", "coefficient"}
-        if self.kind != "cross_entropy":
+        if self.reads_tokens:
             used |= {"temperature", "support"}
             if self.temperature != 1.0:
                 used.add("temperature_squared")
-        if self.support in ("top_k", "gather") and self.kind not in ("cross_entropy", "sampled"):
+        if self.support in ("top_k", "gather") and self.reads_tokens and self.kind != "sampled":
             used.add("tail")
         if self.kind == "jsd":
             used.add("beta")

@@ -75,6 +75,7 @@ class Settings(Section):
     def _consistent(self) -> Settings:
         terms = self.distillation.terms.items()
         asking = [name for name, term in terms if (term.kind or name) != "cross_entropy"]
+        asking += ["attention relations"] if self.distillation.attention.active else []
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
         warmup = self.student.bitnet.warmup_steps

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from student_trainer.settings.section import Positive, Section
+from student_trainer.settings.attention import AttentionSettings
+from student_trainer.settings.section import Positive, Schedule, Section
 from teacher_proto.requests import HiddenDtype
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
     from student_trainer.losses.weighting import Weighting
+
+ATTENTION = "attention"  # the relation term's name among the others'
 
 
 class TermSettings(Section):
@@ -26,21 +28,16 @@ class TermSettings(Section):
     beta: float = 0.5
     alpha: float = 0.1
     support: Literal["top_k", "gather", "sampled", "full"] = "top_k"
-    schedule: tuple[tuple[int, float], ...] | None = Field(
+    schedule: Schedule = Field(
         None, description="points [step, factor] of the coefficient, straight lines between them; null: 1 throughout"
     )
-
-    @field_validator("schedule")
-    @classmethod
-    def _rising(cls, points: tuple[tuple[int, float], ...] | None) -> tuple[tuple[int, float], ...] | None:
-        if points is not None and (not points or any(a[0] >= b[0] for a, b in pairwise(points))):
-            raise ValueError(f"got the points {list(points)}, expected [[step, factor], ...] of rising steps")
-        return points
 
     def term(self, name: str) -> Term:
         """The term that the losses read. ValueError for one that cannot be."""
         from student_trainer.losses.terms import Term  # brings torch
 
+        if (self.kind or name) == "attention_relations":
+            raise ValueError(f"distillation.terms.{name}: attention relations are set under distillation.attention")
         return Term(name=name, kind=self.kind or name, **self.model_dump(exclude={"kind", "schedule"}))
 
 
@@ -56,9 +53,10 @@ class BalanceSettings(Section):
 
 
 class DistillationSettings(Section):
-    """The loss: its terms by name."""
+    """The loss: its terms by name, and the relation term."""
 
     terms: dict[str, TermSettings] = Field(default_factory=lambda: {"cross_entropy": TermSettings()})
+    attention: AttentionSettings = AttentionSettings()
     balance: BalanceSettings = BalanceSettings()
     chunk_rows: int | None = Field(None, ge=1, description="rows whose logits exist at a time; null: by memory")
     samples: int = Field(50, ge=1, description="draws a token, for losses on sampled targets")
@@ -69,8 +67,9 @@ class DistillationSettings(Section):
     @model_validator(mode="after")
     def _balanced_terms_are_there(self) -> DistillationSettings:
         shares, reference = self.balance.shares, self.balance.reference
-        if missing := sorted(shares.keys() - self.terms.keys()):
-            raise ValueError(f"balance.shares names {missing[0]}, expected one of the terms {sorted(self.terms)}")
+        known = self.terms.keys() | ({ATTENTION} if self.attention.active else set())
+        if missing := sorted(shares.keys() - known):
+            raise ValueError(f"balance.shares names {missing[0]}, expected one of the terms {sorted(known)}")
         if shares and reference is not None and reference not in shares:
             raise ValueError(f"balance.reference is {reference}, expected one of balance.shares: {sorted(shares)}")
         return self
@@ -85,10 +84,22 @@ class DistillationSettings(Section):
             reference = self.balance.reference or next(iter(shares))
             balance = GradientBalance(shares, reference, self.balance.ema, self.balance.every)
         schedules = {name: term.schedule for name, term in self.terms.items() if term.schedule is not None}
+        if self.attention.schedule is not None:
+            schedules[ATTENTION] = self.attention.schedule
         return Weighting(self.build(), schedules, balance)
 
     def build(self) -> tuple[Term, ...]:
         """The terms in the order of their names in the settings. ValueError for one that cannot be."""
         if not self.terms:
             raise ValueError("distillation.terms is empty: name at least one loss")
-        return tuple(settings.term(name) for name, settings in self.terms.items())
+        terms = tuple(settings.term(name) for name, settings in self.terms.items())
+        return (*terms, *self._attention_term())
+
+    def _attention_term(self) -> tuple[Term, ...]:
+        from student_trainer.losses.terms import Term  # brings torch
+
+        if self.attention.coefficient is None:
+            return ()
+        if ATTENTION in self.terms:
+            raise ValueError("distillation.terms.attention: that name is the relation term's, give it another")
+        return (Term(ATTENTION, "attention_relations", self.attention.coefficient),)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -18,3 +19,15 @@ def _tuple_of_one(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+Points = tuple[tuple[int, float], ...]
+
+
+def _rising(points: Points | None) -> Points | None:
+    if points is not None and (not points or any(a[0] >= b[0] for a, b in pairwise(points))):
+        raise ValueError(f"got the points {list(points)}, expected [[step, factor], ...] of rising steps")
+    return points
+
+
+# Of a coefficient: points [step, factor] with straight lines between them.
+Schedule = Annotated[Points | None, AfterValidator(_rising)]

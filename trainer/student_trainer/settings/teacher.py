@@ -41,6 +41,7 @@ class TeacherSettings(OneTeacher):
     """Who answers, what it is asked, and how long the run waits for it."""
 
     kind: Literal["remote", "local", "cached", "mixed", "none"] = "remote"
+    attention_url: Names = Field(("http://127.0.0.1:8001",), description="the attention service beside it")
     members: dict[str, MemberSettings] = Field(default_factory=dict, description="mixed: the teachers by name")
     mix: Literal["ensemble", "by_source"] = Field(
         "ensemble", description="mixed: all answer and their probabilities are mixed, or one for each source of data"

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from student_trainer.losses.balance import term_gradient_norms
+from student_trainer.losses.attention_term import AttentionTerm, relation_among
+from student_trainer.losses.balance import gradient_norms, term_gradient_norms
 from student_trainer.losses.head import HeadLoss, head_loss
 from student_trainer.losses.terms import Term
 from student_trainer.targets.align import MicroBatch
@@ -38,6 +39,7 @@ class Body(Protocol):
 class Student:
     """A model that learns. `teacher_shift`: see `targets.align`. `shared_vocab`: ids that it has in common with the
     teacher, None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
+    `attention`: how a layer's states are held against the teacher's, None where they are not.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Student:
     teacher_shift: int = 0
     shared_vocab: int | None = None
     compute: torch.dtype = torch.float32
+    attention: AttentionTerm | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +71,15 @@ class Student:
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
     ) -> HeadLoss:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
-        return self.loss_of(self.hidden(micro), self.head, micro, terms, chunk_rows, want_top1)
+        relation = relation_among(terms)
+        if relation is None:
+            return self.loss_of(self.hidden(micro), self.head, micro, terms, chunk_rows, want_top1)
+        assert self.attention is not None and micro.attention is not None, "there are no states to learn from"
+        with self.attention.watch(self.model) as states:
+            hidden_ND = self.hidden(micro)
+        others = tuple(term for term in terms if term is not relation)
+        loss = self.loss_of(hidden_ND, self.head, micro, others, chunk_rows, want_top1)
+        return self.attention.add(loss, relation, states.take(), micro.attention)
 
     def loss_of(
         self, hidden_ND: Tensor, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
@@ -84,18 +95,31 @@ class Student:
     def gradient_norms(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None
     ) -> dict[str, float]:  # fmt: skip
-        """By term, the norm of its gradient at coefficient 1 at the hidden rows, where all terms of the head meet.
-
-        A student with a term that meets the others at parameters only measures there: `balance.gradient_norms`.
+        """By term, the norm of its gradient at coefficient 1 at the hidden rows, where all terms of the head meet; with
+        a relation term among them, at the weights that make the states which it compares.
         """
         head = replace(self.head, weight_VD=self.head.weight_VD.detach())
         if head.bias_V is not None:
             head = replace(head, bias_V=head.bias_V.detach())
-        with torch.no_grad():
+
+        def loss_of(hidden_ND: Tensor, terms: tuple[Term, ...]) -> HeadLoss:
+            return self.loss_of(hidden_ND, head, micro, terms, chunk_rows)
+
+        relation = relation_among(terms)
+        if relation is None:
+            with torch.no_grad():
+                hidden_ND = self.hidden(micro)
+            return term_gradient_norms(loss_of, hidden_ND, terms)
+        assert self.attention is not None and micro.attention is not None, "there are no states to learn from"
+        with self.attention.watch(self.model) as states:
             hidden_ND = self.hidden(micro)
-        return term_gradient_norms(
-            lambda hidden_ND, terms: self.loss_of(hidden_ND, head, micro, terms, chunk_rows), hidden_ND, terms
-        )
+        roots: dict[str, tuple[Tensor, Tensor | None]] = {
+            term.name: (loss_of(hidden_ND, (replace(term, coefficient=1.0),)).total, None)
+            for term in terms
+            if term is not relation
+        }
+        roots[relation.name] = (self.attention.values(states.take(), micro.attention).sum(), None)
+        return gradient_norms(roots, self.attention.weights(self.model))
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """The hidden rows [N, D] that predict the labels of the micro batch."""

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from student_trainer.data.batch import Batch
+from student_trainer.losses.attention_term import TeacherAttention
 from student_trainer.losses.rows import TeacherHead, TeacherRows
 from student_trainer.targets.ensemble import TEMPERED
 from student_trainer.targets.protocol import BatchTargets
+from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.errors import InvalidTargetsError
+from teacher_proto.relations import QKV
 from teacher_proto.targets import TokenTargets
 
 
@@ -30,7 +33,7 @@ class MicroBatch:
     """Some rows of a batch on the device: what one forward and backward pass needs.
 
     N counts the labels. `rows_N` places each in the flattened [B x T] hidden rows; `sources_N` indexes the batch's
-    `source_names`; `teacher` has a row for each label.
+    `source_names`; `teacher` has a row for each label, `attention` an item for each document.
     """
 
     tokens_BT: Tensor  # int64
@@ -41,6 +44,7 @@ class MicroBatch:
     sources_N: Tensor  # int64
     teacher: TeacherRows | None
     first_row: int = 0  # of the batch
+    attention: TeacherAttention | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; from pinned memory without waiting for the copy."""
@@ -51,7 +55,8 @@ class MicroBatch:
         if self.teacher is not None:
             pinned = {name: _pinned(value) for name, value in vars(self.teacher).items() if isinstance(value, Tensor)}
             teacher = replace(self.teacher, **pinned).to(device)
-        return replace(self, **moved, teacher=teacher)
+        attention = None if self.attention is None else self.attention.to(device)
+        return replace(self, **moved, teacher=teacher, attention=attention)
 
 
 _TENSORS = ("tokens_BT", "position_ids_BT", "document_ids_BT", "rows_N", "labels_N", "sources_N")
@@ -81,15 +86,20 @@ def _one(
     width = batch.tokens_BT.shape[1]
     # Row t of the batch predicts token t+1 where the mask is set.
     row_N, column_N = np.nonzero(batch.loss_mask_BT[first:stop])
+    rows_N = row_N * width + column_N - teacher_shift
+    attention = None
+    if targets is not None and targets.attention is not None:
+        attention = _teacher_attention(batch, targets.attention, first, stop, rows_N)
     return MicroBatch(
         tokens_BT=_tensor(batch.tokens_BT[first:stop], torch.int64),
         position_ids_BT=_tensor(batch.position_ids_BT[first:stop], torch.int64),
         document_ids_BT=_tensor(batch.document_ids_BT[first:stop], torch.int32),
-        rows_N=_tensor(row_N * width + column_N - teacher_shift, torch.int64),
+        rows_N=_tensor(rows_N, torch.int64),
         labels_N=_tensor(batch.tokens_BT[first:stop][row_N, column_N + 1], torch.int64),
         sources_N=_tensor(batch.source_ids_BT[first:stop][row_N, column_N], torch.int64),
-        teacher=None if targets is None else _teacher_rows(batch, targets, first, stop, head),
+        teacher=_teacher_rows(batch, targets, first, stop, head) if targets is not None and targets.ask.kinds else None,
         first_row=first,
+        attention=attention,
     )
 
 
@@ -143,6 +153,29 @@ def hidden_numbers(hidden_RD: np.ndarray, scale_R: np.ndarray | None) -> np.ndar
     if hidden_RD.dtype == np.uint16:
         return (hidden_RD.astype(np.uint32) << 16).view(np.float32)
     return hidden_RD
+
+
+def _teacher_attention(
+    batch: Batch, attention: tuple[AttentionTargets, ...], first: int, stop: int, rows_N: np.ndarray
+) -> TeacherAttention:
+    """What the teacher says of the batch's rows [first, stop); `rows_N` places each label in their flattened rows."""
+    document_ids_BT = batch.document_ids_BT[first:stop]
+    chosen = [index for index, document in enumerate(batch.documents) if first <= document.row < stop]
+    place_BT = np.full(document_ids_BT.shape, -1)
+    for place, index in enumerate(chosen):
+        document = batch.documents[index]
+        place_BT[document.row - first, document.start : document.stop] = place
+    return TeacherAttention(
+        documents=tuple(_states(attention[index]) for index in chosen),
+        document_ids_BT=document_ids_BT,
+        document_N=torch.from_numpy(place_BT.reshape(-1)[rows_N]),
+    )
+
+
+def _states(targets: AttentionTargets) -> QKV:
+    """fp16 as it came, int8 multiplied out; in memory of their own."""
+    arrays = targets.tensors() if targets.query_scale is None else targets.states()
+    return QKV(*(torch.from_numpy(np.array(arrays[part])) for part in PARTS))
 
 
 # Tensors of a record and the fields that they become; ids are two bytes on the wire, which torch cannot index with.

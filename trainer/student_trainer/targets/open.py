@@ -128,7 +128,7 @@ def check_ask(settings: Settings, card: TeacherCard) -> None:
         if top_k is not None and top_k > min(card.max_top_k, card.vocab_size):
             raise ValueError(f"{name} is {top_k}, the teacher gives {min(card.max_top_k, card.vocab_size)} at most")
     for term in settings.terms():
-        if term.kind != "cross_entropy" and (kind := KIND_OF_SUPPORT[term.support]) not in card.kinds:
+        if term.reads_tokens and (kind := KIND_OF_SUPPORT[term.support]) not in card.kinds:
             raise ValueError(f"the loss {term.name} needs targets of kind {kind}, the teacher serves {card.kinds}")
     if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
         raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")

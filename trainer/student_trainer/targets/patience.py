@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from student_trainer.data.batch import Batch
 from student_trainer.settings import TeacherSettings
@@ -19,6 +20,7 @@ from teacher_proto.errors import TeacherUnavailableError
 
 logger = logging.getLogger(__name__)
 ASK_AGAIN_S = 0.5
+T = TypeVar("T")
 
 
 class Patient:
@@ -36,28 +38,43 @@ class Patient:
         return await self._targets.head()
 
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        started = time.monotonic()
-        while True:
-            try:
-                answer = await self._targets.fetch(batch, ask, gather_ids)
-            except TeacherUnavailableError as error:
-                self._reason = str(error)
-                lasted_s = time.monotonic() - started
-                if lasted_s >= self._give_up_after_s:
-                    raise TeacherUnavailableError(
-                        f"no teacher for {lasted_s:.0f} s, teacher.give_up_after_s is {self._give_up_after_s:g}: "
-                        f"the run stops here, and goes on where it was once there is one. Last: {error}"
-                    ) from error
-                await asyncio.sleep(ASK_AGAIN_S)
-            else:
-                self._reason = ""
-                return answer
+        return await outlast(
+            lambda: self._targets.fetch(batch, ask, gather_ids), self._give_up_after_s, self._note, "teacher"
+        )
+
+    def _note(self, reason: str) -> None:
+        self._reason = reason
 
     def outage(self) -> str:
         return self._reason or self._targets.outage()
 
     async def close(self) -> None:
         await self._targets.close()
+
+
+async def outlast(
+    attempt: Callable[[], Awaitable[T]], give_up_after_s: float, note: Callable[[str], None], who: str
+) -> T:
+    """What `attempt` gives, tried again while nobody can be asked; `note` hears why, and "" once it is over.
+
+    TeacherUnavailableError after `give_up_after_s`.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            answer = await attempt()
+        except TeacherUnavailableError as error:
+            note(str(error))
+            lasted_s = time.monotonic() - started
+            if lasted_s >= give_up_after_s:
+                raise TeacherUnavailableError(
+                    f"no {who} for {lasted_s:.0f} s, teacher.give_up_after_s is {give_up_after_s:g}: "
+                    f"the run stops here, and goes on where it was once there is one. Last: {error}"
+                ) from error
+            await asyncio.sleep(ASK_AGAIN_S)
+        else:
+            note("")
+            return answer
 
 
 @dataclass

@@ -23,6 +23,7 @@ from teacher_proto.targets import TokenTargets
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
     from student_trainer.settings import DistillationSettings
+    from teacher_proto.attention_targets import AttentionTargets
 
 __all__ = ["Ask", "BatchTargets", "GatherIds", "Targets", "TeacherCard", "ask_for", "counted_rows"]
 
@@ -36,15 +37,20 @@ KIND_OF_SUPPORT: dict[str, Kind] = {"top_k": "top_k", "gather": "gather", "sampl
 
 @dataclass(frozen=True, eq=False)
 class BatchTargets:
-    """A teacher's answer to a batch: by document, None where no row of it counts. `ask` is what was asked."""
+    """A teacher's answer to a batch: by document, None where no row of it counts. `ask` is what was asked.
+
+    `attention`: states of every document, where they were asked for beside.
+    """
 
     documents: tuple[TokenTargets | None, ...]
     ask: Ask
     fingerprint: str
+    attention: tuple[AttentionTargets, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(targets.nbytes for targets in self.documents if targets is not None)
+        tokens = sum(targets.nbytes for targets in self.documents if targets is not None)
+        return tokens + sum(targets.nbytes for targets in self.attention or ())
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def ask_for(terms: Iterable[Term], top_k: int, distillation: DistillationSetting
 
     ValueError for losses on samples at several temperatures: the teacher draws at one.
     """
-    terms = [term for term in terms if term.kind != "cross_entropy"]
+    terms = [term for term in terms if term.reads_tokens]
     kinds = {KIND_OF_SUPPORT[term.support] for term in terms} - {"gather"} | {"top_k"}
     softened = {term.temperature for term in terms if term.support in ("top_k", "gather")} - {1.0}
     drawn = sorted({term.temperature for term in terms if term.support == "sampled"})

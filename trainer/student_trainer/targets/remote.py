@@ -12,6 +12,7 @@ from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Teach
 from student_trainer.targets.questions import Question, answers, gathered_ids, questions, together
 from teacher_proto.client import TeacherClient
 from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Limits, TargetsRequest
 
 
@@ -61,7 +62,7 @@ class RemoteTargets:
             await self.client.close()
 
 
-def split(asked: list[Question], limits: Limits) -> list[list[Question]]:
+def split(asked: list[Question], limits: SequenceLimits) -> list[list[Question]]:
     """The questions in requests that each keep to the teacher's limits, in order."""
     groups: list[list[Question]] = []
     tokens = 0

@@ -1,0 +1,43 @@
+"""The relation term of the loss: the section `distillation.attention`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from student_trainer.settings.section import Schedule, Section
+from teacher_proto.relations import layer_index
+
+Layer = int | float | str
+DEEP = 10_000  # a depth at which a name or a fraction is checked before any model is known
+
+
+class AttentionSettings(Section):
+    """KL(teacher || student) of the relations of Q, K and V, asked of the service at `teacher.attention_url`.
+
+    Reduction: for each token that counts the mean, over the positions of its document and the R relation heads, of the
+    KL summed over Q, K and V; form official divides it by R once more. Then as for every term: times the coefficient,
+    summed over tokens, divided by their number.
+    """
+
+    coefficient: float | None = Field(None, ge=0, description="of the reduction in the guide; null: no such term")
+    form: Literal["official", "paper", "minilm"] = Field(
+        "official", description="cosine without mask; scaled dot product without mask; the same, causal"
+    )
+    relation_heads: int = Field(32, ge=1, description="R, into which the states of both models are cut")
+    layer: Layer = Field("late_middle", description="teacher's layer: index, fraction of the depth, or name")
+    student_layer: Layer | None = Field(None, description="the student's; null: read layer in the student's depth")
+    schedule: Schedule = Field(None, description="points [step, factor] of the coefficient; null: 1 throughout")
+    transport: Literal["float16", "int8"] = Field("float16", description="how the teacher's states travel")
+
+    @property
+    def active(self) -> bool:
+        return self.coefficient is not None
+
+    @field_validator("layer", "student_layer")
+    @classmethod
+    def _can_be_a_layer(cls, layer: Layer | None) -> Layer | None:
+        if layer is not None:
+            layer_index(layer, num_layers=DEEP)
+        return layer

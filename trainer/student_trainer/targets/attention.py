@@ -1,0 +1,152 @@
+"""The teacher's attention states, from the service beside it, asked for together with the tokens' targets.
+
+Opened by `build`; `BesideTokens` is what `prefetch` then calls, `align` cuts into micro batches.
+States travel, and the loss rebuilds the relations from them. A batch has its states or is not trained on: a service
+that is gone is waited for as the teacher is, one that can't be right stops the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from student_trainer.data.batch import Batch
+from student_trainer.losses.attention_term import check_relation_heads
+from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.settings import Settings
+from student_trainer.settings.attention import AttentionSettings
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.open import Teacher
+from student_trainer.targets.patience import outlast
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
+from student_trainer.targets.questions import Question, together
+from student_trainer.targets.remote import split
+from teacher_proto.attention import AttentionInfo, AttentionRequest
+from teacher_proto.attention_client import AttentionClient
+from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.identity import TeacherIdentity
+from teacher_proto.relations import layer_index
+from teacher_proto.retry import RetryPolicy
+
+# Asked of the teacher where only its attention is learnt from.
+NO_TOKENS = Ask(kinds=(), top_k=0)
+
+
+class AttentionSource:
+    """`make_client` is called on the event loop. `reason` is the last that was heard while an outage lasts."""
+
+    def __init__(
+        self, make_client: Callable[[], AttentionClient], settings: AttentionSettings, start_within_s: float,
+        give_up_after_s: float,
+    ):  # fmt: skip
+        self._make_client, self._settings = make_client, settings
+        self._start_within_s, self._give_up_after_s = start_within_s, give_up_after_s
+        self._client: AttentionClient | None = None
+        self._info: AttentionInfo | None = None
+        self.reason = ""
+
+    async def open(self) -> AttentionInfo:
+        """Reach the service. ValueError if it can't serve what the settings ask, before anything is asked."""
+        self._client = self._make_client()
+        self._info = await self._client.teacher(self._start_within_s)
+        shape = self._info.shape
+        try:
+            layer = layer_index(self._settings.layer, num_layers=shape.num_layers)
+        except ValueError as error:
+            raise ValueError(f"distillation.attention, the teacher: {error}") from None
+        if layer > shape.max_layer:
+            raise ValueError(
+                f"distillation.attention.layer {self._settings.layer} is the teacher's layer {layer}, the attention "
+                f"service holds layers 0 to {shape.max_layer}: start it with --layer {layer}, or ask for one of those"
+            )
+        check_relation_heads(self._settings.relation_heads, shape.widths, "the teacher")
+        return self._info
+
+    async def fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
+        """The states of every document. TeacherUnavailableError if the service stays away for too long."""
+        return await outlast(
+            lambda: self._fetch(batch), self._give_up_after_s, self._note, "attention service at teacher.attention_url"
+        )
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    def _note(self, reason: str) -> None:
+        self.reason = f"no attention states: {reason}" if reason else ""
+
+    async def _fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
+        assert self._client is not None and self._info is not None, "open() comes before fetch()"
+        client = self._client
+        documents = [(batch.tokens_BT[d.row, d.start : d.stop], (0, d.stop - d.start)) for d in batch.documents]
+        groups = split([Question(tokens_T, rows, NO_TOKENS) for tokens_T, rows in documents], self._info.limits)
+        requests = [
+            AttentionRequest(
+                sequences=tuple(question.tokens_T for question in group),
+                layer=self._settings.layer,
+                dtype=self._settings.transport,
+            )
+            for group in groups
+        ]
+        answers = await together(client.attention(request) for request in requests)
+        return tuple(document for answer in answers for document in answer)
+
+
+class BesideTokens:
+    """`Targets` of the tokens and of attention in one answer; text that the student wrote has those of tokens alone."""
+
+    def __init__(self, tokens: Targets, attention: AttentionSource):
+        self._tokens, self._attention = tokens, attention
+
+    async def open(self) -> TeacherCard:
+        return await self._tokens.open()
+
+    async def head(self) -> bytes:
+        return await self._tokens.head()
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        if isinstance(batch, WrittenBatch):
+            return await self._tokens.fetch(batch, ask, gather_ids)
+        if ask == NO_TOKENS:
+            return BatchTargets((None,) * len(batch.documents), ask, "", await self._attention.fetch(batch))
+        calls: tuple[Coroutine[Any, Any, Any], ...] = (
+            self._tokens.fetch(batch, ask, gather_ids),
+            self._attention.fetch(batch),
+        )
+        tokens, attention = await together(calls)
+        with_attention: BatchTargets = replace(tokens, attention=attention)
+        return with_attention
+
+    def outage(self) -> str:
+        return self._tokens.outage() or self._attention.reason
+
+    async def close(self) -> None:
+        await self._tokens.close()
+
+
+def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, stack: ExitStack) -> AttentionSource:
+    """Reach the service beside `teacher`. StillhouseError if nobody answers, or another model than the teacher's."""
+    asked = settings.teacher
+    identity = teacher.card.identity
+    beside = TeacherIdentity.model_validate(identity) if identity else teacher.card.fingerprint
+    policy = RetryPolicy(deadline_s=min(asked.deadline_s, asked.give_up_after_s), read_timeout_s=asked.read_timeout_s)
+
+    def make_client() -> AttentionClient:
+        key = os.environ.get(asked.key_variable)
+        return AttentionClient(asked.attention_url, beside=beside, key=key, policy=policy)
+
+    source = AttentionSource(make_client, settings.distillation.attention, asked.start_within_s, asked.give_up_after_s)
+    stack.callback(lambda: thread.call(source.close()))
+    try:
+        thread.call(source.open())
+    except TeacherUnavailableError as error:
+        raise TeacherUnavailableError(
+            f"no attention service at {', '.join(asked.attention_url)}: {error}. Start one with `stillhouse-attention "
+            "MODEL --port 8001`, say where it is with teacher.attention_url=http://HOST:PORT, wait for it with "
+            "teacher.start_within_s=600, or leave the relations out with distillation.attention.coefficient=null"
+        ) from error
+    return source
