@@ -1,6 +1,7 @@
 # Stillhouse. `make demo` and `make test` set up all they need by themselves, in .venv and .cache.
 #
 #   make demo         distil a small student from a served SmolLM2-135M; report in runs/demo/report.html
+#   make bitdistill   make SmolLM2-135M ternary, teach and export it; report in runs/bitdistill/report.html
 #   make test         every test that a CPU can run, the real vLLM engine included
 #   make check        ruff, mypy and the import contracts
 #   make test-slow    the tests of over a minute
@@ -26,15 +27,18 @@ BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l __main__ benchm
 export HYDRA_FULL_ERROR := 0
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo test test-slow check format tree docs audit clean $(BENCHMARKS)
+.PHONY: help install demo bitdistill test test-slow check format tree docs audit clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,11s/^# \{0,3\}//p' Makefile
+	@sed -n '3,12s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/python -m demo.run
+
+bitdistill: $(VENV)/.installed-demo
+	@$(BIN)/python -m demo.bitdistill
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m demo.prepare

@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,17 +24,13 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from demo.prepare import STUDENT, TEACHER, prepare
+from demo.prepare import STUDENT, TEACHER
+from demo.processes import prepare_with_progress, serve, trainer
 
 RUNS = Path("runs/demo")
-TEACHER_LOG = RUNS / "teacher.log"
-BIN = Path(sys.executable).parent
-READY_WITHIN_S = 240.0
-# Teacher and student share the cores here: a thread that waits for another must not spin.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
+NAME = "SmolLM2-135M-Instruct"
 
 # The two arms differ in this setting alone.
 ARMS = {"cross_entropy": "distillation=cross_entropy", "distilled": "distillation=logits_only"}
@@ -64,7 +57,7 @@ def main() -> int:
     shutil.rmtree(RUNS, ignore_errors=True)
     RUNS.mkdir(parents=True)
     prepare_with_progress(console)
-    with serve_teacher(console) as teacher:
+    with serve_teacher(console, RUNS) as teacher:
         for arm, loss in ARMS.items():
             console.rule(f"[bold]{arm.replace('_', ' ')}[/]: {options.steps} steps")
             train(arm, loss, teacher.url, options.steps)
@@ -79,90 +72,58 @@ def main() -> int:
     return 0
 
 
-def prepare_with_progress(console: Console) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("prepare", total=None)
-        prepare(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
-
-
 @contextmanager
-def serve_teacher(console: Console) -> Iterator[Teacher]:
-    """`stillhouse-teacher` on a free port, ready when entered, ended when left."""
-    command = [
-        str(BIN / "stillhouse-teacher"), str(TEACHER), "--name", "SmolLM2-135M-Instruct", "--port", "0",
-        "--max-model-len", "1024",
-    ]  # fmt: skip
-    console.print(f"[dim]$ {' '.join(command)}[/]")
-    with TEACHER_LOG.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-    try:
-        with console.status("the teacher loads its model into vLLM"):
-            teacher = Teacher.at(_wait_ready(process))
+def serve_teacher(console: Console, runs: Path) -> Iterator[Teacher]:
+    """`stillhouse-teacher` with the demo's teacher, its log among `runs`."""
+    options = [str(TEACHER), "--name", NAME, "--max-model-len", "1024"]
+    with serve(console, "stillhouse-teacher", options, runs / "teacher.log") as url:
+        teacher = Teacher.at(url)
         console.print(f"teacher ready at {teacher.url}, fingerprint {teacher.about['fingerprint']}")
         yield teacher
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait_ready(process: subprocess.Popen[bytes]) -> str:
-    """The URL that the teacher says it is ready at. SystemExit with the end of its log if it never does."""
-    deadline = time.monotonic() + READY_WITHIN_S
-    while time.monotonic() < deadline:
-        log = TEACHER_LOG.read_text(errors="replace")
-        if ready := re.search(r"^stillhouse-teacher: ready at (\S+),", log, re.MULTILINE):
-            return ready[1]
-        if process.poll() is not None:
-            tail = "\n".join(log.splitlines()[-15:])
-            raise SystemExit(f"the teacher ended with code {process.returncode}; {TEACHER_LOG} ends with:\n{tail}")
-        time.sleep(0.25)
-    raise SystemExit(f"the teacher was not ready within {READY_WITHIN_S:.0f} s; see {TEACHER_LOG}")
 
 
 def train(arm: str, loss: str, url: str, steps: int) -> None:
-    """One arm, as a user would run it."""
-    command = [
-        str(BIN / "stillhouse-train"), "--config-folder", "demo/config", "data=stdlib", loss,
+    """One arm."""
+    trainer(
+        "--config-folder", "demo/config", "data=stdlib", loss,
         f"run.root={RUNS}", f"run.id={arm}", f"run.steps={steps}", "run.seed=0", "run.resume=never",
         f"student.checkpoint_path={STUDENT}", "student.compute=bfloat16", f"teacher.url={url}", "teacher.top_k=64",
         "optim.learning_rate=2e-3", "optim.weight_decay=0.01", "optim.schedule.warmup_steps=5",
         f"evaluation.every={max(1, steps // 2)}", "checkpoint.every=0", "logging.wandb=off",
-    ]  # fmt: skip
-    with subprocess.Popen(command, env=ENVIRONMENT) as process:
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            raise
-    if code:
-        raise SystemExit(f"stillhouse-train ended with code {code} in the arm {arm}")
+    )  # fmt: skip
+
+
+def ends(run: Path) -> dict[str, Any]:
+    """The first and the last evaluation of a run, by source."""
+    lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    before, after = ({k: v for k, v in line.items() if k != "step"} for line in (lines[0], lines[-1]))
+    return {"before": before, "after": after}
 
 
 def summarise(teacher: Teacher, seconds: float) -> dict[str, Any]:
-    arms = {}
-    for arm in ARMS:
-        lines = [json.loads(line) for line in (RUNS / arm / "evaluation.jsonl").read_text().splitlines()]
-        before, after = ({k: v for k, v in line.items() if k != "step"} for line in (lines[0], lines[-1]))
-        arms[arm] = {"before": before, "after": after}
+    arms = {arm: ends(RUNS / arm) for arm in ARMS}
     identity = {**teacher.about["identity"], "fingerprint": teacher.about["fingerprint"]}
     return {"seconds": round(seconds, 1), "teacher": identity, "arms": arms}
 
 
 def table(summary: dict[str, Any]) -> Table:
-    shown = Table(title="Held-out text: the student before and after, in nats a token")
+    arms = summary["arms"]
+    rows = {"before": arms["distilled"]["before"]} | {arm.replace("_", " "): arms[arm]["after"] for arm in ARMS}
+    return figures_table("Held-out text: the student before and after, in nats a token", rows)
+
+
+def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """`rows`: a student's name -> its figures by source."""
+    shown = Table(title=title)
     for column in ("source", "student", "cross-entropy", "KL(teacher‖student)", "agreement"):
         shown.add_column(column, justify="left" if column in ("source", "student") else "right")
-    for source in summary["arms"]["distilled"]["after"]:
-        rows = [("before", summary["arms"]["distilled"]["before"][source])]
-        rows += [(arm.replace("_", " "), summary["arms"][arm]["after"][source]) for arm in ARMS]
-        for name, figures in rows:
+    last = list(rows)[-1]
+    for source in rows[last]:
+        for name, by_source in rows.items():
+            figures = by_source[source]
             shown.add_row(
                 source, name, f"{figures['cross_entropy']:.3f}", f"{figures['kl']:.3f}", f"{figures['agreement']:.1%}",
-                end_section=name == "distilled",
+                end_section=name == last,
             )  # fmt: skip
     return shown
 

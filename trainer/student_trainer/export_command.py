@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def _check(model: Any, tokenizer: PreTrainedTokenizerBase, report: ExportReport)
     words = (report.folder / "README.md").read_text()
     ids_BT = np.array([tokenizer(words)["input_ids"][:CHECKED_TOKENS]])
     reader, comparison = reopened(model, report, ids_BT)
+    _write_findings(report, reader, comparison)
     if comparison is None:
         print(
             "  opened again: every tensor is as it was written; llama-cpp-python is not installed, no logits compared"
@@ -142,6 +144,16 @@ def _check(model: Any, tokenizer: PreTrainedTokenizerBase, report: ExportReport)
             f"{report.folder} is not the student that was trained: KL {comparison.kl:.3g} nats by {reader}, "
             f"expected at most {SAME_MODEL_KL}"
         )
+
+
+def _write_findings(report: ExportReport, reader: str, comparison: LogitsComparison | None) -> None:
+    """What was written and how it compares, for programs: `export.json` beside the files."""
+    findings = {
+        "format": report.format, "architecture": report.architecture, "stands_alone": report.stands_alone,
+        "num_bytes": report.num_bytes, "reader": reader,
+        "comparison": None if comparison is None else asdict(comparison),
+    }  # fmt: skip
+    (report.folder / "export.json").write_text(json.dumps(findings, indent=1))
 
 
 def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str, LogitsComparison | None]:

@@ -1,0 +1,134 @@
+"""What each part of BitDistill's loss teaches: one ternary student, equal tokens, several seeds.
+
+    python -m benchmarks.bitdistill                      the table of docs/bitdistill.md
+    python -m benchmarks.bitdistill --steps 2 --pretraining-steps 3 --seeds 0      a few minutes, to see that it works
+
+The student is the demo's (every fifth layer of SmolLM2-135M), made ternary and trained on text alone once; from there
+every arm goes on for the same steps over the same text. Teacher and attention service are processes. Runs are kept in
+runs/bitdistill-ablation, and a run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.quality import mean, spread
+from benchmarks.report import report
+from demo.prepare import STUDENT, TEACHER, prepare
+from demo.processes import serve
+
+ROOT = Path("runs/bitdistill-ablation")
+STAGE2 = "stage2"
+BALANCED = "{cross_entropy: 1, top_k_kl: 1, attention: 1}"
+# By arm: whether it asks the attention service, and its settings.
+ARMS: dict[str, tuple[bool, list[str]]] = {
+    "cross-entropy": (False, ["distillation=cross_entropy"]),
+    "+ logits": (False, ["distillation=bitdistill", "distillation.attention.coefficient=null"]),
+    "+ attention": (True, ["distillation=attention_only"]),
+    "+ both": (True, ["distillation=bitdistill"]),
+    "+ both, equal shares of the gradient": (True, [
+        "distillation=bitdistill", f"distillation.balance.shares={BALANCED}", "distillation.balance.every=10",
+    ]),
+}  # fmt: skip
+TERMS = ("cross_entropy", "top_k_kl", "attention")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretraining-steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts come, in which order")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    options = parser.parse_args()
+    prepare()
+    ROOT.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with ExitStack() as stack:
+        teacher = [str(TEACHER), "--engine", "hf", "--dtype", "float32", "--store", str(ROOT / "store")]
+        url = stack.enter_context(serve(console, "stillhouse-teacher", teacher, ROOT / "teacher.log"))
+        options_beside = [str(TEACHER), "--dtype", "float32"]
+        attention = stack.enter_context(serve(console, "stillhouse-attention", options_beside, ROOT / "attention.log"))
+        beside = [f"teacher.attention_url={attention}"]
+        settings = [*common(options), f"teacher.url={url}"]
+        learn(STAGE2, [
+            *settings, "recipe=bitnet_pretraining", "teacher=remote", f"student.checkpoint_path={STUDENT}",
+            f"run.steps={options.pretraining_steps}", f"student.bitnet.warmup_steps={options.pretraining_steps // 2}",
+            f"evaluation.every={options.pretraining_steps}", "run.seed=100",
+        ])  # fmt: skip
+        for seed in options.seeds:
+            for arm, (asks, loss) in ARMS.items():
+                learn(name_of(arm, seed), [
+                    *settings, "recipe=bitdistill", *loss, *(beside if asks else []),
+                    f"student.checkpoint_path={ROOT / STAGE2}", f"run.steps={options.steps}", f"run.seed={seed}", f"evaluation.every={options.steps}",
+                ])  # fmt: skip
+    write_table(options)
+    return 0
+
+
+def common(options: argparse.Namespace) -> list[str]:
+    return [
+        "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={options.seq_len}", "data.held_out_rows=4",
+        f"run.root={ROOT}", "run.resume=never", "teacher.top_k=64", f"optim.learning_rate={options.learning_rate}",
+        "optim.weight_decay=0.01", "optim.schedule.warmup_steps=3", "checkpoint.every=0", "logging.wandb=off",
+        "logging.progress=off",
+    ]  # fmt: skip
+
+
+def learn(name: str, arguments: list[str]) -> None:
+    """One run, as `stillhouse-train` makes it, in this process."""
+    from student_trainer import main as trainer
+
+    if len(lines_of(name, "evaluation.jsonl")) < 2 and (code := trainer.run([*arguments, f"run.id={name}"])):
+        raise SystemExit(f"stillhouse-train ended with code {code} in {name}")
+
+
+def name_of(arm: str, seed: int) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in arm.lower()).split()
+    return "-".join([*words, str(seed)])
+
+
+def lines_of(name: str, file: str) -> list[dict[str, float]]:
+    path = ROOT / name / file
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_table(options: argparse.Namespace) -> None:
+    rows = []
+    for arm in ARMS:
+        ends = [lines_of(name_of(arm, seed), "evaluation.jsonl")[-1] for seed in options.seeds]
+        last = lines_of(name_of(arm, options.seeds[0]), "metrics.jsonl")[-1]
+        rows.append({
+            "loss": arm,
+            "cross-entropy": spread([mean(line, "cross_entropy") for line in ends], 3),
+            "KL": spread([mean(line, "kl") for line in ends], 3),
+            "agreement %": spread([100 * mean(line, "agreement") for line in ends], 1),
+            **{f"weighted {name}": round(last.get(f"weighted/{name}", 0.0), 3) for name in TERMS},
+        })  # fmt: skip
+    before = lines_of(STAGE2, "evaluation.jsonl")
+    peers = {
+        f"{figure}, {when}": mean(line, figure)
+        for when, line in (("made ternary", before[0]), ("after stage 2", before[-1]))
+        for figure in ("cross_entropy", "kl")
+    }
+    report(
+        "bitdistill", rows, peers,
+        title=f"{options.steps} steps of {options.seq_len} tokens after {options.pretraining_steps} of stage 2, "
+        f"{len(options.seeds)} seeds",
+        notes=(
+            "held-out figures, mean ± standard deviation over seeds; weighted: of the first seed's last step",
+            f"results of each run: {ROOT}/*/evaluation.jsonl",
+        ),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.exit(main())
