@@ -65,9 +65,10 @@ def main() -> int:
         ])  # fmt: skip
         for seed in options.seeds:
             for arm, (asks, loss) in ARMS.items():
+                place = [f"student.checkpoint_path={ROOT / STAGE2}", f"run.seed={seed}", f"run.steps={options.steps}"]
                 learn(name_of(arm, seed), [
-                    *settings, "recipe=bitdistill", *loss, *(beside if asks else []),
-                    f"student.checkpoint_path={ROOT / STAGE2}", f"run.steps={options.steps}", f"run.seed={seed}", f"evaluation.every={options.steps}",
+                    *settings, "recipe=bitdistill", *loss, *(beside if asks else []), *place,
+                    f"evaluation.every={options.steps}",
                 ])  # fmt: skip
     write_table(options)
     return 0

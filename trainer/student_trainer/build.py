@@ -19,6 +19,7 @@ from student_trainer import checkpoint, randomness
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.checkpoint_files import Snapshot, replace_text
 from student_trainer.data.batch import Batch
+from student_trainer.data.classification import class_words
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
@@ -235,7 +236,7 @@ def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: Even
     decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",
-        parts.head,
+        parts.head, class_words(settings.data, parts.tokenizer),
     )  # fmt: skip
 
 

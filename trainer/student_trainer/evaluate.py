@@ -60,21 +60,25 @@ def fetch_held_out(
 
 class Evaluator:
     """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run. `head`: the
-    teacher's, for the full KL.
+    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words.
     """
 
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
-        passage_file: Path, head: TeacherHead | None = None,
+        passage_file: Path, head: TeacherHead | None = None, classes: Mapping[str, Sequence[int]] | None = None,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
         self._decode, self._passage_file, self._head = decode, passage_file, head
+        self._classes = classes or {}
 
     def due(self, step: int, steps: int) -> bool:
         return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
 
     def evaluate(self, student: Student) -> dict[str, Figures]:
-        """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher."""
+        """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
+
+        A source of format classification has `accuracy` too: how often the likeliest of its words is the right one.
+        """
         if self._settings.every == 0:
             return {}
         return {name: self._figures(student, name) for name in self._held_out.batches}
@@ -92,7 +96,8 @@ class Evaluator:
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
         tally = Tally(terms, batches[0].source_names)
-        agreed, tokens = 0, 0
+        agreed, correct, tokens = 0, 0, 0
+        classes = self._classes.get(name)
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
                 for micro in micro_batches(
@@ -104,12 +109,15 @@ class Evaluator:
                     tokens += len(micro.labels_N)
                     if has_teacher:
                         agreed += _agreements(micro, loss.top1_N)
+                    if classes:
+                        correct += _correct(student, micro, classes)
         means = tally.figures().terms
         return {
             "cross_entropy": means["cross_entropy"],
             "kl": means["kl"] if has_teacher else None,
             "agreement": agreed / tokens if has_teacher else None,
             "tokens": tokens,
+            **({"accuracy": correct / tokens} if classes else {}),
         }
 
 
@@ -128,3 +136,9 @@ def _resting(student: Student) -> Iterator[None]:
 def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> int:
     assert micro.teacher is not None and micro.teacher.ids_NK is not None and top1_N is not None
     return int((top1_N == micro.teacher.ids_NK[:, 0]).sum())
+
+
+def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> int:
+    words_C = torch.tensor(classes, device=student.device)
+    said_N = words_C[student.logits(micro)[:, words_C].argmax(1)]
+    return int((said_N == micro.labels_N).sum())

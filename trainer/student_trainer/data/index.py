@@ -23,7 +23,16 @@ from student_trainer.data.settings import SourceSettings
 
 logger = logging.getLogger(__name__)
 VERSION = 1
-SHAPES_THE_INDEX = ("kind", "format", "column", "tools_column", "document", "encoding_errors", "bad_documents")
+SHAPES_THE_INDEX = (
+    "kind",
+    "format",
+    "column",
+    "tools_column",
+    "template",
+    "document",
+    "encoding_errors",
+    "bad_documents",
+)
 
 
 def cache_root(folder: str | None) -> Path:

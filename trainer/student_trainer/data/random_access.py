@@ -15,7 +15,7 @@ from student_trainer.data.documents import RawDocument, canonical
 from student_trainer.data.hub import load_hub
 from student_trainer.data.index import open_index
 from student_trainer.data.order import key_of, shuffled
-from student_trainer.data.records import chat_content, no_column
+from student_trainer.data.records import no_column, record_content
 from student_trainer.data.settings import FILE_KINDS, SourceSettings
 
 BLOCK_CHARACTERS = 1 << 18  # about what a block holds, so that long documents come few at a time
@@ -68,12 +68,12 @@ class RandomAccessSource:
         if self.settings.kind in DATASETS:
             return self._from_dataset(columns)
         documents = columns["document"]
-        return [json.loads(d) for d in documents] if self.settings.format == "chat" else list(documents)
+        return [json.loads(d) for d in documents] if self.settings.is_record else list(documents)
 
     def _from_dataset(self, columns: dict[str, list[Any]]) -> list[Any]:
-        if self.settings.format == "chat":
+        if self.settings.is_record:
             rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-            return [chat_content(row, self.settings) for row in rows]
+            return [record_content(row, self.settings) for row in rows]
         contents = list(columns[self.settings.column_name])
         if any(content is None for content in contents):
             raise ValueError(f"source {self.name!r}: rows without {self.settings.column_name!r}; drop or fill them")
@@ -108,7 +108,7 @@ def _open_hub(name: str, settings: SourceSettings, cache_folder: str | None) -> 
 
 
 def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Dataset) -> datasets.Dataset:
-    columns = [column for column in (settings.column_name, settings.tools_column) if column]
+    columns = list(settings.columns)
     for column in columns:
         if column not in dataset.column_names:
             raise ValueError(no_column(f"source {name!r}", column, dataset.column_names))

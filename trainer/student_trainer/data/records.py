@@ -22,7 +22,12 @@ from student_trainer.data.settings import SourceSettings
 
 logger = logging.getLogger(__name__)
 PARQUET_ROWS = 1024
-DOCUMENT_TYPE = {"text": pa.string(), "chat": pa.string(), "tokens": pa.list_(pa.int32())}
+DOCUMENT_TYPE = {
+    "text": pa.string(),
+    "chat": pa.string(),
+    "tokens": pa.list_(pa.int32()),
+    "classification": pa.string(),
+}
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid, lzma.LZMAError, zlib.error)
 
 
@@ -73,7 +78,7 @@ def _read_jsonl(file: DataFile, settings: SourceSettings, start: int) -> Iterato
 
 
 def _read_parquet(file: DataFile, settings: SourceSettings, start: int) -> Iterator[pa.Table]:
-    columns = [name for name in (settings.column_name, settings.tools_column) if name]
+    columns = list(settings.columns)
     with fsspec.open(file.url, "rb", **settings.storage_options) as binary:
         parquet = pa.parquet.ParquetFile(binary)
         for name in columns:
@@ -88,8 +93,8 @@ def _read_parquet(file: DataFile, settings: SourceSettings, start: int) -> Itera
 
 
 def _from_columns(batch: pa.RecordBatch, file: DataFile, settings: SourceSettings) -> pa.Table:
-    if settings.format == "chat":
-        return _table([chat_json(row, settings) for row in batch.to_pylist()], "chat")
+    if settings.is_record:
+        return _table([record_json(row, settings) for row in batch.to_pylist()], settings.format)
     column = batch.column(settings.column_name)
     if column.null_count:
         raise ValueError(f"{file.url}: {column.null_count} rows have no {settings.column_name!r}; drop or fill them")
@@ -111,7 +116,7 @@ READERS: dict[str, Callable[[DataFile, SourceSettings, int], Iterator[pa.Table]]
 
 def _parse_arrow(chunk: bytes, settings: SourceSettings) -> pa.Table | None:
     """The quick road for text and ids: only the wanted field is parsed. None where it needs the careful one."""
-    if settings.format == "chat" or not chunk.strip():
+    if settings.is_record or not chunk.strip():
         return None
     schema = pa.schema([(settings.column_name, DOCUMENT_TYPE[settings.format])])
     try:
@@ -152,8 +157,8 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
         raise ValueError(f"{place}: got a JSON {type(row).__name__}, expected an object")
     if row.get(settings.column_name) is None:
         raise ValueError(no_column(place, settings.column_name, list(row)))
-    if settings.format == "chat":
-        return chat_json(row, settings)
+    if settings.is_record:
+        return record_json(row, settings)
     value = row[settings.column_name]
     if settings.format == "text":
         if not isinstance(value, str):
@@ -168,13 +173,19 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
     return value
 
 
-def chat_json(row: dict[str, Any], settings: SourceSettings) -> str:
-    """A conversation as the string that the index keeps."""
-    return json.dumps(chat_content(row, settings), ensure_ascii=False)
+def record_json(row: dict[str, Any], settings: SourceSettings) -> str:
+    """A conversation or an example as the string that the index keeps."""
+    return json.dumps(record_content(row, settings), ensure_ascii=False)
 
 
-def chat_content(row: dict[str, Any], settings: SourceSettings) -> dict[str, Any]:
-    """{"messages", and "tools" where there are any} of a row, without the fields that Arrow filled up with null."""
+def record_content(row: dict[str, Any], settings: SourceSettings) -> dict[str, Any]:
+    """What of a row is read: {"messages", and "tools" where there are any} without the fields that Arrow filled up with
+    null, or an example's class and the fields of its template. ValueError for an example without one of them.
+    """
+    if settings.format == "classification":
+        if missing := [name for name in settings.columns if row.get(name) is None]:
+            raise ValueError(f"an example has no field {missing[0]!r}, it has {', '.join(map(repr, sorted(row)))}")
+        return {name: row[name] for name in settings.columns}
     chat: dict[str, Any] = {"messages": row[settings.column_name]}
     if settings.tools_column and row.get(settings.tools_column):
         chat["tools"] = row[settings.tools_column]

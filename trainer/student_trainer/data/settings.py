@@ -5,15 +5,16 @@ All models are frozen and refuse unknown names. A setting that can have no effec
 
 import math
 import re
+import string
 import warnings
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "documents"]
-Format = Literal["text", "chat", "tokens"]
+Format = Literal["text", "chat", "tokens", "classification"]
 
-DEFAULT_COLUMN: dict[str, str] = {"text": "text", "chat": "messages", "tokens": "input_ids"}
+DEFAULT_COLUMN: dict[str, str] = {"text": "text", "chat": "messages", "tokens": "input_ids", "classification": "label"}
 FILE_KINDS = ("text", "jsonl", "parquet")
 BY_ENVIRONMENT = (
     "would be written into the run's folder; give it by the environment "
@@ -37,8 +38,10 @@ class SourceSettings(BaseModel):
     subset: str | None = Field(None, description="kind hub: the data set's configuration")
     split: str = Field("train", description="kind hub or arrow: the split to read")
     revision: str | None = Field(None, description="kind hub: commit to pin")
-    format: Format = Field("text", description="text; chat (a list of messages); tokens (ids made beforehand)")
-    column: str | None = Field(None, description="the field to read; text, messages or input_ids if not given")
+    format: Format = Field("text", description="text; chat (messages); tokens (ids made beforehand); classification")
+    column: str | None = Field(
+        None, description="the field to read; null: text, messages, input_ids or label, by format"
+    )
     tools_column: str | None = Field(None, description="chat: the field with the tools that the template is given")
     document: Literal["file", "paragraph", "line"] = Field("file", description="kind text: what one document is")
     bad_documents: Literal["stop", "skip"] = Field(
@@ -53,6 +56,8 @@ class SourceSettings(BaseModel):
     shuffle_window: int = Field(4096, ge=1, description="streaming: documents shuffled among one another")
     loss_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="chat: what is learnt")
     chat_template: str | None = Field(None, description="chat: a Jinja template used instead of the tokenizer's")
+    template: str = Field("", description="classification: the prompt, with {FIELD} where an example's field goes")
+    labels: dict[str, str] = Field(default_factory=dict, description="classification: by label, the word of the class")
     storage_options: dict[str, Any] = Field(default_factory=dict, description="for fsspec; secrets by environment only")
 
     @field_validator("path", "documents", mode="before")
@@ -97,8 +102,34 @@ class SourceSettings(BaseModel):
                 f"held_out_fraction is 1, so nothing is left to train on, but weight is {self.weight}; "
                 "an evaluation-only source has weight 0"
             )
+        if self.format == "classification":
+            self._check_classification()
         self._warn_without_effect()
         return self
+
+    def _check_classification(self) -> None:
+        if len(self.labels) < 2:
+            raise ValueError(f"format classification needs `labels`, a word for each of two or more; got {self.labels}")
+        if not self.template_fields:
+            raise ValueError(f"format classification needs a `template` with {{FIELD}}s in it; got {self.template!r}")
+        if strange := [name for name in self.template_fields if not name.isidentifier()]:
+            raise ValueError(f"template: {{{strange[0]}}} is no field's name; write {{{{ and }}}} for braces")
+
+    @property
+    def is_record(self) -> bool:
+        """Whether a document is more than one field: kept as JSON."""
+        return self.format in ("chat", "classification")
+
+    @property
+    def template_fields(self) -> tuple[str, ...]:
+        """The fields that the template names, each once."""
+        names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All fields that are read."""
+        return tuple(dict.fromkeys(filter(None, (self.column_name, self.tools_column, *self.template_fields))))
 
     def _warn_without_effect(self) -> None:
         used = {
@@ -116,6 +147,8 @@ class SourceSettings(BaseModel):
             "streaming": self.kind in (*FILE_KINDS, "hub"),
             "loss_on": self.format == "chat",
             "chat_template": self.format == "chat",
+            "template": self.format == "classification",
+            "labels": self.format == "classification",
             "storage_options": self.kind in (*FILE_KINDS, "arrow", "hub"),
         }
         for name, has_effect in used.items():

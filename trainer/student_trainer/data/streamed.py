@@ -19,7 +19,7 @@ from student_trainer.data.documents import RawDocument, canonical
 from student_trainer.data.files import DataFile, find_files
 from student_trainer.data.hub import load_hub
 from student_trainer.data.order import key_of, shuffled
-from student_trainer.data.records import chat_content, no_column, read_tables
+from student_trainer.data.records import no_column, read_tables, record_content
 from student_trainer.data.settings import SourceSettings
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class _FileShard:
     def __call__(self, start: int) -> Iterator[Any]:
         for table in read_tables(self._file, self._settings, start):
             documents = table.column("document").to_pylist()
-            yield from map(json.loads, documents) if self._settings.format == "chat" else documents
+            yield from map(json.loads, documents) if self._settings.is_record else documents
 
 
 class _HubShard:
@@ -134,4 +134,4 @@ class _HubShard:
         for row in self._stream.skip(start) if start else self._stream:
             if row.get(column) is None:
                 raise ValueError(no_column(f"source {self._name!r}", column, list(row)))
-            yield chat_content(row, self._settings) if self._settings.format == "chat" else row[column]
+            yield record_content(row, self._settings) if self._settings.is_record else row[column]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.data.chat import ChatTemplate
+from student_trainer.data.classification import LabelWords
 from student_trainer.data.documents import RawDocument
 from student_trainer.data.settings import DataSettings
 
@@ -45,11 +46,14 @@ class Tokeniser:
         self._suffix = eos_suffix(tokenizer) if data.add_eos and self._settings.format == "text" else ()
         self._backend = backend
         self._chat = ChatTemplate(tokenizer, self._settings) if self._settings.format == "chat" else None
+        self._words = LabelWords(tokenizer, self._settings) if self._settings.format == "classification" else None
 
     def __call__(self, documents: list[RawDocument]) -> list[TokenDocument | None]:
         if self._settings.format == "text":
             return self._from_texts(documents)
-        make = self._from_ids if self._settings.format == "tokens" else self._from_chat
+        make = {"tokens": self._from_ids, "chat": self._from_chat, "classification": self._from_example}[
+            self._settings.format
+        ]
         return [self._guarded(make, document) for document in documents]
 
     def _guarded(
@@ -89,6 +93,11 @@ class Tokeniser:
         if opens and self._add_bos is not False:
             return TokenDocument(document.index, ids_N[1:], counts_N[1:], (bos,))
         return TokenDocument(document.index, ids_N, counts_N, self._prefix if self._add_bos else ())
+
+    def _from_example(self, document: RawDocument) -> TokenDocument | None:
+        assert self._words is not None
+        ids_N, counts_N = self._words(document.content)
+        return TokenDocument(document.index, ids_N, counts_N, self._prefix)
 
     def _from_ids(self, document: RawDocument) -> TokenDocument | None:
         """Ids made beforehand are taken as they are: no BOS, no EOS, all within the vocabulary."""

@@ -1,0 +1,114 @@
+"""Examples with a class: the prompt and the one token that is learnt, the accuracy of a run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from student_trainer.compose import compose
+from student_trainer.data.classification import LabelWords
+from student_trainer.data.loader import BatchSource
+from student_trainer.data.settings import DataSettings, SourceSettings
+from tests.models import save_tiny_llama, tiny_tokenizer
+from tests.trainer_run import ScriptedTargets, lines_of, run_here
+
+TEMPLATE = "{text} Label:"
+LABELS = {"bad": "N", "good": "P"}
+
+
+def write_examples(path: Path, count: int = 400) -> Path:
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            label = draw.choice(list(LABELS))
+            word = {"bad": "ZZ", "good": "XX"}[label]
+            file.write(json.dumps({"text": f"{draw.choice('abc')}{word}", "label": label, "id": 3}) + "\n")
+    return path
+
+
+def source(**changes: Any) -> SourceSettings:
+    settings = {"kind": "jsonl", "path": "x.jsonl", "format": "classification", "template": TEMPLATE, "labels": LABELS}
+    return SourceSettings(**(settings | changes))
+
+
+def test_the_word_of_the_class_alone_is_learnt(tmp_path: Path) -> None:
+    path = write_examples(tmp_path / "examples.jsonl", 20)
+    data = DataSettings(
+        sources={"e": source(path=str(path), held_out_fraction=0)}, seq_len=32, rows=4, packing="none", add_eos=False,
+        cache_folder=str(tmp_path / "cache"), add_bos=True,
+    )  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    batches = BatchSource(data, tokenizer, seed=0)
+    try:
+        batch, _ = batches.batch(batches.initial_state(), 0)
+    finally:
+        batches.close()
+    for document in batch.documents:
+        tokens = batch.tokens_BT[document.row, document.start : document.stop]
+        said = tokenizer.decode(tokens)
+        assert said.startswith("<s>") and said[-7:-1] == "Label:" and said[-1] in "NP"
+        assert ("ZZ" in said) == (said[-1] == "N")
+        counted = batch.loss_mask_BT[document.row, document.start : document.stop]
+        assert counted.sum() == 1 and counted[-2]
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    student = save_tiny_llama(tmp_path / "student", num_hidden_layers=1)
+    path = write_examples(tmp_path / "examples.jsonl")
+    return [
+        "data=classification", f"data.sources.examples.path={path}", "data.seq_len=24", "data.rows=16",
+        'data.sources.examples.template="{text} Label:"', "data.sources.examples.labels={bad: N, good: P}",
+        "data.sources.examples.held_out_fraction=0.2", f"data.cache_folder={tmp_path / 'cache'}", "data.workers=1",
+        f"student.checkpoint_path={student}", f"run.root={tmp_path}", "run.id=run", "run.threads=1",
+        "logging.wandb=off", "logging.progress=off", "optim.learning_rate=1e-2", *more,
+    ]  # fmt: skip
+
+
+def test_a_run_learns_the_classes_and_tells_its_accuracy(tmp_path: Path) -> None:
+    plain = ("teacher=none", "distillation=cross_entropy", "run.steps=30", "evaluation.every=30")
+    assert run_here(arguments(tmp_path, *plain)) == 0
+    first, last = (line["examples"] for line in lines_of(tmp_path / "run", "evaluation.jsonl"))
+    assert first["accuracy"] < 0.8 and last["accuracy"] > 0.95
+    assert last["tokens"] > 50, "an example has one token that counts"
+
+
+def test_the_teacher_is_heard_on_the_words_alone(tmp_path: Path) -> None:
+    loss = ("distillation=classification", "distillation.attention.coefficient=null", "teacher.top_k=16")
+    more = (*loss, "run.steps=2", "evaluation.every=2", "teacher.sanity=off")
+    assert run_here(arguments(tmp_path, *more), ScriptedTargets()) == 0
+    assert lines_of(tmp_path / "run")[0]["tokens"] == 16
+    assert "accuracy" in lines_of(tmp_path / "run", "evaluation.jsonl")[0]["examples"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": {"1": " yes"}}, "a word for each of two or more"),
+        ({"template": "no field"}, r"needs a `template` with \{FIELD\}s"),
+        ({"template": "{a.b}"}, "is no field's name"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        source(**changes)
+
+
+def test_words_and_classes_are_checked() -> None:
+    with pytest.raises(ValueError, match="expected one; choose another word"):
+        LabelWords(tiny_tokenizer(), source(labels={"0": "never seen", "1": "P"}))
+    with pytest.raises(ValueError, match="two classes have the same token"):
+        LabelWords(tiny_tokenizer(), source(labels={"0": "P", "1": "P"}))
+    words = LabelWords(tiny_tokenizer(), source())
+    with pytest.raises(ValueError, match="'label' is 'ugly', expected one of 'bad', 'good'"):
+        words({"text": "x", "label": "ugly"})
+
+
+@pytest.mark.parametrize(("name", "classes"), [("mnli", 3), ("qnli", 2), ("sst2", 2)])
+def test_the_glue_sets_are_settings(name: str, classes: int) -> None:
+    settings = compose([f"data={name}", "teacher=none", "distillation=cross_entropy"]).data
+    assert settings.packing == "none" and len(settings.sources[name].labels) == classes
+    assert settings.sources[name].name == "nyu-mll/glue" and "label" in settings.sources[name].columns
