@@ -110,7 +110,7 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
     (tmp_path / "data" / "mine.yaml").write_text("seq_len: 77\nsources: {}\n")
     assert compose(["student.checkpoint_path=/m", "data=mine"], tmp_path).data.seq_len == 77
     with pytest.raises(ValueError, match="Did you mean 'mine'"):
-        compose(["data=mnie"], tmp_path)
+        compose(["data=minee"], tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         compose([], tmp_path / "absent")
 
