@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from demo.prepare import prepare
 
 BIN = Path(sys.executable).parent
-READY_WITHIN_S = 240.0
+READY_WITHIN_S = 600.0
 # Services and student share the cores here: a thread that waits for another must not spin.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
 

@@ -81,7 +81,10 @@ RULES = (
     Rule("teacher.mix", lambda s: s.teacher.kind == "mixed", "teacher.kind is not mixed"),
     Rule("teacher.tokenizer", lambda s: s.teacher.same_tokenizer == "check", "teacher.same_tokenizer is trust"),
     Rule("teacher.attention_url", _has_attention, "distillation.attention.coefficient is null"),
-    Rule("distillation.attention.", _has_attention, "distillation.attention.coefficient is null"),
+    *(
+        Rule(f"distillation.attention.{name}", _has_attention, "distillation.attention.coefficient is null")
+        for name in ("form", "relation_heads", "layer", "student_layer", "schedule", "transport")
+    ),
     Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),

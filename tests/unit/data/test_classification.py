@@ -16,7 +16,7 @@ from student_trainer.data.settings import DataSettings, SourceSettings
 from tests.models import save_tiny_llama, tiny_tokenizer
 from tests.trainer_run import ScriptedTargets, lines_of, run_here
 
-TEMPLATE = "{text} Label:"
+TEMPLATE = "Label {text}:"
 LABELS = {"bad": "N", "good": "P"}
 
 
@@ -25,8 +25,8 @@ def write_examples(path: Path, count: int = 400) -> Path:
     with path.open("w") as file:
         for _ in range(count):
             label = draw.choice(list(LABELS))
-            word = {"bad": "ZZ", "good": "XX"}[label]
-            file.write(json.dumps({"text": f"{draw.choice('abc')}{word}", "label": label, "id": 3}) + "\n")
+            text = "".join(draw.choices("abcdefgh", k=6)) + {"bad": "Z", "good": "X"}[label]
+            file.write(json.dumps({"text": text, "label": label, "id": 3}) + "\n")
     return path
 
 
@@ -50,8 +50,8 @@ def test_the_word_of_the_class_alone_is_learnt(tmp_path: Path) -> None:
     for document in batch.documents:
         tokens = batch.tokens_BT[document.row, document.start : document.stop]
         said = tokenizer.decode(tokens)
-        assert said.startswith("<s>") and said[-7:-1] == "Label:" and said[-1] in "NP"
-        assert ("ZZ" in said) == (said[-1] == "N")
+        assert said.startswith("<s>") and said[3:9] == "Label " and said[-1] in "NP"
+        assert said[-3:-1] == ("Z:" if said[-1] == "N" else "X:")
         counted = batch.loss_mask_BT[document.row, document.start : document.stop]
         assert counted.sum() == 1 and counted[-2]
 
@@ -61,7 +61,8 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
     path = write_examples(tmp_path / "examples.jsonl")
     return [
         "data=classification", f"data.sources.examples.path={path}", "data.seq_len=24", "data.rows=16",
-        'data.sources.examples.template="{text} Label:"', "data.sources.examples.labels={bad: N, good: P}",
+        "data.held_out_rows=64",
+        'data.sources.examples.template="{text}"', "data.sources.examples.labels={bad: N, good: P}",
         "data.sources.examples.held_out_fraction=0.2", f"data.cache_folder={tmp_path / 'cache'}", "data.workers=1",
         f"student.checkpoint_path={student}", f"run.root={tmp_path}", "run.id=run", "run.threads=1",
         "logging.wandb=off", "logging.progress=off", "optim.learning_rate=1e-2", *more,
@@ -69,11 +70,11 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_a_run_learns_the_classes_and_tells_its_accuracy(tmp_path: Path) -> None:
-    plain = ("teacher=none", "distillation=cross_entropy", "run.steps=30", "evaluation.every=30")
+    plain = ("teacher=none", "distillation=cross_entropy", "run.steps=12", "evaluation.every=12")
     assert run_here(arguments(tmp_path, *plain)) == 0
     first, last = (line["examples"] for line in lines_of(tmp_path / "run", "evaluation.jsonl"))
     assert first["accuracy"] < 0.8 and last["accuracy"] > 0.95
-    assert last["tokens"] > 50, "an example has one token that counts"
+    assert last["tokens"] == 64, "an example has one token that counts, a row one example"
 
 
 def test_the_teacher_is_heard_on_the_words_alone(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""`make bitdistill` with a few steps: both services, both arms, three exports opened again, table and page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_bitdistill_goes_through_and_says_what_it_found() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "demo.bitdistill", "--pretraining-steps", "4", "--steps", "2"],
+        cwd=ROOT, capture_output=True, text=True, timeout=1700,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((ROOT / "runs/bitdistill/summary.json").read_text())
+    arms = summary["arms"]
+    # Both arms begin with the student that stage 2 left.
+    assert arms["cross_entropy"]["before"] == arms["distilled"]["before"]
+    assert arms["cross_entropy"]["after"] != arms["distilled"]["after"]
+    for source in ("prose", "code"):
+        assert arms["stage2"]["after"][source]["cross_entropy"] < arms["stage2"]["before"][source]["cross_entropy"]
+    assert set(summary["exports"]) == {"hf", "bitnet", "gguf"}
+    for form in ("hf", "bitnet"):
+        assert summary["exports"][form]["reader"] == "transformers alone"
+        assert summary["exports"][form]["comparison"]["kl"] < 0.1
+    assert summary["exports"]["bitnet"]["num_bytes"] < 0.5 * summary["exports"]["hf"]["num_bytes"]
+    assert '"passages": [{' in (ROOT / "runs/bitdistill/report.html").read_text()
+    assert "distilled" in done.stdout and "same first choice" in done.stdout
