@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from student_trainer.settings import Settings
+from student_trainer.settings import Settings, TeacherSettings
+from student_trainer.settings.teacher import MemberSettings
 
 
 class Rule(NamedTuple):
@@ -27,22 +28,38 @@ def _has_support(name: str) -> Callable[[Settings], bool]:
     return lambda settings: any(term.support == name for term in settings.terms())
 
 
-def _asks_a_service(settings: Settings) -> bool:
-    teacher = settings.teacher
-    return teacher.kind == "remote" or (teacher.kind == "cached" and teacher.on_miss == "remote")
+def _has_attention(settings: Settings) -> bool:
+    return settings.distillation.attention.active
 
 
 def _may_wait(settings: Settings) -> bool:
-    members = settings.teacher.members.values()
-    return (
-        _asks_a_service(settings)
-        or _has_attention(settings)
-        or any(m.kind == "remote" or m.on_miss == "remote" for m in members)
+    teachers: tuple[TeacherSettings | MemberSettings, ...] = (settings.teacher, *settings.teacher.members.values())
+    return _has_attention(settings) or any(
+        t.kind == "remote" or (t.kind == "cached" and t.on_miss == "remote") for t in teachers
     )
 
 
-def _has_attention(settings: Settings) -> bool:
-    return settings.distillation.attention.active
+# Whose field it is; a store that is written through has a service's as well.
+OF_KIND = {
+    **dict.fromkeys(("url", "key_variable"), "remote"),
+    **dict.fromkeys(("model", "revision", "dtype", "device", "max_batch_tokens"), "local"),
+    **dict.fromkeys(("store", "store_bytes", "on_miss"), "cached"),
+}
+
+
+def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: str) -> str | None:
+    """Why the field `name` of a teacher has no effect; None where it has."""
+    owner, kind = OF_KIND.get(name), teacher.kind
+    written_through = kind == "cached" and teacher.on_miss == "remote"
+    if owner not in (None, kind) and not (owner == "remote" and written_through):
+        return f"this teacher's kind is {kind}"
+    if name == "store_bytes" and not written_through:
+        return "the store is only read"
+    if name == "weight" and mix == "by_source":
+        return "teacher.mix is by_source"
+    if name == "sources" and mix == "ensemble":
+        return "teacher.mix is ensemble"
+    return None
 
 
 RULES = (
@@ -59,25 +76,9 @@ RULES = (
         for name in ("fingerprint", "top_k", "sanity", "tokenizer", "same_tokenizer")
     ),
     *(
-        Rule(f"teacher.{name}", acts, "teacher.kind is another, and its store is not written through")
-        for name, acts in (
-            ("url", _asks_a_service),
-            ("key_variable", lambda s: _asks_a_service(s) or _has_attention(s)),
-        )
-    ),
-    *(
         Rule(f"teacher.{name}", _may_wait, "no teacher of this run is asked over the network")
         for name in ("start_within_s", "deadline_s", "read_timeout_s", "give_up_after_s")
     ),
-    *(
-        Rule(f"teacher.{name}", lambda s: s.teacher.kind == "local", "teacher.kind is not local")
-        for name in ("model", "revision", "dtype", "device", "max_batch_tokens")
-    ),
-    *(
-        Rule(f"teacher.{name}", lambda s: s.teacher.kind == "cached", "teacher.kind is not cached")
-        for name in ("store", "store_bytes", "on_miss")
-    ),
-    Rule("teacher.store_bytes", lambda s: s.teacher.on_miss == "remote", "the store is only read"),
     Rule("teacher.mix", lambda s: s.teacher.kind == "mixed", "teacher.kind is not mixed"),
     Rule("teacher.tokenizer", lambda s: s.teacher.same_tokenizer == "check", "teacher.same_tokenizer is trust"),
     Rule("teacher.attention_url", _has_attention, "distillation.attention.coefficient is null"),
@@ -114,6 +115,14 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
             if matches and not rule.acts(settings):
                 lines.append(f"{name} has no effect: {rule.why}")
                 break
+    teachers: dict[str, TeacherSettings | MemberSettings] = {"teacher": settings.teacher}
+    teachers |= {f"teacher.members.{name}": member for name, member in settings.teacher.members.items()}
+    for name in sorted(given):
+        owner, _, field = name.rpartition(".")
+        if name == "teacher.key_variable" and _has_attention(settings):
+            continue
+        if owner in teachers and (why := _of_one_teacher(field, teachers[owner], settings.teacher.mix)):
+            lines.append(f"{name} has no effect: {why}")
     balance = settings.distillation.balance
     lines += [
         f"distillation.terms.{name}.coefficient has no effect: balance.shares sets how hard it pulls"

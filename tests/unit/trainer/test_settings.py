@@ -90,6 +90,14 @@ def test_a_value_that_must_be_given_is_asked_for_by_name() -> None:
         (["evaluation.every=0", "evaluation.kl=full"], "evaluation.kl"),
         (["teacher.same_tokenizer=trust", "teacher.tokenizer=/x"], "teacher.tokenizer"),
         (["data.sources.a.chat_template=x"], "chat_template"),
+        (["teacher.model=/m"], "teacher.model"),
+        (["teacher=local", "teacher.model=/m", "teacher.url=http://x:1"], "teacher.url"),
+        (["teacher=local", "teacher.model=/m", "teacher.deadline_s=3"], "teacher.deadline_s"),
+        (["teacher=cached", "teacher.store=/s", "teacher.store_bytes=99999999"], "teacher.store_bytes"),
+        (["teacher=cached", "teacher.store=/s", "teacher.url=http://x:1"], "teacher.url"),
+        (["teacher.mix=by_source"], "teacher.mix"),
+        (["teacher=mixed", "teacher.members.x.model=/m"], "teacher.members.x.model"),
+        (["teacher=mixed", "teacher.members.x.sources=a"], "teacher.members.x.sources"),
     ],
 )
 def test_a_setting_without_effect_warns(overrides: list[str], name: str) -> None:
@@ -101,6 +109,10 @@ def test_a_setting_without_effect_warns(overrides: list[str], name: str) -> None
 def test_settings_with_effect_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        compose([*MINIMAL, "teacher=cached", "teacher.store=/s", "teacher.on_miss=remote", "teacher.url=http://x:1",
+                 "teacher.store_bytes=99999999", "teacher.deadline_s=3"])  # fmt: skip
+        compose([*MINIMAL, "teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=/m",
+                 "teacher.members.x.weight=2", "teacher.members.y.url=http://x:1"])  # fmt: skip
         compose([*MINIMAL, "teacher.top_k=3", "prefetch.max_depth=9", "optim.schedule.kind=wsd",
                  "optim.schedule.decay_steps=3", "distillation.terms.top_k_kl.temperature=2"])  # fmt: skip
 
