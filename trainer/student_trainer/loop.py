@@ -9,6 +9,7 @@ never made. `build` puts a `Run` together, `main` calls `train`.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -82,6 +83,8 @@ class Run:
             return {}
         terms, chunk_rows = self.weighting.measured_terms, self.settings.distillation.chunk_rows
         norms = self.student.gradient_norms(ready.micro[0], terms, chunk_rows)
+        if not all(map(math.isfinite, norms.values())):
+            return {}  # the step finds the same, and says where
         self.weighting = self.weighting.take_in(norms)
         return norms
 
