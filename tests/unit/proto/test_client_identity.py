@@ -10,10 +10,20 @@ import pytest
 
 from teacher_proto.canary import LENGTHS, Canary, canary_request, tolerance
 from teacher_proto.client import TeacherClient
-from teacher_proto.errors import WrongTeacherError
+from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.requests import TargetsRequest
-from tests.unit.proto.fake_teacher import FakeClock, Replica, identity, network, refuse, same_bits, sequences, truth
+from tests.unit.proto.fake_teacher import (
+    FakeClock,
+    Replica,
+    identity,
+    network,
+    problem,
+    refuse,
+    same_bits,
+    sequences,
+    truth,
+)
 
 REQUEST = TargetsRequest(sequences=tuple(sequences(5, 9)), top_k=4)
 SEMANTIC: dict[str, Any] = {
@@ -183,3 +193,31 @@ def test_fingerprints_tell_which_half_changed() -> None:
 def test_fingerprints_do_not_depend_on_the_order_of_files() -> None:
     one, two = identity(weights={"a": "1", "b": "2"}), identity(weights={"b": "2", "a": "1"})
     assert one.fingerprint == two.fingerprint != identity(weights={"a": "2", "b": "1"}).fingerprint
+
+
+class HeadReplica(Replica):
+    """Gives out a head under the fingerprint `says`; None: its own. `missing` has none to give."""
+
+    def __init__(self, name: str, says: str | None = None, missing: bool = False):
+        super().__init__(name)
+        self.says, self.missing = says, missing
+
+    def handle(self, http: httpx.Request) -> httpx.Response:
+        if http.url.path != "/v1/head":
+            return super().handle(http)
+        if self.missing:
+            return problem(404, "not_found", "no head here")
+        headers = {"x-teacher-fingerprint": self.says or self.identity.fingerprint}
+        return httpx.Response(200, headers=headers, content=self.url.encode())
+
+
+async def test_the_head_comes_from_the_teacher_that_is_expected_or_not_at_all() -> None:
+    stranger, sound = HeadReplica("a", says="00ff.00ff"), HeadReplica("b")
+    async with client_of(stranger, sound) as client:
+        assert await client.head() == b"http://b:8000"
+    async with client_of(stranger) as client:
+        with pytest.raises(WrongTeacherError, match=r"head of teacher 00ff\.00ff"):
+            await client.head()
+    async with client_of(HeadReplica("a", missing=True)) as client:
+        with pytest.raises(NotFoundError, match="no head here"):
+            await client.head()
