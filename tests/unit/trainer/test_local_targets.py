@@ -5,6 +5,7 @@ every kind, and that an answer depends on its batch alone.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,6 @@ def test_another_model_than_the_run_began_with_is_refused(settings: TeacherSetti
             return await targets.open()
         finally:
             await targets.close()
-
-    from dataclasses import asdict
 
     saved = asdict(asyncio.run(card_of(LocalTargets(settings))))
     assert asyncio.run(card_of(LocalTargets(settings, saved))).fingerprint == saved["fingerprint"]

@@ -61,7 +61,10 @@ class CachedTargets:
             await self._run(self._store.remember, info)
         self._expected.check_identity(info, f"the target store at {self._store.path}")
         self._info = info
-        return TeacherCard.of(info, self._expected.canary)
+        card = TeacherCard.of(info, self._expected.canary)
+        # The student's own ids were not known when the store was filled, and a store has no head.
+        beyond = ("gather", "hidden") if self._behind is None else ()
+        return replace(card, kinds=tuple(kind for kind in card.kinds if kind not in beyond))
 
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
         assert self._info is not None, "open() comes before fetch()"
