@@ -37,7 +37,10 @@ def straight(workshop: Workshop, teacher: TeacherProcess, tmp_path_factory: pyte
     return root / "run"
 
 
-@pytest.mark.parametrize("name", FAULTS)
+SLOW = ("RST in the body", "a black hole")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAULTS])
 def test_a_faulty_network_changes_no_bit_of_the_run(
     workshop: Workshop, teacher: TeacherProcess, straight: Path, tmp_path: Path, name: str
 ) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from student_trainer import main
 from tests.models import VOCAB_SIZE, save_tiny_llama
@@ -108,6 +110,7 @@ def test_a_run_goes_on_with_the_answers_in_a_store_where_its_teacher_has_gone(
     assert_same(root, online)
 
 
+@pytest.mark.slow
 def test_sequences_are_written_filled_and_trained_on(workshop: Workshop, tmp_path: Path) -> None:
     """`sequences`, `stillhouse-teacher fill` and `teacher=cached`, as the message about a miss says."""
     store, file = tmp_path / "store", tmp_path / "sequences.jsonl"
@@ -208,9 +211,12 @@ def test_another_vocabulary_is_shared_where_it_can_be_and_refused_where_not(work
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(
-    workshop: Workshop, tmp_path: Path, overrides: list[str], said: str
-) -> None:
+    workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     given = [override.replace("STUDENT", str(workshop.student)) for override in overrides]
-    assert train(arguments(workshop, tmp_path, *given), tmp_path / "output.txt") == 2
-    text = (tmp_path / "output.txt").read_text()
+    assert main.run(arguments(workshop, tmp_path, *given)) == 2
+    text = capfd.readouterr().err
     assert said in text and "Traceback" not in text, text
