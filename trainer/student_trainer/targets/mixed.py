@@ -39,9 +39,8 @@ class _Several:
         self._fingerprint = ""
 
     async def open(self) -> TeacherCard:
-        cards = dict(
-            zip((m.name for m in self._members), await together(m.targets.open() for m in self._members), strict=True)
-        )
+        opened = await together(member.targets.open() for member in self._members)
+        cards = {member.name: card for member, card in zip(self._members, opened, strict=True)}
         card = as_one(cards, self._kinds(cards), self._description())
         self._fingerprint = card.fingerprint
         return card
@@ -72,18 +71,21 @@ class _Several:
 class Ensemble(_Several):
     """Every teacher is asked, and their probabilities are mixed by weight."""
 
+    def __init__(self, members: Sequence[Member]):
+        super().__init__(members)
+        total = sum(member.weight for member in members)
+        self._weights = [member.weight / total for member in members]
+
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        total = sum(member.weight for member in self._members)
-        weights = [member.weight / total for member in self._members]
         given = await together(
             member.targets.fetch(batch, asked, gather_ids)
-            for member, asked in zip(self._members, share_draws(ask, weights), strict=True)
+            for member, asked in zip(self._members, share_draws(ask, self._weights), strict=True)
         )
-        documents = await asyncio.to_thread(_mix_all, batch, given, weights, ask)
+        documents = await asyncio.to_thread(_mix_all, batch, given, self._weights, ask)
         return BatchTargets(documents, ask, self._fingerprint)
 
     def _description(self) -> list[Any]:
-        return ["ensemble", [member.weight for member in self._members]]
+        return ["ensemble", self._weights]
 
 
 class BySource(_Several):

@@ -87,7 +87,11 @@ class _Opening:
             raise ValueError("teacher.store must be given: the folder of a target store")
         path = Path(teacher.store).resolve()
         if path not in self._stores:
-            store = TargetStore(path, teacher.store_bytes, readonly=teacher.on_miss == "stop")
+            all_of_it = (teacher, *self._settings.members.values())
+            sharing = [one for one in all_of_it if one.store and Path(one.store).resolve() == path]
+            store = TargetStore(
+                path, max(one.store_bytes for one in sharing), readonly=all(one.on_miss == "stop" for one in sharing)
+            )
             self._stack.callback(store.close)
             self._stores[path] = store
         return self._stores[path]
@@ -132,7 +136,6 @@ def check_ask(settings: Settings, card: TeacherCard) -> None:
             raise ValueError(f"the loss {term.name} needs targets of kind {kind}, the teacher serves {card.kinds}")
     if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
         raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")
-
     if settings.teacher.kind == "mixed":
         _check_mix(settings)
 
