@@ -27,11 +27,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "stillhouse-try"
 GRACE_S = 120
-IMAGES = {  # image -> target, extra
-    "trainer-cpu": ("trainer", "trainer"),
-    "demo-models": ("demo-models", "trainer"),
-    "teacher-cpu": ("teacher", "teacher-cpu"),
-    "attention-cpu": ("attention", "attention"),
+IMAGES = {  # image -> target, extra, packages of the system
+    "trainer-cpu": ("trainer", "trainer", ""),
+    "demo-models": ("demo-models", "trainer", ""),
+    "teacher-cpu": ("teacher", "teacher-cpu", "libnuma1"),
+    "attention-cpu": ("attention", "attention", ""),
 }
 LIMITS_GB = {"trainer-cpu": 2.0, "teacher-cpu": 5.0, "attention-cpu": 5.0, "demo-models": 5.0}
 PUBLISHED = {"teacher-cpu": ["8000/tcp"], "grafana": ["3000/tcp"]}
@@ -67,10 +67,11 @@ class Failure(Exception):
 
 
 def build(image: str, options: list[str]) -> None:
-    target, extra = IMAGES[image]
+    target, extra, packages = IMAGES[image]
+    arguments = {"EXTRA": extra, "TORCH_BACKEND": "cpu", "APT_PACKAGES": packages}
+    given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
     run(DOCKER, "build", "-q", "-f", "deploy/Dockerfile", "--target", target, "-t", f"stillhouse/{image}:0.1.0",
-        "--build-arg", f"EXTRA={extra}", "--build-arg", "TORCH_BACKEND=cpu", *options, ".",
-        environment={"DOCKER_BUILDKIT": "1"})  # fmt: skip
+        *given, *options, ".", environment={"DOCKER_BUILDKIT": "1"})  # fmt: skip
     size_gb = int(run(DOCKER, "image", "inspect", "-f", "{{.Size}}", f"stillhouse/{image}:0.1.0")) / 1e9
     require(size_gb <= LIMITS_GB[image], f"image {image} has {size_gb:.2f} GB, {LIMITS_GB[image]:g} at most")
 
