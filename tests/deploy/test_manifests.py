@@ -4,6 +4,7 @@ written to an image, no port but what is meant, nothing latest, a grace that is 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_a_service_is_confined(service: dict[str, Any]) -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_key_is_a_secret_and_no_variable(service: dict[str, Any]) -> None:
     named = {name for name in service.get("environment", {}) if "KEY" in name or "PASSWORD" in name or "TOKEN" in name}
-    assert named <= {"STILLHOUSE_KEYS", "GF_SECURITY_ADMIN_PASSWORD__FILE"}
+    assert named <= {"STILLHOUSE_KEYS", "STILLHOUSE_ATTENTION_KEYS", "GF_SECURITY_ADMIN_PASSWORD__FILE"}
     assert all(service["environment"][name].startswith("/run/secrets/") for name in named)
 
 
@@ -77,7 +78,8 @@ def test_a_profile_is_whole_and_starts_in_order(profile: str) -> None:
         assert set(service.get("depends_on", {})) <= chosen.keys()
         if name.startswith(("teacher", "attention")):
             assert "/health/ready" in str(service["healthcheck"]["test"])
-            assert service["environment"]["STILLHOUSE_DRAIN_TIME"] == str(DRAIN_S)
+            drains = [value for key, value in service["environment"].items() if key.endswith("_DRAIN_TIME")]
+            assert drains == [str(DRAIN_S)]
             assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_S
 
 
@@ -134,6 +136,7 @@ def test_services_speak_to_each_other_by_names_that_exist() -> None:
 
 @pytest.mark.parametrize("pod", pods())
 def test_what_a_pod_is_told_are_settings_that_exist(pod: dict[str, Any]) -> None:
+    from attention_service.settings import parse_settings as parse_attention
     from student_trainer.compose import compose
     from teacher_service.settings import parse_settings
 
@@ -141,7 +144,9 @@ def test_what_a_pod_is_told_are_settings_that_exist(pod: dict[str, Any]) -> None
     if "teacher" in container["image"]:
         settings = parse_settings(container["args"])
         assert settings.max_model_len == 8192
-    elif "trainer" in container["image"]:
+    elif "attention" in container["image"]:
+        assert parse_attention(container["args"]).model == "Qwen/Qwen3-8B"
+    else:
         assert compose(container["args"]).run.id == "first"
 
 
@@ -155,3 +160,24 @@ def test_the_trainers_of_compose_are_told_settings_that_exist(monkeypatch: pytes
     assert compose([*head.split(), *told["TRAINER_SETTINGS"].split()]).run.steps == 2000
     cpu = services["trainer-cpu"]["command"].replace("${RUN_ID:-first}", "first").replace("${CPU_TRAINER:-", "")
     assert compose(cpu.rstrip("}").split()).checkpoint.every == 20
+
+
+def test_secrets_are_made_once_and_open_the_teacher(tmp_path: Path) -> None:
+    from serving.keys import Keys
+
+    folder = tmp_path / "secrets"
+
+    def make() -> dict[str, str]:
+        subprocess.run([ROOT / "deploy/make-secrets"], env=os.environ | {"SECRETS": str(folder)}, check=True)
+        return {path.name: path.read_text() for path in folder.iterdir()}
+
+    made = make()
+    told = {secret["file"].rpartition("/")[2] for path in COMPOSE
+            for secret in yaml.safe_load(path.read_text())["secrets"].values()}  # fmt: skip
+    assert made.keys() == told
+    assert folder.stat().st_mode & 0o777 == 0o700
+    keys = Keys(folder / "keys")
+    assert keys.student(made["STILLHOUSE_KEY"]) == "trainer"
+    assert keys.student(made["prometheus_key"]) == "prometheus"
+    (folder / "HF_TOKEN").write_text("mine")
+    assert make() == made | {"HF_TOKEN": "mine"}
