@@ -1,4 +1,4 @@
-"""The options of `stillhouse-attention`: every one has an environment variable, `STILLHOUSE_ATTENTION_` and its name.
+"""The options of `stillhouse-attention`: every one has an environment variable, `STILLHOUSE_` and its name.
 
 Read by `main.py`; what the teacher service has too is in `serving.settings`.
 """
@@ -13,7 +13,7 @@ from pydantic_settings import SettingsConfigDict
 from serving.settings import ServiceSettings, build_settings, options_parser
 from teacher_proto.relations import LAYER_NAMES, layer_index
 
-PREFIX = "STILLHOUSE_ATTENTION_"
+PREFIX = "STILLHOUSE_"
 
 
 class AttentionSettings(ServiceSettings):
@@ -22,7 +22,6 @@ class AttentionSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX)
     program: ClassVar[str] = "stillhouse-attention"
 
-    port: int = Field(8001, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
     layer: str = Field(
         "late_middle",
         description=f"highest layer that is loaded and served: an index from 0, a fraction, or {'|'.join(LAYER_NAMES)}",

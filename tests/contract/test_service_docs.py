@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.teacher_process import TeacherProcess
+from tests.teacher_process import AttentionProcess, TeacherProcess
+from tests.unit.attention_service.models import save_tiny
 
 TEXT = (Path(__file__).parents[2] / "docs/api.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```\n```(json|text)\n(.*?)```", TEXT, re.DOTALL)
@@ -23,6 +24,13 @@ ANY = "…"
 @pytest.fixture(scope="module")
 def teacher() -> Iterator[TeacherProcess]:
     with TeacherProcess() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttentionProcess]:
+    folder = save_tiny(tmp_path_factory.mktemp("models") / "tiny-qwen3", "qwen3")
+    with AttentionProcess(folder, "--layer", "2") as process:
         yield process
 
 
@@ -38,15 +46,23 @@ def matches(told: Any, came: Any) -> bool:
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_an_example_gives_the_answer_beside_it(teacher: TeacherProcess, number: int) -> None:
+def test_an_example_gives_the_answer_beside_it(
+    teacher: TeacherProcess, attention: AttentionProcess, number: int
+) -> None:
     language, request, form, answer = BLOCKS[number]
-    source = request.replace("http://localhost:8000", teacher.url)
+    source = request.replace("http://localhost:8000", teacher.url).replace("http://localhost:8001", attention.url)
     command = ["bash", "-c", source] if language == "sh" else [sys.executable, "-c", source]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     if form == "json":
         assert matches(json.loads(answer), json.loads(output)), output
     else:
         assert output == answer
+
+
+def test_the_attention_services_own_routes_have_examples(attention: AttentionProcess) -> None:
+    paths = set(httpx.get(f"{attention.url}/openapi.json").json()["paths"])
+    shown = {path for _, request, _, _ in BLOCKS for path in re.findall(r"localhost:800[01](/[a-z0-9/._]*)", request)}
+    assert paths - shown == set()
 
 
 def test_every_route_has_an_example(teacher: TeacherProcess) -> None:
