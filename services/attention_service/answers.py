@@ -59,8 +59,9 @@ def _relations(states_THd: Tensor, job: Job, part: str) -> np.ndarray:
     """[R, r, T] fp16."""
     spec = job.spec
     assert spec.form is not None, "a request for relations has a form"
-    factor_RTd = similarity_factor(states_THd, form=spec.form, relation_heads=spec.relation_heads)
-    _finite(factor_RTd, part, job)
+    # Rounded as served states are, so that who rebuilds relations from states has these very numbers.
+    rounded_THd = _finite(states_THd.to(torch.float16), part, job)
+    factor_RTd = similarity_factor(rounded_THd, form=spec.form, relation_heads=spec.relation_heads)
     form = spec.form
     return _by_rows(job, spec.relation_heads, len(job.tokens_T), factor_RTd.device,
                     lambda rows_r: log_relation_rows(factor_RTd, rows_r, form).exp())  # fmt: skip
@@ -114,7 +115,8 @@ def _by_rows(
 
 def _finite(states: Tensor, part: str, job: Job) -> Tensor:
     if not torch.isfinite(states).all():
-        what = "does not fit float16: ask with dtype int8" if job.spec.dtype == "float16" else "is not finite"
+        fits = states.dtype != torch.float16
+        what = "is not finite" if fits else "does not fit float16: ask for states with dtype int8"
         raise EngineError(
             f"the teacher's {part} of layer {job.spec.layer} {what}, or its weights overflow at this sequence",
             field=part, request_id=job.request_id, retryable=False,

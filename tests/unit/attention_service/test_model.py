@@ -120,7 +120,7 @@ def test_relations_from_states_are_the_served_ones(qwen3: tuple[AttentionModel, 
     (states,) = ask(model, tokens_T)
     for part, exact in true_states(whole, tokens_T, LAST).items():
         table = getattr(served, part).astype(np.float32)
-        for source, allowed in ((states.states()[part], 4e-3), (exact, 2e-3)):
+        for source, allowed in ((states.states()[part], 6e-4), (exact, 4e-3)):
             rebuilt = relations(torch.tensor(source), form=chosen, relation_heads=4).numpy()
             np.testing.assert_allclose(table, rebuilt, atol=allowed)
 
@@ -178,7 +178,7 @@ def test_states_that_do_not_fit_float16_are_refused_with_what_to_ask_for(tmp_pat
     with torch.no_grad():
         model._model.layers[LAST].self_attn.v_proj.weight *= 1e6
     (tokens_T,) = sequences(5)
-    with pytest.raises(EngineError, match="value of layer 2 does not fit float16: ask with dtype int8"):
+    with pytest.raises(EngineError, match="value of layer 2 does not fit float16: ask for states with dtype int8"):
         ask(model, tokens_T)
     (answer,) = ask(model, tokens_T, dtype="int8")
     assert np.isfinite(answer.states()["value"]).all()
