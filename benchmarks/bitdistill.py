@@ -26,24 +26,20 @@ from demo.processes import serve
 
 ROOT = Path("runs/bitdistill-ablation")
 STAGE2 = "stage2"
-BALANCED = "{cross_entropy: 1, top_k_kl: 1, attention: 1}"
 # By arm: whether it asks the attention service, and its settings.
 ARMS: dict[str, tuple[bool, list[str]]] = {
     "cross-entropy": (False, ["distillation=cross_entropy"]),
     "+ logits": (False, ["distillation=bitdistill", "distillation.attention.coefficient=null"]),
     "+ attention": (True, ["distillation=attention_only"]),
     "+ both": (True, ["distillation=bitdistill"]),
-    "+ both, equal shares of the gradient": (True, [
-        "distillation=bitdistill", f"distillation.balance.shares={BALANCED}", "distillation.balance.every=10",
-    ]),
 }  # fmt: skip
 TERMS = ("cross_entropy", "top_k_kl", "attention")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretraining-steps", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--pretraining-steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts come, in which order")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

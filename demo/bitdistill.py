@@ -44,7 +44,7 @@ def main() -> int:
     prepare_with_progress(console)
     with ExitStack() as stack:
         teacher = stack.enter_context(serve_teacher(console, RUNS))
-        beside = [str(TEACHER), "--name", NAME, "--max-model-len", "1024"]
+        beside = [str(TEACHER), "--name", NAME, "--max-model-len", "1024", "--beside", teacher.url]
         attention_url = stack.enter_context(serve(console, "stillhouse-attention", beside, RUNS / "attention.log"))
         console.print(f"attention service ready at {attention_url}")
         train(console, teacher, attention_url, options.pretraining_steps, options.steps)

@@ -19,7 +19,7 @@ from student_trainer import checkpoint, randomness
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.checkpoint_files import Snapshot, replace_text
 from student_trainer.data.batch import Batch
-from student_trainer.data.classification import class_words
+from student_trainer.data.classification import class_words, one_set_of_words
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
@@ -244,4 +244,6 @@ def _student_support(settings: Settings, parts: Parts, thread: EventThread) -> S
     gathers = any(term.support == "gather" for term in settings.terms())
     if parts.teacher is None or not gathers:
         return None
-    return StudentSupport(parts.teacher.targets, thread, settings.distillation.gather_k)
+    asked = settings.distillation
+    words = one_set_of_words(settings.data, parts.tokenizer) if asked.gather_at == "labels" else ()
+    return StudentSupport(parts.teacher.targets, thread, asked.gather_k, words)

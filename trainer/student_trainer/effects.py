@@ -69,6 +69,8 @@ RULES = (
     ),
     Rule("distillation.samples", _has_support("sampled"), "no loss is on samples"),
     Rule("distillation.sample_seed", _has_support("sampled"), "no loss is on samples"),
+    Rule("distillation.gather_at", _has_support("gather"), "no loss has support gather"),
+    Rule("distillation.gather_k", lambda s: s.distillation.gather_at == "student", "distillation.gather_at is labels"),
     Rule("distillation.gather_k", _has_support("gather"), "no loss has support gather"),
     Rule("distillation.hidden_dtype", _has_support("full"), "no loss has support full"),
     *(

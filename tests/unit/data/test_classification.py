@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from student_trainer.compose import compose
-from student_trainer.data.classification import LabelWords
+from student_trainer.data.batch import Batch
+from student_trainer.data.classification import LabelWords, one_set_of_words
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings import StudentSettings
+from student_trainer.students.load import load_student
+from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds
 from tests.models import save_tiny_llama, tiny_tokenizer
 from tests.trainer_run import ScriptedTargets, lines_of, run_here
 
@@ -77,12 +82,54 @@ def test_a_run_learns_the_classes_and_tells_its_accuracy(tmp_path: Path) -> None
     assert last["tokens"] == 64, "an example has one token that counts, a row one example"
 
 
-def test_the_teacher_is_heard_on_the_words_alone(tmp_path: Path) -> None:
+class Listening(ScriptedTargets):
+    """Keeps the ids at which the teacher was asked, and what it answered."""
+
+    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        answer = await super().fetch(batch, ask, gather_ids)
+        if gather_ids is not None:
+            self.heard = (gather_ids, answer)
+        return answer
+
+
+def test_the_teacher_is_heard_on_the_words_of_the_classes(tmp_path: Path) -> None:
+    """The loss is the divergence of the two distributions over the classes, softened."""
     loss = ("distillation=classification", "distillation.attention.coefficient=null", "teacher.top_k=16")
-    more = (*loss, "run.steps=2", "evaluation.every=2", "teacher.sanity=off")
-    assert run_here(arguments(tmp_path, *more), ScriptedTargets()) == 0
-    assert lines_of(tmp_path / "run")[0]["tokens"] == 16
+    more = (*loss, "run.steps=1", "evaluation.every=1", "teacher.sanity=off", "optim.learning_rate=1e-9")
+    targets = Listening()
+    assert run_here(arguments(tmp_path, *more), targets) == 0
+    words = list(LabelWords(tiny_tokenizer(), source()).ids.values())
+    asked, answer = targets.heard
+    assert len(asked) == 16 and all(ids_RG.tolist() == [words] for ids_RG in asked)
+    line = lines_of(tmp_path / "run")[0]
+    assert line["tokens"] == 16 and line["weighted/label_kl"] == pytest.approx(10 * line["loss/label_kl"])
+    student = load_student(StudentSettings(checkpoint_path=str(tmp_path / "student")), torch.device("cpu"))
+    values = []
+    for tokens_T, targets_of_one in zip(tokens_of(tmp_path), answer.documents, strict=True):
+        with torch.no_grad():
+            logits_V = student.model(torch.tensor(tokens_T)[None]).logits[0, -2].double()
+        theirs_C = (torch.from_numpy(targets_of_one.gather_logprobs[0]).double() / 5).log_softmax(0)
+        ours_C = (logits_V[words] / 5).log_softmax(0)
+        values.append(float((theirs_C.exp() * (theirs_C - ours_C)).sum()))
+    assert line["loss/label_kl"] == pytest.approx(sum(values) / len(values), rel=1e-3)
     assert "accuracy" in lines_of(tmp_path / "run", "evaluation.jsonl")[0]["examples"]
+
+
+def tokens_of(tmp_path: Path) -> list[list[int]]:
+    """The examples of the run's first batch."""
+    settings = compose([*arguments(tmp_path), "teacher=none", "distillation=cross_entropy"])
+    batches = BatchSource(settings.data, tiny_tokenizer(), settings.run.seed)
+    try:
+        batch, _ = batches.batch(batches.initial_state(), 0)
+    finally:
+        batches.close()
+    return [batch.tokens_BT[d.row, d.start : d.stop].tolist() for d in batch.documents]
+
+
+def test_sources_of_other_words_cannot_share_them(tmp_path: Path) -> None:
+    other = source(labels={"bad": "A", "good": "B"})
+    with pytest.raises(ValueError, match="needs sources of format classification with the same words"):
+        one_set_of_words(DataSettings(sources={"a": source(), "b": other}), tiny_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,8 @@ def test_presets_carry_the_papers_coefficients_and_warn_of_what_has_no_effect() 
         for name in ("bitdistill", "classification", "summarization", "attention_only", "logits_only")
     }
     gammas = {name: each.attention.coefficient for name, each in made.items()}
-    lambdas = {name: each.terms["top_k_kl"].coefficient for name, each in made.items() if "top_k_kl" in each.terms}
+    kinds = ("top_k_kl", "label_kl")
+    lambdas = {name: each.terms[k].coefficient for name, each in made.items() for k in kinds if k in each.terms}
     assert gammas == {
         "bitdistill": 1e5, "classification": 1e5, "summarization": 1e3, "attention_only": 1e5, "logits_only": None,
     }  # fmt: skip

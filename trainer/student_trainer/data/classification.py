@@ -57,3 +57,14 @@ def class_words(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> dict[
     """The ids of the classes' words of each source of this format."""
     sources = {name: source for name, source in data.sources.items() if source.format == "classification"}
     return {name: tuple(LabelWords(tokenizer, source).ids.values()) for name, source in sources.items()}
+
+
+def one_set_of_words(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of the words that all sources have in common. ValueError where they have not."""
+    words = class_words(data, tokenizer)
+    if len(words) < len(data.sources) or len(set(words.values())) != 1:
+        raise ValueError(
+            f"distillation.gather_at is labels, which needs sources of format classification with the same words; "
+            f"got {', '.join(f'{name}: {source.format} {source.labels}' for name, source in data.sources.items())}"
+        )
+    return next(iter(words.values()))

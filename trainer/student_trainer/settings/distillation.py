@@ -62,6 +62,9 @@ class DistillationSettings(Section):
     samples: int = Field(50, ge=1, description="draws a token, for losses on sampled targets")
     sample_seed: int = Field(0, ge=0, le=2**63 - 1, description="with a document's tokens it decides what is drawn")
     gather_k: int = Field(64, ge=1, description="the student's own likeliest ids that support gather asks about")
+    gather_at: Literal["student", "labels"] = Field(
+        "student", description="what support gather asks about: the student's likeliest ids, or the words of classes"
+    )
     hidden_dtype: HiddenDtype = Field("float16", description="of the hidden states that support full asks for")
 
     @model_validator(mode="after")

@@ -1,4 +1,5 @@
-"""The teacher's logprobs at the student's own likeliest ids, for losses with support `gather`. Called by `loop`.
+"""The teacher's logprobs at the student's own likeliest ids, or at the words of the classes, for losses with support
+`gather`. Called by `loop`.
 
 Those ids come out of the student's weights, so they are not known before the update before has been made: nothing can
 be asked ahead of time. They are taken from the weights that the step begins with, in a forward pass of its own without
@@ -9,7 +10,7 @@ one round trip more. The answer depends on the batch and the weights alone, so a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 
@@ -29,15 +30,15 @@ ASK = Ask(("gather",))
 
 
 class StudentSupport:
-    """Asks `targets` about the student's `k` likeliest ids on every row that counts."""
+    """Asks `targets` about the student's `k` likeliest ids on every row that counts; with `words`, about those."""
 
-    def __init__(self, targets: Targets, thread: EventThread, k: int):
-        self._targets, self._thread, self._k = targets, thread, k
+    def __init__(self, targets: Targets, thread: EventThread, k: int, words: Sequence[int] = ()):
+        self._targets, self._thread, self._k, self._words = targets, thread, k, words
 
     def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
         """The batch with `gather_*` beside its other targets. `while_waiting` as in `Prefetch.next`."""
         parts = [ready.batch.rows(micro.first_row, micro.first_row + len(micro.tokens_BT)) for micro in ready.micro]
-        ids = [self._likeliest(student, micro) for micro in ready.micro]
+        ids = [self._ids(student, micro) for micro in ready.micro]
         asked = time.monotonic()
         futures = [
             self._thread.submit(self._targets.fetch(part, ASK, ids_by_document(part, ids_NG.cpu().numpy())))
@@ -53,6 +54,11 @@ class StudentSupport:
         waited_s = ready.waited_s + time.monotonic() - asked
         micro = tuple(map(_with_gathered, ready.micro, ids, parts, answers))
         return replace(ready, micro=micro, waited_s=waited_s)
+
+    def _ids(self, student: Student, micro: MicroBatch) -> Tensor:
+        if self._words:
+            return torch.tensor(self._words, device=student.device).expand(len(micro.labels_N), -1)
+        return self._likeliest(student, micro)
 
     def _likeliest(self, student: Student, micro: MicroBatch) -> Tensor:
         head = student.head
