@@ -24,12 +24,13 @@ _LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Every guide, by its title."""
-    guides = sorted((ROOT / "docs/guides").glob("*.md"))
+    """Every guide, by its title; and every other page that mkdocs.yml names nowhere."""
+    named = str(config.nav)
+    pages = sorted((ROOT / "docs/guides").glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
+    left = [path for path in pages if str(path.relative_to(ROOT / "docs")) not in named]
     for section in config.nav:
         if "Guides" in section:
-            section["Guides"] = [{_title(path): f"guides/{path.name}"} for path in guides]
-    config.nav = [section for section in config.nav if section != {"Guides": []}]
+            section["Guides"] = [{_title(path): str(path.relative_to(ROOT / "docs"))} for path in left]
     return config
 
 

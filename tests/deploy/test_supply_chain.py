@@ -97,7 +97,9 @@ def test_the_scan_of_images_finds_what_is_hidden_in_a_layer() -> None:
         "opt/app/token.txt": b"hf_" + b"a1" * 17,
         "root/.netrc": b"machine example.org",
         "opt/app/key.pem": b"-----BEGIN PRIVATE KEY-----\n" + b"A" * 64,
-        "opt/stillhouse/lib/python3.11/site-packages/some/tests/key.pem": b"-----BEGIN PRIVATE KEY-----\n" + b"A" * 64,
+        "./opt/site-packages/serving/key.pem": b"-----BEGIN PRIVATE KEY-----\n" + b"A" * 64,
+        "opt/site-packages/some/example.py": b"-----BEGIN PRIVATE KEY-----\n" + b"A" * 64,
+        "opt/site-packages/some-1.dist-info/direct_url.json": b'{"url": "https://me:s3cret@index.example.org/some"}',
         "opt/app/plain.txt": b"nothing here, hf_short, https://example.org",
     }
     layer = io.BytesIO()
@@ -108,7 +110,10 @@ def test_the_scan_of_images_finds_what_is_hidden_in_a_layer() -> None:
             archive.addfile(entry, io.BytesIO(content))
     layer.seek(0)
     found = list(scan_image.in_layer(layer))
-    assert {line.split(":")[0] for line in found} == {"opt/app/token.txt", "root/.netrc", "opt/app/key.pem"}
+    assert {line.split(":")[0] for line in found} == {
+        "opt/app/token.txt", "root/.netrc", "opt/app/key.pem", "opt/site-packages/serving/key.pem",
+        "opt/site-packages/some-1.dist-info/direct_url.json",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
