@@ -4,7 +4,8 @@
 
 *Same data*: four students go over the same batches, each at its own pace; forward passes are tokens that the engine
 computed over tokens of the data. *Different data*: four students ask all they can for some seconds, one of them over
-64 connections; counted is what came back whole in the second half. *Two epochs*: one student twice over the data with
+64 connections; counted is what came back whole in the second half. Each keeps more asked than its part of the engine's
+window: who asks for less leaves turns to the others. *Two epochs*: one student twice over the data with
 a target store, and a restart in between.
 """
 
@@ -97,7 +98,7 @@ async def different_data(url: str, seconds: float) -> dict[str, float]:
 
     async def connection(client: TeacherClient, name: str, seed: int) -> None:
         while True:
-            (request,) = batches(1, 2, 64, seed=seed)
+            (request,) = batches(1, 4, 64, seed=seed)  # 8 connections keep twice a student's part of the window asked
             seed += 1
             await client.targets(request)
             if time.monotonic() - began > seconds / 2:
