@@ -1,6 +1,6 @@
 """What each loss teaches: one student, one text, equal tokens, several losses, several seeds.
 
-    python -m benchmarks.quality                      the table of docs/quality.md; hours on a busy machine
+    python -m benchmarks.quality --docs               the table of docs/quality.md; 40 minutes on 2 cores alone
     python -m benchmarks.quality --steps 4 --seeds 0 --keep 6      a few minutes, to see that it works
 
 The teacher scores the text of each seed once, into a target store; the runs then learn from the store, so a run costs
@@ -28,6 +28,8 @@ from demo.prepare import TEACHER, prepare
 
 ROOT = Path("runs/quality")
 READY_WITHIN_S = 900.0
+DOCS = Path("docs/quality.md")
+MARKED = re.compile(r"(<!-- table: .*? -->\n).*(<!-- end of table -->)", re.DOTALL)
 READY = re.compile(r"^stillhouse-teacher: ready at (\S+),", re.MULTILINE)
 PLAIN, FULL = "cross-entropy alone", "full KL, from hidden states"
 
@@ -53,8 +55,8 @@ ARMS: dict[str, tuple[str | None, list[str]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens a step")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=int, default=24, help="layers of the teacher's 30 that the student keeps")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -62,24 +64,25 @@ def main() -> int:
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS, help="some of the losses; the two ends of the gap among them"
     )
-    parser.add_argument("--runs", type=int, default=1000, help="make so many runs at most, and no table of a part")
-    parser.add_argument("--held-out-rows", type=int, default=4, help="rows of each source that figures are taken on")
+    parser.add_argument("--held-out-rows", type=int, default=8, help="rows of each source that figures are taken on")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/quality.md")
     options = parser.parse_args()
     prepare()
     ROOT.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in ARMS if not options.arms or arm in options.arms]
-    missing = [(seed, arm) for seed in options.seeds for arm in arms if result(arm, seed) is None]
+    missing = [(seed, arm) for seed in options.seeds for arm in arms if result(options, arm, seed) is None]
     if missing:
         student = make_student(options.keep)
         with nullcontext(options.url) if options.url else serve_teacher(ROOT) as url:
-            for seed, arm in missing[: options.runs]:
+            for seed, arm in missing:
                 settings = common(options, student, seed, url)
-                figures = ROOT / f"bytes-{seed}.json"
+                figures = bytes_file(options, seed)
                 if not figures.exists():
                     figures.write_text(json.dumps(fill(settings, options.steps, url)))
-                learn(arm, [*settings, *ARMS[arm][1]], seed)
-    if len(missing) <= options.runs:
-        write_table(options, arms)
+                learn([*settings, *ARMS[arm][1], f"run.id={folder_of(options, arm, seed).name}"])
+    rows = write_table(options, arms)
+    if options.docs:
+        write_docs(rows, options)
     return 0
 
 
@@ -175,22 +178,33 @@ def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     return {kind: total / rows for kind, total in sums.items()}
 
 
-def learn(arm: str, arguments: list[str], seed: int) -> None:
+def learn(arguments: list[str]) -> None:
     """One run, as `stillhouse-train` makes it, in this process: what it imports is imported once."""
     from student_trainer import main as trainer
 
-    code = trainer.run([*arguments, f"run.id={folder_of(arm, seed).name}", "run.resume=never"])
+    code = trainer.run([*arguments, "run.resume=never"])
     if code:
-        raise SystemExit(f"stillhouse-train ended with code {code} in the arm {arm}, seed {seed}")
+        raise SystemExit(f"stillhouse-train ended with code {code}: {arguments[-1]}")
 
 
-def folder_of(arm: str, seed: int) -> Path:
-    return ROOT / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-{seed}"
+def folder_of(options: argparse.Namespace, arm: str, seed: int) -> Path:
+    name = re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
+    return ROOT / f"{name}-{size_of(options)}-{seed}"
 
 
-def result(arm: str, seed: int) -> dict[str, float] | None:
+def bytes_file(options: argparse.Namespace, seed: int) -> Path:
+    return ROOT / f"bytes-{size_of(options)}-{seed}.json"
+
+
+def size_of(options: argparse.Namespace) -> str:
+    """What a run's figures depend on beside loss and seed."""
+    rate = f"{options.learning_rate:g}".replace(".", "_")
+    return f"{options.steps}x{options.seq_len}-{options.keep}-layers-{rate}-{options.held_out_rows}"
+
+
+def result(options: argparse.Namespace, arm: str, seed: int) -> dict[str, float] | None:
     """Held-out figures at the end of a run, means over the tokens of all sources; None if there is no such run."""
-    path = folder_of(arm, seed) / "evaluation.jsonl"
+    path = folder_of(options, arm, seed) / "evaluation.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len(lines) < 2:
         return None
@@ -204,10 +218,10 @@ def mean(line: Mapping[str, Any], figure: str) -> float:
     return sum(f[figure] * f["tokens"] for f in sources) / sum(f["tokens"] for f in sources)
 
 
-def write_table(options: argparse.Namespace, arms: Sequence[str]) -> None:
+def write_table(options: argparse.Namespace, arms: Sequence[str]) -> list[dict[str, Any]]:
     seeds: Sequence[int] = options.seeds
-    results = {arm: [result(arm, seed) for seed in seeds] for arm in arms}
-    bytes_by_kind = json.loads((ROOT / f"bytes-{seeds[0]}.json").read_text())
+    results = {arm: [result(options, arm, seed) for seed in seeds] for arm in arms}
+    bytes_by_kind = json.loads(bytes_file(options, seeds[0]).read_text())
     rows = []
     for arm in arms:
         kind = ARMS[arm][0]
@@ -225,9 +239,27 @@ def write_table(options: argparse.Namespace, arms: Sequence[str]) -> None:
     start = [r["start_kl"] for r in results[PLAIN] if r is not None]
     report(
         "quality", rows, {"KL before the first step": start[0]},
-        title=f"{options.steps} steps of {options.seq_len} tokens, {len(seeds)} seeds, {options.keep} of 30 layers",
+        title=title_of(options),
         notes=("mean ± standard deviation over seeds", f"results of each run: {ROOT}/*/evaluation.jsonl"),
     )  # fmt: skip
+    return rows
+
+
+def title_of(options: argparse.Namespace) -> str:
+    return (
+        f"{options.steps} steps of {options.seq_len} tokens, {len(options.seeds)} seeds, {options.keep} of the "
+        f"teacher's 30 layers, learning rate {options.learning_rate:g}"
+    )
+
+
+def write_docs(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """The table between the marks of docs/quality.md."""
+    columns = list(rows[0])
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[column] for column in columns] for row in rows)]
+    table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    page = DOCS.read_text()
+    assert MARKED.search(page), f"{DOCS} has no marks"
+    DOCS.write_text(MARKED.sub(lambda found: f"{found[1]}\n{title_of(options)}:\n\n{table}\n\n{found[2]}", page))
 
 
 def closed(results: Mapping[str, Sequence[Mapping[str, float] | None]], arm: str, figure: str) -> list[float]:
