@@ -112,7 +112,7 @@ def write_table(options: argparse.Namespace) -> None:
     before = lines_of(STAGE2, "evaluation.jsonl")
     peers = {
         f"{figure}, {when}": mean(line, figure)
-        for when, line in (("made ternary", before[0]), ("after stage 2", before[-1]))
+        for when, line in (("SubLN added, not yet ternary", before[0]), ("after stage 2", before[-1]))
         for figure in ("cross_entropy", "kl")
     }
     report(

@@ -104,7 +104,8 @@ def summarise(teacher: Teacher, exported: dict[str, dict[str, Any]], seconds: fl
 def table(summary: dict[str, Any]) -> Table:
     arms = summary["arms"]
     rows = {
-        "made ternary": arms["stage2"]["before"],
+        # The warm-up begins at no quantisation at all.
+        "SubLN added, not yet ternary": arms["stage2"]["before"],
         "after stage 2": arms[DISTILLED]["before"],
         "text alone": arms[PLAIN]["after"],
         "distilled": arms[DISTILLED]["after"],
