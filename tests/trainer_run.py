@@ -144,10 +144,14 @@ def train(
         return trainer.wait(timeout_s)
 
 
-def wait_for_step(folder: Path, step: int, trainer: TrainerProcess, timeout_s: float = 90.0) -> None:
-    """Until the run's metrics have reached `step`."""
+def wait_for_step(
+    folder: Path, step: int, trainer: TrainerProcess, timeout_s: float = 90.0, since: float = 0.0
+) -> None:
+    """Until the run's metrics have reached `step`, by a line of later than `since`, as time.time() has it: those that a
+    killed run left are there until its next start takes them out.
+    """
     deadline = time.monotonic() + timeout_s
-    while steps_of(folder)[-1:] < [step]:
+    while not any(line["step"] >= step and line["time"] >= since for line in lines_of(folder)):
         assert trainer.running, f"the trainer ended before step {step}:\n{trainer.text}"
         assert time.monotonic() < deadline, f"step {step} was not reached:\n{trainer.text}"
         time.sleep(0.02)

@@ -52,13 +52,16 @@ def assert_same(folder: Path, straight: Path) -> None:
 
 
 def kill_and_resume(workshop: Workshop, teacher: TeacherProcess, root: Path, seed: int, kills: int) -> None:
-    """`kills` times: start, wait for a random step, wait a random moment more, SIGKILL; then run to the end."""
+    """`kills` times: start, wait until this start has made a random step, wait a random moment more, SIGKILL; then run
+    to the end. The steps are spread over the whole run.
+    """
     draw = random.Random(seed)
     reached = 0
-    for _ in range(kills):
+    for aim in sorted(draw.choices(range(1, STEPS - EVERY), k=kills)):
+        aim = max(aim, min(reached + 1, STEPS - 2))
+        started = time.time()
         with TrainerProcess(arguments(workshop, root, teacher), root / "output.txt") as trainer:
-            aim = min(STEPS - 2, reached + draw.randint(1, max(2, STEPS // kills)))
-            wait_for_step(root / "run", aim, trainer)
+            wait_for_step(root / "run", aim, trainer, since=started)
             time.sleep(draw.uniform(0, 0.1))
             trainer.signal(SIGKILL)
             trainer.wait()
