@@ -5,7 +5,6 @@ The stream of messages and its checks are `wire_answer.py`'s; WIRE.md is the spe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -14,7 +13,7 @@ import msgpack
 
 from teacher_proto.attention import ATTENTION_KINDS, AttentionKind
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets
-from teacher_proto.errors import StillhouseError, TruncatedError, WireError
+from teacher_proto.errors import StillhouseError, WireError
 from teacher_proto.wire_answer import (
     MAX_MESSAGE_BYTES,
     VERSION,
@@ -28,7 +27,7 @@ from teacher_proto.wire_answer import (
     read_tensors,
     record_message,
 )
-from teacher_proto.wire_json import json_values
+from teacher_proto.wire_json import document, json_values
 from teacher_proto.wire_tensor import encode_tensor
 
 
@@ -70,11 +69,7 @@ def attention_document(header: AttentionHeader, answers: Mapping[int, AttentionT
 
     A sequence that failed has `index` and `error`. TruncatedError where an answer is missing.
     """
-    missing = [i for i in range(header.num_sequences) if i not in answers]
-    if missing:
-        raise TruncatedError(f"sequences {missing[:8]} of {header.num_sequences} have no answer")
-    sequences = [attention_fields(i, answers[i]) for i in range(header.num_sequences)]
-    return json.dumps({**asdict(header), "sequences": sequences}, allow_nan=False).encode()
+    return document(asdict(header), {i: attention_fields(i, answer) for i, answer in answers.items()})
 
 
 def attention_fields(index: int, answer: AttentionTargets | StillhouseError) -> dict[str, Any]:

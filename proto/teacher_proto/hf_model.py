@@ -33,7 +33,7 @@ class HfModel:
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str):
         self._folder = folder
-        self.device = torch.device(_device(device))
+        self.device = torch.device(pick_device(device))
         model = _load(folder, _dtype(dtype, self.device)).to(self.device)
         self._model = model
         self._body = model.base_model
@@ -107,17 +107,9 @@ class HfModel:
         return packed
 
     def _hidden_states(self, sequences: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Final hidden states [T, D] of each sequence. Padding is on the right, where causal attention never looks."""
-        lengths = [len(tokens_T) for tokens_T in sequences]
-        ids_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
-        mask_BT = torch.zeros_like(ids_BT)
-        for i, tokens_T in enumerate(sequences):
-            ids_BT[i, : lengths[i]] = torch.tensor(tokens_T)
-            mask_BT[i, : lengths[i]] = 1
-        ids_BT = ids_BT.to(self.device)
-        mask = mask_BT.to(self.device) if min(lengths) < max(lengths) else None
-        output = self._body(input_ids=ids_BT, attention_mask=mask, use_cache=False)
-        return [output.last_hidden_state[i, :length] for i, length in enumerate(lengths)]
+        """Final hidden states [T, D] of each sequence."""
+        output = self._body(**padded(sequences, self.device), use_cache=False)
+        return [output.last_hidden_state[i, : len(tokens_T)] for i, tokens_T in enumerate(sequences)]
 
     @torch.inference_mode()
     def _compare_with_own_logits(self, name: str) -> None:
@@ -134,6 +126,19 @@ class HfModel:
             )
 
 
+def padded(sequences: Sequence[np.ndarray], device: torch.device) -> dict[str, torch.Tensor | None]:
+    """`input_ids` [B, T] and `attention_mask` of sequences, None where all are as long. Padding is on the right, where
+    causal attention never looks."""
+    lengths = [len(tokens_T) for tokens_T in sequences]
+    ids_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, tokens_T in enumerate(sequences):
+        ids_BT[i, : lengths[i]] = torch.tensor(tokens_T)
+        mask_BT[i, : lengths[i]] = 1
+    mask = mask_BT.to(device) if min(lengths) < max(lengths) else None
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask}
+
+
 def _load(folder: ModelFolder, dtype: torch.dtype | str) -> Any:
     """ValueError with the first line of what transformers says."""
     try:
@@ -145,7 +150,7 @@ def _load(folder: ModelFolder, dtype: torch.dtype | str) -> Any:
         raise ValueError(f"transformers cannot load {folder.name}: {reason}") from error
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

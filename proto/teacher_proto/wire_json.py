@@ -57,11 +57,16 @@ def json_document(header: Header, answers: Mapping[int, TokenTargets | Stillhous
 
     A sequence that failed has `index` and `error`. TruncatedError where an answer is missing.
     """
-    missing = [i for i in range(header.num_sequences) if i not in answers]
+    return document(header_fields(header), {i: sequence_fields(i, answer) for i, answer in answers.items()})
+
+
+def document(header: dict[str, Any], sequences: Mapping[int, dict[str, Any]]) -> bytes:
+    """The JSON of a header's fields and each sequence's. TruncatedError where one of `num_sequences` is missing."""
+    count = header["num_sequences"]
+    missing = [i for i in range(count) if i not in sequences]
     if missing:
-        raise TruncatedError(f"sequences {missing[:8]} of {header.num_sequences} have no answer")
-    sequences = [sequence_fields(i, answers[i]) for i in range(header.num_sequences)]
-    return json.dumps({**header_fields(header), "sequences": sequences}, allow_nan=False).encode()
+        raise TruncatedError(f"sequences {missing[:8]} of {count} have no answer")
+    return json.dumps({**header, "sequences": [sequences[i] for i in range(count)]}, allow_nan=False).encode()
 
 
 def header_fields(header: Header) -> dict[str, Any]:

@@ -11,19 +11,12 @@ from __future__ import annotations
 
 import sys
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+from serving.main import run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
-    try:
-        code = _serve(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
-        print(f"stillhouse-attention: {error}", file=sys.stderr)
-        code = EXIT_USAGE
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
+    run_command("stillhouse-attention", _serve, sys.argv[1:] if arguments is None else arguments)
 
 
 def _serve(arguments: list[str]) -> int:

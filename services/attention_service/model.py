@@ -18,6 +18,7 @@ from attention_service.job import Job
 from attention_service.tap import Attended, Tap
 from teacher_proto.attention import AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.hf_model import padded, pick_device
 from teacher_proto.model_files import ModelFolder
 
 # Decoders whose attention is held against transformers' own maps in the tests.
@@ -31,7 +32,7 @@ class AttentionModel:
         config = _config(folder)
         self.num_layers: int = config.num_hidden_layers
         self.max_layer = highest_layer(self.num_layers)
-        self.device = torch.device(_device(device))
+        self.device = torch.device(pick_device(device))
         self._model = _load(folder, _cut(config, self.max_layer), _dtype(dtype)).to(self.device)
         self._tap = Tap(self._model)
         self.dtype: torch.dtype = self._model.dtype
@@ -51,16 +52,8 @@ class AttentionModel:
         return [make_answer(job, taken[job.spec.layer], place) for place, job in enumerate(jobs)]
 
     def _attend(self, sequences: Sequence[np.ndarray], layers: set[int]) -> dict[int, Attended]:
-        """Padding is on the right, where causal attention never looks."""
-        lengths = [len(tokens_T) for tokens_T in sequences]
-        ids_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
-        mask_BT = torch.zeros_like(ids_BT)
-        for i, tokens_T in enumerate(sequences):
-            ids_BT[i, : lengths[i]] = torch.tensor(tokens_T)
-            mask_BT[i, : lengths[i]] = 1
-        ids_BT = ids_BT.to(self.device)
-        mask = mask_BT.to(self.device) if min(lengths) < max(lengths) else None
-        return self._tap.take(lambda: self._model(input_ids=ids_BT, attention_mask=mask, use_cache=False), layers)
+        inputs = padded(sequences, self.device)
+        return self._tap.take(lambda: self._model(**inputs, use_cache=False), layers)
 
     @torch.inference_mode()
     def _measure(self, name: str) -> AttentionShape:
@@ -121,12 +114,6 @@ def _load(folder: ModelFolder, config: Any, dtype: torch.dtype | str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _dtype(name: str) -> torch.dtype | str:

@@ -13,20 +13,13 @@ from __future__ import annotations
 
 import sys
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+from serving.main import run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        code = COMMANDS.get(arguments[0] if arguments else "", _serve)(arguments)
-    except ValueError as error:
-        print(f"stillhouse-teacher: {error}", file=sys.stderr)
-        code = EXIT_USAGE
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
+    run_command("stillhouse-teacher", COMMANDS.get(arguments[0] if arguments else "", _serve), arguments)
 
 
 def _serve(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ import pytest
 from teacher_proto.attention import AttentionRequest
 from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_wire import AttentionDecoder
-from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.errors import TeacherUnavailableError, WrongTeacherError
 from teacher_proto.retry import RetryPolicy
 from teacher_proto.wire import MSGPACK
 from teacher_proto.wire_request import encode_request
@@ -51,8 +51,8 @@ def request(length: int = 50, *, seed: int = 0, **fields: object) -> AttentionRe
 
 
 def slow(seed: int = 0) -> AttentionRequest:
-    """Three tables of 8 x 2000 x 2000: a second or so."""
-    return request(2000, seed=seed, kind="relations", relation_heads=8)
+    """Three tables of 4 x 2000 x 2000: a second or so, and five fit into the house at once."""
+    return request(2000, seed=seed, kind="relations", relation_heads=4)
 
 
 async def post(http: httpx.AsyncClient, asked: AttentionRequest) -> httpx.Response:
@@ -131,8 +131,6 @@ async def test_a_killed_service_is_waited_for_and_the_call_goes_on_when_it_is_ba
 
 
 async def test_another_model_behind_the_same_url_stops_the_call(folder: Path, tmp_path: Path) -> None:
-    from teacher_proto.errors import WrongTeacherError
-
     other = save_tiny(tmp_path / "tiny", "llama", seed=1, max_position_embeddings=LENGTH)
     with AttentionProcess(folder) as first:
         async with AttentionClient(first.url) as client:
