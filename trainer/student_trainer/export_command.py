@@ -164,7 +164,7 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
         (file,) = report.folder.glob("*.gguf")
         theirs = [llama_cpp_logits(file, ids_T) for ids_T in ids_BT]
         kept = [logits_TV for logits_TV in theirs if logits_TV is not None]
-        return "llama.cpp", compare_logits(ours_BTV, np.stack(kept)) if kept else None
+        return ("llama.cpp", compare_logits(ours_BTV, np.stack(kept))) if kept else ("gguf", None)
     if report.stands_alone:
         try:
             (theirs_BTV,) = transformers_logits([report.folder], ids_BT)
