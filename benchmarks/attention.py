@@ -52,7 +52,9 @@ def main() -> None:
     sizes: dict[str, float] = {}
     with _service() as url, SyncAttentionClient(url) as client:
         layer = client.teacher(60).shape.max_layer
-        client.attention(AttentionRequest(sequences=(texts[:32],)))
+        warm = texts[: options.length]
+        _whole_forward(whole, [warm])
+        client.attention(AttentionRequest(sequences=(warm,)))
         for _ in range(options.rounds):
             batch = next(batches)
             peer = next(iter(seconds))

@@ -101,7 +101,7 @@ async def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(
     refused = await post(http, request(seed=9))
     ready = await http.get("/health/ready")
     assert {refused.status_code, ready.status_code} == {503} and int(refused.headers["retry-after"]) >= 1
-    assert all(is_whole(await task) for task in accepted)
+    assert all([is_whole(await task) for task in accepted])
     assert await asyncio.to_thread(service.wait) == 0
 
 
