@@ -34,11 +34,13 @@ from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
 from student_trainer.on_policy.written import WrittenBatches
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.progress import Progress
+from student_trainer.ranks import ALONE, Ranks, open_ranks
 from student_trainer.resume import check_changes
-from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder
+from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
 from student_trainer.students.load import load_student, model_behind
+from student_trainer.students.sharding import shard
 from student_trainer.students.student import Student
 from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.align import MicroBatch, micro_batches
@@ -74,10 +76,12 @@ class Parts:
 
 def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it can't be."""
-    folder = choose_folder(settings.run)
-    snapshot = _earlier(settings, folder)
+    ranks = open_ranks(settings, stack)
+    folder = _folder(settings, ranks)
+    snapshot = _earlier(settings, folder, ranks)
     thread = stack.enter_context(EventThread())
-    parts = build_parts(settings, thread, stack, snapshot)
+    parts = build_parts(settings, thread, stack, snapshot, ranks)
+    shard(parts.student, ranks)
     weighting = settings.distillation.weighting()
     optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
     place = Place(0, 0, parts.source.initial_state())
@@ -87,34 +91,32 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         weighting = weighting.restored(snapshot.state.get("balance"))
         parts.source.check_state(place.mixture)
         logger.info("resumed at step %d of %d", place.step, settings.run.steps)
-    # A run that was killed before its first save begins again, and so do its figures.
-    forget_after(folder.path, place.step if snapshot is not None else -1)
-    _write_settings(settings, folder)
-    checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher))
+    if ranks.first:
+        # A run that was killed before its first save begins again, and so do its figures.
+        forget_after(folder.path, place.step if snapshot is not None else -1)
+        _write_settings(settings, folder)
+    checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher), ranks)
     stack.callback(checkpoints.close)
     if snapshot is not None:
         checkpoints.resumed_at(place.step)
-    guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason)
+    guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason, ranks)
     written, stream = _stream(settings, parts, place.mixture, snapshot, stack)
-    prefetch = _prefetch(settings, parts, guard, stream, thread, stack)
-    evaluator = _evaluator(settings, parts, folder, thread)
-    log = RunLog(
-        folder.path,
-        Progress(settings.run.steps, place.step, settings.logging.progress),
-        open_trackers(settings, folder.id, folder.path),
-    )
+    prefetch = _prefetch(settings, parts, guard, stream, thread, stack, ranks)
+    evaluator = _evaluator(settings, parts, folder, thread, ranks)
+    log = _log(settings, folder, place, ranks)
     return Run(
-        settings=settings, student=parts.student, weighting=weighting, optimizer=optimizer, prefetch=prefetch,
-        guard=guard,
-        evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log), signals=signals, place=place,
-        written=written, on_policy=settings.on_policy.weighting(),
+        settings=settings, ranks=ranks, student=parts.student, weighting=weighting, optimizer=optimizer,
+        prefetch=prefetch, guard=guard, evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log),
+        signals=signals, place=place, written=written, on_policy=settings.on_policy.weighting(),
         student_support=_student_support(settings, parts, thread),
     )  # fmt: skip
 
 
-def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None) -> Parts:
-    """Teacher, tokenizer, data and student, each held against the others."""
-    device = _device(settings)
+def build_parts(
+    settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
+) -> Parts:
+    """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
+    device = _device(settings, ranks)
     teacher = None
     if settings.teacher.kind != "none":
         saved_card = snapshot.state.get("teacher") if snapshot is not None else None
@@ -124,7 +126,7 @@ def build_parts(settings: Settings, thread: EventThread, stack: ExitStack, snaps
     if teacher is not None and wants_head(settings):
         head = read_head(thread.call(teacher.targets.head()), device)
     tokenizer = load_tokenizer(settings)
-    source = BatchSource(settings.data, tokenizer, settings.run.seed)
+    source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
     stack.callback(source.close)
     student = load_student(settings.student, device)
     if teacher is not None:
@@ -148,11 +150,27 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _earlier(settings: Settings, folder: RunFolder) -> Snapshot | None:
+def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
+    """Chosen by rank 0 for all."""
+    run_id = ""
+    with ranks.together():
+        if ranks.first:
+            run_id = choose_folder(settings.run).id
+    return folder_of(settings.run, ranks.from_first(run_id))
+
+
+def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks) -> Snapshot | None:
     """The checkpoint to go on from, if there is one and the settings want and allow it."""
     if settings.run.resume == "never":
         return None
-    snapshot = checkpoint.newest(folder.checkpoints)
+    with ranks.together():
+        snapshot = checkpoint.newest(folder.checkpoints)
+    step = -1 if snapshot is None else snapshot.step
+    if ranks.largest(step) != -ranks.largest(-step):
+        raise ValueError(
+            f"the ranks do not find the same checkpoint in {folder.checkpoints}: put run.root on a file system that "
+            "they share"
+        )
     if snapshot is not None:
         check_changes(snapshot.state["settings"], settings)
     elif settings.run.resume == "require":
@@ -160,10 +178,12 @@ def _earlier(settings: Settings, folder: RunFolder) -> Snapshot | None:
     return snapshot
 
 
-def _device(settings: Settings) -> torch.device:
+def _device(settings: Settings, ranks: Ranks) -> torch.device:
     name = settings.run.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not ranks.alone:
+        name = f"cuda:{ranks.local}"
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -184,6 +204,13 @@ def _constant(settings: Settings, teacher: Teacher | None) -> dict[str, Any]:
     return {"settings": settings.model_dump(mode="json"), "teacher": asdict(teacher.card) if teacher else None}
 
 
+def _log(settings: Settings, folder: RunFolder, place: Place, ranks: Ranks) -> RunLog:
+    if not ranks.first:
+        return RunLog(None, Progress(settings.run.steps, place.step, "off"), ())
+    progress = Progress(settings.run.steps, place.step, settings.logging.progress)
+    return RunLog(folder.path, progress, open_trackers(settings, folder.id, folder.path))
+
+
 def _stream(
     settings: Settings, parts: Parts, state: MixtureState, snapshot: Snapshot | None, stack: ExitStack
 ) -> tuple[WrittenBatches | None, Stream]:
@@ -201,12 +228,13 @@ def _stream(
 
 
 def _prefetch(
-    settings: Settings, parts: Parts, guard: TargetGuard, stream: Stream, thread: EventThread, stack: ExitStack
-) -> Prefetch:
+    settings: Settings, parts: Parts, guard: TargetGuard, stream: Stream, thread: EventThread, stack: ExitStack,
+    ranks: Ranks,
+) -> Prefetch:  # fmt: skip
     device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
 
     def prepare(batch: Any, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
-        cut = micro_batches(batch, targets, rows=rows, teacher_shift=shift, head=parts.head)
+        cut = micro_batches(batch, targets, rows=rows, teacher_shift=shift, head=parts.head, keep_empty=not ranks.alone)
         return tuple(micro.to(device) for micro in cut)
 
     # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
@@ -226,7 +254,7 @@ def _prefetch(
     return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
 
 
-def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread) -> Evaluator:
+def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread, ranks: Ranks) -> Evaluator:
     names = parts.source.names if settings.evaluation.every else ()
     batches = {name: group for name in names if (group := parts.source.held_out(name))}
     ask = Ask(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
@@ -236,7 +264,7 @@ def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: Even
     decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",
-        parts.head, class_words(settings.data, parts.tokenizer),
+        parts.head, class_words(settings.data, parts.tokenizer), ranks,
     )  # fmt: skip
 
 

@@ -22,7 +22,9 @@ from student_trainer import randomness
 from student_trainer.checkpoint_files import DamagedError, Snapshot
 from student_trainer.data.mixture import MixtureState
 from student_trainer.loop import Place
+from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import CheckpointSettings
+from student_trainer.students.sharding import like, whole
 from teacher_proto.wire import VERSION as WIRE_VERSION
 
 if TYPE_CHECKING:
@@ -35,10 +37,14 @@ WRITTEN = "written"
 
 
 class Checkpoints:
-    """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher."""
+    """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher.
 
-    def __init__(self, root: Path, settings: CheckpointSettings, constant: dict[str, Any]):
-        self._root, self._settings, self._constant = root, settings, constant
+    Of several `ranks` all call the same methods at the same step; rank 0 gathers the tensors, whole, and writes them.
+    So a checkpoint does not know how many ranks made it.
+    """
+
+    def __init__(self, root: Path, settings: CheckpointSettings, constant: dict[str, Any], ranks: Ranks = ALONE):
+        self._root, self._settings, self._constant, self._ranks = root, settings, constant, ranks
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saved_step: int | None = None
@@ -55,15 +61,20 @@ class Checkpoints:
 
         `written`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
         """
-        self.finish()
-        if self._saved_step == place.step:
+        with self._ranks.together():
+            self.finish()
+        if self._ranks.largest(self._ranks.first and self._saved_step == place.step):
+            return
+        keep = self._ranks.first
+        model, states = _copied(student.tensors(), keep), _copied(optimizer.state(), keep)
+        if not keep:
             return
         random_tensors, random_plain = randomness.capture()
         snapshot = Snapshot(
             place.step,
             {
-                "model": _copied(student.tensors()),
-                "optimizer": _copied(optimizer.state()),
+                "model": model,
+                "optimizer": states,
                 "random": random_tensors,
                 **({WRITTEN: written} if written else {}),
             },
@@ -151,7 +162,7 @@ def restore_student(snapshot: Snapshot, student: Student) -> None:
         )
     with torch.no_grad():
         for name, tensor in ours.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(like(tensor, saved[name]))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -159,5 +170,11 @@ def _folders(root: Path) -> list[Path]:
     return sorted((path for path in root.glob(f"{files.PREFIX}*") if path.is_dir()), reverse=True)
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole copies on the CPU, gathered one at a time; all ranks call, and those that do not `keep` get nothing."""
+    copies = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor.detach())
+        if keep:
+            copies[name] = gathered.to("cpu", copy=True).contiguous()
+    return copies

@@ -19,7 +19,8 @@ import torch
 from student_trainer.data.batch import Batch
 from student_trainer.losses.rows import TeacherHead
 from student_trainer.losses.terms import Term
-from student_trainer.passage import make_passage
+from student_trainer.passage import can_be_shown, make_passage
+from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import EvaluationSettings
 from student_trainer.students.student import Student
 from student_trainer.tally import Tally
@@ -60,16 +61,18 @@ def fetch_held_out(
 
 class Evaluator:
     """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run. `head`: the
-    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words.
+    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words. With
+    several `ranks`, each has its own rows of every batch, and all call together.
     """
 
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
         passage_file: Path, head: TeacherHead | None = None, classes: Mapping[str, Sequence[int]] | None = None,
+        ranks: Ranks = ALONE,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
         self._decode, self._passage_file, self._head = decode, passage_file, head
-        self._classes = classes or {}
+        self._classes, self._ranks = classes or {}, ranks
 
     def due(self, step: int, steps: int) -> bool:
         return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
@@ -87,9 +90,17 @@ class Evaluator:
         """A held-out text in which each token shows what teacher and student would have said, for the report."""
         for name, batches in self._held_out.batches.items():
             if batches and self._held_out.targets[name][0] is not None and self._settings.every > 0:
-                tokens = make_passage(student, batches[0], self._held_out.targets[name][0], self._decode)
-                self._passage_file.write_text(json.dumps(tokens))
+                self._write_passage(student, batches[0], self._held_out.targets[name][0])
                 return
+
+    def _write_passage(self, student: Student, batch: Batch, targets: BatchTargets | None) -> None:
+        if self._ranks.first:
+            self._ranks.total(can_be_shown(targets))
+            self._passage_file.write_text(json.dumps(make_passage(student, batch, targets, self._decode)))
+        elif self._ranks.total(0):
+            # The student is whole for rank 0 only while the others have it whole too.
+            (micro,) = micro_batches(batch.rows(0, 1), None, keep_empty=True)
+            student.logits(micro.to(student.device))
 
     def _figures(self, student: Student, name: str) -> Figures:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
@@ -101,17 +112,19 @@ class Evaluator:
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
                 for micro in micro_batches(
-                    batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift, head=self._head
-                ):
+                    batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift, head=self._head,
+                    keep_empty=not self._ranks.alone,
+                ):  # fmt: skip
                     micro = micro.to(student.device)
                     loss = student.loss(micro, terms, None, want_top1=has_teacher)
                     tally.add(loss, micro)
                     tokens += len(micro.labels_N)
-                    if has_teacher:
+                    if has_teacher and len(micro.labels_N):
                         agreed += _agreements(micro, loss.top1_N)
                     if classes:
                         correct += _correct(student, micro, classes)
-        means = tally.figures().terms
+        means = tally.figures(ranks=self._ranks).terms
+        agreed, correct, tokens = (self._ranks.total(count) for count in (agreed, correct, tokens))
         return {
             "cross_entropy": means["cross_entropy"],
             "kl": means["kl"] if has_teacher else None,

@@ -28,16 +28,16 @@ METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
 
 
 class RunLog:
-    """Close it, or use it in a `with`."""
+    """Close it, or use it in a `with`. Without a folder no file is written: rank 0 does that for the others."""
 
-    def __init__(self, folder: Path, progress: Progress, trackers: Sequence[Tracker]):
-        self._files = {name: LineFile(folder / name) for name in (METRICS, EVALUATION)}
+    def __init__(self, folder: Path | None, progress: Progress, trackers: Sequence[Tracker]):
+        self._files = {name: LineFile(folder / name) for name in (METRICS, EVALUATION)} if folder else {}
         self._progress, self._trackers = progress, tuple(trackers)
 
     def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
         """One line for the update that led to `place`."""
         line = step_line(place, figures, seconds, prefetch_depth)
-        self._files[METRICS].append(line)
+        self._write(METRICS, line)
         self._progress.step(place.step, figures, seconds)
         for tracker in self._trackers:
             tracker.log(place.step, {key: value for key, value in line.items() if key not in ("step", "time")})
@@ -46,11 +46,15 @@ class RunLog:
         """One line: the step, and the figures of each source under its name."""
         if not by_source:
             return
-        self._files[EVALUATION].append({"step": step, **by_source})
+        self._write(EVALUATION, {"step": step, **by_source})
         self._progress.evaluation(step, by_source)
         flat = {f"held_out/{name}/{key}": value for name, f in by_source.items() for key, value in f.items()}
         for tracker in self._trackers:
             tracker.log(step, {key: value for key, value in flat.items() if value is not None})
+
+    def _write(self, name: str, line: Mapping[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].append(line)
 
     def __enter__(self) -> RunLog:
         self._progress.start()

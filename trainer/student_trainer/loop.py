@@ -19,7 +19,9 @@ import torch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.students.sharding import whole
 from student_trainer.tally import StepFigures, Tally
+from teacher_proto.errors import TeacherUnavailableError
 
 if TYPE_CHECKING:
     from student_trainer.checkpoint import Checkpoints
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from student_trainer.losses.weighting import Weighting
     from student_trainer.on_policy.written import WrittenBatches
     from student_trainer.optim.optimizer import Optimizer
+    from student_trainer.ranks import Ranks
     from student_trainer.settings import Settings
     from student_trainer.signals import StopSignals
     from student_trainer.students.student import Student
@@ -55,6 +58,7 @@ class Run:
     """All that a run is made of. `place` is where it stands and moves with every step."""
 
     settings: Settings
+    ranks: Ranks
     student: Student
     weighting: Weighting
     optimizer: Optimizer
@@ -107,7 +111,11 @@ class Run:
     def while_waiting(self, waited_s: float) -> None:
         """What happens while a step stands still for its targets."""
         self.signals.check()
-        self.guard.watch(waited_s, self.save)
+        self.guard.watch(waited_s, self.save if self.ranks.alone else self.cannot_save)
+
+    def cannot_save(self) -> None:
+        """Saving takes all ranks, and the others wait for this one."""
+        logger.warning("the run is saved, by all ranks, when the wait ends or teacher.give_up_after_s has passed")
 
 
 def train(run: Run) -> int:
@@ -121,12 +129,13 @@ def train(run: Run) -> int:
         run.log.evaluation(0, run.evaluator.evaluate(run.student))
     try:
         while run.place.step < steps:
-            run.signals.check()
             started = time.monotonic()
-            wrote_s = run.write()
-            ready = run.prefetch.next(run.while_waiting)
-            run.guard.check(ready)
-            ready = run.ask_at_students_ids(ready)
+            with run.ranks.together():
+                run.signals.check()
+                wrote_s = run.write()
+                ready = run.prefetch.next(run.while_waiting)
+                run.guard.check(ready)
+                ready = run.ask_at_students_ids(ready)
             figures = replace(step(run, ready), wrote_s=wrote_s)
             run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
             run.log.step(run.place, figures, time.monotonic() - started, run.prefetch.control.depth)
@@ -139,6 +148,11 @@ def train(run: Run) -> int:
         run.save()
         run.checkpoints.finish()
         return STOPPED
+    except TeacherUnavailableError:
+        if not run.ranks.alone:
+            run.save()
+            run.checkpoints.finish()
+        raise
     run.checkpoints.finish(last=True)
     run.evaluator.write_passage(run.student)
     return DONE
@@ -151,12 +165,12 @@ def step(run: Run, ready: Ready) -> StepFigures:
     does not depend on how the batch is cut into micro batches.
     """
     number = run.place.step
-    count = sum(len(micro.labels_N) for micro in ready.micro)
+    count = run.ranks.total(sum(len(micro.labels_N) for micro in ready.micro))
     run.student.before_step(number)
     norms = run.measure(ready)
     terms = run.terms_for(ready.batch)
     tally = Tally(terms, ready.batch.source_names)
-    for micro in ready.micro:
+    for micro in ready.micro if count else ():
         with run.optimizer.watching(micro.document_ids_BT >= 0):
             loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
         (loss.total / count).backward()
@@ -164,7 +178,8 @@ def step(run: Run, ready: Ready) -> StepFigures:
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
     )
-    figures = tally.figures(norm, ready.waited_s)
+    norm = whole(norm)
+    figures = tally.figures(norm, ready.waited_s, run.ranks)
     run.guard.require_finite(figures, tally, ready, run.student, number)
     if run.settings.optim.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)

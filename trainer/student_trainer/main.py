@@ -108,10 +108,14 @@ def split_config_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 
 def start_logging() -> None:
-    """Our own messages to stderr, one form for logs and warnings; libraries speak up from warnings on."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    """Our own messages to stderr, one form for logs and warnings; libraries speak up from warnings on. Of several
+    ranks, all but the first tell of errors alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"rank {rank} "
+    logging.basicConfig(level=logging.WARNING, format=f"{who}%(levelname)s %(message)s", stream=sys.stderr)
     for name in ("student_trainer", "teacher_proto", "stillhouse"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if rank == "0" else logging.ERROR)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         logging.getLogger("stillhouse").warning("%s", message)

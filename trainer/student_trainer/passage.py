@@ -25,10 +25,11 @@ def make_passage(
 
     The guesses of an entry are those for this very token, made before it; the first token has none.
     """
-    document = batch.documents[0]
-    answer = targets.documents[0] if targets is not None else None
-    if answer is None or answer.ids is None:
+    if not can_be_shown(targets):
         return []
+    assert targets is not None
+    document, answer = batch.documents[0], targets.documents[0]
+    assert answer is not None and answer.ids is not None
     length = min(document.stop - document.start, TOKENS)
     tokens_T = batch.tokens_BT[document.row, document.start : document.start + length]
     guesses = _student_guesses(student, batch.rows(document.row, document.row + 1), length, decode)
@@ -45,6 +46,12 @@ def make_passage(
     return passage
 
 
+def can_be_shown(targets: BatchTargets | None) -> bool:
+    """Whether the batch's first document has a teacher's guesses; then a passage takes one pass of the student."""
+    answer = targets.documents[0] if targets is not None and targets.documents else None
+    return answer is not None and answer.ids is not None
+
+
 def _student_guesses(
     student: Student, row: Batch, length: int, decode: Callable[[int], str]
 ) -> dict[int, list[list[Any]]]:
@@ -55,7 +62,7 @@ def _student_guesses(
     alone = replace(row, loss_mask_BT=mask_BT)
     places = np.flatnonzero(mask_BT[0]) - first.start
     guesses: dict[int, list[list[Any]]] = {}
-    for micro in micro_batches(alone, None, teacher_shift=student.teacher_shift):
+    for micro in micro_batches(alone, None, teacher_shift=student.teacher_shift, keep_empty=True):
         p_NV = torch.softmax(student.logits(micro.to(student.device)), -1)
         top = p_NV.topk(GUESSES)
         for place, p_K, ids_K in zip(places, top.values.tolist(), top.indices.tolist(), strict=True):

@@ -31,12 +31,16 @@ class RunFolder:
         return self.path / "dumps"
 
 
+def folder_of(settings: RunSettings, run_id: str) -> RunFolder:
+    return RunFolder(run_id, Path(settings.root) / run_id)
+
+
 def choose_folder(settings: RunSettings) -> RunFolder:
     """The run's folder. ValueError if the id cannot be one, or if `resume` and what is there do not fit."""
     run_id = settings.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     if not SAFE_ID.fullmatch(run_id):
         raise ValueError(f"run.id={run_id}: letters, digits, '.', '_' and '-' are expected, 101 at most")
-    folder = RunFolder(run_id, Path(settings.root) / run_id)
+    folder = folder_of(settings, run_id)
     started = (folder.path / SETTINGS_FILE).exists()
     if settings.resume == "never" and started:
         raise ValueError(f"{folder.path} holds a run, and run.resume is never: choose another run.id, or remove it")

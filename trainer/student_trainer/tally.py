@@ -14,6 +14,7 @@ from torch import Tensor
 
 from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
+from student_trainer.ranks import ALONE, Ranks
 from student_trainer.targets.align import MicroBatch
 
 if TYPE_CHECKING:
@@ -69,29 +70,32 @@ class Tally:
             parts.append(zeros_2S.index_add(1, micro.sources_N, values_2N))
         self._sums.append(torch.stack(parts))
 
-    def figures(self, grad_norm: Tensor | None = None, waited_s: float = 0.0) -> StepFigures:
-        """The one place where a step waits for the device."""
+    def figures(self, grad_norm: Tensor | None = None, waited_s: float = 0.0, ranks: Ranks = ALONE) -> StepFigures:
+        """Those of all ranks together, which all must call; the longest wait. The one place where a step waits for
+        the device.
+        """
+        tokens = ranks.total(self._tokens)
         if self._sums:
-            sums = torch.stack(self._sums).sum(0).tolist()
+            sums = ranks.add_up(torch.stack(self._sums).sum(0)).tolist()
         else:
             sums = [[[0.0] * len(self._sources)] * 2 for _ in self._terms]
         terms, weighted = {}, {}
         by_source: dict[str, dict[str, float]] = {}
         for term, (values, counts) in zip(self._terms, sums, strict=True):
             terms[term.name] = _mean(sum(values), sum(counts))
-            weighted[term.name] = term.coefficient * _mean(sum(values), float(self._tokens))
+            weighted[term.name] = term.coefficient * _mean(sum(values), float(tokens))
             for name, value, count in zip(self._sources, values, counts, strict=True):
                 if count:
                     by_source.setdefault(name, {})[term.name] = value / count
                     by_source[name]["tokens"] = max(by_source[name].get("tokens", 0), int(count))
         return StepFigures(
-            tokens=self._tokens,
+            tokens=tokens,
             loss=sum(weighted.values()),
             terms=terms,
             weighted=weighted,
             by_source=by_source,
             grad_norm=float(grad_norm) if grad_norm is not None else 0.0,
-            waited_s=waited_s,
+            waited_s=ranks.largest(waited_s),
         )
 
 

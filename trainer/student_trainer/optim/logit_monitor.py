@@ -56,11 +56,13 @@ class LogitMonitor:
 
         `group`: a process group over whose ranks to take the maximum as well; then every rank must call.
         """
-        found = {layer: self._largest[layer].clone() for layer in sorted(self._largest)}
-        if group is not None:
-            for largest_H in found.values():
-                torch.distributed.all_reduce(largest_H, torch.distributed.ReduceOp.MAX, group)
-        return found
+        layers = sorted(self._largest)
+        found = [self._largest[layer] for layer in layers]
+        if group is not None and found:
+            together = torch.cat(found)
+            torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group)
+            found = list(together.split([len(largest_H) for largest_H in found]))
+        return {layer: largest_H.clone() for layer, largest_H in zip(layers, found, strict=True)}
 
     def reset(self) -> None:
         """Forget the step's logits."""

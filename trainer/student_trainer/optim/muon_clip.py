@@ -12,9 +12,11 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from student_trainer.optim.adamw import build_adamw
 from student_trainer.optim.groups import ParameterGroup, slots
+from student_trainer.optim.sharded_muon import ShardedMuon
 from student_trainer.settings import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 def build_muon_clip(
     settings: OptimSettings, groups: Sequence[ParameterGroup]
 ) -> list[tuple[torch.optim.Optimizer, Sequence[ParameterGroup]]]:
-    """torch's Muon for the two-dimensional weights of the group `matrices`, AdamW for the rest.
+    """torch's Muon, or ours over shards, for the two-dimensional weights of the group `matrices`, AdamW for the rest.
 
     Matrices that the model keeps stacked in more dimensions (experts, convolutions) go to AdamW, which is logged.
     ValueError for a student without hidden matrices that train.
@@ -31,7 +33,8 @@ def build_muon_clip(
     hidden, rest = _parted(groups)
     if not hidden.parameters:
         raise ValueError("optim.kind is muon_clip, but the student has no hidden matrices that train: take adamw")
-    muon = torch.optim.Muon(
+    sharded = any(isinstance(parameter, DTensor) for parameter in hidden.parameters.values())
+    muon = (ShardedMuon if sharded else torch.optim.Muon)(
         slots(settings, [hidden]), momentum=settings.muon.momentum, nesterov=settings.muon.nesterov,
         ns_steps=settings.muon.newton_schulz_steps, adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip

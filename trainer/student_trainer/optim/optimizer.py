@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from student_trainer.optim.adamw import build_adamw
 from student_trainer.optim.groups import ParameterGroup, parameter_groups
@@ -20,6 +21,7 @@ from student_trainer.optim.muon_clip import build_muon_clip
 from student_trainer.optim.qk_clip import ClipReport, QKClip
 from student_trainer.optim.schedule import rate_factor
 from student_trainer.settings import OptimSettings
+from student_trainer.students.sharding import like
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,8 @@ class Optimizer:
         self._settings = settings
         self._steps = steps
         self._clip = clip
+        sharded = next((parameter for parameter in self.parameters if isinstance(parameter, DTensor)), None)
+        self._group = None if sharded is None else sharded.device_mesh.get_group()
         self.clipped: ClipReport | None = None
 
     @property
@@ -77,7 +81,7 @@ class Optimizer:
         for optimizer in self._optimizers:
             optimizer.step()
         if self._clip is not None:
-            self.clipped = self._clip.apply()
+            self.clipped = self._clip.apply(self._group)
         return rates
 
     def zero_grad(self) -> None:
@@ -93,6 +97,7 @@ class Optimizer:
                 tensors[f"{name}//{entry}"] = value
         return tensors
 
+    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. ValueError if it is of other parameters."""
         by_name: dict[str, dict[str, Tensor]] = {}
@@ -106,8 +111,10 @@ class Optimizer:
             state = {}
             for entry, value in by_name.get(name, {}).items():
                 # Step counters stay on the CPU, where torch's optimizers want them.
-                device = value.device if entry == "step" else parameter.device
-                state[entry] = value.to(device, copy=True)
+                if entry == "step":
+                    state[entry] = value.clone()
+                else:
+                    state[entry] = torch.empty_like(parameter, dtype=value.dtype).copy_(like(parameter, value))
             optimizer.state[parameter] = state
 
     def _named(self) -> list[tuple[torch.optim.Optimizer, str, nn.Parameter]]:

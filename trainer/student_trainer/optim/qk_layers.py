@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from student_trainer.students.bitnet import BitLinear
+from student_trainer.students.sharding import like, whole
 
 # The names that architectures give to the norms of query and key.
 QK_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"), ("q_layernorm", "k_layernorm"))
@@ -85,11 +85,12 @@ def _offset(norm: nn.Module) -> float:
     if not isinstance(weight, Tensor):
         raise ValueError("their QK-norm has no gains")
     with torch.no_grad():
+        parameters = {name: whole(parameter) for name, parameter in norm.named_parameters(recurse=False)}
+        weight, bias = parameters["weight"], parameters.get("bias")
         # Of mean 0 and mean square 1, so that every kind of norm leaves it as it is.
         signs = torch.ones_like(weight)
         signs.flatten()[::2] = -1.0
-        output = norm(signs[None])[0]
-        bias = getattr(norm, "bias", None)
+        output = torch.func.functional_call(norm, parameters, (signs[None],))[0]
         gains = signs * (output if bias is None else output - bias)
     for offset in (0.0, 1.0):
         if torch.allclose(gains, weight + offset, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE):
@@ -113,13 +114,6 @@ def _multiply(parameter: Tensor, factors: Sequence[float], offset: float = 0.0) 
     else:
         heads = torch.tensor(factors, dtype=torch.float32, device=parameter.device)
         rows = heads.repeat_interleave(parameter.shape[0] // len(factors))
-        parameter.mul_(_like(parameter, rows.view(-1, *[1] * (parameter.ndim - 1))))
+        parameter.mul_(like(parameter, rows.view(-1, *[1] * (parameter.ndim - 1))))
     if offset:
         parameter.sub_(offset)
-
-
-def _like(parameter: Tensor, rows: Tensor) -> Tensor:
-    """The rows' factors, sharded as the parameter is. Every rank has them all, so nothing is sent."""
-    if not isinstance(parameter, DTensor):
-        return rows
-    return distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None)

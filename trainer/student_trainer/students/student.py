@@ -5,7 +5,7 @@ Built by `causal` (and its kin), used by `loop`, `evaluate` and `checkpoint`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -35,11 +35,16 @@ class Body(Protocol):
     def __call__(self, tokens_BT: Tensor, position_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor: ...
 
 
+def _directly(call: Callable[..., Any], *args: Any) -> Any:
+    return call(*args)
+
+
 @dataclass(eq=False)
 class Student:
     """A model that learns. `teacher_shift`: see `targets.align`. `shared_vocab`: ids that it has in common with the
     teacher, None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
     `attention`: how a layer's states are held against the teacher's, None where they are not.
+    `gathered(call, *args)` calls while the parameters are whole: at once, or where ranks share them, by `sharding`.
     """
 
     model: nn.Module
@@ -50,6 +55,7 @@ class Student:
     shared_vocab: int | None = None
     compute: torch.dtype = torch.float32
     attention: AttentionTerm | None = None
+    gathered: Callable[..., Any] = _directly
 
     @property
     def device(self) -> torch.device:
@@ -71,15 +77,26 @@ class Student:
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
     ) -> HeadLoss:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
+        if not len(micro.labels_N):
+            # A rank that has no label here still takes its part in gathering and reducing, with gradients of zero.
+            terms = tuple(Term(term.name, "cross_entropy", 0.0) for term in terms)
+        return HeadLoss(*self.gathered(self._loss, micro, terms, chunk_rows, want_top1))
+
+    def _loss(
+        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool
+    ) -> tuple[Any, ...]:
+        """The fields of a HeadLoss: FSDP looks for tensors in plain containers."""
         relation = relation_among(terms)
         if relation is None:
-            return self.loss_of(self.hidden(micro), self.head, micro, terms, chunk_rows, want_top1)
-        assert self.attention is not None and micro.attention is not None, "there are no states to learn from"
-        with self.attention.watch(self.model) as states:
-            hidden_ND = self.hidden(micro)
-        others = tuple(term for term in terms if term is not relation)
-        loss = self.loss_of(hidden_ND, self.head, micro, others, chunk_rows, want_top1)
-        return self.attention.add(loss, relation, states.take(), micro.attention)
+            loss = self.loss_of(self.hidden(micro), self.head, micro, terms, chunk_rows, want_top1)
+        else:
+            assert self.attention is not None and micro.attention is not None, "there are no states to learn from"
+            with self.attention.watch(self.model) as states:
+                hidden_ND = self.hidden(micro)
+            others = tuple(term for term in terms if term is not relation)
+            loss = self.loss_of(hidden_ND, self.head, micro, others, chunk_rows, want_top1)
+            loss = self.attention.add(loss, relation, states.take(), micro.attention)
+        return loss.total, loss.per_term, loss.counted, loss.top1_N
 
     def loss_of(
         self, hidden_ND: Tensor, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
@@ -129,10 +146,14 @@ class Student:
 
     def logits(self, micro: MicroBatch) -> Tensor:
         """Logits [N, V] fp32 of a few rows, to be looked at; `loss` never makes them."""
-        head = self.head
         with torch.no_grad():
-            hidden_ND = self.hidden(micro).to(head.weight_VD.dtype)
-            z_NV = nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V).float() * head.scale
+            logits_NV: Tensor = self.gathered(self._logits, micro)
+        return logits_NV
+
+    def _logits(self, micro: MicroBatch) -> Tensor:
+        head = self.head
+        hidden_ND = self.hidden(micro).to(head.weight_VD.dtype)
+        z_NV = nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V).float() * head.scale
         return z_NV if head.softcap is None else head.softcap * torch.tanh(z_NV / head.softcap)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -64,9 +64,10 @@ _TENSORS = ("tokens_BT", "position_ids_BT", "document_ids_BT", "rows_N", "labels
 
 def micro_batches(
     batch: Batch, targets: BatchTargets | None, *, rows: int | None = None, teacher_shift: int = 0,
-    head: TeacherHead | None = None,
+    head: TeacherHead | None = None, keep_empty: bool = False,
 ) -> tuple[MicroBatch, ...]:  # fmt: skip
-    """The batch cut into micro batches of at most `rows` rows, on the CPU. Those without any label are left out.
+    """The batch cut into micro batches of at most `rows` rows, on the CPU. Those without any label are left out, if
+    not `keep_empty`: ranks that gather parameters together must all make as many passes.
 
     `head` is the teacher's, already on its device, for targets of kind `hidden`.
     """
@@ -75,7 +76,7 @@ def micro_batches(
     parts = []
     for first in range(0, len(batch.tokens_BT), size):
         part = _one(batch, targets, first, min(first + size, len(batch.tokens_BT)), teacher_shift, head)
-        if len(part.labels_N):
+        if keep_empty or len(part.labels_N):
             parts.append(part)
     return tuple(parts)
 
@@ -103,8 +104,11 @@ def _one(
     )
 
 
-def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int, head: TeacherHead | None) -> TeacherRows:
-    """Rows in the order of the labels: by row of the batch, then by position; documents come in that order.
+def _teacher_rows(
+    batch: Batch, targets: BatchTargets, first: int, stop: int, head: TeacherHead | None
+) -> TeacherRows | None:
+    """Rows in the order of the labels: by row of the batch, then by position; documents come in that order. None
+    where there are none.
 
     InvalidTargetsError for a number that is not finite where it would be learnt from.
     """
@@ -119,6 +123,8 @@ def _teacher_rows(batch: Batch, targets: BatchTargets, first: int, stop: int, he
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise InvalidTargetsError(f"{name} of document {document.key} is not finite on a row that counts")
             pieces.setdefault(name, []).append(array)
+    if not pieces:
+        return None
     arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
     if "sampled_lengths" in arrays:
         arrays["sampled_offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("sampled_lengths"))])

@@ -11,8 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from student_trainer.data.batch import Batch
 from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.dump import write_dump
 from student_trainer.targets.patience import OutageWatch
@@ -33,10 +37,15 @@ class NonFiniteError(ArithmeticError):
 
 
 class TargetGuard:
-    """`reason` tells what is known of an outage; `vocab_size` is the teacher's."""
+    """`reason` tells what is known of an outage; `vocab_size` is the teacher's. Each of several `ranks` dumps its own
+    rows.
+    """
 
-    def __init__(self, settings: TeacherSettings, dumps: Path, vocab_size: int, reason: Callable[[], str]):
-        self._settings, self._dumps, self._vocab_size = settings, dumps, vocab_size
+    def __init__(
+        self, settings: TeacherSettings, dumps: Path, vocab_size: int, reason: Callable[[], str], ranks: Ranks = ALONE
+    ):
+        self._settings, self._vocab_size, self._ranks = settings, vocab_size, ranks
+        self._dumps = dumps if ranks.alone else dumps / f"rank-{ranks.rank}"
         self._watch = OutageWatch(settings, reason)
         self._checked = settings.sanity == "off"
 
@@ -70,6 +79,8 @@ class TargetGuard:
         if figures.finite:
             return
         where = _bad_tokens(tally, ready) or _bad_parameters(student)
+        if not self._ranks.alone:
+            where = f"on rank {self._ranks.rank} of {self._ranks.world}, {where}"
         keys = ", ".join(document.key for document in ready.batch.documents[:8])
         message = (
             f"step {number + 1} is not finite (loss {figures.loss}, gradient norm {figures.grad_norm}) and was not "
@@ -100,6 +111,11 @@ def _bad_parameters(student: Student) -> str:
     bad = [
         name
         for name, parameter in student.model.named_parameters()
-        if parameter.grad is not None and not math.isfinite(float(parameter.grad.sum()))
+        if parameter.grad is not None and not math.isfinite(float(_shard(parameter.grad).sum()))
     ]
     return f"every loss is finite, the gradient of {', '.join(bad[:5]) or 'some parameter'} is not"
+
+
+def _shard(gradient: Tensor) -> Tensor:
+    """This rank's part: the others may not be looking."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,0 +1,228 @@
+"""Several ranks, each a trainer in a process of its own, gloo between them, and the real service with the scripted
+engine for a teacher: they are one rank that accumulates over as many micro batches, bit for bit.
+
+The one figure that may differ is the gradient's norm: over shards it is summed in another order, and so is the clipping
+by it. What is compared bit for bit runs without clipping; with it the bound is 1e-6 of the loss.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from student_trainer import checkpoint
+from tests.ranks_run import ranks, train_ranks
+from tests.teacher_process import TeacherProcess
+from tests.trainer_run import (
+    SIGKILL,
+    SIGTERM,
+    Workshop,
+    final_files,
+    lines_of,
+    steps_of,
+    teacher_script,
+    trace_of,
+    train,
+    wait_for_step,
+    write_documents,
+)
+
+STEPS = 8
+# Rows of a pass: two for one rank that takes two passes a step, all its own for each of two ranks.
+ONE, UNCLIPPED = "optim.micro_batch_rows=2", "optim.clip_norm=1e6"
+MUON = ("optim=muon_clip", "optim.qk_clip.tau=0.3", "optim.learning_rate=0.02", UNCLIPPED)
+ADAMW = (UNCLIPPED,)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[TeacherProcess]:
+    with TeacherProcess(script=teacher_script()) as process:
+        yield process
+
+
+def arguments(workshop: Workshop, root: Path, teacher: TeacherProcess, *overrides: str) -> list[str]:
+    return workshop.settings(root, f"run.steps={STEPS}", "evaluation.every=4", *overrides, url=teacher.url)
+
+
+def run_on(world: int, root: Path, settings: list[str]) -> Path:
+    root.mkdir(exist_ok=True)
+    if world == 1:
+        assert train([*settings, ONE], root / "output") == 0, (root / "output").read_text()
+    else:
+        texts = [root / f"output-{rank}" for rank in range(world)]
+        assert train_ranks(world, settings, root / "output") == [0] * world, [text.read_text() for text in texts]
+    return root / "run"
+
+
+@pytest.fixture(scope="module", params=[ADAMW, MUON], ids=["adamw", "muon_clip"])
+def pair(
+    request: Any, workshop: Workshop, teacher: TeacherProcess, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, tuple[str, ...]]:
+    """The folders of the same run on one rank and on two, and its settings."""
+    root = tmp_path_factory.mktemp("pair")
+    one, two = (
+        run_on(world, root / name, arguments(workshop, root / name, teacher, *request.param))
+        for world, name in ((1, "one"), (2, "two"))
+    )
+    return one, two, request.param
+
+
+def without_norm(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "grad_norm"} for line in trace_of(folder)]
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    assert without_norm(folder) == without_norm(other)
+    norms = [[line["grad_norm"] for line in lines_of(run)] for run in (folder, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert final_files(folder, STEPS) == final_files(other, STEPS)
+    assert lines_of(folder, "evaluation.jsonl") == lines_of(other, "evaluation.jsonl")
+
+
+def test_two_ranks_are_one_rank_that_accumulates_bit_for_bit(pair: tuple[Path, Path, tuple[str, ...]]) -> None:
+    """Losses by term and source, token counts, rates, the largest attention logit; parameters and moments; held out."""
+    one, two, settings = pair
+    assert_same(one, two)
+    assert lines_of(two)[-1]["loss"] < lines_of(two)[0]["loss"]
+    if settings is MUON:
+        assert any(line["attention/clipped_heads"] for line in lines_of(two)), "the tau of this test must bite"
+    assert (one / "passage.json").read_text() == (two / "passage.json").read_text()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_of_two_ranks_loads_on_one_and_back(
+    pair: tuple[Path, Path, tuple[str, ...]], workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, world: int
+) -> None:
+    one, two, settings = pair
+    begun = two if world == 1 else one
+    shutil.copytree(begun, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")
+    run_on(world, tmp_path, arguments(workshop, tmp_path, teacher, *settings))
+    assert_same(tmp_path / "run", one)
+
+
+def test_clipping_by_the_norm_over_shards_moves_the_loss_by_rounding_alone(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    clipped = ("optim.clip_norm=0.1", "evaluation.every=0")
+    one, two = (
+        run_on(world, tmp_path / str(world), arguments(workshop, tmp_path / str(world), teacher, *clipped))
+        for world in (1, 2)
+    )
+    losses = [[line["loss"] for line in lines_of(run)] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_rank_whose_rows_hold_no_label_takes_its_part(workshop: Workshop, tmp_path: Path) -> None:
+    """Documents of one token teach nothing; a row a document, some ranks have none for a step."""
+    short = write_documents(tmp_path / "short.jsonl", 200, seed=5, longest=2)
+    settings = [
+        "data.packing=none", "data.rows=2", "data.seq_len=8", f"data.sources.a.path={short}",
+        f"data.sources.b.path={short}", "distillation=cross_entropy", "teacher=none", UNCLIPPED,
+    ]  # fmt: skip
+    one, two = (
+        run_on(world, tmp_path / str(world), workshop.settings(tmp_path / str(world), f"run.steps={STEPS}", *settings,
+                                                               "optim.micro_batch_rows=1"))
+        for world in (1, 2)
+    )  # fmt: skip
+    tokens = [0, *(line["tokens"] for line in lines_of(one))]
+    assert {1} <= {after - before for before, after in pairwise(tokens)}, "one row with a label, one without"
+    assert without_norm(one) == without_norm(two)
+
+
+@pytest.mark.parametrize("pair", [ADAMW], ids=["adamw"], indirect=True)
+def test_a_signal_on_one_rank_stops_all_between_updates_and_loses_no_step(
+    pair: tuple[Path, Path, tuple[str, ...]], workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    one, _, settings = pair
+    given = arguments(workshop, tmp_path, teacher, *settings)
+    with ranks(2, given, tmp_path / "output") as trainers:
+        wait_for_step(tmp_path / "run", 2, trainers[0])
+        trainers[1].signal(SIGTERM)
+        assert [trainer.wait() for trainer in trainers] == [75, 75]
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert kept is not None and kept.step == steps_of(tmp_path / "run")[-1]
+    run_on(2, tmp_path, given)
+    assert_same(tmp_path / "run", one)
+
+
+def spoil_second_step(rank: int) -> None:
+    """Hidden states of rank 1 that are not numbers, from its second update on: nothing from outside can do that."""
+    if rank == 0:
+        return
+    from student_trainer.students.student import Student
+
+    healthy, passes = Student.hidden, []
+
+    def spoilt(self: Student, micro: Any) -> torch.Tensor:
+        passes.append(micro)
+        return healthy(self, micro) * (float("nan") if len(passes) > 1 else 1.0)
+
+    Student.hidden = spoilt  # type: ignore[method-assign]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    given = arguments(workshop, tmp_path, teacher, "evaluation.every=0", "checkpoint.every=1")
+    with ranks(2, given, tmp_path / "output", spoil_second_step) as trainers:
+        assert [trainer.wait() for trainer in trainers] == [1, 1]
+        texts = [trainer.text for trainer in trainers]
+    assert all("step 2 is not finite" in text and "was not made" in text for text in texts)
+    assert "on rank 1 of 2, " in texts[1] and " is nan in source " in texts[1]
+    assert steps_of(tmp_path / "run") == [1]
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert kept is not None and kept.step == 1
+
+
+def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(workshop: Workshop, tmp_path: Path) -> None:
+    with TeacherProcess(script=teacher_script()) as teacher:
+        given = arguments(
+            workshop, tmp_path, teacher, "run.steps=4000", "checkpoint.every=0", "teacher.give_up_after_s=2",
+            "evaluation.every=0",
+        )  # fmt: skip
+        with ranks(2, given, tmp_path / "output") as trainers:
+            wait_for_step(tmp_path / "run", 3, trainers[0])
+            teacher.signal(SIGKILL)
+            codes = [trainer.wait() for trainer in trainers]
+            assert codes == [2, 2], [trainer.text for trainer in trainers]
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert kept is not None and kept.step == steps_of(tmp_path / "run")[-1] >= 3
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("data.rows=3", "rows must divide evenly"), ("on_policy.share=0.5", "on_policy.share takes a run of one rank")],
+)
+def test_what_ranks_cannot_do_stops_all(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, given: str, says: str
+) -> None:
+    assert train_ranks(2, arguments(workshop, tmp_path, teacher, given), tmp_path / "output") == [2, 2]
+    assert says in (tmp_path / "output-1").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pair", [ADAMW], ids=["adamw"], indirect=True)
+def test_torchrun_starts_them(
+    pair: tuple[Path, Path, tuple[str, ...]], workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    one, _, settings = pair
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+               "-m", "student_trainer.main", *arguments(workshop, tmp_path, teacher, *settings)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", one)

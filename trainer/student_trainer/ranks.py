@@ -1,0 +1,157 @@
+"""The processes of one run, its ranks: who this one is, and the little that they tell each other. Opened by `build`.
+
+    torchrun --nproc-per-node 2 -m student_trainer.main SETTINGS
+
+Each rank takes its own rows of every batch, asks for their targets itself, and holds a shard of the student
+(`students.sharding`). What one of them meets between two updates, a signal or a failure, all of them meet: `together`.
+A run that torchrun did not start is one rank, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from student_trainer.settings import Settings
+from student_trainer.signals import StopSignals
+from teacher_proto.errors import TeacherUnavailableError
+
+# Beyond what a rank may wait for its teacher: the others wait for it all that time.
+PATIENCE_S = 600.0
+FINE, STOPPED, NO_TEACHER, FAILED = range(4)
+
+
+class RankError(ConnectionError):
+    """Another rank failed, so this one can't go on."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This is rank `rank` of `world`, and the `local`-th on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what a run writes once."""
+        return self.rank == 0
+
+    def together(self) -> Together:
+        """A block that ends alike on all ranks: what one raises in it, all raise, once all have come to its end."""
+        return Together(self)
+
+    def total(self, count: int) -> int:
+        """The sum over the ranks."""
+        return count if self.alone else int(self.add_up(torch.tensor(int(count))))
+
+    def largest(self, value: float) -> float:
+        """The maximum over the ranks."""
+        if self.alone:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64)
+        _exchange(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place; the order of the terms is fixed."""
+        if not self.alone:
+            _exchange(tensor, dist.ReduceOp.SUM)
+        return tensor
+
+    def from_first(self, text: str) -> str:
+        """The text that rank 0 gave, on every rank."""
+        if self.alone:
+            return text
+        size = self.total(len(text.encode()) if self.first else 0)
+        data = torch.zeros(size, dtype=torch.int32)
+        if self.first:
+            data += torch.tensor(list(text.encode()), dtype=torch.int32)
+        return bytes(self.add_up(data).tolist()).decode()
+
+
+ALONE = Ranks()
+
+
+@dataclass
+class Together:
+    """See `Ranks.together`."""
+
+    ranks: Ranks
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.ranks.alone:
+            return
+        mine = _state_of(error)
+        worst = int(self.ranks.largest(mine))
+        if worst == mine:
+            return
+        if worst == STOPPED:
+            raise StopSignals.Stop("another rank was told to stop") from error
+        if worst == NO_TEACHER:
+            raise TeacherUnavailableError("another rank has no teacher, its message says more") from error
+        raise RankError("another rank failed, its message says why; this one ends with it") from error
+
+
+def _state_of(error: BaseException | None) -> int:
+    if error is None:
+        return FINE
+    if isinstance(error, StopSignals.Stop):
+        return STOPPED
+    return NO_TEACHER if isinstance(error, TeacherUnavailableError) else FAILED
+
+
+def _exchange(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+    try:
+        dist.all_reduce(tensor, operation)
+    except RuntimeError as error:
+        raise RankError(f"another rank is gone ({str(error).strip().splitlines()[0]}); this one ends with it") from None
+
+
+def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
+    """The ranks that torchrun started, or this process alone; `stack` ends their connection.
+
+    ValueError for settings that only a rank alone can follow.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return ALONE
+    _refuse_what_takes_one(settings, world)
+    if "RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world}, but RANK is not set: start several ranks with torchrun")
+    on_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
+    dist.init_process_group(
+        # Counts and flags travel by gloo in both cases, so that no GPU waits for them.
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=settings.teacher.give_up_after_s + PATIENCE_S),
+    )
+    stack.callback(dist.destroy_process_group)
+    return Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _refuse_what_takes_one(settings: Settings, world: int) -> None:
+    """What runs the whole student outside the passes that all ranks make side by side."""
+    asked = {
+        "on_policy.share": settings.on_policy.active,
+        "distillation.balance.shares": bool(settings.distillation.balance.shares),
+        "a loss with support=gather": any(term.support == "gather" for term in settings.terms()),
+    }
+    if refused := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(f"{refused[0]} takes a run of one rank so far, this is one of {world}: leave it out")

@@ -1,0 +1,66 @@
+"""A student's parameters spread over the ranks (FSDP2), and tensors between whole and sharded. Called by `build`.
+
+Every decoder layer is gathered for its own pass and freed after it; embeddings, last norm and head, which the fused
+loss needs whole, for the time from the first layer's pass to the end of the backward pass. Gradients are summed over
+the ranks, not averaged: the loop has divided by the count of all ranks' tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from student_trainer.ranks import Ranks
+from student_trainer.students.student import Student
+
+
+class Gathered(nn.Module):
+    """Calls what it is given while FSDP has the parameters of `model` gathered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args)
+
+
+def shard(student: Student, ranks: Ranks) -> None:
+    """Keep this rank's shard of every parameter. Nothing for a rank alone; before the optimizer is built."""
+    if ranks.alone:
+        return
+    mesh = init_device_mesh(student.device.type, (ranks.world,))
+    layers = [module for module in student.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    gathered = Gathered(student.model)
+    for module in (*layers, gathered):
+        sharded: FSDPModule = fully_shard(module, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+
+    def run(call: Callable[..., Any], *args: Any) -> Any:
+        outcome = gathered(call, *args)
+        if not torch.is_grad_enabled():
+            gathered.reshard()  # no backward pass will
+        return outcome
+
+    student.gathered = run
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or gathered from its shards; then all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values`, which every rank has whole, on the device of `tensor` and sharded as it is; nothing is sent."""
+    values = values.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return values
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
