@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from student_trainer import checkpoint, randomness
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.checkpoint_files import Snapshot, replace_text
+from student_trainer.checkpoint_remote import RemoteCheckpoints
 from student_trainer.data.batch import Batch
 from student_trainer.data.classification import class_words, one_set_of_words
 from student_trainer.data.loader import BatchSource
@@ -78,7 +79,8 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it can't be."""
     ranks = open_ranks(settings, stack)
     folder = _folder(settings, ranks)
-    snapshot = _earlier(settings, folder, ranks)
+    remote = RemoteCheckpoints(settings.checkpoint, folder.id) if settings.checkpoint.url else None
+    snapshot = _earlier(settings, folder, ranks, remote)
     thread = stack.enter_context(EventThread())
     parts = build_parts(settings, thread, stack, snapshot, ranks)
     shard(parts.student, ranks)
@@ -95,7 +97,9 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         # A run that was killed before its first save begins again, and so do its figures.
         forget_after(folder.path, place.step if snapshot is not None else -1)
         _write_settings(settings, folder)
-    checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher), ranks)
+    checkpoints = Checkpoints(
+        folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher), ranks, remote
+    )
     stack.callback(checkpoints.close)
     if snapshot is not None:
         checkpoints.resumed_at(place.step)
@@ -155,12 +159,15 @@ def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
     run_id = ""
     with ranks.together():
         if ranks.first:
-            run_id = choose_folder(settings.run).id
+            run_id = choose_folder(settings.run, has_copies=settings.checkpoint.url is not None).id
     return folder_of(settings.run, ranks.from_first(run_id))
 
 
-def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks) -> Snapshot | None:
-    """The checkpoint to go on from, if there is one and the settings want and allow it."""
+def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks, remote: RemoteCheckpoints | None) -> Snapshot | None:
+    """The checkpoint to go on from, here or remote, if there is one and the settings want and allow it."""
+    with ranks.together():
+        if remote is not None and ranks.local == 0:
+            _fetch_later(settings, folder, remote, str(ranks.rank))
     if settings.run.resume == "never":
         return None
     with ranks.together():
@@ -176,6 +183,21 @@ def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks) -> Snapshot | 
     elif settings.run.resume == "require":
         raise ValueError(f"{folder.checkpoints} holds no checkpoint, and run.resume is require")
     return snapshot
+
+
+def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoints, name: str) -> None:
+    """A checkpoint that only the store has, or has later than this disk, into the run's folder."""
+    if settings.run.resume == "never":
+        if remote.steps():
+            raise ValueError(f"{remote.url} holds a run, and run.resume is never: choose another run.id, or remove it")
+        return
+    here = checkpoint.newest_step(folder.checkpoints)
+    try:
+        remote.pull(folder.checkpoints, here, name)
+    except OSError as error:
+        if here < 0:
+            raise
+        logger.error("%s IS NOT ASKED FOR A LATER CHECKPOINT: %s. The run goes on from its own disk", remote.url, error)
 
 
 def _device(settings: Settings, ranks: Ranks) -> torch.device:

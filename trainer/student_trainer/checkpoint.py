@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from student_trainer import checkpoint_files as files
 from student_trainer import randomness
 from student_trainer.checkpoint_files import DamagedError, Snapshot
+from student_trainer.checkpoint_remote import RemoteCheckpoints
 from student_trainer.data.mixture import MixtureState
 from student_trainer.loop import Place
 from student_trainer.ranks import ALONE, Ranks
@@ -40,11 +42,15 @@ class Checkpoints:
     """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher.
 
     Of several `ranks` all call the same methods at the same step; rank 0 gathers the tensors, whole, and writes them.
-    So a checkpoint does not know how many ranks made it.
+    So a checkpoint does not know how many ranks made it. `remote` takes a copy of each.
     """
 
-    def __init__(self, root: Path, settings: CheckpointSettings, constant: dict[str, Any], ranks: Ranks = ALONE):
+    def __init__(
+        self, root: Path, settings: CheckpointSettings, constant: dict[str, Any], ranks: Ranks = ALONE,
+        remote: RemoteCheckpoints | None = None,
+    ):  # fmt: skip
         self._root, self._settings, self._constant, self._ranks = root, settings, constant, ranks
+        self._remote = remote
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saved_step: int | None = None
@@ -113,16 +119,31 @@ class Checkpoints:
 
     def close(self) -> None:
         self._writer.shutdown()
+        if self._remote is not None:
+            self._remote.close()
 
     def _write(self, snapshot: Snapshot) -> None:
         folder = files.write(self._root, snapshot)
         files.replace_text(self._root / LATEST, folder.name)
         self._saved_step = snapshot.step
+        if self._remote is not None:
+            self._remote.push(folder)
         for old in _folders(self._root)[self._settings.keep :]:
+            if self._remote is not None and self._remote.needs(old):
+                continue
             # Under another name first, so that one half deleted is never taken for a checkpoint.
             doomed = old.with_name(f".deleted-{old.name}")
             old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def newest_step(root: Path) -> int:
+    """That of the newest checkpoint that is as it was written; -1 if there is none."""
+    for folder in _folders(root):
+        with suppress(DamagedError):
+            files.verify(folder)
+            return int(folder.name.removeprefix(files.PREFIX))
+    return -1
 
 
 def newest(root: Path) -> Snapshot | None:

@@ -56,7 +56,7 @@ def write(root: Path, snapshot: Snapshot) -> Path:
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sealed(unfinished / MANIFEST)
         sync_folder(unfinished)
-        _make_way(final)
+        make_way(final)
         unfinished.rename(final)
         sync_folder(root)
     except OSError:
@@ -137,7 +137,7 @@ def _sealed(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _make_way(final: Path) -> None:
+def make_way(final: Path) -> None:
     """Move a damaged checkpoint of the same step aside; its name shall not stand in the way of a sound one."""
     if final.exists():
         aside = final.with_name(f".damaged-{final.name}")

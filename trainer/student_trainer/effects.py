@@ -101,6 +101,10 @@ RULES = (
     Rule("optim.schedule.floor", lambda s: s.optim.schedule.kind != "constant", "a constant rate never falls"),
     Rule("optim.muon.", lambda s: s.optim.kind == "muon_clip", "optim.kind is not muon_clip"),
     Rule("optim.qk_clip.alpha", lambda s: s.optim.qk_clip.tau is not None, "optim.qk_clip.tau is null"),
+    *(
+        Rule(f"checkpoint.{name}", lambda s: s.checkpoint.url is not None, "checkpoint.url is null")
+        for name in ("storage_options", "upload_within_s")
+    ),
     Rule("run.threads", lambda s: not s.run.device.startswith("cuda"), "run.device is a GPU"),
     Rule("student.bitnet.", lambda s: s.student.kind == "bitnet", "student.kind is not bitnet"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),

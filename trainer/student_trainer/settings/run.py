@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,9 @@ class CheckpointSettings(Section):
     every: int = Field(500, ge=0, description="steps between saves; 0: only at the end and on SIGTERM")
     keep: int = Field(2, ge=1, description="checkpoints kept, newest first")
     on_failure: Literal["continue", "stop"] = Field("continue", description="what a save that failed does to the run")
+    url: str | None = Field(None, description="s3://, gs:// or any fsspec URL: a copy of each under URL/RUN_ID")
+    storage_options: dict[str, Any] = Field({}, description="for fsspec; keys and secrets belong in the environment")
+    upload_within_s: float = Field(300.0, gt=0, description="how long a run waits at its end for its last upload")
 
 
 class LoggingSettings(Section):
