@@ -106,6 +106,10 @@ RULES = (
         for name in ("storage_options", "upload_within_s")
     ),
     Rule("run.threads", lambda s: not s.run.device.startswith("cuda"), "run.device is a GPU"),
+    *(
+        Rule(f"student.lora.{name}", lambda s: s.student.lora.rank is not None, "student.lora.rank is null")
+        for name in ("alpha", "targets")
+    ),
     Rule("student.bitnet.", lambda s: s.student.kind == "bitnet", "student.kind is not bitnet"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),

@@ -25,6 +25,7 @@ from student_trainer.export_check import LogitsComparison, compare_logits, llama
 from student_trainer.settings import StudentSettings
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
 from student_trainer.students.load import earlier_run, load_student, model_behind
+from student_trainer.students.lora import merge_lora
 
 # Mean KL in nats. Int8 rounding on another machine moves a deep ternary model by hundredths; another function, by nats.
 SAME_MODEL_KL = 0.2
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = StudentSettings(
         kind=snapshot.state["settings"]["student"]["kind"], checkpoint_path=str(options.run), attention="sdpa"
     )
-    model: Any = load_student(settings, torch.device("cpu")).model
+    model: Any = merge_lora(load_student(settings, torch.device("cpu")).model)
     tokenizer = _tokenizer(settings)
     card = card_of(options.run, snapshot, options.name or options.run.resolve().name)
     folder = options.out or options.run / "exports" / options.format

@@ -38,6 +38,7 @@ ANSWERS: dict[str, Answer] = {
     "student.compute": "numeric",
     "student.attention": "numeric",
     "student.gradient_checkpointing": "numeric",
+    "student.compile": "numeric",
     "teacher": "free",  # who answers, by which way: the identity itself is compared
     "teacher.top_k": "fixed",
     "distillation": "fixed",

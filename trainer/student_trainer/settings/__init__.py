@@ -23,7 +23,7 @@ from student_trainer.settings.optim import (
 )
 from student_trainer.settings.run import CheckpointSettings, EvaluationSettings, LoggingSettings, RunSettings
 from student_trainer.settings.section import Section
-from student_trainer.settings.student import BitNetSettings, StudentSettings
+from student_trainer.settings.student import BitNetSettings, LoRASettings, StudentSettings
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "DistillationSettings",
     "EvaluationSettings",
     "GroupSettings",
+    "LoRASettings",
     "LoggingSettings",
     "MuonSettings",
     "OnPolicySettings",
@@ -78,6 +79,8 @@ class Settings(Section):
         asking += ["attention relations"] if self.distillation.attention.active else []
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
+        if self.student.kind == "bitnet" and self.student.lora.rank is not None:
+            raise ValueError("student.lora.rank is for student=causal: a ternary student trains all its weights")
         warmup = self.student.bitnet.warmup_steps
         if self.student.kind == "bitnet" and warmup >= self.run.steps:
             raise ValueError(

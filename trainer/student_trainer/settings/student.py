@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from student_trainer.settings.section import Positive, Section
+from student_trainer.settings.section import Names, Positive, Section
 
 
 class BitNetSettings(Section):
@@ -18,6 +18,14 @@ class BitNetSettings(Section):
     eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
     quantise_activations: bool | None = Field(None, description="int8 activations beside ternary weights; null: true")
     warmup_steps: int = Field(0, ge=0, description="steps in which quantisation rises from none to all")
+
+
+class LoRASettings(Section):
+    """Low-rank additions that are trained in place of the student's own weights."""
+
+    rank: int | None = Field(None, ge=1, description="null: no LoRA, all weights are trained")
+    alpha: int = Field(16, ge=1, description="the addition is scaled by alpha / rank")
+    targets: Names = Field(("all-linear",), description="names of linear modules; all-linear: every one but the head")
 
 
 class StudentSettings(Section):
@@ -32,4 +40,6 @@ class StudentSettings(Section):
     compute: Literal["float32", "bfloat16"] = Field("float32", description="autocast dtype; parameters stay float32")
     attention: Literal["auto", "sdpa", "flex"] = Field("auto", description="auto: flex on a GPU, sdpa elsewhere")
     gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile each layer; on a CPU it takes a C++ compiler")
+    lora: LoRASettings = LoRASettings()
     bitnet: BitNetSettings = BitNetSettings()

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from student_trainer.settings import StudentSettings
 from student_trainer.students.attention_mask import block_mask, dense_mask
+from student_trainer.students.lora import add_lora
 from student_trainer.students.student import Student
 
 # Layers that carry a state along the row: a document would leak into the next one.
@@ -59,6 +61,8 @@ def load_causal(settings: StudentSettings, device: torch.device) -> Student:
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(f"student.checkpoint_path={settings.checkpoint_path}: {_first_line(error)}") from None
+    if settings.lora.rank is not None:
+        add_lora(model, settings.lora)
     return wrap_causal(model.to(device), attention, settings)
 
 
@@ -83,7 +87,15 @@ def wrap_causal(model: Any, attention: str, settings: StudentSettings) -> Studen
     )
     model.train()
     check_head(student)
+    if settings.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
     return student
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that a decoder repeats, by the class that transformers gives them all."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def check_head(student: Student) -> None:

@@ -19,6 +19,7 @@ from student_trainer.settings import StudentSettings
 from student_trainer.students.bitnet import CONFIG_ENTRY
 from student_trainer.students.bitnet_student import load_bitnet, make_ternary
 from student_trainer.students.causal import load_causal
+from student_trainer.students.lora import merge_lora
 from student_trainer.students.student import Student
 
 KINDS: Mapping[str, Callable[[StudentSettings, torch.device], Student]] = {
@@ -41,7 +42,7 @@ def load_student(settings: StudentSettings, device: torch.device) -> Student:
     student = load_student(_as_trained(before, settings), device)
     checkpoint.restore_student(snapshot, student)
     if settings.kind != before.kind:
-        return make_ternary(student.model, settings)
+        return make_ternary(merge_lora(student.model), settings)
     _check_structure(student, settings)
     student.before_step(0)
     return student
@@ -72,7 +73,7 @@ def _as_trained(before: StudentSettings, settings: StudentSettings) -> StudentSe
     """The student as it was trained before, to be computed and warmed up as is wanted now."""
     changes: dict[str, Any] = {name: getattr(settings, name) for name in ("compute", "attention")}
     if settings.kind == before.kind:
-        changes["gradient_checkpointing"] = settings.gradient_checkpointing
+        changes |= {name: getattr(settings, name) for name in ("gradient_checkpointing", "compile")}
     changes["bitnet"] = before.bitnet.model_copy(update={"warmup_steps": settings.bitnet.warmup_steps})
     return before.model_copy(update=changes)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from student_trainer.ranks import Ranks
+from student_trainer.students.causal import decoder_layers
 from student_trainer.students.student import Student
 
 
@@ -37,9 +37,8 @@ def shard(student: Student, ranks: Ranks) -> None:
     if ranks.alone:
         return
     mesh = init_device_mesh(student.device.type, (ranks.world,))
-    layers = [module for module in student.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     gathered = Gathered(student.model)
-    for module in (*layers, gathered):
+    for module in (*decoder_layers(student.model), gathered):
         sharded: FSDPModule = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
