@@ -32,7 +32,7 @@ def s3() -> Iterator[dict[str, Any]]:
         host, port = server.get_host_and_port()
         options = {"endpoint_url": f"http://{host}:{port}"}
         with mock.patch.dict("os.environ", keys):
-            fsspec.filesystem("s3", **options).mkdir(BUCKET)
+            fsspec.filesystem("s3", **options).makedirs(BUCKET, exist_ok=True)
             yield options
     finally:
         server.stop()

@@ -21,9 +21,9 @@ SHAPES = [(7, 5), (2, 9), (16, 16), (40, 6)]  # out, in: more matrices than rank
 SETTINGS = [{"nesterov": True, "weight_decay": 0.1}, {"nesterov": False, "weight_decay": 0.0}]
 
 
-def made() -> nn.ModuleList:
+def made() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.ModuleList(nn.Linear(width, height, bias=False) for height, width in SHAPES)
+    return nn.Sequential(*(nn.Linear(width, height, bias=False) for height, width in SHAPES))
 
 
 def gradients(step: int) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from student_trainer.checkpoint_files import Snapshot
 from student_trainer.checkpoint_remote import RemoteCheckpoints
 from student_trainer.settings import CheckpointSettings
 from student_trainer.signals import StopSignals
+from teacher_proto.identity import flatten
 from tests.ranks_run import free_port
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, run_here, steps_of, trace_of
 from tests.unit.data.stores import BUCKET, STORES
@@ -78,10 +79,11 @@ def test_a_damaged_one_is_passed_over_and_one_cut_short_is_none(
 
 
 def overrides(store: dict[str, Any]) -> list[str]:
-    options = [
-        f"checkpoint.storage_options.{key}={json.dumps(value)}" for key, value in store["storage_options"].items()
+    options = flatten(store["storage_options"]).items()
+    return [
+        f"checkpoint.url={store['url']}",
+        *(f"checkpoint.storage_options.{name}={json.dumps(value)}" for name, value in options),
     ]
-    return [f"checkpoint.url={store['url']}", *options]
 
 
 def test_a_run_that_lost_its_folder_goes_on_from_the_store_bit_for_bit(
