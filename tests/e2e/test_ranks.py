@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from tests.trainer_run import (
     trace_of,
     train,
     wait_for_step,
-    write_documents,
 )
 
 STEPS = 8
@@ -124,23 +122,6 @@ def test_clipping_by_the_norm_over_shards_moves_the_loss_by_rounding_alone(
     )
     losses = [[line["loss"] for line in lines_of(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_a_rank_whose_rows_hold_no_label_takes_its_part(workshop: Workshop, tmp_path: Path) -> None:
-    """Documents of one token teach nothing; a row a document, some ranks have none for a step."""
-    short = write_documents(tmp_path / "short.jsonl", 200, seed=5, longest=2)
-    settings = [
-        "data.packing=none", "data.rows=2", "data.seq_len=8", f"data.sources.a.path={short}",
-        f"data.sources.b.path={short}", "distillation=cross_entropy", "teacher=none", UNCLIPPED,
-    ]  # fmt: skip
-    one, two = (
-        run_on(world, tmp_path / str(world), workshop.settings(tmp_path / str(world), f"run.steps={STEPS}", *settings,
-                                                               "optim.micro_batch_rows=1"))
-        for world in (1, 2)
-    )  # fmt: skip
-    tokens = [0, *(line["tokens"] for line in lines_of(one))]
-    assert {1} <= {after - before for before, after in pairwise(tokens)}, "one row with a label, one without"
-    assert without_norm(one) == without_norm(two)
 
 
 @pytest.mark.parametrize("pair", [ADAMW], ids=["adamw"], indirect=True)
