@@ -65,11 +65,11 @@ def make(seed: int, n: int, vocab: int, k: int) -> Case:
     drawn_NV = torch.randint(3, (n, vocab), generator=generator) * (torch.rand(n, vocab, generator=generator) < 0.3)
     drawn_NV[:, 0] += 1
     rows = TeacherRows(
-        top.indices,
-        top.values,
-        lse_N,
-        log_z_NT,
-        temperatures,
+        ids_NK=top.indices,
+        logprobs_NK=top.values,
+        lse_N=lse_N,
+        log_z_NT=log_z_NT,
+        temperatures=temperatures,
         valid_N=valid_N,
         gather_ids_NG=gathered_NG,
         gather_logprobs_NG=(teacher_NV - lse_N[:, None]).gather(1, gathered_NG),

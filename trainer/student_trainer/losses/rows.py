@@ -60,8 +60,8 @@ class TeacherRows:
     logprobs_NK: Tensor | None = None
     lse_N: Tensor | None = None
     log_z_NT: Tensor | None = None
-    tempered_logprobs_NKT: Tensor | None = None
     temperatures: tuple[float, ...] = ()
+    tempered_logprobs_NKT: Tensor | None = None
     next_logprob_N: Tensor | None = None
     valid_N: Tensor | None = None
     gather_ids_NG: Tensor | None = None
