@@ -125,8 +125,8 @@ def train(name: str, model: Path, steps: int, *overrides: str, seed: int = 0) ->
     )  # fmt: skip
     with ExitStack() as stack, StopSignals() as signals:
         run = build(settings, signals, stack)
-        if steps:
-            loop.train(run)
+        if steps and loop.train(run) != loop.DONE:
+            raise SystemExit("stopped: start it again, and what is finished is not done again")
         return run.student
 
 

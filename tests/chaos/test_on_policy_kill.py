@@ -57,7 +57,9 @@ def test_a_killed_and_resumed_run_is_the_straight_run(
             "evaluation.every=12", "evaluation.samples=2", "evaluation.sample_tokens=8", url=teacher.url,
         )  # fmt: skip
 
-    assert train(arguments(tmp_path / "straight"), tmp_path / "straight.txt") == 0, (tmp_path / "straight.txt").read_text()
+    assert train(arguments(tmp_path / "straight"), tmp_path / "straight.txt") == 0, (
+        tmp_path / "straight.txt"
+    ).read_text()
     draw = random.Random(lag)
     for signal, code in ((SIGKILL, -SIGKILL), (SIGTERM, 75), (SIGKILL, -SIGKILL)):
         kept = checkpoint.newest(tmp_path / "run" / "checkpoints")

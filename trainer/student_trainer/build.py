@@ -6,7 +6,7 @@ The order is that of what is likeliest to be wrong: whatever can be refused is r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -38,6 +38,7 @@ from student_trainer.progress import Progress
 from student_trainer.ranks import ALONE, Ranks, open_ranks
 from student_trainer.resume import check_changes
 from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of
+from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
 from student_trainer.students.load import load_student, model_behind
@@ -110,9 +111,10 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     log = _log(settings, folder, place, ranks)
     return Run(
         settings=settings, ranks=ranks, student=parts.student, weighting=weighting, optimizer=optimizer,
-        prefetch=prefetch, guard=guard, evaluator=evaluator, checkpoints=checkpoints, log=stack.enter_context(log),
-        signals=signals, place=place, written=written, on_policy=settings.on_policy.weighting(),
-        student_support=_student_support(settings, parts, thread),
+        prefetch=prefetch, guard=guard, evaluator=evaluator, samples=_samples(settings, parts, ranks),
+        checkpoints=checkpoints,
+        log=stack.enter_context(log), signals=signals, place=place, written=written,
+        on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
     )  # fmt: skip
 
 
@@ -241,11 +243,17 @@ def _stream(
     stream = stack.enter_context(BatchStream(source, state))
     if not settings.on_policy.active:
         return None, stream
-    pad, at_once = pad_id(tokenizer), settings.on_policy.sequences_at_once
-    sampler = GenerateSampler(parts.student, ends_of_text(parts.student, tokenizer), pad, at_once)
+    if not ends_of_text(parts.student, tokenizer):
+        raise ValueError(
+            "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
+            "give the tokenizer an eos_token, or set on_policy.share=0"
+        )
+    if parts.student.teacher_shift:
+        raise ValueError("on_policy: a student whose rows predict their own token writes nothing from left to right")
     saved = snapshot.tensors.get(checkpoint.WRITTEN, {}) if snapshot is not None else {}
     first_row = source.rank * (settings.data.rows // source.world)
-    written = WrittenBatches(stream, settings, sampler, pad, saved, first_row)
+    sampler = _sampler(parts, settings.on_policy.sequences_at_once)
+    written = WrittenBatches(stream, settings, sampler, pad_id(tokenizer), saved, first_row)
     return written, written
 
 
@@ -276,9 +284,26 @@ def _prefetch(
     return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
 
 
-def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread, ranks: Ranks) -> Evaluator:
+def _sampler(parts: Parts, at_once: int | None = None) -> GenerateSampler:
+    ends = ends_of_text(parts.student, parts.tokenizer)
+    return GenerateSampler(parts.student, ends, pad_id(parts.tokenizer), at_once)
+
+
+def _held_out(settings: Settings, parts: Parts) -> dict[str, list[Batch]]:
     names = parts.source.names if settings.evaluation.every else ()
-    batches = {name: group for name in names if (group := parts.source.held_out(name))}
+    return {name: group for name in names if (group := parts.source.held_out(name))}
+
+
+def _samples(settings: Settings, parts: Parts, ranks: Ranks) -> SampleWriter:
+    if not ranks.alone and settings.evaluation.every and settings.evaluation.samples:
+        logger.warning("evaluation.samples has no effect: a student in shards on several ranks can't write yet")
+    decode: Callable[[Sequence[int]], str] = lambda ids: str(parts.tokenizer.decode(ids))  # noqa: E731
+    held_out = _held_out(settings, parts) if ranks.alone else {}
+    return SampleWriter(settings.evaluation, held_out, _sampler(parts), decode)
+
+
+def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread, ranks: Ranks) -> Evaluator:
+    batches = _held_out(settings, parts)
     ask = Ask(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
     if settings.evaluation.kl == "full":
         ask = replace(ask, kinds=("top_k", "hidden"), hidden_dtype="float16")

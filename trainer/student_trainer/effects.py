@@ -94,6 +94,14 @@ RULES = (
     Rule("evaluation.kl", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     *(
+        Rule(f"evaluation.{name}", lambda s: s.evaluation.every > 0, "evaluation.every is 0")
+        for name in ("samples", "prompt_tokens", "sample_tokens")
+    ),
+    *(
+        Rule(f"evaluation.{name}", lambda s: s.evaluation.samples > 0, "evaluation.samples is 0")
+        for name in ("prompt_tokens", "sample_tokens")
+    ),
+    *(
         Rule(f"on_policy.{name}", lambda s: s.on_policy.active, "on_policy.share is 0")
         for name in ("lag", "prompt_tokens", "new_tokens", "temperature", "sequences_at_once", "terms.")
     ),

@@ -21,17 +21,18 @@ from student_trainer.tally import StepFigures
 if TYPE_CHECKING:
     from student_trainer.evaluate import Figures
     from student_trainer.loop import Place
+    from student_trainer.samples import WrittenSample
     from student_trainer.trackers import Tracker
 
 logger = logging.getLogger(__name__)
-METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
 
 
 class RunLog:
     """Close it, or use it in a `with`. Without a folder no file is written: rank 0 does that for the others."""
 
     def __init__(self, folder: Path | None, progress: Progress, trackers: Sequence[Tracker]):
-        self._files = {name: LineFile(folder / name) for name in (METRICS, EVALUATION)} if folder else {}
+        self._files = {name: LineFile(folder / name) for name in (METRICS, EVALUATION, SAMPLES)} if folder else {}
         self._progress, self._trackers = progress, tuple(trackers)
 
     def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
@@ -55,6 +56,17 @@ class RunLog:
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
         if name in self._files:
             self._files[name].append(line)
+
+    def samples(self, step: int, samples: Sequence[WrittenSample]) -> None:
+        """A line a text; trackers get the texts of a source as one."""
+        texts: dict[str, str] = {}
+        for sample in samples:
+            self._write(SAMPLES, {"step": step, **vars(sample)})
+            name = f"samples/{sample.source}"
+            texts[name] = f"{texts[name]}\n\n---\n\n" if name in texts else ""
+            texts[name] += f"{sample.prompt} ▸ {sample.written}"
+        for tracker in self._trackers if texts else ():
+            tracker.log(step, texts)
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -108,7 +120,7 @@ class LineFile:
 
 def forget_after(folder: Path, step: int) -> None:
     """Take out the lines of steps after `step`: a resumed run makes them again. A cut last line goes as well."""
-    for name in (METRICS, EVALUATION):
+    for name in (METRICS, EVALUATION, SAMPLES):
         path = folder / name
         if path.is_file():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]

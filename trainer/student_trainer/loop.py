@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from student_trainer.on_policy.written import WrittenBatches
     from student_trainer.optim.optimizer import Optimizer
     from student_trainer.ranks import Ranks
+    from student_trainer.samples import SampleWriter
     from student_trainer.settings import Settings
     from student_trainer.signals import StopSignals
     from student_trainer.students.student import Student
@@ -65,6 +66,7 @@ class Run:
     prefetch: Prefetch
     guard: TargetGuard
     evaluator: Evaluator
+    samples: SampleWriter
     checkpoints: Checkpoints
     log: RunLog
     signals: StopSignals
@@ -96,6 +98,11 @@ class Run:
         """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
         return self.written.write(self.place.step, self.signals.check) if self.written else None
 
+    def evaluate(self) -> None:
+        """Held-out figures, and what the student writes, to the log."""
+        self.log.evaluation(self.place.step, self.evaluator.evaluate(self.student))
+        self.log.samples(self.place.step, self.samples.write())
+
     def ask_at_students_ids(self, ready: Ready) -> Ready:
         """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
         if self.student_support is None or all(term.support != "gather" for term in self.terms_for(ready.batch)):
@@ -126,7 +133,7 @@ def train(run: Run) -> int:
     """
     steps = run.settings.run.steps
     if run.place.step == 0:
-        run.log.evaluation(0, run.evaluator.evaluate(run.student))
+        run.evaluate()
     try:
         while run.place.step < steps:
             started = time.monotonic()
@@ -140,7 +147,7 @@ def train(run: Run) -> int:
             run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
             run.log.step(run.place, figures, time.monotonic() - started, run.prefetch.control.depth)
             if run.evaluator.due(run.place.step, steps):
-                run.log.evaluation(run.place.step, run.evaluator.evaluate(run.student))
+                run.evaluate()
             if run.checkpoints.due(run.place.step, steps):
                 run.save()
     except run.signals.Stop as stop:

@@ -2,7 +2,8 @@
 
     stillhouse-train report RUN [RUN ...] [--out report.html]
 
-Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and `passage.json` where it is there.
+Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and where they are there `samples.jsonl`
+and `passage.json`.
 The demo calls `write_report` with its two arms.
 """
 
@@ -12,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,20 @@ FIGURES = {
 # Figures of a training step that get a chart where a run has them; `loss/NAME` of every term comes on top.
 STEP_FIGURES = {
     "grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens a second",
-    "wait_share": "share of time waited for targets",
+    "wait_share": "share of time waited for targets", "on_policy/mean_length": "tokens the student writes at a time",
+    "on_policy/logprob": "mean logprob of what it writes", "on_policy/ended": "share of it that comes to an end",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run left: a line a step, a line an evaluation, a passage."""
+    """What one run left: a line a step, a line an evaluation, a line a text that it wrote, a passage."""
 
     name: str
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     passage: list[dict[str, Any]] | None
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, name: str | None = None) -> RunRecord:
@@ -50,6 +53,7 @@ class RunRecord:
             metrics=_read_lines(folder / "metrics.jsonl"),
             evaluations=_read_lines(folder / "evaluation.jsonl"),
             passage=json.loads(passage.read_text()) if passage.is_file() else None,
+            samples=_read_lines(folder / "samples.jsonl"),
         )
 
 
@@ -68,7 +72,8 @@ def write_report(
     passages = [{"run": run.name, "tokens": run.passage} for run in runs if run.passage]
     page = environment.get_template("report.html.jinja").render(
         title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs], table=_table(runs),
-        passages=passages, data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages},
+        passages=passages, samples=_samples(runs),
+        data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages},
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
@@ -93,6 +98,18 @@ def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
                 best = (max if more_is_better else min)(known, key=itemgetter(figure))
                 best["best"] |= {figure}
     return rows
+
+
+def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """By held-out text: its beginning, how it goes on, and how each run's student went on, first and last."""
+    texts: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        steps = sorted({line["step"] for line in run.samples})
+        for line in run.samples:
+            if line["step"] in (steps[0], steps[-1]):
+                text = texts.setdefault((line["source"], line["document"]), {**line, "by": []})
+                text["by"].append({"run": run.name, "step": line["step"], "text": line["written"]})
+    return list(texts.values())
 
 
 def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

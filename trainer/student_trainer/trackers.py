@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -80,13 +81,19 @@ class _Wandb:
     def __init__(self, settings: Settings, run_id: str, folder: Path, mode: Literal["online", "offline"]):
         import wandb
 
+        self._html = wandb.Html
         self._run = wandb.init(
             project=settings.logging.project, id=run_id, name=run_id, dir=str(folder), resume="allow",
             mode=mode, config=settings.model_dump(mode="json"), settings=wandb.Settings(console="off"),
         )  # fmt: skip
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        self._run.log(dict(figures), step=step)
+        self._run.log({name: self._shown(value) for name, value in figures.items()}, step=step)
+
+    def _shown(self, value: Any) -> Any:
+        return (
+            self._html(f"<pre style='white-space: pre-wrap'>{escape(value)}</pre>") if isinstance(value, str) else value
+        )
 
     def close(self) -> None:
         self._run.finish()
@@ -102,6 +109,8 @@ class _TensorBoard:
         for name, value in figures.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, step)
+            elif isinstance(value, str):
+                self._writer.add_text(name, value, step)
 
     def close(self) -> None:
         self._writer.close()

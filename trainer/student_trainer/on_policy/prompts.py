@@ -71,7 +71,7 @@ def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: i
     places = [0] * len(batch.tokens_BT)
     prompts = []
     for document in batch.documents:
-        for start, stop in _beginnings(batch, document, settings):
+        for start, stop in beginnings(batch, document, settings.prompt_tokens, settings.new_tokens):
             row, length = document.row, stop - start
             if used[row] + length + settings.new_tokens > seq_len:
                 continue
@@ -84,18 +84,20 @@ def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: i
     return tuple(prompts)
 
 
-def _beginnings(batch: Batch, document: Document, settings: OnPolicySettings) -> Iterator[tuple[int, int]]:
-    """Where prompts lie in the batch's row, as [start, stop)."""
+def beginnings(batch: Batch, document: Document, prompt_tokens: int, new_tokens: int) -> Iterator[tuple[int, int]]:
+    """Where prompts lie in the document's row, as [start, stop): `prompt_tokens` of a text each, all of a chat up to
+    its first answer.
+    """
     counts_T = batch.loss_mask_BT[document.row, document.start : document.stop - 1]
     answers = np.flatnonzero(counts_T[1:] & ~counts_T[:-1]) + 1
     if len(answers) or (len(counts_T) and not counts_T.any()):
         # A chat. The place before the first token that counts is the prompt's last.
         yield from ((document.start, document.start + int(place) + 1) for place in answers[:1])
         return
-    for start in range(document.start, document.stop, settings.prompt_tokens + settings.new_tokens):
+    for start in range(document.start, document.stop, prompt_tokens + new_tokens):
         # The last token is left to the student: it may be the end of the text.
-        length = min(settings.prompt_tokens, document.stop - 1 - start)
-        if length == settings.prompt_tokens or (start == document.start and length > 0):
+        length = min(prompt_tokens, document.stop - 1 - start)
+        if length == prompt_tokens or (start == document.start and length > 0):
             yield start, start + length
 
 

@@ -46,7 +46,8 @@ class Sampler(Protocol):
 
 
 class GenerateSampler:
-    """transformers' `generate`, with its KV cache. `ends`: the tokens that end a text. `at_once`: prompts side by side.
+    """transformers' `generate`, with its KV cache. `ends`: the tokens that end a text, if there are
+    any. `at_once`: prompts side by side.
 
     Only ids below `student.shared_vocab` are drawn: the teacher must be able to read them.
     """
@@ -82,7 +83,7 @@ class GenerateSampler:
                 input_ids=tokens_PT.to(device), attention_mask=mask_PT.to(device),
                 logits_processor=LogitsProcessorList([draw]),
                 generation_config=GenerationConfig(
-                    max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=self._ends,
+                    max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=self._ends or None,
                     pad_token_id=self._pad_id,
                 ),
             )  # fmt: skip
@@ -142,13 +143,8 @@ def _writing(student: Student) -> Iterator[None]:
 
 
 def ends_of_text(student: Student, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end what the student writes. ValueError if there is none."""
+    """The tokens that end what the student writes: the tokenizer's and the model's own."""
     model: Any = student.model
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise ValueError(
-            "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
-            "give the tokenizer an eos_token, or set on_policy.share=0 and evaluation.samples=0"
-        )
     return tuple(sorted(ends))

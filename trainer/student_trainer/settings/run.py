@@ -30,6 +30,9 @@ class EvaluationSettings(Section):
     every: int = Field(100, ge=0, description="steps between evaluations, at start and end too; 0: never")
     top_k: int | None = Field(None, ge=1, description="K of the KL; null: teacher.top_k")
     kl: Literal["top_k", "full"] = Field("top_k", description="over K ids and the rest, or all (from hidden states)")
+    samples: int = Field(2, ge=0, description="held-out texts a source that the student continues, to be read; 0: none")
+    prompt_tokens: int = Field(24, ge=1, description="tokens of such a text that it is given; a chat up to its answer")
+    sample_tokens: int = Field(48, ge=1, description="tokens that it writes, at most")
 
 
 class CheckpointSettings(Section):
