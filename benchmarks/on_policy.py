@@ -58,10 +58,10 @@ ARMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="updates of each arm")
+    parser.add_argument("--steps", type=int, default=40, help="updates of each arm")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=200)
-    parser.add_argument("--student-steps", type=int, default=100, help="updates before the arms part")
+    parser.add_argument("--teacher-steps", type=int, default=160)
+    parser.add_argument("--student-steps", type=int, default=80, help="updates before the arms part")
     options = parser.parse_args()
     prepare()
     if not TEACHER.is_dir():
