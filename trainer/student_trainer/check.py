@@ -18,6 +18,7 @@ from student_trainer.compose import compose
 from student_trainer.data.batch import Batch
 from student_trainer.losses.chunks import default_chunk_rows
 from student_trainer.main import split_config_folder
+from student_trainer.on_policy.prompts import prompts_of
 from student_trainer.settings import Settings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import ask_for
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
             *_teacher(parts),
             *_student(parts),
             *_batch(settings, batch),
+            *_on_policy(settings, batch),
             *_targets(settings, parts, batch, thread),
             *_memory(settings, parts, batch),
         ):
@@ -76,6 +78,15 @@ def _batch(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
     yield "", ", ".join(f"{count} documents of {source}" for source, count in sources.items())
     terms = (f"{term.coefficient:g} x {term.name} (T = {term.temperature:g})" for term in settings.distillation.build())
     yield "loss", " + ".join(terms)
+
+
+def _on_policy(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
+    own = settings.on_policy
+    if own.active:
+        prompts = prompts_of(batch, own, settings.run.seed)
+        yield "own text", f"{own.share:.0%} of the batches, written {own.lag} updates before they are learnt from"
+        yield "", f"in the place of batch 0: {len(prompts)} prompts, {own.new_tokens} tokens after each at most"
+        yield "", " + ".join(f"{term.coefficient:g} x {term.name} (T = {term.temperature:g})" for term in own.build())
 
 
 def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,40 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_straight_run(
     assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "run") == trace_of(tmp_path / "straight" / "run")
     assert final_files(tmp_path / "run", 12) == final_files(tmp_path / "straight" / "run", 12)
+
+
+def test_a_ternary_student_in_its_warm_up_writes_and_resumes_exactly(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*OWN, "student=bitnet", "student.bitnet.warmup_steps=8", "run.steps=10", "on_policy.lag=2"]
+    assert run_here(workshop.settings(tmp_path / "straight", *arguments), ScriptedTargets()) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("student_trainer.signals.StopSignals", lambda: StopAt(tmp_path / "run", 5))
+        assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.STOPPED
+    assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.DONE
+    assert trace_of(tmp_path / "run") == trace_of(tmp_path / "straight" / "run")
+    assert sum(line["on_policy"] for line in lines_of(tmp_path / "run")) == 5
+
+
+def test_a_loss_at_the_students_own_likeliest_ids(workshop: Workshop, tmp_path: Path) -> None:
+    lines = [*OWN, "on_policy.terms.reverse_kl.support=gather", "distillation.gather_k=8", "run.steps=4"]
+    assert run_here(workshop.settings(tmp_path, *lines), ScriptedTargets()) == 0
+    for line in lines_of(tmp_path / "run")[1::2]:
+        assert line["on_policy"] == 1 and line["loss/on_policy_reverse_kl"] > 0
+
+
+def test_a_tokenizer_without_an_end_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(workshop.student, folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            entries = json.loads((folder / name).read_text())
+            entries.pop("eos_token", None)
+            entries.pop("eos_token_id", None)
+            (folder / name).write_text(json.dumps(entries))
+    lines = [*OWN, f"student.checkpoint_path={folder}", "data.add_eos=false"]
+    with pytest.raises(ValueError, match="would never end"):
+        run_here(workshop.settings(tmp_path, *lines), ScriptedTargets())
 
 
 def test_batches_behind_one_that_is_not_written_yet_are_asked_for(workshop: Workshop, tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ def _write_run(folder: Path, kl: float, token: str = "word") -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    samples = [
+        {"step": step, "source": "prose", "document": "prose:1", "prompt": "It was", "written": f"{token} at {step}",
+         "ended": False, "instead": "a night"}
+        for step in (0, 1, 2)
+    ]  # fmt: skip
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     (folder / "passage.json").write_text(
         json.dumps([{"text": token, "teacher": [["a", 0.5]], "student": [["b", 0.5]]}])
     )
@@ -49,6 +55,15 @@ def test_text_that_looks_like_markup_stays_text(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert token not in page and "<b>run</b>" not in page and "<i>title</i>" not in page
     assert _data(page)["passages"][0]["tokens"][0]["text"] == token
+
+
+def test_what_the_students_wrote_stands_beside_what_the_document_says(tmp_path: Path) -> None:
+    runs = [RunRecord.read(_write_run(tmp_path / name, 1.0, name)) for name in ("plain", "taught")]
+    write_report(runs, tmp_path / "report.html", title="two runs")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("It was") == page.count("a night") == 1
+    for name in ("plain", "taught"):
+        assert f"{name} at 0" in page and f"{name} at 2" in page and f"{name} at 1" not in page
 
 
 def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class WrittenBatches:
     ):  # fmt: skip
         self._stream, self._sampler, self._pad_id, self._first_row = stream, sampler, pad_id, first_row
         self._settings, self._seed, self._steps = settings.on_policy, settings.run.seed, settings.run.steps
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of all below: `prefetch` reads on a thread of its own
         self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
         self._reached = -1  # the last batch that was read
         self._blanks: dict[int, Blank] = {}
@@ -71,9 +71,10 @@ class WrittenBatches:
         Due is batch step + lag, and those before it that no checkpoint holds: all of them at the start of a run.
         """
         started = time.monotonic()
-        for number in [number for number in self._samples if number < step]:
-            del self._samples[number]
-            self._blanks.pop(number, None)
+        with self._lock:
+            for number in [number for number in self._samples if number < step]:
+                del self._samples[number]
+                self._blanks.pop(number, None)
         for number in range(step, min(step + self._settings.lag + 1, self._steps)):
             if is_written(self._settings.share, self._seed, number):
                 self._write(number, meanwhile)
@@ -81,20 +82,22 @@ class WrittenBatches:
 
     def pending(self, step: int) -> dict[str, Tensor]:
         """What was written and is not learnt from before update `step`, for a checkpoint."""
-        return _packed({number: samples for number, samples in self._samples.items() if number >= step})
+        with self._lock:
+            return _packed({number: samples for number, samples in self._samples.items() if number >= step})
 
     def _write(self, number: int, meanwhile: Callable[[], None]) -> None:
         with self._lock:
             while self._reached < number:
                 self._ahead.append(self._read())
-        blank = self._blanks.get(number)
-        if blank is None or number in self._samples:  # it had no prompt, or is written already
-            return
+            blank = self._blanks.get(number)
+            if blank is None or number in self._samples:  # it had no prompt, or is written already
+                return
         samples = self._sampler.sample(
             [prompt.ids_N for prompt in blank.prompts], [prompt.seed for prompt in blank.prompts],
             new_tokens=self._settings.new_tokens, temperature=self._settings.temperature, meanwhile=meanwhile,
         )  # fmt: skip
-        self._keep(blank, samples)
+        with self._lock:
+            self._keep(blank, samples)
 
     def _read(self) -> Item:
         batch, state = next(self._stream)
