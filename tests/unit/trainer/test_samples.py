@@ -43,3 +43,19 @@ def test_a_run_may_have_none(workshop: Workshop, tmp_path: Path) -> None:
     lines = ("evaluation.every=6", "evaluation.samples=0", "run.steps=2")
     assert run_here(workshop.settings(tmp_path, *lines), ScriptedTargets()) == 0
     assert lines_of(tmp_path / "run", "samples.jsonl") == []
+
+
+def test_trackers_get_the_texts(workshop: Workshop, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run_here(workshop.settings(tmp_path, *LINES, "logging.tensorboard=true"), ScriptedTargets()) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    last = [
+        line for line in lines_of(tmp_path / "run", "samples.jsonl") if line["step"] == 12 and line["source"] == "a"
+    ]
+    texts = events.Tensors("samples/a/text_summary")
+    assert [text.step for text in texts] == [0, 6, 12]
+    [shown] = texts[-1].tensor_proto.string_val
+    for line in last:
+        assert line["written"] in shown.decode()
