@@ -225,8 +225,8 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     """A whole run in this process; `targets` stand in for the teacher at the URL."""
     import torch
 
-    from student_trainer import build as building
-    from student_trainer import loop
+    from student_trainer import loop, parts
+    from student_trainer.build import build
     from student_trainer.compose import compose
     from student_trainer.signals import StopSignals
     from student_trainer.targets.open import Teacher
@@ -236,14 +236,14 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     def open_here(settings: Any, thread: Any, stack: ExitStack, saved: Any = None) -> Teacher:
         return Teacher(thread.call(targets.open()), targets)
 
-    real = building.open_teacher
+    real = parts.open_teacher
     if targets is not None:
-        building.open_teacher = open_here
+        parts.open_teacher = open_here
     try:
         with ExitStack() as stack:
-            return loop.train(building.build(compose(arguments), StopSignals(), stack))
+            return loop.train(build(compose(arguments), StopSignals(), stack))
     finally:
-        building.open_teacher = real
+        parts.open_teacher = real
         torch.set_num_threads(threads)
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from student_trainer import checkpoint, randomness
 from student_trainer.checkpoint import Checkpoints
@@ -21,59 +19,36 @@ from student_trainer.checkpoint_files import Snapshot, replace_text
 from student_trainer.checkpoint_remote import RemoteCheckpoints
 from student_trainer.data.batch import Batch
 from student_trainer.data.classification import class_words, one_set_of_words
-from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
 from student_trainer.evaluate import Evaluator, fetch_held_out
 from student_trainer.logs import RunLog, forget_after
 from student_trainer.loop import Place, Run
-from student_trainer.losses.attention_term import AttentionTerm
-from student_trainer.losses.rows import TeacherHead
 from student_trainer.on_policy.prompts import WrittenBatch
 from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
 from student_trainer.on_policy.written import WrittenBatches
 from student_trainer.optim.optimizer import build_optimizer
+from student_trainer.parts import Parts, build_parts
 from student_trainer.progress import Progress
-from student_trainer.ranks import ALONE, Ranks, open_ranks
+from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.resume import check_changes
 from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of
 from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
-from student_trainer.students.load import load_student, model_behind
 from student_trainer.students.sharding import shard
-from student_trainer.students.student import Student
-from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.align import MicroBatch, micro_batches
-from student_trainer.targets.attention import NO_TOKENS, AttentionSource, BesideTokens, open_attention
+from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
-from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
+from student_trainer.targets.open import Teacher
 from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
 from student_trainer.targets.student_support import StudentSupport
-from student_trainer.targets.teacher_head import read_head
 from student_trainer.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What a run and a check of one have in common."""
-
-    teacher: Teacher | None
-    tokenizer: PreTrainedTokenizerBase
-    source: BatchSource
-    student: Student
-    head: TeacherHead | None  # the teacher's, where something is compared over the whole vocabulary
-    attention: AttentionSource | None = None
-
-    def reason(self) -> str:
-        """What is known of an outage of those who are asked for targets."""
-        known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
-        return "; ".join(filter(None, known))
 
 
 def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
@@ -116,44 +91,6 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         log=stack.enter_context(log), signals=signals, place=place, written=written,
         on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
     )  # fmt: skip
-
-
-def build_parts(
-    settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
-) -> Parts:
-    """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
-    device = _device(settings, ranks)
-    teacher = None
-    if settings.teacher.kind != "none":
-        saved_card = snapshot.state.get("teacher") if snapshot is not None else None
-        teacher = open_teacher(settings.teacher, thread, stack, saved_card)
-        check_ask(settings, teacher.card)
-    head = None
-    if teacher is not None and wants_head(settings):
-        head = read_head(thread.call(teacher.targets.head()), device)
-    tokenizer = load_tokenizer(settings)
-    source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
-    stack.callback(source.close)
-    student = load_student(settings.student, device)
-    if teacher is not None:
-        student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
-    attention = None
-    if teacher is not None and settings.distillation.attention.active:
-        student.attention = AttentionTerm.of(settings.distillation.attention, student.model)
-        attention = open_attention(settings, teacher, thread, stack)
-    return Parts(teacher, tokenizer, source, student, head, attention)
-
-
-def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """The student's tokenizer. ValueError if there is none."""
-    student = settings.student if settings.student.tokenizer else model_behind(settings.student)
-    name = student.tokenizer or student.checkpoint_path
-    if not name:
-        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
 
 
 def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
@@ -200,22 +137,6 @@ def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoint
         if here < 0:
             raise
         logger.error("%s IS NOT ASKED FOR A LATER CHECKPOINT: %s. The run goes on from its own disk", remote.url, error)
-
-
-def _device(settings: Settings, ranks: Ranks) -> torch.device:
-    name = settings.run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not ranks.alone:
-        name = f"cuda:{ranks.local}"
-    if settings.run.threads is not None:
-        torch.set_num_threads(settings.run.threads)
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"run.device is {settings.run.device}, but torch finds no CUDA device here")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"run.device={name}: auto, cpu, cuda or cuda:N is expected") from None
 
 
 def _write_settings(settings: Settings, folder: RunFolder) -> None:

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.table import Table
 
-from student_trainer.build import Parts, build_parts
 from student_trainer.compose import compose
 from student_trainer.data.batch import Batch
 from student_trainer.losses.chunks import default_chunk_rows
 from student_trainer.main import split_config_folder
 from student_trainer.on_policy.prompts import prompts_of
+from student_trainer.parts import Parts, build_parts
 from student_trainer.settings import Settings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import ask_for

@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from student_trainer.build import load_tokenizer
 from student_trainer.compose import compose
 from student_trainer.data.batch import Batch
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.stream import BatchStream
 from student_trainer.main import split_config_folder
+from student_trainer.parts import load_tokenizer
 from student_trainer.settings import Settings
 from student_trainer.targets.protocol import counted_rows
 

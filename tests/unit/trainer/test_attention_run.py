@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer import build as building
 from student_trainer import loop
+from student_trainer import parts as building
 from student_trainer.compose import compose
 from student_trainer.data.batch import Batch
 from student_trainer.losses.attention_term import AttentionTerm

@@ -1,0 +1,97 @@
+"""What a run and a check of one have in common: teacher, tokenizer, data and student, each held against the others.
+
+Made for `build` and `check`. Whatever can be refused is refused before the model is loaded.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from student_trainer.checkpoint_files import Snapshot
+from student_trainer.data.loader import BatchSource
+from student_trainer.losses.attention_term import AttentionTerm
+from student_trainer.losses.rows import TeacherHead
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.settings import Settings
+from student_trainer.students.load import load_student, model_behind
+from student_trainer.students.student import Student
+from student_trainer.students.vocabulary import agree_on_vocabulary
+from student_trainer.targets.attention import AttentionSource, open_attention
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
+from student_trainer.targets.teacher_head import read_head
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a run and a check of one have in common."""
+
+    teacher: Teacher | None
+    tokenizer: PreTrainedTokenizerBase
+    source: BatchSource
+    student: Student
+    head: TeacherHead | None  # the teacher's, where something is compared over the whole vocabulary
+    attention: AttentionSource | None = None
+
+    def reason(self) -> str:
+        """What is known of an outage of those who are asked for targets."""
+        known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
+        return "; ".join(filter(None, known))
+
+
+def build_parts(
+    settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
+) -> Parts:
+    """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
+    device = _device(settings, ranks)
+    teacher = None
+    if settings.teacher.kind != "none":
+        saved_card = snapshot.state.get("teacher") if snapshot is not None else None
+        teacher = open_teacher(settings.teacher, thread, stack, saved_card)
+        check_ask(settings, teacher.card)
+    head = None
+    if teacher is not None and wants_head(settings):
+        head = read_head(thread.call(teacher.targets.head()), device)
+    tokenizer = load_tokenizer(settings)
+    source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
+    stack.callback(source.close)
+    student = load_student(settings.student, device)
+    if teacher is not None:
+        student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
+    attention = None
+    if teacher is not None and settings.distillation.attention.active:
+        student.attention = AttentionTerm.of(settings.distillation.attention, student.model)
+        attention = open_attention(settings, teacher, thread, stack)
+    return Parts(teacher, tokenizer, source, student, head, attention)
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. ValueError if there is none."""
+    student = settings.student if settings.student.tokenizer else model_behind(settings.student)
+    name = student.tokenizer or student.checkpoint_path
+    if not name:
+        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _device(settings: Settings, ranks: Ranks) -> torch.device:
+    name = settings.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not ranks.alone:
+        name = f"cuda:{ranks.local}"
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"run.device is {settings.run.device}, but torch finds no CUDA device here")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"run.device={name}: auto, cpu, cuda or cuda:N is expected") from None
