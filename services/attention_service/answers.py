@@ -108,7 +108,7 @@ def _by_rows(
     table = np.empty((heads, len(rows_r), width), dtype=np.float16)
     step = max(1, BLOCK_ENTRIES // (heads * (of_whole or width)))
     for start in range(0, len(rows_r), step):
-        block_r = torch.as_tensor(rows_r[start : start + step], device=device)
+        block_r = torch.tensor(rows_r[start : start + step], device=device)
         table[:, start : start + step] = of(block_r).to(torch.float16).cpu().numpy()
     return table
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
 
 from attention_service.answers import make_answer
 from attention_service.job import Job
@@ -100,6 +101,9 @@ def _cut(config: Any, max_layer: int) -> Any:
 
 def _load(folder: ModelFolder, config: Any, dtype: torch.dtype | str) -> Any:
     """ValueError with the first line of what transformers says, or where the files lack a weight."""
+    # It would list the weights above the cut as unexpected.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model, report = AutoModel.from_pretrained(
             folder.path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
