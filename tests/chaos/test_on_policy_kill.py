@@ -64,8 +64,9 @@ def test_a_killed_and_resumed_run_is_the_straight_run(
     for signal, code in ((SIGKILL, -SIGKILL), (SIGTERM, 75), (SIGKILL, -SIGKILL)):
         kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
         aim = min(STEPS - 3, (kept.step if kept else 0) + draw.randint(2, 9))
+        started = time.time()
         with TrainerProcess(arguments(tmp_path), tmp_path / "output.txt") as trainer:
-            wait_for_step(tmp_path / "run", aim, trainer)
+            wait_for_step(tmp_path / "run", aim, trainer, since=started)
             time.sleep(draw.uniform(0, 0.1))
             trainer.signal(signal)
             assert trainer.wait() == code

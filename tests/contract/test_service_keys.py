@@ -110,8 +110,8 @@ def test_a_refused_request_is_refused_before_its_body_is_read(teacher: TeacherPr
 
 def test_students_are_counted_by_the_name_of_their_key(teacher: TeacherProcess) -> None:
     for key, number in ((ALICE, 2), (BOB, 3)):
-        for _ in range(number):
-            body = {"sequences": [[number] * 10], "top_k": 2}
+        for last in range(number):
+            body = {"sequences": [[number] * 9 + [last]], "top_k": 2}
             headers = {"Authorization": f"Bearer {key}"}
             assert httpx.post(f"{teacher.url}/v1/targets", json=body, headers=headers).status_code == 200
     text = httpx.get(f"{teacher.url}/metrics", headers={"Authorization": f"Bearer {ALICE}"}).text

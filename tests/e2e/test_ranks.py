@@ -186,12 +186,18 @@ def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(worksh
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [("data.rows=3", "rows must divide evenly"), ("on_policy.share=0.5", "on_policy.share takes a run of one rank")],
+    [
+        (["data.rows=3"], "rows must divide evenly"),
+        (
+            ["on_policy.share=0.5", "on_policy.prompt_tokens=8", "on_policy.new_tokens=8"],
+            "on_policy.share takes a run of one rank",
+        ),
+    ],
 )
 def test_what_ranks_cannot_do_stops_all(
-    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, given: str, says: str
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, given: list[str], says: str
 ) -> None:
-    assert train_ranks(2, arguments(workshop, tmp_path, teacher, given), tmp_path / "output") == [2, 2]
+    assert train_ranks(2, arguments(workshop, tmp_path, teacher, *given), tmp_path / "output") == [2, 2]
     assert says in (tmp_path / "output-1").read_text()
 
 

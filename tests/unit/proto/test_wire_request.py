@@ -19,7 +19,7 @@ from teacher_proto.errors import OutOfRangeError, TruncatedError, WireError
 from teacher_proto.requests import Limits, check_request, parse_request
 from teacher_proto.wire import decode_request, encode_request, encode_tensor
 from teacher_proto.wire_json import decode_json_request
-from teacher_proto.wire_read import MAX_DEPTH, Budget, read_message
+from teacher_proto.wire_read import MAX_DEPTH, MAX_TEXT, Budget, read_message
 from tests.unit.proto.records import all_kinds
 
 LIMITS = Limits(vocab_size=300, max_sequence_length=512)
@@ -47,7 +47,7 @@ def traced() -> Iterator[list[int]]:
     [
         None, True, False, 0, 1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**63, 2**64 - 1,
         -1, -32, -33, -128, -129, -(2**15), -(2**15) - 1, -(2**31), -(2**31) - 1, -(2**63),
-        0.0, -1.5, 1e300, float("inf"), "", "é" * 20, "x" * 40, "x" * 300, "x" * 70_000, b"", b"12", b"1" * 300,
+        0.0, -1.5, 1e300, float("inf"), "", "é" * 20, "x" * 40, "x" * 300, "x" * MAX_TEXT, b"", b"12", b"1" * 300,
         b"1" * 70_000, [], [1], {}, {"a": {"b": [None, {"c": -1}]}}, [[1, 2], ["x"]], list(range(8)),
     ],
     ids=lambda value: repr(value)[:30],
@@ -92,6 +92,8 @@ def test_binaries_are_views_of_the_body() -> None:
         (b"\x91" * MAX_DEPTH + b"\x91\x90", "deep"),
         (b"\x90" * 0 + b"\xdc\x00\x65" + b"\x90" * 101, "lists and maps"),
         (pack([[0] * 5000] * 3), "items in one body"),
+        (pack("x" * (MAX_TEXT + 1)), f"a text of {MAX_TEXT + 1} bytes"),
+        (b"\xdb" + struct.pack(">I", 2**32 - 1), "a text of 4294967295 bytes"),
     ],
 )
 def test_what_is_not_the_wires_msgpack_is_refused(body: bytes, message: str) -> None:
@@ -99,10 +101,14 @@ def test_what_is_not_the_wires_msgpack_is_refused(body: bytes, message: str) -> 
         read_message(body, BUDGET)
 
 
-@pytest.mark.parametrize("head", [b"\xdd", b"\xdf", b"\xc6", b"\xdb"], ids=["list", "map", "binary", "text"])
-def test_a_size_without_its_content_is_a_truncation_and_allocates_nothing(head: bytes) -> None:
+@pytest.mark.parametrize(
+    ("head", "size"),
+    [(b"\xdd", 2**32 - 1), (b"\xdf", 2**32 - 1), (b"\xc6", 2**32 - 1), (b"\xdb", MAX_TEXT)],
+    ids=["list", "map", "binary", "text"],
+)
+def test_a_size_without_its_content_is_a_truncation_and_allocates_nothing(head: bytes, size: int) -> None:
     with traced() as peak, pytest.raises(TruncatedError):
-        read_message(b"\x91" + head + struct.pack(">I", 2**32 - 1) + b"\x01" * 20, Budget(10**9, 10**12))
+        read_message(b"\x91" + head + struct.pack(">I", size) + b"\x01" * 20, Budget(10**9, 10**12))
     assert peak[0] < 50_000
 
 
