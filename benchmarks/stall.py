@@ -1,6 +1,6 @@
 """The share of its time that a run waits for its teacher, against the teacher's latency and the prefetch depth.
 
-    python -m benchmarks.stall
+    make bench-stall
 
 The trainer runs in this process, loop and all, over a teacher service in another: the scripted engine, whose answers
 cost little and come after a set latency. Latencies are multiples of the step's own time, which is measured first. Depth
@@ -44,11 +44,12 @@ def main() -> None:
         rows = []
         latencies, depths = ((0.0, 1.0), ("0", "2")) if arguments.quick else (LATENCIES, DEPTHS)
         for multiple in latencies:
-            with served(multiple * step_s) as url:
-                for depth in depths:
+            for depth in depths:
+                # A service of its own for every run: it keeps its latest answers, which come without the latency.
+                with served(multiple * step_s) as url:
                     lines = bench.run(url, depth)
-                    rows.append(row_of(multiple, depth, step_s, lines))
-                    print(rows[-1], file=sys.stderr)
+                rows.append(row_of(multiple, depth, step_s, lines))
+                print(rows[-1], file=sys.stderr)
     covered = [row for row in rows if row["covered"] == "yes"]
     report(
         "stall",
