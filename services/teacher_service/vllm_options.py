@@ -19,8 +19,8 @@ _CPU_KV_CACHE_BYTES = 2**30
 def prepare_environment() -> None:
     """Settings that vLLM reads from the environment when it is imported; what the user has set stays.
 
-    On a CPU: one engine process beside this one instead of two, threads left to the operating system (binding them
-    gives one core of two away), and memory that the engine frees kept for its next step.
+    On a CPU: one engine process beside this one instead of two, and threads left to the operating system (binding them
+    gives one core of two away).
     """
     import torch
 
@@ -30,8 +30,6 @@ def prepare_environment() -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-            "MALLOC_TRIM_THRESHOLD_": str(2**30),
-            "MALLOC_MMAP_THRESHOLD_": str(2**25),
         }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from teacher_proto import reduction
 from teacher_proto.packed import RowLayout, count_draws, unpack_rows
-from teacher_proto.reduction import NO_TOKEN, Rows, Workspace, reduce_rows, sample_key, top_k, uniform_noise
+from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key, top_k, uniform_noise
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets
 
@@ -78,12 +78,7 @@ def test_top_k_by_blocks_is_top_k(n: int, vocab_size: int, block: int, seed: int
     """With any number of ties: the values are those of a full sort, the ids differ and hold them."""
     k = data.draw(st.integers(1, vocab_size))
     logits = torch.randint(levels, (n, vocab_size), generator=torch.Generator().manual_seed(seed)).float()
-    workspace = Workspace(vocab_size, torch.device("cpu"), n)
-    workspace.block = block
-    width = -(-vocab_size // 64) * 64
-    padded = torch.full((n, width), -torch.inf)
-    padded[:, :vocab_size] = logits
-    values, ids = top_k(padded, k, workspace)
+    values, ids = top_k(logits, k, block)
     assert torch.equal(values, logits.sort(dim=1, descending=True).values[:, :k])
     assert torch.equal(logits.gather(1, ids), values)
     assert all(len(set(row)) == k for row in ids.tolist())
