@@ -1,6 +1,6 @@
 """What each part of BitDistill's loss teaches: one ternary student, equal tokens, several seeds.
 
-    python -m benchmarks.bitdistill                      the table of docs/bitdistill.md
+    python -m benchmarks.bitdistill                      the table of docs/guides/bitdistill.md; half an hour on 2 cores
     python -m benchmarks.bitdistill --steps 2 --pretraining-steps 3 --seeds 0      a few minutes, to see that it works
 
 The student is the demo's (every fifth layer of SmolLM2-135M), made ternary and trained on text alone once; from there
@@ -38,11 +38,12 @@ TERMS = ("cross_entropy", "top_k_kl", "attention")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretraining-steps", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--pretraining-steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40, help="of each arm")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts come, in which order")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--pretraining-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of each arm")
     options = parser.parse_args()
     prepare()
     ROOT.mkdir(parents=True, exist_ok=True)
@@ -58,13 +59,14 @@ def main() -> int:
             *settings, "recipe=bitnet_pretraining", "teacher=remote", f"student.checkpoint_path={STUDENT}",
             f"run.steps={options.pretraining_steps}", f"student.bitnet.warmup_steps={options.pretraining_steps // 2}",
             f"evaluation.every={options.pretraining_steps}", "run.seed=100",
+            f"optim.learning_rate={options.pretraining_learning_rate}",
         ])  # fmt: skip
         for seed in options.seeds:
             for arm, (asks, loss) in ARMS.items():
                 place = [f"student.checkpoint_path={ROOT / STAGE2}", f"run.seed={seed}", f"run.steps={options.steps}"]
                 learn(name_of(arm, seed), [
                     *settings, "recipe=bitdistill", *loss, *(beside if asks else []), *place,
-                    f"evaluation.every={options.steps}",
+                    f"evaluation.every={options.steps}", f"optim.learning_rate={options.learning_rate}",
                 ])  # fmt: skip
     write_table(options)
     return 0
@@ -73,9 +75,8 @@ def main() -> int:
 def common(options: argparse.Namespace) -> list[str]:
     return [
         "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={options.seq_len}", "data.held_out_rows=4",
-        f"run.root={ROOT}", "run.resume=never", "teacher.top_k=64", f"optim.learning_rate={options.learning_rate}",
-        "optim.weight_decay=0.01", "optim.schedule.warmup_steps=3", "checkpoint.every=0", "logging.wandb=off",
-        "logging.progress=off",
+        f"run.root={ROOT}", "run.resume=never", "teacher.top_k=64", "optim.weight_decay=0.01",
+        "optim.schedule.warmup_steps=5", "checkpoint.every=0", "logging.wandb=off", "logging.progress=off",
     ]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def reduce_rows(
         if logits_nV is None:
             complete = False
             continue
-        workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND))
+        workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND), layout.spec.top_k)
         columns = reduce_logits(logits_nV, rows.cut(start, stop), layout.spec, workspace)
         if layout.spec.hidden_dtype is not None:
             columns |= pack_hidden(hidden_ND[start:stop], layout.spec.hidden_dtype)
@@ -102,10 +102,10 @@ class Workspace:
     than the arithmetic. W is V rounded up to whole blocks of columns for `top_k`.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, most_rows: int):
+    def __init__(self, vocab_size: int, device: torch.device, most_rows: int, most_k: int):
         import torch
 
-        self.block = 32 if vocab_size <= 65_536 else 64
+        self.block = 64 if 4 * most_k * 64 <= vocab_size else 32
         width = -(-vocab_size // self.block) * self.block
         budget = FLOAT_BYTES.get(device.type, FLOAT_BYTES_ACCELERATOR)
         self.rows = max(1, min(most_rows, budget // (4 * width)))
@@ -155,17 +155,19 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
         columns["sampled_ids"] = draw(distance_NW[:, :vocab_size], rows, spec)
     columns["log_z"] = log_sum_N1.new_empty((len(log_sum_N1), len(spec.temperatures)))
     for i, temperature in enumerate(spec.temperatures):
-        log_sum_at_N1 = log_sum_N1 if temperature == 1.0 else _log_sum(distance_NW, temperature, scratch_NW)
+        # The last may overwrite the distances: less memory to go through.
+        out_NW = distance_NW if i == len(spec.temperatures) - 1 else scratch_NW
+        log_sum_at_N1 = log_sum_N1 if temperature == 1.0 else _log_sum(distance_NW, temperature, out_NW)
         columns["log_z"][:, i] = (log_sum_at_N1 - log_sum_N1 / temperature)[:, 0]
     return columns
 
 
-def _log_sum(distance_NW: torch.Tensor, temperature: float, scratch_NW: torch.Tensor) -> torch.Tensor:
-    """log sum exp(distance / T), [N, 1]; a power of two costs a third of what `exp` does on a CPU."""
+def _log_sum(distance_NW: torch.Tensor, temperature: float, out_NW: torch.Tensor) -> torch.Tensor:
+    """log sum exp(distance / T), [N, 1], worked in `out`; a power of two costs a third of what `exp` does on a CPU."""
     import torch
 
-    torch.mul(distance_NW, math.log2(math.e) / temperature, out=scratch_NW)
-    return scratch_NW.exp2_().sum(dim=-1, keepdim=True).log()
+    torch.mul(distance_NW, math.log2(math.e) / temperature, out=out_NW)
+    return out_NW.exp2_().sum(dim=-1, keepdim=True).log()
 
 
 def top_k(
