@@ -44,11 +44,14 @@ def main() -> None:
         rows = []
         latencies, depths = ((0.0, 1.0), ("0", "2")) if arguments.quick else (LATENCIES, DEPTHS)
         for multiple in latencies:
+            trip = 1.0
             for depth in depths:
                 # A service of its own for every run: it keeps its latest answers, which come without the latency.
                 with served(multiple * step_s) as url:
                     lines = bench.run(url, depth)
-                rows.append(row_of(multiple, depth, step_s, lines))
+                rows.append(row_of(multiple, depth, step_s, trip, lines))
+                if depth == "0":
+                    trip = rows[-1]["waited"] / (1 - rows[-1]["waited"])
                 print(rows[-1], file=sys.stderr)
     covered = [row for row in rows if row["covered"] == "yes"]
     report(
@@ -67,8 +70,8 @@ def main() -> None:
         },
         title=f"% of the time waited, by latency in step times ({arguments.steps} steps after {arguments.warm_up})",
         notes=[
-            "what the service needs to compute and send an answer comes on top of the latency",
-            "covered: the depth is at least one, and at least the latency; auto always is",
+            "what the service needs to compute and send an answer comes on top of the injected latency",
+            "covered: the depth is at least one, and at least the round trip as depth 0 waited for it; auto always is",
         ],
     )
 
@@ -78,9 +81,10 @@ def table_row(multiple: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"latency": multiple, **shares, "auto settled at": rows[-1]["depth at the end"]}
 
 
-def row_of(multiple: float, depth: str, step_s: float, lines: list[dict[str, Any]]) -> dict[str, Any]:
+def row_of(multiple: float, depth: str, step_s: float, trip: float, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """`trip` is what a fetch takes in step times."""
     seconds, waited = (sum(line[name] for line in lines) for name in ("seconds", "wait_s"))
-    covers = depth == "auto" or (int(depth) >= max(multiple, 1))
+    covers = depth == "auto" or int(depth) >= max(trip, 1)
     return {
         "latency": multiple,
         "depth": depth,
