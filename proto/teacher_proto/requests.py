@@ -159,8 +159,11 @@ def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
             refuse("kinds", kind, list(kinds), "a kind that this teacher serves")
     within("sequences", len(request.sequences), 1, limits.max_sequences, "sequences in a request")
     check_sequences(request, limits)
+    # What no asked kind reads must still be what the schema says.
     if "top_k" in request.kinds:
         within("top_k", request.top_k, 1, min(limits.max_top_k, limits.vocab_size), "top_k")
+    else:
+        within("top_k", request.top_k, 0, limits.max_top_k, "top_k")
     within("temperatures", len(request.temperatures), 0, limits.max_temperatures, "temperatures in a request")
     named = [(f"temperatures.{i}", temperature) for i, temperature in enumerate(request.temperatures)]
     for field, temperature in (*named, ("sample_temperature", request.sample_temperature)):
@@ -171,9 +174,8 @@ def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
         _check_gather(request, limits)
     elif request.gather_ids is not None:
         refuse("gather_ids", len(request.gather_ids), None, "none, unless gather is one of the kinds")
-    if "sampled" in request.kinds:
-        within("num_samples", request.num_samples, 1, limits.max_samples, "num_samples")
-        within("seed", request.seed, 0, 2**63 - 1, "seed")
+    within("num_samples", request.num_samples, int("sampled" in request.kinds), limits.max_samples, "num_samples")
+    within("seed", request.seed, 0, 2**63 - 1, "seed")
 
 
 def _check_rows(request: TargetsRequest) -> None:

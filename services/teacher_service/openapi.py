@@ -30,7 +30,7 @@ def _request(limits: Limits, kinds: tuple[Kind, ...], *, packed: bool) -> dict[s
     fields = {
         "sequences": list_of(sequence, 1, many, description="token ids of each sequence"),
         "kinds": list_of({"enum": list(kinds)}, 1, len(kinds), uniqueItems=True, default=["top_k"]),
-        "top_k": whole(1, min(limits.max_top_k, limits.vocab_size), default=64),
+        "top_k": whole(0, limits.max_top_k, default=64, description="kind top_k: from 1 to the vocabulary"),
         "temperatures": list_of(
             temperature, 0, limits.max_temperatures, default=[], description="temperatures to be exact at; 1 always is"
         ),
@@ -43,7 +43,7 @@ def _request(limits: Limits, kinds: tuple[Kind, ...], *, packed: bool) -> dict[s
             {"anyOf": [gathered, TENSOR]} if packed else gathered, 1, many, type=["array", "null"],
             description="kind gather: the ids to score, a row of them for each row asked, for each sequence",
         ),
-        "num_samples": whole(1, limits.max_samples, default=50, description="kind sampled: draws for each row"),
+        "num_samples": whole(0, limits.max_samples, default=50, description="kind sampled: draws for each row, 1 or more"),
         "sample_temperature": temperature | {"default": 1.0},
         "seed": whole(0, 2**63 - 1, default=0),
         "hidden_dtype": {"enum": ["float16", "bfloat16", "int8"], "default": "float16"},

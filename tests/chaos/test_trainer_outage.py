@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,27 @@ def arguments(workshop: Workshop, root: Path, *urls: str) -> list[str]:
         root, f"run.steps={STEPS}", "prefetch.depth=1", "checkpoint.every=10", "teacher.read_timeout_s=2",
         "teacher.say_every_s=1", "teacher.save_after_s=2", f"teacher.url=[{','.join(urls)}]",
     )  # fmt: skip
+
+
+def test_a_trainer_that_was_there_first_steps_as_soon_as_its_teacher_is_ready(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [*arguments(workshop, tmp_path, f"http://127.0.0.1:{port}"), "teacher.start_within_s=120"]
+    with TrainerProcess(settings, tmp_path / "output.txt") as trainer:
+        # Long enough for its probes to have grown as rare as they get.
+        time.sleep(12)
+        assert trainer.running
+        with again(port):
+            ready = time.time()
+            wait_for_step(tmp_path / "run", 1, trainer)
+            took = time.time() - ready
+            print(f"first step {took:.1f} s after the teacher was ready")
+            assert took < 15
+            assert trainer.wait() == 0
+    assert "yet, waiting" in trainer.text
 
 
 @pytest.fixture(scope="module")

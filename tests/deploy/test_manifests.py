@@ -73,7 +73,10 @@ def test_a_profile_is_whole_and_starts_in_order(profile: str) -> None:
     chosen = {name: service for name, service in services.items() if profile in service["profiles"]}
     tail = "-cpu" if profile == "cpu" else ""
     assert {f"teacher{tail}", f"attention{tail}", f"trainer{tail}", "prometheus", "grafana"} <= chosen.keys()
-    assert chosen[f"trainer{tail}"]["depends_on"] == {f"teacher{tail}": {"condition": "service_healthy"}}
+    # The trainer starts beside the teacher and waits for it by itself; the attention service asks it at its start.
+    assert chosen[f"trainer{tail}"]["depends_on"] == {f"teacher{tail}": {"condition": "service_started"}}
+    assert "teacher.start_within_s=3600" in chosen[f"trainer{tail}"]["command"]
+    assert chosen[f"attention{tail}"]["depends_on"] == {f"teacher{tail}": {"condition": "service_healthy"}}
     for name, service in chosen.items():
         assert set(service.get("depends_on", {})) <= chosen.keys()
         if name.startswith(("teacher", "attention")):

@@ -48,6 +48,9 @@ def build_parts(
 ) -> Parts:
     """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
     device = _device(settings, ranks)
+    tokenizer = load_tokenizer(settings)
+    source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
+    stack.callback(source.close)
     teacher = None
     if settings.teacher.kind != "none":
         saved_card = snapshot.state.get("teacher") if snapshot is not None else None
@@ -56,9 +59,6 @@ def build_parts(
     head = None
     if teacher is not None and wants_head(settings):
         head = read_head(thread.call(teacher.targets.head()), device)
-    tokenizer = load_tokenizer(settings)
-    source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
-    stack.callback(source.close)
     student = load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)

@@ -23,7 +23,7 @@ from student_trainer.targets.open import Teacher
 from student_trainer.targets.patience import outlast
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
 from student_trainer.targets.questions import Question, together
-from student_trainer.targets.remote import split
+from student_trainer.targets.remote import reach, split
 from teacher_proto.attention import AttentionInfo, AttentionRequest
 from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_targets import AttentionTargets
@@ -52,7 +52,7 @@ class AttentionSource:
     async def open(self) -> AttentionInfo:
         """Reach the service. ValueError if it can't serve what the settings ask, before anything is asked."""
         self._client = self._make_client()
-        self._info = await self._client.teacher(self._start_within_s)
+        self._info = await reach(self._client, "attention service", self._start_within_s)
         shape = self._info.shape
         try:
             layer = layer_index(self._settings.layer, num_layers=shape.num_layers)

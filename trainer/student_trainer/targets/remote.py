@@ -5,15 +5,24 @@ Only rows that count are asked for; a document without any is not sent at all.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from student_trainer.data.batch import Batch
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
 from student_trainer.targets.questions import Question, answers, gathered_ids, questions, together
 from teacher_proto.client import TeacherClient
+from teacher_proto.dialect import InfoT
 from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Limits, TargetsRequest
+
+# How often a start that waits for its teacher says so.
+SAY_EVERY_S = 30.0
+logger = logging.getLogger(__name__)
 
 
 class RemoteTargets:
@@ -32,7 +41,7 @@ class RemoteTargets:
         if self.client is None:
             self.client = self._make_client()
         try:
-            info = await self.client.teacher(self._start_within_s)
+            info = await reach(self.client, f"teacher at {', '.join(self._urls)}", self._start_within_s)
         except TeacherUnavailableError as error:
             raise TeacherUnavailableError(
                 f"no teacher at {', '.join(self._urls)}: {error}. Start one with `stillhouse-teacher MODEL --port "
@@ -60,6 +69,21 @@ class RemoteTargets:
     async def close(self) -> None:
         if self.client is not None:
             await self.client.close()
+
+
+async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float) -> InfoT:
+    """Who serves there, said every SAY_EVERY_S while nobody does. TeacherUnavailableError after `within_s`."""
+    clock = asyncio.get_running_loop().time
+    deadline, patience_s = clock() + within_s, 0.0
+    while True:
+        try:
+            return await client.teacher(patience_s)
+        except TeacherUnavailableError as error:
+            left_s = deadline - clock()
+            if left_s <= 0:
+                raise
+            logger.warning("no %s yet, waiting %.0f s more: %s", whom, left_s, error)
+            patience_s = min(SAY_EVERY_S, left_s)
 
 
 def split(asked: list[Question], limits: SequenceLimits) -> list[list[Question]]:
