@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -230,11 +231,12 @@ def verdict(figures: dict[str, Any]) -> list[str]:
     at_64 = figures.get("K64")
     if at_64 is None:
         return []
-    fewer = at_64.get("stock_cpu_us_per_token", float("nan")) / at_64["cpu_us_per_token"]
-    kept = at_64["of_limit"] >= OF_LIMIT and at_64["cpu_us_per_token"] <= CPU_US and not fewer < FEWER_CPU
+    fewer = at_64.get("stock_cpu_us_per_token", math.inf) / at_64["cpu_us_per_token"]
+    kept = at_64["of_limit"] >= OF_LIMIT and at_64["cpu_us_per_token"] <= CPU_US and fewer >= FEWER_CPU
+    share = f"1/{fewer:.0f}" if math.isfinite(fewer) else "stock left out"
     return [
         f"At K = 64: at least {OF_LIMIT} of the limit, at most {CPU_US:.0f} us of CPU outside the engine, a "
-        f"{FEWER_CPU:.0f}th of stock's or less (1/{fewer:.0f}): {'kept' if kept else 'NOT KEPT'}."
+        f"{FEWER_CPU:.0f}th of stock's or less ({share}): {'kept' if kept else 'NOT KEPT'}."
     ]
 
 

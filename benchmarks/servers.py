@@ -37,11 +37,15 @@ def child(command: list[str], environment: dict[str, str] | None = None, **pipes
             print(f"--- {command[0]}\n{log.read()[-4000:]}", file=sys.stderr)
             raise
         finally:
+            # vLLM's engine is a process of its own that does not always follow the one that started it.
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+            for left in psutil.wait_procs(family, timeout=10)[1]:
+                left.kill()
 
 
 def free_port() -> int:
