@@ -214,11 +214,13 @@ async def test_500_slow_and_idle_sockets_are_closed_and_the_others_served(
     stop = asyncio.Event()
 
     async def trickle() -> None:
+        # A byte a socket every half second, some sockets at a time: slow clients keep no common time.
         while not stop.is_set():
             for number, (_, writer) in enumerate(pairs):
                 if number % 3 and not writer.transport.is_closing():
                     writer.write(b"x")
-            await asyncio.sleep(0.5)
+                if number % 25 == 0:
+                    await asyncio.sleep(0.025)
 
     async def closed(reader: asyncio.StreamReader) -> float:
         while await _read(reader):
