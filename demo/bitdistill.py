@@ -63,19 +63,21 @@ def train(console: Console, teacher: Teacher, attention_url: str, pretraining_st
     """Stage 2, and the two arms that begin where it ended and differ in the loss alone."""
     common = [
         "--config-folder", "demo/config", "data=stdlib", f"run.root={RUNS}", "run.resume=never",
-        "student.compute=bfloat16", "optim.learning_rate=1e-3", "optim.weight_decay=0.01",
-        "optim.schedule.warmup_steps=3", "checkpoint.every=0", "logging.wandb=off",
+        "student.compute=bfloat16", "optim.weight_decay=0.01", "optim.schedule.warmup_steps=5", "checkpoint.every=0",
+        "logging.wandb=off",
     ]  # fmt: skip
     asked = [f"teacher.url={teacher.url}", "teacher.top_k=64"]
     console.rule(f"[bold]stage 2[/]: {pretraining_steps} steps on text alone")
     # With the teacher at hand, held-out KL and agreement are measured in stage 2 too.
     trainer(
         *common, "recipe=bitnet_pretraining", "teacher=remote", *asked, "run.id=stage2", "run.seed=0",
+        "optim.learning_rate=1e-3",
         f"run.steps={pretraining_steps}", f"student.checkpoint_path={TEACHER}",
         f"student.bitnet.warmup_steps={pretraining_steps // 2}", f"evaluation.every={pretraining_steps}",
     )  # fmt: skip
     stage3 = [*common, *asked, f"run.steps={steps}", f"student.checkpoint_path={RUNS / 'stage2'}"]
-    stage3 += [f"evaluation.every={max(1, steps // 2)}", "recipe=bitdistill", "run.seed=1"]
+    # Adam's first steps are of the full rate whatever the gradient; at stage 2's they undo what it learnt.
+    stage3 += [f"evaluation.every={max(1, steps // 2)}", "recipe=bitdistill", "run.seed=1", "optim.learning_rate=3e-4"]
     for arm, loss in {
         PLAIN: ["distillation=cross_entropy"],
         DISTILLED: ["distillation=bitdistill", f"teacher.attention_url={attention_url}"],

@@ -140,13 +140,13 @@ def _prepare(folder: Path) -> dict[str, str]:
 
 
 def _write_corpus(folder: Path) -> None:
-    """`corpus/*.txt` and `corpus.jsonl`: 300 pieces of the demo's prose, of a page each."""
+    """`corpus/*.txt` and `corpus.jsonl`: 300 and 100 pieces of the demo's prose, of a page each."""
     documents = [json.loads(line)["text"] for line in (DEMO / "text/prose.jsonl").read_text().splitlines()]
     pieces = [text[start : start + 1500] for text in documents for start in range(0, len(text), 1500)][:300]
     (folder / "corpus").mkdir()
     for number, text in enumerate(pieces):
         (folder / "corpus" / f"{number:03d}.txt").write_text(text)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pieces))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pieces[:100]))
 
 
 def _hub(cache: Path) -> Path:
