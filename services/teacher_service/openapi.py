@@ -43,7 +43,7 @@ def _request(limits: Limits, kinds: tuple[Kind, ...], *, packed: bool) -> dict[s
             {"anyOf": [gathered, TENSOR]} if packed else gathered, 1, many, type=["array", "null"],
             description="kind gather: the ids to score, a row of them for each row asked, for each sequence",
         ),
-        "num_samples": whole(0, limits.max_samples, default=50, description="kind sampled: draws for each row, 1 or more"),
+        "num_samples": whole(0, limits.max_samples, default=50, description="kind sampled: draws a row, 1 or more"),
         "sample_temperature": temperature | {"default": 1.0},
         "seed": whole(0, 2**63 - 1, default=0),
         "hidden_dtype": {"enum": ["float16", "bfloat16", "int8"], "default": "float16"},
