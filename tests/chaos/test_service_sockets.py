@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -38,10 +38,25 @@ async def connect(teacher: TeacherProcess) -> tuple[asyncio.StreamReader, asynci
     return await asyncio.open_connection(teacher.host, teacher.port)
 
 
-def hanging_request(number: int) -> bytes:
-    """A request of 64 tokens that the engine never finishes, different for every number."""
-    body = request_body(64, seed=number, first=0)
-    return f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body
+Hang = Callable[[Iterable[int]], Awaitable[list[asyncio.StreamWriter]]]
+
+
+@pytest_asyncio.fixture
+async def hang(teacher: TeacherProcess) -> AsyncIterator[Hang]:
+    """Sends requests of 64 tokens that the engine never finishes, one a socket and number; hangs up after the test."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def send(numbers: Iterable[int]) -> list[asyncio.StreamWriter]:
+        before = len(writers)
+        for number in numbers:
+            writers.append((await connect(teacher))[1])
+            body = request_body(64, seed=number, first=0)
+            writers[-1].write(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return writers[before:]
+
+    yield send
+    for writer in writers:
+        writer.transport.abort()
 
 
 async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
@@ -64,24 +79,22 @@ async def counter(client: httpx.AsyncClient, name: str) -> float:
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"stillhouse_{name}_total{{"))
 
 
-async def test_clients_that_leave_free_queue_and_engine(teacher: TeacherProcess, client: httpx.AsyncClient) -> None:
-    # 200 sequences of 64 tokens that never finish: 8 fit the engine's window, the others queue.
-    sockets = []
+async def test_clients_that_leave_free_queue_and_engine(client: httpx.AsyncClient, hang: Hang) -> None:
+    # 200 sequences of 64 tokens that never finish: 8 fit the engine's window, the others, sent later, queue.
     handed_before, aborted_before = await counter(client, "engine_sequences"), await counter(client, "engine_aborted")
-    for number in range(200):
-        reader, writer = await connect(teacher)
-        writer.write(hanging_request(number))
-        sockets.append((reader, writer))
+    running = await hang(range(8))
+    await until_gauge(client, "engine_tokens", lambda value: value == 512)
+    queued = await hang(range(8, 200))
     await until_admitted(client, 200)
     assert await counter(client, "engine_sequences") - handed_before == 8
     left = time.monotonic()
-    for _, writer in sockets[8:]:
+    for writer in queued:
         writer.transport.abort()
     await until_gauge(client, "admitted_requests", lambda value: value == 8)
     queued_took = time.monotonic() - left
     assert await counter(client, "engine_aborted") == aborted_before
     left = time.monotonic()
-    for _, writer in sockets[:8]:
+    for writer in running:
         writer.transport.abort()
     await until_gauge(client, "admitted_requests", lambda value: value == 0)
     took = time.monotonic() - left
@@ -96,18 +109,16 @@ async def test_clients_that_leave_free_queue_and_engine(teacher: TeacherProcess,
 
 
 async def test_one_client_that_leaves_is_noticed_within_a_quarter_of_a_second(
-    teacher: TeacherProcess, client: httpx.AsyncClient
+    client: httpx.AsyncClient, hang: Hang
 ) -> None:
     times = []
     for number in range(10):
-        reader, writer = await connect(teacher)
-        writer.write(hanging_request(number))
+        (writer,) = await hang([number])
         await until_gauge(client, "engine_tokens", lambda value: value == 64)
         left = time.monotonic()
         writer.close()
         await until_gauge(client, "engine_tokens", lambda value: value == 0)
         times.append(time.monotonic() - left)
-        assert not await _read(reader)
     print(f"engine work aborted {1000 * percentile(times, 0.5):.0f} ms after its client left, at most "
           f"{1000 * max(times):.0f} ms")  # fmt: skip
     assert percentile(times, 0.5) < 0.25
