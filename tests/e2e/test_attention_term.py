@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.models import save_tiny_llama
+from tests.ranks_run import train_ranks
 from tests.teacher_process import ServiceProcess, TeacherProcess
-from tests.trainer_run import TrainerProcess, Workshop, lines_of, steps_of, train, wait_for_step
+from tests.trainer_run import TrainerProcess, Workshop, lines_of, steps_of, trace_of, train, wait_for_step
 
 TERM = ("distillation.attention.coefficient=1e3", "distillation.attention.relation_heads=8")
 
@@ -71,6 +72,20 @@ def test_bitdistill_learns_from_both_services(
         )
         first.append(lines[0]["loss/attention"])
     assert first[1] == pytest.approx(first[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("more", [(), ("distillation.balance.shares={cross_entropy: 1, top_k_kl: 1, attention: 1}",)])
+def test_two_ranks_compare_their_own_documents(
+    workshop: Workshop, teacher: TeacherProcess, sidecar: ServiceProcess, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """As one rank that takes two passes a step; the norm over shards scales the gradient within rounding."""
+    one, two = (
+        arguments(workshop, tmp_path / world, teacher, sidecar.url, "run.steps=4", *more) for world in ("one", "two")
+    )
+    assert train([*one, "optim.micro_batch_rows=2"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert train_ranks(2, two, tmp_path / "log-of-two") == [0, 0], (tmp_path / "log-of-two-1").read_text()
+    for line, expected in zip(trace_of(tmp_path / "two" / "run"), trace_of(tmp_path / "one" / "run"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
 
 
 def test_check_says_which_layers_are_compared(

@@ -8,6 +8,7 @@ by it. What is compared bit for bit runs without clipping; with it the bound is 
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -184,21 +185,71 @@ def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(worksh
     assert kept is not None and kept.step == steps_of(tmp_path / "run")[-1] >= 3
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (["data.rows=3"], "rows must divide evenly"),
-        (
-            ["on_policy.share=0.5", "on_policy.prompt_tokens=8", "on_policy.new_tokens=8"],
-            "on_policy.share takes a run of one rank",
-        ),
-    ],
-)
-def test_what_ranks_cannot_do_stops_all(
-    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, given: list[str], says: str
+def test_rows_that_do_not_divide_evenly_stop_all(workshop: Workshop, teacher: TeacherProcess, tmp_path: Path) -> None:
+    assert train_ranks(2, arguments(workshop, tmp_path, teacher, "data.rows=3"), tmp_path / "output") == [2, 2]
+    assert "rows must divide evenly" in (tmp_path / "output-1").read_text()
+
+
+OWN_TEXT = ("on_policy=gkd", "on_policy.share=0.6", "on_policy.prompt_tokens=6", "on_policy.new_tokens=10",
+            "teacher.sanity=off")  # fmt: skip
+BALANCED = "distillation.balance.shares={cross_entropy: 1, top_k_kl: 1}"
+BESIDE = {  # what a rank does with the whole student beside the passes that all ranks make, and students of other kinds
+    "writes": (*OWN_TEXT, "on_policy.lag=2"),
+    "gathers": ("distillation.terms.top_k_kl.kind=reverse_kl", "distillation.terms.top_k_kl.support=gather"),
+    "balances": (BALANCED, "distillation.balance.every=3"),
+    "writes, gathers, balances": (*OWN_TEXT, "on_policy.terms.jsd.support=gather", BALANCED),
+    "lora": ("student.lora.rank=4",),
+    "ternary": ("student=bitnet", "student.bitnet.warmup_steps=4", UNCLIPPED),  # a bit more flips a weight
+}
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """The figures of a step within rounding: the norm over shards scales the gradient, and writing pads by rank."""
+    for line, expected in zip(without_norm(folder), without_norm(other), strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_a_rank_does_beside_the_others_is_what_one_rank_does(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, name: str
 ) -> None:
-    assert train_ranks(2, arguments(workshop, tmp_path, teacher, *given), tmp_path / "output") == [2, 2]
-    assert says in (tmp_path / "output-1").read_text()
+    given = (*BESIDE[name], "evaluation.samples=0")
+    one, two = (
+        run_on(world, tmp_path / str(world), arguments(workshop, tmp_path / str(world), teacher, *given))
+        for world in (1, 2)
+    )
+    assert_close(two, one)
+    for world, begun in ((1, two), (2, one)):
+        root = tmp_path / f"on-{world}"
+        shutil.copytree(begun, root / "run")
+        shutil.rmtree(root / "run" / "checkpoints" / f"step-{STEPS:08d}")
+        run_on(world, root, arguments(workshop, root, teacher, *given))
+        assert_close(root / "run", one)
+
+
+def no_prompt_for_second_rank(rank: int) -> None:
+    """Of every other batch: documents that give one rank no prompt and the other some are rare."""
+    if rank == 0:
+        return
+    from student_trainer.on_policy import written
+
+    found = written.prompts_of
+
+    def seldom(batch: Any, *more: Any) -> Any:
+        return () if batch.number % 2 else found(batch, *more)
+
+    written.prompts_of = seldom
+
+
+def test_a_rank_that_has_nothing_to_write_takes_its_part_in_the_update(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    given = arguments(workshop, tmp_path, teacher, *OWN_TEXT, "on_policy.share=1", "evaluation.samples=0")
+    assert train_ranks(2, given, tmp_path / "output", no_prompt_for_second_rank) == [0, 0]
+    lines = lines_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    mean = [statistics.mean(line["on_policy/sequences"] for line in lines[first::2]) for first in (0, 1)]
+    assert mean[1] < 0.75 * mean[0] and all(line["tokens"] > 0 for line in lines)
 
 
 @pytest.mark.slow

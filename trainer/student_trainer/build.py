@@ -37,7 +37,8 @@ from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, 
 from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
-from student_trainer.students.sharding import shard
+from student_trainer.students.sharding import WholeStudent, shard
+from student_trainer.students.student import Student
 from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
@@ -59,6 +60,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     snapshot = _earlier(settings, folder, ranks, remote)
     thread = stack.enter_context(EventThread())
     parts = build_parts(settings, thread, stack, snapshot, ranks)
+    whole = WholeStudent(parts.student, apart=not ranks.alone and _passes_alone(settings))
     shard(parts.student, ranks)
     weighting = settings.distillation.weighting()
     optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
@@ -80,17 +82,23 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         checkpoints.resumed_at(place.step)
     guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason, ranks)
-    written, stream = _stream(settings, parts, place.mixture, snapshot, stack)
+    written, stream = _stream(settings, parts, whole.student, place.mixture, snapshot, stack, ranks)
     prefetch = _prefetch(settings, parts, guard, stream, thread, stack, ranks)
     evaluator = _evaluator(settings, parts, folder, thread, ranks)
     log = _log(settings, folder, place, ranks)
     return Run(
-        settings=settings, ranks=ranks, student=parts.student, weighting=weighting, optimizer=optimizer,
-        prefetch=prefetch, guard=guard, evaluator=evaluator, samples=_samples(settings, parts, ranks),
-        checkpoints=checkpoints,
+        settings=settings, ranks=ranks, student=parts.student, whole=whole, weighting=weighting,
+        optimizer=optimizer, prefetch=prefetch, guard=guard, evaluator=evaluator,
+        samples=_samples(settings, parts, ranks), checkpoints=checkpoints,
         log=stack.enter_context(log), signals=signals, place=place, written=written,
         on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
     )  # fmt: skip
+
+
+def _passes_alone(settings: Settings) -> bool:
+    """Whether a rank makes passes of the student that the others do not make with it."""
+    gathers = any(term.support == "gather" for term in settings.terms())
+    return settings.on_policy.active or gathers or bool(settings.distillation.balance.shares)
 
 
 def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
@@ -157,24 +165,24 @@ def _log(settings: Settings, folder: RunFolder, place: Place, ranks: Ranks) -> R
 
 
 def _stream(
-    settings: Settings, parts: Parts, state: MixtureState, snapshot: Snapshot | None, stack: ExitStack
-) -> tuple[WrittenBatches | None, Stream]:
+    settings: Settings, parts: Parts, student: Student, state: MixtureState, snapshot: Snapshot | None,
+    stack: ExitStack, ranks: Ranks,
+) -> tuple[WrittenBatches | None, Stream]:  # fmt: skip
     """The batches from `state` on; among them, where the settings say so, those that the student writes."""
     source, tokenizer = parts.source, parts.tokenizer
     stream = stack.enter_context(BatchStream(source, state))
     if not settings.on_policy.active:
         return None, stream
-    if not ends_of_text(parts.student, tokenizer):
+    if not ends_of_text(student, tokenizer):
         raise ValueError(
             "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
             "give the tokenizer an eos_token, or set on_policy.share=0"
         )
-    if parts.student.teacher_shift:
+    if student.teacher_shift:
         raise ValueError("on_policy: a student whose rows predict their own token writes nothing from left to right")
     saved = snapshot.tensors.get(checkpoint.WRITTEN, {}) if snapshot is not None else {}
-    first_row = source.rank * (settings.data.rows // source.world)
-    sampler = _sampler(parts, settings.on_policy.sequences_at_once)
-    written = WrittenBatches(stream, settings, sampler, pad_id(tokenizer), saved, first_row)
+    sampler = _sampler(student, tokenizer, settings.on_policy.sequences_at_once)
+    written = WrittenBatches(stream, settings, sampler, pad_id(tokenizer), saved, ranks)
     return written, written
 
 
@@ -205,9 +213,8 @@ def _prefetch(
     return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
 
 
-def _sampler(parts: Parts, at_once: int | None = None) -> GenerateSampler:
-    ends = ends_of_text(parts.student, parts.tokenizer)
-    return GenerateSampler(parts.student, ends, pad_id(parts.tokenizer), at_once)
+def _sampler(student: Student, tokenizer: Any, at_once: int | None = None) -> GenerateSampler:
+    return GenerateSampler(student, ends_of_text(student, tokenizer), pad_id(tokenizer), at_once)
 
 
 def _held_out(settings: Settings, parts: Parts) -> dict[str, list[Batch]]:
@@ -220,7 +227,7 @@ def _samples(settings: Settings, parts: Parts, ranks: Ranks) -> SampleWriter:
         logger.warning("evaluation.samples has no effect: a student in shards on several ranks can't write yet")
     decode: Callable[[Sequence[int]], str] = lambda ids: str(parts.tokenizer.decode(ids))  # noqa: E731
     held_out = _held_out(settings, parts) if ranks.alone else {}
-    return SampleWriter(settings.evaluation, held_out, _sampler(parts), decode)
+    return SampleWriter(settings.evaluation, held_out, _sampler(parts.student, parts.tokenizer), decode)
 
 
 def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread, ranks: Ranks) -> Evaluator:

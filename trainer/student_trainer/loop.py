@@ -8,6 +8,7 @@ never made. `build` puts a `Run` together, `main` calls `train`.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -19,7 +20,8 @@ import torch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.on_policy.prompts import WrittenBatch
-from student_trainer.students.sharding import whole
+from student_trainer.on_policy.written import together
+from student_trainer.students.sharding import WholeStudent, whole
 from student_trainer.tally import StepFigures, Tally
 from teacher_proto.errors import TeacherUnavailableError
 
@@ -61,6 +63,7 @@ class Run:
     settings: Settings
     ranks: Ranks
     student: Student
+    whole: WholeStudent
     weighting: Weighting
     optimizer: Optimizer
     prefetch: Prefetch
@@ -83,12 +86,18 @@ class Run:
         return self.weighting.at(self.place.step)
 
     def measure(self, ready: Ready) -> dict[str, float]:
-        """The norms of the terms' gradients on the first micro batch, where they are due; later steps go by them."""
+        """The norms of the terms' gradients on the first micro batch of the first rank, where they are due; later steps
+        go by them.
+        """
         own = isinstance(ready.batch, WrittenBatch)
         if own or not ready.micro or not self.weighting.due(self.place.step):
             return {}
         terms, chunk_rows = self.weighting.measured_terms, self.settings.distillation.chunk_rows
-        norms = self.student.gradient_norms(ready.micro[0], terms, chunk_rows)
+        norms = dict.fromkeys((term.name for term in terms), 0.0)
+        if self.ranks.first and len(ready.micro[0].labels_N):
+            self.whole.student.before_step(self.place.step)
+            norms = self.whole.student.gradient_norms(ready.micro[0], terms, chunk_rows)
+        norms = json.loads(self.ranks.from_first(json.dumps(norms)))
         if not all(map(math.isfinite, norms.values())):
             return {}  # the step finds the same, and says where
         self.weighting = self.weighting.take_in(norms)
@@ -107,12 +116,12 @@ class Run:
         """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
         if self.student_support is None or all(term.support != "gather" for term in self.terms_for(ready.batch)):
             return ready
-        self.student.before_step(self.place.step)
-        return self.student_support.add(self.student, ready, self.while_waiting)
+        self.whole.student.before_step(self.place.step)
+        return self.student_support.add(self.whole.student, ready, self.while_waiting)
 
     def save(self) -> None:
         """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
-        written = self.written.pending(self.place.step) if self.written else {}
+        written = together(self.ranks.gather(self.written.pending(self.place.step))) if self.written else {}
         self.checkpoints.save(self.place, self.student, self.optimizer, written, self.weighting.state())
 
     def while_waiting(self, waited_s: float) -> None:
@@ -137,6 +146,7 @@ def train(run: Run) -> int:
     try:
         while run.place.step < steps:
             started = time.monotonic()
+            run.whole.refresh()
             with run.ranks.together():
                 run.signals.check()
                 wrote_s = run.write()
@@ -192,7 +202,7 @@ def step(run: Run, ready: Ready) -> StepFigures:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
     rates = run.optimizer.step(number)
     run.optimizer.zero_grad()
-    written = getattr(ready.batch, "written", None)
+    written = ready.batch.written.over(run.ranks) if isinstance(ready.batch, WrittenBatch) else None
     if run.weighting.varies or (run.on_policy is not None and run.on_policy.varies):
         figures = replace(figures, coefficients={term.name: term.coefficient for term in terms})
     shares = gradient_shares(terms, norms)

@@ -10,6 +10,7 @@ A run that torchrun did not start is one rank, and nothing here does anything.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,6 +82,13 @@ class Ranks:
             data += torch.tensor(list(text.encode()), dtype=torch.int32)
         return bytes(self.add_up(data).tolist()).decode()
 
+    def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The small CPU tensors of all ranks, in their order, on every rank."""
+        gathered = [dict(tensors)] * self.world
+        if not self.alone:
+            dist.all_gather_object(gathered, dict(tensors))
+        return gathered
+
 
 ALONE = Ranks()
 
@@ -128,12 +136,11 @@ def _exchange(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
 def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
     """The ranks that torchrun started, or this process alone; `stack` ends their connection.
 
-    ValueError for settings that only a rank alone can follow.
+    ValueError for an environment that is not torchrun's.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return ALONE
-    _refuse_what_takes_one(settings, world)
     if "RANK" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {world}, but RANK is not set: start several ranks with torchrun")
     on_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
@@ -144,14 +151,3 @@ def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
     )
     stack.callback(dist.destroy_process_group)
     return Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def _refuse_what_takes_one(settings: Settings, world: int) -> None:
-    """What runs the whole student outside the passes that all ranks make side by side."""
-    asked = {
-        "on_policy.share": settings.on_policy.active,
-        "distillation.balance.shares": bool(settings.distillation.balance.shares),
-        "a loss with support=gather": any(term.support == "gather" for term in settings.terms()),
-    }
-    if refused := [name for name, is_asked in asked.items() if is_asked]:
-        raise ValueError(f"{refused[0]} takes a run of one rank so far, this is one of {world}: leave it out")

@@ -79,8 +79,8 @@ def test_a_document_computes_the_same_alone_packed_and_padded(name: str) -> None
         alone_a, alone_b = student.model(a).logits, student.model(b).logits
         row = torch.cat([a, b, torch.zeros(1, 4, dtype=torch.long)], 1)
         together = logits(student, student.body(row, *packed(11, 9, pad=4)))
-    assert torch.allclose(together[:, :11], alone_a, atol=2e-6)
-    assert torch.allclose(together[:, 11:20], alone_b, atol=2e-6)
+    assert torch.allclose(together[:, :11], alone_a, atol=1e-5)
+    assert torch.allclose(together[:, 11:20], alone_b, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from student_trainer.data.batch import Batch, Document, Placed, build_batch
 from student_trainer.on_policy.sampler import Sample
+from student_trainer.ranks import Ranks
 from student_trainer.settings import OnPolicySettings
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -50,6 +52,21 @@ class WrittenFigures:
     mean_length: float
     ended: float  # share that came to an end of their own
     logprob: float
+
+    def over(self, ranks: Ranks) -> WrittenFigures:
+        """Those of all ranks together; all must call."""
+        if ranks.alone:
+            return self
+        tokens = self.sequences * self.mean_length
+        mine = [self.sequences, tokens, self.sequences * self.ended, tokens * self.logprob]
+        sequences, tokens, ended, logprob = ranks.add_up(torch.tensor(mine, dtype=torch.float64)).tolist()
+        return _figures(int(sequences), tokens, ended, logprob)
+
+
+def _figures(sequences: int, tokens: float, ended: float, logprob: float) -> WrittenFigures:
+    """Means of sums, of nothing too."""
+    per_sequence, per_token = 1 / max(sequences, 1), 1 / max(tokens, 1)
+    return WrittenFigures(sequences, tokens * per_sequence, ended * per_sequence, logprob * per_token)
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,9 @@ def write_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sampl
         counts_N = np.arange(len(prompt.ids_N) + len(sample.ids_N)) >= len(prompt.ids_N)
         ids_N = np.concatenate([prompt.ids_N, sample.ids_N])
         rows[prompt.row].append(Placed(prompt.source, prompt.key, ids_N, counts_N))
-    tokens = sum(len(sample.ids_N) for sample in samples)
-    figures = WrittenFigures(
-        sequences=len(samples),
-        mean_length=tokens / len(samples),
-        ended=sum(sample.ended for sample in samples) / len(samples),
-        logprob=sum(sample.logprob for sample in samples) / tokens,
-    )
+    figures = _figures(
+        len(samples), sum(len(sample.ids_N) for sample in samples), sum(sample.ended for sample in samples),
+        sum(sample.logprob for sample in samples),
+    )  # fmt: skip
     made = build_batch(batch.number, rows, batch.tokens_BT.shape[1], pad_id, batch.source_names)
     return WrittenBatch(**vars(made), written=figures)

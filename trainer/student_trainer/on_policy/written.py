@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -25,10 +25,12 @@ from student_trainer.data.batch import Batch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.on_policy.prompts import Prompt, is_written, prompts_of, write_batch
 from student_trainer.on_policy.sampler import Sample, Sampler
+from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import Settings
 
 logger = logging.getLogger(__name__)
 Item = tuple[Batch | Future[Batch], MixtureState]
+Placed = tuple[int, Sample]  # the row over all ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +45,23 @@ class Blank:
 class WrittenBatches:
     """An iterator of (batch or the promise of one, state after it), read by `prefetch`; `write` keeps the promises.
 
-    `saved`: what `pending` gave when the run was saved. `first_row`: of this rank, over all ranks.
+    `saved`: what `pending` gave when the run was saved, of all ranks `together`. Each of several ranks writes its own
+    rows, and none where no document of them gives a prompt; a rank alone then learns from the data's text.
     """
 
     def __init__(
         self, stream: Iterator[tuple[Batch, MixtureState]], settings: Settings, sampler: Sampler, pad_id: int,
-        saved: Mapping[str, Tensor], first_row: int = 0,
+        saved: Mapping[str, Tensor], ranks: Ranks = ALONE,
     ):  # fmt: skip
-        self._stream, self._sampler, self._pad_id, self._first_row = stream, sampler, pad_id, first_row
+        self._stream, self._sampler, self._pad_id, self._alone = stream, sampler, pad_id, ranks.alone
+        rows = settings.data.rows // ranks.world
+        self._first_row = ranks.rank * rows
         self._settings, self._seed, self._steps = settings.on_policy, settings.run.seed, settings.run.steps
         self._lock = threading.Lock()  # of all below: `prefetch` reads on a thread of its own
         self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
         self._reached = -1  # the last batch that was read
         self._blanks: dict[int, Blank] = {}
-        self._samples: dict[int, list[Sample]] = _unpacked(saved)
+        self._samples: dict[int, list[Placed]] = _unpacked(saved, range(self._first_row, self._first_row + rows))
 
     def __iter__(self) -> WrittenBatches:
         return self
@@ -83,7 +88,7 @@ class WrittenBatches:
     def pending(self, step: int) -> dict[str, Tensor]:
         """What was written and is not learnt from before update `step`, for a checkpoint."""
         with self._lock:
-            return _packed({number: samples for number, samples in self._samples.items() if number >= step})
+            return _packed({number: samples for number, samples in self._samples.items() if number >= step and samples})
 
     def _write(self, number: int, meanwhile: Callable[[], None]) -> None:
         with self._lock:
@@ -105,7 +110,7 @@ class WrittenBatches:
         if not is_written(self._settings.share, self._seed, batch.number):
             return batch, state
         prompts = prompts_of(batch, self._settings, self._seed, self._first_row)
-        if not prompts:
+        if not prompts and self._alone:
             logger.warning(
                 "batch %d is learnt from as the data has it: none of its %d documents gives a prompt that fits with "
                 "%d new tokens into a row", batch.number, len(batch.documents), self._settings.new_tokens,
@@ -114,17 +119,26 @@ class WrittenBatches:
         blank = self._blanks[batch.number] = Blank(batch, prompts, Future())
         saved = self._samples.pop(batch.number, [])
         if len(saved) == len(prompts):  # else the settings were changed: it is written anew
-            self._keep(blank, saved)
+            self._keep(blank, [sample for _, sample in saved])
         return blank.promise, state
 
     def _keep(self, blank: Blank, samples: list[Sample]) -> None:
-        self._samples[blank.batch.number] = samples
+        rows = [self._first_row + prompt.row for prompt in blank.prompts]
+        self._samples[blank.batch.number] = list(zip(rows, samples, strict=True))
         blank.promise.set_result(write_batch(blank.batch, blank.prompts, samples, self._pad_id))
 
 
-def _packed(samples: Mapping[int, list[Sample]]) -> dict[str, Tensor]:
+def together(ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What the ranks have `pending`, as a rank alone would have it."""
+    names = dict.fromkeys(name for tensors in ranks for name in tensors)
+    return {name: torch.cat([tensors[name] for tensors in ranks if name in tensors]) for name in names}
+
+
+def _packed(samples: Mapping[int, list[Placed]]) -> dict[str, Tensor]:
     tensors = {}
-    for number, group in samples.items():
+    for number, placed in samples.items():
+        rows, group = zip(*placed, strict=True)
+        tensors[f"{number}.rows"] = torch.tensor(rows)
         tensors[f"{number}.tokens"] = torch.from_numpy(np.concatenate([sample.ids_N for sample in group]))
         tensors[f"{number}.lengths"] = torch.tensor([len(sample.ids_N) for sample in group])
         tensors[f"{number}.ended"] = torch.tensor([sample.ended for sample in group])
@@ -132,10 +146,14 @@ def _packed(samples: Mapping[int, list[Sample]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpacked(tensors: Mapping[str, Tensor]) -> dict[int, list[Sample]]:
+def _unpacked(tensors: Mapping[str, Tensor], rows: range) -> dict[int, list[Placed]]:
+    """The samples of these rows."""
     samples = {}
     for number in sorted({int(name.partition(".")[0]) for name in tensors}):
-        lengths, ended, logprobs = (tensors[f"{number}.{part}"].tolist() for part in ("lengths", "ended", "logprobs"))
+        row, lengths, ended, logprobs = (
+            tensors[f"{number}.{part}"].tolist() for part in ("rows", "lengths", "ended", "logprobs")
+        )
         pieces = torch.split(tensors[f"{number}.tokens"], lengths)
-        samples[number] = [Sample(p.numpy(), e, v) for p, e, v in zip(pieces, ended, logprobs, strict=True)]
+        every = zip(row, pieces, ended, logprobs, strict=True)
+        samples[number] = [(at, Sample(ids_N.numpy(), end, value)) for at, ids_N, end, value in every if at in rows]
     return samples

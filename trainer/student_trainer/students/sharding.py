@@ -1,4 +1,5 @@
-"""A student's parameters spread over the ranks (FSDP2), and tensors between whole and sharded. Called by `build`.
+"""A student's parameters spread over the ranks (FSDP2), tensors between whole and sharded, and a whole copy for what a
+rank does by itself. Called by `build`.
 
 Every decoder layer is gathered for its own pass and freed after it; embeddings, last norm and head, which the fused
 loss needs whole, for the time from the first layer's pass to the end of the backward pass. Gradients are summed over
@@ -7,6 +8,7 @@ the ranks, not averaged: the loop has divided by the count of all ranks' tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +52,24 @@ def shard(student: Student, ranks: Ranks) -> None:
         return outcome
 
     student.gathered = run
+
+
+class WholeStudent:
+    """`student` has all parameters on this rank, as they stood at the last `refresh`, for passes that others do not
+    make. Without `apart` it is the student that learns. Made before `shard`.
+    """
+
+    def __init__(self, learning: Student, apart: bool):
+        self._learning = learning
+        self.student = copy.deepcopy(learning) if apart else learning
+
+    def refresh(self) -> None:
+        """Take over the parameters of the student that learns; all ranks must call."""
+        if self.student is self._learning:
+            return
+        shards = self._learning.tensors()
+        for name, tensor in self.student.tensors().items():
+            tensor.copy_(whole(shards[name]))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ class StudentSupport:
 
     def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
         """The batch with `gather_*` beside its other targets. `while_waiting` as in `Prefetch.next`."""
-        parts = [ready.batch.rows(micro.first_row, micro.first_row + len(micro.tokens_BT)) for micro in ready.micro]
-        ids = [self._ids(student, micro) for micro in ready.micro]
+        counting = [micro for micro in ready.micro if len(micro.labels_N)]
+        parts = [ready.batch.rows(micro.first_row, micro.first_row + len(micro.tokens_BT)) for micro in counting]
+        ids = [self._ids(student, micro) for micro in counting]
         asked = time.monotonic()
         futures = [
             self._thread.submit(self._targets.fetch(part, ASK, ids_by_document(part, ids_NG.cpu().numpy())))
@@ -52,7 +53,8 @@ class StudentSupport:
             for future in futures:
                 future.cancel()
         waited_s = ready.waited_s + time.monotonic() - asked
-        micro = tuple(map(_with_gathered, ready.micro, ids, parts, answers))
+        answered = iter(map(_with_gathered, counting, ids, parts, answers))
+        micro = tuple(next(answered) if len(each.labels_N) else each for each in ready.micro)
         return replace(ready, micro=micro, waited_s=waited_s)
 
     def _ids(self, student: Student, micro: MicroBatch) -> Tensor:
