@@ -16,7 +16,7 @@ from typing import Any
 from student_trainer.data.batch import Batch
 from student_trainer.losses.attention_term import check_relation_heads
 from student_trainer.on_policy.prompts import WrittenBatch
-from student_trainer.settings import Settings
+from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher
@@ -40,11 +40,9 @@ class AttentionSource:
     """`make_client` is called on the event loop. `reason` is the last that was heard while an outage lasts."""
 
     def __init__(
-        self, make_client: Callable[[], AttentionClient], settings: AttentionSettings, start_within_s: float,
-        give_up_after_s: float,
-    ):  # fmt: skip
-        self._make_client, self._settings = make_client, settings
-        self._start_within_s, self._give_up_after_s = start_within_s, give_up_after_s
+        self, make_client: Callable[[], AttentionClient], settings: AttentionSettings, waiting: TeacherSettings
+    ):
+        self._make_client, self._settings, self._waiting = make_client, settings, waiting
         self._client: AttentionClient | None = None
         self._info: AttentionInfo | None = None
         self.reason = ""
@@ -52,7 +50,9 @@ class AttentionSource:
     async def open(self) -> AttentionInfo:
         """Reach the service. ValueError if it can't serve what the settings ask, before anything is asked."""
         self._client = self._make_client()
-        self._info = await reach(self._client, "attention service", self._start_within_s)
+        self._info = await reach(
+            self._client, "attention service", self._waiting.start_within_s, self._waiting.say_every_s
+        )
         shape = self._info.shape
         try:
             layer = layer_index(self._settings.layer, num_layers=shape.num_layers)
@@ -69,7 +69,10 @@ class AttentionSource:
     async def fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
         """The states of every document. TeacherUnavailableError if the service stays away for too long."""
         return await outlast(
-            lambda: self._fetch(batch), self._give_up_after_s, self._note, "attention service at teacher.attention_url"
+            lambda: self._fetch(batch),
+            self._waiting.give_up_after_s,
+            self._note,
+            "attention service at teacher.attention_url",
         )
 
     async def close(self) -> None:
@@ -139,7 +142,7 @@ def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, st
         key = os.environ.get(asked.key_variable)
         return AttentionClient(asked.attention_url, beside=beside, key=key, policy=policy)
 
-    source = AttentionSource(make_client, settings.distillation.attention, asked.start_within_s, asked.give_up_after_s)
+    source = AttentionSource(make_client, settings.distillation.attention, asked)
     stack.callback(lambda: thread.call(source.close()))
     try:
         thread.call(source.open())

@@ -79,7 +79,9 @@ class _Opening:
         return CachedTargets(self._store(teacher), teacher.fingerprint, behind, saved)
 
     def _remote(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> Targets:
-        remote = RemoteTargets(lambda: self._client(teacher, saved), teacher.url, self._settings.start_within_s)
+        remote = RemoteTargets(
+            lambda: self._client(teacher, saved), teacher.url, self._settings.start_within_s, self._settings.say_every_s
+        )
         return Patient(remote, self._settings.give_up_after_s)
 
     def _store(self, teacher: OneTeacher) -> TargetStore:

@@ -20,19 +20,20 @@ from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Limits, TargetsRequest
 
-# How often a start that waits for its teacher says so.
-SAY_EVERY_S = 30.0
 logger = logging.getLogger(__name__)
 
 
 class RemoteTargets:
     """`make_client` is called on the event loop, where the client of `urls` lives. `start_within_s`: how long `open`
-    waits for a teacher.
+    waits for a teacher; it says so every `say_every_s`.
     """
 
-    def __init__(self, make_client: Callable[[], TeacherClient], urls: Sequence[str], start_within_s: float = 0.0):
+    def __init__(
+        self, make_client: Callable[[], TeacherClient], urls: Sequence[str], start_within_s: float = 0.0,
+        say_every_s: float = 30.0,
+    ):  # fmt: skip
         self._make_client, self._urls = make_client, urls
-        self._start_within_s = start_within_s
+        self._start_within_s, self._say_every_s = start_within_s, say_every_s
         self.client: TeacherClient | None = None
         self._limits: Limits | None = None
         self._fingerprint = ""
@@ -41,7 +42,8 @@ class RemoteTargets:
         if self.client is None:
             self.client = self._make_client()
         try:
-            info = await reach(self.client, f"teacher at {', '.join(self._urls)}", self._start_within_s)
+            whom = f"teacher at {', '.join(self._urls)}"
+            info = await reach(self.client, whom, self._start_within_s, self._say_every_s)
         except TeacherUnavailableError as error:
             raise TeacherUnavailableError(
                 f"no teacher at {', '.join(self._urls)}: {error}. Start one with `stillhouse-teacher MODEL --port "
@@ -71,8 +73,8 @@ class RemoteTargets:
             await self.client.close()
 
 
-async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float) -> InfoT:
-    """Who serves there, said every SAY_EVERY_S while nobody does. TeacherUnavailableError after `within_s`."""
+async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float, say_every_s: float) -> InfoT:
+    """Who serves there, said every `say_every_s` while nobody does. TeacherUnavailableError after `within_s`."""
     clock = asyncio.get_running_loop().time
     deadline, patience_s = clock() + within_s, 0.0
     while True:
@@ -83,7 +85,7 @@ async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: flo
             if left_s <= 0:
                 raise
             logger.warning("no %s yet, waiting %.0f s more: %s", whom, left_s, error)
-            patience_s = min(SAY_EVERY_S, left_s)
+            patience_s = min(say_every_s, left_s)
 
 
 def split(asked: list[Question], limits: SequenceLimits) -> list[list[Question]]:
