@@ -214,13 +214,12 @@ def in_a_process(name: str, arguments: argparse.Namespace, shape: str, tokens: i
 
 
 def tokens_for(arguments: argparse.Namespace, shape: str) -> int:
-    """As many rows as the naive form can have in the budget, from its own peak at 512 rows; a multiple of 256."""
+    """As many rows as the naive form can have in the budget, by its own peaks at 512 and 1,024; a multiple of 256."""
     if arguments.tokens:
         return arguments.tokens
-    vocab, width = (int(part) for part in shape.split("x"))
-    probe = in_a_process(NAIVE, arguments, shape, 512)["peak_bytes"]
-    bytes_a_row = (probe - 4 * vocab * width) / 512
-    return int((arguments.gib * 2**30 - 4 * vocab * width) / bytes_a_row) // 256 * 256
+    low, high = (in_a_process(NAIVE, arguments, shape, rows)["peak_bytes"] for rows in (512, 1024))
+    bytes_a_row = (high - low) / 512
+    return 512 + int((arguments.gib * 2**30 - low) / bytes_a_row) // 256 * 256
 
 
 def compare(arguments: argparse.Namespace, shape: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
