@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import random
 import signal
-import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from tests.ranks_run import free_port
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (
     SIGKILL,
@@ -42,9 +44,7 @@ def arguments(workshop: Workshop, root: Path, *urls: str) -> list[str]:
 def test_a_trainer_that_was_there_first_steps_as_soon_as_its_teacher_is_ready(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = [*arguments(workshop, tmp_path, f"http://127.0.0.1:{port}"), "teacher.start_within_s=120"]
     with TrainerProcess(settings, tmp_path / "output.txt") as trainer:
         # Long enough for its probes to have grown as rare as they get.
@@ -58,6 +58,18 @@ def test_a_trainer_that_was_there_first_steps_as_soon_as_its_teacher_is_ready(
             assert took < 15
             assert trainer.wait() == 0
     assert "yet, waiting" in trainer.text
+
+
+def test_a_trainer_waits_for_a_teacher_that_loads_its_model(workshop: Workshop, tmp_path: Path) -> None:
+    port = free_port()
+    given = arguments(workshop, tmp_path, f"http://127.0.0.1:{port}")
+    with TeacherProcess(script=teacher_script(start_s=15.0), port=port, wait=False):
+        wait_alive(port)
+        assert train(given, tmp_path / "impatient.txt") == 2
+        assert "still loading its model" in (tmp_path / "impatient.txt").read_text()
+        assert "teacher.start_within_s=600" in (tmp_path / "impatient.txt").read_text()
+        assert train([*given, "teacher.start_within_s=120"], tmp_path / "output.txt") == 0
+    assert "teacher is still loading its model" in (tmp_path / "output.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +88,17 @@ def assert_same(folder: Path, straight: Path) -> None:
 def die(teacher: TeacherProcess) -> None:
     teacher.signal(SIGKILL)
     teacher.wait()
+
+
+def wait_alive(port: int) -> None:
+    """Until a service answers there, be it only that its model loads."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}/health/live")
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nobody answers at port {port}")
 
 
 def again(port: int, **changes: Any) -> TeacherProcess:

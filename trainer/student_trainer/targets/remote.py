@@ -15,7 +15,7 @@ from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Teach
 from student_trainer.targets.questions import Question, answers, gathered_ids, questions, together
 from teacher_proto.client import TeacherClient
 from teacher_proto.dialect import InfoT
-from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.errors import StillhouseError, TeacherUnavailableError
 from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Limits, TargetsRequest
@@ -74,16 +74,20 @@ class RemoteTargets:
 
 
 async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float, say_every_s: float) -> InfoT:
-    """Who serves there, said every `say_every_s` while nobody does. TeacherUnavailableError after `within_s`."""
+    """Who serves there; every `say_every_s` a line while nobody does, or a model still loads. TeacherUnavailableError
+    after `within_s`.
+    """
     clock = asyncio.get_running_loop().time
     deadline, patience_s = clock() + within_s, 0.0
     while True:
         try:
             return await client.teacher(patience_s)
-        except TeacherUnavailableError as error:
+        except StillhouseError as error:
             left_s = deadline - clock()
-            if left_s <= 0:
+            if not error.retryable:
                 raise
+            if left_s <= 0:
+                raise TeacherUnavailableError(error.message) from error
             logger.warning("no %s yet, waiting %.0f s more: %s", whom, left_s, error)
             patience_s = min(say_every_s, left_s)
 
