@@ -259,7 +259,7 @@ def test_torchrun_starts_them(
     pair: tuple[Path, Path, tuple[str, ...]], workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
 ) -> None:
     one, _, settings = pair
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "-m", "student_trainer.main", *arguments(workshop, tmp_path, teacher, *settings)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
