@@ -1,6 +1,7 @@
 """What a run and a check of one have in common: teacher, tokenizer, data and student, each held against the others.
 
-Made for `build` and `check`. Whatever can be refused is refused before the model is loaded.
+Made for `build` and `check`. Whatever can be refused is refused before the model is loaded; but a start that waits for
+its teacher loads it meanwhile.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def build_parts(
     tokenizer = load_tokenizer(settings)
     source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
     stack.callback(source.close)
+    waits = settings.teacher.kind != "none" and settings.teacher.start_within_s > 0
+    student = load_student(settings.student, device) if waits else None
     teacher = None
     if settings.teacher.kind != "none":
         saved_card = snapshot.state.get("teacher") if snapshot is not None else None
@@ -59,7 +62,7 @@ def build_parts(
     head = None
     if teacher is not None and wants_head(settings):
         head = read_head(thread.call(teacher.targets.head()), device)
-    student = load_student(settings.student, device)
+    student = student or load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
     attention = None
