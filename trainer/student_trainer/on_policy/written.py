@@ -30,7 +30,7 @@ from student_trainer.settings import Settings
 
 logger = logging.getLogger(__name__)
 Item = tuple[Batch | Future[Batch], MixtureState]
-Placed = tuple[int, Sample]  # the row over all ranks
+RowSample = tuple[int, Sample]  # the row over all ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class WrittenBatches:
         self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
         self._reached = -1  # the last batch that was read
         self._blanks: dict[int, Blank] = {}
-        self._samples: dict[int, list[Placed]] = _unpacked(saved, range(self._first_row, self._first_row + rows))
+        self._samples: dict[int, list[RowSample]] = _unpacked(saved, range(self._first_row, self._first_row + rows))
 
     def __iter__(self) -> WrittenBatches:
         return self
@@ -134,7 +134,7 @@ def together(ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([tensors[name] for tensors in ranks if name in tensors]) for name in names}
 
 
-def _packed(samples: Mapping[int, list[Placed]]) -> dict[str, Tensor]:
+def _packed(samples: Mapping[int, list[RowSample]]) -> dict[str, Tensor]:
     tensors = {}
     for number, placed in samples.items():
         rows, group = zip(*placed, strict=True)
@@ -146,7 +146,7 @@ def _packed(samples: Mapping[int, list[Placed]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpacked(tensors: Mapping[str, Tensor], rows: range) -> dict[int, list[Placed]]:
+def _unpacked(tensors: Mapping[str, Tensor], rows: range) -> dict[int, list[RowSample]]:
     """The samples of these rows."""
     samples = {}
     for number in sorted({int(name.partition(".")[0]) for name in tensors}):
