@@ -32,6 +32,7 @@ ARMS: dict[str, tuple[bool, list[str]]] = {
     "+ logits": (False, ["distillation=bitdistill", "distillation.attention.coefficient=null"]),
     "+ attention": (True, ["distillation=attention_only"]),
     "+ both": (True, ["distillation=bitdistill"]),
+    "+ both, attention at 1e3": (True, ["distillation=bitdistill", "distillation.attention.coefficient=1e3"]),
 }  # fmt: skip
 TERMS = ("cross_entropy", "top_k_kl", "attention")
 
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts come, in which order")
     parser.add_argument("--pretraining-learning-rate", type=float, default=1e-3)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of each arm")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     options = parser.parse_args()
     prepare()
     ROOT.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,8 @@ def main() -> int:
             f"optim.learning_rate={options.pretraining_learning_rate}",
         ])  # fmt: skip
         for seed in options.seeds:
-            for arm, (asks, loss) in ARMS.items():
+            for arm in options.arms:
+                asks, loss = ARMS[arm]
                 place = [f"student.checkpoint_path={ROOT / STAGE2}", f"run.seed={seed}", f"run.steps={options.steps}"]
                 learn(name_of(arm, seed), [
                     *settings, "recipe=bitdistill", *loss, *(beside if asks else []), *place,
@@ -100,7 +103,7 @@ def lines_of(name: str, file: str) -> list[dict[str, float]]:
 
 def write_table(options: argparse.Namespace) -> None:
     rows = []
-    for arm in ARMS:
+    for arm in options.arms:
         ends = [lines_of(name_of(arm, seed), "evaluation.jsonl")[-1] for seed in options.seeds]
         last = lines_of(name_of(arm, options.seeds[0]), "metrics.jsonl")[-1]
         rows.append({

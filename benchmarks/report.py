@@ -76,7 +76,10 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title)
     for column in columns:
         numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+        # Narrow terminals wrap between words: no number is cut, and no column vanishes.
+        words = [word for row in rows for word in _cell(row.get(column)).split()]
+        narrowest = min(max(map(len, words), default=1), 16)
+        table.add_column(column, justify="right" if numeric else "left", min_width=narrowest)
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     return table
