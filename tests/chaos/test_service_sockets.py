@@ -34,28 +34,31 @@ async def client(teacher: TeacherProcess) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def connect(teacher: TeacherProcess) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+Socket = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def connect(teacher: TeacherProcess) -> Socket:
     return await asyncio.open_connection(teacher.host, teacher.port)
 
 
-Hang = Callable[[Iterable[int]], Awaitable[list[asyncio.StreamWriter]]]
+Hang = Callable[[Iterable[int]], Awaitable[list[Socket]]]
 
 
 @pytest_asyncio.fixture
 async def hang(teacher: TeacherProcess) -> AsyncIterator[Hang]:
     """Sends requests of 64 tokens that the engine never finishes, one a socket and number; hangs up after the test."""
-    writers: list[asyncio.StreamWriter] = []
+    sockets: list[Socket] = []
 
-    async def send(numbers: Iterable[int]) -> list[asyncio.StreamWriter]:
-        before = len(writers)
+    async def send(numbers: Iterable[int]) -> list[Socket]:
+        before = len(sockets)
         for number in numbers:
-            writers.append((await connect(teacher))[1])
+            sockets.append(await connect(teacher))
             body = request_body(64, seed=number, first=0)
-            writers[-1].write(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        return writers[before:]
+            sockets[-1][1].write(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return sockets[before:]
 
     yield send
-    for writer in writers:
+    for _, writer in sockets:
         writer.transport.abort()
 
 
@@ -88,13 +91,13 @@ async def test_clients_that_leave_free_queue_and_engine(client: httpx.AsyncClien
     await until_admitted(client, 200)
     assert await counter(client, "engine_sequences") - handed_before == 8
     left = time.monotonic()
-    for writer in queued:
+    for _, writer in queued:
         writer.transport.abort()
     await until_gauge(client, "admitted_requests", lambda value: value == 8)
     queued_took = time.monotonic() - left
     assert await counter(client, "engine_aborted") == aborted_before
     left = time.monotonic()
-    for writer in running:
+    for _, writer in running:
         writer.transport.abort()
     await until_gauge(client, "admitted_requests", lambda value: value == 0)
     took = time.monotonic() - left
@@ -113,12 +116,13 @@ async def test_one_client_that_leaves_is_noticed_within_a_quarter_of_a_second(
 ) -> None:
     times = []
     for number in range(10):
-        (writer,) = await hang([number])
+        ((reader, writer),) = await hang([number])
         await until_gauge(client, "engine_tokens", lambda value: value == 64)
         left = time.monotonic()
         writer.close()
         await until_gauge(client, "engine_tokens", lambda value: value == 0)
         times.append(time.monotonic() - left)
+        assert not await _read(reader)
     print(f"engine work aborted {1000 * percentile(times, 0.5):.0f} ms after its client left, at most "
           f"{1000 * max(times):.0f} ms")  # fmt: skip
     assert percentile(times, 0.5) < 0.25

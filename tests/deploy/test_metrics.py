@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.docs.markdown import ROOT
+from tests.ranks_run import free_port
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import TrainerProcess, Workshop, teacher_script, wait_for_step
 
@@ -66,12 +67,6 @@ def _with_key() -> None:
     import os
 
     os.environ["STILLHOUSE_KEY"] = "0123456789abcdef"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def bearer(name: str, keys: str) -> dict[str, str]:

@@ -66,6 +66,15 @@ def run_on(world: int, root: Path, settings: list[str]) -> Path:
     return root / "run"
 
 
+def go_on(
+    world: int, begun: Path, root: Path, workshop: Workshop, teacher: TeacherProcess, settings: tuple[str, ...]
+) -> Path:
+    """A copy of a finished run in `root` without its last checkpoint, brought to its end by `world` ranks."""
+    shutil.copytree(begun, root / "run")
+    shutil.rmtree(root / "run" / "checkpoints" / f"step-{STEPS:08d}")
+    return run_on(world, root, arguments(workshop, root, teacher, *settings))
+
+
 @pytest.fixture(scope="module", params=[ADAMW, MUON], ids=["adamw", "muon_clip"])
 def pair(
     request: Any, workshop: Workshop, teacher: TeacherProcess, tmp_path_factory: pytest.TempPathFactory
@@ -106,11 +115,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_back(
     pair: tuple[Path, Path, tuple[str, ...]], workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, world: int
 ) -> None:
     one, two, settings = pair
-    begun = two if world == 1 else one
-    shutil.copytree(begun, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")
-    run_on(world, tmp_path, arguments(workshop, tmp_path, teacher, *settings))
-    assert_same(tmp_path / "run", one)
+    assert_same(go_on(world, two if world == 1 else one, tmp_path, workshop, teacher, settings), one)
 
 
 def test_clipping_by_the_norm_over_shards_moves_the_loss_by_rounding_alone(
@@ -220,11 +225,7 @@ def test_what_a_rank_does_beside_the_others_is_what_one_rank_does(
     )
     assert_close(two, one)
     for world, begun in ((1, two), (2, one)):
-        root = tmp_path / f"on-{world}"
-        shutil.copytree(begun, root / "run")
-        shutil.rmtree(root / "run" / "checkpoints" / f"step-{STEPS:08d}")
-        run_on(world, root, arguments(workshop, root, teacher, *given))
-        assert_close(root / "run", one)
+        assert_close(go_on(world, begun, tmp_path / f"on-{world}", workshop, teacher, given), one)
 
 
 def no_prompt_for_second_rank(rank: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from student_trainer import main
+from tests.ranks_run import free_port
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import Workshop, lines_of, steps_of, teacher_script, trace_of, train
 
@@ -76,12 +76,6 @@ def refused(
         return said[0]
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_no_teacher_at_the_url(refused: Refused) -> None:

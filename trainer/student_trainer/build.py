@@ -97,8 +97,11 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
 
 def _passes_alone(settings: Settings) -> bool:
     """Whether a rank makes passes of the student that the others do not make with it."""
-    gathers = any(term.support == "gather" for term in settings.terms())
-    return settings.on_policy.active or gathers or bool(settings.distillation.balance.shares)
+    return settings.on_policy.active or _gathers(settings) or bool(settings.distillation.balance.shares)
+
+
+def _gathers(settings: Settings) -> bool:
+    return any(term.support == "gather" for term in settings.terms())
 
 
 def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
@@ -244,8 +247,7 @@ def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: Even
 
 
 def _student_support(settings: Settings, parts: Parts, thread: EventThread) -> StudentSupport | None:
-    gathers = any(term.support == "gather" for term in settings.terms())
-    if parts.teacher is None or not gathers:
+    if parts.teacher is None or not _gathers(settings):
         return None
     asked = settings.distillation
     words = one_set_of_words(settings.data, parts.tokenizer) if asked.gather_at == "labels" else ()
