@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 READY = re.compile(r"stillhouse-(?:teacher|attention): ready at (\S+), (\S+), (\S+)")
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 240.0
 
 
 class ServiceProcess:

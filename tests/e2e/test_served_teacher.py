@@ -19,30 +19,23 @@ from tests.contract.engine_cases import (
 )
 from tests.teacher_process import TeacherProcess
 
-START_WITHIN_S = 240.0
-
 
 @pytest.mark.vllm
 def test_vllm_over_http_is_a_float32_forward_pass_at_every_temperature(tiny_llama: Path) -> None:
     sequences = sequences_of([1, 2, 7, 300, 64, 511, 33], 512)
     truth = reference_logits(tiny_llama, sequences)
     options = (str(tiny_llama), "--engine", "vllm", "--dtype", "float32", "--max-num-batched-tokens", "128")
-    teacher = TeacherProcess(*options, wait=False)
-    try:
-        teacher.wait_ready(START_WITHIN_S)
-        with SyncTeacherClient(teacher.url) as client:
-            request = TargetsRequest(sequences=tuple(sequences), top_k=64, temperatures=TEMPERATURES)
-            answers = client.targets(request)
-            for tokens_T, targets, logits_TV in zip(sequences, answers, truth, strict=True):
-                assert_top_k(targets, logits_TV)
-                assert_temperatures(targets.log_z, logits_TV)
-                assert_next(targets, tokens_T, logits_TV)
-                for index, temperature in enumerate(TEMPERATURES):
-                    shifted_TV = np.exp((logits_TV - logits_TV.max(axis=1, keepdims=True)) / temperature)
-                    softened_TV = shifted_TV / shifted_TV.sum(axis=1, keepdims=True)
-                    expected_TK = np.take_along_axis(softened_TV, targets.ids.astype(np.int64), axis=1)
-                    served_TK = targets.probabilities(index, temperature)
-                    # fp16 keeps a logprob to 2**-11 of itself.
-                    np.testing.assert_allclose(served_TK, expected_TK, rtol=5e-3, atol=0)
-    finally:
-        teacher.stop()
+    with TeacherProcess(*options) as teacher, SyncTeacherClient(teacher.url) as client:
+        request = TargetsRequest(sequences=tuple(sequences), top_k=64, temperatures=TEMPERATURES)
+        answers = client.targets(request)
+        for tokens_T, targets, logits_TV in zip(sequences, answers, truth, strict=True):
+            assert_top_k(targets, logits_TV)
+            assert_temperatures(targets.log_z, logits_TV)
+            assert_next(targets, tokens_T, logits_TV)
+            for index, temperature in enumerate(TEMPERATURES):
+                shifted_TV = np.exp((logits_TV - logits_TV.max(axis=1, keepdims=True)) / temperature)
+                softened_TV = shifted_TV / shifted_TV.sum(axis=1, keepdims=True)
+                expected_TK = np.take_along_axis(softened_TV, targets.ids.astype(np.int64), axis=1)
+                served_TK = targets.probabilities(index, temperature)
+                # fp16 keeps a logprob to 2**-11 of itself.
+                np.testing.assert_allclose(served_TK, expected_TK, rtol=5e-3, atol=0)

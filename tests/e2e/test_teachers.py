@@ -82,9 +82,10 @@ def test_a_store_that_is_written_through_and_then_replayed_gives_the_online_run(
     assert_same(tmp_path / "third", online)
 
 
-def test_what_a_service_of_a_real_model_kept_replays_its_run(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_what_a_service_of_a_real_model_kept_replays_its_run(workshop: Workshop, tmp_path: Path, engine: str) -> None:
     store = tmp_path / "store"
-    with TeacherProcess(str(workshop.student), "--engine", "hf", "--dtype", "float32", "--store", str(store)) as real:
+    with TeacherProcess(str(workshop.student), "--engine", engine, "--dtype", "float32", "--store", str(store)) as real:
         run(workshop, tmp_path / "online", f"teacher.url={real.url}", "teacher.sanity=off")
         real.signal()
         assert real.wait() == 0
