@@ -35,6 +35,16 @@ IMAGES = {  # image -> target, extra, packages of the system
 }
 LIMITS_GB = {"trainer-cpu": 2.0, "teacher-cpu": 5.0, "attention-cpu": 5.0, "demo-models": 5.0}
 PUBLISHED = {"teacher-cpu": ["8000/tcp"], "grafana": ["3000/tcp"]}
+# A teacher that answers at once, ready when the trainer has long been waiting: what is left is the trainer's own time.
+SCRIPTED = {
+    "RUN_ID": "scripted",
+    "CPU_TEACHER": """scripted --engine scripted --script '{"vocab_size": 49152, "start_s": 40}'""",
+    "CPU_TRAINER": "student.checkpoint_path=/models/demo/student distillation=logits_only logging.wandb=off "
+    "teacher.sanity=off teacher.same_tokenizer=trust evaluation.samples=0 data=text data.sources.text.kind=jsonl "
+    "data.sources.text.path=/models/demo/text/prose.jsonl data.sources.text.held_out_fraction=0.1 data.seq_len=128 "
+    "data.rows=2 data.held_out_rows=1",
+}
+FIRST_STEP_WITHIN_S = 5.0
 DOCKER = os.environ.get("DOCKER", "docker")
 
 
@@ -112,6 +122,15 @@ class Lab:
         self.wait(f"'{resumed}'", 300, lambda: resumed in self.compose("logs", "trainer-cpu"))
         self.wait("a step after it", 120, lambda: self.metrics()[-1]["step"] > step)
         say(f"down and up again: resumed at step {step}, and went on")
+        self.compose("down", "--timeout", str(GRACE_S))
+        self.scripted()
+
+    def scripted(self) -> None:
+        self._environment |= SCRIPTED
+        self.compose("up", "-d", "--no-build", "teacher-cpu", "trainer-cpu")
+        first = self.wait("the first step", 300, lambda: self.metrics()[:1])[0]
+        seconds = first["time"] - self.ready_since("teacher-cpu")
+        require(seconds <= FIRST_STEP_WITHIN_S, f"first step {seconds:.1f} s after a scripted teacher was ready")
 
     def teacher_killed(self) -> None:
         """SIGKILL from outside, as the kernel's killer would: restarted by policy, and the trainer goes on."""
@@ -174,7 +193,8 @@ class Lab:
     def metrics(self) -> list[dict[str, Any]]:
         """The run's lines so far; none before there is a trainer."""
         container = self.container("trainer-cpu")
-        text = run(DOCKER, "exec", container or "none", "cat", "/runs/first/metrics.jsonl", check=False)
+        path = f"/runs/{self._environment.get('RUN_ID', 'first')}/metrics.jsonl"
+        text = run(DOCKER, "exec", container or "none", "cat", path, check=False)
         lines = [line for line in text.splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
         return [json.loads(line) for line in lines]
 
