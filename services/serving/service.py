@@ -121,7 +121,7 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         if self._death is not None:
             raise self._death
         if not self.started:
-            raise OverloadedError("the teacher is still loading its model", retry_after=1.0)
+            raise OverloadedError("the service is still loading its model", retry_after=1.0)
 
     async def check_ready(self) -> None:
         """Return if a token gets through the engine; the error that a probe should see otherwise.

@@ -69,7 +69,7 @@ def test_a_trainer_waits_for_a_teacher_that_loads_its_model(workshop: Workshop, 
         assert "still loading its model" in (tmp_path / "impatient.txt").read_text()
         assert "teacher.start_within_s=600" in (tmp_path / "impatient.txt").read_text()
         assert train([*given, "teacher.start_within_s=120"], tmp_path / "output.txt") == 0
-    assert "teacher is still loading its model" in (tmp_path / "output.txt").read_text()
+    assert "service is still loading its model" in (tmp_path / "output.txt").read_text()
 
 
 @pytest.fixture(scope="module")
