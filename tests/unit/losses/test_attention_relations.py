@@ -184,7 +184,7 @@ def test_rotating_and_permuting_within_a_relation_head_changes_nothing(form: str
         *(part.reshape(2, 11, -1)[..., torch.randperm(part[0, 0].numel())].reshape(part.shape) for part in student)
     )
     # One part may come close by chance, all three do not.
-    assert ((parts_of(across) / expected_3 - 1).abs() > 1e-4).any()
+    assert ((parts_of(across) / expected_3 - 1).abs() > 1e-3).any()
 
 
 def test_relation_heads_must_divide_both_widths() -> None:
