@@ -23,9 +23,10 @@ import numpy as np
 import psutil
 
 from benchmarks.report import report
-from benchmarks.servers import ROOT, child, free_port, stock_environment, until_healthy
+from benchmarks.servers import ROOT, child, stock_environment, until_healthy
 from teacher_proto.client import TeacherClient
 from teacher_proto.requests import TargetsRequest
+from tests.teacher_process import free_port
 
 MOST_GIB = 1.0
 TOKENIZER = ROOT / ".cache" / "demo" / "teacher"

@@ -33,9 +33,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.report import report
-from benchmarks.servers import ROOT, child, cpu_seconds, free_port, stock_environment, until_healthy
+from benchmarks.servers import ROOT, child, cpu_seconds, stock_environment, until_healthy
 from teacher_proto.client import TeacherClient
 from teacher_proto.requests import TargetsRequest
+from tests.teacher_process import free_port
 
 TEXT = ROOT / ".cache" / "demo" / "text"
 MAX_LENGTH = 2048

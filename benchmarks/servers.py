@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -46,11 +45,6 @@ def child(command: list[str], environment: dict[str, str] | None = None, **pipes
                 process.kill()
             for left in psutil.wait_procs(family, timeout=10)[1]:
                 left.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 async def until_healthy(url: str, process: subprocess.Popen) -> None:

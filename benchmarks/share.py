@@ -24,9 +24,10 @@ import httpx
 import numpy as np
 
 from benchmarks.report import report
-from benchmarks.servers import ROOT, child, free_port, until_healthy
+from benchmarks.servers import ROOT, child, until_healthy
 from teacher_proto.client import TeacherClient
 from teacher_proto.requests import TargetsRequest
+from tests.teacher_process import free_port
 
 STUDENTS = ("ada", "bo", "cy", "flood")
 KEYS = {name: f"{name}-key-0123456789abcdef" for name in STUDENTS}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from tests.teacher_process import free_port
 from tests.trainer_run import TrainerProcess
 
 Prelude = Callable[[int], None]  # run in each rank before its trainer, with its number
@@ -35,12 +35,6 @@ def train_ranks(
     """Run `world` ranks to their end and return their exit codes."""
     with ranks(world, arguments, output, prelude) as trainers:
         return [trainer.wait(timeout_s) for trainer in trainers]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def become(rank: int, world: int, port: int) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.ranks_run import free_port
-from tests.teacher_process import TeacherProcess
+from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import (
     SIGKILL,
     TrainerProcess,

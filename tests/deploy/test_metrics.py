@@ -18,8 +18,7 @@ import pytest
 import yaml
 
 from tests.docs.markdown import ROOT
-from tests.ranks_run import free_port
-from tests.teacher_process import TeacherProcess
+from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import TrainerProcess, Workshop, teacher_script, wait_for_step
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/stillhouse.json").read_text())

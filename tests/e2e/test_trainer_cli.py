@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from student_trainer import main
-from tests.ranks_run import free_port
-from tests.teacher_process import TeacherProcess
+from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import Workshop, lines_of, steps_of, teacher_script, trace_of, train
 
 COMMAND = str(Path(sys.executable).parent / "stillhouse-train")

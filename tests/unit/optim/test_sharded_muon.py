@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 from student_trainer.optim.sharded_muon import ShardedMuon
 from student_trainer.students.sharding import like, whole
-from tests.ranks_run import become, free_port
+from tests.ranks_run import become
+from tests.teacher_process import free_port
 from tests.trainer_run import FORKS
 
 WORLD, STEPS = 3, 3

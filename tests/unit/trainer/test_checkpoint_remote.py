@@ -20,7 +20,7 @@ from student_trainer.checkpoint_remote import RemoteCheckpoints
 from student_trainer.settings import CheckpointSettings
 from student_trainer.signals import StopSignals
 from teacher_proto.identity import flatten
-from tests.ranks_run import free_port
+from tests.teacher_process import free_port
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, run_here, steps_of, trace_of
 from tests.unit.data.stores import BUCKET, STORES
 
