@@ -29,8 +29,8 @@ FLOAT_BYTES = {"cpu": 6 * 2**20}
 HEAD_ROWS_ACCELERATOR = 1024
 FLOAT_BYTES_ACCELERATOR = 256 * 2**20
 
-# Columns of a block where `top_k` searches what it has narrowed down already.
-INNER_BLOCK = 4
+# Columns whose maximum is taken on the way through the logits, for `top_k` to know where to look.
+BLOCK = 64
 
 NO_TOKEN = -1
 
@@ -89,8 +89,9 @@ def reduce_rows(
         if logits_nV is None:
             complete = False
             continue
-        workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND), layout.spec.top_k)
+        workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND))
         columns = reduce_logits(logits_nV, rows.cut(start, stop), layout.spec, workspace)
+        del logits_nV  # the next chunk's are written to the same place, which is still in cache
         if layout.spec.hidden_dtype is not None:
             columns |= pack_hidden(hidden_ND[start:stop], layout.spec.hidden_dtype)
         _write(packed_NB[start:stop], columns, layout)
@@ -99,14 +100,13 @@ def reduce_rows(
 
 class Workspace:
     """Two fp32 arrays [rows, W] that the rows of a chunk are worked in, some at a time: fresh ones would cost more
-    than the arithmetic. W is V rounded up to whole blocks of columns for `top_k`.
+    than the arithmetic. W is V rounded up to whole blocks of columns.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, most_rows: int, most_k: int):
+    def __init__(self, vocab_size: int, device: torch.device, most_rows: int):
         import torch
 
-        self.block = 64 if 4 * most_k * 64 <= vocab_size else 32
-        width = -(-vocab_size // self.block) * self.block
+        width = -(-vocab_size // BLOCK) * BLOCK
         budget = FLOAT_BYTES.get(device.type, FLOAT_BYTES_ACCELERATOR)
         self.rows = max(1, min(most_rows, budget // (4 * width)))
         self.vocab_size = vocab_size
@@ -129,7 +129,7 @@ def reduce_logits(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspa
     columns = {name: torch.cat([part[name] for part in swept]) for name in swept[0]}
     maxima_Nb = columns.pop("maxima")
     if spec.top_k:
-        values_NK, ids_NK = top_k(logits_NV, spec.top_k, workspace.block, maxima_Nb)
+        values_NK, ids_NK = top_k(logits_NV, spec.top_k, maxima_Nb)
         columns |= {"ids": ids_NK, "logprobs": _half(values_NK - columns["lse"][:, None])}
     if rows.next_ids_N is not None:
         columns["next_logprob"].masked_fill_(rows.next_ids_N == NO_TOKEN, torch.nan)
@@ -142,58 +142,92 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
     z_NW, scratch_NW = workspace.logits[: len(logits_NV)], workspace.scratch[: len(logits_NV)]
     z_NW[:, :vocab_size].copy_(logits_NV)
     z_NW[:, vocab_size:] = -math.inf
-    maxima_Nb = z_NW.view(len(z_NW), -1, workspace.block).amax(dim=-1)
+    maxima_Nb = z_NW.view(len(z_NW), -1, BLOCK).amax(dim=-1)
     best_N1 = maxima_Nb.amax(dim=-1, keepdim=True)
     distance_NW = z_NW.sub_(best_N1)
-    log_sum_N1 = _log_sum(distance_NW, 1.0, scratch_NW)
-    columns = {"maxima": maxima_Nb, "lse": (best_N1 + log_sum_N1)[:, 0]}
-    if rows.next_ids_N is not None:
-        columns["next_logprob"] = (distance_NW.gather(1, rows.next_ids_N[:, None].clamp(min=0)) - log_sum_N1)[:, 0]
-    if rows.gather_ids_NG is not None:
-        columns["gather_logprobs"] = _half(distance_NW.gather(1, rows.gather_ids_NG) - log_sum_N1)
-    if spec.num_samples:
-        columns["sampled_ids"] = draw(distance_NW[:, :vocab_size], rows, spec)
+    next_N1 = None if rows.next_ids_N is None else distance_NW.gather(1, rows.next_ids_N[:, None].clamp(min=0))
+    gathered_NG = None if rows.gather_ids_NG is None else distance_NW.gather(1, rows.gather_ids_NG)
+    drawn = {"sampled_ids": draw(distance_NW[:, :vocab_size], rows, spec)} if spec.num_samples else {}
+    log_sums = _log_sums(distance_NW, spec.temperatures, scratch_NW)
+    log_sum_N1 = log_sums[1.0]
+    columns = {"maxima": maxima_Nb, "lse": (best_N1 + log_sum_N1)[:, 0], **drawn}
+    if next_N1 is not None:
+        columns["next_logprob"] = (next_N1 - log_sum_N1)[:, 0]
+    if gathered_NG is not None:
+        columns["gather_logprobs"] = _half(gathered_NG - log_sum_N1)
     columns["log_z"] = log_sum_N1.new_empty((len(log_sum_N1), len(spec.temperatures)))
     for i, temperature in enumerate(spec.temperatures):
-        # The last may overwrite the distances: less memory to go through.
-        out_NW = distance_NW if i == len(spec.temperatures) - 1 else scratch_NW
-        log_sum_at_N1 = log_sum_N1 if temperature == 1.0 else _log_sum(distance_NW, temperature, out_NW)
-        columns["log_z"][:, i] = (log_sum_at_N1 - log_sum_N1 / temperature)[:, 0]
+        columns["log_z"][:, i] = (log_sums[temperature] - log_sum_N1 / temperature)[:, 0]
     return columns
 
 
-def _log_sum(distance_NW: torch.Tensor, temperature: float, out_NW: torch.Tensor) -> torch.Tensor:
-    """log sum exp(distance / T), [N, 1], worked in `out`; a power of two costs a third of what `exp` does on a CPU."""
+def _log_sums(
+    distance_NW: torch.Tensor, temperatures: tuple[float, ...], scratch_NW: torch.Tensor
+) -> dict[float, torch.Tensor]:
+    """log sum exp(distance / T), [N, 1], by T, and at 1. Works in both arrays and spoils them.
+
+    The terms at 1 are the squares of those at 2, for a fraction of another exp where 2 is asked for; and where it is
+    not, so that a sum never depends on what else was asked for.
+    """
+    log_sums = {t: _log_sum(_terms(distance_NW, t, scratch_NW)) for t in temperatures if t not in (1.0, 2.0)}
+    # The distances are not needed any more: less memory to go through.
+    terms_NW = _terms(distance_NW, 2.0, distance_NW)
+    if 2.0 in temperatures:
+        log_sums[2.0] = _log_sum(terms_NW)
+    return log_sums | {1.0: _log_sum(terms_NW.square_())}
+
+
+def _terms(distance_NW: torch.Tensor, temperature: float, out_NW: torch.Tensor) -> torch.Tensor:
+    """exp(distance / T), in `out`; a power of two costs a third of what `exp` does on a CPU."""
     import torch
 
-    torch.mul(distance_NW, math.log2(math.e) / temperature, out=out_NW)
-    return out_NW.exp2_().sum(dim=-1, keepdim=True).log()
+    return torch.mul(distance_NW, math.log2(math.e) / temperature, out=out_NW).exp2_()
 
 
-def top_k(
-    x_NW: torch.Tensor, k: int, block: int, maxima_Nb: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _log_sum(terms_NW: torch.Tensor) -> torch.Tensor:
+    return terms_NW.sum(dim=-1, keepdim=True).log()
+
+
+def top_k(x_NV: torch.Tensor, k: int, maxima_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row, largest first, with their places; fp32 and int64.
 
-    They lie in the k blocks of columns with the largest maxima, so only those are searched, and both are found the same
-    way: equal values in a tenth of the time on a CPU. `maxima` are those of the blocks, where they are known.
+    They lie in the k blocks of columns with the largest maxima, so only those are searched: equal values in a tenth of
+    the time on a CPU. `maxima` are those of BLOCK columns each, the last block filled up with -inf.
     """
     import torch
 
-    n, width = x_NW.shape
-    if 4 * k * block > width:
-        return torch.topk(x_NW.float(), k)
-    if width % block:
-        x_NW = torch.nn.functional.pad(x_NW, (0, block - width % block), value=-torch.inf)
-    x_Bb = x_NW.reshape(-1, block)
-    if maxima_Nb is None:
-        maxima_Nb = x_Bb.amax(dim=-1).view(n, -1)
-    chosen_NK = top_k(maxima_Nb, k, INNER_BLOCK)[1]
-    first_N1 = torch.arange(n, device=x_NW.device)[:, None] * maxima_Nb.shape[1]
-    candidates_NC = x_Bb.index_select(0, (chosen_NK + first_N1).flatten()).view(n, -1).float()
-    values_NK, at_NK = top_k(candidates_NC, k, INNER_BLOCK)
-    places_NK = chosen_NK.gather(1, at_NK // block) * block + at_NK % block
+    n, width = x_NV.shape
+    if k >= maxima_Nb.shape[1]:
+        return _narrowed(x_NV.float(), k)
+    if width % BLOCK:
+        x_NV = torch.nn.functional.pad(x_NV, (0, BLOCK - width % BLOCK), value=-torch.inf)
+    chosen_NK = _narrowed(maxima_Nb, k, in_order=False)[1]
+    first_N1 = torch.arange(n, device=x_NV.device)[:, None] * maxima_Nb.shape[1]
+    blocks_MB = x_NV.reshape(-1, BLOCK).index_select(0, (chosen_NK + first_N1).flatten())
+    values_NK, at_NK = _narrowed(blocks_MB.view(n, -1).float(), k)
+    places_NK = chosen_NK.gather(1, at_NK // BLOCK) * BLOCK + at_NK % BLOCK
     return values_NK, places_NK.clamp(max=width - 1)
+
+
+def _narrowed(x_NC: torch.Tensor, k: int, in_order: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of rows that lie in cache, by blocks again: every `groups`-th column makes one, since maxima of
+    whole vectors cost nothing.
+    """
+    import torch
+
+    n, width = x_NC.shape
+    block = width // (4 * k)
+    if block < 2:
+        return torch.topk(x_NC, k, sorted=in_order)
+    groups = width // block
+    whole = groups * block
+    maxima_Ng = x_NC[:, :whole].reshape(n, block, groups).amax(dim=1)
+    chosen_NK = _narrowed(maxima_Ng, k, in_order=False)[1]
+    steps_b = torch.arange(0, whole, groups, device=x_NC.device)
+    left_N = torch.arange(whole, width, device=x_NC.device).expand(n, -1)
+    places_NC = torch.cat([(chosen_NK[:, None] + steps_b[:, None]).view(n, -1), left_N], dim=1)
+    values_NK, at_NK = _narrowed(x_NC.gather(1, places_NC), k, in_order)
+    return values_NK, places_NC.gather(1, at_NK)
 
 
 def _half(logprobs: torch.Tensor) -> torch.Tensor:
