@@ -175,6 +175,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     assert kept is not None and kept.step == 1
 
 
+def test_a_rank_that_is_killed_ends_the_others_and_the_message_says_so(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    given = arguments(workshop, tmp_path, teacher, "run.steps=4000", "evaluation.every=0")
+    with ranks(2, given, tmp_path / "output") as trainers:
+        wait_for_step(tmp_path / "run", 3, trainers[0])
+        trainers[1].signal(SIGKILL)
+        assert trainers[0].wait() == 1
+        assert "stillhouse-train: another rank is gone" in trainers[0].text and "Traceback" not in trainers[0].text
+
+
 def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(workshop: Workshop, tmp_path: Path) -> None:
     with TeacherProcess(script=teacher_script()) as teacher:
         given = arguments(

@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 stoppe
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import logging
 import os
@@ -68,7 +69,9 @@ def train(arguments: list[str]) -> int:
     from student_trainer.signals import StopSignals
 
     with ExitStack() as stack, StopSignals() as signals:
-        return loop.train(build(settings, signals, stack))
+        run = build(settings, signals, stack)
+        with run.ranks.noticing_the_gone():
+            return loop.train(run)
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -109,8 +112,9 @@ def split_config_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 def start_logging() -> None:
     """Our own messages to stderr, one form for logs and warnings; libraries speak up from warnings on. Of several
-    ranks, all but the first tell of errors alone.
+    ranks, all but the first tell of errors alone. A crash in native code says where every thread was.
     """
+    faulthandler.enable(2)  # the descriptor: what stands for sys.stderr need not have one
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank} "
     logging.basicConfig(level=logging.WARNING, format=f"{who}%(levelname)s %(message)s", stream=sys.stderr)

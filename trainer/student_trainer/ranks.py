@@ -10,8 +10,9 @@ A run that torchrun did not start is one rank, and nothing here does anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -27,6 +28,8 @@ from teacher_proto.errors import TeacherUnavailableError
 # Beyond what a rank may wait for its teacher: the others wait for it all that time.
 PATIENCE_S = 600.0
 FINE, STOPPED, NO_TEACHER, FAILED = range(4)
+# What gloo says when the other side died; it has no class of its own for that.
+_LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|Broken pipe|Timed out waiting")
 
 
 class RankError(ConnectionError):
@@ -53,6 +56,16 @@ class Ranks:
     def together(self) -> Together:
         """A block that ends alike on all ranks: what one raises in it, all raise, once all have come to its end."""
         return Together(self)
+
+    @contextmanager
+    def noticing_the_gone(self) -> Iterator[None]:
+        """A block in which a collective that lost its other side, FSDP's too, raises a RankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.alone or not _LOST.search(str(error)):
+                raise
+            raise _gone(error) from error
 
     def total(self, count: int) -> int:
         """The sum over the ranks."""
@@ -130,7 +143,11 @@ def _exchange(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
     try:
         dist.all_reduce(tensor, operation)
     except RuntimeError as error:
-        raise RankError(f"another rank is gone ({str(error).strip().splitlines()[0]}); this one ends with it") from None
+        raise _gone(error) from None
+
+
+def _gone(error: RuntimeError) -> RankError:
+    return RankError(f"another rank is gone ({str(error).strip().splitlines()[0]}); this one ends with it")
 
 
 def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
