@@ -97,6 +97,18 @@ def test_chunks_do_not_change_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(array, pieces.tensors()[name], err_msg=name)
 
 
+@pytest.mark.parametrize("asked", [(), (1.0,), (2.0,), (5.0, 2.0), (0.5,)])
+def test_a_figure_does_not_depend_on_what_else_is_asked_for(asked: tuple[float, ...]) -> None:
+    """So that what a store holds answers, to the bit, whoever asks for less."""
+    logits = draw_logits(40, 3000)
+    more, _ = record(logits)
+    less, _ = record(logits, replace(ALL, kinds=("top_k",), temperatures=asked, num_samples=0, hidden_dtype=None))
+    assert more.log_z is not None and less.log_z is not None
+    for name in ("ids", "logprobs", "lse", "next_logprob"):
+        np.testing.assert_array_equal(getattr(more, name), getattr(less, name), err_msg=name)
+    np.testing.assert_array_equal(more.log_z[:, [TEMPERATURES.index(t) for t in asked]], less.log_z)
+
+
 def test_nan_stays_nan_in_its_row_alone() -> None:
     logits = draw_logits(8, 520)
     clean, _ = record(logits)
