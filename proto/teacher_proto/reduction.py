@@ -18,6 +18,7 @@ import numpy as np
 from teacher_proto.packed import RowLayout
 from teacher_proto.requests import HiddenDtype, TargetSpec
 from teacher_proto.targets import id_dtype
+from teacher_proto.top_k import BLOCK, top_k
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,6 @@ HEAD_ROWS = {"cpu": 256}
 FLOAT_BYTES = {"cpu": 6 * 2**20}
 HEAD_ROWS_ACCELERATOR = 1024
 FLOAT_BYTES_ACCELERATOR = 256 * 2**20
-
-# Columns whose maximum is taken on the way through the logits, for `top_k` to know where to look.
-BLOCK = 64
 
 NO_TOKEN = -1
 
@@ -91,7 +89,7 @@ def reduce_rows(
             continue
         workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND))
         columns = reduce_logits(logits_nV, rows.cut(start, stop), layout.spec, workspace)
-        del logits_nV  # the next chunk's are written to the same place, which is still in cache
+        del logits_nV  # or they would be held while the next chunk's are made
         if layout.spec.hidden_dtype is not None:
             columns |= pack_hidden(hidden_ND[start:stop], layout.spec.hidden_dtype)
         _write(packed_NB[start:stop], columns, layout)
@@ -186,48 +184,6 @@ def _terms(distance_NW: torch.Tensor, temperature: float, out_NW: torch.Tensor) 
 
 def _log_sum(terms_NW: torch.Tensor) -> torch.Tensor:
     return terms_NW.sum(dim=-1, keepdim=True).log()
-
-
-def top_k(x_NV: torch.Tensor, k: int, maxima_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row, largest first, with their places; fp32 and int64.
-
-    They lie in the k blocks of columns with the largest maxima, so only those are searched: equal values in a tenth of
-    the time on a CPU. `maxima` are those of BLOCK columns each, the last block filled up with -inf.
-    """
-    import torch
-
-    n, width = x_NV.shape
-    if k >= maxima_Nb.shape[1]:
-        return _narrowed(x_NV.float(), k)
-    if width % BLOCK:
-        x_NV = torch.nn.functional.pad(x_NV, (0, BLOCK - width % BLOCK), value=-torch.inf)
-    chosen_NK = _narrowed(maxima_Nb, k, in_order=False)[1]
-    first_N1 = torch.arange(n, device=x_NV.device)[:, None] * maxima_Nb.shape[1]
-    blocks_MB = x_NV.reshape(-1, BLOCK).index_select(0, (chosen_NK + first_N1).flatten())
-    values_NK, at_NK = _narrowed(blocks_MB.view(n, -1).float(), k)
-    places_NK = chosen_NK.gather(1, at_NK // BLOCK) * BLOCK + at_NK % BLOCK
-    return values_NK, places_NK.clamp(max=width - 1)
-
-
-def _narrowed(x_NC: torch.Tensor, k: int, in_order: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of rows that lie in cache, by blocks again: every `groups`-th column makes one, since maxima of
-    whole vectors cost nothing.
-    """
-    import torch
-
-    n, width = x_NC.shape
-    block = width // (4 * k)
-    if block < 2:
-        return torch.topk(x_NC, k, sorted=in_order)
-    groups = width // block
-    whole = groups * block
-    maxima_Ng = x_NC[:, :whole].reshape(n, block, groups).amax(dim=1)
-    chosen_NK = _narrowed(maxima_Ng, k, in_order=False)[1]
-    steps_b = torch.arange(0, whole, groups, device=x_NC.device)
-    left_N = torch.arange(whole, width, device=x_NC.device).expand(n, -1)
-    places_NC = torch.cat([(chosen_NK[:, None] + steps_b[:, None]).view(n, -1), left_N], dim=1)
-    values_NK, at_NK = _narrowed(x_NC.gather(1, places_NC), k, in_order)
-    return values_NK, places_NC.gather(1, at_NK)
 
 
 def _half(logprobs: torch.Tensor) -> torch.Tensor:
