@@ -23,6 +23,7 @@ from student_trainer.data.batch import Batch
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.targets import TokenTargets
+from teacher_proto.waiting import Waiting
 from teacher_service.engine import Job
 from teacher_service.scripted_engine import Script, ScriptedEngine
 from teacher_service.scripted_model import scripted_logits
@@ -211,6 +212,9 @@ class ScriptedTargets:
 
     def outage(self) -> str:
         return ""
+
+    def waiting(self) -> Waiting | None:
+        return None
 
     async def close(self) -> None:
         await self.engine.close()

@@ -25,6 +25,7 @@ from teacher_proto.errors import (
 )
 from teacher_proto.replicas import Replica
 from teacher_proto.retry import RetryPolicy, Timing
+from teacher_proto.waiting import Waiting
 
 MAX_IDENTITY_CHANGES = 3
 
@@ -51,6 +52,8 @@ class Call(Generic[RequestT]):
     def __init__(self, request: RequestT, policy: RetryPolicy, timing: Timing, deadline_s: float | None):
         self.request = request
         self.missing = set(range(len(request.sequences)))
+        self.answered_tokens = 0
+        self.heard_at = timing.now()
         self.key = hashlib.sha256(b"".join(tokens_T.tobytes() for tokens_T in request.sequences)).digest()
         self.deadline_s = policy.deadline_s if deadline_s is None else deadline_s
         self.deadline = timing.now() + self.deadline_s
@@ -65,6 +68,15 @@ class Call(Generic[RequestT]):
     @property
     def remaining_s(self) -> float:
         return self.deadline - self._now()
+
+    def answered(self, index: int) -> None:
+        """The record of this sequence has come."""
+        self.missing.discard(index)
+        self.answered_tokens += len(self.request.sequences[index])
+
+    def waiting(self, what: str) -> Waiting:
+        """How far this call is."""
+        return Waiting(what, self.answered_tokens, self.request.num_tokens, silent_s=self._now() - self.heard_at)
 
     def begin(self, replica: Replica[Any]) -> None:
         self.attempts += 1

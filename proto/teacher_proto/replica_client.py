@@ -28,6 +28,7 @@ from teacher_proto.expectation import Expectation
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.replicas import Replica, ReplicaPool
 from teacher_proto.retry import RetryBudget, RetryPolicy, Timing
+from teacher_proto.waiting import Waiting
 from teacher_proto.wire_answer import RecordT
 
 
@@ -61,6 +62,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         self._expected = Expectation(expect, expect_canary, canary_tolerance, refuse_numeric_change, self.stats)
         roots = _roots(urls, self.dialect.noun)
         self._pool: ReplicaPool[InfoT] = ReplicaPool(roots, self._probe, self.policy, self._timing, self.dialect.noun)
+        self._calls: set[Call[RequestT]] = set()
         self._budget = RetryBudget(self.policy, self._timing)
         headers = {"accept-encoding": "identity", "user-agent": "stillhouse"}
         if key is not None:
@@ -118,17 +120,34 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         ranked = self._pool.ranked(call.key)
         self._budget.note_call()
         self.stats.calls += 1
-        while call.missing:
-            replica = await self._pool.acquire(ranked, call.tried, call.deadline)
-            if replica in call.tried:
-                await self._pause(call)
+        self._calls.add(call)
+        try:
+            while call.missing:
                 replica = await self._pool.acquire(ranked, call.tried, call.deadline)
-            try:
-                async with aclosing(self._attempt(call, replica)) as answers:
-                    async for index, targets in answers:
-                        yield index, targets
-            except StillhouseError as error:
-                self._after_failure(call, replica, error)
+                if replica in call.tried:
+                    await self._pause(call)
+                    replica = await self._pool.acquire(ranked, call.tried, call.deadline)
+                try:
+                    async with aclosing(self._attempt(call, replica)) as answers:
+                        async for index, targets in answers:
+                            yield index, targets
+                except StillhouseError as error:
+                    self._after_failure(call, replica, error)
+        finally:
+            self._calls.discard(call)
+
+    def waiting(self) -> Waiting | None:
+        """How far all calls under way are together; None where there is none. From any thread."""
+        what = f"{self.dialect.noun} at {', '.join(replica.url for replica in self._pool.replicas)}"
+        calls = [call.waiting(what) for call in list(self._calls)]
+        if not calls:
+            return None
+        return Waiting(
+            what,
+            tokens_done=sum(call.tokens_done for call in calls),
+            tokens=sum(call.tokens for call in calls),
+            silent_s=min(call.silent_s for call in calls),
+        )
 
     async def close(self) -> None:
         await self._pool.close()
@@ -163,7 +182,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
                 if isinstance(outcome, StillhouseError):
                     failure = failure if failure is not None and not failure.retryable else outcome
                     continue
-                call.missing.discard(asked[place])
+                call.answered(asked[place])
                 self._pool.succeeded(replica)
                 yield asked[place], outcome
         if failure is not None:
@@ -216,6 +235,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
 
     def _on_chunk(self, call: Call[RequestT], size: int) -> None:
         self.stats.bytes_received += size
+        call.heard_at = self._timing.now()
         if call.remaining_s <= 0:
             raise TeacherUnavailableError(f"the answer was still coming when its {call.deadline_s} s were over")
 

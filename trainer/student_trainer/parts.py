@@ -25,6 +25,7 @@ from student_trainer.targets.attention import AttentionSource, open_attention
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
 from student_trainer.targets.teacher_head import read_head
+from teacher_proto.waiting import Waiting
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,15 @@ class Parts:
         """What is known of an outage of those who are asked for targets."""
         known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
         return "; ".join(filter(None, known))
+
+    def waiting(self) -> Waiting | None:
+        """How far everything is that those who are asked for targets were asked."""
+        return Waiting.sum_of(
+            (
+                self.teacher.targets.waiting() if self.teacher else None,
+                self.attention.waiting() if self.attention else None,
+            )
+        )
 
 
 def build_parts(

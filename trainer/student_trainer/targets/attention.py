@@ -31,6 +31,7 @@ from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.relations import layer_index
 from teacher_proto.retry import RetryPolicy
+from teacher_proto.waiting import Waiting
 
 # Asked of the teacher where only its attention is learnt from.
 NO_TOKENS = Ask(kinds=(), top_k=0)
@@ -74,6 +75,9 @@ class AttentionSource:
             self._note,
             "attention service at teacher.attention_url",
         )
+
+    def waiting(self) -> Waiting | None:
+        return self._client.waiting() if self._client is not None else None
 
     async def close(self) -> None:
         if self._client is not None:
@@ -126,6 +130,9 @@ class BesideTokens:
 
     def outage(self) -> str:
         return self._tokens.outage() or self._attention.reason
+
+    def waiting(self) -> Waiting | None:
+        return Waiting.sum_of((self._tokens.waiting(), self._attention.waiting()))
 
     async def close(self) -> None:
         await self._tokens.close()

@@ -22,6 +22,7 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.store import TargetStore
 from teacher_proto.store_writer import StoreWriter
 from teacher_proto.targets import TokenTargets
+from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 READERS = 4
@@ -90,6 +91,9 @@ class CachedTargets:
 
     def outage(self) -> str:
         return self._behind.outage() if self._behind is not None else ""
+
+    def waiting(self) -> Waiting | None:
+        return self._behind.waiting() if self._behind is not None else None
 
     async def close(self) -> None:
         """Write what waits."""

@@ -8,8 +8,10 @@ alone: the same batch has the same answer, bit for bit, whatever else is asked.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.packed import layout_of, unpack_rows
 from teacher_proto.requests import KINDS
 from teacher_proto.targets import TokenTargets
+from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
     from student_trainer.settings.teacher import OneTeacher
@@ -30,6 +33,15 @@ if TYPE_CHECKING:
 
 MAX_TOP_K = 4096
 SHORTEST = 0.75  # A forward pass takes documents at least this long in parts of its longest: little of it is padding.
+
+
+@dataclass(eq=False)
+class _Progress:
+    """How far one batch is; `began_at` by the monotonic clock, None while it waits for its turn."""
+
+    tokens: int
+    tokens_done: int = 0
+    began_at: float | None = None
 
 
 class LocalTargets:
@@ -46,6 +58,7 @@ class LocalTargets:
         self._thread = ThreadPoolExecutor(1, "local-teacher", lambda: torch.set_num_threads(threads))
         self._model: HfModel | None = None
         self._info: TeacherInfo | None = None
+        self._under_way: set[_Progress] = set()
 
     async def open(self) -> TeacherCard:
         self._info = await self._run(self._load)
@@ -54,7 +67,12 @@ class LocalTargets:
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
         assert self._info is not None, "open() comes before fetch()"
         asked = questions(batch, ask, self._info.limits.vocab_size, gather_ids)
-        given = await self._run(self._score, [question for _, question in asked])
+        progress = _Progress(sum(len(question.tokens_T) for _, question in asked))
+        self._under_way.add(progress)
+        try:
+            given = await self._run(self._score, [question for _, question in asked], progress)
+        finally:
+            self._under_way.discard(progress)
         return BatchTargets(answers(batch, asked, given), ask, self._info.fingerprint)
 
     async def head(self) -> bytes:
@@ -62,6 +80,20 @@ class LocalTargets:
 
     def outage(self) -> str:
         return ""
+
+    def waiting(self) -> Waiting | None:
+        under_way = list(self._under_way)
+        if not under_way:
+            return None
+        computing = [progress for progress in under_way if progress.began_at is not None]
+        began_at = min((progress.began_at for progress in computing if progress.began_at is not None), default=0.0)
+        done = sum(progress.tokens_done for progress in under_way)
+        return Waiting(
+            "the local teacher",
+            tokens_done=done,
+            tokens=sum(progress.tokens for progress in under_way),
+            tokens_per_second=done / (time.monotonic() - began_at) if done else 0.0,
+        )
 
     async def close(self) -> None:
         """Wait for the forward pass that runs, give the memory back."""
@@ -94,9 +126,11 @@ class LocalTargets:
             self._expected.check_canary(read_canary(self._score(asked)), info, "the local teacher")
         return info
 
-    def _score(self, asked: list[Question]) -> list[TokenTargets]:
+    def _score(self, asked: list[Question], progress: _Progress | None = None) -> list[TokenTargets]:
         """The answers in order. InvalidTargetsError for what cannot be a distribution: the model overflowed."""
         assert self._model is not None
+        progress = progress or _Progress(0)
+        progress.began_at = time.monotonic()
         model = self._model
         given: dict[int, TokenTargets] = {}
         for group in alike(asked, self._settings.max_batch_tokens):
@@ -105,6 +139,7 @@ class LocalTargets:
                 layout = layout_of(asked[index], model.vocab_size, model.hidden_size)
                 given[index] = unpack_rows(packed_RB, asked[index].rows[0], layout)
                 check(asked[index], given[index], model.vocab_size)
+                progress.tokens_done += len(asked[index].tokens_T)
         return [given[index] for index in range(len(asked))]
 
     def _head(self) -> bytes:

@@ -18,6 +18,7 @@ from teacher_proto.errors import NotFoundError
 from teacher_proto.identity import digest
 from teacher_proto.requests import KINDS, Kind
 from teacher_proto.targets import TokenTargets
+from teacher_proto.waiting import Waiting
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,9 @@ class _Several:
 
     def outage(self) -> str:
         return "; ".join(f"{m.name}: {reason}" for m in self._members if (reason := m.targets.outage()))
+
+    def waiting(self) -> Waiting | None:
+        return Waiting.sum_of(member.targets.waiting() for member in self._members)
 
     async def close(self) -> None:
         for member in self._members:

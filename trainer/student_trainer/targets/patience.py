@@ -17,6 +17,7 @@ from student_trainer.data.batch import Batch
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
 from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 ASK_AGAIN_S = 0.5
@@ -47,6 +48,9 @@ class Patient:
 
     def outage(self) -> str:
         return self._reason or self._targets.outage()
+
+    def waiting(self) -> Waiting | None:
+        return self._targets.waiting()
 
     async def close(self) -> None:
         await self._targets.close()

@@ -19,6 +19,7 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.requests import TargetSpec as Ask
 from teacher_proto.targets import TokenTargets
+from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
@@ -114,6 +115,10 @@ class Targets(Protocol):
 
     def outage(self) -> str:
         """What is known of an outage that `fetch` is trying to outlast; empty while there is none. From any thread."""
+        ...
+
+    def waiting(self) -> Waiting | None:
+        """How far everything is that is being fetched, all together; None where nothing is. From any thread."""
         ...
 
     async def close(self) -> None: ...

@@ -19,6 +19,7 @@ from teacher_proto.errors import StillhouseError, TeacherUnavailableError
 from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Limits, TargetsRequest
+from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class RemoteTargets:
     def outage(self) -> str:
         lasted_s = self.client.outage_s if self.client is not None else 0.0
         return f"{self.client!r} has found no replica that can be asked for {lasted_s:.0f} s" if lasted_s else ""
+
+    def waiting(self) -> Waiting | None:
+        return self.client.waiting() if self.client is not None else None
 
     async def close(self) -> None:
         if self.client is not None:
