@@ -95,7 +95,7 @@ def _run_block(
     may_overwrite = len(job.passes) == 1 and head.softcap is None
     gradient_BV: Tensor | None = None
     for run in job.passes:
-        values, part_BW = run_pass(run, z_BV, block, job.wants_grad, z_BV if may_overwrite else None)
+        values, part_BW = run_pass(run, z_BV, block, job.wants_grad, overwrite=may_overwrite)
         for index, term in enumerate(job.terms):
             if term.name in values:
                 outcome.values_MN[index, rows_B] = values[term.name]

@@ -101,17 +101,17 @@ def plan_passes(terms: Sequence[Term], vocab_size: int, shared_vocab: int) -> tu
 
 
 def run_pass(
-    job: Pass, z_NV: Tensor, block: Block, wants_grad: bool, out_NV: Tensor | None = None
+    job: Pass, z_NV: Tensor, block: Block, wants_grad: bool, *, overwrite: bool = False
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Values [N] by term name, in nats, 0 on rows that do not count; and the weighted gradient [N, width] by z.
 
-    The gradient is written into `out_NV` where that is given and the pass is as wide; it may be `z_NV` itself, whose
-    logits are otherwise as before when the pass is done.
+    With `overwrite`, and where the pass is as wide as `z_NV`, the gradient is written over `z_NV`, whose logits are
+    otherwise as before when the pass is done.
     """
     z_NW = z_NV[:, : job.width]
     if job.support == "full":
         return _dense_pass(job, z_NW, block, wants_grad)
-    out_NW = out_NV if out_NV is not None and out_NV.shape == z_NW.shape else None
+    overwrite = overwrite and wants_grad and z_NW.shape == z_NV.shape
     label_N1 = block.labels_N.clamp_min(0)[:, None]
     z_label_N = z_NW.gather(1, label_N1)[:, 0]
     support, z_NK = _take_out(job, z_NW, block)
@@ -125,13 +125,12 @@ def run_pass(
     gradient_NW = None
     if wants_grad:
         row_N = push.spread_N if student is None else push.spread_N * student.log_tail_N.exp() + push.tail_N
-        gradient_NW = sweep_out(swept, z_NW, job.temperature, row_N / job.temperature, out_NW)
+        gradient_NW = sweep_out(swept, z_NW, job.temperature, row_N / job.temperature, overwrite=overwrite)
         if student is not None and push.at_NK is not None:
             gradient_NW.scatter_add_(1, student.support.ids_NK, push.at_NK / job.temperature)
         if job.label_terms:
             gradient_NW.scatter_add_(1, label_N1, push.at_label_N[:, None])
-    overwritten = gradient_NW is not None and out_NW is not None and out_NW.data_ptr() == z_NW.data_ptr()
-    if support is not None and z_NK is not None and not overwritten:
+    if support is not None and z_NK is not None and not overwrite:
         z_NW.scatter_(1, support.ids_NK, z_NK)
     return values, gradient_NW
 
