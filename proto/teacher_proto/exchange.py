@@ -27,7 +27,7 @@ from teacher_proto.errors import (
 )
 from teacher_proto.request_checks import SequencesRequest
 from teacher_proto.wire import MSGPACK, REQUEST_ID_HEADER
-from teacher_proto.wire_answer import AnswerDecoder, AnyHeader, End, Failure, HeaderT, RecordT, Targets
+from teacher_proto.wire_answer import AnswerDecoder, AnyHeader, End, Failure, HeaderT, Progress, RecordT, Targets
 from teacher_proto.wire_request import encode_request
 
 MAX_PLAIN_BYTES = 2**20
@@ -100,7 +100,7 @@ async def exchange(
                 elif isinstance(message, Targets):
                     error = _rejection(message, request, info, dialect)
                     yield message.index, message.targets if error is None else error
-                elif not isinstance(message, End):
+                elif not isinstance(message, (Progress, End)):
                     _check_header(message, request, request_id, info)
                     dialect.check_header(message, request, info)
         decoder.close()

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
 
 from teacher_proto.errors import VersionError, WireError
 from teacher_proto.identity import TeacherIdentity
+from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.wire import VERSION
 
 
 class ServiceInfo(BaseModel):
-    """What every service tells of itself. `version` is the wire's; fields that a later one adds are passed over."""
+    """What every service tells of itself. `version` is the wire's; fields that a later one adds are passed over.
+
+    `max_cost` is `limits.max_cost`, which is beside the limits on the wire.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     identity: TeacherIdentity
     fingerprint: str
     version: int = VERSION
+    limits: SequenceLimits
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def max_cost(self) -> int | None:
+        return self.limits.max_cost
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cost_is_a_limit(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "max_cost" in body and isinstance(body.get("limits"), dict):
+            return {**body, "limits": {**body["limits"], "max_cost": body["max_cost"]}}
+        return body
 
     @model_validator(mode="after")
     def _fingerprint_is_its_own(self) -> Self:
@@ -29,10 +46,11 @@ class ServiceInfo(BaseModel):
 
 
 class TeacherInfo(ServiceInfo):
-    """The body of a teacher's `GET /v1/teacher`."""
+    """The body of a teacher's `GET /v1/teacher`. `hidden_width` is D of kind `hidden`, by which it costs."""
 
     limits: Limits
     kinds: tuple[Kind, ...]
+    hidden_width: int | None = None
     service: Literal["teacher"] = "teacher"
 
 

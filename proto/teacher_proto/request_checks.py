@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from teacher_proto.errors import MalformedError, OutOfRangeError
 
@@ -35,9 +35,11 @@ Sequence = Annotated[Any, BeforeValidator(token_array)]
 
 
 class SequenceLimits(BaseModel):
-    """What one service accepts of any request. Lengths in tokens, sizes in bytes."""
+    """What one service accepts of any request. Lengths in tokens, sizes in bytes. `max_cost` is what a request may
+    cost that an empty service admits, in tokens x (values a token + 1); None where a service doesn't say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Limits that a later service adds are passed over.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     vocab_size: int
     max_sequence_length: int
@@ -45,6 +47,8 @@ class SequenceLimits(BaseModel):
     max_request_tokens: int = 131_072
     max_body_bytes: int = 16 * 2**20
     max_json_bytes: int = 2**20
+    # On the wire beside the limits, since clients of the first edition refuse a limit that they don't know.
+    max_cost: int | None = Field(None, exclude=True)
 
 
 class SequencesRequest(BaseModel):

@@ -17,14 +17,17 @@ from teacher_proto.targets import TENSORS, TokenTargets, id_dtype
 from teacher_proto.wire_answer import (
     MAX_CONTAINERS_A_MESSAGE,
     MAX_MESSAGE_BYTES,
+    PROGRESS_HEADER,
     VERSION,
     AnswerDecoder,
     AnswerFormat,
     End,
     Failure,
+    Progress,
     Targets,
     encode_end,
     encode_failure,
+    encode_progress,
     integer,
     read_names,
     read_tensors,
@@ -39,10 +42,11 @@ JSON = "application/json"
 REQUEST_ID_HEADER = "x-request-id"
 
 __all__ = [
-    "ITEM_SIZE", "JSON", "MSGPACK", "REQUEST_ID_HEADER", "VERSION",
-    "End", "Failure", "Header", "Message", "ResponseDecoder", "Targets",
+    "ITEM_SIZE", "JSON", "MSGPACK", "PROGRESS_HEADER", "REQUEST_ID_HEADER", "VERSION",
+    "End", "Failure", "Header", "Message", "Progress", "ResponseDecoder", "Targets",
     "decode_request", "decode_targets", "decode_tensor",
-    "encode_end", "encode_failure", "encode_header", "encode_request", "encode_targets", "encode_tensor",
+    "encode_end", "encode_failure", "encode_header", "encode_progress", "encode_request", "encode_targets",
+    "encode_tensor",
     "targets_message",
 ]  # fmt: skip
 
@@ -60,7 +64,7 @@ class Header:
     version: int = VERSION
 
 
-Message = Header | Targets[TokenTargets] | Failure | End
+Message = Header | Targets[TokenTargets] | Failure | Progress | End
 
 
 def encode_header(header: Header) -> bytes:

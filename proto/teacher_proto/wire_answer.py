@@ -1,11 +1,13 @@
 """Answers as streams of messages: a header, a record for each sequence in any order, the end. For any route's records.
 
-`wire.py` reads targets with it, `attention_wire.py` attention. Decoding is bounded: containers and their sizes are
-limited, no extension types, tensors only as binary of exactly the length that dtype and shape say.
+Between header and end a client that asked for it hears of its request's progress. `wire.py` reads targets with this,
+`attention_wire.py` attention. Decoding is bounded: containers and their sizes are limited, no extension types, tensors
+only as binary of exactly the length that dtype and shape say.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from teacher_proto.errors import ChecksumError, StillhouseError, TruncatedError,
 from teacher_proto.wire_tensor import decode_tensor
 
 VERSION = 1
+PROGRESS_HEADER = "x-progress"
+PROGRESS_INTERVAL_S = (1.0, 10.0)  # shortest and longest that a service keeps to
 MAX_MESSAGE_BYTES = 2**31 - 1
 MAX_CONTAINERS_A_MESSAGE = 64
 
@@ -60,6 +64,17 @@ class Failure:
 
     index: int | None
     error: StillhouseError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is: `tokens_done` of its `tokens` are answered, `tokens_ahead` of others are computed before
+    the rest, at `tokens_per_second` all together, 0 while that is unknown."""
+
+    tokens_done: int
+    tokens: int
+    tokens_ahead: int
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,13 @@ def encode_end(num_sequences: int) -> bytes:
     return msgpack.packb({"type": "end", "num_sequences": num_sequences})
 
 
+def encode_progress(progress: Progress) -> bytes:
+    """At most 90 bytes, so that one a second costs next to nothing."""
+    fields = {"type": "progress", "tokens_done": progress.tokens_done, "tokens": progress.tokens,
+              "tokens_ahead": progress.tokens_ahead, "tokens_per_second": progress.tokens_per_second}  # fmt: skip
+    return msgpack.packb(fields, use_single_float=True)
+
+
 class AnswerDecoder(Generic[HeaderT, RecordT]):
     """Feeds on chunks of an answer's body and yields its messages; `close()` tells whether it was whole.
 
@@ -134,7 +156,7 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
         self._ended = False
         self._received = 0
 
-    def feed(self, chunk: bytes) -> Iterator[HeaderT | Targets[RecordT] | Failure | End]:
+    def feed(self, chunk: bytes) -> Iterator[HeaderT | Targets[RecordT] | Failure | Progress | End]:
         self._received += len(chunk)
         try:
             self._unpacker.feed(chunk)
@@ -153,7 +175,7 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
                 "and no end message: the connection was cut"
             )
 
-    def _interpret(self, message: dict[str, Any]) -> HeaderT | Targets[RecordT] | Failure | End:
+    def _interpret(self, message: dict[str, Any]) -> HeaderT | Targets[RecordT] | Failure | Progress | End:
         kind = str(message.get("type"))[:40]
         if self._ended:
             raise WireError(f"a message of type {kind} follows the end")
@@ -166,6 +188,8 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
             raise WireError(f"the first message is of type {kind}, a header was expected")
         if kind == self._format.record:
             return Targets(self._index(message), self._format.read_record(message, self._header))
+        if kind == "progress":
+            return _read_progress(message)
         if kind == "end":
             return self._on_end(message, self._header)
         raise WireError(f"unknown message type {kind}")
@@ -195,6 +219,15 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
             raise WireError(f"sequence {index} came twice")
         self._answered.add(index)
         return index
+
+
+def _read_progress(message: Mapping[str, Any]) -> Progress:
+    rate = message.get("tokens_per_second")
+    if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < math.inf:
+        raise WireError(f"tokens_per_second is {str(rate)[:40]!r}, a number from 0 was expected")
+    return Progress(
+        integer(message, "tokens_done"), integer(message, "tokens"), integer(message, "tokens_ahead"), float(rate)
+    )
 
 
 class _Budget:

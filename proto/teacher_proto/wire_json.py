@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire import Failure, Header, Message, Targets
+from teacher_proto.wire import Failure, Header, Message, Progress, Targets
 
 _CONTAINERS = 1024
 
@@ -49,6 +50,8 @@ def json_message(message: Message) -> dict[str, Any]:
         return {"type": "targets", **sequence_fields(message.index, message.targets)}
     if isinstance(message, Failure):
         return {"type": "error", "index": message.index, **message.error.to_json()}
+    if isinstance(message, Progress):
+        return {"type": "progress", **asdict(message)}
     return {"type": "end", "num_sequences": message.num_sequences}
 
 

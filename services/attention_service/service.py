@@ -26,6 +26,7 @@ class AttentionService(Service[AttentionEngine, AttentionSettings, Job, Attentio
     def info(self) -> AttentionInfo:
         """What `GET /v1/teacher` answers."""
         engine = self.engine
+        limits = engine.limits.model_copy(update={"max_cost": self.admission.capacity})
         return AttentionInfo(
-            identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=engine.limits, shape=engine.shape
+            identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=limits, shape=engine.shape
         )

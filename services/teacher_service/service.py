@@ -71,8 +71,10 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         """What `GET /v1/teacher` answers."""
         identity, engine = self.engine.identity, self.engine
         return TeacherInfo(
-            identity=identity, fingerprint=identity.fingerprint, limits=engine.limits, kinds=tuple(engine.kinds)
-        )
+            identity=identity, fingerprint=identity.fingerprint, kinds=tuple(engine.kinds),
+            limits=engine.limits.model_copy(update={"max_cost": self.admission.capacity}),
+            hidden_width=self.hidden_width,
+        )  # fmt: skip
 
     async def head(self) -> Path:
         """The file of the output head. NotFoundError where the engine can't give hidden states."""

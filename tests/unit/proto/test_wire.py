@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import zlib
@@ -23,7 +24,7 @@ from teacher_proto.errors import (
 )
 from teacher_proto.requests import Limits, TargetsRequest, parse_request
 from teacher_proto.targets import TENSORS, check_answer
-from teacher_proto.wire import End, Failure, Header, Message, ResponseDecoder, Targets
+from teacher_proto.wire import End, Failure, Header, Message, Progress, ResponseDecoder, Targets
 from teacher_proto.wire_json import json_message
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.records import all_kinds, make_body, make_header, make_record, make_request
@@ -230,6 +231,32 @@ def test_an_error_message_of_odd_values_can_be_sent() -> None:
     error = EngineError("no", got=float("nan"), limit=np.int64(3))
     failure = next(iter(ResponseDecoder().feed(wire.encode_failure(None, error))))
     assert failure.error.got == "nan" and failure.error.limit == "3"
+
+
+def test_progress_comes_back_between_header_and_end_and_nowhere_else() -> None:
+    progress = Progress(tokens_done=312, tokens=4096, tokens_ahead=100_000, tokens_per_second=20.5)
+    message = wire.encode_progress(progress)
+    assert len(message) <= 90 and msgpack.unpackb(message)["type"] == "progress"
+    request = make_request(lengths=(6,))
+    head, record, end = (
+        wire.encode_header(make_header(request)), wire.encode_targets(0, make_record(request), 300), wire.encode_end(1)
+    )  # fmt: skip
+    decoder = ResponseDecoder()
+    messages = [*decoder.feed(head + message + record), *decoder.feed(message + end)]
+    decoder.close()
+    assert [type(one).__name__ for one in messages] == ["Header", "Progress", "Targets", "Progress", "End"]
+    assert messages[1] == messages[3] == progress
+    for wrong in (message + head, head + record + end + message):
+        with pytest.raises(WireError):
+            list(ResponseDecoder().feed(wrong))
+
+
+@pytest.mark.parametrize("change", [{"tokens": -1}, {"tokens_done": "1"}, {"tokens_per_second": math.nan}])
+def test_progress_that_cannot_be_is_a_wire_error(change: dict) -> None:
+    head = wire.encode_header(make_header(make_request()))
+    fields = msgpack.unpackb(wire.encode_progress(Progress(1, 2, 3, 4.0))) | change
+    with pytest.raises(WireError, match=next(iter(change))):
+        list(ResponseDecoder().feed(head + msgpack.packb(fields)))
 
 
 def test_another_version_is_refused_with_both_numbers() -> None:
