@@ -1,0 +1,167 @@
+"""What a device computes in: decides the dtype of teacher, attention service and student where none is given.
+
+Asked by the services' engines, the trainer's local teacher and its student. Importing this imports no torch, and only
+a question about a CUDA device makes torch look for one.
+
+bfloat16 is computed by CUDA devices of compute capability 8.0 and later, by x86 CPUs with AMX or AVX512-BF16 and by ARM
+CPUs with BF16; any other CPU emulates it, many times slower than float32. `ATEN_CPU_CAPABILITY` and
+`ONEDNN_MAX_CPU_ISA` hold torch's kernels to a lesser CPU's, which then is what this CPU counts as.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# What keeps oneDNN from the instructions for bfloat16: its names for the CPUs that lack them.
+_ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+_ISA_WITHOUT_FP16 = (*_ISA_WITHOUT_BF16, "AVX512_CORE_BF16", "AVX512_CORE_AMX")
+# The product that is timed: [rows, width] by [width, width]. In float32 a tenth of a millisecond or less.
+_ROWS, _WIDTH = 64, 256
+_REPEATS = 5
+
+
+def computes_bfloat16(device: str | torch.device) -> bool:
+    """Whether `device` has arithmetic for bfloat16."""
+    import torch
+
+    return _computes(torch.bfloat16, torch.device(device))
+
+
+def auto_dtype(device: str | torch.device, own: torch.dtype | None = None) -> torch.dtype:
+    """The dtype to compute in on `device`: bfloat16 where the hardware computes in it, float32 elsewhere.
+
+    With `own`, a checkpoint's dtype: that one where the hardware computes in it, float32 elsewhere.
+    """
+    import torch
+
+    wanted = torch.bfloat16 if own is None else own
+    return wanted if _computes(wanted, torch.device(device)) else torch.float32
+
+
+def emulation_warning(dtype: torch.dtype, device: str | torch.device) -> str | None:
+    """What to tell whoever asked for `dtype` where `device` emulates it; None where it computes in it.
+
+    The factor in the text is measured here and now, by a small matrix product, in some ten milliseconds.
+    """
+    import torch
+
+    device = torch.device(device)
+    if _computes(dtype, device):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    slower = _seconds(dtype, device) / _seconds(torch.float32, device)
+    lack = {torch.bfloat16: "neither AMX nor AVX512-BF16", torch.float16: "no AMX-FP16 or AVX512-FP16"}.get(dtype)
+    why = f", which has {lack}," if lack and device.type == "cpu" and _is_x86() else ""
+    return (
+        f"{name} is emulated on this {_kind(device)}{why} and slow: a matrix product took {slower:.3g} times as long "
+        "as in float32; leave the dtype at auto, or choose float32"
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name, and the instructions that torch's kernels use: "AMD EPYC, AVX512, bfloat16"."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ", ".join([_model_name(), capability, *(["bfloat16"] if computes_bfloat16("cpu") else [])])
+
+
+def _computes(dtype: torch.dtype, device: torch.device) -> bool:
+    import torch
+
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if device.type == "cuda":
+        # float16 is older than every CUDA device that torch still supports.
+        return dtype == torch.float16 or _cuda_computes_bfloat16(device)
+    if device.type != "cpu":
+        return False
+    if _is_x86():
+        return _x86_computes(dtype)
+    # torch asks cpuinfo, and False without oneDNN, which has the kernels.
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _cuda_computes_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    if torch.version.hip:
+        return True
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
+def _x86_computes(dtype: torch.dtype) -> bool:
+    """By what the CPU has and by what torch and oneDNN are allowed to use of it."""
+    import torch
+
+    has, isa = _cpu_features(), _allowed_isa()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if dtype == torch.bfloat16:
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16")) and isa not in _ISA_WITHOUT_BF16
+    return bool(has.get("amx_fp16") or has.get("avx512_fp16")) and isa not in _ISA_WITHOUT_FP16
+
+
+def _cpu_features() -> Mapping[str, Any]:
+    """What the CPU has, whatever torch may use of it; torch before 2.11 says less."""
+    import torch
+
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is not None:
+        return dict(ask())
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
+
+
+def _allowed_isa() -> str:
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """The time of one product in `dtype`, on one thread: the shortest of several."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = torch.ones((_ROWS, _WIDTH), dtype=dtype, device=device)
+        weight = torch.ones((_WIDTH, _WIDTH), dtype=dtype, device=device)
+        times = []
+        for _ in range(_REPEATS + 1):  # the first is the warm-up
+            start = time.perf_counter()
+            # `item` waits for the device.
+            torch.nn.functional.linear(rows, weight)[0, 0].item()
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times[1:])
+
+
+def _kind(device: torch.device) -> str:
+    return "CPU" if device.type == "cpu" else f"{device.type} device"
+
+
+def _model_name() -> str:
+    """The name in /proc/cpuinfo; the architecture where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
