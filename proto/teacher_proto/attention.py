@@ -6,6 +6,7 @@ definitions of relations in `relations.py`. Nothing here raises anything but a `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -176,6 +177,21 @@ def answer_entries(request: AttentionRequest, index: int, shape: AttentionShape)
     if request.kind == "relations":
         return 3 * request.relation_heads * rows * length
     return shape.query_heads * rows * min(length, request.block_size or length)
+
+
+def num_values(request: AttentionRequest, shape: AttentionShape) -> int:
+    """Numbers that the answer holds."""
+    return sum(answer_entries(request, i, shape) for i in range(len(request.sequences)))
+
+
+def values_per_token(request: AttentionRequest, shape: AttentionShape) -> int:
+    """Numbers that the answer holds for a token, rounded up."""
+    return math.ceil(num_values(request, shape) / request.num_tokens)
+
+
+def attention_cost(request: AttentionRequest, shape: AttentionShape) -> int:
+    """What an attention service admits this request by: tokens x (values a token + 1)."""
+    return request.num_tokens * (values_per_token(request, shape) + 1)
 
 
 def _check_layer(request: AttentionRequest, shape: AttentionShape) -> None:

@@ -140,6 +140,19 @@ class TargetsRequest(SequencesRequest):
             hidden_dtype=self.hidden_dtype if "hidden" in kinds else None,
         )
 
+    def values_per_token(self, hidden_width: int) -> int:
+        """Numbers that an answer holds for a token; `hidden_width` is how many a hidden state has."""
+        spec = self.spec
+        gathered = max((ids_RG.shape[1] for ids_RG in self.gather_ids or ()), default=0)
+        return (
+            spec.top_k + spec.num_samples + len(spec.temperatures) + (gathered if "gather" in spec.kinds else 0)
+            + (hidden_width if "hidden" in spec.kinds else 0)
+        )  # fmt: skip
+
+    def cost(self, hidden_width: int) -> int:
+        """What a teacher admits this request by: tokens x (values a token + 1)."""
+        return self.num_tokens * (self.values_per_token(hidden_width) + 1)
+
     def row_range(self, index: int) -> tuple[int, int]:
         """The rows [start, stop) that are asked of sequence `index`."""
         return self.rows[index] if self.rows is not None else (0, len(self.sequences[index]))

@@ -5,7 +5,6 @@ Everything wrong is a RequestError with the field at fault.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,13 @@ from attention_service.job import Job
 from attention_service.service import AttentionService
 from serving.asking import check_fingerprint, read_fields
 from serving.replies import Reply, check_json_size
-from teacher_proto.attention import AttentionRequest, answer_entries, check_attention_request, parse_attention_request
+from teacher_proto.attention import (
+    AttentionRequest,
+    check_attention_request,
+    num_values,
+    parse_attention_request,
+    values_per_token,
+)
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.attention_wire import (
     AttentionHeader,
@@ -27,17 +32,12 @@ from teacher_proto.attention_wire import (
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request with who asked it; `entries` is how many numbers its answer holds."""
+    """A checked request with who asked it; `values_per_token` is what a permit counts beside its tokens."""
 
     request: AttentionRequest
     student: str
     request_id: str
-    entries: int
-
-    @property
-    def values_per_token(self) -> int:
-        """What a permit counts: numbers of the answer a token."""
-        return math.ceil(self.entries / self.request.num_tokens)
+    values_per_token: int
 
 
 async def read_attention(request: Request, student: str, service: AttentionService) -> tuple[Asked, bool]:
@@ -47,10 +47,9 @@ async def read_attention(request: Request, student: str, service: AttentionServi
     parsed = parse_attention_request(fields)
     check_attention_request(parsed, engine.limits, engine.shape)
     check_fingerprint(parsed.fingerprint, engine.identity.fingerprint)
-    entries = sum(answer_entries(parsed, i, engine.shape) for i in range(len(parsed.sequences)))
     if as_json:
-        check_json_size(entries)
-    return Asked(parsed, student, request.state.request_id, entries), as_json
+        check_json_size(num_values(parsed, engine.shape))
+    return Asked(parsed, student, request.state.request_id, values_per_token(parsed, engine.shape)), as_json
 
 
 def reply_to(asked: Asked, service: AttentionService) -> Reply[Job, AttentionTargets]:

@@ -27,9 +27,4 @@ class Asked:
 
     def values_per_token(self, hidden_width: int) -> int:
         """Numbers that an answer holds for a token, which with one more is what a permit counts."""
-        spec = self.request.spec
-        gathered = max((ids.shape[1] for ids in self.request.gather_ids or ()), default=0)
-        return self.weight * (
-            spec.top_k + spec.num_samples + len(spec.temperatures) + (gathered if "gather" in spec.kinds else 0)
-            + (hidden_width if "hidden" in spec.kinds else 0)
-        )  # fmt: skip
+        return self.weight * self.request.values_per_token(hidden_width)
