@@ -62,9 +62,10 @@ def test_a_trainer_that_was_there_first_steps_as_soon_as_its_teacher_is_ready(
 def test_a_trainer_waits_for_a_teacher_that_loads_its_model(workshop: Workshop, tmp_path: Path) -> None:
     port = free_port()
     given = arguments(workshop, tmp_path, f"http://127.0.0.1:{port}")
+    train(["--help"], tmp_path / "help.txt")  # the imports of the first trainer take longer than the model loads
     with TeacherProcess(script=teacher_script(start_s=15.0), port=port, wait=False):
         wait_alive(port)
-        assert train(given, tmp_path / "impatient.txt") == 2
+        assert train(given, tmp_path / "impatient.txt") == 75
         assert "still loading its model" in (tmp_path / "impatient.txt").read_text()
         assert "teacher.start_within_s=600" in (tmp_path / "impatient.txt").read_text()
         assert train([*given, "teacher.start_within_s=120"], tmp_path / "output.txt") == 0
@@ -186,12 +187,28 @@ def test_damaged_weights_under_the_same_name_are_caught_at_connect(workshop: Wor
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
 
 
-def test_the_run_gives_up_after_its_time_and_says_for_how_long_it_waited(workshop: Workshop, tmp_path: Path) -> None:
+def test_the_run_gives_up_after_its_time_and_another_start_goes_on_where_it_was(
+    workshop: Workshop, straight: Path, tmp_path: Path
+) -> None:
     with TeacherProcess(script=teacher_script(**SLOW)) as teacher:
         given = [*arguments(workshop, tmp_path, teacher.url), "teacher.give_up_after_s=3"]
         with TrainerProcess(given, tmp_path / "output.txt") as trainer:
             wait_for_step(tmp_path / "run", 6, trainer)
             die(teacher)
-            assert trainer.wait() == 2
+            assert trainer.wait() == 75
     assert "teacher.give_up_after_s is 3" in trainer.text and "Traceback" not in trainer.text
-    assert steps_of(tmp_path / "run")[-1] < STEPS
+    stopped_at = steps_of(tmp_path / "run")[-1]
+    assert stopped_at < STEPS
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
+    with TeacherProcess(script=teacher_script()) as teacher:
+        assert train(arguments(workshop, tmp_path, teacher.url), tmp_path / "again.txt") == 0
+    assert f"resumed at step {stopped_at} of" in (tmp_path / "again.txt").read_text()
+    assert_same(tmp_path / "run", straight)
+
+
+def test_data_that_are_away_at_the_start_are_worth_another_one(workshop: Workshop, tmp_path: Path) -> None:
+    nobody = f"data.sources.a.path=http://127.0.0.1:{free_port()}/a.jsonl"
+    assert train([*arguments(workshop, tmp_path, "http://127.0.0.1:1"), nobody], tmp_path / "away.txt") == 75
+    assert "Traceback" not in (tmp_path / "away.txt").read_text()
+    missing = f"data.sources.a.path={tmp_path}/missing.jsonl"
+    assert train([*arguments(workshop, tmp_path, "http://127.0.0.1:1"), missing], tmp_path / "missing.txt") == 2

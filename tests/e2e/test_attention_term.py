@@ -123,7 +123,7 @@ def test_a_sidecar_of_other_weights_or_none_at_all_is_refused(
         dead = wrong.url
     text = (tmp_path / "log").read_text()
     assert "holds another model than the teacher" in text and "weights" in text
-    assert train(arguments(workshop, tmp_path, teacher, dead), tmp_path / "log2") == 2
+    assert train(arguments(workshop, tmp_path, teacher, dead), tmp_path / "log2") == 75
     text = (tmp_path / "log2").read_text()
     assert "no attention service at" in text and "distillation.attention.coefficient=null" in text
     assert not steps_of(tmp_path / "run")
@@ -155,7 +155,7 @@ def test_training_stops_where_the_sidecar_stays_away_or_comes_back_as_another(
 ) -> None:
     other = save_tiny_llama(tmp_path / "other" / "model", seed=8)
     for name, back, code, message in (
-        ("away", None, 2, "no attention service at teacher.attention_url for"),
+        ("away", None, 75, "no attention service at teacher.attention_url for"),
         ("another", other, 2, "is not the teacher that is expected"),
     ):
         with attention_of(model) as sidecar:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from student_trainer import exit_codes
 from student_trainer.data.mixture import MixtureState
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.on_policy.prompts import WrittenBatch
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from student_trainer.targets.student_support import StudentSupport
 
 logger = logging.getLogger(__name__)
-DONE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start it again and it goes on
+DONE, STOPPED = exit_codes.DONE, exit_codes.AGAIN
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,8 @@ def train(run: Run) -> int:
         run.checkpoints.finish()
         return STOPPED
     except TeacherUnavailableError:
-        if not run.ranks.alone:
-            run.save()
-            run.checkpoints.finish()
+        run.save()
+        run.checkpoints.finish()
         raise
     run.checkpoints.finish(last=True)
     run.evaluator.write_passage(run.student)

@@ -6,7 +6,8 @@
     stillhouse-train sequences FILE SETTINGS...   write a run's documents, for `stillhouse-teacher fill`
     stillhouse-train export RUN --format hf|bitnet|gguf    write its student for transformers or llama.cpp
 
-Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 stopped by a signal, saved, start it again.
+Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 start it again: stopped by a signal and saved,
+or nobody there who must answer. `exit_codes.py` says which error is which.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-FAILED, USAGE = 1, 2
+from student_trainer.exit_codes import FAILED, USAGE, code_of
 
 # Imported only when they are asked for.
 SUBCOMMANDS = {
@@ -80,12 +81,9 @@ def guarded(command: Callable[[], int]) -> int:
 
     try:
         return command()
-    except (ValueError, StillhouseError) as error:
+    except (ValueError, StillhouseError, ArithmeticError, OSError) as error:
         print(f"stillhouse-train: {error}", file=sys.stderr)
-        return USAGE
-    except (ArithmeticError, OSError) as error:
-        print(f"stillhouse-train: {error}", file=sys.stderr)
-        return FAILED
+        return code_of(error)
     except KeyboardInterrupt:
         print("stillhouse-train: interrupted", file=sys.stderr)
         return FAILED
