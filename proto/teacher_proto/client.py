@@ -18,12 +18,16 @@ from teacher_proto.canary import Canary, canary_request, read_canary
 from teacher_proto.dialect import Dialect
 from teacher_proto.errors import StillhouseError, WireError
 from teacher_proto.exchange import fetch_head
+from teacher_proto.head_download import HeadDownload
 from teacher_proto.info import TeacherInfo, parse_info
 from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.replicas import Replica
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets, check_answer
 from teacher_proto.wire import TARGETS_FORMAT, Header
+
+# Rounds over all replicas, one after the other, in which no byte more of the head came.
+_HEAD_TRIES = 4
 
 
 def _check_header(header: Header, request: TargetsRequest, info: TeacherInfo) -> None:
@@ -62,18 +66,33 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
     async def head(self) -> bytes:
         """The teacher's output head as the safetensors file of `GET /v1/head`, from the first replica that gives it.
 
+        A transfer that breaks goes on where it was, at this replica or the next, as long as more of it comes.
         NotFoundError where the teacher serves no hidden states; WrongTeacherError; TeacherUnavailableError.
         """
         await self.teacher()
-        failures = []
-        for replica in self._pool.replicas:
-            if replica.info is not None:
+        download, fruitless = HeadDownload(), 0
+        while True:
+            before = download.size
+            failure: StillhouseError | None = None
+            for url, info in [(replica.url, replica.info) for replica in self._pool.replicas]:
+                if info is None:
+                    continue
+                timeouts = self._timeout(self.policy.read_timeout_s)
                 try:
-                    timeouts = self._timeout(self.policy.read_timeout_s)
-                    return await fetch_head(self._http, replica.url, self.dialect, replica.info.fingerprint, timeouts)
+                    return await fetch_head(self._http, url, self.dialect, info.fingerprint, timeouts, download)
                 except StillhouseError as error:
-                    failures.append(error)
-        raise failures[0]
+                    # The first that a retry could mend says more than what cannot be mended anyway.
+                    if failure is None or (error.retryable and not failure.retryable):
+                        failure = error
+            fruitless = 0 if download.size > before else fruitless + 1
+            assert failure is not None, "a replica whose probe has passed is known"
+            if not failure.retryable or fruitless >= _HEAD_TRIES:
+                raise failure
+            await self._wait_before_head(failure, fruitless)
+
+    async def _wait_before_head(self, failure: StillhouseError, attempt: int) -> None:
+        backoff = self._timing.full_jitter(attempt, self.policy.backoff_base_s, self.policy.backoff_cap_s)
+        await self._timing.sleep(min(max(backoff, failure.retry_after or 0.0), self.policy.max_retry_after_s))
 
     async def _inspect(self, replica: Replica[TeacherInfo], info: TeacherInfo, timeouts: httpx.Timeout) -> None:
         """Does it compute what it did?"""

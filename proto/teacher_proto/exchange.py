@@ -25,6 +25,7 @@ from teacher_proto.errors import (
     WrongTeacherError,
     from_json,
 )
+from teacher_proto.head_download import HeadDownload
 from teacher_proto.request_checks import SequencesRequest
 from teacher_proto.wire import MSGPACK, REQUEST_ID_HEADER
 from teacher_proto.wire_answer import AnswerDecoder, AnyHeader, End, Failure, HeaderT, Progress, RecordT, Targets
@@ -53,11 +54,14 @@ async def fetch_info(
 
 
 async def fetch_head(
-    http: httpx.AsyncClient, url: str, dialect: AnyDialect, fingerprint: str, timeouts: httpx.Timeout
-) -> bytes:
-    """The file of `GET /v1/head`. NotFoundError where the teacher serves none, WrongTeacherError if another answers."""
-    async with _response(http, "GET", url, "/v1/head", dialect, timeouts=timeouts) as response:
-        if response.status_code != 200:
+    http: httpx.AsyncClient, url: str, dialect: AnyDialect, fingerprint: str, timeouts: httpx.Timeout,
+    download: HeadDownload,
+) -> bytes:  # fmt: skip
+    """The file of `GET /v1/head`, going on where `download` is. NotFoundError where the teacher serves none,
+    WrongTeacherError if another answers; what came before an error stays in `download`."""
+    headers = download.headers()
+    async with _response(http, "GET", url, "/v1/head", dialect, timeouts=timeouts, headers=headers) as response:
+        if response.status_code != 200 and not (response.status_code == 206 and headers):
             raise _error_of(response, await _plain_body(response), dialect)
         told = response.headers.get("x-teacher-fingerprint")
         if told != fingerprint:
@@ -65,7 +69,10 @@ async def fetch_head(
                 f"{url} gave the head of teacher {told}, {fingerprint} was asked",
                 field="fingerprint", got=told, limit=fingerprint,
             )  # fmt: skip
-        return await response.aread()
+        download.begin(response)
+        async for chunk in response.aiter_bytes():
+            download.take(chunk)
+    return download.whole()
 
 
 async def exchange(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,12 +50,3 @@ def head_contents(tensors: Mapping[str, torch.Tensor], scaling: HeadScaling) -> 
     if scaling.soft_cap is not None:
         contents["soft_cap"] = torch.tensor(scaling.soft_cap)
     return contents
-
-
-def save_head(path: Path, tensors: Mapping[str, torch.Tensor], scaling: HeadScaling) -> None:
-    """Write the file whole or not at all."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_suffix(".partial")
-    save_file(head_contents(tensors, scaling), temporary)
-    temporary.replace(path)

@@ -6,7 +6,7 @@ Neither uvicorn nor FastAPI cancels a handler when the connection closes: here t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -21,8 +21,10 @@ class Outlet:
         self._stall_s = stall_s
         self.started = False
 
-    async def start(self, media_type: str, status: int = 200) -> None:
+    async def start(self, media_type: str, status: int = 200, more: Mapping[str, str] | None = None) -> None:
+        """Status and headers; `more` are headers beside the two that every answer has."""
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
+        headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
         await self._put({"type": "http.response.start", "status": status, "headers": headers})
         self.started = True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 
 from serving import replies
 from serving.asking import read_json
@@ -19,6 +19,7 @@ from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import completions, openapi
 from teacher_service.asking import read_targets
+from teacher_service.head_reply import send_head
 from teacher_service.replies import reply_to
 from teacher_service.service import TeacherService
 
@@ -82,13 +83,16 @@ async def get_teacher(service: Service) -> TeacherInfo:
     return service.info()
 
 
-@router.get("/v1/head", response_class=FileResponse, responses={**errors(*ASKING, 404), 200: openapi.HEAD_ANSWER})
-async def get_head(service: Service) -> Response:
+@router.get("/v1/head", response_class=Response, responses={**errors(*ASKING, 404), **openapi.HEAD_ANSWERS})
+async def get_head(request: Request, service: Service) -> Response:
     """The output head as safetensors: with hidden states, the logits of the whole vocabulary."""
     service.require_started()
-    fingerprint = service.engine.identity.fingerprint
-    headers = {"X-Teacher-Fingerprint": fingerprint, "ETag": f'"{fingerprint}"'}
-    return FileResponse(await service.head(), media_type="application/octet-stream", headers=headers)
+    head = await service.head()
+
+    async def work(outlet: Outlet) -> None:
+        await send_head(request.headers, head, service.engine.identity.fingerprint, outlet)
+
+    return RacedResponse(work, service.settings.stall_timeout)
 
 
 @router.get("/v1/models", responses=errors(*ASKING))

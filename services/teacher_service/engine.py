@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.requests import Kind, Limits, TargetSpec
 from teacher_proto.targets import TokenTargets
+
+if TYPE_CHECKING:
+    from teacher_service.head_file import HeadFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,8 @@ class Engine(Protocol):
         """Return if the engine lives; EngineDeadError with the reason otherwise."""
         ...
 
-    async def write_head(self, path: Path) -> None:
-        """Write the output head as safetensors, as `head.py` says. Asked for only where `hidden` is in `kinds`."""
+    def head(self) -> HeadFile:
+        """The output head, read as it is sent. Asked for only where `hidden` is in `kinds`."""
         ...
 
     async def close(self) -> None:

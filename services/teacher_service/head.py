@@ -7,13 +7,27 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from teacher_proto.head import HeadScaling, save_head
+from teacher_proto.head import HeadScaling
 from teacher_proto.targets import TokenTargets
+from teacher_service.head_file import HeadFile, HeadTensor
 
 _WEIGHT_NAMES = ("lm_head.weight", "output.weight", "embed_out.weight")
 _EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 # Of the largest logit: bf16 rounds by 2**-9 of it, and sums in another order.
 _HEAD_TOLERANCE = 0.02
+
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def head_tensor(tensor: torch.Tensor) -> HeadTensor:
+    """A tensor [N, ...] on whatever device, copied from there as it is read."""
+    return HeadTensor(_NAMES[tensor.dtype], tuple(tensor.shape), lambda start, stop: raw_bytes(tensor[start:stop]))
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 class CheckpointHead:
@@ -45,8 +59,9 @@ class CheckpointHead:
             raise ValueError(f"{self._names['weight']} is quantised to {weight.dtype}")
         return tensors
 
-    def write(self, path: Path) -> None:
-        save_head(path, self.tensors(), self._scaling)
+    def file(self) -> HeadFile:
+        """The head as a file, whose rows are read from the checkpoint when they are asked for."""
+        return HeadFile({role: self._tensor(name) for role, name in self._names.items()}, self._scaling)
 
     def check(self, targets: TokenTargets) -> None:
         """ValueError unless the head makes of fp16 `hidden` the logits of `ids`, `logprobs` and `lse` beside it."""
@@ -67,6 +82,17 @@ class CheckpointHead:
         allowed = _HEAD_TOLERANCE * max(1.0, theirs_R.abs().max().item())
         if not off <= allowed:
             raise ValueError(f"the checkpoint's head makes other logits of hidden states than vLLM (off by {off:.3g})")
+
+    def _tensor(self, name: str) -> HeadTensor:
+        with safe_open(self._where[name], framework="pt") as file:
+            part = file.get_slice(name)
+            shape, dtype = part.get_shape(), part.get_dtype()
+
+        def read(start: int, stop: int) -> bytes:
+            with safe_open(self._where[name], framework="pt") as file:
+                return raw_bytes(file.get_slice(name)[start:stop])
+
+        return HeadTensor(dtype, (min(shape[0], self._vocab_size), *shape[1:]), read)
 
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self._where[name], framework="pt") as file:

@@ -1,40 +1,133 @@
-"""The output head on disk, written by the engine when somebody first asks for it. Used by `service.py`."""
+"""The output head as the safetensors file of `GET /v1/head`, made out of the engine's tensors as it is sent.
+
+Nothing is written to a disk. Engines make one, `service.py` keeps it, `head_reply.py` sends it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from pathlib import Path
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
 
 from teacher_proto.errors import NotFoundError
+from teacher_proto.head import HeadScaling
 from teacher_service.engine import Engine
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_READ_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """One tensor [N, ...]: its dtype as safetensors names it; `read(start, stop)`: the bytes of rows [start, stop)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[int, int], bytes]
+
+    @property
+    def row_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype] * math.prod(self.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.row_bytes if self.shape else _ITEM_BYTES[self.dtype]
+
+
+def scalar(value: float) -> HeadTensor:
+    data = np.array(value, "<f4").tobytes()
+    return HeadTensor("F32", (), lambda start, stop: data)
 
 
 class HeadFile:
-    """One file in a temporary folder. Those who ask while it is written wait for it."""
+    """A safetensors file that is nowhere: `read` makes any part of its `size` bytes. Its methods block; all threads may
+    call them."""
+
+    def __init__(self, tensors: Mapping[str, HeadTensor], scaling: HeadScaling):
+        scalars = {"scale": scalar(scaling.scale)}
+        if scaling.soft_cap is not None:
+            scalars["soft_cap"] = scalar(scaling.soft_cap)
+        # As safetensors orders them: wide types first, so that every tensor lies at a multiple of its item's size.
+        parts = sorted({**tensors, **scalars}.items(), key=lambda item: (-_ITEM_BYTES[item[1].dtype], item[0]))
+        fields, end = {}, 0
+        for name, tensor in parts:
+            begin, end = end, end + tensor.num_bytes
+            fields[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._tensors = [tensor for _, tensor in parts]
+        self.size = len(self._head) + end
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the file."""
+        pieces = [self._head[start:stop]]
+        begin = len(self._head)
+        for tensor in self._tensors:
+            low, high = max(start - begin, 0), min(stop - begin, tensor.num_bytes)
+            if low < high:
+                pieces.append(_part(tensor, low, high))
+            begin += tensor.num_bytes
+        return b"".join(pieces)
+
+    def sha256(self) -> bytes:
+        """Of the whole, which is read once for it."""
+        digest = hashlib.sha256()
+        for start in range(0, self.size, _READ_BYTES):
+            digest.update(self.read(start, min(start + _READ_BYTES, self.size)))
+        return digest.digest()
+
+
+def _part(tensor: HeadTensor, low: int, high: int) -> bytes:
+    """Bytes [low, high) of a tensor."""
+    if not tensor.shape:
+        return tensor.read(0, 1)[low:high]
+    first = low // tensor.row_bytes
+    rows = tensor.read(first, -(-high // tensor.row_bytes))
+    return rows[low - first * tensor.row_bytes : high - first * tensor.row_bytes]
+
+
+@dataclass(frozen=True)
+class ServedHead:
+    """The file with its checksum, which is its entity tag, too: who begins at one replica may go on at another."""
+
+    file: HeadFile
+    sha256: bytes
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.sha256.hex()}"'
+
+    @property
+    def digest(self) -> str:
+        """Of RFC 9530."""
+        return f"sha-256=:{base64.b64encode(self.sha256).decode()}:"
+
+
+class HeadShelf:
+    """The head of an engine, hashed when somebody first asks for it; those who ask meanwhile wait for that."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._writing = asyncio.Lock()
-        self._folder: Path | None = None
-        self._path: Path | None = None
+        self._hashing: asyncio.Task[ServedHead] | None = None
 
-    async def path(self) -> Path:
+    async def head(self) -> ServedHead:
+        """NotFoundError where the engine serves no hidden states."""
         if "hidden" not in self._engine.kinds:
             raise NotFoundError(
                 "this teacher serves no hidden states, so no head: `kinds` at GET /v1/teacher says what it serves",
                 field="path",
             )
-        async with self._writing:
-            if self._path is None:
-                self._folder = self._folder or Path(tempfile.mkdtemp(prefix="stillhouse-head-"))
-                path = self._folder / "head.safetensors"
-                await self._engine.write_head(path)
-                self._path = path
-        return self._path
+        if self._hashing is None or (self._hashing.done() and self._hashing.exception() is not None):
+            self._hashing = asyncio.create_task(self._hash())
+        return await asyncio.shield(self._hashing)
 
-    def remove(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = self._path = None
+    async def _hash(self) -> ServedHead:
+        file = self._engine.head()
+        return ServedHead(file, await asyncio.to_thread(file.sha256))

@@ -6,9 +6,7 @@ imported when it starts.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from teacher_proto.packed import layout_of
 from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
+from teacher_service.head_file import HeadFile
 from teacher_service.reading import read_rows
 
 if TYPE_CHECKING:
@@ -82,12 +81,12 @@ class HfEngine:
     async def check(self) -> None:
         self._batches.check()
 
-    async def write_head(self, path: Path) -> None:
-        """Write the output head as safetensors (`head.py` says how)."""
-        from teacher_proto.head import save_head
+    def head(self) -> HeadFile:
+        from teacher_service.head import head_tensor
 
         assert self._model is not None
-        await asyncio.to_thread(save_head, path, self._model.head(), self._model.scaling)
+        tensors = {name: head_tensor(tensor) for name, tensor in self._model.head().items()}
+        return HeadFile(tensors, self._model.scaling)
 
     async def close(self) -> None:
         """Wait for the forward pass that runs, drop what waits, give the memory back."""

@@ -88,9 +88,13 @@ COMPLETIONS_ANSWER: dict[str, Any] = {
         }
     },
 }
-HEAD_ANSWER: dict[str, Any] = {
-    "description": "safetensors: weight [V, D], bias where there is one, scale and soft_cap",
-    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+_HEAD_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "safetensors: weight [V, D], bias where there is one, scale, soft_cap; sha256 in Repr-Digest",
+        "content": _HEAD_CONTENT,
+    },
+    206: {"description": "the part that a Range header asks for", "content": _HEAD_CONTENT},
 }
 
 

@@ -11,17 +11,18 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
+from teacher_proto.head import HeadScaling
 from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, digest
 from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
+from teacher_service.head_file import HeadFile, HeadTensor
 from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 Corruption = Literal[
@@ -92,12 +93,10 @@ class ScriptedEngine:
     async def close(self) -> None:
         self._death = self._death or "it was closed"
 
-    async def write_head(self, path: Path) -> None:
-        """Write the output head as safetensors, as `head.py` says."""
-        from safetensors.numpy import save_file
-
-        weight_VD = scripted_head(self.script.vocab_size).astype(np.float32)
-        await asyncio.to_thread(save_file, {"weight": weight_VD, "scale": np.array(1.0, np.float32)}, path)
+    def head(self) -> HeadFile:
+        weight_VD = scripted_head(self.script.vocab_size).astype("<f4")
+        weight = HeadTensor("F32", weight_VD.shape, lambda start, stop: weight_VD[start:stop].tobytes())
+        return HeadFile({"weight": weight}, HeadScaling())
 
     async def score(self, job: Job) -> TokenTargets:
         self.jobs_started += 1

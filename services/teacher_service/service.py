@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,7 @@ from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.asked import Asked
 from teacher_service.engine import Engine, Job
-from teacher_service.head_file import HeadFile
+from teacher_service.head_file import HeadShelf, ServedHead
 from teacher_service.reading import check_sound
 from teacher_service.settings import TeacherSettings
 from teacher_service.text import JsonPieces, Text
@@ -41,7 +40,7 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         self._store = store
         self.hidden_width = _HIDDEN_WIDTH
         self._folder: ModelFolder | None = None
-        self._head = HeadFile(engine)
+        self._head = HeadShelf(engine)
         self._reading_text = asyncio.Lock()
         self._text: tuple[Text, JsonPieces] | None = None
         if store is not None:
@@ -62,7 +61,6 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
             await self._store.serve(self.info())
 
     async def close(self) -> None:
-        self._head.remove()
         await super().close()
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
@@ -76,9 +74,9 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
             hidden_width=self.hidden_width,
         )  # fmt: skip
 
-    async def head(self) -> Path:
+    async def head(self) -> ServedHead:
         """The file of the output head. NotFoundError where the engine can't give hidden states."""
-        return await self._head.path()
+        return await self._head.head()
 
     def admit(self, asked: Asked) -> AbstractContextManager[Permit]:
         """A permit for the time of the `with` block; OverloadedError or QuotaError at the door."""

@@ -12,7 +12,6 @@ import itertools
 import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, aclosing
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from teacher_proto.reduction import sample_key
 from teacher_proto.requests import KINDS, Kind, Limits, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
+from teacher_service.head_file import HeadFile
 from teacher_service.reading import read_rows
 from teacher_service.vllm_options import engine_arguments, prepare_environment
 
@@ -166,9 +166,9 @@ class VllmEngine:
         else:
             self._head = head
 
-    async def write_head(self, path: Path) -> None:
-        """Write the output head as safetensors (`head.py` says how). Only where `hidden` is among the kinds."""
-        await asyncio.to_thread(self._head.write, path)
+    def head(self) -> HeadFile:
+        """Read from the checkpoint. Only where `hidden` is among the kinds."""
+        return self._head.file()
 
     async def score(self, job: Job) -> TokenTargets:
         """The targets of a job. EngineError for this job, EngineDeadError where no other can be answered either."""

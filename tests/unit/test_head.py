@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from teacher_proto.head import HeadScaling, scaling_of
 from teacher_proto.targets import TokenTargets
@@ -59,11 +60,15 @@ def test_scaling_is_a_soft_cap_then_a_factor() -> None:
 def test_an_own_head_is_preferred_to_the_embeddings_and_padding_is_cut(tmp_path: Path) -> None:
     own, bias = draw(V + 24, D), draw(V + 24)
     files = checkpoint(tmp_path, lm_head__weight=own, lm_head__bias=bias, model__embed_tokens__weight=draw(V, D) * 2)
-    CheckpointHead(files, V, HeadScaling(5.0, 0.5)).write(tmp_path / "head.safetensors")
-    written = load_file(tmp_path / "head.safetensors")
+    file = CheckpointHead(files, V, HeadScaling(5.0, 0.5)).file()
+    written = load(file.read(0, file.size))
     assert set(written) == {"weight", "bias", "soft_cap", "scale"}
     assert torch.equal(written["weight"], own[:V]) and torch.equal(written["bias"], bias[:V])
-    assert written["soft_cap"] == 5.0 and written["scale"] == 0.5 and not list(tmp_path.glob("*.partial"))
+    assert written["soft_cap"] == 5.0 and written["scale"] == 0.5
+    whole = file.read(0, file.size)
+    for start, stop in ((0, 1), (3, 900), (file.size - 5, file.size), (200, 1301), (0, file.size)):
+        assert file.read(start, stop) == whole[start:stop]
+    assert file.sha256() == hashlib.sha256(whole).digest()
 
 
 def test_a_tied_head_is_the_embeddings(tmp_path: Path) -> None:

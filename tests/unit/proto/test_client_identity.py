@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from teacher_proto.canary import LENGTHS, Canary, canary_request, tolerance
 from teacher_proto.client import TeacherClient
-from teacher_proto.errors import NotFoundError, WrongTeacherError
+from teacher_proto.errors import NotFoundError, TruncatedError, WireError, WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.requests import TargetsRequest
 from tests.unit.proto.fake_teacher import (
@@ -221,3 +223,52 @@ async def test_the_head_comes_from_the_teacher_that_is_expected_or_not_at_all() 
     async with client_of(HeadReplica("a", missing=True)) as client:
         with pytest.raises(NotFoundError, match="no head here"):
             await client.head()
+
+
+class CorruptingReplica(HeadReplica):
+    """Changes a byte of the first `times` heads on their way; leaves off their end where `cut`."""
+
+    def __init__(self, name: str, times: int, cut: bool = False):
+        super().__init__(name)
+        self.times, self.cut, self.asked = times, cut, []
+
+    def handle(self, http: httpx.Request) -> httpx.Response:
+        if http.url.path != "/v1/head":
+            return super().handle(http)
+        file = b"head" * 100
+        digest = base64.b64encode(hashlib.sha256(file).digest()).decode()
+        headers = {
+            "x-teacher-fingerprint": self.identity.fingerprint,
+            "repr-digest": f"sha-256=:{digest}:",
+            "etag": "e",
+        }
+        self.asked.append(http.headers.get("range"))
+        if len(self.asked) <= self.times:
+            file = file[:150] if self.cut else b"H" + file[1:]
+            return httpx.Response(200, headers=headers | {"content-length": "400"}, stream=httpx.ByteStream(file))
+        if http.headers.get("range") == "bytes=150-":
+            headers["content-range"] = "bytes 150-399/400"
+            return httpx.Response(206, headers=headers, content=file[150:])
+        return httpx.Response(200, headers=headers, content=file)
+
+
+async def test_a_head_that_was_changed_is_refused_and_asked_for_again() -> None:
+    once, always = CorruptingReplica("a", times=1), CorruptingReplica("b", times=100)
+    async with client_of(once) as client:
+        assert await client.head() == b"head" * 100
+    assert once.asked == [None, None]
+    async with client_of(always) as client:
+        with pytest.raises(WireError, match="changed on its way"):
+            await client.head()
+    assert 2 <= len(always.asked) <= 8
+
+
+async def test_the_rest_of_a_head_is_asked_for_and_not_the_whole() -> None:
+    once, always = CorruptingReplica("a", times=1, cut=True), CorruptingReplica("b", times=100, cut=True)
+    async with client_of(once) as client:
+        assert await client.head() == b"head" * 100
+    assert once.asked == [None, "bytes=150-"]
+    async with client_of(always) as client:
+        with pytest.raises(TruncatedError, match="150 of 400 bytes"):
+            await client.head()
+    assert 2 <= len(always.asked) <= 8

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import check_targets
@@ -121,10 +120,9 @@ async def test_rows_are_a_slice_of_the_whole_in_every_kind() -> None:
                   sequence_length=90)  # fmt: skip
 
 
-async def test_the_head_file_gives_the_logits_back(tmp_path: Path) -> None:
-    path = tmp_path / "head.safetensors"
-    await ScriptedEngine().write_head(path)
-    tensors = load_file(path)
+def test_the_head_file_gives_the_logits_back() -> None:
+    file = ScriptedEngine().head()
+    tensors = load(file.read(0, file.size))
     logits = scripted_hidden(TOKENS) @ tensors["weight"].astype(np.float64).T * tensors["scale"]
     assert np.array_equal(logits.astype(np.float32), scripted_logits(TOKENS, VOCAB))
 
