@@ -95,7 +95,7 @@ RULES = (
     Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     *(
         Rule(f"evaluation.{name}", lambda s: s.evaluation.every > 0, "evaluation.every is 0")
-        for name in ("samples", "prompt_tokens", "sample_tokens")
+        for name in ("at_start", "samples", "prompt_tokens", "sample_tokens")
     ),
     *(
         Rule(f"evaluation.{name}", lambda s: s.evaluation.samples > 0, "evaluation.samples is 0")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from student_trainer.data.batch import Batch
+from student_trainer.held_out_documents import DocumentFigures, DocumentSums
 from student_trainer.losses.rows import TeacherHead
 from student_trainer.losses.terms import Term
 from student_trainer.passage import can_be_shown, make_passage
@@ -34,6 +35,14 @@ KL: dict[str, Term] = {
     "full": Term("kl", "forward_kl", 1.0, support="full"),
 }
 Figures = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by source, and the sums of every held-out document that they are made of."""
+
+    by_source: Mapping[str, Figures]
+    documents: Sequence[DocumentFigures]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +86,20 @@ class Evaluator:
     def due(self, step: int, steps: int) -> bool:
         return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
 
-    def evaluate(self, student: Student) -> dict[str, Figures]:
+    def due_at_start(self) -> bool:
+        return self._settings.every > 0 and self._settings.at_start
+
+    def evaluate(self, student: Student) -> Evaluation:
         """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
 
         A source of format classification has `accuracy` too: how often the likeliest of its words is the right one.
         """
-        if self._settings.every == 0:
-            return {}
-        return {name: self._figures(student, name) for name in self._held_out.batches}
+        by_source: dict[str, Figures] = {}
+        documents: list[DocumentFigures] = []
+        for name in self._held_out.batches if self._settings.every > 0 else ():
+            by_source[name], of_source = self._figures(student, name)
+            documents += of_source
+        return Evaluation(by_source, documents)
 
     def write_passage(self, student: Student) -> None:
         """A held-out text in which each token shows what teacher and student would have said, for the report."""
@@ -102,11 +117,12 @@ class Evaluator:
             (micro,) = micro_batches(batch.rows(0, 1), None, keep_empty=True)
             student.logits(micro.to(student.device))
 
-    def _figures(self, student: Student, name: str) -> Figures:
+    def _figures(self, student: Student, name: str) -> tuple[Figures, list[DocumentFigures]]:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
         tally = Tally(terms, batches[0].source_names)
+        documents = DocumentSums(name, has_teacher)
         agreed, correct, tokens = 0, 0, 0
         classes = self._classes.get(name)
         with _resting(student):
@@ -119,19 +135,21 @@ class Evaluator:
                     loss = student.loss(micro, terms, None, want_top1=has_teacher)
                     tally.add(loss, micro)
                     tokens += len(micro.labels_N)
-                    if has_teacher and len(micro.labels_N):
-                        agreed += _agreements(micro, loss.top1_N)
+                    agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.labels_N) else None
+                    agreed += int(agrees_N.sum()) if agrees_N is not None else 0
+                    documents.add(batch, micro, loss, agrees_N)
                     if classes:
                         correct += _correct(student, micro, classes)
         means = tally.figures(ranks=self._ranks).terms
         agreed, correct, tokens = (self._ranks.total(count) for count in (agreed, correct, tokens))
-        return {
+        figures: Figures = {
             "cross_entropy": means["cross_entropy"],
             "kl": means["kl"] if has_teacher else None,
             "agreement": agreed / tokens if has_teacher else None,
             "tokens": tokens,
             **({"accuracy": correct / tokens} if classes else {}),
         }
+        return figures, documents.figures(self._ranks)
 
 
 @contextmanager
@@ -146,9 +164,10 @@ def _resting(student: Student) -> Iterator[None]:
         student.model.train(was_training)
 
 
-def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> int:
+def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:
+    """[N] bool: where student and teacher put the same token first."""
     assert micro.teacher is not None and micro.teacher.ids_NK is not None and top1_N is not None
-    return int((top1_N == micro.teacher.ids_NK[:, 0]).sum())
+    return top1_N == micro.teacher.ids_NK[:, 0]
 
 
 def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> int:

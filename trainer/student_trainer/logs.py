@@ -19,20 +19,22 @@ from student_trainer.progress import Progress
 from student_trainer.tally import StepFigures
 
 if TYPE_CHECKING:
-    from student_trainer.evaluate import Figures
+    from student_trainer.evaluate import Evaluation
     from student_trainer.loop import Place
     from student_trainer.samples import WrittenSample
     from student_trainer.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
+DOCUMENTS = "documents.jsonl"
+FILES = (METRICS, EVALUATION, SAMPLES, DOCUMENTS)
 
 
 class RunLog:
     """Close it, or use it in a `with`. Without a folder no file is written: rank 0 does that for the others."""
 
     def __init__(self, folder: Path | None, progress: Progress, trackers: Sequence[Tracker]):
-        self._files = {name: LineFile(folder / name) for name in (METRICS, EVALUATION, SAMPLES)} if folder else {}
+        self._files = {name: LineFile(folder / name) for name in FILES} if folder else {}
         self._progress, self._trackers = progress, tuple(trackers)
 
     def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
@@ -43,10 +45,13 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log(place.step, {key: value for key, value in line.items() if key not in ("step", "time")})
 
-    def evaluation(self, step: int, by_source: Mapping[str, Figures]) -> None:
-        """One line: the step, and the figures of each source under its name."""
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """One line: the step, and the figures of each source under its name; and a line a held-out document."""
+        by_source = evaluation.by_source
         if not by_source:
             return
+        for document in evaluation.documents:
+            self._write(DOCUMENTS, {"step": step, **vars(document)})
         self._write(EVALUATION, {"step": step, **by_source})
         self._progress.evaluation(step, by_source)
         flat = {f"held_out/{name}/{key}": value for name, f in by_source.items() for key, value in f.items()}
@@ -120,7 +125,7 @@ class LineFile:
 
 def forget_after(folder: Path, step: int) -> None:
     """Take out the lines of steps after `step`: a resumed run makes them again. A cut last line goes as well."""
-    for name in (METRICS, EVALUATION, SAMPLES):
+    for name in FILES:
         path = folder / name
         if path.is_file():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]

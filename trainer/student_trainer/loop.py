@@ -120,6 +120,14 @@ class Run:
         self.whole.student.before_step(self.place.step)
         return self.student_support.add(self.whole.student, ready, self.while_waiting)
 
+    def out_of_time(self, seconds: float) -> bool:
+        """Whether the run's time is over, `seconds` after it was started: on all ranks alike, which all must ask."""
+        limit, steps = self.settings.run.time_limit_s, self.settings.run.steps
+        if limit is None or self.place.step == steps or self.ranks.largest(seconds) < limit:
+            return False
+        logger.warning("run.time_limit_s=%g is over: the run ends at step %d of %d", limit, self.place.step, steps)
+        return True
+
     def save(self) -> None:
         """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
         written = together(self.ranks.gather(self.written.pending(self.place.step))) if self.written else {}
@@ -135,18 +143,19 @@ class Run:
         logger.warning("the run is saved, by all ranks, when the wait ends or teacher.give_up_after_s has passed")
 
 
-def train(run: Run) -> int:
-    """Train to the last step. Returns DONE, or STOPPED after a signal; whatever else ends the run is raised.
+def train(run: Run, started: float | None = None) -> int:
+    """Train to the last step, or to `run.time_limit_s` after `started`, a monotonic time, now if not given. Returns
+    DONE, or STOPPED after a signal; whatever else ends the run is raised.
 
     After every update: figures to the log, then evaluation and saving where they are due. A signal is obeyed between
     two updates and while waiting, never inside an update; the run is saved before it ends.
     """
-    steps = run.settings.run.steps
-    if run.place.step == 0:
+    steps, started = run.settings.run.steps, time.monotonic() if started is None else started
+    if run.place.step == 0 and run.evaluator.due_at_start():
         run.evaluate()
     try:
         while run.place.step < steps:
-            started = time.monotonic()
+            began = time.monotonic()
             run.whole.refresh()
             with run.ranks.together():
                 run.signals.check()
@@ -156,7 +165,9 @@ def train(run: Run) -> int:
                 ready = run.ask_at_students_ids(ready)
             figures = replace(step(run, ready), wrote_s=wrote_s)
             run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
-            run.log.step(run.place, figures, time.monotonic() - started, run.prefetch.control.depth)
+            run.log.step(run.place, figures, time.monotonic() - began, run.prefetch.control.depth)
+            if run.out_of_time(time.monotonic() - started):
+                steps = run.place.step
             if run.evaluator.due(run.place.step, steps):
                 run.evaluate()
             if run.checkpoints.due(run.place.step, steps):

@@ -17,6 +17,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -63,6 +64,7 @@ def train(arguments: list[str]) -> int:
     """Compose the settings, build the run, train it to its end."""
     from student_trainer.compose import compose
 
+    started = time.monotonic()
     settings = compose(*split_config_folder(arguments))
     # Only now the imports that take their time: a misspelt setting is answered at once.
     from student_trainer import loop
@@ -72,7 +74,7 @@ def train(arguments: list[str]) -> int:
     with ExitStack() as stack, StopSignals() as signals:
         run = build(settings, signals, stack)
         with run.ranks.noticing_the_gone():
-            return loop.train(run)
+            return loop.train(run, started)
 
 
 def guarded(command: Callable[[], int]) -> int:

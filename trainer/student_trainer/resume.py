@@ -21,6 +21,7 @@ ANSWERS: dict[str, Answer] = {
     "run.root": "free",
     "run.id": "free",
     "run.steps": "fixed",
+    "run.time_limit_s": "free",
     "run.seed": "fixed",
     "run.resume": "free",
     "run.allow_changes": "free",

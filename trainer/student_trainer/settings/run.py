@@ -15,6 +15,9 @@ class RunSettings(Section):
     root: str = Field("runs", description="folder of all runs")
     id: str | None = Field(None, description="this run's folder under root; null: made of the time and a random tail")
     steps: int = Field(1000, ge=1, description="optimizer updates")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="after it no step begins, and the run ends as after its last: evaluated, saved"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1)
     resume: Literal["auto", "never", "require"] = Field(
         "auto", description="what to do about a checkpoint that is there"
@@ -27,7 +30,8 @@ class RunSettings(Section):
 class EvaluationSettings(Section):
     """The held-out figures."""
 
-    every: int = Field(100, ge=0, description="steps between evaluations, at start and end too; 0: never")
+    every: int = Field(100, ge=0, description="steps between evaluations, and at the end; 0: never")
+    at_start: bool = Field(True, description="before the first step too")
     top_k: int | None = Field(None, ge=1, description="K of the KL; null: teacher.top_k")
     kl: Literal["top_k", "full"] = Field("top_k", description="over K ids and the rest, or all (from hidden states)")
     samples: int = Field(2, ge=0, description="held-out texts a source that the student continues, to be read; 0: none")
