@@ -32,6 +32,7 @@ from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.parts import Parts, build_parts
 from student_trainer.progress import Progress
 from student_trainer.ranks import Ranks, open_ranks
+from student_trainer.redact import public
 from student_trainer.resume import check_changes
 from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of
 from student_trainer.samples import SampleWriter
@@ -153,11 +154,11 @@ def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoint
 def _write_settings(settings: Settings, folder: RunFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
-    replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(public(settings), sort_keys=False))
 
 
 def _constant(settings: Settings, teacher: Teacher | None) -> dict[str, Any]:
-    return {"settings": settings.model_dump(mode="json"), "teacher": asdict(teacher.card) if teacher else None}
+    return {"settings": public(settings), "teacher": asdict(teacher.card) if teacher else None}
 
 
 def _log(settings: Settings, folder: RunFolder, place: Place, ranks: Ranks) -> RunLog:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from student_trainer.effects import without_effect
 from student_trainer.help import settings_by_name
+from student_trainer.redact import remember
 from student_trainer.settings import Settings
 
 CONFIG = Path(__file__).parent / "config"
@@ -50,6 +51,7 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"the settings cannot be composed: {' '.join(str(error).split())}") from None
     settings = validated(plain)
+    remember(settings)
     for warning in without_effect(settings, {override.key_or_group for override in parsed}):
         warnings.warn(warning, stacklevel=2)
     return settings

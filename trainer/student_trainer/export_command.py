@@ -22,6 +22,7 @@ from student_trainer.checkpoint_files import Snapshot
 from student_trainer.export import EXPORTS, ExportReport
 from student_trainer.export_card import ModelCard
 from student_trainer.export_check import LogitsComparison, compare_logits, llama_cpp_logits, transformers_logits
+from student_trainer.redact import public_tree
 from student_trainer.settings import StudentSettings
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
 from student_trainer.students.load import earlier_run, load_student, model_behind
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def card_of(run: Path, snapshot: Snapshot, name: str) -> ModelCard:
     """What the run knows of its student: base model, teacher, data, the last figures, and its settings."""
-    settings, teacher = snapshot.state["settings"], snapshot.state["teacher"]
+    settings, teacher = public_tree(snapshot.state["settings"]), snapshot.state["teacher"]
     base = model_behind(StudentSettings.model_validate(settings["student"])).checkpoint_path
     return ModelCard(
         name=name,

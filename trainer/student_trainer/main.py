@@ -79,12 +79,13 @@ def train(arguments: list[str]) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """The edge of the process: every error becomes a message and a code; a traceback is for our own mistakes."""
+    from student_trainer.redact import redact
     from teacher_proto.errors import StillhouseError
 
     try:
         return command()
     except (ValueError, StillhouseError, ArithmeticError, OSError) as error:
-        print(f"stillhouse-train: {error}", file=sys.stderr)
+        print(redact(f"stillhouse-train: {error}"), file=sys.stderr)
         return code_of(error)
     except KeyboardInterrupt:
         print("stillhouse-train: interrupted", file=sys.stderr)
@@ -117,7 +118,11 @@ def start_logging() -> None:
     faulthandler.enable(2)  # the descriptor: what stands for sys.stderr need not have one
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank} "
-    logging.basicConfig(level=logging.WARNING, format=f"{who}%(levelname)s %(message)s", stream=sys.stderr)
+    from student_trainer.redact import RedactingFormatter
+
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(RedactingFormatter(f"{who}%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     for name in ("student_trainer", "teacher_proto", "stillhouse"):
         logging.getLogger(name).setLevel(logging.INFO if rank == "0" else logging.ERROR)
 

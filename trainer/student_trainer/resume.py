@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from student_trainer.redact import public, public_tree
 from student_trainer.settings import Settings
 from teacher_proto.identity import flatten
 
@@ -68,7 +69,7 @@ def answer_for(name: str) -> Answer:
 
 def check_changes(before: Mapping[str, Any], now: Settings) -> None:
     """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed."""
-    old, new = flatten(before), flatten(now.model_dump(mode="json"))
+    old, new = flatten(public_tree(before)), flatten(public(now))
     refused = []
     for name in sorted(old.keys() | new.keys()):
         was, becomes = old.get(name, "absent"), new.get(name, "absent")

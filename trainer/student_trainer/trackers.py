@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from student_trainer.redact import public, redact
 from student_trainer.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,9 @@ class _Wandb:
         self._html = wandb.Html
         self._run = wandb.init(
             project=settings.logging.project, id=run_id, name=run_id, dir=str(folder), resume="allow",
-            mode=mode, config=settings.model_dump(mode="json"), settings=wandb.Settings(console="off"),
+            mode=mode, config=public(settings),
+            # Of the process it would keep the command line too, whatever is in it.
+            settings=wandb.Settings(console="off", x_disable_meta=any(redact(word) != word for word in sys.argv)),
         )  # fmt: skip
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from student_trainer.data.batch import Batch
+from student_trainer.redact import redact
 from student_trainer.targets.protocol import BatchTargets
 
 BATCH_TENSORS = ("tokens_BT", "position_ids_BT", "document_ids_BT", "loss_mask_BT", "source_ids_BT")
@@ -19,7 +20,7 @@ def write_dump(folder: Path, message: str, batch: Batch, targets: BatchTargets |
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "message": message,
+        "message": redact(message),
         "batch": batch.number,
         "fingerprint": targets.fingerprint if targets else None,
         "documents": [{**vars(document)} for document in batch.documents],

@@ -1,0 +1,112 @@
+"""Keeps secrets out of what a run writes: settings.yaml, checkpoints, trackers, dumps, model cards, log lines.
+
+`compose` tells it a run's settings (`remember`), `public` is the form of settings that may be written, `redact` does
+the same for any text, and `RedactingFormatter` for every line of the log. What is taken for a secret: every string in
+`storage_options` but for a few that say where and how; user and password of a URL; a URL's parameters that sign it;
+and, wherever they turn up, those values again and those of environment variables named ...KEY, TOKEN, SECRET, PASSWORD.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from student_trainer.settings import Settings
+
+HIDDEN = "(hidden)"
+# Strings of storage_options that are no secrets: where a store is, and how it is spoken to.
+SHOWN = {
+    "anon", "client_kwargs", "config_kwargs", "endpoint", "endpoint_url", "host", "port", "profile", "project",
+    "protocol", "region", "region_name", "signature_version", "addressing_style", "target_protocol",
+}  # fmt: skip
+SHORTEST = 6  # A shorter value would be found inside other words.
+_SECRET_NAME = re.compile(r"secret|token|passw|credential|signature|^sig$|(^|[_-])key$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")
+_WITH_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s:@]*:[^/\s@]*)@", re.IGNORECASE)
+_WITH_USER = re.compile(r"((?:https?|wss?|s?ftp)://)([^/\s@]+)@", re.IGNORECASE)
+_PARAMETER = re.compile(r"([?&])([^=&\s?]+)=([^&\s\"'#]+)")
+_OPTION = re.compile(r"(storage_options(?:\.[\w-]+)*=)([^\s,]+)")
+_remembered: set[str] = set()
+
+
+def remember(settings: Settings) -> None:
+    """Take in what of these settings is secret, so that it is known wherever it turns up."""
+    for value in _secrets(settings.model_dump(mode="json"), in_options=False):
+        _remembered.update(form for form in (value, unquote(value)) if len(form) >= SHORTEST)
+
+
+def public(settings: Settings) -> dict[str, Any]:
+    """The settings as they may be written and shown."""
+    return public_tree(settings.model_dump(mode="json"))
+
+
+def public_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for settings as a checkpoint has them."""
+    return {name: _shown(name, value, in_options=False) for name, value in tree.items()}
+
+
+def redact(text: str) -> str:
+    """The text without secrets."""
+    for secret in sorted(_remembered | _of_environment(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = _WITH_USER.sub(rf"\1{HIDDEN}@", _WITH_PASSWORD.sub(rf"\1{HIDDEN}@", text))
+    return _OPTION.sub(rf"\1{HIDDEN}", _PARAMETER.sub(_parameter, text))
+
+
+class RedactingFormatter(logging.Formatter):
+    """A formatter whose lines, tracebacks included, have no secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _parameter(match: re.Match[str]) -> str:
+    mark, name, _ = match.groups()
+    return f"{mark}{name}={HIDDEN}" if _SECRET_NAME.search(name) else match.group()
+
+
+def _of_environment() -> set[str]:
+    """A path is no secret: it names the file that holds one."""
+    return {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+    }
+
+
+def _is_hidden(name: str, value: Any) -> bool:
+    """Whether an option's value is a secret. Numbers and switches are none, unless their name says so."""
+    if value is None or isinstance(value, bool) or value == "":
+        return False
+    return bool(_SECRET_NAME.search(name)) or (isinstance(value, str) and name not in SHOWN)
+
+
+def _shown(name: str, value: Any, in_options: bool) -> Any:
+    in_options = in_options or name == "storage_options"
+    if isinstance(value, Mapping):
+        return {str(key): _shown(str(key), inner, in_options) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shown(name, inner, in_options) for inner in value]
+    if in_options and _is_hidden(name, value):
+        return HIDDEN
+    return redact(value) if isinstance(value, str) else value
+
+
+def _secrets(value: Any, in_options: bool, name: str = "") -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _secrets(inner, in_options or key == "storage_options", str(key))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _secrets(inner, in_options, name)
+    elif in_options and _is_hidden(name, value):
+        yield str(value)
+    elif isinstance(value, str):
+        for pattern in (_WITH_PASSWORD, _WITH_USER):
+            for found in pattern.finditer(value):
+                yield found.group(2).rpartition(":")[2]
+        yield from (found.group(3) for found in _PARAMETER.finditer(value) if _SECRET_NAME.search(found.group(2)))
