@@ -22,6 +22,8 @@ TORCH := --torch-backend cpu
 endif
 UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 INSTALL := $(UV) pip install --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt $(TORCH)
+# Tests run on all cores, a process a core (tests/workers.py); `make test WORKERS=` runs them one after another.
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l __main__ benchmarks/*.py))
 
 export HYDRA_FULL_ERROR := 0
@@ -42,7 +44,7 @@ bitdistill: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m demo.prepare
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	@$(BIN)/python -m demo.prepare

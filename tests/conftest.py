@@ -14,6 +14,8 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, settings
 
+from tests.workers import longest_first, worker_count
+
 if TYPE_CHECKING:
     from teacher_service.hf_engine import HfEngine
     from teacher_service.vllm_engine import VllmEngine
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
 # A busy machine is slow at drawing examples, which says nothing about the code.
 settings.register_profile("stillhouse", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("stillhouse")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: see `workers`."""
+    return worker_count()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        longest_first(items, Path(__file__).parent)
 
 
 @pytest.fixture(scope="session")

@@ -21,18 +21,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.workers import ports_of_this_worker
+
 READY = re.compile(r"stillhouse-(?:teacher|attention): ready at (\S+), (\S+), (\S+)")
 START_TIMEOUT_S = 240.0
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that nobody holds, below those that the kernel gives away by itself (from 32,768 on): until its user binds
-    it, no outgoing connection takes it, and none that tries to reach it meets itself.
+    """A port that nobody holds, that no other worker is given, and that is below those that the kernel gives away by
+    itself: until its user binds it, no outgoing connection takes it, and none that tries to reach it meets itself.
     """
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().choice(ports_of_this_worker())
+        if port in _given:
+            continue
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.add(port)
             return port
 
 

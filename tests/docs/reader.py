@@ -10,13 +10,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 from tests.docs.markdown import ROOT, Block
+from tests.teacher_process import free_port
 
 TINY = "run.steps=2 run.threads=1 data.seq_len=64 data.rows=2 data.held_out_rows=2"
 DEMO = ROOT / ".cache/demo"
@@ -80,9 +80,7 @@ class Reader:
         """The page's host and port as they are on this machine."""
         host, told = match.groups()
         if told not in self._ports:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self._ports[told] = free.getsockname()[1]
+            self._ports[told] = free_port()
         return f"{host.replace('gpu-box', 'localhost')}{self._ports[told]}"
 
     def _serve(self, command: list[str], environment: dict[str, str], where: str) -> None:
