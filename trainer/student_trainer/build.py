@@ -33,11 +33,12 @@ from student_trainer.parts import Parts, build_parts
 from student_trainer.progress import Progress
 from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.redact import public
-from student_trainer.resume import check_changes
+from student_trainer.resume import check_changes, check_student
 from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of
 from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
+from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import WholeStudent, shard
 from student_trainer.students.student import Student
 from student_trainer.targets.align import MicroBatch, micro_batches
@@ -61,6 +62,9 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     snapshot = _earlier(settings, folder, ranks, remote)
     thread = stack.enter_context(EventThread())
     parts = build_parts(settings, thread, stack, snapshot, ranks)
+    identity = student_identity(parts.student.model, parts.tokenizer)
+    if snapshot is not None:
+        check_student(snapshot.state.get("student"), identity, settings)
     whole = WholeStudent(parts.student, apart=not ranks.alone and _passes_alone(settings))
     shard(parts.student, ranks)
     weighting = settings.distillation.weighting()
@@ -77,7 +81,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         forget_after(folder.path, place.step if snapshot is not None else -1)
         _write_settings(settings, folder)
     checkpoints = Checkpoints(
-        folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher), ranks, remote
+        folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher, identity, snapshot), ranks, remote
     )
     stack.callback(checkpoints.close)
     if snapshot is not None:
@@ -157,8 +161,16 @@ def _write_settings(settings: Settings, folder: RunFolder) -> None:
     replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(public(settings), sort_keys=False))
 
 
-def _constant(settings: Settings, teacher: Teacher | None) -> dict[str, Any]:
-    return {"settings": public(settings), "teacher": asdict(teacher.card) if teacher else None}
+def _constant(
+    settings: Settings, teacher: Teacher | None, student: dict[str, Any], snapshot: Snapshot | None
+) -> dict[str, Any]:
+    """What every checkpoint of this process says alike. A run that goes on without its teacher remembers who it was."""
+    before = snapshot.state.get("teacher") if snapshot is not None else None
+    return {
+        "settings": public(settings),
+        "teacher": asdict(teacher.card) if teacher else before,
+        "student": student,
+    }
 
 
 def _log(settings: Settings, folder: RunFolder, place: Place, ranks: Ranks) -> RunLog:

@@ -6,6 +6,7 @@ its teacher loads it meanwhile.
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from student_trainer.data.loader import BatchSource
 from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.rows import TeacherHead
 from student_trainer.ranks import ALONE, Ranks
+from student_trainer.resume import may_change
 from student_trainer.settings import Settings
 from student_trainer.students.load import load_student, model_behind
 from student_trainer.students.student import Student
@@ -26,6 +28,8 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
 from student_trainer.targets.teacher_head import read_head
 from teacher_proto.waiting import Waiting
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,12 @@ def build_parts(
     teacher = None
     if settings.teacher.kind != "none":
         saved_card = snapshot.state.get("teacher") if snapshot is not None else None
+        if saved_card is not None and may_change("teacher.fingerprint", settings):
+            logger.warning(
+                "run.allow_changes names teacher.fingerprint: the teacher need not be %s, that the run began with",
+                saved_card["name"],
+            )
+            saved_card = None
         teacher = open_teacher(settings.teacher, thread, stack, saved_card)
         check_ask(settings, teacher.card)
     head = None

@@ -35,13 +35,15 @@ ANSWERS: dict[str, Answer] = {
     "data.cache_folder": "free",
     "data.sources.*.storage_options": "free",
     "student": "fixed",
-    "student.checkpoint_path": "free",  # the weights come from the checkpoint
+    # The weights come from the checkpoint; config and tokenizer, by `check_student`, must be those that they were.
+    "student.checkpoint_path": "free",
     "student.revision": "free",
+    "student.tokenizer": "free",
     "student.compute": "numeric",
     "student.attention": "numeric",
     "student.gradient_checkpointing": "numeric",
     "student.compile": "numeric",
-    "teacher": "free",  # who answers, by which way: the identity itself is compared
+    "teacher": "free",  # who answers, by which way: the identity itself is compared, unless `may_change` allows another
     "teacher.top_k": "fixed",
     "distillation": "fixed",
     "distillation.chunk_rows": "numeric",
@@ -67,6 +69,11 @@ def answer_for(name: str) -> Answer:
     raise KeyError(name)
 
 
+def may_change(name: str, now: Settings) -> bool:
+    """Whether `run.allow_changes` names the setting, or a section that it is in."""
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in now.run.allow_changes)
+
+
 def check_changes(before: Mapping[str, Any], now: Settings) -> None:
     """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed."""
     old, new = flatten(public_tree(before)), flatten(public(now))
@@ -77,7 +84,7 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
             continue
         answer = answer_for(name)
         line = f"{name}: {was} in the checkpoint, {becomes} now"
-        if answer == "fixed" and not any(name == a or name.startswith(f"{a}.") for a in now.run.allow_changes):
+        if answer == "fixed" and not may_change(name, now):
             refused.append((name, line))
         elif answer != "free":
             logger.warning("resumed with a change, %s", line)
@@ -88,3 +95,34 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
             f"the run cannot go on with other settings: {lines}. Set them back, begin anew with another run.id, or "
             f"allow it with run.allow_changes=[{names}]"
         )
+
+
+def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], settings: Settings) -> None:
+    """Hold the student's config and tokenizer against those that the run began with, as `student_identity` gives them.
+
+    ValueError lists the fields that differ. Where they lie doesn't matter. A checkpoint of an older trainer has none.
+    """
+    if before is None:
+        logger.warning(
+            "the checkpoint does not say which config and tokenizer the run began with: they aren't compared"
+        )
+        return
+    same_version = before["transformers"] == now["transformers"]
+    for part, setting in (("config", "student.checkpoint_path"), ("tokenizer", "student.tokenizer")):
+        old, new = flatten(before[part]), flatten(now[part])
+        lines = []
+        for name in sorted(old.keys() | new.keys()):
+            was, becomes = old.get(name, "absent"), new.get(name, "absent")
+            if was == becomes:
+                continue
+            line = f"{part}.{name}: {was} in the checkpoint, {becomes} now"
+            # Another version of transformers may know more, or fewer, fields of the same model.
+            if may_change(setting, settings) or (not same_version and "absent" in (was, becomes)):
+                logger.warning("resumed with a change of the student, %s", line)
+            else:
+                lines.append(line)
+        if lines:
+            raise ValueError(
+                f"the run cannot go on with another student's {part}: {'; '.join(lines)}. Give the one that it began "
+                f"with, begin anew with another run.id, or allow it with run.allow_changes={setting}"
+            )

@@ -7,20 +7,36 @@ from typing import Any
 
 from teacher_proto.call import ClientStats
 from teacher_proto.canary import Canary
+from teacher_proto.errors import WrongTeacherError
 from teacher_proto.expectation import Expectation
-from teacher_proto.identity import TeacherIdentity
+from teacher_proto.identity import TeacherIdentity, compare_fingerprints
 
 
 def expected(
     fingerprint: str | None, saved: Mapping[str, Any] | None
 ) -> tuple[TeacherIdentity | str | None, Canary | None]:
-    """Identity or fingerprint, and canary. `saved` is a `TeacherCard` as a checkpoint keeps it; a fingerprint that the
-    settings name goes before it.
+    """Identity or fingerprint, and canary. `saved` is a `TeacherCard` as a checkpoint keeps it.
+
+    WrongTeacherError if the settings name another fingerprint than the run began with. One that differs in its rounding
+    alone is expected as it is named, and has the same canary.
     """
-    if fingerprint is not None or saved is None:
+    if saved is None:
         return fingerprint, None
+    hold_against(fingerprint, saved)
     identity = TeacherIdentity.model_validate(saved["identity"]) if saved["identity"] else saved["fingerprint"]
-    return identity, Canary(tuple(saved["canary"])) if saved["canary"] is not None else None
+    canary = Canary(tuple(saved["canary"])) if saved["canary"] is not None else None
+    return identity if fingerprint in (None, saved["fingerprint"]) else fingerprint, canary
+
+
+def hold_against(fingerprint: str | None, saved: Mapping[str, Any]) -> None:
+    """WrongTeacherError if `teacher.fingerprint` names another teacher than the one in the checkpoint."""
+    if fingerprint is not None and compare_fingerprints(saved["fingerprint"], fingerprint) == "semantic":
+        raise WrongTeacherError(
+            f"the run began with the teacher {saved['name']} ({saved['fingerprint']}), teacher.fingerprint names "
+            f"another, {fingerprint}: leave it out, begin anew with another run.id, or allow another teacher with "
+            "run.allow_changes=teacher.fingerprint",
+            field="fingerprint", got=fingerprint, limit=saved["fingerprint"],
+        )  # fmt: skip
 
 
 def expectation(fingerprint: str | None, saved: Mapping[str, Any] | None) -> Expectation:

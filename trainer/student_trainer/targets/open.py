@@ -14,7 +14,7 @@ from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.teacher import OneTeacher
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.cached import CachedTargets
-from student_trainer.targets.expected import expected
+from student_trainer.targets.expected import expected, hold_against
 from student_trainer.targets.local import LocalTargets
 from student_trainer.targets.mixed import BySource, Ensemble, Member
 from student_trainer.targets.patience import Patient
@@ -49,8 +49,8 @@ def open_teacher(
     targets = opening.several(saved) if settings.kind == "mixed" else opening.one(settings.kind, settings, saved)
     stack.callback(lambda: thread.call(targets.close()))
     card = thread.call(targets.open())
-    if saved is not None and settings.kind == "mixed" and settings.fingerprint is None:
-        _compare_several(saved, card)
+    if settings.kind == "mixed":
+        _compare_several(saved, settings.fingerprint, card)
     return Teacher(card, targets)
 
 
@@ -108,10 +108,19 @@ class _Opening:
         return TeacherClient(teacher.url, key=key, expect=expect, expect_canary=canary, policy=policy)
 
 
-def _compare_several(saved: Mapping[str, Any], card: TeacherCard) -> None:
-    """WrongTeacherError if the teachers together are not those that the run began with; their own cards are compared
-    by each.
+def _compare_several(saved: Mapping[str, Any] | None, named: str | None, card: TeacherCard) -> None:
+    """WrongTeacherError if the teachers together are not those that the run began with, or not those that the settings
+    name; their own cards are compared by each.
     """
+    if saved is not None:
+        hold_against(named, saved)
+    elif named is not None and compare_fingerprints(named, card.fingerprint) == "semantic":
+        raise WrongTeacherError(
+            f"teacher.fingerprint names {named}, the teachers together are {card.name} ({card.fingerprint})",
+            field="fingerprint", got=card.fingerprint, limit=named,
+        )  # fmt: skip
+    if saved is None:
+        return
     severity = compare_fingerprints(saved["fingerprint"], card.fingerprint)
     if severity == "semantic":
         raise WrongTeacherError(
