@@ -27,7 +27,7 @@ from teacher_proto.wire_answer import (
     read_tensors,
     record_message,
 )
-from teacher_proto.wire_json import document, json_values
+from teacher_proto.wire_json import document
 from teacher_proto.wire_tensor import encode_tensor
 
 
@@ -73,10 +73,10 @@ def attention_document(header: AttentionHeader, answers: Mapping[int, AttentionT
 
 
 def attention_fields(index: int, answer: AttentionTargets | StillhouseError) -> dict[str, Any]:
-    """One sequence: `index` and each tensor as nested lists, or `index` and `error`."""
+    """One sequence: `index` and each tensor, or `index` and `error`."""
     if isinstance(answer, StillhouseError):
         return {"index": index, "error": answer.to_json()}
-    return {"index": index} | {name: json_values(array) for name, array in answer.tensors().items()}
+    return {"index": index} | answer.tensors()
 
 
 def _read_header(message: dict[str, Any]) -> AttentionHeader:

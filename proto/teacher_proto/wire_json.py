@@ -6,7 +6,7 @@ Services call it for `application/json`; WIRE.md has both forms side by side.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from teacher_proto.targets import TokenTargets
 from teacher_proto.wire import Failure, Header, Message, Progress, Targets
 
 _CONTAINERS = 1024
+PIECE_VALUES = 4096
 
 
 def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def json_message(message: Message) -> dict[str, Any]:
     if isinstance(message, Header):
         return {"type": "header", **header_fields(message)}
     if isinstance(message, Targets):
-        return {"type": "targets", **sequence_fields(message.index, message.targets)}
+        fields = sequence_fields(message.index, message.targets)
+        return {"type": "targets"} | {n: json_values(v) if isinstance(v, np.ndarray) else v for n, v in fields.items()}
     if isinstance(message, Failure):
         return {"type": "error", "index": message.index, **message.error.to_json()}
     if isinstance(message, Progress):
@@ -64,12 +66,36 @@ def json_document(header: Header, answers: Mapping[int, TokenTargets | Stillhous
 
 
 def document(header: dict[str, Any], sequences: Mapping[int, dict[str, Any]]) -> bytes:
-    """The JSON of a header's fields and each sequence's. TruncatedError where one of `num_sequences` is missing."""
+    """The JSON of a header's fields and each sequence's, which may be arrays. TruncatedError where one of
+    `num_sequences` is missing."""
     count = header["num_sequences"]
     missing = [i for i in range(count) if i not in sequences]
     if missing:
         raise TruncatedError(f"sequences {missing[:8]} of {count} have no answer")
-    return json.dumps({**header, "sequences": [sequences[i] for i in range(count)]}, allow_nan=False).encode()
+    text = [json.dumps(header, allow_nan=False)[:-1], ', "sequences": [']
+    for i in range(count):
+        text.append(", {" if i else "{")
+        for number, (name, value) in enumerate(sequences[i].items()):
+            text.append(f'{", " if number else ""}"{name}": ')
+            text += array_pieces(value) if isinstance(value, np.ndarray) else [json.dumps(value, allow_nan=False)]
+        text.append("}")
+    return "".join([*text, "]}"]).encode()
+
+
+def array_pieces(array: np.ndarray) -> Iterator[str]:
+    """The JSON of an array, some thousands of numbers at a time: `json.dumps` lets no other thread run before it is
+    through, and a million numbers take it a second."""
+    if array.size <= PIECE_VALUES or array.ndim == 0:
+        yield json.dumps(json_values(array), allow_nan=False)
+        return
+    rows = PIECE_VALUES * len(array) // array.size
+    for start in range(0, len(array), max(rows, 1)):
+        yield ", " if start else "["
+        if rows:
+            yield json.dumps(json_values(array[start : start + rows]), allow_nan=False)[1:-1]
+        else:
+            yield from array_pieces(array[start])
+    yield "]"
 
 
 def header_fields(header: Header) -> dict[str, Any]:
@@ -81,10 +107,10 @@ def header_fields(header: Header) -> dict[str, Any]:
 
 
 def sequence_fields(index: int, answer: TokenTargets | StillhouseError) -> dict[str, Any]:
-    """One sequence: `index`, `start` and each tensor as nested lists, or `index` and `error`."""
+    """One sequence: `index`, `start` and each tensor, or `index` and `error`."""
     if isinstance(answer, StillhouseError):
         return {"index": index, "error": answer.to_json()}
-    return {"index": index, "start": answer.start} | {n: json_values(array) for n, array in answer.tensors().items()}
+    return {"index": index, "start": answer.start} | answer.tensors()
 
 
 def json_values(array: np.ndarray) -> list[Any]:

@@ -13,7 +13,7 @@ from fastapi import Request
 from attention_service.job import Job
 from attention_service.service import AttentionService
 from serving.asking import check_fingerprint, read_fields
-from serving.replies import Reply, check_json_size
+from serving.replies import JSON_WEIGHT, Reply, check_json_size
 from teacher_proto.attention import (
     AttentionRequest,
     check_attention_request,
@@ -47,9 +47,11 @@ async def read_attention(request: Request, student: str, service: AttentionServi
     parsed = parse_attention_request(fields)
     check_attention_request(parsed, engine.limits, engine.shape)
     check_fingerprint(parsed.fingerprint, engine.identity.fingerprint)
+    values = values_per_token(parsed, engine.shape)
     if as_json:
         check_json_size(num_values(parsed, engine.shape))
-    return Asked(parsed, student, request.state.request_id, values_per_token(parsed, engine.shape)), as_json
+        values = JSON_WEIGHT * (values + 1) - 1
+    return Asked(parsed, student, request.state.request_id, values), as_json
 
 
 def reply_to(asked: Asked, service: AttentionService) -> Reply[Job, AttentionTargets]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from teacher_proto.errors import OverloadedError, QuotaError, StillhouseError
 
+# What a unit of cost stands for: an id with its logprob as the engine gives them, in memory, and on its way out.
+VALUE_BYTES = 16
 # A student counts among those who share for so long after it last asked.
 _ACTIVE_S = 5.0
 

@@ -18,6 +18,8 @@ from teacher_proto.errors import OutOfRangeError, StillhouseError
 
 # JSON takes some 20 bytes a value, and a list of Python numbers in between.
 MAX_JSON_VALUES = 2**20
+# What a value takes as JSON (its digits, a Python number, a copy on its way out) of what it takes on our wire.
+JSON_WEIGHT = 8
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,10 @@ async def post_completions(request: Request, student: Student, service: Service)
     service.require_started()
     fields = await read_json(request, service.engine.limits)
     completion = completions.parse_completion(fields, service)
-    text, pieces = await service.text()
-    asked = completions.asked_of(completion, service, text, student, request.state.request_id)
 
     async def work(outlet: Outlet) -> None:
+        text, pieces = await service.text()
+        asked = await completions.asked_of(completion, service, text, student, request.state.request_id)
         with service.admit(asked):
             await completions.answer(completion, asked, service, text, pieces, outlet)
 

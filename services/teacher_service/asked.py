@@ -10,7 +10,10 @@ from teacher_service.engine import Job
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request with who asked it and under which id. `weight` is what a value takes more than on our wire."""
+    """A checked request with who asked it and under which id.
+
+    `weight`: what its answer takes, of what our wire does.
+    """
 
     request: TargetsRequest
     student: str
@@ -27,4 +30,4 @@ class Asked:
 
     def values_per_token(self, hidden_width: int) -> int:
         """Numbers that an answer holds for a token, which with one more is what a permit counts."""
-        return self.weight * self.request.values_per_token(hidden_width)
+        return self.weight * (self.request.values_per_token(hidden_width) + 1) - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import Request
 
 from serving.asking import check_fingerprint, read_fields
-from serving.replies import check_json_size
+from serving.replies import JSON_WEIGHT, check_json_size
 from teacher_proto.requests import TargetsRequest, check_request, parse_request
 from teacher_service.asked import Asked
 from teacher_service.service import TeacherService
@@ -21,7 +21,6 @@ async def read_targets(request: Request, student: str, service: TeacherService) 
     parsed = parse_request(fields)
     check_request(parsed, engine.limits, engine.kinds)
     check_fingerprint(parsed.fingerprint, engine.identity.fingerprint)
-    asked = Asked(parsed, student, request.state.request_id)
     if as_json:
-        check_json_size(parsed.num_tokens * (asked.values_per_token(service.hidden_width) + 1))
-    return asked, as_json
+        check_json_size(parsed.cost(service.hidden_width))
+    return Asked(parsed, student, request.state.request_id, weight=JSON_WEIGHT if as_json else 1), as_json

@@ -11,14 +11,16 @@ import asyncio
 import json
 import time
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
-from serving.replies import outcomes
+from serving.replies import JSON_WEIGHT, outcomes
 from serving.streams import Outlet
 from teacher_proto.errors import NotFoundError, OutOfRangeError, StillhouseError
+from teacher_proto.request_checks import within
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
 from teacher_service.asked import Asked
@@ -27,8 +29,6 @@ from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
 Ids = list[Annotated[StrictInt, Field(ge=0)]]
-# JSON holds some fifty bytes where our wire holds five.
-_JSON_WEIGHT = 10
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "stream": (False,), "suffix": ("",), "use_beam_search": (False,), "logit_bias": ({},),
     "prompt_embeds": ([],), "truncate_prompt_tokens": (), "logprob_token_ids": ([],), "allowed_token_ids": (),
@@ -98,11 +98,17 @@ def parse_completion(body: dict[str, Any], service: TeacherService) -> Completio
     return request
 
 
-def asked_of(request: CompletionRequest, service: TeacherService, text: Text, student: str, request_id: str) -> Asked:
-    """The request as one of ours. OutOfRangeError where a prompt is not within the limits."""
+async def asked_of(
+    request: CompletionRequest, service: TeacherService, text: Text, student: str, request_id: str
+) -> Asked:
+    """The request as one of ours. OutOfRangeError where a prompt, or what it would be answered with, is too long."""
     prompt = request.prompt
-    prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
-    sequences = [text.encode(p, request.add_special_tokens) if isinstance(p, str) else p for p in prompts]
+    prompts: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+    if prompts and isinstance(prompts[0], str):
+        within("prompt", len(prompts), 1, service.engine.limits.max_sequences, "prompts in a request")
+        sequences = await service.tokenising.run(student, partial(text.encode, prompts, request.add_special_tokens))
+    else:
+        sequences = prompts
     top_k = request.top_k
     kinds = ("top_k",) if top_k else ("score",)
     targets = TargetsRequest(sequences=tuple(sequences), kinds=kinds, top_k=top_k or 1)
@@ -113,14 +119,21 @@ def asked_of(request: CompletionRequest, service: TeacherService, text: Text, st
             error.message.replace("sequences", "prompt"), field=(error.field or "").replace("sequences", "prompt"),
             got=error.got, limit=error.limit,
         ) from None  # fmt: skip
-    return Asked(targets, student, request_id, weight=_JSON_WEIGHT)
+    asked = Asked(targets, student, request_id, weight=JSON_WEIGHT)
+    cost = targets.num_tokens * (asked.values_per_token(service.hidden_width) + 1)
+    if cost > (capacity := service.admission.capacity):
+        raise OutOfRangeError(
+            f"prompt: {targets.num_tokens} tokens of {top_k} logprobs cost {cost} as JSON, of at most {capacity}; "
+            "ask for fewer at a time, or POST /v1/targets in msgpack", field="prompt", got=cost, limit=capacity,
+        )  # fmt: skip
+    return asked
 
 
 async def answer(
     request: CompletionRequest, asked: Asked, service: TeacherService, text: Text, pieces: JsonPieces, outlet: Outlet
 ) -> None:
     """Write the completion. The first sequence that fails fails the request, as vLLM has it."""
-    choices: dict[int, bytes] = {}
+    choices: dict[int, list[bytes]] = {}
     results = outcomes(asked.jobs(), asked.student, service.answers, service.metrics)
     async with aclosing(results):
         async for index, outcome in results:
@@ -141,14 +154,18 @@ async def answer(
     await outlet.start("application/json")
     await outlet.write(json.dumps(head).encode()[:-1] + b', "choices": [')
     for index in range(len(choices)):
-        await outlet.write((b"," if index else b"") + choices.pop(index))
+        pieces_of_it = choices.pop(index)
+        pieces_of_it[0] = (b"," if index else b"") + pieces_of_it[0]
+        for piece in pieces_of_it:
+            await outlet.write(piece)
+        del pieces_of_it
     await outlet.write(b"]}", last=True)
 
 
 def _choice(
     index: int, tokens_T: np.ndarray, targets: TokenTargets, request: CompletionRequest, text: Text, pieces: JsonPieces
-) -> bytes:
-    """One element of `choices` as JSON."""
+) -> list[bytes]:
+    """One element of `choices` as JSON, in pieces."""
     generated = int(targets.ids[-1, 0]) if request.max_tokens and targets.ids is not None else None
     as_ids = bool(request.return_tokens_as_token_ids) or not text.available
     written = "" if generated is None else text.decode([generated])
@@ -160,7 +177,7 @@ def _choice(
         fields |= {
             "prompt_token_ids": tokens_T.tolist(), "token_ids": [] if generated is None else [generated]
         }  # fmt: skip
-    logprobs = listed = b"null"
+    logprobs = listed = [b"null"]
     if request.logprobs is not None and request.echo:
         logprobs = openai_logprobs(tokens_T, targets, request.logprobs, text, as_ids, generated)
     elif request.logprobs is not None and generated is not None:
@@ -168,7 +185,8 @@ def _choice(
     top_k = request.prompt_logprobs if request.prompt_logprobs is not None else request.logprobs
     if request.prompt_logprobs is not None or (request.echo and request.logprobs is not None):
         listed = prompt_logprobs(tokens_T, targets, top_k or 0, pieces)
-    return json.dumps(fields).encode()[:-1] + b', "logprobs": ' + logprobs + b', "prompt_logprobs": ' + listed + b"}"
+    start = json.dumps(fields).encode()[:-1] + b', "logprobs": '
+    return [start, *logprobs, b', "prompt_logprobs": ', *listed, b"}"]
 
 
 def models(service: TeacherService) -> dict[str, Any]:

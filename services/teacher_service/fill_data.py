@@ -113,7 +113,7 @@ def _tokens(place: str, value: Any, text: Text, cutting: Cutting) -> np.ndarray:
     if isinstance(value, str):
         if not text.available:
             raise ValueError(f"{place}: text, and this model has no tokenizer.json; token ids are expected")
-        value = text.encode(value, cutting.special)
+        value = text.encode([value], cutting.special)[0]
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise ValueError(f"{place}: text or a list of token ids was expected")
     if value and not 0 <= min(value) <= max(value) < cutting.vocab_size:

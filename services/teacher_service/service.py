@@ -21,7 +21,7 @@ from teacher_service.engine import Engine, Job
 from teacher_service.head_file import HeadShelf, ServedHead
 from teacher_service.reading import check_sound
 from teacher_service.settings import TeacherSettings
-from teacher_service.text import JsonPieces, Text
+from teacher_service.text import JsonPieces, Text, Turns
 
 if TYPE_CHECKING:
     from teacher_service.stored import StoredAnswers
@@ -42,6 +42,7 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         self._folder: ModelFolder | None = None
         self._head = HeadShelf(engine)
         self._reading_text = asyncio.Lock()
+        self.tokenising = Turns()
         self._text: tuple[Text, JsonPieces] | None = None
         if store is not None:
             for name in ("entries", "bytes", "hits", "misses", "evicted", "damaged", "refused"):

@@ -5,12 +5,18 @@ Reads `tokenizer.json` of the model's folder with the `tokenizers` library alone
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from teacher_proto.errors import OutOfRangeError
+
+T = TypeVar("T")
 
 _WORD_START = "\u2581"  # SentencePiece's mark of a space, which decoding a token by itself strips
 
@@ -32,14 +38,20 @@ class Text:
     def available(self) -> bool:
         return self._tokenizer is not None
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a prompt. OutOfRangeError where the model has no tokenizer."""
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of prompts. Takes seconds for a long one, in which other threads run. OutOfRangeError where the
+        model has no tokenizer."""
         if self._tokenizer is None:
             raise OutOfRangeError(
                 "prompt: this teacher has no tokenizer.json, so it takes token ids only", field="prompt", got="text",
                 limit="token ids",
             )  # fmt: skip
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` holds the interpreter's lock until it is through, `encode_batch_fast` does not.
+        return [
+            encoding.ids
+            for text in texts
+            for encoding in self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ]
 
     def decode(self, ids: list[int]) -> str:
         if self._tokenizer is None:
@@ -59,6 +71,18 @@ class Text:
         raw = self._tokenizer.id_to_token(token) or ""
         marked = len(raw) - len(raw.lstrip(_WORD_START))
         return " " * (marked - (len(decoded) - len(decoded.lstrip(" ")))) + decoded
+
+
+class Turns:
+    """Work in threads for students who take turns: one piece of a student's at a time, two of all together."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(2)
+        self._each: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def run(self, student: str, work: Callable[[], T]) -> T:
+        async with self._each[student], self._all:
+            return await asyncio.to_thread(work)
 
 
 class JsonPieces:

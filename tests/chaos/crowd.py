@@ -11,7 +11,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import httpx
@@ -92,6 +93,25 @@ async def until_gauge(client: httpx.AsyncClient, name: str, reached: Callable[[f
 async def until_admitted(client: httpx.AsyncClient, requests: int) -> None:
     """Return once so many requests are in the house."""
     await until_gauge(client, "admitted_requests", lambda value: value >= requests)
+
+
+@asynccontextmanager
+async def lag_of(client: httpx.AsyncClient) -> AsyncIterator[list[float]]:
+    """Seconds that a service took to say that it lives, asked over and over while the block runs."""
+    seconds: list[float] = []
+
+    async def ask_on() -> None:
+        while True:
+            started = time.monotonic()
+            assert (await client.get("/health/live")).status_code == 200
+            seconds.append(time.monotonic() - started)
+            await asyncio.sleep(0.002)
+
+    asking = asyncio.create_task(ask_on())
+    try:
+        yield seconds
+    finally:
+        asking.cancel()
 
 
 async def crowd(

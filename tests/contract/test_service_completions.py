@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from teacher_service.scripted_model import scripted_logits
+from tests.chaos.crowd import lag_of
 from tests.teacher_process import TeacherProcess
 
 VOCAB = 512
@@ -181,3 +183,22 @@ def test_the_answer_is_what_vllms_own_models_read(teacher: TeacherProcess) -> No
         listed = read.choices[0].prompt_logprobs
         assert listed is not None and listed[0] is None and listed[1] is not None
         assert all(isinstance(token, int) for token in listed[1])
+
+
+async def test_a_long_text_is_not_tokenised_on_the_event_loop(lettered: TeacherProcess) -> None:
+    text = "".join(f"w{number % 977} " for number in range(200_000))
+    async with (
+        httpx.AsyncClient(base_url=lettered.url, timeout=60) as client,
+        httpx.AsyncClient(base_url=lettered.url, timeout=60) as prober,
+    ):
+        await client.post("/v1/completions", json={"prompt": "short", "max_tokens": 0})
+        started = time.monotonic()
+        async with lag_of(prober) as lags:
+            fields = {"prompt": text, "max_tokens": 0, "prompt_logprobs": 256}
+            answer = await client.post("/v1/completions", json=fields)
+        took = time.monotonic() - started
+    assert answer.status_code == 422 and answer.json()["field"].startswith("prompt")
+    print(f"{took:.2f} s for {len(text)} bytes of text; the loop answered others {len(lags)} times, within "
+          f"{1000 * max(lags):.0f} ms")  # fmt: skip
+    # On the loop there would be one pause that is nearly all of the time.
+    assert len(lags) >= 5 and max(lags) < max(0.05, 0.4 * took)

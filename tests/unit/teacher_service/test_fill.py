@@ -133,7 +133,7 @@ def test_text_goes_through_the_models_tokenizer(tiny_llama: Path, tmp_path: Path
     (tmp_path / "a.txt").write_text("one line\n\nanother line\r\n")
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "one line"}))
     got = [piece.tokens_T.tolist() for piece in read_pieces(find_files(tmp_path), text, Cutting(100, 512))]
-    assert got == [text.encode(line, True) for line in ("one line", "another line", "one line")]
+    assert got == text.encode(["one line", "another line", "one line"], True)
 
 
 @pytest.mark.parametrize(
