@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from student_trainer.checkpoint_files import Snapshot
 from student_trainer.data.loader import BatchSource
+from student_trainer.device import choose_device, use_device
 from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.rows import TeacherHead
 from student_trainer.ranks import ALONE, Ranks
@@ -62,7 +63,10 @@ def build_parts(
     settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
 ) -> Parts:
     """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
-    device = _device(settings, ranks)
+    device = choose_device(settings.run, ranks.local)
+    use_device(device)
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
     tokenizer = load_tokenizer(settings)
     source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
     stack.callback(source.close)
@@ -102,19 +106,3 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
-
-
-def _device(settings: Settings, ranks: Ranks) -> torch.device:
-    name = settings.run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not ranks.alone:
-        name = f"cuda:{ranks.local}"
-    if settings.run.threads is not None:
-        torch.set_num_threads(settings.run.threads)
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"run.device is {settings.run.device}, but torch finds no CUDA device here")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"run.device={name}: auto, cpu, cuda or cuda:N is expected") from None

@@ -23,7 +23,8 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {"torch.cpu": torch.get_rng_state(), "numpy.keys": torch.from_numpy(np.array(keys, np.int64))}
     if torch.cuda.is_available():
-        tensors |= {f"torch.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        # Only this process's own device: asking another one's state would take memory on it.
+        tensors[f"torch.cuda.{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
     plain = {
         "python": [version, list(internal), gauss],
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
@@ -39,6 +40,6 @@ def restore(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     np.random.set_state((kind, tensors["numpy.keys"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(tensors["torch.cpu"])
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if (state := tensors.get(f"torch.cuda.{index}")) is not None:
-                torch.cuda.set_rng_state(state, index)
+        state = tensors.get(f"torch.cuda.{torch.cuda.current_device()}")
+        if state is not None:
+            torch.cuda.set_rng_state(state)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from student_trainer.device import choose_device, use_device
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
 from teacher_proto.errors import TeacherUnavailableError
@@ -28,7 +29,7 @@ from teacher_proto.errors import TeacherUnavailableError
 # Beyond what a rank may wait for its teacher: the others wait for it all that time.
 PATIENCE_S = 600.0
 FINE, STOPPED, NO_TEACHER, FAILED = range(4)
-# What gloo says when the other side died; it has no class of its own for that.
+# What gloo says when the other side died; it has no class of its own for that. NCCL's errors are `DistError`s.
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|Broken pipe|Timed out waiting")
 
 
@@ -63,7 +64,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.alone or not _LOST.search(str(error)):
+            if self.alone or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
                 raise
             raise _gone(error) from error
 
@@ -160,11 +161,13 @@ def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
         return ALONE
     if "RANK" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {world}, but RANK is not set: start several ranks with torchrun")
-    on_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(settings.run, local)
+    use_device(device)
     dist.init_process_group(
         # Counts and flags travel by gloo in both cases, so that no GPU waits for them.
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=settings.teacher.give_up_after_s + PATIENCE_S),
     )
     stack.callback(dist.destroy_process_group)
-    return Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", 0)))
+    return Ranks(dist.get_rank(), world, local)
