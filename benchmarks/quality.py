@@ -92,7 +92,7 @@ def common(options: argparse.Namespace, student: Path, seed: int, url: str) -> l
         "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={options.seq_len}",
         f"data.held_out_rows={options.held_out_rows}", f"run.root={ROOT}", f"run.seed={seed}",
         f"run.steps={options.steps}", f"student.checkpoint_path={student}", f"teacher.url={url}", "teacher.top_k=64",
-        "student.compute=bfloat16", f"optim.learning_rate={options.learning_rate}", "optim.weight_decay=0.01",
+        f"optim.learning_rate={options.learning_rate}", "optim.weight_decay=0.01",
         f"optim.schedule.warmup_steps={max(1, options.steps // 8)}", f"evaluation.every={options.steps}",
         "evaluation.kl=full", "checkpoint.every=0", "logging.wandb=off", "logging.progress=off",
     ]  # fmt: skip

@@ -72,8 +72,8 @@ class Workshop:
 
     def settings(self, root: Path, *overrides: str, url: str | None = None) -> list[str]:
         lines = [
-            f"student.checkpoint_path={self.student}", f"run.root={root}", "run.id=run", "run.steps=12",
-            "run.threads=1", "data.seq_len=48", "data.rows=4", "data.held_out_rows=3", "data.workers=1",
+            f"student.checkpoint_path={self.student}", "student.compute=float32", f"run.root={root}", "run.id=run",
+            "run.steps=12", "run.threads=1", "data.seq_len=48", "data.rows=4", "data.held_out_rows=3", "data.workers=1",
             f"data.cache_folder={self.folder / 'cache'}", "teacher.top_k=16", "evaluation.every=0",
             "checkpoint.every=4", "logging.wandb=off", "logging.progress=off", "optim.learning_rate=3e-3",
         ]  # fmt: skip

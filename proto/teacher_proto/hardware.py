@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # What keeps oneDNN from the instructions for bfloat16: its names for the CPUs that lack them.
 _ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _ISA_WITHOUT_FP16 = (*_ISA_WITHOUT_BF16, "AVX512_CORE_BF16", "AVX512_CORE_AMX")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The product that is timed: [rows, width] by [width, width]. In float32 a tenth of a millisecond or less.
 _ROWS, _WIDTH = 64, 256
 _REPEATS = 5
@@ -44,6 +45,26 @@ def auto_dtype(device: str | torch.device, own: torch.dtype | None = None) -> to
 
     wanted = torch.bfloat16 if own is None else own
     return wanted if _computes(wanted, torch.device(device)) else torch.float32
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, None for "auto". ValueError for a name that is neither."""
+    import torch
+
+    if name == "auto":
+        return None
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def choose_dtype(name: str, device: str | torch.device, own: str) -> torch.dtype:
+    """What a checkpoint of dtype `own` is computed in: the dtype of that name, or what "auto" means on `device`.
+
+    ValueError for a name that is no dtype's; a checkpoint of a dtype that nothing computes in is no error.
+    """
+    return parse_dtype(name) or auto_dtype(device, parse_dtype(own if own in _DTYPES else "auto"))
 
 
 def emulation_warning(dtype: torch.dtype, device: str | torch.device) -> str | None:

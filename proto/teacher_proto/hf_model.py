@@ -7,6 +7,7 @@ own head.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 
+from teacher_proto.hardware import choose_dtype, emulation_warning
 from teacher_proto.head import HeadScaling, scaling_of
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import ModelFolder, hash_files, identify
@@ -23,18 +25,24 @@ from teacher_proto.reduction import sample_key
 from teacher_proto.requests import Limits, Wanted
 from teacher_proto.slices import Slice, reduce_slices
 
+log = logging.getLogger(__name__)
 _DEFAULT_MAX_LENGTH = 2048
 _PROBE_LENGTH = 16
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
 
 
 class HfModel:
-    """The model on its device. ValueError where its logits are not its last hidden states through a known head."""
+    """The model on its device, in `dtype`, where "auto" is the checkpoint's own if the device computes in it, else
+    float32. ValueError where its logits are not its last hidden states through a known head.
+    """
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str):
         self._folder = folder
         self.device = torch.device(pick_device(device))
-        model = _load(folder, _dtype(dtype, self.device)).to(self.device)
+        chosen = choose_dtype(dtype, self.device, folder.dtype)
+        if warning := emulation_warning(chosen, self.device):
+            log.warning("%s: %s", folder.name, warning)
+        model = _load(folder, chosen).to(self.device)
         self._model = model
         self._body = model.base_model
         self._head = model.get_output_embeddings()
@@ -139,7 +147,7 @@ def padded(sequences: Sequence[np.ndarray], device: torch.device) -> dict[str, t
     return {"input_ids": ids_BT.to(device), "attention_mask": mask}
 
 
-def _load(folder: ModelFolder, dtype: torch.dtype | str) -> Any:
+def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """ValueError with the first line of what transformers says."""
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
@@ -154,12 +162,3 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
-    return dtype

@@ -28,6 +28,7 @@ from teacher_proto.identity import (
 
 _HASH_THREADS = 8
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -41,8 +42,23 @@ class ModelFolder:
     config: dict[str, Any]
 
     @property
+    def dtype(self) -> str:
+        """What the weights were saved in: by config.json, or else by the first tensor of the first file."""
+        text = self.config.get("text_config") or self.config
+        named = text.get("dtype") or text.get("torch_dtype") or self.config.get("dtype")
+        return str(named) if named else _first_dtype(self.weight_files[0])
+
+    @property
     def weight_files(self) -> list[Path]:
         return sorted(self.path.glob("*.safetensors"))
+
+
+def _first_dtype(path: Path) -> str:
+    """Of the first tensor in a safetensors file: its header is JSON, behind its length in 8 bytes."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    first = next(entry["dtype"] for name, entry in header.items() if name != "__metadata__")
+    return _DTYPE_NAMES.get(first, first)
 
 
 def find_model(model: str, *, revision: str | None = None, name: str | None = None) -> ModelFolder:

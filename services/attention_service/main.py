@@ -3,8 +3,9 @@
     stillhouse-attention HuggingFaceTB/SmolLM2-135M-Instruct --port 8001
     stillhouse-attention MODEL --beside http://localhost:8000 --layer 20
 
-On stdout comes one line, when requests can be answered: `stillhouse-attention: ready at URL, MODEL, FINGERPRINT`.
-Logs go to stderr. Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
+On stdout comes one line, when requests can be answered:
+`stillhouse-attention: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.
+Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
 """
 
 from __future__ import annotations

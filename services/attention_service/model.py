@@ -6,35 +6,43 @@ Weights of higher layers and the head are never read; a pass ends in the highest
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from attention_service.answers import make_answer
 from attention_service.job import Job
 from attention_service.tap import Attended, Tap
 from teacher_proto.attention import AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.hardware import choose_dtype, emulation_warning
 from teacher_proto.hf_model import padded, pick_device
 from teacher_proto.model_files import ModelFolder
 
+log = logging.getLogger(__name__)
 # Decoders whose attention is held against transformers' own maps in the tests.
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 class AttentionModel:
-    """The lower layers on their device. ValueError for an architecture that isn't one of MODEL_TYPES."""
+    """The lower layers on their device, in `dtype` as `HfModel` reads it. ValueError for an architecture that isn't one
+    of MODEL_TYPES.
+    """
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str, highest_layer: Callable[[int], int]):
         config = _config(folder)
         self.num_layers: int = config.num_hidden_layers
         self.max_layer = highest_layer(self.num_layers)
         self.device = torch.device(pick_device(device))
-        self._model = _load(folder, _cut(config, self.max_layer), _dtype(dtype)).to(self.device)
+        chosen = choose_dtype(dtype, self.device, folder.dtype)
+        if warning := emulation_warning(chosen, self.device):
+            log.warning("%s: %s", folder.name, warning)
+        self._model = _load(folder, _cut(config, self.max_layer), chosen).to(self.device)
         self._tap = Tap(self._model)
         self.dtype: torch.dtype = self._model.dtype
         self.attention: str = self._model.config._attn_implementation
@@ -99,11 +107,11 @@ def _cut(config: Any, max_layer: int) -> Any:
     return cut
 
 
-def _load(folder: ModelFolder, config: Any, dtype: torch.dtype | str) -> Any:
+def _load(folder: ModelFolder, config: Any, dtype: torch.dtype) -> Any:
     """ValueError with the first line of what transformers says, or where the files lack a weight."""
     # It would list the weights above the cut as unexpected.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModel.from_pretrained(
             folder.path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
@@ -118,10 +126,3 @@ def _load(folder: ModelFolder, config: Any, dtype: torch.dtype | str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _dtype(name: str) -> torch.dtype | str:
-    dtype = getattr(torch, name, None)
-    if name != "auto" and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
-    return "auto" if dtype is None else dtype

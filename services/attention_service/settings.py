@@ -27,7 +27,9 @@ class AttentionSettings(ServiceSettings):
         description=f"highest layer that is loaded and served: an index from 0, a fraction, or {'|'.join(LAYER_NAMES)}",
     )
     dtype: str = Field(
-        "auto", description="dtype of the weights: bfloat16, float16, float32; auto: the teacher's, or the checkpoint's"
+        "auto",
+        description="dtype of the weights: bfloat16, float16, float32; auto: the teacher's beside it, or the "
+        "checkpoint's own where the hardware computes in it, else float32",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU where there is one")
     beside: str | None = Field(

@@ -55,7 +55,8 @@ async def _serve(
         identity = service.engine.identity
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
-        print(f"{settings.program}: ready at {url}, {identity.semantic.model}, {identity.fingerprint}", flush=True)
+        about = f"{identity.semantic.model}, {identity.fingerprint} in {identity.semantic.dtype}"
+        print(f"{settings.program}: ready at {url}, {about}", flush=True)
 
     code = await process.run(make_app(service), listener, tls=context, watched=watched, on_ready=announce)
     if process.left_while_starting:

@@ -26,7 +26,11 @@ class ServiceSettings(BaseSettings):
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
     revision: str | None = Field(None, description="revision of a hub model, a commit for choice")
     name: str | None = Field(None, description="name to serve the model under, instead of its folder's or hub's")
-    dtype: str = Field("auto", description="dtype of the weights: auto, bfloat16, float16 or float32")
+    dtype: str = Field(
+        "auto",
+        description="dtype of the weights: bfloat16, float16, float32; auto: the checkpoint's own where the hardware "
+        "computes in it, else float32",
+    )
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; the model's own limit if not given")
     keys: Path | None = Field(None, description="file with a line a student: NAME KEY, or NAME sha256:HEX")
     capacity: int = Field(2**26, ge=1, description="tokens x (K + 1) that may be in the house, waiting ones included")

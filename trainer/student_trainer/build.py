@@ -22,6 +22,7 @@ from student_trainer.data.classification import class_words, one_set_of_words
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
+from student_trainer.device import choose_device
 from student_trainer.evaluate import Evaluator, fetch_held_out
 from student_trainer.logs import RunLog, forget_after
 from student_trainer.loop import Place, Run
@@ -38,6 +39,7 @@ from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, 
 from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
+from student_trainer.students.compute import as_begun, name_compute
 from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import WholeStudent, shard
 from student_trainer.students.student import Student
@@ -60,6 +62,9 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     folder = _folder(settings, ranks)
     remote = RemoteCheckpoints(settings.checkpoint, folder.id) if settings.checkpoint.url else None
     snapshot = _earlier(settings, folder, ranks, remote)
+    if snapshot is not None:
+        settings = as_begun(settings, snapshot.state["settings"])
+    settings = name_compute(settings, choose_device(settings.run, ranks.local), ranks)
     thread = stack.enter_context(EventThread())
     parts = build_parts(settings, thread, stack, snapshot, ranks)
     identity = student_identity(parts.student.model, parts.tokenizer)
@@ -134,7 +139,7 @@ def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks, remote: Remote
             "they share"
         )
     if snapshot is not None:
-        check_changes(snapshot.state["settings"], settings)
+        check_changes(snapshot.state["settings"], as_begun(settings, snapshot.state["settings"]))
     elif settings.run.resume == "require":
         raise ValueError(f"{folder.checkpoints} holds no checkpoint, and run.resume is require")
     return snapshot

@@ -60,7 +60,8 @@ def _teacher(parts: Parts) -> Iterator[tuple[str, str]]:
 def _student(parts: Parts) -> Iterator[tuple[str, str]]:
     student = parts.student
     count = sum(parameter.numel() for parameter in student.model.parameters())
-    yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, on {student.device}"
+    dtype = str(student.compute).removeprefix("torch.")
+    yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, in {dtype} on {student.device}"
     if parts.teacher is not None:
         shared, ours, theirs = student.shared_vocab, student.vocab_size, parts.teacher.card.vocab_size
         yield "vocabulary", f"{shared or ours:,} ids in common; student {ours:,}, teacher {theirs:,}; same tokenizer"

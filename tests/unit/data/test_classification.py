@@ -69,8 +69,8 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
         "data.held_out_rows=64",
         'data.sources.examples.template="{text}"', "data.sources.examples.labels={bad: N, good: P}",
         "data.sources.examples.held_out_fraction=0.2", f"data.cache_folder={tmp_path / 'cache'}", "data.workers=1",
-        f"student.checkpoint_path={student}", f"run.root={tmp_path}", "run.id=run", "run.threads=1",
-        "logging.wandb=off", "logging.progress=off", "optim.learning_rate=1e-2", *more,
+        f"student.checkpoint_path={student}", "student.compute=float32", f"run.root={tmp_path}", "run.id=run",
+        "run.threads=1", "logging.wandb=off", "logging.progress=off", "optim.learning_rate=1e-2", *more,
     ]  # fmt: skip
 
 
@@ -103,7 +103,8 @@ def test_the_teacher_is_heard_on_the_words_of_the_classes(tmp_path: Path) -> Non
     assert len(asked) == 16 and all(ids_RG.tolist() == [words] for ids_RG in asked)
     line = lines_of(tmp_path / "run")[0]
     assert line["tokens"] == 16 and line["weighted/label_kl"] == pytest.approx(10 * line["loss/label_kl"])
-    student = load_student(StudentSettings(checkpoint_path=str(tmp_path / "student")), torch.device("cpu"))
+    settings = StudentSettings(checkpoint_path=str(tmp_path / "student"), compute="float32")
+    student = load_student(settings, torch.device("cpu"))
     values = []
     for tokens_T, targets_of_one in zip(tokens_of(tmp_path), answer.documents, strict=True):
         with torch.no_grad():

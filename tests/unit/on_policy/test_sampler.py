@@ -22,7 +22,7 @@ SEEDS = [11, 12, 13]
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     folder = save_tiny_llama(tmp_path_factory.mktemp("student"), attention_dropout=0.5)
-    return load_causal(StudentSettings(checkpoint_path=str(folder)), torch.device("cpu"))
+    return load_causal(StudentSettings(checkpoint_path=str(folder), compute="float32"), torch.device("cpu"))
 
 
 def dense(student: Student, prompt: np.ndarray, seed: int | None, new_tokens: int, ends: set[int]) -> Sample:

@@ -75,7 +75,7 @@ def test_every_term_acts_and_has_its_figures(workshop: Workshop, beside: StatesH
 
 
 def test_the_term_can_be_learnt(workshop: Workshop, teacher: StatesHere) -> None:
-    student = load_student(StudentSettings(checkpoint_path=str(workshop.student)), CPU)
+    student = load_student(StudentSettings(checkpoint_path=str(workshop.student), compute="float32"), CPU)
     student.attention = AttentionTerm.of(AttentionSettings(coefficient=1.0, relation_heads=R), student.model)
     micro = micro_of(*packed(teacher, [20, 25], [40]))
     terms = (Term("cross_entropy", "cross_entropy", 0.0), Term("attention", "attention_relations", 1e4))
@@ -144,7 +144,7 @@ def micro_of(batch: Batch, attention: tuple[AttentionTargets, ...]) -> MicroBatc
 def test_value_is_the_formula_of_each_label_s_document_and_gradients_add(
     workshop: Workshop, teacher: StatesHere
 ) -> None:
-    student = load_student(StudentSettings(checkpoint_path=str(workshop.student)), CPU)
+    student = load_student(StudentSettings(checkpoint_path=str(workshop.student), compute="float32"), CPU)
     student.attention = AttentionTerm.of(AttentionSettings(coefficient=2.0, relation_heads=R), student.model)
     batch, attention = packed(teacher, [9, 14, 1], [20])
     micro = micro_of(batch, attention)
@@ -196,7 +196,7 @@ def _dense(student: QKV, document: Any, targets: AttentionTargets, length: int) 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
     same = StatesHere(save_tiny_llama(tmp_path / "same", num_hidden_layers=1), layer=0)
-    student = load_student(StudentSettings(checkpoint_path=str(tmp_path / "same")), CPU)
+    student = load_student(StudentSettings(checkpoint_path=str(tmp_path / "same"), compute="float32"), CPU)
     student.attention = AttentionTerm.of(AttentionSettings(coefficient=1.0, relation_heads=R), student.model)
     loss = student.loss(
         micro_of(*packed(same, [12, 30])),
@@ -216,7 +216,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path: Path) -> N
     ],
 )
 def test_what_the_student_has_not_is_refused(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
-    student = load_student(StudentSettings(checkpoint_path=str(workshop.student)), CPU)
+    student = load_student(StudentSettings(checkpoint_path=str(workshop.student), compute="float32"), CPU)
     with pytest.raises(ValueError, match=message):
         AttentionTerm.of(AttentionSettings(coefficient=1.0, **changes), student.model)
 

@@ -37,7 +37,11 @@ class StudentSettings(Section):
     )
     revision: str | None = Field(None, description="hub revision; a commit keeps a run repeatable")
     tokenizer: str | None = Field(None, description="folder or hub name of its tokenizer; null: checkpoint_path")
-    compute: Literal["float32", "bfloat16"] = Field("float32", description="autocast dtype; parameters stay float32")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="autocast dtype, parameters stay float32; auto: bfloat16 where the hardware computes in it, else "
+        "float32, and what a resumed run began with",
+    )
     attention: Literal["auto", "sdpa", "flex"] = Field("auto", description="auto: flex on a GPU, sdpa elsewhere")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile each layer; on a CPU it takes a C++ compiler")

@@ -17,7 +17,7 @@ class OneTeacher(Section):
     model: str = Field("", description="local: folder or hub name of a Hugging Face causal language model")
     revision: str | None = Field(None, description="local: hub revision; a commit keeps a run repeatable")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="local: auto is float32 on a CPU, else the checkpoint's own"
+        "auto", description="local: auto is the checkpoint's own where the hardware computes in it, else float32"
     )
     device: str = Field("auto", description="local: auto, cpu, cuda or cuda:N")
     max_batch_tokens: int = Field(4096, ge=1, description="local: tokens of a forward pass, padding included")

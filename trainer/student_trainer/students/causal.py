@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from student_trainer.settings import StudentSettings
 from student_trainer.students.attention_mask import block_mask, dense_mask
+from student_trainer.students.compute import compute_dtype
 from student_trainer.students.lora import add_lora
 from student_trainer.students.student import Student
 
@@ -83,7 +84,7 @@ def wrap_causal(model: Any, attention: str, settings: StudentSettings) -> Studen
         body=CausalBody(model.get_decoder(), attention, _reach(model.config)),
         head_module=model.get_output_embeddings(),
         head_constants=_head_constants(model.config),
-        compute=getattr(torch, settings.compute),
+        compute=compute_dtype(settings.compute, model.device),
     )
     model.train()
     check_head(student)
