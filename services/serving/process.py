@@ -21,6 +21,7 @@ from typing import NoReturn, Protocol
 import structlog
 from starlette.types import ASGIApp
 
+from serving.connections import Deadlines
 from serving.http_server import Server
 from serving.reload import Watched, keep_loaded
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
@@ -58,8 +59,9 @@ class Backend(Protocol):
 class Process:
     """Runs one backend behind one listener until a signal or a death."""
 
-    def __init__(self, backend: Backend, drain_s: float):
+    def __init__(self, backend: Backend, drain_s: float, deadlines: Deadlines | None = None):
         self._backend = backend
+        self._deadlines = deadlines
         self._drain_s = drain_s
         self._signals = 0
         self._signalled = asyncio.Event()
@@ -76,7 +78,7 @@ class Process:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        self._server = server = Server(app, listener, tls)
+        self._server = server = Server(app, listener, tls, self._deadlines)
         serving = asyncio.create_task(server.serve())
         watching = asyncio.create_task(keep_loaded(watched))
         try:

@@ -38,12 +38,12 @@ async def keep_loaded(watched: Sequence[Watched]) -> None:
                 log.error("not reloaded, the old one stays", what=one.name, reason=str(error))
 
 
-def _stamps(paths: Sequence[Path]) -> list[tuple[int, int, int] | None]:
-    stamps: list[tuple[int, int, int] | None] = []
+def _stamps(paths: Sequence[Path]) -> list[tuple[int, ...] | None]:
+    stamps: list[tuple[int, ...] | None] = []
     for path in paths:
         try:
             stat = path.stat()
-            stamps.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
+            stamps.append((stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns))
         except OSError:
             stamps.append(None)
     return stamps

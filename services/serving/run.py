@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import uvloop
 from starlette.types import ASGIApp
 
+from serving.connections import Deadlines
 from serving.http_server import bind
 from serving.keys import Keys
 from serving.logs import set_up_logs
@@ -42,7 +43,7 @@ async def _serve(
     make_service: Callable[[Keys], ServiceT], make_app: Callable[[ServiceT], ASGIApp],
 ) -> int:  # fmt: skip
     service = make_service(keys)
-    process = Process(service, settings.drain_time)
+    process = Process(service, settings.drain_time, Deadlines(stall_s=settings.stall_timeout))
     service.on_death = process.died
     context, watched = None, []
     if keys.path is not None:

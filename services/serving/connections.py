@@ -1,0 +1,206 @@
+"""One HTTP connection and how long it may live in each of its states: uvicorn's protocol with what it lacks.
+
+`http_server.py` makes one for each client and asks every half second which are `overdue`: by what a connection is,
+not by what happened to it, so that no order of bytes leaves one behind. Whoever has shown no key is given little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import socket
+import struct
+import termios
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from teacher_proto.errors import MalformedError
+
+MAX_HEADER_BYTES = 32 * 1024
+# Requests that came before the one in hand was answered; each takes some kilobytes, and its bytes may be 18.
+MAX_PIPELINED = 16
+MAX_KEYLESS = 512
+# Around a body: chunk sizes, their extensions, trailers. Chunks of one byte have 5 around it.
+_AROUND_BODY = 8
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds. `stall_s`: a reader with a key that takes nothing. Without a key: `keyless_idle_s` between requests,
+    `keyless_life_s` in all, and `broken_s` for a reader that takes nothing, as for any whose answer was broken off."""
+
+    header_s: float = 8.0
+    linger_s: float = 2.0
+    keep_alive_s: float = 75.0
+    stall_s: float = 60.0
+    keyless_idle_s: float = 8.0
+    keyless_life_s: float = 20.0
+    broken_s: float = 3.0
+
+
+class Keyless:
+    """The connections that have shown no key, oldest first. Beyond `limit` the oldest that asks nothing goes."""
+
+    def __init__(self, limit: int = MAX_KEYLESS):
+        self._limit = limit
+        self._connections: OrderedDict[Connection, None] = OrderedDict()
+
+    def add(self, connection: Connection) -> None:
+        self._connections[connection] = None
+        if len(self._connections) > self._limit:
+            oldest = next((one for one in self._connections if not one.answering), None)
+            if oldest is not None:
+                self.discard(oldest)
+                oldest.end_at_once()
+
+    def discard(self, connection: Connection) -> None:
+        self._connections.pop(connection, None)
+
+
+class Connection(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(
+        self, config: Config, state: ServerState, app_state: dict[str, Any], deadlines: Deadlines, keyless: Keyless
+    ):
+        super().__init__(config, state, app_state)
+        self._deadlines = deadlines
+        self._keyless_ones = keyless
+        self._keyed = False
+        self._opened = self._since = self.loop.time()
+        self._in_headers = True
+        # Of the message in hand: bytes that came, and of them its body.
+        self._came = self._body_came = 0
+        self._unsent: tuple[int, float] | None = None
+
+    @property
+    def answering(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def overdue(self, now: float) -> Literal["close", "reset"] | None:
+        """What is to be done with this connection by now: nothing, a close that lets it read what is on its way, or an
+        end at once."""
+        if not self.answering or self.transport.is_closing() or self.flow.write_paused:
+            if self._stalls(now):
+                return "reset"
+            if self.transport.is_closing():
+                return None
+        else:
+            self._unsent = None
+        if self.answering:
+            return None  # the body has its deadline in `bodies.py`, the work none
+        limits, waited = self._deadlines, now - self._since
+        if not self._keyed and now - self._opened > limits.keyless_life_s:
+            return "close"
+        if not self._in_headers:
+            allowed = limits.linger_s
+        elif self._came or self.cycle is None:
+            allowed = limits.header_s
+        else:
+            allowed = limits.keep_alive_s if self._keyed else limits.keyless_idle_s
+        return "close" if waited > allowed else None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._keyless_ones.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keyless_ones.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_headers and not self._came:
+            self._since = self.loop.time()
+        self._came += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._in_headers and self._came > MAX_HEADER_BYTES:
+            self.send_400_response(f"the headers are longer than {MAX_HEADER_BYTES} bytes")
+        elif self._came > 2 * MAX_HEADER_BYTES + (1 + _AROUND_BODY) * self._body_came:
+            self.send_400_response(
+                f"{self._came - self._body_came} bytes came around the {self._body_came} of the body: chunks, trailers"
+            )
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers are passed over: the request's headers have been acted on.
+        if self._in_headers:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.end_at_once()
+            raise ValueError("too many requests before an answer")  # ends the parser's work on what has come
+
+    def on_body(self, body: bytes) -> None:
+        self._body_came += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_headers = True
+        self._came = self._body_came = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        now = self._since = self.loop.time()
+        if not self._keyed and self.cycle.scope["state"].get("student"):
+            self._keyed = True
+            self._keyless_ones.discard(self)
+        if not self._keyed and now - self._opened > self._deadlines.keyless_life_s:
+            self.transport.close()
+        super().on_response_complete()
+        # uvicorn's own timer starts anew with each request, whoever asks.
+        self._unset_keepalive_if_required()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP, answered as our other errors are; in the midst of an answer only the end is left to say."""
+        if self.transport.is_closing():
+            return
+        if self.pipeline or (self.answering and self.cycle.response_started):
+            self.end_at_once()
+            return
+        body = json.dumps(MalformedError(msg, field="request").to_json()).encode()
+        head = STATUS_LINE[400] + b"content-type: application/json\r\nconnection: close\r\ncontent-length: "
+        self.transport.write(head + str(len(body)).encode() + b"\r\n\r\n" + body)
+        self.transport.close()
+
+    def end_at_once(self) -> None:
+        """With a reset: what the peer has not taken is dropped, by the kernel, too, which would keep it for minutes."""
+        if (number := _descriptor(self.transport)) is not None:
+            borrowed = socket.socket(fileno=number)
+            borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            borrowed.detach()
+        self.transport.abort()
+
+    def _stalls(self, now: float) -> bool:
+        """Whether the reader has taken nothing for too long."""
+        unsent = self.transport.get_write_buffer_size() + _in_kernel(self.transport)
+        if not unsent or self._unsent is None or unsent < self._unsent[0]:
+            self._unsent = unsent, now
+        broken = self.transport.is_closing() and self.answering
+        patience = self._deadlines.stall_s if self._keyed and not broken else self._deadlines.broken_s
+        return now - self._unsent[1] > patience
+
+
+def _in_kernel(transport: asyncio.Transport) -> int:
+    """Bytes that the kernel has and the peer has not acknowledged."""
+    number = _descriptor(transport)
+    return 0 if number is None else int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
+
+
+def _descriptor(transport: asyncio.Transport) -> int | None:
+    """Of its socket, None once that is closed."""
+    connected = transport.get_extra_info("socket")
+    number = -1 if connected is None else connected.fileno()
+    return number if number >= 0 else None
