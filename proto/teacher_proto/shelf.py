@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacher_proto.shelf_check import PAGE, TABLES, check, open_to_read
+from teacher_proto.shelf_check import PAGE, TABLES, open_to_read
+from teacher_proto.shelf_users import Users, make_sure
 
 if TYPE_CHECKING:
     import lmdb
@@ -27,6 +29,7 @@ _ROW_BYTES = 400
 _FILL = 0.8
 _ROOM_TRIES = 4
 _TRIM_STEP = 64
+_RESIZE_WITHIN_S = 30.0
 _USAGE = struct.Struct(">QQ")
 _TICK = struct.Struct(">Q")
 
@@ -35,11 +38,16 @@ class DamagedError(Exception):
     """LMDB met a page that is not what it was. The next start looks at the whole file."""
 
 
+class BusyError(OSError):
+    """The file can't be read just now, though nothing is wrong with it."""
+
+
 class Shelf:
     """An open LMDB environment. `max_bytes` bounds its file, unless that is larger already.
 
     ValueError where there is none that can be used.
-    A damaged file is put aside for an empty one, and said so loudly; with `readonly` it is a ValueError.
+    A damaged file is put aside for an empty one, and said so loudly; with `readonly`, or while another process has it
+    open, it is a ValueError. UncheckedError where the file could not be looked at.
     """
 
     def __init__(self, path: Path, max_bytes: int, readonly: bool):
@@ -52,30 +60,66 @@ class Shelf:
             raise ValueError("the target store needs the package lmdb: pip install 'stillhouse[service]'") from None
         if readonly and not (path / "data.mdb").exists():
             raise ValueError(f"there is no target store at {path}: `stillhouse-teacher fill` makes one")
-        if fault := check(path):
-            if readonly:
-                raise ValueError(f"the target store at {path} is damaged: {fault}")
-            _set_aside(path, fault)
+        self._gate, self._inside = threading.Condition(), 0
+        self._users = Users(path, readonly)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.env = open_to_read(path) if readonly else _open(path, max_bytes)
-            self.records, self.usage, self.order, self.meta, self.teachers = _tables(self.env, path, readonly)
-            if not readonly:
-                self.env.reader_check()
-                self._trim()
-        except (lmdb.Error, OSError) as error:
-            raise ValueError(f"{path} can't be opened as a target store: {error}") from None
+            make_sure(path, readonly, self._users)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self.env = open_to_read(path) if readonly else _open(path, max_bytes)
+                self.records, self.usage, self.order, self.meta, self.teachers = _tables(self.env, path, readonly)
+                if not readonly:
+                    self.env.reader_check()
+                    self._trim()
+            except (lmdb.Error, OSError) as error:
+                raise ValueError(f"{path} can't be opened as a target store: {error}") from None
+        except BaseException:
+            self._users.close()
+            raise
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:
-        """A view of one moment; the buffers that it hands out end with it. DamagedError from anywhere inside."""
+        """A view of one moment; the buffers that it hands out end with it. DamagedError from anywhere inside, BusyError
+        where too many read.
+        """
         import lmdb
 
         try:
-            with self.env.begin(buffers=True) as txn:
-                yield Reading(self, txn)
+            txn = self._begin_reading()
+            try:
+                with txn:
+                    yield Reading(self, txn)
+            finally:
+                self._leave()
+        except lmdb.ReadersFullError as error:
+            raise BusyError(f"{self.path}: {error}") from error
         except lmdb.Error as error:
             raise DamagedError(f"{self.path}: {error}") from error
+
+    def _begin_reading(self) -> lmdb.Transaction:
+        """Sees as much of the file as there is: another process may have let it grow beyond our map of it."""
+        import lmdb
+
+        with self._gate:
+            while True:
+                try:
+                    txn = self.env.begin(buffers=True)
+                except lmdb.MapResizedError:
+                    self._enlarge()
+                else:
+                    self._inside += 1
+                    return txn
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            self._gate.notify_all()
+
+    def _enlarge(self) -> None:
+        """Map the file anew, as large as it is now, once no transaction of ours is open. Called with the gate held."""
+        if not self._gate.wait_for(lambda: self._inside == 0, _RESIZE_WITHIN_S):
+            raise BusyError(f"{self.path} has grown, and is being read all the time: it can't be mapped anew")
+        self.env.set_mapsize(0)
 
     def update(self, change: Callable[[Writing], None]) -> None:
         """Run `change` in one transaction and commit it. It runs again, after making room, where the file is full.
@@ -85,6 +129,9 @@ class Shelf:
         import lmdb
 
         for attempt in range(_ROOM_TRIES):
+            grown = False
+            with self._gate:
+                self._inside += 1
             try:
                 with self.env.begin(write=True, buffers=True) as txn:
                     writing = Writing(self, txn)
@@ -96,12 +143,20 @@ class Shelf:
                 return
             except lmdb.MapFullError:
                 self.env.reader_check()
+            except lmdb.MapResizedError:
+                grown = True
             except lmdb.Error as error:
                 raise DamagedError(f"{self.path}: {error}") from error
+            finally:
+                self._leave()
+            if grown:
+                with self._gate:
+                    self._enlarge()
         raise OSError(f"the target store at {self.path} is full at {self.max_bytes} bytes, and its pages are in use")
 
     def close(self) -> None:
         self.env.close()
+        self._users.close()
 
     def _trim(self) -> None:
         """Keep to a limit that is lower than the last one, in steps that need little room themselves."""
@@ -235,11 +290,3 @@ def _tables(env: lmdb.Environment, path: Path, readonly: bool) -> list[lmdb._Dat
         elif found != FORMAT:
             raise ValueError(f"{path} holds {(found or b'nothing').decode()!r}, {FORMAT.decode()!r} was expected")
     return tables
-
-
-def _set_aside(path: Path, reason: str) -> None:
-    data = path / "data.mdb"
-    aside = next(p for i in range(1000) if not (p := path / f"data.mdb.damaged-{i}").exists())
-    data.rename(aside)
-    (path / "lock.mdb").unlink(missing_ok=True)
-    log.error("the target store at %s is damaged (%s): put aside as %s, starting an empty one", path, reason, aside)

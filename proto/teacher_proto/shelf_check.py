@@ -2,10 +2,13 @@
 
 `check(path)` runs `python -m teacher_proto.shelf_check PATH`, which walks every table. `shelf.py` asks before it opens
 a file: whatever a disk did to its pages then costs a start with an empty store, not a teacher that dies at each start.
+Others may write meanwhile. Damage is only what the walk itself finds; a check that could not be made says nothing.
 """
 
 from __future__ import annotations
 
+import mmap
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,30 +19,48 @@ if TYPE_CHECKING:
 
 TABLES = (b"records", b"usage", b"order", b"meta", b"teachers")
 PAGE = 4096
+# Addresses set aside for a reader, so that the file may grow under it; they cost nothing until they are used.
+READER_MAP = 2**38
+_FAULT = 3
+_TRIES = 5
+# How a page that is not what it was ends the process that reads it.
+_BY_DAMAGE = {signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+
+
+class UncheckedError(OSError):
+    """The check could not be made, or was ended by somebody: nothing is known of the file."""
 
 
 def check(path: Path) -> str | None:
-    """Why the shelf at `path` can't be used, or None if it can, or is not there yet."""
+    """Why the shelf at `path` can't be used, or None if it can, or is not there yet. UncheckedError."""
     if not (path / "data.mdb").exists():
         return None
     child = subprocess.run(
-        [sys.executable, "-m", "teacher_proto.shelf_check", str(path)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "teacher_proto.shelf_check", str(path)], capture_output=True, text=True, check=False,
+        start_new_session=True,  # Ctrl-C is for us: in the middle of a walk it would look like a fault
+    )  # fmt: skip
     if child.returncode == 0:
         return None
-    lines = (child.stderr or child.stdout).strip().splitlines()
-    return lines[-1] if lines else f"reading it ended with signal {-child.returncode}"
+    said = (child.stderr or child.stdout).strip().splitlines()
+    if child.returncode == _FAULT:
+        return said[-1]
+    if child.returncode < 0 and -child.returncode in _BY_DAMAGE:
+        return f"reading it ended with {signal.Signals(-child.returncode).name}"
+    raise UncheckedError(
+        f"whether the target store at {path} is whole could not be found out: the check ended with "
+        f"{child.returncode} ({said[-1] if said else 'it said nothing'}). Start again"
+    )
 
 
 def walk(path: Path) -> str | None:
-    """The fault that a walk over all tables meets, or None. May end the process."""
+    """The fault that a walk over all tables meets, or None. May end the process. lmdb.Error, OSError."""
     import lmdb
 
-    size = (path / "data.mdb").stat().st_size
-    with lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(TABLES)) as env:
-        # Before a page is touched: beyond the end of the file there is only SIGBUS.
+    with lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(TABLES), map_size=READER_MAP) as env:
+        # Before a page is touched: beyond the end of the file there is only SIGBUS. The file grows before it is said
+        # to have grown, so its size is looked at last.
         expected = (env.info()["last_pgno"] + 1) * PAGE
-        if size < expected:
+        if (size := (path / "data.mdb").stat().st_size) < expected:
             return f"{size} bytes are left of {expected}"
     with open_to_read(path) as env, env.begin(buffers=True) as txn:
         tables = {name: env.open_db(name, txn=txn, create=False) for name in TABLES if txn.get(name) is not None}
@@ -58,19 +79,64 @@ def open_to_read(path: Path) -> lmdb.Environment:
     """A shelf's environment for reading, without a lock file where the place allows none."""
     import lmdb
 
-    try:
-        return lmdb.open(str(path), readonly=True, max_dbs=len(TABLES), max_readers=512)
-    except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
-        # A read-only mount has nowhere to put a lock, and nobody who could write.
-        return lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(TABLES))
+    for size in (READER_MAP, 0):  # 0: as large as the file is meant to become
+        for lock in (True, False):
+            try:
+                return lmdb.open(
+                    str(path), readonly=True, max_dbs=len(TABLES), max_readers=512, map_size=size, lock=lock
+                )
+            except lmdb.MemoryError:
+                break  # so many addresses are not to be had here
+            except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
+                # A read-only mount has nowhere to put a lock.
+                if not lock:
+                    raise
+    raise lmdb.MemoryError(f"there is no room for a map of {path}")
 
 
-if __name__ == "__main__":
+def _fault(path: Path) -> str | None:
+    """What `walk` finds. Where there are no locks, a file that is written to while it is read may look damaged: only
+    what is found again while nothing was written is a fault.
+    """
+    import lmdb
+
+    fault: str | None = None
+    for _ in range(_TRIES):
+        before = _state(path)
+        try:
+            fault = walk(path)
+        except (lmdb.ReadersFullError, lmdb.LockError, lmdb.ReadonlyError, lmdb.TlsFullError):
+            raise  # says something of those who use the file
+        except lmdb.MapResizedError:
+            continue
+        except lmdb.MemoryError as error:
+            with (path / "data.mdb").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+                # There is room for all that lies there: it is the file that speaks of more.
+                fault = str(error)
+        except lmdb.Error as error:
+            fault = str(error)
+        if fault is None or _state(path) == before:
+            return fault
+    return fault
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes with every write. The first pages, where it is noted, are read as they lie."""
+    stat = (path / "data.mdb").stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def main() -> None:
     import lmdb
 
     try:
-        fault = walk(Path(sys.argv[1]))
-    except (lmdb.Error, OSError) as error:
-        fault = str(error)
+        fault = _fault(Path(sys.argv[1]))
+    except (lmdb.Error, OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     if fault:
-        sys.exit(fault)
+        print(fault, file=sys.stderr)
+        sys.exit(_FAULT)
+
+
+if __name__ == "__main__":
+    main()

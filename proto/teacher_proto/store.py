@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from teacher_proto.errors import WireError
 from teacher_proto.info import TeacherInfo, parse_info
-from teacher_proto.shelf import DamagedError, Reading, Shelf, Writing
+from teacher_proto.shelf import BusyError, DamagedError, Reading, Shelf, Writing
 from teacher_proto.store_entry import (
     Entry,
     Wanted,
@@ -184,6 +184,9 @@ class TargetStore:
         except DamagedError as error:
             self._counts.damaged += 1
             log.error("%s: what lies there counts as absent; the next start looks at the whole file", error)
+            return None
+        except BusyError as error:
+            log.warning("%s: what lies there counts as absent this time", error)
             return None
         return taken
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,10 +58,11 @@ def stored(number: int):  # type: ignore[no-untyped-def]
     return ask(seed=number, length=40 + number % 200, top_k=16)
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+def start(script: str, *arguments: object, **how: Any) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, (".", os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": "."},
+        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": path}, **how,
     )  # fmt: skip
 
 
