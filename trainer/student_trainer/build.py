@@ -35,7 +35,7 @@ from student_trainer.progress import Progress
 from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.redact import public
 from student_trainer.resume import check_changes, check_student
-from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of
+from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of, sweep, take
 from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
 from student_trainer.signals import StopSignals
@@ -47,7 +47,6 @@ from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
-from student_trainer.targets.open import Teacher
 from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
 from student_trainer.targets.student_support import StudentSupport
@@ -60,6 +59,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it can't be."""
     ranks = open_ranks(settings, stack)
     folder = _folder(settings, ranks)
+    _tidy(folder, ranks, stack)
     remote = RemoteCheckpoints(settings.checkpoint, folder.id) if settings.checkpoint.url else None
     snapshot = _earlier(settings, folder, ranks, remote)
     if snapshot is not None:
@@ -79,14 +79,14 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         place = checkpoint.restore(snapshot, parts.student, optimizer)
         weighting = weighting.restored(snapshot.state.get("balance"))
-        parts.source.check_state(place.mixture)
+        place = replace(place, mixture=parts.source.resumed(place.mixture, snapshot.state.get("data") or {}))
         logger.info("resumed at step %d of %d", place.step, settings.run.steps)
     if ranks.first:
         # A run that was killed before its first save begins again, and so do its figures.
         forget_after(folder.path, place.step if snapshot is not None else -1)
         _write_settings(settings, folder)
     checkpoints = Checkpoints(
-        folder.checkpoints, settings.checkpoint, _constant(settings, parts.teacher, identity, snapshot), ranks, remote
+        folder.checkpoints, settings.checkpoint, _constant(settings, parts, identity, snapshot), ranks, remote
     )
     stack.callback(checkpoints.close)
     if snapshot is not None:
@@ -121,6 +121,21 @@ def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
         if ranks.first:
             run_id = choose_folder(settings.run, has_copies=settings.checkpoint.url is not None).id
     return folder_of(settings.run, ranks.from_first(run_id))
+
+
+def _tidy(folder: RunFolder, ranks: Ranks, stack: ExitStack) -> None:
+    """Take the folder, on every disk that one lies on, and clear it of what killed processes left. Before any rank
+    reads it or downloads into it.
+    """
+    with ranks.together():
+        if ranks.local != 0:
+            return
+        if take(folder, stack):
+            sweep(folder)
+        elif ranks.first:
+            logger.warning(
+                "ANOTHER PROCESS THAT STILL RUNS HAS %s: if it trains the same run, end one of the two", folder.path
+            )
 
 
 def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks, remote: RemoteCheckpoints | None) -> Snapshot | None:
@@ -166,15 +181,14 @@ def _write_settings(settings: Settings, folder: RunFolder) -> None:
     replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(public(settings), sort_keys=False))
 
 
-def _constant(
-    settings: Settings, teacher: Teacher | None, student: dict[str, Any], snapshot: Snapshot | None
-) -> dict[str, Any]:
+def _constant(settings: Settings, parts: Parts, student: dict[str, Any], snapshot: Snapshot | None) -> dict[str, Any]:
     """What every checkpoint of this process says alike. A run that goes on without its teacher remembers who it was."""
     before = snapshot.state.get("teacher") if snapshot is not None else None
     return {
         "settings": public(settings),
-        "teacher": asdict(teacher.card) if teacher else before,
+        "teacher": asdict(parts.teacher.card) if parts.teacher else before,
         "student": student,
+        "data": parts.source.contents(),
     }
 
 

@@ -156,10 +156,19 @@ class RemoteCheckpoints:
 
     def _keep_newest(self) -> None:
         store = self._store()
+        self._remove_cut_short(store)
         for step in self._steps()[self._settings.keep :]:
             target = f"{self._root}/{files.folder_name(step)}"
             store.rm_file(f"{target}/{MANIFEST}")
             store.rm(target, recursive=True)
+
+    def _remove_cut_short(self, store: Any) -> None:
+        """Folders without a manifest: killed uploads. Ours has come to its end, and a run has one uploader."""
+        whole = set(self._steps())
+        for name in store.ls(self._root, detail=False):
+            step = name.rstrip("/").rpartition("/")[2].removeprefix(files.PREFIX)
+            if step.isdigit() and int(step) not in whole:
+                store.rm(name.rstrip("/"), recursive=True)
 
     def _download(self, step: int, folder: Path) -> None:
         store, source = self._store(), f"{self._root}/{files.folder_name(step)}"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from student_trainer.data.content import Content
 from student_trainer.data.documents import RawDocument
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.mixture import Cursor
@@ -20,7 +21,7 @@ AHEAD = 3
 class Counted:
     """Two shards of 100 and 30 documents in blocks of ten; keeps the addresses read, and fails when told to."""
 
-    name, block_size, fingerprint = "s", 10, "f"
+    name, block_size, fingerprint, content = "s", 10, "f", Content(130, ())
 
     def __init__(self) -> None:
         self.settings: SourceSettings = inline(["x"])

@@ -11,10 +11,13 @@ import pyarrow.parquet
 import pytest
 
 from student_trainer.data import streamed
+from student_trainer.data.content import Content
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.settings import DataSettings, SourceSettings
 from student_trainer.data.streamed import StreamedSource
 from tests.unit.data.making import opened, pieces, run, same, texts
+
+CONTENT = Content(0, (), "files")
 
 
 def shards(tmp_path: Path, kind: str, sizes: tuple[int, ...] = (150, 0, 64, 333)) -> list[str]:
@@ -55,7 +58,7 @@ def test_a_run_resumes_at_any_place_of_a_stream(tmp_path: Path, kind: str, order
 
 def test_documents_are_shuffled_within_windows_and_shards_among_one_another(tmp_path: Path) -> None:
     source = SourceSettings(kind="jsonl", path=shards(tmp_path, "jsonl"), streaming=True, shuffle_window=128)
-    made = StreamedSource("s", source, streamed.open_shards("s", source), seed=0)
+    made = StreamedSource("s", source, *streamed.open_shards("s", source, str(tmp_path / "cache")), seed=0)
     orders = []
     for epoch in range(4):
         names = [d.index for shard in range(4) for block in range(7) for d in made.read(epoch, shard, block)]
@@ -80,7 +83,7 @@ def test_seeking_in_parquet_reads_the_row_groups_from_there_on_alone(
         return whole(self, rows, row_groups, columns)
 
     monkeypatch.setattr(pa.parquet.ParquetFile, "iter_batches", counted)
-    assert len(list(streamed.open_shards("s", source)[0](955))) == 45
+    assert len(list(streamed.open_shards("s", source, str(tmp_path / "cache"))[0][0](955))) == 45
     assert groups == [[23], [24]]
 
 
@@ -105,11 +108,11 @@ def test_a_connection_that_breaks_is_opened_again_and_nothing_is_lost(
     waits: list[float] = []
     monkeypatch.setattr(streamed.time, "sleep", waits.append)
     source = SourceSettings(kind="hub", name="x", streaming=True, shuffle_window=64)
-    made = StreamedSource("s", source, [Broken(200, 4, error)], seed=0)
+    made = StreamedSource("s", source, [Broken(200, 4, error)], CONTENT, seed=0)
     names = sorted(int(d.index.split("/")[1]) for block in range(4) for d in made.read(0, 0, block))
     assert names == list(range(200)) and waits == [2, 4, 8, 16]
     with pytest.raises(ValueError, match="cannot read"):
-        StreamedSource("s", source, [Broken(200, 9, error)], seed=0).read(0, 0, 0)
+        StreamedSource("s", source, [Broken(200, 9, error)], CONTENT, seed=0).read(0, 0, 0)
 
 
 def test_what_will_not_pass_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +121,11 @@ def test_what_will_not_pass_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
     source = SourceSettings(kind="hub", name="x", streaming=True)
     for error in (FileNotFoundError("no"), EOFError("short"), PermissionError("no")):
         with pytest.raises(ValueError, match="cannot read"):
-            StreamedSource("s", source, [Broken(200, 1, error)], seed=0).read(0, 0, 0)
+            StreamedSource("s", source, [Broken(200, 1, error)], CONTENT, seed=0).read(0, 0, 0)
     assert waits == []
 
 
 def test_a_stream_without_documents_is_refused(tmp_path: Path) -> None:
     source = SourceSettings(kind="jsonl", path=shards(tmp_path, "jsonl", (0, 0)), streaming=True)
     with pytest.raises(ValueError, match="holds no documents"):
-        StreamedSource("s", source, streamed.open_shards("s", source), seed=0)
+        StreamedSource("s", source, *streamed.open_shards("s", source, str(tmp_path / "cache")), seed=0)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from student_trainer.data.content import Content
 from student_trainer.data.settings import SourceSettings
 
 
@@ -23,7 +24,8 @@ class Source(Protocol):
     name: str
     settings: SourceSettings
     block_size: int
-    fingerprint: str  # of the documents, wherever they lie
+    fingerprint: str  # of all documents, wherever they lie: what `content` holds, and how many there are
+    content: Content
 
     def shards(self) -> int:
         """How many shards an epoch has."""

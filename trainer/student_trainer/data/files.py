@@ -3,9 +3,10 @@
 Used by `records`, which makes documents of them, and by `index` and `streamed`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -14,17 +15,27 @@ import pyarrow as pa
 from student_trainer.data.settings import SourceSettings
 
 CHUNK_BYTES = 8 << 20
+TELLING = ("sha256", "md5Hash", "content_md5", "ETag", "etag", "blob_id", "crc32c")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 EXTENSIONS = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet", ".pq")}
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file to read. `version` changes when its content does (size with mtime or etag), as far as the store tells."""
+    """A file to read. `version` changes when its content does (size with mtime or etag), as far as the store tells.
+
+    `told`: what the store says of the content itself, an etag or a hash; None where it says nothing.
+    """
 
     url: str
     size: int
     version: str
+    told: str | None = None
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where it lies, if on this disk."""
+        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
 
 
 def find_files(settings: SourceSettings) -> list[DataFile]:
@@ -56,10 +67,31 @@ def _find(path: str, settings: SourceSettings) -> list[DataFile]:
     except OSError as error:
         raise ValueError(f"cannot list {path!r}: {type(error).__name__}: {error}") from error
     return [
-        DataFile(fs.unstrip_protocol(name), int(info["size"] or 0), str(fs.ukey(name)))
+        DataFile(fs.unstrip_protocol(name), int(info["size"] or 0), str(fs.ukey(name)), _told(info))
         for name, info in infos.items()
         if info["type"] == "file"
     ]
+
+
+def check_unchanged(file: DataFile, settings: SourceSettings) -> None:
+    """ValueError if the file was written to since it was found: what is read would not be what the run has noted."""
+    try:
+        fs, path = fsspec.core.url_to_fs(file.url, **settings.storage_options)
+        version = str(fs.ukey(path))
+    except OSError as error:
+        raise ValueError(f"cannot read {file.url}: {type(error).__name__}: {error}") from error
+    if version != file.version:
+        raise ValueError(
+            f"{file.url} has changed since the run opened it: start again, with the data that it began with"
+        )
+
+
+def _told(info: Mapping[str, Any]) -> str | None:
+    """A listing's word on the content, by the names that stores have for it; the hub's large files have a sha256."""
+    lfs = info.get("lfs")
+    if lfs is not None and (found := getattr(lfs, "sha256", None)):
+        return str(found)
+    return next((str(info[name]) for name in TELLING if info.get(name)), None)
 
 
 def _wanted(name: str, root: str, kind: str) -> bool:

@@ -17,6 +17,7 @@ import filelock
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
+from student_trainer.data.content import Content, ContentHasher, keep, kept_at, state_of
 from student_trainer.data.files import DataFile, find_files
 from student_trainer.data.records import read_tables
 from student_trainer.data.settings import SourceSettings
@@ -47,9 +48,14 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_digest(files, settings)}.arrow"
     with filelock.FileLock(f"{path}.lock"):
-        if not path.exists():
-            _write(name, path, files, settings)
-    return datasets.Dataset.from_file(str(path))
+        if path.exists():
+            return datasets.Dataset.from_file(str(path))
+        for left in folder.glob(f"{path.stem}.*.partial"):
+            left.unlink()  # by a process that was killed: whoever holds the lock is the only one that writes this index
+        content = _write(name, path, files, settings)
+        dataset = datasets.Dataset.from_file(str(path))
+        keep(kept_at(dataset, folder), state_of([path]), content)
+    return dataset
 
 
 def _digest(files: list[DataFile], settings: SourceSettings) -> str:
@@ -58,14 +64,14 @@ def _digest(files: list[DataFile], settings: SourceSettings) -> str:
     return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 
 
-def _write(name: str, path: Path, files: list[DataFile], settings: SourceSettings) -> None:
+def _write(name: str, path: Path, files: list[DataFile], settings: SourceSettings) -> Content:
     began = time.monotonic()
     size = sum(file.size for file in files)
     logger.info("indexing source %r: %d files, %.1f MB; once, into %s", name, len(files), size / 1e6, path.parent)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        count = _write_tables(partial, (table for file in files for table in read_tables(file, settings)))
-        if count == 0:
+        content = _write_tables(partial, (table for file in files for table in read_tables(file, settings)))
+        if content.count == 0:
             raise ValueError(
                 f"source {name!r} holds no documents: {len(files)} files, {size} bytes, "
                 f"the first is {files[0].url}; give files with content"
@@ -73,16 +79,18 @@ def _write(name: str, path: Path, files: list[DataFile], settings: SourceSetting
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    logger.info("indexed source %r: %d documents in %.1f s", name, count, time.monotonic() - began)
+    logger.info("indexed source %r: %d documents in %.1f s", name, content.count, time.monotonic() - began)
+    return content
 
 
-def _write_tables(path: Path, tables: Iterator[pa.Table]) -> int:
-    count = 0
+def _write_tables(path: Path, tables: Iterator[pa.Table]) -> Content:
+    hasher, any_written = ContentHasher(), False
     with ArrowWriter(path=str(path)) as writer:
         for table in tables:
             if len(table):
                 writer.write_table(table)
-                count += len(table)
-        if count:
+                hasher.add(table.column("document"))
+                any_written = True
+        if any_written:
             writer.finalize()
-    return count
+    return hasher.finish()

@@ -6,7 +6,10 @@ batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and ge
 """
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -67,8 +70,23 @@ class BatchSource:
             0, tuple(SourceState(s.name, self._weights[s.name], s.fingerprint, slots=slots) for s in sources)
         )
 
-    def check_state(self, state: MixtureState) -> None:
-        """ValueError if `state` is of other data: other sources, or other documents in one of them."""
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What each source holds, as a checkpoint keeps it to say what differs."""
+        return {feed.source.name: feed.source.content.to_json() for feed in self._feeds}
+
+    def resumed(self, state: MixtureState, contents: Mapping[str, Mapping[str, Any]]) -> MixtureState:
+        """The state out of a checkpoint, whose `contents` are those of that time; checked. One of an older trainer
+        knows a sample of the documents alone, and knows all of them from here on.
+        """
+        self.check_state(state, contents)
+        fingerprints = [feed.source.fingerprint for feed in self._feeds]
+        sources = zip(state.sources, fingerprints, strict=True)
+        return replace(state, sources=tuple(replace(source, fingerprint=now) for source, now in sources))
+
+    def check_state(self, state: MixtureState, contents: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """ValueError if `state` is of other data: other sources, or other documents in one of them. `contents`, those
+        of the state, let it say where they differ.
+        """
         names = tuple(source.name for source in state.sources)
         if names != self.names:
             raise ValueError(f"the mixture state is of the sources {names}, the settings name {self.names}")
@@ -77,10 +95,13 @@ class BatchSource:
                 raise ValueError(
                     f"data.interleave was {len(saved.slots)} and is {self.settings.interleave}; set it back"
                 )
-            if saved.fingerprint != feed.source.fingerprint:
+            ours = feed.source.fingerprint
+            if saved.fingerprint not in (ours, ours.rpartition(":")[0]):
+                known = (contents or {}).get(saved.name)
+                where = f" ({feed.source.content.difference(known)})" if known else ""
                 raise ValueError(
-                    f"source {saved.name!r} is not what the run began with: its fingerprint (documents:hash) was "
-                    f"{saved.fingerprint} and is {feed.source.fingerprint}; restore the data, or begin a new run"
+                    f"source {saved.name!r} is not what the run began with{where}: its fingerprint was "
+                    f"{saved.fingerprint} and is {ours}; restore the data, or begin a new run"
                 )
 
     def batch(self, state: MixtureState, number: int) -> tuple[Batch, MixtureState]:

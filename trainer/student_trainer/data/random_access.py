@@ -11,9 +11,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from student_trainer.data.content import content_of
 from student_trainer.data.documents import RawDocument, canonical
 from student_trainer.data.hub import load_hub
-from student_trainer.data.index import open_index
+from student_trainer.data.index import cache_root, open_index
 from student_trainer.data.order import key_of, shuffled
 from student_trainer.data.records import no_column, record_content
 from student_trainer.data.settings import FILE_KINDS, SourceSettings
@@ -26,14 +27,19 @@ SAMPLED = 64
 class RandomAccessSource:
     """One shard, shuffled whole."""
 
-    def __init__(self, name: str, settings: SourceSettings, dataset: datasets.Dataset, seed: int) -> None:
+    def __init__(
+        self, name: str, settings: SourceSettings, dataset: datasets.Dataset, seed: int, cache_folder: str | None
+    ) -> None:
         if len(dataset) == 0:
             raise ValueError(f"source {name!r} holds no documents; give data with at least one")
         self.name, self.settings, self.seed = name, settings, seed
         self._dataset = dataset
         sample_N = shuffled(np.arange(min(SAMPLED, len(dataset))), len(dataset), key_of("fingerprint"))
         sample = [canonical(content) for content in self._fetch(sample_N)]
-        self.fingerprint = f"{len(dataset)} documents:{key_of(sample):016x}"
+        folder = cache_root(cache_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.content = content_of(name, dataset, folder)
+        self.fingerprint = f"{len(dataset)} documents:{key_of(sample):016x}:{self.content.fingerprint}"
         mean_characters = max(1, sum(map(len, sample)) // len(sample))
         self.block_size = int(np.clip(BLOCK_CHARACTERS // mean_characters, 1, LARGEST_BLOCK))
 
@@ -104,7 +110,7 @@ def _open_arrow(name: str, settings: SourceSettings, cache_folder: str | None) -
 
 
 def _open_hub(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
-    return _wanted_columns(name, settings, load_hub(name, settings, streaming=False))
+    return _wanted_columns(name, settings, load_hub(name, settings))
 
 
 def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Dataset) -> datasets.Dataset:

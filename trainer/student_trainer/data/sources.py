@@ -9,5 +9,6 @@ from student_trainer.data.streamed import StreamedSource, open_shards
 def open_source(name: str, settings: SourceSettings, seed: int, cache_folder: str | None) -> Source:
     """ValueError for whatever is missing, empty or not what the settings say."""
     if settings.streaming:
-        return StreamedSource(name, settings, open_shards(name, settings), seed)
-    return RandomAccessSource(name, settings, OPENERS[settings.kind](name, settings, cache_folder), seed)
+        shards, content = open_shards(name, settings, cache_folder)
+        return StreamedSource(name, settings, shards, content, seed)
+    return RandomAccessSource(name, settings, OPENERS[settings.kind](name, settings, cache_folder), seed, cache_folder)

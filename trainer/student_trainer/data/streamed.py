@@ -15,9 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 
+from student_trainer.data.content import Content, files_content
 from student_trainer.data.documents import RawDocument, canonical
-from student_trainer.data.files import DataFile, find_files
-from student_trainer.data.hub import load_hub
+from student_trainer.data.files import DataFile, check_unchanged, find_files
+from student_trainer.data.hub import stream_hub
+from student_trainer.data.index import cache_root
 from student_trainer.data.order import key_of, shuffled
 from student_trainer.data.records import no_column, read_tables, record_content
 from student_trainer.data.settings import SourceSettings
@@ -34,7 +36,9 @@ class StreamedSource:
 
     block_size = BLOCK
 
-    def __init__(self, name: str, settings: SourceSettings, shards: Sequence[Shard], seed: int) -> None:
+    def __init__(
+        self, name: str, settings: SourceSettings, shards: Sequence[Shard], content: Content, seed: int
+    ) -> None:
         self.name, self.settings, self.seed = name, settings, seed
         self._window = -(-settings.shuffle_window // BLOCK) * BLOCK if settings.shuffle else BLOCK
         self._shards = shards
@@ -45,7 +49,8 @@ class StreamedSource:
         sample = [canonical(content) for content in itertools.islice(contents, SAMPLED)]
         if not sample:
             raise ValueError(f"source {name!r} holds no documents; give data with at least one")
-        self.fingerprint = f"{len(shards)} shards:{key_of(sample):016x}"
+        self.content = content
+        self.fingerprint = f"{len(shards)} shards:{key_of(sample):016x}:{content.fingerprint}"
 
     def shards(self) -> int:
         """See `Source`."""
@@ -103,21 +108,26 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(cause, (ConnectionError, TimeoutError)) or type(cause) is OSError
 
 
-def open_shards(name: str, settings: SourceSettings) -> list[Shard]:
-    """ValueError for missing files."""
+def open_shards(name: str, settings: SourceSettings, cache_folder: str | None) -> tuple[list[Shard], Content]:
+    """The shards, and what they hold. ValueError for missing files."""
     if settings.kind != "hub":
-        return [_FileShard(file, settings) for file in find_files(settings)]
-    stream = load_hub(name, settings, streaming=True)
-    return [_HubShard(name, stream.shard(stream.num_shards, i), settings) for i in range(stream.num_shards)]
+        files = find_files(settings)
+        content = files_content(name, files, settings, cache_root(cache_folder))
+        return [_FileShard(file, settings) for file in files], content
+    stream, files = stream_hub(name, settings)
+    content = files_content(name, files, settings, cache_root(cache_folder))
+    shards = [_HubShard(name, stream.shard(stream.num_shards, i), settings) for i in range(stream.num_shards)]
+    return list(shards), content
 
 
 class _FileShard:
-    """One file of the source."""
+    """One file of the source. ValueError if it is not the one any more that the run opened."""
 
     def __init__(self, file: DataFile, settings: SourceSettings) -> None:
         self._file, self._settings = file, settings
 
     def __call__(self, start: int) -> Iterator[Any]:
+        check_unchanged(self._file, self._settings)
         for table in read_tables(self._file, self._settings, start):
             documents = table.column("document").to_pylist()
             yield from map(json.loads, documents) if self._settings.is_record else documents
