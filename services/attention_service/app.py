@@ -11,6 +11,7 @@ from attention_service import openapi
 from attention_service.asking import read_attention, reply_to
 from attention_service.service import AttentionService
 from serving import replies
+from serving.asking import progress_interval
 from serving.openapi import ASKING, POSTING, errors
 from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
@@ -43,11 +44,12 @@ async def post_attention(request: Request, student: Student, service: Service) -
     asked, as_json = await read_attention(request, student, service)
     reply, write = reply_to(asked, service), replies.document if as_json else replies.stream
 
-    async def work(outlet: Outlet) -> None:
-        with service.admission.admit(student, asked.request.num_tokens, asked.values_per_token):
-            await write(reply, service.answers, service.metrics, outlet)
+    every_s = progress_interval(request)
 
-    return RacedResponse(work, service.settings.stall_timeout)
+    async def work(outlet: Outlet) -> None:
+        await write(reply, service, outlet, every_s)
+
+    return RacedResponse(work)
 
 
 @router.get("/v1/teacher", responses=errors(*ASKING))

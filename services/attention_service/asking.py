@@ -12,6 +12,7 @@ from fastapi import Request
 
 from attention_service.job import Job
 from attention_service.service import AttentionService
+from serving.admission import Permit
 from serving.asking import check_fingerprint, read_fields
 from serving.replies import JSON_WEIGHT, Reply, check_json_size
 from teacher_proto.attention import (
@@ -67,6 +68,7 @@ def reply_to(asked: Asked, service: AttentionService) -> Reply[Job, AttentionTar
         for i, (tokens_T, rows_r) in enumerate(zip(request.sequences, rows, strict=True))
     ]
     return Reply(
-        jobs=jobs, student=asked.student, header=encode_attention_header(header), encode=encode_attention,
+        permit=Permit.of(asked.student, request.num_tokens, asked.values_per_token), jobs=jobs,
+        student=asked.student, header=encode_attention_header(header), encode=encode_attention,
         document=partial(attention_document, header),
     )  # fmt: skip

@@ -47,6 +47,10 @@ class AttentionEngine:
             self._teacher = await self._ask_teacher(self._settings.beside)
         await self._batches.start(self._load)
 
+    @property
+    def tokens_computed(self) -> int:
+        return self._batches.tokens_computed
+
     async def score(self, job: Job) -> AttentionTargets:
         """The attention of a job. A job that is cancelled while it waits is never computed."""
         return await self._batches.answer(job)

@@ -13,12 +13,15 @@ from teacher_proto.attention import AttentionSpec
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Token ids [T], what is wanted of them, and the positions wanted [r], None for all."""
+    """Token ids [T], what is wanted of them, and the positions wanted [r], None for all. `urgent`: ahead of all that
+    is not, which is for control traffic. `fresh`: computed, whatever answer is at hand."""
 
     tokens_T: np.ndarray
     spec: AttentionSpec
     request_id: str
     rows_r: np.ndarray | None = None
+    urgent: bool = False
+    fresh: bool = False
 
     @property
     def num_tokens(self) -> int:

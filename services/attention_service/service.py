@@ -18,7 +18,10 @@ class AttentionService(Service[AttentionEngine, AttentionSettings, Job, Attentio
     unit = "numbers in answers"
 
     def readiness_job(self) -> Job:
-        return Job(np.zeros(1, dtype=np.int64), AttentionSpec("states", 0), "readiness")
+        return Job(np.zeros(1, dtype=np.int64), AttentionSpec("states", 0), "readiness", urgent=True)
+
+    def cost_of_longest(self) -> int:
+        return self.engine.limits.max_entries + self.engine.limits.max_sequence_length
 
     def check_sound(self, job: Job, answer: AttentionTargets) -> None:
         """Nothing is left to check: the model refuses what is not finite while it makes an answer."""
@@ -26,7 +29,7 @@ class AttentionService(Service[AttentionEngine, AttentionSettings, Job, Attentio
     def info(self) -> AttentionInfo:
         """What `GET /v1/teacher` answers."""
         engine = self.engine
-        limits = engine.limits.model_copy(update={"max_cost": self.admission.capacity})
+        limits = engine.limits.model_copy(update={"max_cost": self.admission.max_cost})
         return AttentionInfo(
             identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=limits, shape=engine.shape
         )

@@ -36,7 +36,7 @@ class AttentionSettings(ServiceSettings):
         None, description="URL of the teacher to sit beside: its name and dtype are taken, other weights refused"
     )
     beside_key: SecretStr | None = Field(None, description="key for that teacher")
-    capacity: int = Field(2**28, ge=1, description="numbers in answers that may be in the house, waiting ones included")
+    capacity: int = Field(2**28, ge=1, description="numbers in answers to the requests that are let in at a time")
     max_entries: int = Field(2**26, ge=1, description="numbers in the answer for one sequence")
     max_batch_tokens: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
 

@@ -1,42 +1,50 @@
-"""The road of one sequence inside the service: look into the store, coalesce, wait for a fair turn, score, check.
+"""The way of one sequence through the service: look into the store, coalesce, wait for a fair turn, score, check.
 
-Sequences that are asked for while an identical one is on its way wait for that one. It goes when the first of those
-who want it gets a turn, and is aborted when the last of them has left. An answer stays at hand for those who come a
-little later: in memory, the latest `RECENT_BYTES` of them, or where there is a store until it is found there.
+Sequences that are asked for while an identical one is in flight wait for that one. It goes when the first of those
+who want it gets a turn. When the last of them has left, it is dropped if it still waits; what was handed to the engine
+is finished and kept for the one who asks again, within bounds of bytes and time. Answers that somebody had stay at hand
+for those who come a little later: the latest `RECENT_BYTES` of them, or where there is a store until it has them.
+
+A `fresh` job is computed, whatever is at hand: what the model says now is what it asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from serving.admission import RetryAfter
 from serving.engine import AnswerT, JobT
 from serving.fair import FairQueue, Ticket
+from serving.kept import Kept
 from serving.metrics import Metrics
+from serving.rate import Rate
 from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseError
 
 log = structlog.get_logger("stillhouse.answers")
 _SETTLING_S = 1.0
 RECENT_BYTES = 64 * 2**20
-_FLIGHT_BYTES = 4096  # what a finished flight takes beside its answer
+_IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
+# The engine is handed what it computes in so long, and at least so many tokens: control traffic waits for no more.
+_PACE_S = 1.5
+_LEAST_PACE = 256
 StoredJobT = TypeVar("StoredJobT", contravariant=True)
 
 
 @dataclass(eq=False)
-class _Flight(Generic[AnswerT]):
-    """A sequence on its way through the engine, and how many wait for it."""
+class _InFlight(Generic[AnswerT]):
+    """A sequence that is computed or was, how many wait for it, and what ends it if nobody asks for it again."""
 
     ticket: Ticket
     task: asyncio.Task[AnswerT]
     students: set[str]
     waiters: int = 0
+    stored: bool = False
+    given_up: asyncio.TimerHandle | None = None
 
 
 class AnswerStore(Protocol[StoredJobT, AnswerT]):
@@ -44,19 +52,23 @@ class AnswerStore(Protocol[StoredJobT, AnswerT]):
 
     async def get(self, job: StoredJobT) -> AnswerT | None: ...
 
-    def put(self, job: StoredJobT, answer: AnswerT) -> None: ...
+    def put(self, job: StoredJobT, answer: AnswerT) -> bool:
+        """Whether it will be found there, in a moment."""
+        ...
 
 
 class Answers(Generic[JobT, AnswerT]):
     """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
 
-    `check` raises an EngineError for an answer that only a broken model computes.
+    `check` raises an EngineError for an answer that only a broken model computes. Work that nobody waits for is kept
+    for `keep_s`, in `keep_bytes` at most.
     """
 
     def __init__(
         self, score: Callable[[JobT], Awaitable[AnswerT]], check: Callable[[JobT, AnswerT], None],
-        queue: FairQueue, rate: RetryAfter, metrics: Metrics,
+        queue: FairQueue, rate: Rate, metrics: Metrics,
         on_death: Callable[[EngineDeadError], None], store: AnswerStore[JobT, AnswerT] | None = None,
+        *, keep_s: float = 600.0, keep_bytes: int = 256 * 2**20,
     ):  # fmt: skip
         self._engine_score = score
         self._check_answer = check
@@ -65,38 +77,82 @@ class Answers(Generic[JobT, AnswerT]):
         self._metrics = metrics
         self._on_death = on_death
         self._store = store
-        self._flights: dict[Hashable, _Flight[AnswerT]] = {}
-        self._recent: deque[tuple[Hashable, _Flight[AnswerT]]] = deque()
-        self._recent_bytes = 0
+        self._keep_s = keep_s
+        self._in_flight: dict[Hashable, _InFlight[AnswerT]] = {}
+        self._fresh: set[asyncio.Task[AnswerT]] = set()
+        self._recent = Kept(RECENT_BYTES, keep_s, self._forget_key)
+        self._unread = Kept(keep_bytes, keep_s, self._forget_key)
         self._aborted: StillhouseError | None = None
+        self._draining = False
         self.last_success = 0.0
+        queue.pace = _LEAST_PACE
 
     @property
     def in_flight(self) -> int:
-        return sum(not flight.task.done() for flight in self._flights.values())
+        return sum(not one.task.done() for one in self._in_flight.values()) + len(self._fresh)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of answers that were computed after all who asked had left."""
+        return self._unread.nbytes
+
+    def tokens_ahead(self, keys: Collection[Hashable]) -> int:
+        """Tokens of others that are computed before the last of these, of those that are in flight."""
+        tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
+        return self._queue.tokens_ahead(tickets)
 
     async def answer(self, job: JobT, student: str) -> AnswerT:
         """The answer to a job that was admitted. EngineError if the engine failed at it."""
         self._check_open()
-        if self._store is not None and job.key not in self._flights:
+        if job.fresh:
+            return await self._answer_fresh(job, student)
+        if self._store is not None and job.key not in self._in_flight:
             stored = await self._store.get(job)
             if stored is not None:
                 self._count(job, student, "store")
                 return stored
             self._check_open()
-        flight, source = self._board(job, student)
-        flight.waiters += 1
+        one, source = self._board(job, student)
+        one.waiters += 1
         try:
-            answer = await asyncio.shield(flight.task)
+            answer = await asyncio.shield(one.task)
         except asyncio.CancelledError:
-            if flight.task.cancelled() and self._aborted is not None:
+            if one.task.cancelled() and self._aborted is not None:
                 raise self._aborted from None
             raise
         finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.task.done():
-                flight.task.cancel()
+            one.waiters -= 1
+            if not one.waiters and not one.task.done():
+                self._left(one, student)
         self._count(job, student, source)
+        return answer
+
+    def _left(self, one: _InFlight[AnswerT], student: str) -> None:
+        """Nobody waits for it any more: what never began is dropped, what did has so long to be asked for again."""
+        if one.ticket.waiting or self._draining:
+            one.task.cancel()
+            return
+        self._metrics.outlived.labels(student).inc()
+        one.given_up = asyncio.get_running_loop().call_later(self._keep_s, one.task.cancel)
+
+    async def _answer_fresh(self, job: JobT, student: str) -> AnswerT:
+        ticket = Ticket(job.num_tokens)
+        task = asyncio.create_task(self._score(job, student, ticket))
+        self._fresh.add(task)
+        task.add_done_callback(self._fresh.discard)
+        task.add_done_callback(lambda _: self._queue.leave(ticket))
+        if job.urgent:
+            self._queue.rush(ticket)
+        else:
+            self._queue.join(student, ticket)
+        try:
+            answer = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and self._aborted is not None:
+                raise self._aborted from None
+            task.cancel()
+            raise
+        self._count(job, student, "engine")
         return answer
 
     def _check_open(self) -> None:
@@ -107,49 +163,60 @@ class Answers(Generic[JobT, AnswerT]):
         self._metrics.tokens.labels(student, source).inc(job.num_tokens)
         self._metrics.sequences.labels(student, source).inc()
 
-    def abort(self, error: StillhouseError) -> None:
-        """End everything that is on its way; those who wait for it get `error`."""
-        self._aborted = error
-        for flight in list(self._flights.values()):
-            flight.task.cancel()
+    def drain(self) -> None:
+        """Nobody will ask again: end what nobody waits for, now and later."""
+        self._draining = True
+        for one in list(self._in_flight.values()):
+            if not one.waiters:
+                one.task.cancel()
 
-    def _board(self, job: JobT, student: str) -> tuple[_Flight[AnswerT], str]:
-        """The flight that a job goes by, and `coalesced` if it was there before, else `engine`."""
+    def abort(self, error: StillhouseError) -> None:
+        """End everything in flight; those who wait for it get `error`."""
+        self._aborted = error
+        for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
+            task.cancel()
+
+    def _board(self, job: JobT, student: str) -> tuple[_InFlight[AnswerT], str]:
+        """What is in flight for a job, and `coalesced` if it was there before, else `engine`."""
         key = job.key
-        flight = self._flights.get(key)
-        if flight is not None and not flight.task.cancelling():
-            if student not in flight.students and flight.ticket.waiting:
-                flight.students.add(student)
-                self._queue.join(student, flight.ticket)
-            return flight, "coalesced"
+        one = self._in_flight.get(key)
+        if one is not None and not one.task.cancelling():
+            if one.given_up is not None:
+                one.given_up.cancel()
+                one.given_up = None
+            if key in self._unread:
+                self._unread.discard(key)
+                self._recent.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
+            if student not in one.students and one.ticket.waiting:
+                one.students.add(student)
+                self._queue.join(student, one.ticket)
+            return one, "coalesced"
         ticket = Ticket(job.num_tokens)
         task = asyncio.create_task(self._score(job, student, ticket))
-        flight = self._flights[key] = _Flight(ticket, task, {student})
-        task.add_done_callback(lambda _: self._land(key, flight))
+        one = self._in_flight[key] = _InFlight(ticket, task, {student})
+        task.add_done_callback(lambda _: self._land(key, one))
         self._queue.join(student, ticket)
-        return flight, "engine"
+        return one, "engine"
 
-    def _land(self, key: Hashable, flight: _Flight[AnswerT]) -> None:
-        self._queue.leave(flight.ticket)
+    def _land(self, key: Hashable, one: _InFlight[AnswerT]) -> None:
+        self._queue.leave(one.ticket)
+        if one.given_up is not None:
+            one.given_up.cancel()
         # Read here, since those who waited may all have left; they raise it too, if they have not.
-        if flight.task.cancelled() or flight.task.exception() is not None:
-            self._forget(key, flight)
-        elif self._store is not None:
-            asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, flight)
+        if one.task.cancelled() or one.task.exception() is not None:
+            self._forget(key, one)
+        elif one.stored:
+            asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, one)
         else:
-            self._keep(key, flight)
+            kept = self._recent if one.waiters else self._unread
+            kept.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
 
-    def _keep(self, key: Hashable, flight: _Flight[AnswerT]) -> None:
-        self._recent.append((key, flight))
-        self._recent_bytes += flight.task.result().nbytes + _FLIGHT_BYTES
-        while self._recent_bytes > RECENT_BYTES:
-            old_key, old = self._recent.popleft()
-            self._recent_bytes -= old.task.result().nbytes + _FLIGHT_BYTES
-            self._forget(old_key, old)
+    def _forget(self, key: Hashable, one: _InFlight[AnswerT]) -> None:
+        if self._in_flight.get(key) is one:
+            del self._in_flight[key]
 
-    def _forget(self, key: Hashable, flight: _Flight[AnswerT]) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    def _forget_key(self, key: Hashable) -> None:
+        self._in_flight.pop(key, None)
 
     async def _score(self, job: JobT, student: str, ticket: Ticket) -> AnswerT:
         queued = time.monotonic()
@@ -173,9 +240,10 @@ class Answers(Generic[JobT, AnswerT]):
             finally:
                 self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
         self._check_answer(job, answer)
-        if self._store is not None:
-            self._store.put(job, answer)
+        if self._store is not None and not job.fresh:
+            self._in_flight[job.key].stored = self._store.put(job, answer)
         self._queue.recover()
         self.last_success = time.monotonic()
         self._rate.count(job.num_tokens, self._queue.busy_s())
+        self._queue.pace = max(_LEAST_PACE, int(_PACE_S * self._rate.tokens_per_second))
         return answer

@@ -5,14 +5,16 @@ Everything wrong is a RequestError with the field at fault.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi import Request
 
 from teacher_proto import wire
-from teacher_proto.errors import UnsupportedTypeError, WrongTeacherError
+from teacher_proto.errors import MalformedError, UnsupportedTypeError, WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.request_checks import SequenceLimits, SequencesRequest
+from teacher_proto.wire_answer import PROGRESS_INTERVAL_S
 from teacher_proto.wire_json import decode_json_request
 
 
@@ -44,6 +46,23 @@ def media_type(request: Request, *spoken: str) -> str:
             got=given[:80], limit=list(spoken),
         )  # fmt: skip
     return kind
+
+
+def progress_interval(request: Request) -> float | None:
+    """After how many seconds without a word the client wants to hear of its progress; None if it never does."""
+    given = request.headers.get(wire.PROGRESS_HEADER)
+    if given is None:
+        return None
+    try:
+        wished = float(given)
+    except ValueError:
+        wished = math.nan
+    if not wished > 0:
+        raise MalformedError(
+            f"X-Progress: got {given[:40]!r}, expected seconds, like 2", field="X-Progress", got=given[:40]
+        )
+    low, high = PROGRESS_INTERVAL_S
+    return min(high, max(low, wished))
 
 
 def check_fingerprint(asked: str | None, ours: str) -> None:

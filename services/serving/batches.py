@@ -1,7 +1,7 @@
 """Jobs of an engine that computes in this process: one batch of like lengths at a time, in a thread of its own.
 
-Used by the engines over transformers. A job that is cancelled while it waits is never computed; a batch that fails is
-tried again job by job, so that one bad job fails only itself.
+Used by the engines over transformers. A job that is cancelled while it waits is never computed, an urgent one goes in
+the next batch; a batch that fails is tried again job by job, so that one bad job fails only itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class _Waiting(Generic[JobT, AnswerT]):
 
 class Batches(Generic[JobT, AnswerT]):
     """`compute` makes the answers of a batch, in its order. `max_tokens` bounds a batch, padding included; a longer
-    job goes alone. Every method but `compute` runs in the event loop's thread."""
+    job goes alone. `tokens_computed` counts those of all jobs that went through `compute`. Every method but `compute`
+    runs in the event loop's thread."""
 
     def __init__(self, name: str, compute: Callable[[Sequence[JobT]], Sequence[AnswerT]], max_tokens: int):
         self._name = name
         self._compute_batch = compute
         self._max_tokens = max_tokens
+        self.tokens_computed = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name.replace(" ", "-"))
         self._waiting: list[_Waiting[JobT, AnswerT]] = []
         self._open: set[_Waiting[JobT, AnswerT]] = set()
@@ -75,8 +77,9 @@ class Batches(Generic[JobT, AnswerT]):
             await self._compute(batch)
 
     def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
-        """The job that waits longest, and others of like length up to the batch's tokens, oldest first."""
+        """The job that waits longest, urgent ones first, and others of like length up to the batch's tokens."""
         self._waiting = [waiting for waiting in self._waiting if not waiting.answer.done()]
+        self._waiting.sort(key=lambda waiting: not waiting.job.urgent)
         batch: list[_Waiting[JobT, AnswerT]] = []
         left: list[_Waiting[JobT, AnswerT]] = []
         for waiting in self._waiting:
@@ -89,9 +92,10 @@ class Batches(Generic[JobT, AnswerT]):
 
     async def _compute(self, batch: list[_Waiting[JobT, AnswerT]]) -> None:
         jobs = [waiting.job for waiting in batch]
+        self.tokens_computed += sum(job.num_tokens for job in jobs)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute_batch, jobs)
-        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+        except (EngineError, RuntimeError, IndexError, ValueError, MemoryError) as error:
             if len(batch) > 1:
                 for waiting in batch:
                     await self._compute([waiting])

@@ -64,8 +64,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
-            exchange.bytes_out += len(message.get("body", b""))
             await send(message)
+            exchange.bytes_out += len(message.get("body", b""))
 
         try:
             await self._app(scope, receive, send_noted)

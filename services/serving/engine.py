@@ -10,7 +10,8 @@ from teacher_proto.request_checks import SequenceLimits
 
 
 class AnyJob(Protocol):
-    """One checked sequence. `num_tokens` is what it weighs in a queue; jobs of equal `key` have equal answers."""
+    """One checked sequence. `num_tokens` is what it weighs in a queue; jobs of equal `key` have equal answers; an
+    `urgent` one is computed before all that are not, a `fresh` one is computed whatever is at hand."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -18,6 +19,10 @@ class AnyJob(Protocol):
     def key(self) -> Hashable: ...
     @property
     def request_id(self) -> str: ...
+    @property
+    def urgent(self) -> bool: ...
+    @property
+    def fresh(self) -> bool: ...
 
 
 class AnyAnswer(Protocol):
@@ -33,9 +38,13 @@ AnswerT = TypeVar("AnswerT", bound=AnyAnswer)
 
 class AnyEngine(Protocol):
     """Jobs run side by side; the engine batches as it likes. `identity` and `limits` are known once `start` has
-    returned. Cancelling a `score` aborts its work."""
+    returned. Cancelling a `score` aborts its work. `tokens_computed` counts every token that went through the model.
+    """
 
     identity: TeacherIdentity
+
+    @property
+    def tokens_computed(self) -> int: ...
 
     @property
     def limits(self) -> SequenceLimits: ...

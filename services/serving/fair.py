@@ -1,15 +1,16 @@
-"""Turns at the engine, shared fairly by tokens between students, however many requests each of them sends.
+"""Turns at the engine, shared fairly by tokens between clients, however many requests each of them sends.
 
-Every student has a lane, a queue of tickets with a count of the tokens it was served; the lane with the lowest
-count goes next. A lane that wakes starts at the present count: idleness saves nothing up. Only `window` tokens are
-handed to the engine at a time, since what it holds it serves in its own order. Used by a service's answer pipeline.
+Every client has a lane, a queue of tickets with a count of the tokens it was served; the lane with the lowest count
+goes next. A lane that wakes starts at the present count: idleness saves nothing up. Only `window` tokens are handed to
+the engine at a time, since what it holds it serves in its own order, and no more than `pace`, so that control traffic,
+which goes past the lanes, waits for little. Used by a service's answer pipeline.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -34,28 +35,89 @@ class _Lane:
     waiting: deque[Ticket] = field(default_factory=deque)
 
 
+@dataclass(frozen=True)
+class _Order:
+    """The lanes at one time: what waits in each, and before each ticket how many tokens of its lane."""
+
+    at: float
+    totals: dict[_Lane, int]
+    before: dict[Ticket, list[tuple[_Lane, int]]]
+
+    def tokens_before(self, ticket: Ticket) -> int:
+        """Of all lanes. A lane gets its turn as soon as it was served less than the ticket's will have been."""
+        places = self.before.get(ticket)
+        if places is None:  # it came later
+            return sum(self.totals.values())
+        return min(
+            before + sum(
+                min(total, max(0, int(own.served + before - lane.served)))
+                for lane, total in self.totals.items() if lane is not own
+            )
+            for own, before in places
+        )  # fmt: skip
+
+
+_ORDER_S = 0.5  # so old may an order be, since making one takes a look at every ticket
+
+
 class FairQueue:
-    """All methods run in the event loop's thread. `window` and `running` are in tokens."""
+    """All methods run in the event loop's thread. `window`, `pace` and `running` are in tokens."""
 
     def __init__(self, window: int):
         self._full_window = window
         self.window = window
+        self.pace = window
         self.running = 0
         self._lanes: dict[str, _Lane] = {}
         self._now_serving = 0.0
         self._generation = 0
         self._busy_s = 0.0
         self._busy_since = 0.0
+        self._order: _Order | None = None
 
     def busy_s(self) -> float:
         """Seconds that work has been running, all in all: the clock by which a rate is measured."""
         running_for = asyncio.get_running_loop().time() - self._busy_since if self.running else 0.0
         return self._busy_s + running_for
 
+    def rate_at_most(self) -> float:
+        """Tokens a second that the engine can't be above, if nothing of what it runs has finished; 0 if unknown."""
+        busy_s = self.busy_s()
+        return self.running / busy_s if self.running and busy_s > 0.0 else 0.0
+
     @property
     def waiting_tokens(self) -> int:
         tickets = {ticket for lane in self._lanes.values() for ticket in lane.waiting if ticket.waiting}
         return sum(ticket.tokens for ticket in tickets)
+
+    def tokens_ahead(self, tickets: Collection[Ticket]) -> int:
+        """Tokens of others that the engine computes before the last of these tickets, in the order of now."""
+        mine = [ticket for ticket in tickets if not ticket.left]
+        waiting = [ticket for ticket in mine if ticket.waiting]
+        ahead = self.running - sum(ticket.tokens for ticket in mine if not ticket.waiting)
+        if waiting:
+            order = self._present_order()
+            last = max(waiting, key=order.tokens_before)
+            own = sum(ticket.tokens for ticket in waiting if ticket is not last)
+            ahead += max(0, order.tokens_before(last) - own)
+        return max(0, ahead)
+
+    def _present_order(self) -> _Order:
+        now = asyncio.get_running_loop().time()
+        if self._order is None or now - self._order.at > _ORDER_S:
+            self._order = _Order(now, {}, {})
+            for lane in self._lanes.values():
+                total = 0
+                for ticket in lane.waiting:
+                    if ticket.waiting:
+                        self._order.before.setdefault(ticket, []).append((lane, total))
+                        total += ticket.tokens
+                self._order.totals[lane] = total
+        return self._order
+
+    def rush(self, ticket: Ticket) -> None:
+        """Serve a ticket now, whatever runs: for control traffic, which others bound."""
+        self._serve(ticket)
 
     def join(self, student: str, ticket: Ticket) -> None:
         """Put a ticket into a student's lane. It is served once, by the first of its lanes that comes up, and
@@ -102,16 +164,19 @@ class FairQueue:
     def _dispatch(self) -> None:
         while (lane := self._next_lane()) is not None:
             ticket = lane.waiting[0]
-            if self.running and self.running + ticket.tokens > self.window:
+            if self.running and self.running + ticket.tokens > min(self.window, self.pace):
                 return
             lane.waiting.popleft()
             self._now_serving = lane.served
             lane.served += ticket.tokens
-            if not self.running:
-                self._busy_since = asyncio.get_running_loop().time()
-            self.running += ticket.tokens
-            ticket.generation = self._generation
-            ticket.turn.set_result(None)
+            self._serve(ticket)
+
+    def _serve(self, ticket: Ticket) -> None:
+        if not self.running:
+            self._busy_since = asyncio.get_running_loop().time()
+        self.running += ticket.tokens
+        ticket.generation = self._generation
+        ticket.turn.set_result(None)
 
     def _next_lane(self) -> _Lane | None:
         """The lane with the lowest count that has somebody waiting. Empty lanes go, once nobody is behind them."""

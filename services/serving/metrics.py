@@ -36,6 +36,7 @@ class Metrics:
         self.engine_seconds = self._counter("engine_seconds", "Seconds in the engine", "student")
         self.engine_sequences = self._counter("engine_sequences", "Sequences handed to the engine", "student")
         self.engine_aborted = self._counter("engine_aborted", "Sequences aborted in the engine", "student")
+        self.outlived = self._counter("outlived", "Sequences computed on after all who asked had left", "student")
         self.encode_seconds = self._counter("encode_seconds", "Seconds of encoding answers", "student")
         self.out_of_memory = self._counter("engine_out_of_memory", "Times that the engine ran out of memory")
 

@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol, TypeVar
 
+from serving.admission import Admission, Permit
 from serving.answers import Answers
 from serving.engine import AnswerT, JobT
 from serving.metrics import Metrics
+from serving.rate import Rate
 from serving.streams import Outlet
 from teacher_proto import wire
 from teacher_proto.errors import OutOfRangeError, StillhouseError
+from teacher_proto.wire_answer import Progress
 
 # JSON takes some 20 bytes a value, and a list of Python numbers in between.
 MAX_JSON_VALUES = 2**20
 # What a value takes as JSON (its digits, a Python number, a copy on its way out) of what it takes on our wire.
 JSON_WEIGHT = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Reply(Generic[JobT, AnswerT]):
-    """What one request is answered with: a job a sequence, and how an answer is written.
+    """What one request is answered with: the permit that it needs, a job a sequence, and how an answer is written.
 
     `header` is the first message, `encode` makes a message of (index, answer), `document` the JSON of all answers.
     """
 
+    permit: Permit
     jobs: Sequence[JobT]
     student: str
     header: bytes
     encode: Callable[[int, AnswerT], bytes]
     document: Callable[[Mapping[int, AnswerT | StillhouseError]], bytes]
+
+
+class AnyService(Protocol[JobT, AnswerT]):
+    """What of a service an answer goes through."""
+
+    @property
+    def admission(self) -> Admission: ...
+    @property
+    def answers(self) -> Answers[JobT, AnswerT]: ...
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def rate(self) -> Rate: ...
 
 
 async def outcomes(
@@ -66,47 +84,111 @@ def _outcome(task: asyncio.Task[AnswerT], student: str, metrics: Metrics) -> Ans
 
 
 async def stream(
-    reply: Reply[JobT, AnswerT], answers: Answers[JobT, AnswerT], metrics: Metrics, outlet: Outlet
+    reply: Reply[JobT, AnswerT], service: AnyService[JobT, AnswerT], outlet: Outlet, every_s: float | None = None
 ) -> None:
-    """Write the answer as WIRE.md has it. The status waits for a first success: if every sequence fails, the first
-    error is raised and becomes the status."""
-    held: list[tuple[int, StillhouseError]] = []
-    results = outcomes(reply.jobs, reply.student, answers, metrics)
-    async with aclosing(results):
-        async for index, outcome in results:
-            if not isinstance(outcome, StillhouseError):
-                started = time.perf_counter()
-                message = reply.encode(index, outcome)
-                metrics.encode_seconds.labels(reply.student).inc(time.perf_counter() - started)
-            elif outlet.started:
-                message = wire.encode_failure(index, outcome)
-            else:
-                held.append((index, outcome))
-                continue
-            if not outlet.started:
-                await outlet.start(wire.MSGPACK)
-                await outlet.write(reply.header)
-                for failed, error in held:
-                    await outlet.write(wire.encode_failure(failed, error))
-            await outlet.write(message)
-    if not outlet.started:
-        raise held[0][1]
-    await outlet.write(wire.encode_end(len(reply.jobs)), last=True)
+    """Write the answer as WIRE.md has it, once it is admitted. The status waits for a first success: if every sequence
+    fails, the first error is raised and becomes the status. With `every_s` it waits for no longer than that: progress
+    is written whenever nothing else was, and what fails later is an error message."""
+    out = _Stream(reply, service, outlet, every_s)
+    try:
+        async with AsyncExitStack() as stack:
+            told = every_s is not None
+            await out.telling(stack.enter_async_context(service.admission.admit(reply.permit, told=told)))
+            results = outcomes(reply.jobs, reply.student, service.answers, service.metrics)
+            await stack.enter_async_context(aclosing(results))
+            while (result := await out.telling(anext(results, None))) is not None:
+                await out.write(*result)
+        await out.end()
+    except StillhouseError as error:
+        if not outlet.started:
+            raise
+        await outlet.write(wire.encode_failure(None, error), last=True)
+
+
+class _Stream(Generic[JobT, AnswerT]):
+    """One answer on its way out: what of it is written, and what its client is told while nothing is."""
+
+    def __init__(
+        self, reply: Reply[JobT, AnswerT], service: AnyService[JobT, AnswerT], outlet: Outlet, every_s: float | None
+    ):
+        self._reply = reply
+        self._service = service
+        self._outlet = outlet
+        self._every_s = every_s
+        self._held: list[tuple[int, StillhouseError]] = []
+        self._keys = {i: job.key for i, job in enumerate(reply.jobs)} if every_s is not None else {}
+        self._tokens = sum(job.num_tokens for job in reply.jobs)
+        self._tokens_done = 0
+
+    async def telling(self, result: Awaitable[T]) -> T:
+        """The result; until it is there, progress is written whenever the client heard nothing for a while."""
+        if self._every_s is None:
+            return await result
+        task = asyncio.ensure_future(result)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=max(0.0, self._every_s - self._outlet.silent_s))
+                if not task.done() and self._outlet.silent_s >= self._every_s:
+                    await self._tell()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _tell(self) -> None:
+        answers, admission = self._service.answers, self._service.admission
+        ahead = answers.tokens_ahead(self._keys.values()) + admission.tokens_before(self._reply.permit)
+        progress = Progress(self._tokens_done, self._tokens, ahead, self._service.rate.tokens_per_second)
+        await self._start()
+        await self._outlet.write(wire.encode_progress(progress))
+
+    async def _start(self) -> None:
+        if self._outlet.started:
+            return
+        await self._outlet.start(wire.MSGPACK)
+        await self._outlet.write(self._reply.header)
+        for failed, error in self._held:
+            await self._outlet.write(wire.encode_failure(failed, error))
+
+    async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
+        """Write an answer or an error; errors are held back until there is something else to say."""
+        job = self._reply.jobs[index]
+        self._tokens_done += job.num_tokens
+        self._keys.pop(index, None)
+        if not isinstance(outcome, StillhouseError):
+            started = time.perf_counter()
+            message = self._reply.encode(index, outcome)
+            self._service.metrics.encode_seconds.labels(self._reply.student).inc(time.perf_counter() - started)
+        elif self._outlet.started:
+            message = wire.encode_failure(index, outcome)
+        else:
+            self._held.append((index, outcome))
+            return
+        await self._start()
+        await self._outlet.write(message)
+
+    async def end(self) -> None:
+        """The end message. The first error is raised if nothing was written but errors."""
+        if not self._outlet.started:
+            raise self._held[0][1]
+        await self._outlet.write(wire.encode_end(len(self._reply.jobs)), last=True)
 
 
 async def document(
-    reply: Reply[JobT, AnswerT], answers: Answers[JobT, AnswerT], metrics: Metrics, outlet: Outlet
+    reply: Reply[JobT, AnswerT], service: AnyService[JobT, AnswerT], outlet: Outlet, every_s: float | None = None
 ) -> None:
-    """Write the answer as one JSON document. If every sequence fails, the first error is raised."""
-    results = outcomes(reply.jobs, reply.student, answers, metrics)
-    async with aclosing(results):
-        found = {index: outcome async for index, outcome in results}
-    errors = [answer for answer in found.values() if isinstance(answer, StillhouseError)]
-    if len(errors) == len(found):
-        raise errors[0]
-    body = await asyncio.to_thread(reply.document, found)
-    await outlet.start(wire.JSON)
-    await outlet.write(body, last=True)
+    """Write the answer as one JSON document, without progress. If every sequence fails, the first error is raised."""
+    async with service.admission.admit(reply.permit):
+        results = outcomes(reply.jobs, reply.student, service.answers, service.metrics)
+        async with aclosing(results):
+            found = {index: outcome async for index, outcome in results}
+        errors = [answer for answer in found.values() if isinstance(answer, StillhouseError)]
+        if len(errors) == len(found):
+            raise errors[0]
+        body = await asyncio.to_thread(reply.document, found)
+        await outlet.start(wire.JSON)
+        await outlet.write(body, last=True)
 
 
 def check_json_size(values: int) -> None:

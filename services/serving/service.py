@@ -1,4 +1,4 @@
-"""A service as one object: engine, door, queue, metrics. Each service's own adds what it answers.
+"""A service as one object: engine, admission, queue, metrics. Each service's own adds what it answers.
 
 `run.py` runs it, `routes.py` puts the routes on it that every service has.
 """
@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
-from serving.admission import Admission, RetryAfter
+from serving.admission import Admission
 from serving.answers import Answers, AnswerStore
+from serving.control import ControlLane
 from serving.engine import AnswerT, AnyEngine, JobT
 from serving.fair import FairQueue
 from serving.keys import Keys
 from serving.metrics import Metrics
+from serving.rate import Rate
+from serving.readiness import Readiness
 from serving.settings import ServiceSettings
 from serving.status import STEP_S, History, StatusBody, totals
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
@@ -24,8 +26,6 @@ from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseErr
 State = Literal["loading", "ready", "draining", "dead"]
 EngineT = TypeVar("EngineT", bound=AnyEngine)
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
-_PROBE_TIMEOUT_S = 10.0
-_FRESH_S = 1.0
 
 
 class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
@@ -45,23 +45,29 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         self.settings = settings
         self.keys = keys or Keys()
         self.metrics = Metrics()
-        self.rate = RetryAfter()
-        self.admission = Admission(settings.capacity, shared=self.keys.required, retry_after=self.rate, unit=self.unit)
         self.queue = FairQueue(settings.window)
+        self.rate = Rate(at_most=self.queue.rate_at_most)
+        self.admission = Admission(settings.capacity, shared=self.keys.required, rate=self.rate, unit=self.unit)
+        self.control = ControlLane()
         self.answers: Answers[JobT, AnswerT] = Answers(
-            engine.score, self.check_sound, self.queue, self.rate, self.metrics, self._died, store
-        )
+            engine.score, self.check_sound, self.queue, self.rate, self.metrics, self._died, store,
+            keep_s=settings.keep_time, keep_bytes=settings.keep_bytes,
+        )  # fmt: skip
+        self.readiness = Readiness(self._run_a_token, self.answers, self.queue, self.rate, settings.ready_time)
         self.on_death: Callable[[EngineDeadError], None] = lambda error: None
         self.started = False
         self._death: EngineDeadError | None = None
-        self._probe: asyncio.Task[None] | None = None
         self._history = History(self.metrics)
-        self._keeping: asyncio.Task[None] | None = None
+        self._keeping: list[asyncio.Task[None]] = []
         self._add_gauges()
 
     @abstractmethod
     def readiness_job(self) -> JobT:
         """A job of one token."""
+
+    @abstractmethod
+    def cost_of_longest(self) -> int:
+        """What the longest sequence may cost, which an empty service lets in whatever its capacity is."""
 
     @abstractmethod
     def check_sound(self, job: JobT, answer: AnswerT) -> None:
@@ -70,8 +76,12 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
     async def start(self) -> None:
         await self.engine.start()
         await self._after_load()
+        self.admission.max_cost = max(self.admission.capacity, self.cost_of_longest())
         self.started = True
-        self._keeping = asyncio.create_task(self._history.keep(lambda: self.queue.waiting_tokens))
+        self._keeping = [
+            asyncio.create_task(self._history.keep(lambda: self.queue.waiting_tokens)),
+            asyncio.create_task(self.readiness.watch()),
+        ]
 
     async def _after_load(self) -> None:
         """What a service still does between its engine's start and its own first request."""
@@ -81,6 +91,7 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
 
     def drain(self, reason: str) -> None:
         self.admission.close(reason)
+        self.answers.drain()
 
     async def drained(self) -> None:
         await self.admission.empty.wait()
@@ -89,8 +100,8 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         self.answers.abort(error)
 
     async def close(self) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
+        for task in self._keeping:
+            task.cancel()
         await self.engine.close()
 
     @property
@@ -124,26 +135,15 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
             raise OverloadedError("the service is still loading its model", retry_after=1.0)
 
     async def check_ready(self) -> None:
-        """Return if a token gets through the engine; the error that a probe should see otherwise.
-
-        A token is run only where no answer came of late: a busy engine proves itself.
-        """
+        """Return if requests are let in and the engine computes them; the error that a probe should see otherwise."""
         self.require_started()
         if self.admission.closed:
             raise OverloadedError("the service is draining", retry_after=5.0)
         await self.engine.check()
-        if time.monotonic() - self.answers.last_success < _FRESH_S:
-            return
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._run_a_token())
-        try:
-            await asyncio.wait_for(asyncio.shield(self._probe), _PROBE_TIMEOUT_S)
-        except TimeoutError:
-            raise OverloadedError(f"no token got through the engine in {_PROBE_TIMEOUT_S:g} s") from None
+        await self.readiness.check()
 
     async def _run_a_token(self) -> None:
         await self.engine.score(self.readiness_job())
-        self.answers.last_success = time.monotonic()
 
     def _died(self, error: EngineDeadError) -> None:
         self._death = error
@@ -151,13 +151,16 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
 
     def _add_gauges(self) -> None:
         gauge = self.metrics.gauge
-        gauge("admitted_requests", "Requests in the house", lambda: self.admission.permits)
-        gauge("admitted_tokens", "Tokens in the house", lambda: self.admission.tokens)
-        gauge("admitted_cost", f"Cost in the house: {self.unit}", lambda: self.admission.cost)
+        gauge("admitted_requests", "Requests let in and not yet answered", lambda: self.admission.permits)
+        gauge("admitted_tokens", "Their tokens", lambda: self.admission.tokens)
+        gauge("admitted_cost", f"Their cost: {self.unit}", lambda: self.admission.cost)
+        gauge("waiting_requests", "Requests that wait to be let in", lambda: self.admission.waiting)
         gauge("capacity", f"Cost that fits: {self.unit}", lambda: self.admission.capacity)
         gauge("queue_tokens", "Tokens that wait for a turn", lambda: self.queue.waiting_tokens)
         gauge("engine_tokens", "Tokens in the engine", lambda: self.queue.running)
         gauge("engine_window_tokens", "Tokens that the engine may be handed", lambda: self.queue.window)
+        gauge("engine_tokens_computed", "Tokens that went through the model", lambda: self.engine.tokens_computed)
+        gauge("unread_bytes", "Answers kept whose askers had left", lambda: self.answers.unread_bytes)
         gauge("in_flight_sequences", "Different sequences on their way", lambda: self.answers.in_flight)
         gauge("tokens_per_second", "Rate of the engine, measured of late", lambda: self.rate.tokens_per_second)
         gauge("ready", "1 when requests are let in", lambda: float(self.started and not self.admission.closed))

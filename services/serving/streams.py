@@ -6,20 +6,30 @@ Neither uvicorn nor FastAPI cancels a handler when the connection closes: here t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+# A message goes out in pieces, so that no more than one is in the connection's buffer.
+_PIECE_BYTES = 2**18
+
 
 class Outlet:
-    """Where the work writes: `start` once, `write` any number of times. A client that stops reading is dropped."""
+    """Where the work writes: `start` once, `write` any number of times. It waits for a reader who is slow; one who
+    takes nothing loses the connection (`connections.py`), which ends the work."""
 
-    def __init__(self, send: Send, stall_s: float):
+    def __init__(self, send: Send):
         self._send = send
-        self._stall_s = stall_s
+        self._written_at = time.monotonic()
         self.started = False
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since something was written, or since the work began."""
+        return time.monotonic() - self._written_at
 
     async def start(self, media_type: str, status: int = 200, more: Mapping[str, str] | None = None) -> None:
         """Status and headers; `more` are headers beside the two that every answer has."""
@@ -29,14 +39,15 @@ class Outlet:
         self.started = True
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
-        await self._put({"type": "http.response.body", "body": data, "more_body": not last})
+        pieces = memoryview(data)
+        while len(pieces) > _PIECE_BYTES:
+            await self._put({"type": "http.response.body", "body": pieces[:_PIECE_BYTES], "more_body": True})
+            pieces = pieces[_PIECE_BYTES:]
+        await self._put({"type": "http.response.body", "body": pieces, "more_body": not last})
 
     async def _put(self, message: dict) -> None:
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientDisconnect(f"the client read nothing for {self._stall_s} s") from None
+        await self._send(message)
+        self._written_at = time.monotonic()
 
 
 Work = Callable[[Outlet], Awaitable[None]]
@@ -45,13 +56,12 @@ Work = Callable[[Outlet], Awaitable[None]]
 class RacedResponse(Response):
     """Runs `work(outlet)`; cancels it when the client leaves. Errors before `outlet.start` become error responses."""
 
-    def __init__(self, work: Work, stall_s: float = 60.0):
+    def __init__(self, work: Work):
         super().__init__()
         self._work = work
-        self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(Outlet(send, self._stall_s)))
+        work = asyncio.ensure_future(self._work(Outlet(send)))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from serving import replies
-from serving.asking import read_json
+from serving.asking import progress_interval, read_json
 from serving.openapi import ASKING, POSTING, errors
 from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
@@ -48,13 +48,14 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
     asked, as_json = await read_targets(request, student, service)
-    reply, write = reply_to(asked, service.engine), replies.document if as_json else replies.stream
+    reply, write = reply_to(asked, service), replies.document if as_json else replies.stream
+
+    every_s = progress_interval(request)
 
     async def work(outlet: Outlet) -> None:
-        with service.admit(asked):
-            await write(reply, service.answers, service.metrics, outlet)
+        await write(reply, service, outlet, every_s)
 
-    return RacedResponse(work, service.settings.stall_timeout)
+    return RacedResponse(work)
 
 
 @router.post(
@@ -70,10 +71,10 @@ async def post_completions(request: Request, student: Student, service: Service)
     async def work(outlet: Outlet) -> None:
         text, pieces = await service.text()
         asked = await completions.asked_of(completion, service, text, student, request.state.request_id)
-        with service.admit(asked):
+        async with service.admission.admit(service.permit(asked)):
             await completions.answer(completion, asked, service, text, pieces, outlet)
 
-    return RacedResponse(work, service.settings.stall_timeout)
+    return RacedResponse(work)
 
 
 @router.get("/v1/teacher", responses=errors(*ASKING))
@@ -92,7 +93,7 @@ async def get_head(request: Request, service: Service) -> Response:
     async def work(outlet: Outlet) -> None:
         await send_head(request.headers, head, service.engine.identity.fingerprint, outlet)
 
-    return RacedResponse(work, service.settings.stall_timeout)
+    return RacedResponse(work)
 
 
 @router.get("/v1/models", responses=errors(*ASKING))

@@ -12,19 +12,30 @@ from teacher_service.engine import Job
 class Asked:
     """A checked request with who asked it and under which id.
 
-    `weight`: what its answer takes, of what our wire does.
+    `weight`: what its answer takes, of what our wire does. A `fresh` one is computed whatever answers are at hand, an
+    `urgent` one goes past queue and admission.
     """
 
     request: TargetsRequest
     student: str
     request_id: str
     weight: int = 1
+    fresh: bool = False
+    urgent: bool = False
 
     def jobs(self) -> list[Job]:
         request, spec = self.request, self.request.spec
         gathered = request.gather_ids if "gather" in spec.kinds else None
         return [
-            Job(tokens_T, request.row_range(i), spec, f"{self.request_id}-{i}", gathered[i] if gathered else None)
+            Job(
+                tokens_T,
+                request.row_range(i),
+                spec,
+                f"{self.request_id}-{i}",
+                gathered[i] if gathered else None,
+                urgent=self.urgent,
+                fresh=self.fresh,
+            )
             for i, tokens_T in enumerate(request.sequences)
         ]
 

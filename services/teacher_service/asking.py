@@ -23,4 +23,7 @@ async def read_targets(request: Request, student: str, service: TeacherService) 
     check_fingerprint(parsed.fingerprint, engine.identity.fingerprint)
     if as_json:
         check_json_size(parsed.cost(service.hidden_width))
-    return Asked(parsed, student, request.state.request_id, weight=JSON_WEIGHT if as_json else 1), as_json
+    canary = service.is_canary(parsed)
+    urgent = canary and service.control.take(student)
+    weight = JSON_WEIGHT if as_json else 1
+    return Asked(parsed, student, request.state.request_id, weight, fresh=canary, urgent=urgent), as_json

@@ -121,10 +121,10 @@ async def asked_of(
         ) from None  # fmt: skip
     asked = Asked(targets, student, request_id, weight=JSON_WEIGHT)
     cost = targets.num_tokens * (asked.values_per_token(service.hidden_width) + 1)
-    if cost > (capacity := service.admission.capacity):
+    if cost > (most := service.admission.max_cost):
         raise OutOfRangeError(
-            f"prompt: {targets.num_tokens} tokens of {top_k} logprobs cost {cost} as JSON, of at most {capacity}; "
-            "ask for fewer at a time, or POST /v1/targets in msgpack", field="prompt", got=cost, limit=capacity,
+            f"prompt: {targets.num_tokens} tokens of {top_k} logprobs cost {cost} as JSON, of at most {most}; "
+            "ask for fewer at a time, or POST /v1/targets in msgpack", field="prompt", got=cost, limit=most,
         )  # fmt: skip
     return asked
 

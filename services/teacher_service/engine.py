@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One checked sequence to score: token ids [T], the rows [start, stop) wanted, what is wanted of them."""
+    """One checked sequence to score: token ids [T], the rows [start, stop) wanted, what is wanted of them. `urgent`:
+    ahead of all that is not, which is for control traffic. `fresh`: computed, whatever answer is at hand."""
 
     tokens_T: np.ndarray
     rows: tuple[int, int]
     spec: TargetSpec
     request_id: str
     gather_ids_RG: np.ndarray | None = None
+    urgent: bool = False
+    fresh: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -42,14 +45,18 @@ class Job:
 
 
 class Engine(Protocol):
-    """Scores sequences. Jobs run side by side; the engine batches as it likes.
+    """Scores sequences. Jobs run side by side, urgent ones first; the engine batches as it likes.
 
     `identity`, `limits` and `kinds` are known once `start` has returned. Cancelling a `score` aborts its work.
+    `tokens_computed` counts every token that went through the model.
     """
 
     identity: TeacherIdentity
     limits: Limits
     kinds: tuple[Kind, ...]
+
+    @property
+    def tokens_computed(self) -> int: ...
 
     async def start(self) -> None:
         """Load the model. ValueError with what to do if it can't be served."""

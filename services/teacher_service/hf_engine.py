@@ -59,6 +59,10 @@ class HfEngine:
         """Load the model. ValueError if transformers can't load it, or its head is not one that we know."""
         await self._batches.start(self._load)
 
+    @property
+    def tokens_computed(self) -> int:
+        return self._batches.tokens_computed
+
     def _load(self) -> None:
         folder = find_model(**self._source)  # before the import below, so that a mistyped name is answered at once
         from teacher_proto.hf_model import HfModel

@@ -9,10 +9,12 @@ from teacher_proto import wire
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire_json import json_document
 from teacher_service.asked import Asked
-from teacher_service.engine import Engine, Job
+from teacher_service.engine import Job
+from teacher_service.service import TeacherService
 
 
-def reply_to(asked: Asked, engine: Engine) -> Reply[Job, TokenTargets]:
+def reply_to(asked: Asked, service: TeacherService) -> Reply[Job, TokenTargets]:
+    engine = service.engine
     spec, vocab_size = asked.request.spec, engine.limits.vocab_size
     header = wire.Header(
         request_id=asked.request_id, fingerprint=engine.identity.fingerprint,
@@ -20,7 +22,7 @@ def reply_to(asked: Asked, engine: Engine) -> Reply[Job, TokenTargets]:
         temperatures=tuple(spec.temperatures),
     )  # fmt: skip
     return Reply(
-        jobs=asked.jobs(), student=asked.student, header=wire.encode_header(header),
+        permit=service.permit(asked), jobs=asked.jobs(), student=asked.student, header=wire.encode_header(header),
         encode=lambda index, targets: wire.encode_targets(index, targets, vocab_size),
         document=partial(json_document, header),
     )  # fmt: skip

@@ -23,6 +23,7 @@ from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
 from teacher_service.head_file import HeadFile, HeadTensor
+from teacher_service.scripted_device import ScriptedDevice
 from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 Corruption = Literal[
@@ -34,7 +35,8 @@ _IN_LOOP_ELEMENTS = 100_000
 class Script(BaseModel):
     """What the scripted engine is to be and do. Times in seconds; a `..._token` acts on sequences that hold it.
 
-    `tokens_per_second` makes jobs queue for one device; `delay_s` is a latency that jobs have side by side.
+    `tokens_per_second` makes jobs queue for one device, which computes a few tokens of one at a time, urgent jobs
+    first; `delay_s` is a latency that jobs have side by side. `stuck_token` hangs the device and whatever comes later.
     `oom_above_tokens` fails a job that would bring the tokens being computed above it. `shift` rolls the rows,
     `noise` is added to the logits, `corrupt` spoils finished records, `identity` overrides fields by dotted name.
     """
@@ -51,6 +53,7 @@ class Script(BaseModel):
     oom_token: int | None = None
     oom_above_tokens: int | None = None
     hang_token: int | None = None
+    stuck_token: int | None = None
     die_token: int | None = None
     die_after_s: float | None = None
     shift: int = 0
@@ -60,7 +63,8 @@ class Script(BaseModel):
 
 
 class ScriptedEngine:
-    """`Engine` by arithmetic. `jobs_started`, `jobs_finished` and `jobs_aborted` count what reached it."""
+    """`Engine` by arithmetic. `jobs_started`, `jobs_finished` and `jobs_aborted` count what reached it, and
+    `tokens_computed` every token that was computed, those of jobs that were aborted later too."""
 
     kinds: tuple[Kind, ...] = KINDS
 
@@ -74,8 +78,11 @@ class ScriptedEngine:
         )
         self.jobs_started = self.jobs_finished = self.jobs_aborted = 0
         self.tokens_running = 0
+        self.tokens_computed = 0
         self._death: str | None = None
-        self._device = asyncio.Lock()
+        self._stuck = False
+        rate = self.script.tokens_per_second
+        self._device = None if rate is None else ScriptedDevice(rate)
 
     async def start(self) -> None:
         # In a thread, which nobody can stop, as real models load.
@@ -85,6 +92,12 @@ class ScriptedEngine:
 
     def die(self, reason: str = "the script said so") -> None:
         self._death = reason
+
+    def hang(self) -> None:
+        """Compute nothing any more, and look alive."""
+        self._stuck = True
+        if self._device is not None:
+            self._device.stuck = True
 
     async def check(self) -> None:
         if self._death is not None:
@@ -123,13 +136,19 @@ class ScriptedEngine:
         too_many = script.oom_above_tokens is not None and self.tokens_running > script.oom_above_tokens
         if too_many or _holds(job, script.oom_token):
             raise EngineMemoryError(f"out of memory with {self.tokens_running} tokens being computed")
-        if _holds(job, script.hang_token):
+        if _holds(job, script.stuck_token):
+            self.hang()
+        if self._stuck or _holds(job, script.hang_token):
             await asyncio.Event().wait()
         if script.delay_s:
             await asyncio.sleep(script.delay_s)
-        if script.tokens_per_second is not None:
-            async with self._device:
-                await asyncio.sleep(len(job.tokens_T) / script.tokens_per_second)
+        if self._device is None:
+            self.tokens_computed += len(job.tokens_T)
+        else:
+            await self._device.compute(len(job.tokens_T), job.urgent, self._count)
+
+    def _count(self, tokens: int) -> None:
+        self.tokens_computed += tokens
 
     async def _compute(self, job: Job) -> TokenTargets:
         elements = (job.rows[1] - job.rows[0]) * self.script.vocab_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,10 @@ import numpy as np
 from serving.admission import Permit
 from serving.keys import Keys
 from serving.service import Service
+from teacher_proto.canary import canary_request
 from teacher_proto.info import TeacherInfo
 from teacher_proto.model_files import ModelFolder, find_model
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import TargetSpec, TargetsRequest
 from teacher_proto.targets import TokenTargets
 from teacher_service.asked import Asked
 from teacher_service.engine import Engine, Job
@@ -40,6 +40,7 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         self._store = store
         self.hidden_width = _HIDDEN_WIDTH
         self._folder: ModelFolder | None = None
+        self._canary: TargetsRequest | None = None
         self._head = HeadShelf(engine)
         self._reading_text = asyncio.Lock()
         self.tokenising = Turns()
@@ -50,7 +51,11 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
             self.metrics.gauge("store_dropped", "Answers not written since too many waited", lambda: store.dropped)
 
     def readiness_job(self) -> Job:
-        return Job(np.zeros(1, dtype=np.int64), (0, 1), TargetSpec(kinds=("score",)), "readiness")
+        return Job(np.zeros(1, dtype=np.int64), (0, 1), TargetSpec(kinds=("score",)), "readiness", urgent=True)
+
+    def cost_of_longest(self) -> int:
+        limits = self.engine.limits
+        return limits.max_sequence_length * (limits.max_top_k + self.hidden_width + 1)
 
     def check_sound(self, job: Job, answer: TokenTargets) -> None:
         check_sound(job, answer)
@@ -58,6 +63,7 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
     async def _after_load(self) -> None:
         self._folder = await asyncio.to_thread(_model_folder, self.settings)
         self.hidden_width = _hidden_width(self._folder)
+        self._canary = canary_request(self.info())
         if self._store is not None:
             await self._store.serve(self.info())
 
@@ -71,7 +77,7 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         identity, engine = self.engine.identity, self.engine
         return TeacherInfo(
             identity=identity, fingerprint=identity.fingerprint, kinds=tuple(engine.kinds),
-            limits=engine.limits.model_copy(update={"max_cost": self.admission.capacity}),
+            limits=engine.limits.model_copy(update={"max_cost": self.admission.max_cost}),
             hidden_width=self.hidden_width,
         )  # fmt: skip
 
@@ -79,10 +85,20 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         """The file of the output head. NotFoundError where the engine can't give hidden states."""
         return await self._head.head()
 
-    def admit(self, asked: Asked) -> AbstractContextManager[Permit]:
-        """A permit for the time of the `with` block; OverloadedError or QuotaError at the door."""
-        values = asked.values_per_token(self.hidden_width)
-        return self.admission.admit(asked.student, asked.request.num_tokens, values)
+    def is_canary(self, request: TargetsRequest) -> bool:
+        """Whether this is the canary, or those of its sequences that a client still lacks."""
+        canary = self._canary
+        if canary is None or request.rows is not None or request.spec != canary.spec:
+            return False
+        ours = {tokens_T.tobytes() for tokens_T in canary.sequences}
+        theirs = [tokens_T.tobytes() for tokens_T in request.sequences]
+        return len(theirs) <= len(ours) and ours.issuperset(theirs)
+
+    def permit(self, asked: Asked) -> Permit:
+        """What the request is to be let in with."""
+        if asked.urgent:
+            return Permit(asked.student, 0, 0)
+        return Permit.of(asked.student, asked.request.num_tokens, asked.values_per_token(self.hidden_width))
 
     async def text(self) -> tuple[Text, JsonPieces]:
         """The model's tokenizer and the pieces of JSON made of its vocabulary, read when first asked for."""

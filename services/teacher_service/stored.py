@@ -36,9 +36,9 @@ class StoredAnswers:
         assert self._fingerprint, "the store is asked once the teacher is known"
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._store.get, self._fingerprint, job)
 
-    def put(self, job: Job, targets: TokenTargets) -> None:
-        """Have an answer written, in a moment; where too much waits already it is dropped and counted."""
-        self._writer.add(self._fingerprint, job, targets)
+    def put(self, job: Job, targets: TokenTargets) -> bool:
+        """Have an answer written, in a moment; False where too much waits already: it is dropped and counted."""
+        return self._writer.add(self._fingerprint, job, targets)
 
     @property
     def dropped(self) -> int:

@@ -88,6 +88,7 @@ class VllmEngine:
         self._hidden_size = 0
         self._numbers = itertools.count()
         self._running: set[str] = set()
+        self.tokens_computed = 0
 
     async def start(self) -> None:
         """Load the model. ValueError with the reason if vLLM can't serve it."""
@@ -186,9 +187,10 @@ class VllmEngine:
         key = sample_key(job.spec.seed, job.tokens_T) if "sampled" in job.spec.kinds else 0
         params = PoolingParams(task=TASK, extra_kwargs=ask(job.spec, job.rows, job.gather_ids_RG, key))
         number = f"{job.request_id}-{next(self._numbers)}"
+        prompt, priority = tokens_input(job.tokens_T.tolist()), 0 if job.urgent else 1
         self._running.add(number)
         try:
-            async with aclosing(self._llm.encode(tokens_input(job.tokens_T.tolist()), params, number)) as outputs:
+            async with aclosing(self._llm.encode(prompt, params, number, priority=priority)) as outputs:
                 output = await anext(outputs)  # a pooling request has one
         except VllmDeadError as error:
             raise EngineDeadError(self._last_words(), request_id=job.request_id) from error
@@ -199,6 +201,7 @@ class VllmEngine:
             self._running.discard(number)
         if self._llm is None:
             raise EngineDeadError(self._last_words(), request_id=job.request_id)
+        self.tokens_computed += job.num_tokens
         return read_rows(output.outputs.data.numpy(), job, layout)
 
     async def check(self) -> None:

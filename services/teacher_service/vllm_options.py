@@ -87,6 +87,8 @@ def engine_arguments(
         "max_num_seqs": 64 if on_cpu else 256,
         "enforce_eager": on_cpu,
         "enable_chunked_prefill": True,
+        # Control traffic is in the next step, whatever waits.
+        "scheduling_policy": "priority",
         "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES if on_cpu else None,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

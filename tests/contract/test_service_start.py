@@ -89,7 +89,8 @@ def test_every_option_has_an_environment_variable_that_the_command_line_beats(mo
     values = {"model": "m", "host": "::1", "port": "7", "engine": "hf", "revision": "abc", "name": "n",
               "dtype": "float16", "max_model_len": "9", "max_top_k": "3", "engine_args": "--device cpu", "script": "{}",
               "keys": "k", "store": "s", "store_bytes": "2000000",
-              "capacity": "5", "window": "6", "body_timeout": "1.5", "stall_timeout": "2.5",
+              "capacity": "5", "window": "6", "keep_time": "7.5", "keep_bytes": "8", "ready_time": "9.5",
+              "body_timeout": "1.5", "stall_timeout": "2.5",
               "drain_time": "3.5", "tls_cert": "c", "tls_key": "d", "tls_client_ca": "e", "log_format": "text",
               "log_level": "error"}  # fmt: skip
     assert values.keys() == TeacherSettings.model_fields.keys()

@@ -1,19 +1,20 @@
-"""The road of one sequence: coalesced with its like, aborted with its last waiter, refused when it is not finite."""
+"""The way of one sequence: coalesced with its like, finished without who asked, refused when it is not finite."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from serving import answers as answers_module
-from serving.admission import RetryAfter
 from serving.answers import Answers
 from serving.fair import FairQueue
 from serving.metrics import Metrics
+from serving.rate import Rate
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
 from teacher_proto.requests import TargetSpec
 from teacher_service.engine import Job
@@ -27,9 +28,13 @@ def job(*tokens: int, spec: TargetSpec = SPEC, rows: tuple[int, int] | None = No
     return Job(np.array(tokens, dtype=np.int64), rows or (0, len(tokens)), spec, "r")
 
 
-def make(script: Script | None = None, window: int = 10_000) -> tuple[Answers, ScriptedEngine, list[EngineDeadError]]:
+def make(
+    script: Script | None = None, window: int = 10_000, **bounds: Any
+) -> tuple[Answers, ScriptedEngine, list[EngineDeadError]]:
     engine, deaths = ScriptedEngine(script), []
-    return Answers(engine.score, check_sound, FairQueue(window), RetryAfter(), Metrics(), deaths.append), engine, deaths
+    queue = FairQueue(window)
+    answers = Answers(engine.score, check_sound, queue, Rate(), Metrics(), deaths.append, **bounds)
+    return answers, engine, deaths
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -75,7 +80,7 @@ async def test_who_asks_later_is_answered_from_bounded_memory(
     assert await answers.answer(job(1, 2, 3), "b") is first and engine.jobs_started == 1
     for number in range(10):
         await answers.answer(job(1, number + 10), "a")
-    assert len(answers._flights) == len(answers._recent) == 4 and answers.in_flight == 0
+    assert len(answers._in_flight) == len(answers._recent) == 4 and answers.in_flight == 0
     await answers.answer(job(1, 2, 3), "b")
     assert engine.jobs_started == 12
 
@@ -91,16 +96,86 @@ async def test_the_first_may_leave_and_the_others_are_still_answered() -> None:
     assert engine.jobs_started == engine.jobs_finished == 1 and first.cancelled()
 
 
-async def test_the_last_to_leave_aborts_the_engine_and_a_newcomer_starts_afresh() -> None:
+async def test_what_was_begun_is_finished_when_all_have_left_and_found_by_who_asks_again() -> None:
     answers, engine, _ = make(Script(delay_s=0.1))
     waiting = [asyncio.create_task(answers.answer(job(1, 2), s)) for s in "ab"]
     await until(lambda: engine.jobs_started == 1)
     for task in waiting:
         task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert answers.in_flight == 1 and answers._queue.running == 2
+    while_it_runs = asyncio.create_task(answers.answer(job(1, 2), "c"))
     await asyncio.sleep(0)
-    assert (await answers.answer(job(1, 2), "c")).num_rows == 2
-    assert (engine.jobs_started, engine.jobs_aborted, engine.jobs_finished) == (2, 1, 1)
-    assert engine.tokens_running == 0
+    while_it_runs.cancel()
+    await until(lambda: engine.jobs_finished == 1)
+    await until(lambda: answers.unread_bytes > 0)
+    assert (await answers.answer(job(1, 2), "c")).num_rows == 2 and answers.unread_bytes == 0
+    assert (engine.jobs_started, engine.jobs_aborted, engine.tokens_computed) == (1, 0, 2)
+
+
+async def test_what_never_began_is_dropped_when_all_have_left() -> None:
+    answers, engine, _ = make(Script(hang_token=1), window=2)
+    waiting = [asyncio.create_task(answers.answer(job(n, n), "a")) for n in (1, 2)]
+    await until(lambda: engine.jobs_started == 1)
+    waiting[1].cancel()
+    await until(lambda: answers.in_flight == 1)
+    assert answers._queue.waiting_tokens == 0 and engine.jobs_started == 1
+    answers.abort(OverloadedError("the end"))
+
+
+async def test_what_nobody_asks_for_again_is_bounded_in_bytes_and_time() -> None:
+    # Four short answers fit.
+    answers, engine, _ = make(Script(delay_s=0.01, hang_token=7), keep_s=0.5, keep_bytes=20_000)
+    for number in range(10):
+        task = asyncio.create_task(answers.answer(job(1, number + 10), "a"))
+        await until(lambda n=number: engine.jobs_started == n + 1)
+        task.cancel()
+    hung = asyncio.create_task(answers.answer(job(7), "a"))
+    await until(lambda: engine.jobs_started == 11)
+    hung.cancel()
+    await until(lambda: engine.jobs_finished == 10)
+    assert 0 < answers.unread_bytes <= 20_000 and answers._queue.running == 1
+    await until(lambda: answers.unread_bytes == 0 and engine.jobs_aborted == 1)
+    await until(lambda: answers.in_flight == len(answers._in_flight) == answers._queue.running == 0)
+
+
+async def test_a_drain_ends_what_nobody_waits_for_and_nothing_else() -> None:
+    answers, engine, _ = make(Script(delay_s=0.1))
+    left, stays = (asyncio.create_task(answers.answer(job(n), "a")) for n in (1, 2))
+    await until(lambda: engine.jobs_started == 2)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    answers.drain()
+    assert (await stays).num_rows == 1 and engine.jobs_aborted == 1
+    leaves_later = asyncio.create_task(answers.answer(job(3), "a"))
+    await until(lambda: engine.jobs_started == 3)
+    leaves_later.cancel()
+    await until(lambda: engine.jobs_aborted == 2)
+
+
+async def test_a_fresh_job_is_computed_whatever_is_at_hand() -> None:
+    answers, engine, _ = make(Script(delay_s=0.02))
+    await answers.answer(job(1, 2), "a")
+    fresh = replace(job(1, 2), fresh=True)
+    await asyncio.gather(*(answers.answer(fresh, "a") for _ in range(3)))
+    assert engine.jobs_finished == 4
+    await answers.answer(job(1, 2), "a")
+    assert engine.jobs_finished == 4
+
+
+async def test_an_urgent_job_goes_past_those_that_wait_and_ends_with_its_client() -> None:
+    answers, engine, _ = make(Script(hang_token=1, delay_s=0.01), window=4)
+    waiting = [asyncio.create_task(answers.answer(job(1, n), "a")) for n in range(2, 9)]
+    await until(lambda: engine.jobs_started == 2)
+    urgent = replace(job(5, 6, 7), fresh=True, urgent=True)
+    assert (await answers.answer(urgent, "b")).num_rows == 3 and answers._queue.running == 4
+    hung = asyncio.create_task(answers.answer(replace(urgent, tokens_T=np.array([1])), "b"))
+    await until(lambda: engine.jobs_started == 4)
+    hung.cancel()
+    await until(lambda: engine.jobs_aborted == 1)
+    assert answers._queue.running == 4
+    answers.abort(OverloadedError("the end"))
+    assert all(isinstance(r, OverloadedError) for r in await asyncio.gather(*waiting, return_exceptions=True))
 
 
 async def test_all_that_wait_for_a_failure_get_it_and_the_next_tries_again() -> None:

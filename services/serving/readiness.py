@@ -1,0 +1,96 @@
+"""Whether the engine computes what it is handed. Asked by the readiness probe; kept by a service.
+
+An engine that answered of late, or whose work in hand may take so long at the rate measured, is ready. One that is
+silent is handed a token past all queues: that it answers it, however busy, shows that it is slow and not stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+
+from serving.answers import Answers
+from serving.fair import FairQueue
+from serving.rate import Rate
+from teacher_proto.errors import OverloadedError, StillhouseError
+
+log = structlog.get_logger("stillhouse.readiness")
+_FRESH_S = 1.0
+_LOOK_EVERY_S = 1.0
+# An idle engine is not waited for longer: whoever probes has a timeout of its own.
+_IDLE_S = 10.0
+# Work may take so many times as long as the rate says.
+_SLOWER = 3.0
+
+
+class Readiness:
+    """`probe` runs a token through the engine; `within_s` is how long a busy engine may be silent."""
+
+    def __init__(
+        self, probe: Callable[[], Awaitable[None]], answers: Answers[Any, Any], queue: FairQueue, rate: Rate,
+        within_s: float,
+    ):  # fmt: skip
+        self._run_probe = probe
+        self._answers = answers
+        self._queue = queue
+        self._rate = rate
+        self._within_s = within_s
+        self._probe: asyncio.Task[None] | None = None
+        self._busy_since: float | None = None
+
+    async def watch(self) -> None:
+        """Look every second, for ever: an engine that is silent for half of the time is probed."""
+        while True:
+            now = time.monotonic()
+            if not self._queue.running:
+                self._busy_since = None
+            elif self._busy_since is None:
+                self._busy_since = now
+            if self._silent_s(now) > self._allowed_s() / 2:
+                self._start_probe()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def check(self) -> None:
+        """Return if the engine computes. OverloadedError where it is stuck, the probe's own error where it fails."""
+        now = time.monotonic()
+        if now - self._answers.last_success < _FRESH_S:
+            return
+        if self._queue.running:
+            silent_s = self._silent_s(now)
+            if silent_s <= self._allowed_s():
+                return
+            raise OverloadedError(f"the engine is stuck: it has had work for {silent_s:.0f} s and finished none of it")
+        within_s = min(self._within_s, _IDLE_S)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._start_probe()), within_s)
+        except TimeoutError:
+            raise OverloadedError(f"no token got through the engine in {within_s:g} s") from None
+
+    def _silent_s(self, now: float) -> float:
+        """Seconds since the engine, which has work, answered anything; 0 where it has none."""
+        if not self._queue.running or self._busy_since is None:
+            return 0.0
+        return now - max(self._busy_since, self._answers.last_success)
+
+    def _allowed_s(self) -> float:
+        rate = self._rate.tokens_per_second
+        return max(self._within_s, _SLOWER * self._queue.running / rate if rate else 0.0)
+
+    def _start_probe(self) -> asyncio.Task[None]:
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._succeed())
+            self._probe.add_done_callback(_note_failure)
+        return self._probe
+
+    async def _succeed(self) -> None:
+        await self._run_probe()
+        self._answers.last_success = time.monotonic()
+
+
+def _note_failure(probe: asyncio.Task[None]) -> None:
+    if not probe.cancelled() and isinstance(error := probe.exception(), StillhouseError):
+        log.warning("probe failed", reason=error.message)
