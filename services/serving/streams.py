@@ -25,6 +25,7 @@ class Outlet:
         self._send = send
         self._written_at = time.monotonic()
         self.started = False
+        self.client_left = False
 
     @property
     def silent_s(self) -> float:
@@ -47,6 +48,8 @@ class Outlet:
 
     async def _put(self, message: dict) -> None:
         await self._send(message)
+        if self.client_left:  # then nothing was sent, without a word
+            raise ClientDisconnect("the client left before its answer was whole")
         self._written_at = time.monotonic()
 
 
@@ -61,8 +64,9 @@ class RacedResponse(Response):
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(Outlet(send)))
-        gone = asyncio.create_task(_disconnected(receive))
+        outlet = Outlet(send)
+        work = asyncio.ensure_future(self._work(outlet))
+        gone = asyncio.create_task(_disconnected(receive, outlet))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -76,6 +80,6 @@ class RacedResponse(Response):
             await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _disconnected(receive: Receive, outlet: Outlet) -> None:
+    while not outlet.client_left:
+        outlet.client_left = (await receive())["type"] == "http.disconnect"
