@@ -9,6 +9,7 @@ it goes to standard error. A thread of its own writes, so that a main thread ins
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -154,6 +155,7 @@ class Display:
     def _start(self) -> None:
         self._wake.set()
         if self._thread is None and self.shown != "off":
+            atexit.register(self.close)  # a bar hides the cursor
             self._thread = threading.Thread(target=self._work, name="terminal", daemon=True)
             self._thread.start()
 

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from teacher_proto.process_tree import descendants, end
+from teacher_proto.stages import DISPLAY
 
 if TYPE_CHECKING:
     import asyncio
@@ -227,6 +228,7 @@ class StopSignals:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # which makes it wait
         code = EXIT_STOPPED
         if not self._obeyed and self._rescue is not None:
+            _write(2, f"{self._program}: what is computed now can't be interrupted: saving without it\n".encode())
             try:
                 self._rescue()
             except Exception as error:  # the edge of the process: whatever it was, the process ends and says so
@@ -272,6 +274,7 @@ def stoppable(program: str, command: Callable[[StopSignals], int]) -> int:
             code = EXIT_STOPPED
         if signals.received is not None:
             signals.obey()
+            DISPLAY.close()
             if code:
                 print(f"{program}: stopped; start it again to go on", file=sys.stderr)
             signals.leave(EXIT_STOPPED if code else 0)

@@ -186,6 +186,13 @@ class Run:
             self.save()
             self.checkpoints.finish()
 
+    def save_without_main_thread(self) -> None:
+        """What another thread does where a signal finds the main thread stuck in a native call, which has changed
+        nothing of the student: saves it, and waits for the copy elsewhere.
+        """
+        self.save_and_wait()
+        self.checkpoints.close()
+
     def while_waiting(self, waited_s: float) -> None:
         """What happens while a step stands still for its targets."""
         self.signals.check()
@@ -205,7 +212,7 @@ def train(run: Run, started: float | None = None) -> int:
     but while an update is made of its gradient, logged or saved; an update that has not come so far is dropped. The run
     is saved before it ends, by another thread where this one is stuck in a long native call.
     """
-    rescued = run.signals.rescued(run.save_and_wait) if run.ranks.alone else nullcontext()
+    rescued = run.signals.rescued(run.save_without_main_thread) if run.ranks.alone else nullcontext()
     steps, started = run.settings.run.steps, time.monotonic() if started is None else started
     with run.signals.holding(), rescued:
         try:
