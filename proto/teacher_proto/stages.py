@@ -49,7 +49,11 @@ class Stage:
     paced: bool = True  # whether the pace so far says how long the rest will take
     done: float = 0.0
     began: float = field(default_factory=time.monotonic)
-    spoken: float | None = None  # when the last line was written
+    spoken: bool = False
+    due: float = 0.0  # when the next line is
+
+    def __post_init__(self) -> None:
+        self.due = self.began + self.first_s
 
     @property
     def seconds(self) -> float:
@@ -122,7 +126,7 @@ class Display:
         finally:
             self._stages.remove(stage)
             for outer in self._stages[-1:]:
-                outer.spoken = time.monotonic()
+                outer.due = max(outer.due, time.monotonic() + outer.first_s)
         if stage.closing and self._stage_was_long(stage) and self.shown != "off":
             self.print(f"{stage.what}: done in {duration(stage.seconds)}")
 
@@ -150,7 +154,7 @@ class Display:
                 live.stop()
 
     def _stage_was_long(self, stage: Stage) -> bool:
-        return stage.spoken is not None or (self.draws and stage.seconds > FIRST_S)
+        return stage.spoken or (self.draws and stage.seconds > FIRST_S)
 
     def _start(self) -> None:
         self._wake.set()
@@ -176,8 +180,8 @@ class Display:
     def _speak(self, stages: list[Stage], pinned: Pinned | None) -> None:
         now = time.monotonic()
         for stage in stages[-1:]:
-            if now >= (stage.began + stage.first_s if stage.spoken is None else stage.spoken + EVERY_S):
-                stage.spoken = now
+            if now >= stage.due:
+                stage.spoken, stage.due = True, now + EVERY_S
                 self.print(stage.line())
         if pinned is not None and (line := pinned.line()) is not None:
             self.print(line)

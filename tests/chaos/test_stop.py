@@ -110,7 +110,7 @@ def plenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def slow_teacher() -> Iterator[TeacherProcess]:
-    with TeacherProcess(script=teacher_script(tokens_per_second=2.0)) as teacher:
+    with TeacherProcess(script=teacher_script(tokens_per_second=15.0)) as teacher:
         yield teacher
 
 
@@ -128,8 +128,8 @@ OWN_TEXT = ("on_policy.share=1", "on_policy.new_tokens=40", "on_policy.prompt_to
 STAGES = {
     "waiting for a teacher": Stage("yet, waiting", ("teacher.start_within_s=600",), "gone"),
     "indexing": Stage("indexing source", ("data.sources.a.path={plenty}", "data.cache_folder={tmp}")),
-    "held-out targets": Stage("held-out targets: ", ("evaluation.every=6",), "slow"),
-    "targets of a step": Stage("waiting for the targets of step 1: ", ("evaluation.every=0",), "slow"),
+    "held-out targets": Stage("held-out targets: ", ("evaluation.every=6", "data.held_out_rows=30"), "slow"),
+    "targets of a step": Stage("waiting for the targets of step 1: ", ("data.rows=30",), "slow"),
     "evaluating": Stage("evaluating: ", ("data.sources.a.path={plenty}", "evaluation.every=6",
                                          "data.sources.a.held_out_fraction=0.9", "data.held_out_rows=20000")),
     "samples": Stage("writing samples: ", ("evaluation.every=6", "evaluation.sample_tokens=20000")),
