@@ -1,6 +1,6 @@
 # Stillhouse. `make demo` and `make test` set up all they need by themselves, in .venv and .cache.
 #
-#   make demo         distil a small student from a served SmolLM2-135M; report in runs/demo/report.html
+#   make demo         prune SmolLM2-135M and heal it with a served teacher; report in runs/demo/report.html
 #   make bitdistill   make SmolLM2-135M ternary, teach and export it; report in runs/bitdistill/report.html
 #   make test         every test that a CPU can run, the real vLLM engine included
 #   make check        ruff, mypy and the import contracts

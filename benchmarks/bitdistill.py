@@ -3,7 +3,7 @@
     python -m benchmarks.bitdistill                      the table of docs/guides/bitdistill.md; half an hour on 2 cores
     python -m benchmarks.bitdistill --steps 2 --pretraining-steps 3 --seeds 0      a few minutes, to see that it works
 
-The student is the demo's (every fifth layer of SmolLM2-135M), made ternary and trained on text alone once; from there
+The student is the small one (every fifth layer of SmolLM2-135M), made ternary, trained on text alone once; from there
 every arm goes on for the same steps over the same text. Teacher and attention service are processes. Runs are kept in
 runs/bitdistill-ablation, and a run that is there is not made again.
 """

@@ -1,6 +1,6 @@
 """Seconds a step: distilling from stored targets, against a plain fine-tuning step of TRL's SFTTrainer.
 
-    python -m benchmarks.step                 the demo's student, the same rows of tokens for both, in turn
+    python -m benchmarks.step                 the small student, the same rows of tokens for both, in turn
     python -m benchmarks.step --steps 4 --rounds 1
 
 Ours learns cross-entropy and top-64 KL, its targets come over HTTP out of the teacher's store, and its figure is the

@@ -1,10 +1,11 @@
 """BitDistill end to end: SmolLM2-135M made ternary, and taught by the model that it was made of.
 
-    make bitdistill      or, installed:  python -m demo.bitdistill [--pretraining-steps N] [--steps N]
+    make bitdistill      or, installed:  python -m demo.bitdistill [--minutes N]
 
-Serves the teacher and the attention service beside it, trains the ternary student on text alone (stage 2), goes on from
-there in two arms of equal steps (text alone; stage 3 with the teacher's logits and attention relations), exports the
-distilled student in three formats, and writes `runs/bitdistill/summary.json` and `runs/bitdistill/report.html`.
+Serves the teacher and the attention service beside it, measures this machine, and in the time it has trains the ternary
+student on text alone (stage 2), goes on from there in two arms of equal steps (text alone; stage 3 with the teacher's
+logits and attention relations), exports the distilled student in three formats, and writes
+`runs/bitdistill/summary.json` and `runs/bitdistill/report.html`.
 """
 
 from __future__ import annotations
@@ -12,112 +13,165 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import time
-from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from demo.arms import run_arms
+from demo.measure import Machine, StudentProcess
+from demo.page import figures_table
+from demo.plan import MARGIN, Plan, Work, describe, make_plan
 from demo.prepare import TEACHER
-from demo.processes import prepare_with_progress, serve, trainer
-from demo.run import NAME, Teacher, ends, figures_table, serve_teacher, verdict
+from demo.processes import Processes, prepared, stoppable, train
+from demo.screen import Screen
+from demo.served import NAME, TOP_K, Teacher, ends, measure_machine, serve_teacher
+from demo.verdict import Verdict, sentences, verdict_on
 
 RUNS = Path("runs/bitdistill")
+SEQ_LEN = 512
 FORMATS = ("hf", "bitnet", "gguf")
-PLAIN, DISTILLED = "cross_entropy", "distilled"
+STAGE2, PLAIN, DISTILLED = "stage2", "cross_entropy", "distilled"
+ABOUT = {
+    STAGE2: "the text alone, while its weights become ternary",
+    PLAIN: "the text alone",
+    DISTILLED: "the text, the teacher's logits and its attention relations",
+}
+# The attention service reads the layers up to the one compared, about as much as the teacher does.
+WORKS = (Work(STAGE2, False), Work(PLAIN, False), Work(DISTILLED, True, attention=True))
+LOSSES = {
+    PLAIN: ["distillation=cross_entropy"],
+    # At the paper's 1e5 the relations leave a run as short as this nothing for the rest: docs/guides/bitdistill.md.
+    DISTILLED: ["distillation=bitdistill", "distillation.attention.coefficient=1e3"],
+}
+# An export loads the student, writes it, and has other software open it again and compute with it.
+EXPORT_S = 25.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.bitdistill", description=__doc__.split("\n")[0])
-    parser.add_argument("--pretraining-steps", type=int, default=30, help="stage 2 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of each arm of stage 3 (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=13.0, help="for all of it (default: %(default)g)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
-    console = Console()
-    started = time.monotonic()
+    with stoppable(), Processes(Screen()) as processes:
+        return bitdistill(processes, options.minutes)
+
+
+def bitdistill(processes: Processes, minutes: float) -> int:
+    screen, started = processes.screen, time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
     RUNS.mkdir(parents=True)
-    prepare_with_progress(console)
-    with ExitStack() as stack:
-        teacher = stack.enter_context(serve_teacher(console, RUNS))
+    prepared(processes, "teacher", "text")
+    with serve_teacher(processes, RUNS) as ready:
+        student = StudentProcess(processes, measured_run(), RUNS / "unused.jsonl", RUNS / "student_speed.log")
+        teacher = ready()
         beside = [str(TEACHER), "--name", NAME, "--max-model-len", "1024", "--beside", teacher.url]
-        attention_url = stack.enter_context(serve(console, "stillhouse-attention", beside, RUNS / "attention.log"))
-        console.print(f"attention service ready at {attention_url}")
-        train(console, teacher, attention_url, options.pretraining_steps, options.steps)
-    exported = export(console)
-    summary = summarise(teacher, exported, time.monotonic() - started)
+        with processes.serve("stillhouse-attention", beside, RUNS / "attention.log") as attention_ready:
+            attention_url = attention_ready()
+            machine = measure_machine(processes, teacher, student)
+            student.close()
+            exports_s = len(FORMATS) * MARGIN * (machine.start_s + EXPORT_S)
+            before_s = time.monotonic() - started
+            left_s = 60 * minutes - before_s - exports_s
+            plan = make_plan(machine, left_s, WORKS, SEQ_LEN, required=len(WORKS))
+            screen.say(describe(plan, left_s, before_s))
+            screen.say(f"then {len(FORMATS)} exports in about {exports_s:.0f} s")
+            deadline = time.monotonic() + max(left_s, plan.seconds)
+            settings = partial(arm_settings, teacher, attention_url)
+            steps = run_arms(processes, RUNS, plan, machine, deadline, len(WORKS), settings, ABOUT)
+    exported = export(processes)
+    summary = summarise(teacher, machine, plan, steps, exported)
+    verdict = verdict_on(RUNS / PLAIN, RUNS / DISTILLED, summary["arms"], steps[PLAIN] == steps[DISTILLED])
+    summary |= {"verdict": verdict.as_json(), "seconds": round(time.monotonic() - started, 1)}
     (RUNS / "summary.json").write_text(json.dumps(summary, indent=2))
-    write_page(summary, options.pretraining_steps, options.steps)
-    console.print(table(summary))
-    console.print(verdict(summary))
-    console.print(exports_table(exported))
-    console.print(f"report: {RUNS / 'report.html'}   {summary['seconds']:.0f} s in all")
+    write_page(summary)
+    tell(screen, summary, verdict)
     return 0
 
 
-def train(console: Console, teacher: Teacher, attention_url: str, pretraining_steps: int, steps: int) -> None:
-    """Stage 2, and the two arms that begin where it ended and differ in the loss alone."""
-    common = [
-        "--config-folder", "demo/config", "data=stdlib", f"run.root={RUNS}", "run.resume=never",
-        "student.compute=bfloat16", "optim.weight_decay=0.01", "optim.schedule.warmup_steps=5", "checkpoint.every=0",
-        "logging.wandb=off",
+def common() -> list[str]:
+    """The settings in which no two runs differ."""
+    return [
+        "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={SEQ_LEN}", f"run.root={RUNS}",
+        "run.resume=never", "optim.weight_decay=0.01", "optim.schedule.kind=constant", "optim.schedule.warmup_steps=5",
+        "checkpoint.every=0", "logging.wandb=off",
     ]  # fmt: skip
-    asked = [f"teacher.url={teacher.url}", "teacher.top_k=64"]
-    console.rule(f"[bold]stage 2[/]: {pretraining_steps} steps on text alone")
-    # With the teacher at hand, held-out KL and agreement are measured in stage 2 too.
-    trainer(
-        *common, "recipe=bitnet_pretraining", "teacher=remote", *asked, "run.id=stage2", "run.seed=0",
-        "optim.learning_rate=1e-3",
-        f"run.steps={pretraining_steps}", f"student.checkpoint_path={TEACHER}",
-        f"student.bitnet.warmup_steps={pretraining_steps // 2}", f"evaluation.every={pretraining_steps}",
-    )  # fmt: skip
-    stage3 = [*common, *asked, f"run.steps={steps}", f"student.checkpoint_path={RUNS / 'stage2'}"]
+
+
+def measured_run() -> list[str]:
+    """Settings of the run whose first steps are measured: stage 2, without a teacher to evaluate with."""
+    return [
+        *common(), "recipe=bitnet_pretraining", "teacher=none", "run.id=measured", f"student.checkpoint_path={TEACHER}",
+        "data.held_out_rows=1", "evaluation.every=1", "evaluation.samples=0", "logging.progress=off",
+    ]  # fmt: skip
+
+
+def arm_settings(teacher: Teacher, attention_url: str, plan: Plan, index: int) -> list[str]:
+    """Stage 2, or one of the two arms that begin where it ended and differ in the loss alone."""
+    name = plan.names[index]
+    settings = [
+        *common(), f"run.id={name}", f"run.steps={plan.steps}", f"data.held_out_rows={plan.held_out_rows}",
+        f"evaluation.every={plan.evaluate_every}",
+        # Both arms of stage 3 begin with the student that stage 2 has evaluated last.
+        f"evaluation.at_start={str(index == 0).lower()}",
+        f"teacher.url={teacher.url}", f"teacher.top_k={TOP_K}",
+    ]  # fmt: skip
+    if name == STAGE2:
+        # With the teacher at hand, held-out KL and agreement are measured in stage 2 too.
+        return [
+            *settings, "recipe=bitnet_pretraining", "teacher=remote", "run.seed=0", "optim.learning_rate=1e-3",
+            f"student.checkpoint_path={TEACHER}", f"student.bitnet.warmup_steps={plan.steps // 2}",
+        ]  # fmt: skip
     # Adam's first steps are of the full rate whatever the gradient; at stage 2's they undo what it learnt.
-    stage3 += [f"evaluation.every={max(1, steps // 2)}", "recipe=bitdistill", "run.seed=1", "optim.learning_rate=3e-4"]
-    for arm, loss in {
-        PLAIN: ["distillation=cross_entropy"],
-        # At the paper's 1e5 the relations leave a run as short as this nothing for the rest: docs/guides/bitdistill.md.
-        DISTILLED: [
-            "distillation=bitdistill",
-            "distillation.attention.coefficient=1e3",
-            f"teacher.attention_url={attention_url}",
-        ],
-    }.items():
-        console.rule(f"[bold]stage 3, {arm.replace('_', ' ')}[/]: {steps} steps")
-        trainer(*stage3, *loss, f"run.id={arm}")
+    settings += [
+        "recipe=bitdistill", "run.seed=1", "optim.learning_rate=3e-4", f"student.checkpoint_path={RUNS / STAGE2}",
+        *LOSSES[name],
+    ]  # fmt: skip
+    return [*settings, f"teacher.attention_url={attention_url}"] if name == DISTILLED else settings
 
 
-def export(console: Console) -> dict[str, dict[str, Any]]:
+def export(processes: Processes) -> dict[str, dict[str, Any]]:
     """Each format, opened again by its own software; the command fails where that is not the student."""
-    console.rule("[bold]export[/]")
+    processes.screen.title("export")
     exported = {}
     for form in FORMATS:
         out = RUNS / DISTILLED / "exports" / form
-        trainer("export", str(RUNS / DISTILLED), "--format", form, "--name", "SmolLM2-135M-1.58bit")
+        arguments = ["export", str(RUNS / DISTILLED), "--format", form, "--name", "SmolLM2-135M-1.58bit"]
+        train(processes, f"export {form}", arguments)
         exported[form] = json.loads((out / "export.json").read_text())
     return exported
 
 
-def summarise(teacher: Teacher, exported: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
-    identity = {**teacher.about["identity"], "fingerprint": teacher.about["fingerprint"]}
-    arms = {arm: ends(RUNS / arm) for arm in ("stage2", PLAIN, DISTILLED)}
-    return {"seconds": round(seconds, 1), "teacher": identity, "arms": arms, "exports": exported}
+def summarise(
+    teacher: Teacher, machine: Machine, plan: Plan, steps: dict[str, int], exported: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    arms = {STAGE2: ends(RUNS / STAGE2)}
+    for arm in (PLAIN, DISTILLED):
+        arms[arm] = {"before": arms[STAGE2]["after"], "after": ends(RUNS / arm)["after"]}
+    for name, made in steps.items():
+        arms[name] |= {"steps": made, "loss": ABOUT[name]}
+    return {
+        "seconds": 0.0, "teacher": teacher.as_json(), "machine": {**asdict(machine), "plan": plan.as_json()},
+        "arms": arms, "exports": exported,
+    }  # fmt: skip
 
 
-def table(summary: dict[str, Any]) -> Table:
+def tell(screen: Screen, summary: dict[str, Any], verdict: Verdict) -> None:
     arms = summary["arms"]
     rows = {
         # The warm-up begins at no quantisation at all.
-        "SubLN added, not yet ternary": arms["stage2"]["before"],
-        "after stage 2": arms[DISTILLED]["before"],
+        "SubLN added": arms[STAGE2]["before"],
+        "after stage 2": arms[STAGE2]["after"],
         "text alone": arms[PLAIN]["after"],
         "distilled": arms[DISTILLED]["after"],
     }
-    return figures_table("Held-out text: the ternary student, in nats a token", rows)
+    screen.say(figures_table("Held-out text: the ternary student, in nats a token", rows))
+    screen.say(sentences(verdict))
+    screen.say(exports_table(summary["exports"]))
+    screen.say(f"report: {RUNS / 'report.html'}   {summary['seconds']:.0f} s in all")
 
 
 def exports_table(exported: dict[str, dict[str, Any]]) -> Table:
@@ -132,23 +186,25 @@ def exports_table(exported: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
-def write_page(summary: dict[str, Any], pretraining_steps: int, steps: int) -> None:
+def write_page(summary: dict[str, Any]) -> None:
     from student_trainer.report import RunRecord, write_report
 
-    identity = summary["teacher"]["semantic"]
+    identity, arms = summary["teacher"]["semantic"], summary["arms"]
     write_report(
-        [RunRecord.read(RUNS / arm, arm.replace("_", " ")) for arm in ("stage2", PLAIN, DISTILLED)],
+        [RunRecord.read(RUNS / arm, arm.replace("_", " ")) for arm in arms],
         RUNS / "report.html",
         title="Stillhouse BitDistill: a 1.58-bit SmolLM2-135M",
         lead="Every linear layer of the teacher made ternary, trained on text alone (stage 2), then for the same "
         "steps on the same text: once without a teacher, once with its logits and attention relations (stage 3).",
         facts=[
             ("teacher", f"{identity['model']}, {identity['dtype']}, fingerprint {summary['teacher']['fingerprint']}"),
-            ("steps", f"{pretraining_steps} of stage 2, {steps} of each arm of stage 3, of 512 tokens"),
+            ("machine", f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores"),
+            ("steps", ", ".join(f"{arm['steps']} {name.replace('_', ' ')}" for name, arm in arms.items())
+             + f", of {SEQ_LEN} tokens"),
             *((f"export {form}", f"{one['num_bytes'] / 2**20:,.0f} MiB") for form, one in summary["exports"].items()),
             ("time", f"{summary['seconds']:.0f} s in all"),
         ],
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

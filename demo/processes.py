@@ -1,74 +1,227 @@
-"""Services and trainers as processes of their own, for the demos: `run` and `bitdistill`."""
+"""Services, trainers and other processes of a demo, in groups of their own, and ended with it. Used by the demos.
+
+Whatever ends a demo ends them: an error, SIGTERM and Ctrl-C by `Processes`, within five seconds; where the demo is
+killed, they notice that their parent is gone (STILLHOUSE_DIE_WITH_PARENT).
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-from demo.prepare import prepare
+from demo.screen import POLL_S, Screen
 
 BIN = Path(sys.executable).parent
 READY_WITHIN_S = 600.0
+ENDS_WITHIN_S = 3.5
 # Services and student share the cores here: a thread that waits for another must not spin.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ, "STILLHOUSE_DIE_WITH_PARENT": "1"}
 
 
-def prepare_with_progress(console: Console) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("prepare", total=None)
-        prepare(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
+class TooLongError(Exception):
+    """A process was not done by its deadline, and was ended."""
+
+
+class Stopped(SystemExit):
+    """A signal asked for the demo's end; the exit code is what a shell would say of it."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+@dataclass
+class _Held:
+    """Signals that came while a process was started: it must be known before it can be ended."""
+
+    open: bool = True
+    signals: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.open = False
+        try:
+            yield
+        finally:
+            self.open = True
+        if self.signals:
+            raise Stopped(self.signals.pop())
+
+
+_held = _Held()
 
 
 @contextmanager
-def serve(console: Console, name: str, arguments: list[str], log_file: Path) -> Iterator[str]:
-    """The service `name` on a free port: its URL when it is ready; ended when the block is left."""
-    command = [str(BIN / name), *arguments, "--port", "0"]
-    console.print(f"[dim]$ {' '.join(command)}[/]")
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+def stoppable() -> Iterator[None]:
+    """A block that SIGTERM and SIGINT leave by `Stopped`."""
+
+    def stop(number: int, frame: object) -> None:
+        if not _held.open:
+            _held.signals.append(number)
+            return
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with console.status(f"{name} loads its model"):
-            url = _wait_ready(process, name, log_file)
-        yield url
+        yield
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal.name}", file=sys.stderr, flush=True)
+        raise
     finally:
-        process.terminate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Processes:
+    """All that a demo starts. Leaving the block ends every one of them, with what they started."""
+
+    def __init__(self, screen: Screen):
+        self.screen = screen
+        self._running: list[subprocess.Popen[Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # It takes a bounded time, and must not be left half way.
+        with _held():
+            self._end(list(self._running))
+
+    def start(self, command: list[str], **popen: Any) -> subprocess.Popen[Any]:
+        """A process in a session of its own, with what it starts."""
+        with _held():
+            process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **popen)
+            self._running.append(process)
+        return process
+
+    def end(self, process: subprocess.Popen[Any]) -> None:
+        self._end([process])
+
+    def _end(self, processes: list[subprocess.Popen[Any]]) -> None:
+        """SIGTERM to all at once; SIGKILL to whatever is left of their groups in the end."""
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for process in processes:
+            # Where the whole group is gone, as it should be, there is none to find.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._running.remove(process)
+
+    def run(
+        self, what: str, command: list[str], *, detail: Callable[[], str] = str, deadline: float | None = None,
+        own_bar: bool = False,
+    ) -> None:  # fmt: skip
+        """A command to its end, its lines passed on. `own_bar`: on a terminal it shows how far it is itself.
+
+        SystemExit if it fails. TooLongError at `deadline`, a monotonic time; the command is ended then.
+        """
+        inherits = own_bar and self.screen.is_terminal
+        pipes = {} if inherits else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = self.start(command, **pipes)
+        relay = _relayed(process.stdout, self.screen) if process.stdout else None
+
+        def done() -> bool:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TooLongError(f"{what} was not done in its time")
+            return process.poll() is not None
+
         try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            if inherits:
+                while not done():
+                    time.sleep(POLL_S)
+            else:
+                self.screen.until(what, done, detail)
+        finally:
+            code = process.poll()
+            self.end(process)
+            if relay is not None:
+                relay.join(timeout=1)
+        if code:
+            raise SystemExit(f"{what} ended with code {code}: {' '.join(command)}")
 
-
-def _wait_ready(process: subprocess.Popen[bytes], name: str, log_file: Path) -> str:
-    """The URL that the service says it is ready at. SystemExit with the end of its log if it never does."""
-    deadline = time.monotonic() + READY_WITHIN_S
-    while time.monotonic() < deadline:
-        log = log_file.read_text(errors="replace")
-        if ready := re.search(rf"^{name}: ready at (\S+),", log, re.MULTILINE):
-            return ready[1]
-        if process.poll() is not None:
-            tail = "\n".join(log.splitlines()[-15:])
-            raise SystemExit(f"{name} ended with code {process.returncode}; {log_file} ends with:\n{tail}")
-        time.sleep(0.25)
-    raise SystemExit(f"{name} was not ready within {READY_WITHIN_S:.0f} s; see {log_file}")
-
-
-def trainer(*arguments: str) -> None:
-    """`stillhouse-train ARGUMENTS`, as a user would run it. SystemExit if it fails."""
-    with subprocess.Popen([str(BIN / "stillhouse-train"), *arguments], env=ENVIRONMENT) as process:
+    @contextmanager
+    def serve(self, name: str, arguments: list[str], log_file: Path) -> Iterator[Callable[[], str]]:
+        """The service `name` on a free port: what is yielded waits until it is ready and returns its URL."""
+        command = [str(BIN / name), *arguments, "--port", "0"]
+        self.screen.say(f"$ {' '.join(command)}", style="dim")
+        with log_file.open("wb") as log:
+            process = self.start(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            raise
-    if code:
-        raise SystemExit(f"stillhouse-train ended with code {code}: {' '.join(arguments)}")
+            yield lambda: self._wait_ready(process, name, log_file)
+        finally:
+            self.end(process)
+
+    def _wait_ready(self, process: subprocess.Popen[Any], name: str, log_file: Path) -> str:
+        """The URL that the service says it is ready at. SystemExit with the end of its log if it never does."""
+        tail = _Tail(log_file, name)
+        deadline = time.monotonic() + READY_WITHIN_S
+        with self.screen.waiting(f"{name} starts") as still:
+            while time.monotonic() < deadline:
+                ended = process.poll() is not None
+                for line in tail.new_lines():
+                    self.screen.relay(line)
+                    if ready := re.match(rf"{name}: ready at (\S+?),", line):
+                        return ready[1]
+                if ended:
+                    raise SystemExit(f"{name} ended with code {process.returncode}; {log_file} ends:\n{tail.end()}")
+                still(f"its log is {log_file}")
+                time.sleep(POLL_S)
+        raise SystemExit(f"{name} was not ready within {READY_WITHIN_S:.0f} s; see {log_file}")
+
+
+class _Tail:
+    """The service's own lines in its log, each once: those that begin with its name."""
+
+    def __init__(self, path: Path, name: str):
+        self._path, self._name, self._read = path, name, 0
+
+    def new_lines(self) -> list[str]:
+        text = self._path.read_text(errors="replace")
+        whole = text.rfind("\n") + 1
+        new, self._read = text[self._read : whole], max(self._read, whole)
+        return [line for line in new.splitlines() if line.startswith(f"{self._name}: ")]
+
+    def end(self) -> str:
+        return "\n".join(self._path.read_text(errors="replace").splitlines()[-15:])
+
+
+def _relayed(pipe: IO[str], screen: Screen) -> threading.Thread:
+    """A thread that passes on what comes out of `pipe`."""
+
+    def relay() -> None:
+        for line in pipe:
+            screen.relay(line.rstrip("\n"))
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    return thread
+
+
+def train(processes: Processes, what: str, settings: list[str], detail: Callable[[], str] = str, **run: Any) -> None:
+    """`stillhouse-train SETTINGS`, as a user would run it."""
+    processes.run(what, [str(BIN / "stillhouse-train"), *settings], detail=detail, own_bar=True, **run)
+
+
+def prepared(processes: Processes, *names: str) -> None:
+    """`demo.prepare` in a process of its own, which can be ended at any time and gives its memory back."""
+    processes.run("preparation", [sys.executable, "-m", "demo.prepare", *names])
+
+
+def setting_lines(settings: Mapping[str, object]) -> list[str]:
+    """NAME=VALUE, as `stillhouse-train` takes them."""
+    return [f"{name}={value}" for name, value in settings.items()]

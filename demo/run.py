@@ -1,167 +1,139 @@
-"""The demo: a small student learns from a real language model that real vLLM serves over real HTTP.
+"""The demo: a pruned language model is healed, with and without the teacher that it was cut from.
 
-    make demo            or, installed:  python -m demo.run [--steps N]
+    make demo            or, installed:  python -m demo.run [--minutes N]
 
-Prepares the models, starts `stillhouse-teacher` as a process of its own, trains two students that differ in the loss
-alone (cross-entropy; cross-entropy and the served top-K KL), stops the teacher, and writes `runs/demo/summary.json`
-and `runs/demo/report.html`.
+Cuts six of SmolLM2-135M's thirty layers out, serves the whole model with `stillhouse-teacher` as a process of its own,
+measures this machine, and trains in the time it has: arms that differ in the loss alone (the served top-64
+distribution; the text alone; where there is time, 50 samples of the teacher's a token). Writes
+`runs/demo/summary.json` and `runs/demo/report.html`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
-from rich.console import Console
-from rich.table import Table
-
-from demo.prepare import STUDENT, TEACHER
-from demo.processes import prepare_with_progress, serve, trainer
+from demo.arms import run_arms
+from demo.measure import Machine, StudentProcess
+from demo.page import figures_table, write_page
+from demo.plan import Plan, Work, describe, make_plan
+from demo.prepare import PRUNED, TEACHER
+from demo.processes import Processes, prepared, stoppable
+from demo.screen import Screen
+from demo.served import TOP_K, Teacher, ends, measure_machine, serve_teacher
+from demo.verdict import Verdict, sentences, verdict_on, what_it_takes
 
 RUNS = Path("runs/demo")
-NAME = "SmolLM2-135M-Instruct"
+SEQ_LEN = 256
+SAMPLES = 50
+# The arms that are compared; a third is made where there is time.
+REQUIRED = 2
 
-# The two arms differ in this setting alone.
-ARMS = {"cross_entropy": "distillation=cross_entropy", "distilled": "distillation=logits_only"}
-
-
-@dataclass(frozen=True)
-class Teacher:
-    url: str
-    about: dict[str, Any]
-
-    @classmethod
-    def at(cls, url: str) -> Teacher:
-        return cls(url, httpx.get(f"{url}/v1/teacher", timeout=30).raise_for_status().json())
+PLAIN, DISTILLED, SAMPLED = "cross_entropy", "distilled", "sampled"
+ABOUT = {
+    DISTILLED: f"the teacher's top {TOP_K} and the rest of its distribution as one bucket",
+    PLAIN: "the text alone",
+    SAMPLED: f"{SAMPLES} samples of the teacher's distribution a token",
+}
+# The arms differ in these settings alone.
+LOSSES = {
+    DISTILLED: ["distillation=none", "distillation.terms.top_k_kl.kind=forward_kl"],
+    PLAIN: ["distillation=cross_entropy"],
+    SAMPLED: ["distillation=none", "distillation.terms.sampled.kind=sampled", f"distillation.samples={SAMPLES}"],
+}
+WORKS = tuple(Work(name, teacher_in_steps=name != PLAIN) for name in LOSSES)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each arm (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)g)")
     options = parser.parse_args()
-    # A demo that is told to stop takes its teacher and its trainer along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
-    console = Console()
-    started = time.monotonic()
+    with stoppable(), Processes(Screen()) as processes:
+        return demo(processes, options.minutes)
+
+
+def demo(processes: Processes, minutes: float) -> int:
+    screen, started = processes.screen, time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
     RUNS.mkdir(parents=True)
-    prepare_with_progress(console)
-    with serve_teacher(console, RUNS) as teacher:
-        for arm, loss in ARMS.items():
-            console.rule(f"[bold]{arm.replace('_', ' ')}[/]: {options.steps} steps")
-            train(arm, loss, teacher.url, options.steps)
-    summary = summarise(teacher, time.monotonic() - started)
+    prepared(processes, "teacher", "pruned", "text")
+    with serve_teacher(processes, RUNS) as ready:
+        student = StudentProcess(processes, measured_run(), RUNS / "teacher_texts.jsonl", RUNS / "student_speed.log")
+        teacher = ready()
+        machine = measure_machine(processes, teacher, student)
+        before_s = time.monotonic() - started
+        plan = make_plan(machine, 60 * minutes - before_s, WORKS, SEQ_LEN)
+        screen.say(describe(plan, 60 * minutes - before_s, before_s))
+        deadline = max(started + 60 * minutes, time.monotonic() + plan.seconds)
+        student.write(plan.held_out_rows, TEACHER)
+        settings = partial(arm_settings, teacher)
+        steps = run_arms(processes, RUNS, plan, machine, deadline, REQUIRED, settings, ABOUT)
+    summary = summarise(teacher, machine, plan, steps)
+    verdict = verdict_on(RUNS / PLAIN, RUNS / DISTILLED, summary["arms"], steps[PLAIN] == steps[DISTILLED])
+    summary["verdict"] = verdict.as_json() | {"what_it_takes": what_it_takes(verdict, plan, machine, before_s)}
+    summary["seconds"] = round(time.monotonic() - started, 1)
     (RUNS / "summary.json").write_text(json.dumps(summary, indent=2))
-    write_page(summary, options.steps)
-    console.print(table(summary))
-    console.print(verdict(summary))
-    console.print(
-        f"report: {RUNS / 'report.html'}   figures: {RUNS / 'summary.json'}   {summary['seconds']:.0f} s in all"
-    )
+    write_page(RUNS, summary, {name: ABOUT[name] for name in steps})
+    tell(screen, summary, verdict)
     return 0
 
 
-@contextmanager
-def serve_teacher(console: Console, runs: Path) -> Iterator[Teacher]:
-    """`stillhouse-teacher` with the demo's teacher, its log among `runs`."""
-    options = [str(TEACHER), "--name", NAME, "--max-model-len", "1024"]
-    with serve(console, "stillhouse-teacher", options, runs / "teacher.log") as url:
-        teacher = Teacher.at(url)
-        console.print(f"teacher ready at {teacher.url}, fingerprint {teacher.about['fingerprint']}")
-        yield teacher
+def common() -> list[str]:
+    """The settings in which no two arms differ."""
+    return [
+        "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={SEQ_LEN}", f"run.root={RUNS}", "run.seed=0",
+        "run.resume=never", f"student.checkpoint_path={PRUNED}", "optim.learning_rate=2e-4", "optim.weight_decay=0.01",
+        # A constant rate: a run that its time cuts short is the beginning of a longer one.
+        "optim.schedule.kind=constant", "optim.schedule.warmup_steps=3", "checkpoint.every=0", "logging.wandb=off",
+    ]  # fmt: skip
 
 
-def train(arm: str, loss: str, url: str, steps: int) -> None:
-    """One arm."""
-    trainer(
-        "--config-folder", "demo/config", "data=stdlib", loss,
-        f"run.root={RUNS}", f"run.id={arm}", f"run.steps={steps}", "run.seed=0", "run.resume=never",
-        f"student.checkpoint_path={STUDENT}", "student.compute=bfloat16", f"teacher.url={url}", "teacher.top_k=64",
-        "optim.learning_rate=2e-3", "optim.weight_decay=0.01", "optim.schedule.warmup_steps=5",
-        f"evaluation.every={max(1, steps // 2)}", "checkpoint.every=0", "logging.wandb=off",
-    )  # fmt: skip
+def measured_run() -> list[str]:
+    """Settings of the run whose first steps are measured, on text alone."""
+    return [
+        *common(), "teacher=none", "distillation=cross_entropy", "run.id=measured", "data.held_out_rows=1",
+        "evaluation.every=1", "logging.progress=off",
+    ]  # fmt: skip
 
 
-def ends(run: Path) -> dict[str, Any]:
-    """The first and the last evaluation of a run, by source."""
-    lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
-    before, after = ({k: v for k, v in line.items() if k != "step"} for line in (lines[0], lines[-1]))
-    return {"before": before, "after": after}
+def arm_settings(teacher: Teacher, plan: Plan, index: int) -> list[str]:
+    name = plan.names[index]
+    return [
+        *common(), *LOSSES[name], f"run.id={name}", f"run.steps={plan.steps}",
+        f"data.held_out_rows={plan.held_out_rows}", f"teacher.url={teacher.url}", f"teacher.top_k={TOP_K}",
+        f"evaluation.every={plan.evaluate_every}",
+        # All arms begin with the same student: it is evaluated once.
+        f"evaluation.at_start={str(index == 0).lower()}",
+    ]  # fmt: skip
 
 
-def summarise(teacher: Teacher, seconds: float) -> dict[str, Any]:
-    arms = {arm: ends(RUNS / arm) for arm in ARMS}
-    identity = {**teacher.about["identity"], "fingerprint": teacher.about["fingerprint"]}
-    return {"seconds": round(seconds, 1), "teacher": identity, "arms": arms}
+def summarise(teacher: Teacher, machine: Machine, plan: Plan, steps: dict[str, int]) -> dict[str, Any]:
+    arms = {
+        name: {**ends(RUNS / name, before=RUNS / plan.names[0]), "steps": made, "loss": ABOUT[name]}
+        for name, made in steps.items()
+    }
+    return {
+        "seconds": 0.0,
+        "teacher": teacher.as_json(),
+        "machine": {**asdict(machine), "plan": plan.as_json()},
+        "arms": arms,
+    }
 
 
-def table(summary: dict[str, Any]) -> Table:
+def tell(screen: Screen, summary: dict[str, Any], verdict: Verdict) -> None:
     arms = summary["arms"]
-    rows = {"before": arms["distilled"]["before"]} | {arm.replace("_", " "): arms[arm]["after"] for arm in ARMS}
-    return figures_table("Held-out text: the student before and after, in nats a token", rows)
-
-
-def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
-    """`rows`: a student's name -> its figures by source."""
-    shown = Table(title=title)
-    for column in ("source", "student", "cross-entropy", "KL(teacher‖student)", "agreement"):
-        shown.add_column(column, justify="left" if column in ("source", "student") else "right")
-    last = list(rows)[-1]
-    for source in rows[last]:
-        for name, by_source in rows.items():
-            figures = by_source[source]
-            shown.add_row(
-                source, name, f"{figures['cross_entropy']:.3f}", f"{figures['kl']:.3f}", f"{figures['agreement']:.1%}",
-                end_section=name == last,
-            )  # fmt: skip
-    return shown
-
-
-def verdict(summary: dict[str, Any]) -> str:
-    """What the table says, in a sentence a source, with one standard error of the agreement's difference."""
-    lines = []
-    for source, distilled in summary["arms"]["distilled"]["after"].items():
-        plain = summary["arms"]["cross_entropy"]["after"][source]
-        shares, tokens = (plain["agreement"], distilled["agreement"]), distilled["tokens"]
-        error = math.sqrt(sum(share * (1 - share) / tokens for share in shares))
-        lines.append(
-            f"{source}: with the teacher's logits KL changes by {distilled['kl'] / plain['kl'] - 1:+.1%} and agreement "
-            f"by {100 * (shares[1] - shares[0]):+.1f} ± {100 * error:.1f} points, against cross-entropy alone"
-        )
-    return "\n".join(lines)
-
-
-def write_page(summary: dict[str, Any], steps: int) -> None:
-    from student_trainer.report import RunRecord, write_report
-
-    identity = summary["teacher"]["semantic"]
-    write_report(
-        [RunRecord.read(RUNS / arm, arm.replace("_", " ")) for arm in ARMS],
-        RUNS / "report.html",
-        title="Stillhouse demo: one student, two losses",
-        lead="The same broken student (every fifth layer of its teacher) learns for the same number of steps on the "
-        "same text: once from the text alone, once from the text and the served teacher's top-64 logits.",
-        facts=[
-            ("teacher", f"{identity['model']}, {identity['dtype']}, fingerprint {summary['teacher']['fingerprint']}"),
-            (
-                "engine",
-                " ".join(str(summary["teacher"]["numeric"][key]) for key in ("engine", "engine_version", "device")),
-            ),
-            ("steps", f"{steps} of 512 tokens"),
-            ("time", f"{summary['seconds']:.0f} s in all"),
-        ],
-    )
+    rows = {"pruned": arms[DISTILLED]["before"]} | {name.replace("_", " "): arm["after"] for name, arm in arms.items()}
+    screen.say(figures_table("Held-out text: the pruned and the healed students", rows))
+    screen.say(sentences(verdict))
+    screen.say(summary["verdict"]["what_it_takes"] or "The teacher helps: KL on both sources, agreement beyond chance.")
+    screen.say(f"report: {RUNS / 'report.html'}   figures: {RUNS / 'summary.json'}   {summary['seconds']:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-
-from teacher_proto.stages import stage
 
 
 def pack_command(arguments: list[str]) -> int:
-    """Run the command; the exit code: 1 where rows were left out. ValueError in one line for what can't be done.
-
-    A signal's `Stop` passes through: an export that it ends leaves no file, an import what was read until then.
-    """
+    """Run the command; the exit code: 1 where rows were left out. ValueError in one line for what can't be done."""
     options = _parser().parse_args(arguments)
-    with stage("importing libraries"):
-        from teacher_proto.store import TargetStore
-        from teacher_proto.store_parquet import export_parquet, import_parquet
+    from teacher_proto.store import TargetStore
+    from teacher_proto.store_parquet import export_parquet, import_parquet
 
     exporting = options.direction == "export"
     with TargetStore(options.store, options.store_bytes, readonly=exporting) as store:
-        stats = store.stats()
-        what = "writing entries" if exporting else "reading entries"
-        with stage(what, stats.entries if exporting else None, "entries", closing=False) as doing:
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            def advance() -> None:
-                doing.done += 1
-
+        console = Console(stderr=True)
+        columns = (TextColumn("entries"), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=store.stats().entries if exporting else None)
+            advance = partial(progress.advance, task)
             if exporting:
                 packed = export_parquet(store, options.folder, on_entry=advance)
             else:

@@ -4,7 +4,7 @@
 
 Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and where they are there `samples.jsonl`
 and `passage.json`.
-The demo calls `write_report` with its two arms.
+The demos call `write_report` with their arms.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 # Figures of an evaluation, with how the page calls them and whether more is better.
@@ -58,9 +59,13 @@ class RunRecord:
 
 
 def write_report(
-    runs: Sequence[RunRecord], out: Path, *, title: str, lead: str = "", facts: Iterable[tuple[str, str]] = ()
-) -> None:
-    """Render the page of these runs to `out`. `facts` are name and value pairs for its head."""
+    runs: Sequence[RunRecord], out: Path, *, title: str, lead: str = "", facts: Iterable[tuple[str, str]] = (),
+    others: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}), untrained: str | None = None,
+) -> None:  # fmt: skip
+    """Render the page of these runs to `out`. `facts` are name and value pairs for its head. `others`: by name, lines
+    like those of `samples.jsonl` of models that are no run. `untrained`: what to call the student that all runs begin
+    with, for runs that have one in common.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -71,15 +76,15 @@ def write_report(
     )
     passages = [{"run": run.name, "tokens": run.passage} for run in runs if run.passage]
     page = environment.get_template("report.html.jinja").render(
-        title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs], table=_table(runs),
-        passages=passages, samples=_samples(runs),
+        title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs], table=_table(runs, untrained),
+        passages=passages, samples=_samples(runs, others, untrained),
         data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages},
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
 
 
-def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def _table(runs: Sequence[RunRecord], untrained: str | None) -> list[dict[str, Any]]:
     """Rows of first and last evaluation, by source, with the best last figure of each source marked."""
     rows: list[dict[str, Any]] = []
     for source in _sources(runs):
@@ -87,11 +92,13 @@ def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         for run in runs:
             points = [line for line in run.evaluations if source in line]
             ends = points[:1] + points[1:][-1:]
-            rows += [
-                {"source": source, "run": run.name, "step": line["step"], "best": frozenset(), **line[source]}
+            made = [
+                {"source": source, "run": _who(run, line, untrained), "step": line["step"], "best": frozenset()}
+                | line[source]
                 for line in ends
             ]
-            last_rows += rows[-1:] if ends else []
+            rows += [row for row in made if row not in rows]
+            last_rows += made[-1:]
         for figure, (_, more_is_better) in FIGURES.items():
             known = [row for row in last_rows if row[figure] is not None]
             if len(known) > 1:
@@ -100,16 +107,30 @@ def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return rows
 
 
-def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """By held-out text: its beginning, how it goes on, and how each run's student went on, first and last."""
+def _samples(
+    runs: Sequence[RunRecord], others: Mapping[str, Sequence[Mapping[str, Any]]], untrained: str | None
+) -> list[dict[str, Any]]:
+    """By held-out text: its beginning, how it goes on, how others and each run's student went on, first and last."""
     texts: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(line: Mapping[str, Any], who: dict[str, Any]) -> None:
+        text = texts.setdefault((line["source"], line["document"]), {**line, "by": []})
+        if not any(by["run"] == who["run"] and by["step"] == who["step"] for by in text["by"]):
+            text["by"].append({**who, "text": line["written"]})
+
+    for name, lines in others.items():
+        for line in lines:
+            add(line, {"run": name, "step": None})
     for run in runs:
         steps = sorted({line["step"] for line in run.samples})
         for line in run.samples:
             if line["step"] in (steps[0], steps[-1]):
-                text = texts.setdefault((line["source"], line["document"]), {**line, "by": []})
-                text["by"].append({"run": run.name, "step": line["step"], "text": line["written"]})
+                add(line, {"run": _who(run, line, untrained), "step": line["step"]})
     return list(texts.values())
+
+
+def _who(run: RunRecord, line: Mapping[str, Any], untrained: str | None) -> str:
+    return untrained if untrained is not None and line["step"] == 0 else run.name
 
 
 def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

@@ -66,6 +66,16 @@ def test_what_the_students_wrote_stands_beside_what_the_document_says(tmp_path: 
         assert f"{name} at 0" in page and f"{name} at 2" in page and f"{name} at 1" not in page
 
 
+def test_a_common_beginning_is_shown_once_and_others_beside_it(tmp_path: Path) -> None:
+    runs = [RunRecord.read(_write_run(tmp_path / name, 1.0, "same")) for name in ("plain", "taught")]
+    other = {"source": "prose", "document": "prose:1", "prompt": "It was", "written": "a teacher's text", "instead": ""}
+    write_report(runs, tmp_path / "report.html", title="two", others={"teacher": [other]}, untrained="pruned")
+    page = (tmp_path / "report.html").read_text()
+    assert "a teacher&#39;s text" in page and "<dt>teacher</dt>" in page
+    assert page.count("same at 0") == page.count("<dt>pruned, step 0</dt>") == 1 and page.count("same at 2") == 2
+    assert page.count("<td>pruned</td>") == 1 and page.count("<td>taught</td>") == 1
+
+
 def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     write_report([RunRecord.read(_write_run(tmp_path / "run", 1.0))], tmp_path / "report.html", title="alone")
     page = (tmp_path / "report.html").read_text()

@@ -1,0 +1,56 @@
+"""Training runs one after another within a deadline, each as long as its share of what is left. Called by the demos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from demo.measure import Machine
+from demo.plan import PAGE_S, Plan, arm_s, slowed, step_s, time_limit_s
+from demo.processes import Processes, TooLongError, train
+from demo.served import read_lines
+
+# An arm that is so much over its time has gone wrong, or its machine has: it is ended.
+GRACE_S = 30.0
+
+
+def run_arms(
+    processes: Processes, runs: Path, plan: Plan, machine: Machine, deadline: float, required: int,
+    settings: Callable[[Plan, int], list[str]], about: Mapping[str, str],
+) -> dict[str, int]:  # fmt: skip
+    """Train the plan's arms. Returns the steps that each has made. `deadline`: monotonic, for the page too.
+
+    The first `required` share the time that is left in the proportion of what they need, and end at their last step or
+    with their time. Where a slower machine ends one early, the others make as many steps. Arms beyond them are left out
+    where their steps no longer fit.
+    """
+    steps: dict[str, int] = {}
+    for index, name in enumerate(plan.names):
+        left_s = deadline - time.monotonic() - PAGE_S
+        if index >= required and arm_s(plan, machine, index) > left_s:
+            processes.screen.say(f"no time is left for {name.replace('_', ' ')}: {left_s:.0f} s")
+            break
+        limit_s = time_limit_s(plan, machine, index, left_s, required)
+        processes.screen.title(f"{name.replace('_', ' ')}: {plan.steps_in_words}")
+        processes.screen.say(f"learns from {about[name]}", style="dim")
+        arm = [*settings(plan, index), f"run.time_limit_s={limit_s:.1f}"]
+        steps[name], seconds = _run(processes, runs / name, arm, plan.steps, deadline + GRACE_S)
+        if index < required:
+            plan = replace(plan, steps=steps[name])
+        machine = slowed(machine, seconds / step_s(plan, machine, plan.arms[index]))
+    return steps
+
+
+def _run(processes: Processes, run: Path, settings: list[str], steps: int, deadline: float) -> tuple[int, float]:
+    """One arm as a process. Returns how many steps it has made, and their median time in seconds."""
+    metrics = run / "metrics.jsonl"
+    try:
+        train(processes, run.name, settings, lambda: f"step {len(read_lines(metrics))} of {steps}", deadline=deadline)
+    except TooLongError as error:
+        raise SystemExit(
+            f"{error}: this machine has become slower than it was when it was measured; give it more --minutes"
+        ) from None
+    seconds = sorted(line["seconds"] for line in read_lines(metrics))
+    return len(seconds), seconds[len(seconds) // 2]

@@ -1,0 +1,74 @@
+"""The demos' teacher behind its service, and this machine measured with it. Called by `run` and `bitdistill`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from demo.measure import Machine, StudentProcess, teacher_speed
+from demo.prepare import TEACHER
+from demo.processes import Processes
+
+NAME = "SmolLM2-135M-Instruct"
+TOP_K = 64
+
+
+@dataclass(frozen=True)
+class Teacher:
+    url: str
+    about: dict[str, Any]
+
+    @classmethod
+    def at(cls, url: str) -> Teacher:
+        return cls(url, httpx.get(f"{url}/v1/teacher", timeout=30).raise_for_status().json())
+
+    @property
+    def dtype(self) -> str:
+        return str(self.about["identity"]["semantic"]["dtype"])
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.about["identity"], "fingerprint": self.about["fingerprint"]}
+
+
+@contextmanager
+def serve_teacher(processes: Processes, runs: Path) -> Iterator[Callable[[], Teacher]]:
+    """`stillhouse-teacher` with the demo's teacher, its log among `runs`; what is yielded waits until it is ready.
+
+    Its store answers what an earlier arm has asked: all arms are held against the same held-out text.
+    """
+    options = [str(TEACHER), "--name", NAME, "--max-model-len", "1024", "--store", str(runs / "targets")]
+    with processes.serve("stillhouse-teacher", options, runs / "teacher.log") as url:
+        yield lambda: Teacher.at(url())
+
+
+def measure_machine(processes: Processes, teacher: Teacher, student: StudentProcess) -> Machine:
+    """A few seconds of each, one after the other."""
+    processes.screen.say("measuring this machine: the teacher, then the student")
+    rate = processes.screen.background("the teacher is measured", lambda: teacher_speed(teacher.url, TOP_K))
+    machine = Machine.of(student.speed(), rate, teacher.dtype)
+    processes.screen.say(
+        f"{machine.cpu}, {machine.cores} cores: the teacher scores {machine.teacher_tokens_per_second:,.0f} tokens a "
+        f"second in {machine.teacher_dtype}, the student learns {machine.student_tokens_per_second:,.0f} in "
+        f"{machine.student_dtype}"
+    )
+    return machine
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+
+
+def ends(run: Path, before: Path | None = None) -> dict[str, Any]:
+    """The first and the last evaluation of a run, by source; the first of `before`, another run of the same student,
+    where this one has none of its own.
+    """
+    first = read_lines((before or run) / "evaluation.jsonl")[0]
+    last = read_lines(run / "evaluation.jsonl")[-1]
+    return {when: {k: v for k, v in line.items() if k != "step"} for when, line in (("before", first), ("after", last))}
