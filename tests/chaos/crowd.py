@@ -116,7 +116,7 @@ async def lag_of(client: httpx.AsyncClient) -> AsyncIterator[list[float]]:
 
 async def crowd(
     url: str, clients: int, make_body: Callable[[int], bytes], until: Callable[[], bool], key: str | None = None,
-    pause_s: float = 0.0,
+    pause_s: float = 0.0, asks_every_s: float = 0.0,
 ) -> list[Outcome]:  # fmt: skip
     """`clients` tasks that ask one request after another until `until()`; every outcome, in no order."""
     outcomes: list[Outcome] = []
@@ -129,6 +129,8 @@ async def crowd(
                 outcomes.append(outcome)
                 if outcome.status != 200:
                     await asyncio.sleep(max(pause_s, 0.01))
+                elif asks_every_s:
+                    await asyncio.sleep(asks_every_s)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
@@ -147,12 +149,14 @@ class Crowd:
     seed: int
     tokens: int = 50
     pause_s: float = 0.0
+    asks_every_s: float = 0.0
 
     async def run(self) -> list[Outcome]:
         end = time.monotonic() + self.seconds
         return await crowd(
             self.url, self.clients, lambda n: request_body(self.tokens, seed=self.seed * 10**7 + n),
             lambda: time.monotonic() > end, self.key, self.pause_s,
+            self.asks_every_s,
         )  # fmt: skip
 
 
