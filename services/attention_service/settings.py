@@ -1,4 +1,4 @@
-"""The options of `stillhouse-attention`: every one has an environment variable, `STILLHOUSE_` and its name.
+"""The options of `stillhouse-attention`: every one has an environment variable, `STILLHOUSE_ATTENTION_` and its name.
 
 Read by `main.py`; what the teacher service has too is in `serving.settings`.
 """
@@ -13,7 +13,7 @@ from pydantic_settings import SettingsConfigDict
 from serving.settings import ServiceSettings, build_settings, options_parser
 from teacher_proto.relations import LAYER_NAMES, layer_index
 
-PREFIX = "STILLHOUSE_"
+PREFIX = "STILLHOUSE_ATTENTION_"
 
 
 class AttentionSettings(ServiceSettings):

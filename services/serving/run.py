@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import structlog
 import uvloop
 from starlette.types import ASGIApp
 
@@ -19,6 +21,7 @@ from serving.service import Service
 from serving.settings import ServiceSettings
 from serving.tls import TlsFiles
 
+log = structlog.get_logger("stillhouse.run")
 ServiceT = TypeVar("ServiceT", bound=Service[Any, Any, Any, Any])
 
 
@@ -34,8 +37,17 @@ def run_service(
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    if not keys.required and not _is_loopback(settings.host):
+        log.warning("no --keys: everybody who reaches this address may ask", host=settings.host)
     with bind(settings.host, settings.port) as listener:
         return uvloop.run(_serve(settings, keys, tls, listener, make_service, make_app))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _serve(

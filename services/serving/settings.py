@@ -8,11 +8,16 @@ once.
 from __future__ import annotations
 
 import argparse
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_OF_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
 
 
 class ServiceSettings(BaseSettings):
@@ -20,6 +25,7 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
     program: ClassVar[str]
+    others: ClassVar[tuple[str, ...]] = ()  # variables of other programs; with _ at the end all that begin so
 
     model: str = Field(description="a folder with a model, or its name on a hub")
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -60,11 +66,31 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
 def build_settings(kind: type[Settings], given: dict[str, Any]) -> Settings:
-    """Settings from given options and the environment. ValueError in one line."""
+    """Settings from given options and the environment. ValueError in one line, also for a variable that looks like the
+    service's and is none of its own: one that was to name its keys would leave it open."""
+    if unknown := unknown_variables(kind, os.environ):
+        known = ", ".join(sorted(variables(kind)))
+        raise ValueError(f"environment: {', '.join(unknown)} is no variable of {kind.program}; known are {known}")
     try:
         return kind(**given)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(kind, one) for one in error.errors(include_url=False))) from None
+
+
+def variables(kind: type[ServiceSettings]) -> set[str]:
+    """Names of the environment variables that a service reads."""
+    return {f"{kind.model_config['env_prefix']}{name.upper()}" for name in kind.model_fields}
+
+
+def unknown_variables(kind: type[ServiceSettings], environment: Mapping[str, str]) -> list[str]:
+    """Variables that begin as the service's do and are read by nobody. Kubernetes sets some by itself, for a Service
+    that is called as the prefix."""
+    prefix, others = kind.model_config["env_prefix"], kind.others
+    return sorted(
+        name for name, value in environment.items()
+        if value and name.startswith(prefix) and name not in variables(kind) and not _OF_KUBERNETES.search(name)
+        and name not in others and not name.startswith(tuple(other for other in others if other.endswith("_")))
+    )  # fmt: skip
 
 
 def _explain(kind: type[ServiceSettings], error: Any) -> str:

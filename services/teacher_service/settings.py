@@ -22,6 +22,10 @@ class TeacherSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX)
     program: ClassVar[str] = "stillhouse-teacher"
+    # STILLHOUSE_KEY and the like are a student's: `teacher.key_variable` names it.
+    others: ClassVar[tuple[str, ...]] = (
+        f"{PREFIX}ATTENTION_", f"{PREFIX}KEY", f"{PREFIX}KEY_", f"{PREFIX}DEMO", f"{PREFIX}DIE_WITH_PARENT",
+    )  # fmt: skip
 
     engine: EngineName = Field("vllm", description="vllm for speed, hf for any machine, scripted for tests")
     max_top_k: int = Field(256, ge=1, le=4096, description="largest K that may be asked for")

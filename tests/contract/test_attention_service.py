@@ -253,7 +253,7 @@ except SystemExit as exit:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((), "model is not given: stillhouse-attention MODEL, or STILLHOUSE_MODEL"),
+        ((), "model is not given: stillhouse-attention MODEL, or STILLHOUSE_ATTENTION_MODEL"),
         (("m", "--layer", "top"), "--layer: attention layer: got 'top'"),
         (("m", "--layer", "1.5"), "--layer: attention layer: got 1.5"),
         (("m", "--laye", "1"), "'--laye' is not an option"),

@@ -80,7 +80,7 @@ def test_a_profile_is_whole_and_starts_in_order(profile: str) -> None:
     for name, service in chosen.items():
         assert set(service.get("depends_on", {})) <= chosen.keys()
         if name.startswith(("teacher", "attention")):
-            assert "/health/ready" in str(service["healthcheck"]["test"])
+            assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "serving.health_check"]
             drains = [value for key, value in service["environment"].items() if key.endswith("_DRAIN_TIME")]
             assert drains == [str(DRAIN_S)]
             assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_S
@@ -96,6 +96,7 @@ def test_manifests_keep_to_the_schemas(path: Path) -> None:
 @pytest.mark.parametrize("pod", pods())
 def test_a_pod_is_confined(pod: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
     assert pod["terminationGracePeriodSeconds"] > DRAIN_S
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     for container in pod["containers"]:

@@ -29,7 +29,7 @@ PORT = re.compile(r"(localhost:|127\.0\.0\.1:|gpu-box:|--port )(80\d\d)\b")
 BLOCK_TIMEOUT_S, READY_WITHIN_S = 240.0, 120.0
 SHIM = """#!/bin/sh
 # Settings of a run are followed by those that make it tiny; other commands are left alone.
-case "$1" in check|sequences|*=*) exec {command} "$@" $STILLHOUSE_DOCS_TINY ;; *) exec {command} "$@" ;; esac
+case "$1" in check|sequences|*=*) exec {command} "$@" $DOCS_TINY ;; *) exec {command} "$@" ;; esac
 """
 
 
@@ -53,7 +53,7 @@ class Reader:
 
     def execute(self, block: Block) -> None:
         """Do what the block says. AssertionError if it fails, or prints other than the page tells."""
-        environment = self._environment | {"STILLHOUSE_DOCS_TINY": "" if "as-written" in block.marks else TINY}
+        environment = self._environment | {"DOCS_TINY": "" if "as-written" in block.marks else TINY}
         if "serves" in block.marks:
             self._serve(self._command(block), environment, block.where)
             return

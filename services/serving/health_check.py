@@ -1,0 +1,56 @@
+"""`python -m serving.health_check`: ends with 0 where the service in this container does what it was deployed for.
+
+Asked at the container's own address, as others ask it, and not at loopback: it answers, it is ready, and it lets nobody
+in without a key (`--open` where it may). Run by docker-compose.yml; one line on stderr says what does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+import urllib.error
+import urllib.request
+
+_TIMEOUT_S = 8.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m serving.health_check")
+    parser.add_argument("--host", default=None, help="address to ask at; this machine's own if not given")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--open", action="store_true", help="the service is meant to answer without a key")
+    options = parser.parse_args(arguments)
+    try:
+        host = options.host or socket.gethostbyname(socket.gethostname())
+        fault = find_fault(f"http://{host}:{options.port}", options.open)
+    except OSError as error:
+        fault = f"{options.host or socket.gethostname()}:{options.port} can't be asked: {error}"
+    if fault is not None:
+        print(f"health_check: {fault}", file=sys.stderr)
+    return 0 if fault is None else 1
+
+
+def find_fault(url: str, is_open: bool) -> str | None:
+    """What does not hold, None where all does. OSError where nobody answers."""
+    status, body = _ask(f"{url}/health/ready")
+    if status != 200:
+        return f"not ready: {body}"
+    status, _ = _ask(f"{url}/v1/teacher")
+    if not is_open and status != 401:
+        return f"it answers {status} to who has no key: its keys file has not reached it"
+    return None
+
+
+def _ask(url: str) -> tuple[int, str]:
+    # Only what is named here is asked, by no proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=_TIMEOUT_S) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(500).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
