@@ -119,7 +119,7 @@ class Bench:
         from student_trainer import loop
         from student_trainer.build import build
         from student_trainer.compose import compose
-        from student_trainer.signals import StopSignals
+        from teacher_proto.stopping import StopSignals
 
         self._runs += 1
         settings = compose([

@@ -232,8 +232,8 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     from student_trainer import loop, parts
     from student_trainer.build import build
     from student_trainer.compose import compose
-    from student_trainer.signals import StopSignals
     from student_trainer.targets.open import Teacher
+    from teacher_proto.stopping import StopSignals
 
     threads = torch.get_num_threads()
 

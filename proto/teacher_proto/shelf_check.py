@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teacher_proto.stages import stage
+
 if TYPE_CHECKING:
     import lmdb
 
@@ -35,10 +37,11 @@ def check(path: Path) -> str | None:
     """Why the shelf at `path` can't be used, or None if it can, or is not there yet. UncheckedError."""
     if not (path / "data.mdb").exists():
         return None
-    child = subprocess.run(
-        [sys.executable, "-m", "teacher_proto.shelf_check", str(path)], capture_output=True, text=True, check=False,
-        start_new_session=True,  # Ctrl-C is for us: in the middle of a walk it would look like a fault
-    )  # fmt: skip
+    with stage(f"checking the store {path}"):
+        child = subprocess.run(
+            [sys.executable, "-m", "teacher_proto.shelf_check", str(path)], capture_output=True, text=True, check=False,
+            start_new_session=True,  # Ctrl-C is for us: in the middle of a walk it would look like a fault
+        )  # fmt: skip
     if child.returncode == 0:
         return None
     said = (child.stderr or child.stdout).strip().splitlines()

@@ -55,17 +55,24 @@ def export_parquet(
 ) -> Packed:
     """Write the entries of `store` to `folder`/targets-00000.parquet and so on, of about `shard_bytes` each.
 
-    ValueError if there are such files already. A file has its name only when it is whole.
+    ValueError if there are such files already. A file has its name only when it is whole; an export that fails or is
+    stopped leaves none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if there := sorted(folder.glob("targets-*.parquet")):
         raise ValueError(f"{there[0]} is there already: export to another folder, or remove it")
-    schema, entries, files = _schema(store.teachers()), 0, 0
-    for shard in _pieces(_counted(store.entries(), on_entry), shard_bytes):
-        entries += _write_file(folder / f"targets-{files:05d}.parquet", schema, shard)
-        files += 1
-    return Packed(entries, files)
+    schema, entries = _schema(store.teachers()), 0
+    paths: list[Path] = []
+    try:
+        for shard in _pieces(_counted(store.entries(), on_entry), shard_bytes):
+            paths.append(folder / f"targets-{len(paths):05d}.parquet")
+            entries += _write_file(paths[-1], schema, shard)
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+    return Packed(entries, len(paths))
 
 
 def import_parquet(source: str | Path, store: TargetStore, *, on_entry: Callable[[], object] = lambda: None) -> Packed:
@@ -132,13 +139,16 @@ def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
     import pyarrow.parquet as pq
 
     part, count = path.with_suffix(".part"), 0
-    with pq.ParquetWriter(part, schema, compression="zstd") as writer:
-        for group in _pieces(entries, _GROUP_BYTES):
-            rows = [_as_row(entry, targets) for entry, targets in group]
-            columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-            count += len(rows)
-    part.rename(path)
+    try:
+        with pq.ParquetWriter(part, schema, compression="zstd") as writer:
+            for group in _pieces(entries, _GROUP_BYTES):
+                rows = [_as_row(entry, targets) for entry, targets in group]
+                columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+                count += len(rows)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
     return count
 
 

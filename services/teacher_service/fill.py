@@ -16,6 +16,7 @@ import structlog
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, InvalidTargetsError
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import TargetSpec
+from teacher_proto.stopping import finishing
 from teacher_proto.store import TargetStore
 from teacher_proto.store_entry import sequence_key
 from teacher_proto.store_writer import StoreWriter
@@ -68,7 +69,7 @@ async def fill(
     try:
         await run.score_all(pieces, window)
     finally:
-        await asyncio.to_thread(run.writer.close)
+        await _close(run.writer)
         after = store.stats()
         run.report.lost = after.evicted + after.refused - before.evicted - before.refused
         run.report.seconds = time.monotonic() - began
@@ -179,6 +180,21 @@ class _Run:
             await asyncio.to_thread(self.writer.flush)
             if not self.writer.add(fingerprint, job, targets):
                 await asyncio.to_thread(self._store.put, fingerprint, job, targets)
+
+
+async def _close(writer: StoreWriter) -> None:
+    """Put what was scored on the disk, however long that takes and whoever cancels meanwhile."""
+    closing = asyncio.ensure_future(asyncio.to_thread(writer.close))
+    cancelled = None
+    with finishing():
+        while not closing.done():
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError as error:
+                cancelled = error
+    closing.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _finish_one(running: dict[asyncio.Task[None], int]) -> None:

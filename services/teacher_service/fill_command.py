@@ -3,7 +3,8 @@
     stillhouse-teacher fill HuggingFaceTB/SmolLM2-135M-Instruct data/ --store targets --top-k 64 --temperatures 2,5
 
 Options that are not fill's own are the service's: --engine, --dtype, --window, vLLM's. Run it again to go on.
-Exit codes: 0 all is there, 1 some sequences failed, 2 can't be done as asked, 70 the engine died.
+Exit codes: 0 all is there, 1 some sequences failed, 2 can't be done as asked, 70 the engine died, 75 stopped by SIGTERM
+or Ctrl-C within 5 s: what was scored is kept.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import argparse
 import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from teacher_proto.errors import EngineDeadError, RequestError
 from teacher_proto.requests import KINDS, TargetsRequest, check_request
+from teacher_proto.stages import stage
+from teacher_proto.stopping import StopSignals
 from teacher_service.settings import TeacherSettings, parse_settings
 
 if TYPE_CHECKING:
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
 _FAILED, _ENGINE_DIED = 1, 70
 
 
-def fill_command(arguments: list[str]) -> int:
-    """Run the command; the exit code. ValueError in one line for what can't be done."""
+def fill_command(arguments: list[str], signals: StopSignals) -> int:
+    """Run the command; the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
     options, rest = _parser().parse_known_args(arguments)
     for name, value in (("MODEL", options.model), ("DATA", options.data)):
         if value is None or value.startswith("-"):
@@ -38,13 +41,17 @@ def fill_command(arguments: list[str]) -> int:
         raise ValueError("--store is not given: the folder of the target store to fill")
     request = _request(options)
     # Only now the imports that take their time.
-    from serving.logs import set_up_logs
-    from teacher_service.fill_data import find_files
+    with stage("importing libraries"):
+        from serving.logs import set_up_logs
+        from teacher_service.fill_data import find_files
 
     set_up_logs(settings.log_format, "warning")
     files = find_files(Path(options.data))
     try:
-        report = asyncio.run(_fill(settings, request, files, options))
+        report = asyncio.run(_fill(settings, request, files, options, signals))
+    except asyncio.CancelledError:
+        signals.check()
+        raise
     except EngineDeadError as error:
         print(f"stillhouse-teacher: the engine died: {error}. What was scored is kept; run it again.", file=sys.stderr)
         return _ENGINE_DIED
@@ -52,27 +59,33 @@ def fill_command(arguments: list[str]) -> int:
 
 
 async def _fill(
-    settings: TeacherSettings, request: TargetsRequest, files: list[Path], options: argparse.Namespace
-) -> FillReport:
-    from teacher_proto.model_files import find_model
-    from teacher_proto.store import TargetStore
-    from teacher_service.fill import fill
-    from teacher_service.fill_data import Cutting, read_pieces
-    from teacher_service.run import ENGINES
-    from teacher_service.text import Text
+    settings: TeacherSettings, request: TargetsRequest, files: list[Path], options: argparse.Namespace,
+    signals: StopSignals,
+) -> FillReport:  # fmt: skip
+    with stage("importing libraries"):
+        from teacher_proto.model_files import find_model
+        from teacher_proto.store import TargetStore
+        from teacher_service.fill import fill
+        from teacher_service.fill_data import Cutting, read_pieces
+        from teacher_service.run import ENGINES
+        from teacher_service.text import Text
 
     assert settings.store is not None
+    task = asyncio.current_task()
+    assert task is not None
     engine = ENGINES[settings.engine](settings)
-    with TargetStore(settings.store, settings.store_bytes) as store:
+    with TargetStore(settings.store, settings.store_bytes) as store, signals.cancelling(task):
         try:
-            await engine.start()
+            with stage(f"starting the engine with {settings.model}"):
+                await engine.start()
             cutting = Cutting(_length(engine, options), engine.limits.vocab_size, not options.no_special_tokens)
             _check(request, engine)
             scripted = settings.engine == "scripted"
             folder = None if scripted else find_model(settings.model, revision=settings.revision).path
             pieces = read_pieces(files, Text(folder, engine.limits.vocab_size), cutting)
-            with _Bar(sum(path.stat().st_size for path in files)) as bar:
-                return await fill(engine, store, pieces, request.spec, window=settings.window, on_progress=bar.show)
+            size = sum(path.stat().st_size for path in files) / 1e6
+            with _Scoring(size) as scoring:
+                return await fill(engine, store, pieces, request.spec, window=settings.window, on_progress=scoring.show)
         finally:
             await engine.close()
 
@@ -109,33 +122,30 @@ def _check(request: TargetsRequest, engine: Engine) -> None:
         raise ValueError(f"--{(error.field or '').partition('.')[0].replace('_', '-')}: {error.message}") from None
 
 
-class _Bar:
-    """A progress bar on stderr, by bytes of data; quiet where stderr is no terminal."""
+class _Scoring:
+    """How far it is, by megabytes of data, and what became of the sequences."""
 
-    def __init__(self, total_bytes: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("filling"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[words]}"), TimeRemainingColumn(),
-        )  # fmt: skip
-        console = Console(stderr=True)
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=max(total_bytes, 1), words="")
+    def __init__(self, megabytes: float):
+        self._stage = stage("filling", max(megabytes, 1e-6), "MB", note=self._note, closing=False)
+        self._report: FillReport | None = None
 
     def show(self, report: FillReport) -> None:
-        elapsed = self._progress.tasks[0].elapsed or 0.0
-        rate = f"{report.tokens / elapsed:,.0f} tokens/s" if elapsed > 1 else ""
-        words = f"{report.scored:,} scored, {report.skipped:,} there, {report.failed:,} failed {rate}"
-        self._progress.update(self._task, completed=report.bytes_read, words=words)
+        self._report = report
+        self._doing.done = report.bytes_read / 1e6
 
-    def __enter__(self) -> _Bar:
-        self._progress.start()
+    def _note(self) -> str:
+        report = self._report
+        if report is None:
+            return ""
+        rate = report.tokens / self._doing.seconds
+        return f"{report.scored:,} scored, {report.skipped:,} there, {report.failed:,} failed, {rate:,.0f} tokens/s"
+
+    def __enter__(self) -> _Scoring:
+        self._doing = self._stage.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    def __exit__(self, *what: Any) -> None:
+        self._stage.__exit__(*what)
 
 
 def _tell(report: FillReport) -> int:

@@ -7,7 +7,8 @@
 
 On stdout comes one line, when requests can be answered:
 `stillhouse-teacher: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.
-Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
+Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died. `fill` and `pack` say theirs; both
+obey SIGTERM and Ctrl-C within 5 s and end with 75: start them again and they go on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import sys
 
 from serving.main import run_command
+from teacher_proto.stopping import StopSignals, stoppable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,15 +36,21 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _fill(arguments: list[str]) -> int:
-    from teacher_service.fill_command import fill_command
+    def command(signals: StopSignals) -> int:
+        from teacher_service.fill_command import fill_command
 
-    return fill_command(arguments[1:])
+        return fill_command(arguments[1:], signals)
+
+    return stoppable("stillhouse-teacher fill", command)
 
 
 def _pack(arguments: list[str]) -> int:
-    from teacher_service.pack_command import pack_command
+    def command(signals: StopSignals) -> int:
+        from teacher_service.pack_command import pack_command
 
-    return pack_command(arguments[1:])
+        return pack_command(arguments[1:])
+
+    return stoppable("stillhouse-teacher pack", command)
 
 
 COMMANDS = {"fill": _fill, "pack": _pack}

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
+
+from teacher_proto.stages import stage
 
 
 def pack_command(arguments: list[str]) -> int:
-    """Run the command; the exit code: 1 where rows were left out. ValueError in one line for what can't be done."""
+    """Run the command; the exit code: 1 where rows were left out. ValueError in one line for what can't be done.
+
+    A signal's `Stop` passes through: an export that it ends leaves no file, an import what was read until then.
+    """
     options = _parser().parse_args(arguments)
-    from teacher_proto.store import TargetStore
-    from teacher_proto.store_parquet import export_parquet, import_parquet
+    with stage("importing libraries"):
+        from teacher_proto.store import TargetStore
+        from teacher_proto.store_parquet import export_parquet, import_parquet
 
     exporting = options.direction == "export"
     with TargetStore(options.store, options.store_bytes, readonly=exporting) as store:
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        stats = store.stats()
+        what = "writing entries" if exporting else "reading entries"
+        with stage(what, stats.entries if exporting else None, "entries", closing=False) as doing:
 
-        console = Console(stderr=True)
-        columns = (TextColumn("entries"), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=store.stats().entries if exporting else None)
-            advance = partial(progress.advance, task)
+            def advance() -> None:
+                doing.done += 1
+
             if exporting:
                 packed = export_parquet(store, options.folder, on_entry=advance)
             else:

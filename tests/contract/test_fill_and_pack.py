@@ -118,7 +118,9 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(tmp_path: Path, words: 
     places = {"DATA": tmp_path / "data.jsonl", "STORE": tmp_path / "store", "FILES": tmp_path / "files"}
     done = command(*(places.get(word, word) for word in words))
     assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    # On a busy machine the imports take long enough to be spoken of.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("importing libraries: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_sequences_that_fail_are_told_with_exit_code_1(tmp_path: Path) -> None:

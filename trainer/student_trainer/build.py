@@ -38,7 +38,6 @@ from student_trainer.resume import check_changes, check_student
 from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of, sweep, take
 from student_trainer.samples import SampleWriter
 from student_trainer.settings import Settings
-from student_trainer.signals import StopSignals
 from student_trainer.students.compute import as_begun, name_compute
 from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import WholeStudent, shard
@@ -51,6 +50,8 @@ from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
 from student_trainer.targets.student_support import StudentSupport
 from student_trainer.trackers import open_trackers
+from teacher_proto.stages import stage
+from teacher_proto.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         samples=_samples(settings, parts, ranks), checkpoints=checkpoints,
         log=stack.enter_context(log), signals=signals, place=place, written=written,
         on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
+        waiting=parts.describe_waiting,
     )  # fmt: skip
 
 
@@ -142,10 +144,11 @@ def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks, remote: Remote
     """The checkpoint to go on from, here or remote, if there is one and the settings want and allow it."""
     with ranks.together():
         if remote is not None and ranks.local == 0:
-            _fetch_later(settings, folder, remote, str(ranks.rank))
+            with stage(f"looking for a later checkpoint in {remote.url}"):
+                _fetch_later(settings, folder, remote, str(ranks.rank))
     if settings.run.resume == "never":
         return None
-    with ranks.together():
+    with ranks.together(), stage("reading the newest checkpoint"):
         snapshot = checkpoint.newest(folder.checkpoints)
     step = -1 if snapshot is None else snapshot.step
     if ranks.largest(step) != -ranks.largest(-step):
@@ -254,7 +257,8 @@ def _sampler(student: Student, tokenizer: Any, at_once: int | None = None) -> Ge
 
 def _held_out(settings: Settings, parts: Parts) -> dict[str, list[Batch]]:
     names = parts.source.names if settings.evaluation.every else ()
-    return {name: group for name in names if (group := parts.source.held_out(name))}
+    with stage("reading the held-out documents"):
+        return {name: group for name in names if (group := parts.source.held_out(name))}
 
 
 def _samples(settings: Settings, parts: Parts, ranks: Ranks) -> SampleWriter:
@@ -270,7 +274,8 @@ def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: Even
     ask = Ask(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
     if settings.evaluation.kl == "full":
         ask = replace(ask, kinds=("top_k", "hidden"), hidden_dtype="float16")
-    held_out = fetch_held_out(batches, parts.teacher.targets if parts.teacher else None, thread, ask)
+    targets = parts.teacher.targets if parts.teacher else None
+    held_out = fetch_held_out(batches, targets, thread, ask, parts.describe_waiting)
     decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",

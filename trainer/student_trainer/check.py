@@ -22,6 +22,7 @@ from student_trainer.parts import Parts, build_parts
 from student_trainer.settings import Settings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import ask_for
+from teacher_proto.stages import DISPLAY, stage
 
 # float32 weights, gradients, and the two moments of AdamW; Muon keeps one, so this is an upper bound.
 BYTES_A_PARAMETER = 16
@@ -30,11 +31,14 @@ BYTES_A_PARAMETER = 16
 def main(arguments: Sequence[str]) -> int:
     """Print the findings. ValueError or StillhouseError, as the run itself would, if it can't be run."""
     settings = compose(*split_config_folder(list(arguments)))
+    if DISPLAY.shown != "off":
+        DISPLAY.shown = settings.logging.progress
     table = Table("", "what would run", title="stillhouse-train check", show_header=False, title_justify="left")
     with ExitStack() as stack:
         thread = stack.enter_context(EventThread())
         parts = build_parts(settings, thread, stack)
-        batch, _ = parts.source.batch(parts.source.initial_state(), 0)
+        with stage("making batch 0"):
+            batch, _ = parts.source.batch(parts.source.initial_state(), 0)
         for name, value in (
             *_teacher(parts),
             *_student(parts),
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
             *_memory(settings, parts, batch),
         ):
             table.add_row(name, value)
+    DISPLAY.close()
     Console().print(table)
     return 0
 
@@ -94,14 +99,16 @@ def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread
     terms = settings.distillation.build()
     tokens = int((batch.document_ids_BT >= 0).sum())
     if parts.attention is not None and parts.student.attention is not None:
-        states = thread.call(parts.attention.fetch(batch))
+        with stage("attention states of batch 0", note=parts.describe_waiting):
+            states = thread.call(parts.attention.fetch(batch))
         size = sum(each.nbytes for each in states) / tokens
         layers = f"the teacher's layer {states[0].layer}, the student's {parts.student.attention.layer}"
         yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
     if parts.teacher is None or not any(term.reads_tokens for term in terms):
         return
     ask = ask_for(terms, settings.teacher.top_k, settings.distillation)
-    answered = thread.call(parts.teacher.targets.fetch(batch, ask))
+    with stage("targets of batch 0", note=parts.describe_waiting):
+        answered = thread.call(parts.teacher.targets.fetch(batch, ask))
     yield "targets", f"{', '.join(ask.kinds)} with K = {ask.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
 
 

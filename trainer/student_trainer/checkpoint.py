@@ -27,6 +27,8 @@ from student_trainer.loop import Place
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import CheckpointSettings
 from student_trainer.students.sharding import like, whole
+from teacher_proto.stages import stage
+from teacher_proto.stopping import finishing
 from teacher_proto.wire import VERSION as WIRE_VERSION
 
 if TYPE_CHECKING:
@@ -61,11 +63,12 @@ class Checkpoints:
 
     def save(
         self, place: Place, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None,
-        balance: Mapping[str, Any] | None = None,
+        balance: Mapping[str, Any] | None = None, random: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
 
         `written`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
+        `random`: what `randomness.capture` gave, if not now.
         """
         with self._ranks.together():
             self.finish()
@@ -75,7 +78,7 @@ class Checkpoints:
         model, states = _copied(student.tensors(), keep), _copied(optimizer.state(), keep)
         if not keep:
             return
-        random_tensors, random_plain = randomness.capture()
+        random_tensors, random_plain = random or randomness.capture()
         snapshot = Snapshot(
             place.step,
             {
@@ -104,7 +107,8 @@ class Checkpoints:
             return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            with stage("saving the run"):
+                pending.result()
         except OSError as error:
             if last or self._settings.on_failure == "stop":
                 raise
@@ -118,9 +122,11 @@ class Checkpoints:
         self._saved_step = step
 
     def close(self) -> None:
-        self._writer.shutdown()
-        if self._remote is not None:
-            self._remote.close()
+        with finishing():
+            self._writer.shutdown()
+            if self._remote is not None:
+                with stage(f"uploading the last checkpoint to {self._remote.url}"):
+                    self._remote.close()
 
     def _write(self, snapshot: Snapshot) -> None:
         folder = files.write(self._root, snapshot)

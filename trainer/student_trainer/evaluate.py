@@ -28,6 +28,7 @@ from student_trainer.tally import Tally
 from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+from teacher_proto.stages import stage
 
 CROSS_ENTROPY = Term("cross_entropy", "cross_entropy", 1.0)
 KL: dict[str, Term] = {
@@ -54,17 +55,25 @@ class HeldOut:
 
 
 def fetch_held_out(
-    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, ask: Ask
-) -> HeldOut:
-    """Ask the teacher for all of them, side by side; the first failure is raised."""
+    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, ask: Ask,
+    waiting: Callable[[], str] = str,
+) -> HeldOut:  # fmt: skip
+    """Ask the teacher for all of them, side by side; the first failure is raised. `waiting` says how far they are."""
     if targets is None:
         return HeldOut(batches, {name: [None] * len(group) for name, group in batches.items()})
     ordered = [batch for group in batches.values() for batch in group]
 
-    async def fetch_all() -> list[BatchTargets]:
-        return await asyncio.gather(*(targets.fetch(batch, ask) for batch in ordered))
+    with stage("held-out targets", len(ordered), "batches", note=waiting, paced=False) as doing:
 
-    answers = iter(thread.call(fetch_all()))
+        async def fetch(batch: Batch) -> BatchTargets:
+            answer = await targets.fetch(batch, ask)
+            doing.done += 1
+            return answer
+
+        async def fetch_all() -> list[BatchTargets]:
+            return await asyncio.gather(*map(fetch, ordered))
+
+        answers = iter(thread.call(fetch_all()))
     return HeldOut(batches, {name: [next(answers) for _ in group] for name, group in batches.items()})
 
 
@@ -89,16 +98,25 @@ class Evaluator:
     def due_at_start(self) -> bool:
         return self._settings.every > 0 and self._settings.at_start
 
-    def evaluate(self, student: Student) -> Evaluation:
+    def evaluate(self, student: Student, pause: Callable[[], None] = lambda: None) -> Evaluation:
         """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
 
         A source of format classification has `accuracy` too: how often the likeliest of its words is the right one.
+        `pause` is called after each batch, and may raise to give up.
         """
         by_source: dict[str, Figures] = {}
         documents: list[DocumentFigures] = []
-        for name in self._held_out.batches if self._settings.every > 0 else ():
-            by_source[name], of_source = self._figures(student, name)
-            documents += of_source
+        names = self._held_out.batches if self._settings.every > 0 else ()
+        count = sum(len(self._held_out.batches[name]) for name in names)
+        with stage("evaluating", count, "batches", closing=False) as doing:
+
+            def done() -> None:
+                doing.done += 1
+                pause()
+
+            for name in names:
+                by_source[name], of_source = self._figures(student, name, done)
+                documents += of_source
         return Evaluation(by_source, documents)
 
     def write_passage(self, student: Student) -> None:
@@ -117,7 +135,7 @@ class Evaluator:
             (micro,) = micro_batches(batch.rows(0, 1), None, keep_empty=True)
             student.logits(micro.to(student.device))
 
-    def _figures(self, student: Student, name: str) -> tuple[Figures, list[DocumentFigures]]:
+    def _figures(self, student: Student, name: str, done: Callable[[], None]) -> tuple[Figures, list[DocumentFigures]]:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
@@ -140,6 +158,7 @@ class Evaluator:
                     documents.add(batch, micro, loss, agrees_N)
                     if classes:
                         correct += _correct(student, micro, classes)
+                done()
         means = tally.figures(ranks=self._ranks).terms
         agreed, correct, tokens = (self._ranks.total(count) for count in (agreed, correct, tokens))
         figures: Figures = {

@@ -27,6 +27,7 @@ from student_trainer.settings import StudentSettings
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
 from student_trainer.students.load import earlier_run, load_student, model_behind
 from student_trainer.students.lora import merge_lora
+from teacher_proto.stages import stage
 
 # Mean KL in nats. Int8 rounding on another machine moves a deep ternary model by hundredths; another function, by nats.
 SAME_MODEL_KL = 0.2
@@ -55,12 +56,14 @@ def main(arguments: Sequence[str]) -> int:
         extra["ternary_type"] = options.ternary_type
     elif options.format == "hf":
         extra["architecture"] = options.architecture
-    report = EXPORTS[options.format](model.eval(), tokenizer, folder, card, **extra)
+    with stage(f"writing {folder}"):
+        report = EXPORTS[options.format](model.eval(), tokenizer, folder, card, **extra)
     print(f"{report.folder}: {report.format}, {report.architecture}, {report.num_bytes / 2**20:,.1f} MiB")
     for note in report.notes:
         print(f"  note: {note}")
     if not options.skip_check:
-        _check(model, tokenizer, report)
+        with stage("opening again what was written"):
+            _check(model, tokenizer, report)
     return 0
 
 

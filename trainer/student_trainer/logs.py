@@ -36,6 +36,7 @@ class RunLog:
     def __init__(self, folder: Path | None, progress: Progress, trackers: Sequence[Tracker]):
         self._files = {name: LineFile(folder / name) for name in FILES} if folder else {}
         self._progress, self._trackers = progress, tuple(trackers)
+        self.evaluated = _last_step(folder / EVALUATION) if folder else -1
 
     def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
         """One line for the update that led to `place`."""
@@ -53,6 +54,7 @@ class RunLog:
         for document in evaluation.documents:
             self._write(DOCUMENTS, {"step": step, **vars(document)})
         self._write(EVALUATION, {"step": step, **by_source})
+        self.evaluated = step
         self._progress.evaluation(step, by_source)
         flat = {f"held_out/{name}/{key}": value for name, f in by_source.items() for key, value in f.items()}
         for tracker in self._trackers:
@@ -130,6 +132,12 @@ def forget_after(folder: Path, step: int) -> None:
         if path.is_file():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             replace_text(path, "".join(kept))
+
+
+def _last_step(path: Path) -> int:
+    """That of the file's last line; -1 where there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return int(_step_of(lines[-1])) if lines else -1
 
 
 def _step_of(line: str) -> float:

@@ -12,12 +12,15 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from student_trainer import exit_codes
+from student_trainer import exit_codes, randomness
 from student_trainer.data.mixture import MixtureState
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.on_policy.prompts import WrittenBatch
@@ -25,6 +28,7 @@ from student_trainer.on_policy.written import together
 from student_trainer.students.sharding import WholeStudent, whole
 from student_trainer.tally import StepFigures, Tally
 from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.stages import EVERY_S, stage
 
 if TYPE_CHECKING:
     from student_trainer.checkpoint import Checkpoints
@@ -38,11 +42,11 @@ if TYPE_CHECKING:
     from student_trainer.ranks import Ranks
     from student_trainer.samples import SampleWriter
     from student_trainer.settings import Settings
-    from student_trainer.signals import StopSignals
     from student_trainer.students.student import Student
     from student_trainer.targets.guard import TargetGuard
     from student_trainer.targets.prefetch import Prefetch, Ready
     from student_trainer.targets.student_support import StudentSupport
+    from teacher_proto.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 DONE, STOPPED = exit_codes.DONE, exit_codes.AGAIN
@@ -57,9 +61,21 @@ class Place:
     mixture: MixtureState
 
 
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What an update changes before it is made. A run that is saved in the midst of one is saved with these, as if the
+    update had not been begun.
+    """
+
+    random: tuple[dict[str, Tensor], dict[str, Any]]
+    weighting: Weighting
+
+
 @dataclass(eq=False)
 class Run:
-    """All that a run is made of. `place` is where it stands and moves with every step."""
+    """All that a run is made of. `place` is where it stands and moves with every step; `before` is there while an
+    update is under way. `waiting` says what is known of targets that are waited for.
+    """
 
     settings: Settings
     ranks: Ranks
@@ -78,6 +94,17 @@ class Run:
     student_support: StudentSupport | None = None
     written: WrittenBatches | None = None
     on_policy: Weighting | None = None
+    waiting: Callable[[], str] = str
+    before: Before | None = None
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """A block that a signal ends at once. Several ranks stop together instead, where each comes to `pause`."""
+        return self.signals.raising() if self.ranks.alone else nullcontext()
+
+    def pause(self) -> None:
+        """Called where all ranks can stop together."""
+        with self.ranks.together():
+            self.signals.check()
 
     def terms_for(self, batch: Batch) -> tuple[Term, ...]:
         """The loss on a batch: the student's own text has one of its own."""
@@ -106,12 +133,27 @@ class Run:
 
     def write(self) -> float | None:
         """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
-        return self.written.write(self.place.step, self.signals.check) if self.written else None
+        if self.written is None:
+            return None
+        with stage("the student writes", closing=False):
+            return self.written.write(self.place.step, self.signals.check)
 
     def evaluate(self) -> None:
-        """Held-out figures, and what the student writes, to the log."""
-        self.log.evaluation(self.place.step, self.evaluator.evaluate(self.student))
-        self.log.samples(self.place.step, self.samples.write())
+        """Held-out figures, and what the student writes, to the log: both or, where a signal comes, neither."""
+        with self.interruptible():
+            figures = self.evaluator.evaluate(self.student, self.pause)
+            samples = self.samples.write()
+        self.log.evaluation(self.place.step, figures)
+        self.log.samples(self.place.step, samples)
+
+    def evaluation_missing(self) -> bool:
+        """Whether the evaluation that belongs to this step has still to be made, on any rank's word: at the start, and
+        where a signal came into it.
+        """
+        if self.place.step == 0:
+            return self.evaluator.due_at_start()
+        due = self.evaluator.due(self.place.step, self.settings.run.steps)
+        return due and bool(self.ranks.largest(self.ranks.first and self.log.evaluated < self.place.step))
 
     def ask_at_students_ids(self, ready: Ready) -> Ready:
         """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
@@ -128,15 +170,34 @@ class Run:
         logger.warning("run.time_limit_s=%g is over: the run ends at step %d of %d", limit, self.place.step, steps)
         return True
 
+    def begin_update(self) -> None:
+        self.before = Before(randomness.capture(), self.weighting)
+
     def save(self) -> None:
-        """Save the run as it stands, in the background; `checkpoints.finish` waits for it."""
+        """Save the run as the last update left it, in the background; `checkpoints.finish` waits for it."""
         written = together(self.ranks.gather(self.written.pending(self.place.step))) if self.written else {}
-        self.checkpoints.save(self.place, self.student, self.optimizer, written, self.weighting.state())
+        before = self.before or Before(randomness.capture(), self.weighting)
+        balance = before.weighting.state()
+        self.checkpoints.save(self.place, self.student, self.optimizer, written, balance, before.random)
+
+    def save_and_wait(self) -> None:
+        """Save it to the end; a run that has learnt nothing yet has nothing to save."""
+        if self.place.step > 0:
+            self.save()
+            self.checkpoints.finish()
+
+    def save_without_main_thread(self) -> None:
+        """What another thread does where a signal finds the main thread stuck in a native call, which has changed
+        nothing of the student: saves it, and waits for the copy elsewhere.
+        """
+        self.save_and_wait()
+        self.checkpoints.close()
 
     def while_waiting(self, waited_s: float) -> None:
         """What happens while a step stands still for its targets."""
         self.signals.check()
-        self.guard.watch(waited_s, self.save if self.ranks.alone else self.cannot_save)
+        with self.signals.holding():
+            self.guard.watch(waited_s, self.save if self.ranks.alone else self.cannot_save)
 
     def cannot_save(self) -> None:
         """Saving takes all ranks, and the others wait for this one."""
@@ -147,68 +208,103 @@ def train(run: Run, started: float | None = None) -> int:
     """Train to the last step, or to `run.time_limit_s` after `started`, a monotonic time, now if not given. Returns
     DONE, or STOPPED after a signal; whatever else ends the run is raised.
 
-    After every update: figures to the log, then evaluation and saving where they are due. A signal is obeyed between
-    two updates and while waiting, never inside an update; the run is saved before it ends.
+    After every update: figures to the log, then evaluation and saving where they are due. A signal is obeyed at once,
+    but while an update is made of its gradient, logged or saved; an update that has not come so far is dropped. The run
+    is saved before it ends, by another thread where this one is stuck in a long native call.
     """
+    rescued = run.signals.rescued(run.save_without_main_thread) if run.ranks.alone else nullcontext()
     steps, started = run.settings.run.steps, time.monotonic() if started is None else started
-    if run.place.step == 0 and run.evaluator.due_at_start():
-        run.evaluate()
-    try:
-        while run.place.step < steps:
-            began = time.monotonic()
-            run.whole.refresh()
-            with run.ranks.together():
-                run.signals.check()
-                wrote_s = run.write()
-                ready = run.prefetch.next(run.while_waiting)
-                run.guard.check(ready)
-                ready = run.ask_at_students_ids(ready)
-            figures = replace(step(run, ready), wrote_s=wrote_s)
-            run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
-            run.log.step(run.place, figures, time.monotonic() - began, run.prefetch.control.depth)
-            if run.out_of_time(time.monotonic() - started):
-                steps = run.place.step
-            if run.evaluator.due(run.place.step, steps):
+    with run.signals.holding(), rescued:
+        try:
+            if run.evaluation_missing():
                 run.evaluate()
-            if run.checkpoints.due(run.place.step, steps):
-                run.save()
-    except run.signals.Stop as stop:
-        logger.warning("%s: saving at step %d, to go on from there", stop, run.place.step)
-        run.save()
-        run.checkpoints.finish()
-        return STOPPED
-    except TeacherUnavailableError:
-        run.save()
-        run.checkpoints.finish()
-        raise
-    run.checkpoints.finish(last=True)
-    run.evaluator.write_passage(run.student)
+            while run.place.step < steps:
+                steps = advance(run, steps, started)
+            run.checkpoints.finish(last=True)
+            with run.interruptible():
+                run.evaluator.write_passage(run.student)
+        except run.signals.Stop as stop:
+            run.signals.obey()
+            logger.warning("%s: %s", stop, f"saving at step {run.place.step}, to go on from there"
+                           if run.place.step else "nothing is learnt yet, so nothing is saved")  # fmt: skip
+            run.save_and_wait()
+            return STOPPED
+        except TeacherUnavailableError:
+            run.save()
+            run.checkpoints.finish()
+            raise
     return DONE
 
 
-def step(run: Run, ready: Ready) -> StepFigures:
-    """One update from one batch. NonFiniteError, before anything is changed, if a loss or the gradient is not finite.
+def advance(run: Run, steps: int, started: float) -> int:
+    """One update with all that follows it. Returns the last step: `steps`, or this one where the time is over."""
+    began = time.monotonic()
+    run.whole.refresh()
+    run.begin_update()
+    with run.ranks.together(), run.interruptible():
+        run.signals.check()
+        wrote_s = run.write()
+        with stage(f"waiting for the targets of step {run.place.step + 1}", note=run.waiting, closing=False):
+            ready = run.prefetch.next(run.while_waiting)
+        run.guard.check(ready)
+        ready = run.ask_at_students_ids(ready)
+    figures = replace(step(run, ready), wrote_s=wrote_s)
+    run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
+    run.before = None
+    run.log.step(run.place, figures, time.monotonic() - began, run.prefetch.control.depth)
+    if run.out_of_time(time.monotonic() - started):
+        steps = run.place.step
+    if run.evaluator.due(run.place.step, steps):
+        run.evaluate()
+    if run.checkpoints.due(run.place.step, steps):
+        run.save()
+    return steps
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """That of a batch lies in the parameters' `grad`; this is its norm and what else is known of it."""
+
+    terms: tuple[Term, ...]
+    tally: Tally
+    norm: Tensor
+    measured: dict[str, float]
+
+
+def differentiate(run: Run, ready: Ready) -> Gradient:
+    """Forward and backward passes, micro batch by micro batch. Changes nothing of the student.
 
     The loss is the sum over all terms and tokens divided by the number of valid tokens of the whole batch, so that it
     does not depend on how the batch is cut into micro batches.
     """
-    number = run.place.step
     count = run.ranks.total(sum(len(micro.labels_N) for micro in ready.micro))
-    run.student.before_step(number)
-    norms = run.measure(ready)
+    run.student.before_step(run.place.step)
+    measured = run.measure(ready)
     terms = run.terms_for(ready.batch)
     tally = Tally(terms, ready.batch.source_names)
-    for micro in ready.micro if count else ():
-        with run.optimizer.watching(micro.document_ids_BT >= 0):
-            loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
-        (loss.total / count).backward()
-        tally.add(loss, micro)
+    what = f"computing update {run.place.step + 1}"
+    with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
+        for micro in ready.micro if count else ():
+            with run.optimizer.watching(micro.document_ids_BT >= 0):
+                loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
+            (loss.total / count).backward()
+            tally.add(loss, micro)
+            doing.done += 1
+            run.pause()
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
     )
-    norm = whole(norm)
-    figures = tally.figures(norm, ready.waited_s, run.ranks)
-    run.guard.require_finite(figures, tally, ready, run.student, number)
+    return Gradient(terms, tally, whole(norm), measured)
+
+
+def step(run: Run, ready: Ready) -> StepFigures:
+    """One update from one batch. NonFiniteError, before anything is changed, if loss or gradient is not finite."""
+    number = run.place.step
+    with run.interruptible():
+        gradient = differentiate(run, ready)
+        terms, norm = gradient.terms, gradient.norm
+        figures = gradient.tally.figures(norm, ready.waited_s, run.ranks)
+    run.guard.require_finite(figures, gradient.tally, ready, run.student, number)
     if run.settings.optim.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
     rates = run.optimizer.step(number)
@@ -216,5 +312,5 @@ def step(run: Run, ready: Ready) -> StepFigures:
     written = ready.batch.written.over(run.ranks) if isinstance(ready.batch, WrittenBatch) else None
     if run.weighting.varies or (run.on_policy is not None and run.on_policy.varies):
         figures = replace(figures, coefficients={term.name: term.coefficient for term in terms})
-    shares = gradient_shares(terms, norms)
+    shares = gradient_shares(terms, gradient.measured)
     return replace(figures, rates=rates, clipped=run.optimizer.clipped, written=written, gradient_shares=shares)

@@ -7,7 +7,8 @@
     stillhouse-train export RUN --format hf|bitnet|gguf    write its student for transformers or llama.cpp
 
 Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 start it again: stopped by a signal and saved,
-or nobody there who must answer. `exit_codes.py` says which error is which.
+or nobody there who must answer. `exit_codes.py` says which error is which. SIGTERM and Ctrl-C are obeyed within 5 s at
+any moment, by every command; saving takes the time that it takes, and a second Ctrl-C ends that too, with 130.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from teacher_proto.stopping import stoppable
+
+if TYPE_CHECKING:
+    from teacher_proto.stopping import StopSignals
 
 from student_trainer.exit_codes import FAILED, USAGE, code_of
 
@@ -48,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
+    """The exit code of a command; one that a signal stopped ends the process itself."""
+    return stoppable("stillhouse-train", lambda signals: choose(arguments, signals))
+
+
+def choose(arguments: list[str], signals: StopSignals) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         from student_trainer.help import print_help
 
@@ -55,26 +67,42 @@ def run(arguments: list[str]) -> int:
         return 0 if arguments else USAGE
     start_logging()
     if arguments[0] in SUBCOMMANDS:
-        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
-        return guarded(lambda: command(arguments[1:]))
-    return guarded(lambda: train(arguments))
+        return guarded(lambda: subcommand(*arguments))
+    return guarded(lambda: train(arguments, signals))
 
 
-def train(arguments: list[str]) -> int:
+def subcommand(name: str, *arguments: str) -> int:
+    from teacher_proto.stages import stage
+
+    with stage("importing libraries"):
+        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[name]).main
+    return command(list(arguments))
+
+
+def train(arguments: list[str], signals: StopSignals) -> int:
     """Compose the settings, build the run, train it to its end."""
     from student_trainer.compose import compose
+    from teacher_proto.stages import DISPLAY, stage
 
     started = time.monotonic()
     settings = compose(*split_config_folder(arguments))
+    if DISPLAY.shown != "off":
+        DISPLAY.shown = settings.logging.progress
     # Only now the imports that take their time: a misspelt setting is answered at once.
-    from student_trainer import loop
-    from student_trainer.build import build
-    from student_trainer.signals import StopSignals
+    with stage("importing libraries"):
+        from student_trainer import loop
+        from student_trainer.build import build
 
-    with ExitStack() as stack, StopSignals() as signals:
-        run = build(settings, signals, stack)
-        with run.ranks.noticing_the_gone():
-            return loop.train(run, started)
+    with ExitStack() as stack:
+        stack.callback(DISPLAY.close)
+        try:
+            run = build(settings, signals, stack)
+            with run.ranks.noticing_the_gone():
+                return loop.train(run, started)
+        except signals.Stop:
+            # Before anything is closed, which the signal would else interrupt again.
+            signals.obey()
+            raise
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -87,9 +115,6 @@ def guarded(command: Callable[[], int]) -> int:
     except (ValueError, StillhouseError, ArithmeticError, OSError) as error:
         print(redact(f"stillhouse-train: {error}"), file=sys.stderr)
         return code_of(error)
-    except KeyboardInterrupt:
-        print("stillhouse-train: interrupted", file=sys.stderr)
-        return FAILED
     except Exception:
         logger.exception("the run ended by an error that nobody foresaw")
         return FAILED
@@ -111,6 +136,14 @@ def split_config_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
     return overrides, folder
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the time: a bar stands in for it, to keep itself below all lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def start_logging() -> None:
     """Our own messages to stderr, one form for logs and warnings; libraries speak up from warnings on. Of several
     ranks, all but the first tell of errors alone. A crash in native code says where every thread was.
@@ -120,7 +153,7 @@ def start_logging() -> None:
     who = "" if rank == "0" else f"rank {rank} "
     from student_trainer.redact import RedactingFormatter
 
-    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr = StderrHandler()
     to_stderr.setFormatter(RedactingFormatter(f"{who}%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     for name in ("student_trainer", "teacher_proto", "stillhouse"):

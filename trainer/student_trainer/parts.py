@@ -28,6 +28,7 @@ from student_trainer.targets.attention import AttentionSource, open_attention
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
 from student_trainer.targets.teacher_head import read_head
+from teacher_proto.stages import stage
 from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class Parts:
         known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
         return "; ".join(filter(None, known))
 
+    def describe_waiting(self) -> str:
+        """What is known of those who are asked for targets, for the terminal; empty where nothing is asked."""
+        waiting = self.waiting()
+        return self.reason() or (f"{waiting.what}: {waiting.describe()}" if waiting is not None else "")
+
     def waiting(self) -> Waiting | None:
         """How far everything is that those who are asked for targets were asked."""
         return Waiting.sum_of(
@@ -67,8 +73,10 @@ def build_parts(
     use_device(device)
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
-    tokenizer = load_tokenizer(settings)
-    source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
+    with stage("loading the tokenizer"):
+        tokenizer = load_tokenizer(settings)
+    with stage("opening the data"):
+        source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
     stack.callback(source.close)
     waits = settings.teacher.kind != "none" and settings.teacher.start_within_s > 0
     student = load_student(settings.student, device) if waits else None
@@ -81,18 +89,21 @@ def build_parts(
                 saved_card["name"],
             )
             saved_card = None
-        teacher = open_teacher(settings.teacher, thread, stack, saved_card)
+        with stage("connecting to the teacher"):
+            teacher = open_teacher(settings.teacher, thread, stack, saved_card)
         check_ask(settings, teacher.card)
     head = None
     if teacher is not None and wants_head(settings):
-        head = read_head(thread.call(teacher.targets.head()), device)
+        with stage("fetching the teacher's head"):
+            head = read_head(thread.call(teacher.targets.head()), device)
     student = student or load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
     attention = None
     if teacher is not None and settings.distillation.attention.active:
         student.attention = AttentionTerm.of(settings.distillation.attention, student.model)
-        attention = open_attention(settings, teacher, thread, stack)
+        with stage("connecting to the attention service"):
+            attention = open_attention(settings, teacher, thread, stack)
     return Parts(teacher, tokenizer, source, student, head, attention)
 
 

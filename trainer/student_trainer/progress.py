@@ -1,19 +1,18 @@
-"""The run on the terminal: a bar with rate, losses, time left and waiting; plain lines where there is no terminal.
+"""The run on the terminal: a bar with rate, losses, waiting and time left, and lines where there is no terminal.
 
-Used by `logs` alone.
+Used by `logs` alone. What else is under way, and for whom a step waits, `teacher_proto.stages` says above the bar.
 """
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from typing import TYPE_CHECKING, Any
 
 from student_trainer.tally import StepFigures
+from teacher_proto.stage_text import bar_line, shortened
+from teacher_proto.stages import DISPLAY, EVERY_S
+from teacher_proto.waiting import duration
 
 if TYPE_CHECKING:
     from student_trainer.evaluate import Figures
@@ -23,47 +22,69 @@ LINES_A_RUN = 20
 
 
 class Progress:
-    """`shown`: "on", "off", or "auto" for where standard error is a terminal; otherwise a line now and then."""
+    """`shown`: "on", "off", or "auto" for where standard error is a terminal; otherwise a line now and then, and every
+    ten seconds in which a step was made. `first`: steps made before.
+    """
 
     def __init__(self, steps: int, first: int, shown: str):
-        self.console = Console(stderr=True)
-        live = shown == "on" or (shown == "auto" and self.console.is_terminal)
+        self._steps, self._first, self._step = steps, first, first
         self._quiet = shown == "off"
-        self._steps, self._first = steps, first
-        self._bar = Bar(
-            TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-        ) if live else None  # fmt: skip
-        self._task = self._bar.add_task("train", total=steps, completed=first, figures="") if self._bar else None
         self._seconds = self._waited = self._rate = 0.0
+        self._text = ""
+        self._began = self._said_at = time.monotonic()
+        self._said = first
 
     def start(self) -> None:
-        if self._bar:
-            self._bar.start()
+        self._began = self._said_at = time.monotonic()
+        if not self._quiet:
+            DISPLAY.pin(self)
 
     def stop(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        if not self._quiet:
+            DISPLAY.close()
 
     def step(self, step: int, figures: StepFigures, seconds: float) -> None:
         self._seconds += seconds
         self._waited += figures.waited_s
         rate = figures.tokens / seconds if seconds else 0.0
         self._rate = rate if not self._rate else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
-        text = self._text(figures)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, figures=text)
-        elif not self._quiet and (step == self._steps or step % max(1, self._steps // LINES_A_RUN) == 0):
-            print(f"step {step}/{self._steps}  {text}", file=sys.stderr, flush=True)
+        self._text, self._step = self._figures(figures), step
+        often = step == self._steps or step % max(1, self._steps // LINES_A_RUN) == 0
+        if not self._quiet and not DISPLAY.draws and often:
+            self._said_at, self._said = time.monotonic(), step
+            DISPLAY.print(self._line())
 
     def evaluation(self, step: int, by_source: Mapping[str, Figures]) -> None:
         if self._quiet:
             return
         for source, figures in by_source.items():
             parts = [f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)]
-            self.console.print(f"held out at step {step}, {source}: {'  '.join(parts)}", highlight=False)
+            DISPLAY.print(f"held out at step {step}, {source}: {'  '.join(parts)}")
 
-    def _text(self, figures: StepFigures) -> str:
+    def line(self) -> str | None:
+        """See `stages.Pinned`: steps that were made since the last line, ten seconds after it."""
+        if self._step == self._said or time.monotonic() - self._said_at < EVERY_S:
+            return None
+        self._said_at, self._said = time.monotonic(), self._step
+        return self._line()
+
+    def rows(self, width: int) -> list[Any]:
+        """See `stages.Pinned`: a row with the bar, a row with the figures."""
+        left = f"{self._left()} left" if self._left() else ""
+        clock = duration(time.monotonic() - self._began)
+        rows = [bar_line(width, "train", self._step, self._steps, (clock, f"{self._step:,}/{self._steps:,}", left))]
+        return [*rows, shortened(self._text, width)] if self._text else rows
+
+    def _left(self) -> str:
+        """How long the rest takes at the pace of this process's steps, evaluation and saving included."""
+        made = self._step - self._first
+        return duration((time.monotonic() - self._began) / made * (self._steps - self._step)) if made else ""
+
+    def _line(self) -> str:
+        left = f"  {self._left()} left" if self._step < self._steps else ""
+        return f"step {self._step}/{self._steps}  {self._text}{left}"
+
+    def _figures(self, figures: StepFigures) -> str:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in figures.terms.items())
         share = self._waited / self._seconds if self._seconds else 0.0
-        return f"{losses}  {self._rate:,.0f} tok/s  waited {share:.0%}"
+        return f"{losses}  {self._rate:,.0f} tokens/s  waited {share:.0%}"

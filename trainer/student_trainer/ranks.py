@@ -23,8 +23,8 @@ from torch import Tensor
 
 from student_trainer.device import choose_device, use_device
 from student_trainer.settings import Settings
-from student_trainer.signals import StopSignals
 from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.stopping import StopSignals
 
 # Beyond what a rank may wait for its teacher: the others wait for it all that time.
 PATIENCE_S = 600.0

@@ -14,6 +14,7 @@ from student_trainer.data.batch import Batch
 from student_trainer.on_policy.prompts import beginnings
 from student_trainer.on_policy.sampler import Sampler
 from student_trainer.settings import EvaluationSettings
+from teacher_proto.stages import stage
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class SampleWriter:
         if not self._prompts:
             return []
         ids = [prompt.ids_N for prompt in self._prompts]
-        samples = self._sampler.sample(ids, None, new_tokens=self._new_tokens)
+        with stage("writing samples", self._new_tokens, "tokens", closing=False) as doing:
+
+            def written() -> None:
+                doing.done = min(doing.done + 1, self._new_tokens)
+
+            samples = self._sampler.sample(ids, None, new_tokens=self._new_tokens, meanwhile=written)
         return [
             WrittenSample(
                 prompt.source, prompt.document, self._text(prompt.ids_N), self._text(sample.ids_N), sample.ended,

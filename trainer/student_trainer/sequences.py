@@ -20,6 +20,7 @@ from student_trainer.main import split_config_folder
 from student_trainer.parts import load_tokenizer
 from student_trainer.settings import Settings
 from student_trainer.targets.protocol import counted_rows
+from teacher_proto.stages import stage
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,30 +31,40 @@ def main(arguments: Sequence[str]) -> int:
     seen: set[bytes] = set()
     tokens = 0
     partial = Path(arguments[0]).with_suffix(".partial")
-    with partial.open("w") as file:
-        for ids in documents(settings):
-            digest = hashlib.sha256(repr(ids).encode()).digest()[:16]
-            if digest not in seen:
-                seen.add(digest)
-                tokens += len(ids)
-                file.write(json.dumps({"input_ids": ids}) + "\n")
-    partial.replace(arguments[0])
+    try:
+        with partial.open("w") as file:
+            for ids in documents(settings):
+                digest = hashlib.sha256(repr(ids).encode()).digest()[:16]
+                if digest not in seen:
+                    seen.add(digest)
+                    tokens += len(ids)
+                    file.write(json.dumps({"input_ids": ids}) + "\n")
+        partial.replace(arguments[0])
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"{len(seen)} sequences of {tokens} tokens: {settings.run.steps} batches, and what is held out")
     return 0
 
 
 def documents(settings: Settings) -> Iterator[list[int]]:
     """Token ids of every document that a run of these settings asks its teacher about, in order, repeats included."""
-    source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
+    with stage("opening the data"):
+        source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
     try:
         if settings.evaluation.every:
             for name in source.names:
-                for batch in source.held_out(name):
+                with stage(f"reading the held-out documents of {name!r}"):
+                    batches = source.held_out(name)
+                for batch in batches:
                     yield from _asked(batch)
-        with BatchStream(source, source.initial_state()) as stream:
+        with (
+            stage("reading batches", settings.run.steps, "batches") as doing,
+            BatchStream(source, source.initial_state()) as stream,
+        ):
             for _ in range(settings.run.steps):
                 batch, _ = next(stream)
                 yield from _asked(batch)
+                doing.done += 1
     finally:
         source.close()
 

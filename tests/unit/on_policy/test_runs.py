@@ -118,7 +118,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_straight_run(
     arguments = [*OWN, f"on_policy.lag={lag}"]
     assert run_here(workshop.settings(tmp_path / "straight", *arguments), ScriptedTargets()) == 0
     with monkeypatch.context() as patched:
-        patched.setattr("student_trainer.signals.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.STOPPED
     assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "run") == trace_of(tmp_path / "straight" / "run")
@@ -131,7 +131,7 @@ def test_a_ternary_student_in_its_warm_up_writes_and_resumes_exactly(
     arguments = [*OWN, "student=bitnet", "student.bitnet.warmup_steps=8", "run.steps=10", "on_policy.lag=2"]
     assert run_here(workshop.settings(tmp_path / "straight", *arguments), ScriptedTargets()) == 0
     with monkeypatch.context() as patched:
-        patched.setattr("student_trainer.signals.StopSignals", lambda: StopAt(tmp_path / "run", 5))
+        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", 5))
         assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.STOPPED
     assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "run") == trace_of(tmp_path / "straight" / "run")

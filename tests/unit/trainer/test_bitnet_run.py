@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from student_trainer import loop
 from student_trainer.compose import compose
 from student_trainer.settings import StudentSettings
-from student_trainer.signals import StopSignals
 from student_trainer.students.bitnet import bit_linears, quantisation_blend
 from student_trainer.students.load import load_student
+from teacher_proto.stopping import StopSignals
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, steps_of, trace_of, train
 from tests.unit.students.tiny import tiny_model
 
@@ -58,7 +58,7 @@ def test_a_run_stopped_in_or_after_its_warmup_is_the_straight_run(
     straight = tmp_path / "straight"
     assert run_here([*arguments, f"run.root={straight}"], ScriptedTargets()) == loop.DONE
     with monkeypatch.context() as patched:
-        patched.setattr("student_trainer.signals.StopSignals", StopAt)
+        patched.setattr("teacher_proto.stopping.StopSignals", StopAt)
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert blend_at(tmp_path / "run", step) == pytest.approx(min(1.0, (step - 1) / 6))
     assert run_here(arguments, ScriptedTargets()) == loop.DONE

@@ -18,8 +18,8 @@ from student_trainer import checkpoint_files, loop
 from student_trainer.checkpoint_files import Snapshot
 from student_trainer.checkpoint_remote import RemoteCheckpoints
 from student_trainer.settings import CheckpointSettings
-from student_trainer.signals import StopSignals
 from teacher_proto.identity import flatten
+from teacher_proto.stopping import StopSignals
 from tests.teacher_process import free_port
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, run_here, steps_of, trace_of
 from tests.unit.data.stores import BUCKET, STORES
@@ -96,7 +96,7 @@ def test_a_run_that_lost_its_folder_goes_on_from_the_store_bit_for_bit(
 
     arguments = workshop.settings(tmp_path, *overrides(store))
     with monkeypatch.context() as patched:
-        patched.setattr("student_trainer.signals.StopSignals", StopAtSeven)
+        patched.setattr("teacher_proto.stopping.StopSignals", StopAtSeven)
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     shutil.rmtree(tmp_path / "run")
     assert run_here(arguments, ScriptedTargets()) == loop.DONE

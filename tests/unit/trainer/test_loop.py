@@ -17,10 +17,10 @@ from student_trainer import loop
 from student_trainer.compose import compose
 from student_trainer.data.batch import Batch
 from student_trainer.data.loader import BatchSource
-from student_trainer.signals import StopSignals
 from student_trainer.targets.guard import NonFiniteError
 from student_trainer.targets.protocol import Ask, BatchTargets
 from teacher_proto.errors import InvalidTargetsError, TeacherUnavailableError
+from teacher_proto.stopping import StopSignals
 from teacher_service.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import (
@@ -143,7 +143,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_straight_run(
 ) -> None:
     arguments = workshop.settings(tmp_path, "evaluation.every=6")
     with monkeypatch.context() as patched:
-        patched.setattr("student_trainer.signals.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert steps_of(tmp_path / "run") == list(range(1, step + 1))
     assert run_here(arguments, ScriptedTargets(delay=random_delays(step, 0.03))) == loop.DONE
@@ -169,7 +169,7 @@ def test_lines_of_steps_that_are_made_again_are_taken_out_first(
 
     arguments = workshop.settings(tmp_path)
     with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("student_trainer.signals.StopSignals", lambda: KillAt(tmp_path / "run", 6))
+        patched.setattr("teacher_proto.stopping.StopSignals", lambda: KillAt(tmp_path / "run", 6))
         run_here(arguments, ScriptedTargets())
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])

@@ -9,6 +9,7 @@ import datasets
 
 from student_trainer.data.files import DataFile
 from student_trainer.data.settings import SourceSettings
+from teacher_proto.stages import stage
 
 
 def load_hub(name: str, settings: SourceSettings) -> datasets.Dataset:
@@ -54,7 +55,8 @@ def _data_file(url: str, told: tuple[str, ...]) -> DataFile:
 @contextmanager
 def _loading(name: str, settings: SourceSettings) -> Iterator[None]:
     try:
-        yield
+        with stage(f"data set {settings.name} of the hub"):
+            yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"source {name!r}: cannot load {settings.name!r} (subset {settings.subset!r}, split {settings.split!r}, "

@@ -21,6 +21,7 @@ from student_trainer.data.content import Content, ContentHasher, keep, kept_at, 
 from student_trainer.data.files import DataFile, find_files
 from student_trainer.data.records import read_tables
 from student_trainer.data.settings import SourceSettings
+from teacher_proto.stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -47,7 +48,7 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
     folder = cache_root(cache_folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_digest(files, settings)}.arrow"
-    with filelock.FileLock(f"{path}.lock"):
+    with stage(f"waiting for another process that may index source {name!r}"), filelock.FileLock(f"{path}.lock"):
         if path.exists():
             return datasets.Dataset.from_file(str(path))
         for left in folder.glob(f"{path.stem}.*.partial"):
@@ -70,7 +71,8 @@ def _write(name: str, path: Path, files: list[DataFile], settings: SourceSetting
     logger.info("indexing source %r: %d files, %.1f MB; once, into %s", name, len(files), size / 1e6, path.parent)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        content = _write_tables(partial, (table for file in files for table in read_tables(file, settings)))
+        with stage(f"indexing source {name!r}", size / 1e6, "MB", closing=False) as doing:
+            content = _write_tables(partial, _tables(files, settings, doing))
         if content.count == 0:
             raise ValueError(
                 f"source {name!r} holds no documents: {len(files)} files, {size} bytes, "
@@ -81,6 +83,17 @@ def _write(name: str, path: Path, files: list[DataFile], settings: SourceSetting
         partial.unlink(missing_ok=True)
     logger.info("indexed source %r: %d documents in %.1f s", name, content.count, time.monotonic() - began)
     return content
+
+
+def _tables(files: list[DataFile], settings: SourceSettings, doing: Stage) -> Iterator[pa.Table]:
+    """Those of all files; what is done is reckoned by the tables' size within a file, and by the file's after it."""
+    before = 0
+    for file in files:
+        for table in read_tables(file, settings):
+            yield table
+            doing.done = min(doing.done + table.nbytes / 1e6, (before + file.size) / 1e6)
+        before += file.size
+        doing.done = before / 1e6
 
 
 def _write_tables(path: Path, tables: Iterator[pa.Table]) -> Content:

@@ -21,6 +21,7 @@ from student_trainer.students.bitnet_student import load_bitnet, make_ternary
 from student_trainer.students.causal import load_causal
 from student_trainer.students.lora import merge_lora
 from student_trainer.students.student import Student
+from teacher_proto.stages import stage
 
 KINDS: Mapping[str, Callable[[StudentSettings, torch.device], Student]] = {
     "causal": load_causal,
@@ -30,6 +31,11 @@ KINDS: Mapping[str, Callable[[StudentSettings, torch.device], Student]] = {
 
 def load_student(settings: StudentSettings, device: torch.device) -> Student:
     """The student, float32 on `device`. ValueError says why one can't be had."""
+    with stage("loading the student"):
+        return _load_student(settings, device)
+
+
+def _load_student(settings: StudentSettings, device: torch.device) -> Student:
     snapshot = earlier_run(settings.checkpoint_path)
     if snapshot is None:
         return KINDS[settings.kind](settings, device)

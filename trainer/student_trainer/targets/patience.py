@@ -97,8 +97,9 @@ class OutageWatch:
         self._waited_s = waited_s
         if waited_s >= (self._said + 1) * self.settings.say_every_s:
             self._said = int(waited_s / self.settings.say_every_s)
-            reason = self.reason() or "the teacher can be reached, its answer has not come"
-            logger.warning("NO TARGETS FOR %.0f s, TRAINING WAITS: %s", waited_s, reason)
+            # Where the teacher can be reached, the terminal says how far it is.
+            if reason := self.reason():
+                logger.warning("NO TARGETS FOR %.0f s, TRAINING WAITS: %s", waited_s, reason)
         if waited_s >= self.settings.save_after_s and not self._saved:
             self._saved = True
             save()

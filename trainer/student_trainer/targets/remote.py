@@ -31,7 +31,7 @@ class RemoteTargets:
 
     def __init__(
         self, make_client: Callable[[], TeacherClient], urls: Sequence[str], start_within_s: float = 0.0,
-        say_every_s: float = 30.0,
+        say_every_s: float = 10.0,
     ):  # fmt: skip
         self._make_client, self._urls = make_client, urls
         self._start_within_s, self._say_every_s = start_within_s, say_every_s

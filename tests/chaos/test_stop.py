@@ -1,0 +1,249 @@
+"""SIGTERM and Ctrl-C at every stage of the trainer and the command-line tools, and at random moments: the process ends
+within seconds, with 75, with nothing of its own left running, and what it goes on from is what it was.
+
+Each stage is forced: it is made long, and the signal comes after the line by which the terminal tells of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.teacher_process import TeacherProcess, free_port
+from tests.trainer_run import TrainerProcess, Workshop, final_files, teacher_script, trace_of, train
+
+# Promised are 5 s, which a quiet machine keeps by far; a busy one is given three times as long.
+BOUND_S = 15.0
+STEPS = 12
+
+
+def in_session(session: int) -> list[int]:
+    """The processes of a session that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] not in "ZX":
+            found.append(int(folder.name))
+    return found
+
+
+class Commanded:
+    """A command in a process and a session of its own, `python -m MODULE ARGUMENTS`; it prints to `output`."""
+
+    def __init__(self, module: str, arguments: Sequence[str], output: Path):
+        self.output = output
+        with output.open("wb") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments], stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        return self._process.wait(timeout_s)
+
+    def __enter__(self) -> Commanded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def stopped(process: TrainerProcess | Commanded, number: int, what: str) -> int:
+    """Signal it and hold what is promised against what it does; the exit code."""
+    asked = time.monotonic()
+    process.signal(number)
+    code = process.wait(60)
+    took_s = time.monotonic() - asked
+    left = in_session(process.pid)
+    print(f"{what}: {signal.Signals(number).name}, ended with {code} after {took_s:.2f} s")
+    assert took_s < BOUND_S, process.text
+    assert not left, f"{left} are left running"
+    assert "Traceback" not in process.text, process.text
+    return code
+
+
+def wait_for(said: str, process: TrainerProcess | Commanded, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while said not in process.text:
+        assert process.running, f"it ended before it said {said!r}:\n{process.text}"
+        assert time.monotonic() < deadline, f"it never said {said!r}:\n{process.text}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough random documents that reading and evaluating them takes a while."""
+    path = tmp_path_factory.mktemp("plenty") / "documents.jsonl"
+    draw = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(30_000):
+            file.write(json.dumps({"input_ids": draw.integers(2, 30, 40).tolist()}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def slow_teacher() -> Iterator[TeacherProcess]:
+    with TeacherProcess(script=teacher_script(tokens_per_second=15.0)) as teacher:
+        yield teacher
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`overrides` make it long, `said` is what the terminal says in it. `teacher`: which one is asked."""
+
+    said: str
+    overrides: tuple[str, ...] = ()
+    teacher: str = "none"
+
+
+OWN_TEXT = ("on_policy.share=1", "on_policy.new_tokens=40", "on_policy.prompt_tokens=4", "data.seq_len=2048",
+            "data.rows=64")  # fmt: skip
+STAGES = {
+    "waiting for a teacher": Stage("yet, waiting", ("teacher.start_within_s=600",), "gone"),
+    "indexing": Stage("indexing source", ("data.sources.a.path={plenty}", "data.cache_folder={tmp}")),
+    "held-out targets": Stage("held-out targets: ", ("evaluation.every=6", "data.held_out_rows=30"), "slow"),
+    "targets of a step": Stage("waiting for the targets of step 1: ", ("data.rows=30",), "slow"),
+    "evaluating": Stage("evaluating: ", ("data.sources.a.path={plenty}", "evaluation.every=6",
+                                         "data.sources.a.held_out_fraction=0.9", "data.held_out_rows=20000")),
+    "samples": Stage("writing samples: ", ("evaluation.every=6", "evaluation.sample_tokens=20000")),
+    "update": Stage("computing update 1: ", ("data.sources.a.path={plenty}", "data.rows=4096",
+                                             "optim.micro_batch_rows=4")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_signal_in_any_stage_of_a_run_ends_it(
+    name: str, number: int, workshop: Workshop, plenty: Path, slow_teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    if number == signal.SIGINT and name not in ("held-out targets", "update"):
+        pytest.skip("the two signals are handled alike: two stages with both")
+    stage = STAGES[name]
+    url = {"slow": slow_teacher.url, "gone": f"http://127.0.0.1:{free_port()}", "none": None}[stage.teacher]
+    given = [override.format(plenty=plenty, tmp=tmp_path) for override in stage.overrides]
+    alone = ["teacher=none", "distillation=cross_entropy"] if url is None else []
+    arguments = [line for line in workshop.settings(tmp_path, url=url) if "logging.progress" not in line]
+    seed = random.SystemRandom().randrange(10**6)
+    with TrainerProcess([*arguments, *alone, *given], tmp_path / "output.txt", os.setsid) as trainer:
+        wait_for(stage.said, trainer)
+        time.sleep(random.Random(seed).uniform(0, 0.5))
+        assert stopped(trainer, number, f"{name} (seed {seed})") == 75
+    assert "nothing is saved" in trainer.text or "started it again" in trainer.text or "start it again" in trainer.text
+
+
+def tools(
+    workshop: Workshop, plenty: Path, teacher: TeacherProcess, tmp: Path
+) -> dict[str, tuple[str, list[str], str]]:
+    """By name: the module, its arguments, and what it says in its long stage."""
+    base = [line for line in workshop.settings(tmp) if "logging.progress" not in line]
+    fill = ["fill", "scripted", str(plenty), "--engine", "scripted", "--store", str(tmp / "store")]
+    script = ["--script", json.dumps(teacher_script(tokens_per_second=50.0))]
+    return {
+        "check": ("student_trainer.main", ["check", *base, f"teacher.url={teacher.url}"], "targets of batch 0: "),
+        "sequences": ("student_trainer.main", ["sequences", str(tmp / "out.jsonl"), *base, "run.steps=1000000"],
+                      "reading batches: "),
+        "fill": ("teacher_service.main", [*fill, *script], "filling: "),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["check", "sequences", "fill"])
+def test_a_signal_ends_the_other_commands(
+    name: str, workshop: Workshop, plenty: Path, slow_teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    module, arguments, said = tools(workshop, plenty, slow_teacher, tmp_path)[name]
+    with Commanded(module, arguments, tmp_path / "output.txt") as command:
+        wait_for(said, command)
+        assert stopped(command, signal.SIGTERM, name) == 75
+    assert not list(tmp_path.glob("out*")), "half a file is left"
+    if name == "fill":
+        from teacher_proto.store import TargetStore
+
+        with TargetStore(tmp_path / "store", readonly=True) as store:
+            assert store.stats().entries > 0, "what was scored is not kept"
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5])
+def test_a_signal_while_libraries_are_imported_ends_it(workshop: Workshop, tmp_path: Path, after_s: float) -> None:
+    with Commanded("student_trainer.main", workshop.settings(tmp_path), tmp_path / "output.txt") as command:
+        time.sleep(after_s)
+        code = stopped(command, signal.SIGTERM, f"{after_s} s after the start")
+    # Before Python has come to the command's first line, the signal ends it as it ends any process.
+    assert code == 75 or (code == -signal.SIGTERM and not command.text), command.text
+
+
+def stop_and_resume(
+    workshop: Workshop,
+    teacher: TeacherProcess,
+    root: Path,
+    moments: Callable[[float], list[float]],
+    start: Callable[[list[str], Path], TrainerProcess | Commanded],
+) -> None:
+    """A straight run, then one that is stopped at each of these moments from its start on, and then let go to its end.
+    `moments(seconds that the straight run took)`.
+    """
+    arguments = workshop.settings(root, f"run.steps={STEPS}", "evaluation.every=2", url=teacher.url)
+    began = time.monotonic()
+    with start([*arguments, "run.id=straight"], root / "straight.txt") as trainer:
+        assert trainer.wait(300) == 0, trainer.text
+    for moment in moments(time.monotonic() - began):
+        with start([*arguments, "run.id=stopped"], root / "output.txt") as trainer:
+            time.sleep(moment)
+            if not trainer.running:
+                continue
+            code = stopped(trainer, signal.SIGTERM, f"after {moment:.2f} s")
+            assert code in (0, 75) or (code == -signal.SIGTERM and not trainer.text), trainer.text
+    assert train([*arguments, "run.id=stopped"], root / "last.txt") == 0, (root / "last.txt").read_text()
+    assert trace_of(root / "stopped") == trace_of(root / "straight")
+    assert final_files(root / "stopped", STEPS) == final_files(root / "straight", STEPS)
+    evaluations = [(root / name / "evaluation.jsonl").read_text() for name in ("stopped", "straight")]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_signals_at_random_moments_change_nothing(workshop: Workshop, teacher: TeacherProcess, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    stop_and_resume(
+        workshop, teacher, tmp_path, lambda took_s: [draw.uniform(0, took_s) for _ in range(5)],
+        lambda given, output: TrainerProcess(given, output, os.setsid),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_twenty_signals_from_the_start_of_the_process_on_change_nothing(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    stop_and_resume(
+        workshop, teacher, tmp_path, lambda took_s: [draw.uniform(0, took_s) for _ in range(20)],
+        lambda given, output: Commanded("student_trainer.main", given, output),
+    )  # fmt: skip
