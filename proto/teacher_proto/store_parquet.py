@@ -1,13 +1,15 @@
 """A target store as Parquet files and back: for sharing on a hub, reading with other tools, shrinking a store's file.
 
 `stillhouse-teacher pack` calls it. One row is one entry of the store. A tensor is a flat list, row-major, whose shape
-follows from `start`, `stop` and its length; `hidden` is its bytes, of `hidden_dtype`. Needs pyarrow, on demand.
+follows from `start`, `stop` and its length; `hidden` is its bytes, of `hidden_dtype`. A file names the teachers of its
+rows, and the sha256 of all of them. Needs pyarrow, on demand.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,15 @@ from teacher_proto.errors import InvalidTargetsError, WireError
 from teacher_proto.info import TeacherInfo, parse_info
 from teacher_proto.requests import KINDS
 from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import Entry
+from teacher_proto.store_entry import Entry, pack_entry
 from teacher_proto.targets import HIDDEN_DTYPES, TENSORS, TokenTargets, check_targets
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = "stillhouse targets 1"
+# In the footer, known when all rows are written. Whoever reads a file and writes it again loses it, and keeps SEALED.
+ROWS_SHA256, SEALED = "rows_sha256", "sealed"
 _SHARD_BYTES = 256 * 2**20
 _GROUP_BYTES = 16 * 2**20
 _SCALARS = {
@@ -75,20 +79,33 @@ def export_parquet(
     return Packed(entries, len(paths))
 
 
-def import_parquet(source: str | Path, store: TargetStore, *, on_entry: Callable[[], object] = lambda: None) -> Packed:
+def import_parquet(
+    source: str | Path,
+    store: TargetStore,
+    *,
+    teacher: str | None = None,
+    on_entry: Callable[[], object] = lambda: None,
+) -> Packed:
     """Put the entries of a Parquet file, or of all those in a folder, into `store`.
 
-    ValueError for files of another format. A row that cannot be a teacher's answer is left out and counted.
+    ValueError, before anything is put, for files of another format, for one that was changed since it was written, and
+    for rows of another teacher than `teacher` names by its fingerprint, or else than the store has. A row that cannot
+    be a teacher's answer is left out and counted, in files that don't say what they held.
     """
     source = Path(source)
     paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not paths or not paths[0].exists():
         raise ValueError(f"there are no Parquet files at {source}")
+    known = {info.fingerprint: info for info in store.teachers()}
+    for path in paths:
+        _hold_against(path, known, teacher)
+    for path in paths:
+        _check_unchanged(path)
     read = entries = 0
     for path in paths:
         file, teachers = _open(path)
-        for info in teachers.values():
-            store.remember(info)
+        for fingerprint in _fingerprints(file):
+            store.remember(teachers[fingerprint])
         for batch in file.iter_batches(batch_size=64):
             pairs = [_read_row(row, teachers) for row in _rows(batch)]
             good = [pair for pair in pairs if pair is not None]
@@ -130,7 +147,7 @@ def _schema(teachers: Sequence[TeacherInfo]) -> pa.Schema:
         kind = pa.large_binary() if name == "hidden" else pa.list_(pa.type_for_alias(element))
         fields.append(pa.field(name, kind))
     described = json.dumps([info.model_dump(mode="json") for info in teachers])
-    return pa.schema(fields, metadata={"format": FORMAT, "teachers": described})
+    return pa.schema(fields, metadata={"format": FORMAT, "teachers": described, SEALED: "1"})
 
 
 def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
@@ -138,14 +155,18 @@ def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    part, count = path.with_suffix(".part"), 0
+    part, count, digest = path.with_suffix(".part"), 0, hashlib.sha256()
     try:
         with pq.ParquetWriter(part, schema, compression="zstd") as writer:
             for group in _pieces(entries, _GROUP_BYTES):
-                rows = [_as_row(entry, targets) for entry, targets in group]
+                pairs = list(group)
+                for pair in pairs:
+                    digest.update(pack_entry(*pair))
+                rows = [_as_row(entry, targets) for entry, targets in pairs]
                 columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
                 count += len(rows)
+            writer.add_key_value_metadata({ROWS_SHA256: digest.hexdigest()})
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
@@ -183,6 +204,57 @@ def _open(path: Path) -> tuple[Any, dict[str, TeacherInfo]]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} names a teacher that is none: {error}") from None
     return file, {info.fingerprint: info for info in infos}
+
+
+def _fingerprints(file: Any) -> list[str]:
+    """Whose rows a file holds."""
+    import pyarrow.compute as pc
+
+    found: set[str] = set()
+    for batch in file.iter_batches(columns=["fingerprint"]):
+        found.update(str(value) for value in pc.unique(batch.column(0)).to_pylist())
+    return sorted(found)
+
+
+def _hold_against(path: Path, known: Mapping[str, TeacherInfo], teacher: str | None) -> None:
+    """ValueError if a row is of a teacher that the file does not name, or that is not the one that is expected."""
+    file, named = _open(path)
+    for fingerprint in _fingerprints(file):
+        if fingerprint not in named:
+            raise ValueError(
+                f"{path} has rows of teacher {fingerprint} and does not say who that is; it names "
+                f"{', '.join(named) or 'nobody'}: nothing was imported"
+            )
+        expected = {teacher} if teacher is not None else set(known) or {fingerprint}
+        if fingerprint in expected:
+            continue
+        ours = known.get(teacher or "") or next(iter(known.values()), None)
+        lines = ours.identity.difference(named[fingerprint].identity) if ours is not None else []
+        raise ValueError(
+            f"{path} has rows of teacher {fingerprint} ({named[fingerprint].identity.semantic.model}), expected is "
+            f"{', '.join(sorted(expected))}: {'; '.join(lines) or 'another teacher'}. Nothing was imported; "
+            f"--teacher {fingerprint} takes them as that teacher's own"
+        )
+
+
+def _check_unchanged(path: Path) -> None:
+    """ValueError if the rows are not those that were written; one of the first edition's files does not say."""
+    file, teachers = _open(path)
+    if SEALED.encode() not in file.schema_arrow.metadata:
+        return
+    told = (file.metadata.metadata or {}).get(ROWS_SHA256.encode(), b"not there any more")
+    digest = hashlib.sha256()
+    for batch in file.iter_batches(batch_size=64):
+        for row in _rows(batch):
+            pair = _read_row(row, teachers)
+            if pair is None:
+                raise ValueError(f"{path} was changed since it was written: a row is no answer. Nothing was imported")
+            digest.update(pack_entry(*pair))
+    if digest.hexdigest() != told.decode():
+        raise ValueError(
+            f"{path} was changed since it was written: the sha256 of its rows is {digest.hexdigest()}, it says "
+            f"{told.decode()}. Nothing was imported"
+        )
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """`stillhouse-teacher pack`: a target store as Parquet files, for sharing on a hub, and back. Called by `main.py`.
 
 stillhouse-teacher pack export STORE PARQUET_FOLDER
-stillhouse-teacher pack import STORE PARQUET_FOLDER
+stillhouse-teacher pack import STORE PARQUET_FOLDER [--teacher FINGERPRINT]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pack_command(arguments: list[str]) -> int:
             if exporting:
                 packed = export_parquet(store, options.folder, on_entry=advance)
             else:
-                packed = import_parquet(options.folder, store, on_entry=advance)
+                packed = import_parquet(options.folder, store, teacher=options.teacher, on_entry=advance)
         stats = store.stats()
     print(f"stillhouse-teacher: {packed.entries} entries in {packed.files} files")
     if left_out := packed.left_out:
@@ -54,4 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("store", type=Path, metavar="STORE", help="folder of the target store")
     parser.add_argument("folder", type=Path, metavar="PARQUET", help="folder of the Parquet files")
     parser.add_argument("--store-bytes", type=int, default=50 * 2**30, help="size of the store, for import")
+    parser.add_argument(
+        "--teacher",
+        metavar="FINGERPRINT",
+        help="import: whose rows to take; default: those of the store's own teachers",
+    )
     return parser

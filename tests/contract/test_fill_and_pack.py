@@ -93,6 +93,22 @@ def test_a_store_goes_to_parquet_and_back(tmp_path: Path) -> None:
         assert len(pairs) == 10 and all(same_bits(a, b) for (_, a), (_, b) in pairs)
 
 
+def test_rows_of_another_teacher_do_not_come_into_a_store(tmp_path: Path) -> None:
+    write_data(tmp_path / "data.jsonl", 10)
+    other = ["--script", '{"identity": {"semantic.dtype": "float16"}}']
+    command("fill", "scripted", tmp_path / "data.jsonl", *SCRIPTED, "--store", tmp_path / "theirs", *ASK, *other)
+    command("pack", "export", tmp_path / "theirs", tmp_path / "files")
+    write_data(tmp_path / "few.jsonl", 3)
+    command("fill", "scripted", tmp_path / "few.jsonl", *SCRIPTED, "--store", tmp_path / "ours", *ASK)
+    refused = command("pack", "import", tmp_path / "ours", tmp_path / "files")
+    assert refused.returncode == 2 and "semantic.dtype: float32 here, float16 there" in refused.stderr, refused.stderr
+    assert written(tmp_path / "ours") == 3
+    fingerprint = refused.stderr.rpartition("--teacher ")[2].split()[0]
+    taken = command("pack", "import", tmp_path / "ours", tmp_path / "files", "--teacher", fingerprint)
+    assert taken.returncode == 0, taken.stderr
+    assert written(tmp_path / "ours") == 13
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
