@@ -21,7 +21,8 @@ def pack_command(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     with stage("importing libraries"):
         from teacher_proto.store import TargetStore
-        from teacher_proto.store_parquet import export_parquet, import_parquet
+        from teacher_proto.store_parquet import export_parquet
+        from teacher_proto.store_parquet_read import import_parquet
 
     exporting = options.direction == "export"
     with TargetStore(options.store, options.store_bytes, readonly=exporting) as store:

@@ -12,7 +12,8 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS
 from teacher_proto.store import TargetStore
 from teacher_proto.store_entry import Ask
-from teacher_proto.store_parquet import SEALED, Packed, export_parquet, import_parquet
+from teacher_proto.store_parquet import SEALED, Packed, export_parquet
+from teacher_proto.store_parquet_read import import_parquet
 from tests.unit.proto.fake_teacher import Replica, same_bits
 from tests.unit.proto.test_store import VOCAB, ask, truth
 
