@@ -167,3 +167,22 @@ def test_a_checkpoint_of_an_older_trainer_loads_and_says_what_is_not_compared(
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     code, text = resume(workshop, root, teacher.url)
     assert code == 0 and "does not say which config and tokenizer" in text, text
+
+
+def test_one_changed_line_of_the_data_is_refused_with_its_place(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    """Far from what a sample would hit, and the cache of indexes is another machine's."""
+    root, data = tmp_path / "root", tmp_path / "data.jsonl"
+    lines = [line for path in workshop.sources.values() for line in path.read_text().splitlines()] * 34
+    data.write_text("\n".join(lines[:10_000]))
+    ours = f"data.sources.a.path={data}"
+    assert train(workshop.settings(root, *MORE, "run.steps=4", ours, url=teacher.url), tmp_path / "log") == 0
+    changed = json.loads(lines[6_543])["input_ids"]
+    lines[6_543] = json.dumps({"input_ids": [*changed[:-1], changed[-1] ^ 1]})
+    data.write_text("\n".join(lines[:10_000]))
+    for more in (f"data.cache_folder={tmp_path}/elsewhere", "run.id=run"):
+        code, text = resume(workshop, root, teacher.url, ours, more)
+        refused(code, text, root)
+        assert "source 'a' is not what the run began with" in text
+        assert "a document among the 6,529th to the 6,592th of 10,000 differs" in text, text

@@ -68,9 +68,8 @@ def test_what_must_change_first_is_usage_and_what_broke_is_a_failure() -> None:
                   wrapped(PermissionError("data")), wrapped(OfflineModeIsEnabled("HF_HUB_OFFLINE is set")),
                   wrapped(KeyError("x"))):  # fmt: skip
         assert code_for(error) == USAGE, repr(error)
-    for error in (NonFiniteError("x"), NotTheSameError("x"), OSError(errno.ENOSPC, "full"), RankError("gone"),
-                  BrokenPipeError("reader gone"), RuntimeError("ours"), MemoryError(), AssertionError("ours"),
-                  KeyboardInterrupt()):  # fmt: skip
+    for error in (NonFiniteError("x"), NotTheSameError("x"), OSError(errno.ENOSPC, "x"), RankError("gone"),
+                  BrokenPipeError("x"), RuntimeError("ours"), MemoryError(), AssertionError("x")):  # fmt: skip
         assert code_for(error) == FAILED, repr(error)
 
 
