@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from student_trainer.cpu_memory import keep_freed_memory
 from student_trainer.settings import RunSettings
 
 
@@ -44,3 +45,5 @@ def use_device(device: torch.device) -> None:
     """Make it the process's current device. Before the process group is made and before anything is put on it."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()

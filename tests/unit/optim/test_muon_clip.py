@@ -77,7 +77,7 @@ def test_steps_are_those_of_torchs_own_optimizers_bit_for_bit() -> None:
     muon = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.2, momentum=0.9, ns_steps=4, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
         [{"params": tables, "lr": 0.003, "weight_decay": 0.05}, {"params": vectors, "lr": 0.002, "weight_decay": 0.0}],
-        betas=(0.9, 0.95), eps=1e-8,
+        betas=(0.9, 0.95), eps=1e-8, fused=True,
     )  # fmt: skip
     for step in range(4):
         for model in (ours, theirs):

@@ -63,10 +63,12 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
     teacher_head = _teacher_projection(job)
     outcome = _empty(job, head, hidden_ND, weight_VD, bias_V, needs)
     rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
+    if outcome.weight_VD is not None and not len(rows_M):
+        outcome.weight_VD.zero_()
     height = min(job.chunk_rows, max(1, len(rows_M)))
     z_CV = torch.empty(height, len(weight_VD), dtype=head.accumulator, device=hidden_ND.device)
     teacher_CW = z_CV.new_empty(height, job.shared) if teacher_head is not None else None
-    for rows_C in rows_M.split(height):
+    for number, rows_C in enumerate(rows_M.split(height)):
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
         head.project(hidden_CD, z_CV[: len(rows_C)])
         if teacher_head is not None and teacher_CW is not None:
@@ -75,7 +77,7 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
             teacher_BW = None if teacher_CW is None else teacher_CW[block]
             _run_block(job, head, rows_C[block], z_CV[block], teacher_BW, outcome)
         if job.wants_grad:
-            _push_back(head, outcome, rows_C, hidden_CD, z_CV[: len(rows_C)])
+            _push_back(head, outcome, rows_C, hidden_CD, z_CV[: len(rows_C)], begin=number == 0)
     return outcome
 
 
@@ -118,14 +120,16 @@ def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Te
     return total_BV
 
 
-def _push_back(head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor) -> None:
+def _push_back(
+    head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor, *, begin: bool
+) -> None:
     if outcome.bias_V is not None:
         outcome.bias_V.add_(gradient_CV.sum(0))
     gradient_CV = gradient_CV.to(head.back_dtype)
     if outcome.hidden_ND is not None:
         outcome.hidden_ND[rows_C] = head.back_to_hidden(gradient_CV).to(outcome.hidden_ND.dtype)
     if outcome.weight_VD is not None:
-        head.back_to_weight_(outcome.weight_VD, gradient_CV, hidden_CD.to(head.back_dtype))
+        head.back_to_weight_(outcome.weight_VD, gradient_CV, hidden_CD.to(head.back_dtype), begin)
 
 
 def _empty(
@@ -142,7 +146,7 @@ def _empty(
     if job.wants_grad:
         wide = {"dtype": head.accumulator, "device": device}
         outcome.hidden_ND = torch.zeros_like(hidden_ND) if needs[0] else None
-        outcome.weight_VD = torch.zeros(weight_VD.shape, **wide) if needs[1] else None
+        outcome.weight_VD = torch.empty(weight_VD.shape, **wide) if needs[1] else None  # the first chunk fills it
         outcome.bias_V = torch.zeros(bias_V.shape, **wide) if needs[2] and bias_V is not None else None
     return outcome
 

@@ -72,12 +72,22 @@ class HeadProjection:
             return torch.mm(gradient_NV, self.back_weight_VD, out_dtype=torch.float32)
         return gradient_NV @ self.back_weight_VD
 
-    def back_to_weight_(self, total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
-        """total += gradient.T @ hidden, both in `back_dtype`."""
-        if self.fused:
-            torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
-        elif self.back_dtype == total_VD.dtype:
-            total_VD.addmm_(gradient_NV.t(), hidden_ND)
+    def back_to_weight_(self, total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor, begin: bool) -> None:
+        """total += gradient.T @ hidden, both in `back_dtype`; with `begin` the product alone, whatever `total` holds.
+
+        So the first chunk spares an array as large as the head two passes: clearing it, and reading the zeros.
+        """
+        if self.back_dtype == total_VD.dtype:
+            if begin:
+                torch.mm(gradient_NV.t(), hidden_ND, out=total_VD)
+            else:
+                total_VD.addmm_(gradient_NV.t(), hidden_ND)
+        elif self.fused:
+            if begin:
+                torch.mm(gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
+            else:
+                torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
         else:
             for total_vD, gradient_Nv in zip(total_VD.split(SLICE), gradient_NV.split(SLICE, 1), strict=True):
-                total_vD.add_(gradient_Nv.t() @ hidden_ND)
+                product_vD = gradient_Nv.t() @ hidden_ND
+                total_vD.copy_(product_vD) if begin else total_vD.add_(product_vD)

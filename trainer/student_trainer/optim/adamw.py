@@ -13,6 +13,9 @@ from student_trainer.settings import OptimSettings
 def build_adamw(
     settings: OptimSettings, groups: Sequence[ParameterGroup]
 ) -> list[tuple[torch.optim.Optimizer, Sequence[ParameterGroup]]]:
-    """AdamW with decoupled decay (arXiv 1711.05101); each group has its own rate, decay and floor."""
-    optimizer = torch.optim.AdamW(slots(settings, groups), betas=settings.betas, eps=settings.eps, foreach=True)
+    """AdamW with decoupled decay (arXiv 1711.05101); each group has its own rate, decay and floor.
+
+    Fused: parameter, gradient and both moments are read once, and no array of their size is made on the way.
+    """
+    optimizer = torch.optim.AdamW(slots(settings, groups), betas=settings.betas, eps=settings.eps, fused=True)
     return [(optimizer, groups)]

@@ -110,9 +110,9 @@ class Optimizer:
         for optimizer, name, parameter in self._named():
             state = {}
             for entry, value in by_name.get(name, {}).items():
-                # Step counters stay on the CPU, where torch's optimizers want them.
+                # A step counter is one number, never sharded, and beside its parameter, where a fused step reads it.
                 if entry == "step":
-                    state[entry] = value.clone()
+                    state[entry] = value.clone().to(parameter.device)
                 else:
                     state[entry] = torch.empty_like(parameter, dtype=value.dtype).copy_(like(parameter, value))
             optimizer.state[parameter] = state
