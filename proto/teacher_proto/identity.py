@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 Severity = Literal["same", "numeric", "semantic"]
 
@@ -22,8 +22,22 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SemanticIdentity(_Frozen):
-    """What the answers mean. `weights` maps each weight file's name to its sha256."""
+class _WithOptions(_Frozen):
+    """`options` is left out where there are none: fingerprints of plain teachers are those of before it was there."""
+
+    options: Mapping[str, str] = {}
+
+    @model_serializer(mode="wrap")
+    def _leave_out_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        if not fields["options"]:
+            del fields["options"]
+        return fields
+
+
+class SemanticIdentity(_WithOptions):
+    """What the answers mean. `weights` maps each weight file's name to its sha256, `options` the engine's options that
+    change what it computes to their values."""
 
     model: str
     revision: str
@@ -35,8 +49,8 @@ class SemanticIdentity(_Frozen):
     vocab_size: int
 
 
-class NumericIdentity(_Frozen):
-    """What the answers are rounded by."""
+class NumericIdentity(_WithOptions):
+    """What the answers are rounded by, the engine's `options` that choose kernels among it."""
 
     engine: str
     engine_version: str

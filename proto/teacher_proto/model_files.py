@@ -1,9 +1,8 @@
 """A model on this disk: who it is, read from the folder that it is loaded from.
 
 Engines and the trainer's local teacher call `find_model` before they load, `hash_files` while they do and `identify`
-after. Files are hashed in
-parallel; a hash is kept by (path, size, modification time) under the user's cache folder, so that a restart reads no
-weights twice.
+after. Files are hashed in parallel; a hash is kept by path, size, inode and times under the user's cache folder, so
+that a restart reads no weights twice.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from teacher_proto.identity import (
 )
 
 _HASH_THREADS = 8
+_SETTLED_NS = 2 * 10**9
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -108,8 +109,10 @@ def identify(
     quantization: str | None,
     vocab_size: int,
     numeric: NumericIdentity,
+    options: Mapping[str, str] | None = None,
 ) -> TeacherIdentity:
-    """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`; `weights` by name."""
+    """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`; `weights` by name,
+    `options` as `SemanticIdentity` has them."""
     semantic = SemanticIdentity(
         model=folder.name,
         revision=folder.revision,
@@ -119,6 +122,7 @@ def identify(
         dtype=dtype,
         quantization=quantization,
         vocab_size=vocab_size,
+        options=options or {},
     )
     return TeacherIdentity(semantic=semantic, numeric=numeric)
 
@@ -134,21 +138,29 @@ def _vocabulary(path: Path) -> dict[int, str]:
 
 
 def hash_files(paths: list[Path], cache_file: Path | None = None) -> dict[str, str]:
-    """sha256 of each file by its name, out of the cache where size and modification time are as they were."""
+    """sha256 of each file by its name, out of the cache where the file is the one that was hashed."""
     cache_file = cache_file or _cache_folder() / "sha256.json"
     known = _read_cache(cache_file)
     keys = {path: _key(path) for path in paths}
     unknown = [path for path in paths if keys[path] not in known]
     with ThreadPoolExecutor(_HASH_THREADS) as threads:
         fresh = dict(zip((keys[path] for path in unknown), threads.map(file_sha256, unknown), strict=True))
-    if fresh:
-        _write_cache(cache_file, known | fresh)
+    settled = {keys[path]: fresh[keys[path]] for path in unknown if _key(path) == keys[path] and _is_settled(path)}
+    if settled:
+        _write_cache(cache_file, known | settled)
     return {path.name: (known | fresh)[keys[path]] for path in paths}
 
 
 def _key(path: Path) -> str:
+    """Another for every file that was put there or written to, though its modification time was kept: no program sets
+    the time of the last change (ctime), the kernel does."""
     state = path.stat()
-    return digest([str(path.resolve()), state.st_size, state.st_mtime_ns])
+    return digest([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether a change from now on would show in its times, which a file system counts in steps."""
+    return abs(time.time_ns() - path.stat().st_ctime_ns) > _SETTLED_NS
 
 
 def _cache_folder() -> Path:

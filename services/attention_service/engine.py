@@ -100,7 +100,7 @@ class AttentionEngine:
         self.identity = identify(
             folder, hash_files(folder.weight_files), dtype=str(model.dtype).removeprefix("torch."),
             quantization=(folder.config.get("quantization_config") or {}).get("quant_method"),
-            vocab_size=model.vocab_size, numeric=numeric,
+            vocab_size=model.vocab_size, numeric=numeric, options=_shared_options(teacher),
         )  # fmt: skip
         if teacher is not None:
             self._hold_against(teacher)
@@ -113,3 +113,10 @@ class AttentionEngine:
                 f"--beside {self._settings.beside}: that teacher is another model, {'; '.join(lines)}; give its MODEL, "
                 "--revision, --name and --dtype"
             )
+
+
+def _shared_options(teacher: TeacherIdentity | None) -> dict[str, str]:
+    """Options of the teacher's engine that a plain forward pass knows nothing of and that leave the model as it is: how
+    its cache is kept. Any other (another RoPE) makes another model, whose attention can't be had here."""
+    options = teacher.semantic.options if teacher is not None else {}
+    return {name: value for name, value in options.items() if name.startswith("kv_cache_dtype")}

@@ -187,10 +187,10 @@ def _identity(model: str, script: Script) -> TeacherIdentity:
     }
     for name, value in script.identity.items():
         group, _, field = name.partition(".")
-        if group not in tree or field not in tree[group]:
-            known = [f"{group}.{field}" for group, fields in tree.items() for field in fields]
+        if group not in tree or field not in (*tree[group], "options"):
+            known = [f"{group}.{field}" for group, fields in tree.items() for field in (*fields, "options")]
             raise ValueError(f"script.identity: unknown field {name!r}; known are {', '.join(known)}")
-        tree[group][field] = json.loads(value) if field in ("weights", "vocab_size") else value
+        tree[group][field] = json.loads(value) if field in ("weights", "vocab_size", "options") else value
     return TeacherIdentity.model_validate(tree)
 
 

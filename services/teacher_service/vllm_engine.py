@@ -10,8 +10,10 @@ import asyncio
 import gc
 import itertools
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +29,7 @@ from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Job
 from teacher_service.head_file import HeadFile
 from teacher_service.reading import read_rows
+from teacher_service.vllm_identity import deciding_options, deciding_variables, length_option
 from teacher_service.vllm_options import engine_arguments, prepare_environment
 
 log = logging.getLogger("stillhouse.vllm")
@@ -84,6 +87,7 @@ class VllmEngine:
         self._max_top_k = max_top_k
         self._head_dtype: HeadDtype = head_dtype
         self._vllm_args = dict(vllm_args or {})
+        self._deciding: tuple[dict[str, str], dict[str, str]] = {}, {}
         self._llm: Any = None
         self._hidden_size = 0
         self._numbers = itertools.count()
@@ -119,6 +123,7 @@ class VllmEngine:
             quantization=config.quantization,
             vocab_size=config.get_vocab_size(),
             numeric=self._numeric(description),
+            options=self._deciding[0] | length_option(config.hf_text_config.to_dict(), config.max_model_len),
         )
 
     def _load(self, folder: ModelFolder) -> None:
@@ -126,6 +131,8 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = engine_arguments(folder, self._options, self._vllm_args, self._head_dtype)
+        defaults = {field.name: field.default for field in fields(AsyncEngineArgs)}
+        self._deciding = deciding_options(self._vllm_args, defaults)
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -146,6 +153,7 @@ class VllmEngine:
             device=device,
             parallel=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}",
             attention_backend=",".join(description["attention_backends"]) or "none",
+            options=self._deciding[1] | deciding_variables(os.environ),
         )
 
     async def _find_head(self, folder: ModelFolder, description: Mapping[str, Any]) -> None:

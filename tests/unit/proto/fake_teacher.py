@@ -69,6 +69,7 @@ def identity(**changes: Any) -> TeacherIdentity:
     semantic = {
         "model": "fake/teacher", "revision": "1", "config_sha256": "c", "tokenizer_sha256": "t",
         "weights": {"a.safetensors": "w"}, "dtype": "float32", "quantization": None, "vocab_size": VOCAB,
+        "options": {},
     }  # fmt: skip
     numeric = {
         "engine": "fake", "engine_version": "1", "device": "cpu", "parallel": "1", "attention_backend": "none",

@@ -31,6 +31,7 @@ REQUEST = TargetsRequest(sequences=tuple(sequences(5, 9)), top_k=4)
 SEMANTIC: dict[str, Any] = {
     "model": "other/model", "revision": "2", "config_sha256": "x", "tokenizer_sha256": "x",
     "weights": {"a.safetensors": "x"}, "dtype": "bfloat16", "quantization": "fp8", "vocab_size": 299,
+    "options": {"kv_cache_dtype": "fp8"},
 }  # fmt: skip
 NUMERIC = {"engine": "x", "engine_version": "2", "device": "x", "parallel": "tp2", "attention_backend": "x"}
 

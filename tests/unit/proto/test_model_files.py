@@ -88,6 +88,7 @@ def test_hashes_are_the_files_and_come_from_the_cache_while_they_stay(
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     monkeypatch.setattr(module, "file_sha256", counting)
+    monkeypatch.setattr(module, "_SETTLED_NS", 0)  # a file of this very moment is not kept otherwise
     assert hash_files([weights]) == {"model.safetensors": truth} and len(hashed) == 1
     assert hash_files([weights]) == {"model.safetensors": truth} and len(hashed) == 1
     os.utime(weights, (1, 1))
@@ -126,3 +127,32 @@ def test_what_is_no_model_is_refused_in_words(folder: Path, monkeypatch: pytest.
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="other formats can run code"):
         find_model(str(folder))
+
+
+def test_a_file_replaced_or_rewritten_with_its_size_and_time_kept_is_noticed(
+    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SETTLED_NS", 0)
+    weights = folder / "model.safetensors"
+
+    def replaced() -> None:
+        other = folder.parent / "other"
+        shutil.copy2(weights, other)
+        flip(other)
+        other.replace(weights)
+
+    for change in (lambda: flip(weights), replaced):
+        times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+        size, before = weights.stat().st_size, identity(folder)
+        change()
+        os.utime(weights, ns=times)
+        assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (size, times[1])
+        assert identity(folder).fingerprint != before.fingerprint
+        assert (
+            identity(folder).semantic.weights["model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+        )
+
+
+def test_a_file_that_is_being_written_is_hashed_and_not_remembered(folder: Path, own_cache: Path) -> None:
+    hash_files([folder / "model.safetensors"])
+    assert not own_cache.exists()

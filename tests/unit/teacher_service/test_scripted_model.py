@@ -131,7 +131,7 @@ async def test_every_field_of_the_identity_can_be_another() -> None:
     plain = ScriptedEngine().identity
     for group in ("semantic", "numeric"):
         for field in type(getattr(plain, group)).model_fields:
-            value = {"weights": '{"a": "b"}', "vocab_size": "7"}.get(field, "other")
+            value = {"weights": '{"a": "b"}', "vocab_size": "7", "options": '{"a": "b"}'}.get(field, "other")
             changed = ScriptedEngine(Script(identity={f"{group}.{field}": value})).identity
             assert changed.fingerprint != plain.fingerprint
             assert [line.split(":")[0].rsplit(".", 1)[0] for line in plain.difference(changed)]
