@@ -13,13 +13,19 @@ from typing import Any
 
 import httpx
 
-from teacher_proto.attention import AttentionInfo, AttentionRequest, check_attention_request, parse_attention_info
+from teacher_proto.attention import (
+    AttentionInfo,
+    AttentionRequest,
+    attention_cost,
+    check_attention_request,
+    parse_attention_info,
+)
 from teacher_proto.attention_targets import AttentionTargets, check_attention
 from teacher_proto.attention_wire import ATTENTION_FORMAT, AttentionHeader
 from teacher_proto.dialect import Dialect
 from teacher_proto.errors import WireError, WrongTeacherError
 from teacher_proto.identity import TeacherIdentity, compare_fingerprints
-from teacher_proto.replica_client import ReplicaClient
+from teacher_proto.replica_client import OnProgress, ReplicaClient
 from teacher_proto.replicas import Replica
 
 
@@ -39,6 +45,7 @@ ATTENTION = Dialect(
     check_request=lambda request, info: check_attention_request(request, info.limits, info.shape),
     check_header=_check_header,
     check_record=lambda targets, request, index, info: check_attention(targets, request, index, info.shape),
+    cost=lambda request, info: attention_cost(request, info.shape),
 )
 
 
@@ -56,11 +63,14 @@ class AttentionClient(ReplicaClient[AttentionRequest, AttentionTargets, Attentio
         self._beside = beside
         super().__init__(urls, **arguments)
 
-    async def attention(self, request: AttentionRequest, *, deadline_s: float | None = None) -> list[AttentionTargets]:
-        """The attention of every sequence, in the order of the sequences. Errors as `stream`."""
-        return await self.answers(request, deadline_s=deadline_s)
+    async def attention(
+        self, request: AttentionRequest, *, deadline_s: float | None = None,
+        given: dict[int, AttentionTargets] | None = None, on_progress: OnProgress | None = None,
+    ) -> list[AttentionTargets]:  # fmt: skip
+        """The attention of every sequence, in their order. Arguments as `answers`, errors as `stream`."""
+        return await self.answers(request, deadline_s=deadline_s, given=given, on_progress=on_progress)
 
-    async def _inspect(self, replica: Replica[AttentionInfo], info: AttentionInfo, timeouts: httpx.Timeout) -> None:
+    async def _inspect(self, replica: Replica[AttentionInfo], info: AttentionInfo, patience: httpx.Timeout) -> None:
         """Is it of the teacher that it is to sit beside?"""
         if self._beside is not None:
             check_beside(self._beside, info, replica.url)

@@ -14,13 +14,14 @@ from contextlib import aclosing
 
 import httpx
 
+from teacher_proto.attempts import timeouts
 from teacher_proto.canary import Canary, canary_request, read_canary
 from teacher_proto.dialect import Dialect
 from teacher_proto.errors import StillhouseError, WireError
-from teacher_proto.exchange import fetch_head
+from teacher_proto.exchange import exchange, fetch_head
 from teacher_proto.head_download import HeadDownload
 from teacher_proto.info import TeacherInfo, parse_info
-from teacher_proto.replica_client import ReplicaClient
+from teacher_proto.replica_client import OnProgress, ReplicaClient
 from teacher_proto.replicas import Replica
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets, check_answer
@@ -28,6 +29,8 @@ from teacher_proto.wire import TARGETS_FORMAT, Header
 
 # Rounds over all replicas, one after the other, in which no byte more of the head came.
 _HEAD_TRIES = 4
+# What a hidden state is taken to hold where a teacher doesn't say: 7B models have 4096.
+HIDDEN_WIDTH = 4096
 
 
 def _check_header(header: Header, request: TargetsRequest, info: TeacherInfo) -> None:
@@ -46,6 +49,7 @@ TARGETS = Dialect(
     check_request=lambda request, info: check_request(request, info.limits, info.kinds),
     check_header=_check_header,
     check_record=lambda targets, request, index, info: check_answer(targets, request, index, info.limits.vocab_size),
+    cost=lambda request, info: request.cost(info.hidden_width or HIDDEN_WIDTH),
 )
 
 
@@ -59,9 +63,12 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
         """What the fixed sequences were answered with: to be kept with a run and given to its next client."""
         return self._expected.canary
 
-    async def targets(self, request: TargetsRequest, *, deadline_s: float | None = None) -> list[TokenTargets]:
-        """The targets of every sequence, in the order of the sequences. Errors as `stream`."""
-        return await self.answers(request, deadline_s=deadline_s)
+    async def targets(
+        self, request: TargetsRequest, *, deadline_s: float | None = None,
+        given: dict[int, TokenTargets] | None = None, on_progress: OnProgress | None = None,
+    ) -> list[TokenTargets]:  # fmt: skip
+        """The targets of every sequence, in the order of the sequences. Arguments as `answers`, errors as `stream`."""
+        return await self.answers(request, deadline_s=deadline_s, given=given, on_progress=on_progress)
 
     async def head(self) -> bytes:
         """The teacher's output head as the safetensors file of `GET /v1/head`, from the first replica that gives it.
@@ -77,9 +84,9 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
             for url, info in [(replica.url, replica.info) for replica in self._pool.replicas]:
                 if info is None:
                     continue
-                timeouts = self._timeout(self.policy.read_timeout_s)
+                patience = timeouts(self.policy, self.policy.read_timeout_s)
                 try:
-                    return await fetch_head(self._http, url, self.dialect, info.fingerprint, timeouts, download)
+                    return await fetch_head(self._http, url, self.dialect, info.fingerprint, patience, download)
                 except StillhouseError as error:
                     # The first that a retry could mend says more than what cannot be mended anyway.
                     if failure is None or (error.retryable and not failure.retryable):
@@ -94,13 +101,14 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
         backoff = self._timing.full_jitter(attempt, self.policy.backoff_base_s, self.policy.backoff_cap_s)
         await self._timing.sleep(min(max(backoff, failure.retry_after or 0.0), self.policy.max_retry_after_s))
 
-    async def _inspect(self, replica: Replica[TeacherInfo], info: TeacherInfo, timeouts: httpx.Timeout) -> None:
+    async def _inspect(self, replica: Replica[TeacherInfo], info: TeacherInfo, patience: httpx.Timeout) -> None:
         """Does it compute what it did?"""
         request = canary_request(info)
         if request is None:
             return
         answers: dict[int, TokenTargets] = {}
-        async with aclosing(self._exchange(replica, request, info, timeouts)) as outcomes:
+        outcomes = exchange(self._http, replica.url, self.dialect, request, info, patience)
+        async with aclosing(outcomes):
             async for index, outcome in outcomes:
                 if isinstance(outcome, StillhouseError):
                     raise outcome

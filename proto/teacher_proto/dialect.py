@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from teacher_proto.identity import TeacherIdentity
+from teacher_proto.info import ServiceInfo
 from teacher_proto.request_checks import SequencesRequest
 from teacher_proto.wire_answer import AnswerFormat, HeaderT, RecordT
 
-
-class AnyInfo(Protocol):
-    """What `GET /v1/teacher` of any service tells."""
-
-    @property
-    def identity(self) -> TeacherIdentity: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-
 RequestT = TypeVar("RequestT", bound=SequencesRequest)
-InfoT = TypeVar("InfoT", bound=AnyInfo)
+InfoT = TypeVar("InfoT", bound=ServiceInfo)
 
 
 @dataclass(frozen=True)
@@ -35,6 +25,7 @@ class Dialect(Generic[RequestT, HeaderT, RecordT, InfoT]):
     `noun` and `command` are for messages. `read_info` makes an info of decoded JSON. `check_request` raises a
     RequestError for what the service would refuse, `check_header` a WireError where a header speaks of another
     request, `check_record` InvalidTargetsError for a record that can't be the answer to the sequence of that index.
+    `cost` is what the service admits a request by.
     """
 
     noun: str
@@ -45,3 +36,4 @@ class Dialect(Generic[RequestT, HeaderT, RecordT, InfoT]):
     check_request: Callable[[RequestT, InfoT], None]
     check_header: Callable[[HeaderT, RequestT, InfoT], None]
     check_record: Callable[[RecordT, RequestT, int, InfoT], None]
+    cost: Callable[[RequestT, InfoT], int]

@@ -23,6 +23,7 @@
     |   `-- VersionError          426   the peer speaks another version of the wire
     |-- InvalidTargetsError (ValueError) a record that decodes, and cannot be a distribution
     |   `-- PoisonBatchError            came twice for the same sequences: carries the request, to be dumped
+    |       `-- DeadlyRequestError      no answer at all: the engine dies of it, each time
     `-- TeacherUnavailableError         the client gave up: what it tried, for how long, the last reason
 
 Raised by `teacher_proto` and by the services; `serving` turns them into responses with this same table.
@@ -170,6 +171,10 @@ class PoisonBatchError(InvalidTargetsError):
         self.reasons = reasons
 
 
+class DeadlyRequestError(PoisonBatchError):
+    code = "deadly_request"
+
+
 class TeacherUnavailableError(StillhouseError):
     code, status, retryable = "teacher_unavailable", 503, True
 
@@ -213,6 +218,7 @@ BY_CODE: dict[str, type[StillhouseError]] = {
         VersionError,
         InvalidTargetsError,
         PoisonBatchError,
+        DeadlyRequestError,
         TeacherUnavailableError,
     )
 }

@@ -10,27 +10,32 @@ import math
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from teacher_proto.dialect import AnyInfo, Dialect, InfoT, RequestT
+from teacher_proto.dialect import Dialect, InfoT, RequestT
 from teacher_proto.errors import (
     InvalidTargetsError,
     NotFoundError,
     StillhouseError,
     TeacherUnavailableError,
+    TooLargeError,
     TruncatedError,
     WireError,
     WrongTeacherError,
     from_json,
 )
 from teacher_proto.head_download import HeadDownload
+from teacher_proto.info import ServiceInfo
 from teacher_proto.request_checks import SequencesRequest
-from teacher_proto.wire import MSGPACK, REQUEST_ID_HEADER
+from teacher_proto.wire import MSGPACK, PROGRESS_HEADER, REQUEST_ID_HEADER
 from teacher_proto.wire_answer import AnswerDecoder, AnyHeader, End, Failure, HeaderT, Progress, RecordT, Targets
 from teacher_proto.wire_request import encode_request
 
+# How often a service is asked to say how far it is; more often where silence is cut earlier.
+PROGRESS_EVERY_S = 2.0
 MAX_PLAIN_BYTES = 2**20
 MAX_MESSAGE_BYTES = 2**30
 AnyDialect = Dialect[Any, Any, Any, Any]
@@ -51,6 +56,40 @@ async def fetch_info(
             return dialect.read_info(tree)
     except NotFoundError as error:
         raise _not_one(url, dialect, str(error)) from None
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """What a client reads of `GET /v1/status`. `gone`: nobody listens there, or the engine is dead."""
+
+    gone: bool = False
+    uptime_s: float = math.inf
+    requests_inside: int = 0
+
+
+async def fetch_status(http: httpx.AsyncClient, url: str, timeouts: httpx.Timeout) -> ServiceStatus:
+    """How a service is. One that says nothing of itself, or can't be heard, is taken to be there, old and idle."""
+    try:
+        async with http.stream("GET", url + "/v1/status", timeout=timeouts, follow_redirects=False) as response:
+            tree = _json_or_none(await _plain_body(response))
+    except httpx.ConnectError:
+        return ServiceStatus(gone=True)
+    except (httpx.TransportError, WireError):
+        return ServiceStatus()
+    if response.status_code != 200 or not isinstance(tree, dict):
+        return ServiceStatus()
+    uptime_s, inside = tree.get("uptime_s"), tree.get("requests_inside")
+    return ServiceStatus(
+        gone=tree.get("state") == "dead",
+        uptime_s=float(uptime_s) if isinstance(uptime_s, (int, float)) else math.inf,
+        requests_inside=inside if isinstance(inside, int) else 0,
+    )
+
+
+def broke_off(error: StillhouseError) -> bool:
+    """Whether the connection ended in the middle of an answer, or of the wait for one."""
+    cut = (httpx.ReadError, httpx.WriteError, httpx.CloseError)
+    return isinstance(error, TruncatedError) or isinstance(error.__cause__, cut)
 
 
 async def fetch_head(
@@ -78,16 +117,20 @@ async def fetch_head(
 async def exchange(
     http: httpx.AsyncClient, url: str, dialect: Dialect[RequestT, HeaderT, RecordT, InfoT], request: RequestT,
     info: InfoT, timeouts: httpx.Timeout, on_chunk: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> AsyncGenerator[tuple[int, RecordT | StillhouseError], None]:  # fmt: skip
     """Post `request` and yield (index, checked record or that sequence's error) as they come: the
     engine's, or InvalidTargetsError for a record that cannot be.
 
     Raises what concerns the whole: an error status, a cut or changed body, another teacher's fingerprint
     (WrongTeacherError), the answer to somebody else's request.
-    `on_chunk` hears the size of each piece that arrives, and may raise to end the exchange.
+    `on_chunk` hears the size of each piece once what it holds has been handed out, and may raise to end the exchange;
+    `on_progress` what a service that knows it reports while it has nothing else to say.
     """
     request_id = uuid.uuid4().hex
-    headers = {"content-type": MSGPACK, "accept": MSGPACK, REQUEST_ID_HEADER: request_id}
+    headers = {
+        "content-type": MSGPACK, "accept": MSGPACK, REQUEST_ID_HEADER: request_id, PROGRESS_HEADER: _interval(timeouts),
+    }  # fmt: skip
     content = encode_request(request)
     async with _response(
         http, "POST", url, dialect.path, dialect, content=content, headers=headers, timeouts=timeouts
@@ -98,7 +141,6 @@ async def exchange(
             raise WireError(f"{url} answered {dialect.path} with {kind or 'no content type'}, {MSGPACK} was expected")
         decoder = AnswerDecoder(dialect.answers, MAX_MESSAGE_BYTES)
         async for chunk in response.aiter_bytes():
-            on_chunk(len(chunk))
             for message in decoder.feed(chunk):
                 if isinstance(message, Failure):
                     if message.index is None:
@@ -107,10 +149,17 @@ async def exchange(
                 elif isinstance(message, Targets):
                     error = _rejection(message, request, info, dialect)
                     yield message.index, message.targets if error is None else error
-                elif not isinstance(message, (Progress, End)):
+                elif isinstance(message, Progress):
+                    on_progress(message)
+                elif not isinstance(message, End):
                     _check_header(message, request, request_id, info)
                     dialect.check_header(message, request, info)
+            on_chunk(len(chunk))
         decoder.close()
+
+
+def _interval(timeouts: httpx.Timeout) -> str:
+    return f"{min(PROGRESS_EVERY_S, (timeouts.read or PROGRESS_EVERY_S) / 3):g}"
 
 
 def _rejection(
@@ -125,7 +174,7 @@ def _rejection(
     return None
 
 
-def _check_header(header: AnyHeader, request: SequencesRequest, request_id: str, info: AnyInfo) -> None:
+def _check_header(header: AnyHeader, request: SequencesRequest, request_id: str, info: ServiceInfo) -> None:
     if header.fingerprint != info.fingerprint:
         raise WrongTeacherError(
             f"the answer is from teacher {header.fingerprint}, {info.fingerprint} was asked",
@@ -184,6 +233,8 @@ def _error_of(response: httpx.Response, body: bytes, dialect: AnyDialect) -> Sti
         return from_json(tree, _retry_after(response))
     if response.status_code == 404:
         return NotFoundError(f"{response.request.method} {response.url.path} gave 404")
+    if response.status_code == 413:
+        return TooLargeError(f"{place} answered 413, as a proxy in between does whose limit for bodies is too low")
     return TeacherUnavailableError(
         f"{place} answered {response.status_code} {response.reason_phrase}, not as a {dialect.noun} does: "
         "a proxy in between, or another service",

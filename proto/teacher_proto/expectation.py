@@ -9,9 +9,9 @@ import logging
 
 from teacher_proto.call import ClientStats
 from teacher_proto.canary import Canary, tolerance
-from teacher_proto.dialect import AnyInfo
 from teacher_proto.errors import WrongTeacherError
 from teacher_proto.identity import TeacherIdentity, compare_fingerprints
+from teacher_proto.info import ServiceInfo
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ class Expectation:
         self._stats = stats
         self._warned: set[str] = set()
 
-    def check_identity(self, info: AnyInfo, url: str) -> None:
+    def check_identity(self, info: ServiceInfo, url: str) -> None:
         if self.fingerprint is None:
             self.fingerprint = info.fingerprint
         if self.identity is None and self.fingerprint == info.fingerprint:
             self.identity = info.identity
         self._check(self.fingerprint, info, url)
 
-    def check_fingerprint(self, fingerprint: str, info: AnyInfo) -> None:
+    def check_fingerprint(self, fingerprint: str, info: ServiceInfo) -> None:
         """Hold a teacher against the fingerprint that a single request names."""
         self._check(fingerprint, info, "the teacher")
 
-    def check_canary(self, canary: Canary, info: AnyInfo, url: str) -> None:
+    def check_canary(self, canary: Canary, info: ServiceInfo, url: str) -> None:
         if self.canary is None:
             self.canary = canary
             return
@@ -59,7 +59,7 @@ class Expectation:
                 field="canary", got=distance, limit=allowed,
             )  # fmt: skip
 
-    def _check(self, fingerprint: str, info: AnyInfo, url: str) -> None:
+    def _check(self, fingerprint: str, info: ServiceInfo, url: str) -> None:
         severity = compare_fingerprints(fingerprint, info.fingerprint)
         if severity == "same":
             return

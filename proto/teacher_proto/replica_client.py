@@ -7,6 +7,7 @@ not is written down in `call.py`.
 from __future__ import annotations
 
 import ssl
+import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -14,22 +15,22 @@ from typing import Any, Generic, Self
 
 import httpx
 
+from teacher_proto.attempts import Attempts, timeouts
 from teacher_proto.call import Call, ClientStats
 from teacher_proto.canary import Canary
 from teacher_proto.dialect import Dialect, InfoT, RequestT
-from teacher_proto.errors import (
-    StillhouseError,
-    TeacherUnavailableError,
-    WireError,
-    WrongTeacherError,
-)
-from teacher_proto.exchange import exchange, fetch_info
+from teacher_proto.exchange import fetch_info
 from teacher_proto.expectation import Expectation
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.replicas import Replica, ReplicaPool
-from teacher_proto.retry import RetryBudget, RetryPolicy, Timing
+from teacher_proto.in_flight import InFlight, waiting_for
+from teacher_proto.merging import merge
+from teacher_proto.replicas import Replica, ReplicaPool, check_urls
+from teacher_proto.retry import RetryPolicy, Timing
+from teacher_proto.splitting import split
 from teacher_proto.waiting import Waiting
 from teacher_proto.wire_answer import RecordT
+
+OnProgress = Callable[[Waiting], None]
 
 
 class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
@@ -60,16 +61,20 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         self.stats = ClientStats()
         self._timing = timing or Timing()
         self._expected = Expectation(expect, expect_canary, canary_tolerance, refuse_numeric_change, self.stats)
-        roots = _roots(urls, self.dialect.noun)
+        roots = check_urls(urls, self.dialect.noun)
         self._pool: ReplicaPool[InfoT] = ReplicaPool(roots, self._probe, self.policy, self._timing, self.dialect.noun)
-        self._calls: set[Call[RequestT]] = set()
-        self._budget = RetryBudget(self.policy, self._timing)
+        self._what = f"{self.dialect.noun} at {', '.join(roots)}"
+        self._in_flight = InFlight(self._timing.now)
         headers = {"accept-encoding": "identity", "user-agent": "stillhouse"}
         if key is not None:
             headers["authorization"] = f"Bearer {key}"
         self._http = httpx.AsyncClient(
             headers=headers, transport=transport, verify=verify, limits=httpx.Limits(max_keepalive_connections=64)
         )
+        self._attempts = Attempts(
+            self._http, self._pool, self.dialect, self.policy, self._timing, self.stats, self._in_flight,
+            self._check_addressee,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(replica.url for replica in self._pool.replicas)})"
@@ -102,52 +107,53 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         assert replica.info is not None, "a replica whose probe has passed is known"
         return replica.info
 
-    async def answers(self, request: RequestT, *, deadline_s: float | None = None) -> list[RecordT]:
-        """The records of every sequence, in the order of the sequences. Errors as `stream`."""
-        async with aclosing(self.stream(request, deadline_s=deadline_s)) as stream:
-            answers = {index: targets async for index, targets in stream}
-        return [answers[i] for i in range(len(request.sequences))]
+    async def answers(
+        self, request: RequestT, *, deadline_s: float | None = None, given: dict[int, RecordT] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[RecordT]:  # fmt: skip
+        """The records of every sequence, in the order of the sequences. Errors as `stream`.
+
+        `given` are the records by index that are there already: they are not asked for, and those that come are kept
+        there, so that whoever asks again after an error asks for the rest alone.
+        """
+        given = {} if given is None else given
+        missing = [index for index in range(len(request.sequences)) if index not in given]
+        if missing:
+            rest = request.select(missing) if len(missing) < len(request.sequences) else request
+            async with aclosing(self.stream(rest, deadline_s=deadline_s, on_progress=on_progress)) as stream:
+                async for place, record in stream:
+                    given[missing[place]] = record
+        return [given[index] for index in range(len(request.sequences))]
 
     async def stream(
-        self, request: RequestT, *, deadline_s: float | None = None
+        self, request: RequestT, *, deadline_s: float | None = None, on_progress: OnProgress | None = None
     ) -> AsyncGenerator[tuple[int, RecordT], None]:
-        """(index, record) of each sequence once, as they come, in any order.
+        """(index, record) of each sequence once, as they come, in any order. A request beyond what the service admits
+        is sent in parts. `on_progress` hears how far it is, at each record and report of the service.
 
         RequestError if the request is at fault; WrongTeacherError; PoisonBatchError with the sequences that two
-        attempts answered with nonsense; TeacherUnavailableError when the deadline passes.
+        attempts answered with nonsense; TeacherUnavailableError when `deadline_s` passes without progress.
         """
-        call = Call(request, self.policy, self._timing, deadline_s)
-        ranked = self._pool.ranked(call.key)
-        self._budget.note_call()
-        self.stats.calls += 1
-        self._calls.add(call)
+        entry = self._in_flight.begin(request.num_tokens)
         try:
-            while call.missing:
-                replica = await self._pool.acquire(ranked, call.tried, call.deadline)
-                if replica in call.tried:
-                    await self._pause(call)
-                    replica = await self._pool.acquire(ranked, call.tried, call.deadline)
-                try:
-                    async with aclosing(self._attempt(call, replica)) as answers:
-                        async for index, targets in answers:
-                            yield index, targets
-                except StillhouseError as error:
-                    self._after_failure(call, replica, error)
+            parts = await self._split(request, deadline_s)
+            calls = [Call(request.select(part), self.policy, self._timing, deadline_s) for part in parts]
+            entry.calls = calls
+
+            def tell() -> None:
+                if on_progress is not None:
+                    on_progress(waiting_for(self._what, [entry], self._timing.now()))
+
+            async with aclosing(merge([self._attempts.records(call, tell) for call in calls])) as records:
+                async for which, (place, record) in records:
+                    yield parts[which][place], record
+                    tell()
         finally:
-            self._calls.discard(call)
+            self._in_flight.end(entry)
 
     def waiting(self) -> Waiting | None:
-        """How far all calls under way are together; None where there is none. From any thread."""
-        what = f"{self.dialect.noun} at {', '.join(replica.url for replica in self._pool.replicas)}"
-        calls = [call.waiting(what) for call in list(self._calls)]
-        if not calls:
-            return None
-        return Waiting(
-            what,
-            tokens_done=sum(call.tokens_done for call in calls),
-            tokens=sum(call.tokens for call in calls),
-            silent_s=min(call.silent_s for call in calls),
-        )
+        """How far all requests under way are together; None where there is none. From any thread."""
+        return self._in_flight.waiting(self._what, len(self._pool.replicas))
 
     async def close(self) -> None:
         await self._pool.close()
@@ -161,100 +167,30 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
     ) -> None:
         await self.close()
 
-    async def _attempt(
-        self, call: Call[RequestT], replica: Replica[InfoT]
-    ) -> AsyncGenerator[tuple[int, RecordT], None]:
-        """Ask one replica for what is missing. Raises the first error, after what came beside it."""
-        info = replica.info
-        assert info is not None, "a replica whose probe has passed is known"
-        if call.request.fingerprint is not None:
-            self._check_addressee(call.request.fingerprint, info, replica.url)
-        self.dialect.check_request(call.request, info)
-        asked = sorted(call.missing)
-        request = call.request.select(asked).model_copy(update={"fingerprint": info.fingerprint})
-        call.begin(replica)
-        self.stats.attempts += 1
-        failure: StillhouseError | None = None
-        timeout = self._timeout(min(self.policy.read_timeout_s, max(call.remaining_s, 0.001)))
-        outcomes = self._exchange(replica, request, info, timeout, lambda size: self._on_chunk(call, size))
-        async with aclosing(outcomes):
-            async for place, outcome in outcomes:
-                if isinstance(outcome, StillhouseError):
-                    failure = failure if failure is not None and not failure.retryable else outcome
-                    continue
-                call.answered(asked[place])
-                self._pool.succeeded(replica)
-                yield asked[place], outcome
-        if failure is not None:
-            raise failure
-
-    def _after_failure(self, call: Call[RequestT], replica: Replica[InfoT], error: StillhouseError) -> None:
-        """Book the failure on the replica and the call; raises where the call ends with it."""
-        self.stats.count(error)
-        hangs = isinstance(error.__cause__, httpx.ReadTimeout)
-        if isinstance(error, WrongTeacherError) or hangs:
-            # Two more calls that wait for one that hangs would cost two more read timeouts; a probe tells sooner.
-            replica.last_error = error
-            self._pool.open(replica)
-        elif isinstance(error, (TeacherUnavailableError, WireError)):
-            self._pool.failed(replica, error)
-        elif error.status in (429, 503):
-            self._pool.busy(replica, error, call.attempts)
-        call.judge(replica, error)
-
-    async def _pause(self, call: Call[RequestT]) -> None:
-        """Before a replica hears this call again: the backoff, then the budget's leave."""
-        delay = self._timing.full_jitter(call.attempts - 1, self.policy.backoff_base_s, self.policy.backoff_cap_s)
-        await self._timing.sleep(min(delay, max(call.remaining_s, 0.0)))
-        while (wait_s := self._budget.wait_s()) > 0 and call.remaining_s > 0:
-            self.stats.budget_waits += 1
-            pace = self._timing.random.uniform(0.5, 1.0) * self.policy.backoff_cap_s
-            await self._timing.sleep(min(wait_s, pace, call.remaining_s))
+    async def _split(self, request: RequestT, deadline_s: float | None) -> list[list[int]]:
+        """Indexes of the sequences by part, each of which a replica admits. What none would take is refused here."""
+        info = next((replica.info for replica in self._pool.replicas if replica.info is not None), None)
+        if info is None:
+            patience_s = self.policy.deadline_s if deadline_s is None else deadline_s
+            replica = await self._pool.acquire(self._pool.replicas, (), self._timing.now() + patience_s)
+            info = replica.info
+            assert info is not None, "a replica whose probe has passed is known"
+        limits = info.limits.model_copy(update={"max_sequences": sys.maxsize, "max_request_tokens": sys.maxsize})
+        self.dialect.check_request(request, info.model_copy(update={"limits": limits}))
+        return split(request, info, self.dialect.cost)
 
     async def _probe(self, replica: Replica[InfoT]) -> None:
         """Connect or reconnect: who is it, is it who we expect, does it compute what it did."""
         self.stats.probes += 1
-        timeout = self._timeout(self.policy.probe_timeout_s)
-        info = await fetch_info(self._http, replica.url, self.dialect, timeout)
+        patience = timeouts(self.policy, self.policy.probe_timeout_s)
+        info = await fetch_info(self._http, replica.url, self.dialect, patience)
         self._expected.check_identity(info, replica.url)
-        await self._inspect(replica, info, timeout)
+        await self._inspect(replica, info, patience)
         replica.info = info
 
-    async def _inspect(self, replica: Replica[InfoT], info: InfoT, timeouts: httpx.Timeout) -> None:
+    async def _inspect(self, replica: Replica[InfoT], info: InfoT, patience: httpx.Timeout) -> None:
         """What a probe looks at beyond the identity. Raises what speaks against this replica."""
 
     def _check_addressee(self, fingerprint: str, info: InfoT, url: str) -> None:
         """Hold a replica against the fingerprint that a single request names."""
         self._expected.check_fingerprint(fingerprint, info)
-
-    def _exchange(
-        self, replica: Replica[InfoT], request: RequestT, info: InfoT, timeout: httpx.Timeout,
-        on_chunk: Callable[[int], None] = lambda n: None,
-    ) -> AsyncGenerator[tuple[int, RecordT | StillhouseError], None]:  # fmt: skip
-        return exchange(self._http, replica.url, self.dialect, request, info, timeout, on_chunk)
-
-    def _on_chunk(self, call: Call[RequestT], size: int) -> None:
-        self.stats.bytes_received += size
-        call.heard_at = self._timing.now()
-        if call.remaining_s <= 0:
-            raise TeacherUnavailableError(f"the answer was still coming when its {call.deadline_s} s were over")
-
-    def _timeout(self, read_s: float) -> httpx.Timeout:
-        return httpx.Timeout(read_s, connect=min(self.policy.connect_timeout_s, read_s))
-
-
-def _roots(urls: str | Sequence[str], noun: str) -> list[str]:
-    """The replicas' roots, checked: http or https, a host, once each."""
-    roots = [url.strip().rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
-    if not roots:
-        raise ValueError(f"no {noun} URL was given; one like http://localhost:8000 is expected")
-    for root in roots:
-        try:
-            url = httpx.URL(root)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"{noun} URL {root!r}: {error}") from None
-        if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-            raise ValueError(f"{noun} URL {root!r}: http://HOST:PORT or https://HOST is expected")
-    if len(set(roots)) != len(roots):
-        raise ValueError(f"a {noun} URL is given twice: {', '.join(roots)}")
-    return roots

@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Generic
 
+import httpx
+
 from teacher_proto.dialect import InfoT
 from teacher_proto.errors import StillhouseError, TeacherUnavailableError
 from teacher_proto.retry import RetryPolicy, Timing
@@ -20,6 +22,8 @@ class Replica(Generic[InfoT]):
     """One teacher process behind a URL, and what this client knows of it.
 
     `refused` is set where asking again is pointless until somebody acts: the wrong teacher, a key it does not know.
+    `max_tokens` are those to ask about at a time, None where nothing speaks against a whole request, and `patience` the
+    times over that it may be silent: learnt of one that does not report progress.
     """
 
     def __init__(self, url: str):
@@ -32,6 +36,23 @@ class Replica(Generic[InfoT]):
         self.last_error: StillhouseError | None = None
         self.refused: StillhouseError | None = None
         self.probe: asyncio.Task[None] | None = None
+        self.max_tokens: int | None = None
+        self.patience = 1
+
+    def was_silent(self, sequences: int, tokens: int) -> None:
+        """It said nothing for the whole read timeout. One that would report progress hangs; an older one may have been
+        asked for more than it computes in that time: it is asked for half as much, or given twice the time for one."""
+        if self.info is None or self.info.limits.max_cost is not None:
+            return
+        if sequences > 1:
+            self.max_tokens = max(1, tokens // 2)
+        else:
+            self.patience *= 2
+
+    def answered(self) -> None:
+        """It gave a record in time: it may be asked for a little more at a time."""
+        if self.max_tokens is not None:
+            self.max_tokens += max(1, self.max_tokens // 10)
 
     def __repr__(self) -> str:
         return f"Replica({self.url}, {'open' if self.is_open else 'closed'}, {self.failures} failures)"
@@ -169,3 +190,20 @@ class ReplicaPool(Generic[InfoT]):
             await asyncio.wait([pause, *probes], return_when=asyncio.FIRST_COMPLETED)
         finally:
             pause.cancel()
+
+
+def check_urls(urls: str | Sequence[str], noun: str) -> list[str]:
+    """The replicas' roots, checked: http or https, a host, once each."""
+    roots = [url.strip().rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+    if not roots:
+        raise ValueError(f"no {noun} URL was given; one like http://localhost:8000 is expected")
+    for root in roots:
+        try:
+            url = httpx.URL(root)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{noun} URL {root!r}: {error}") from None
+        if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+            raise ValueError(f"{noun} URL {root!r}: http://HOST:PORT or https://HOST is expected")
+    if len(set(roots)) != len(roots):
+        raise ValueError(f"a {noun} URL is given twice: {', '.join(roots)}")
+    return roots

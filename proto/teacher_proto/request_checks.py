@@ -66,6 +66,11 @@ class SequencesRequest(BaseModel):
     def num_tokens(self) -> int:
         return sum(len(tokens_T) for tokens_T in self.sequences)
 
+    def sequence_bytes(self, index: int) -> int:
+        """At most what sequence `index` and what goes with it take in a msgpack body."""
+        fields = [values[index] for name in self.per_sequence if (values := getattr(self, name)) is not None]
+        return sum(4 * field.size + 64 if isinstance(field, np.ndarray) else 64 for field in fields)
+
     def select(self, indexes: Iterable[int]) -> Self:
         """The same request of these sequences alone, in this order."""
         indexes = list(indexes)

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 class RetryPolicy:
     """How patient a client is.
 
-    `deadline_s` bounds one call with all its retries; `read_timeout_s` is the longest silence inside an answer.
+    `deadline_s` is how long one call with all its retries may go without progress: no record, and no report of the
+    service by which fewer tokens are left. `read_timeout_s` is the longest silence inside an answer; a service that
+    works says so every few seconds. `max_in_flight` requests are with a replica at a time, the others wait here.
     A replica's circuit opens after `open_after` failures in a row, or one silence, and is probed at most every
     `probe_cap_s`.
     A replica hears a call a second time after a full-jitter backoff, and only while such repeats within the last
@@ -37,6 +39,7 @@ class RetryPolicy:
     budget_ratio: float = 0.1
     budget_floor: int = 10
     max_wire_errors: int = 4
+    max_in_flight: int = 32
 
 
 @dataclass

@@ -17,15 +17,17 @@ from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client import TeacherClient
 from teacher_proto.info import TeacherInfo
+from teacher_proto.replica_client import OnProgress
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets
+from teacher_proto.waiting import Waiting
 
 T = TypeVar("T")
 ClientT = TypeVar("ClientT", bound=TeacherClient | AttentionClient)
 
 
 class _SyncClient(Generic[ClientT]):
-    """A client on a thread of its own. Works inside a running event loop too."""
+    """A client on a thread of its own, where `on_progress` is called. Works inside a running event loop too."""
 
     def __init__(self, client: ClientT):
         self.client: ClientT = client
@@ -49,6 +51,10 @@ class _SyncClient(Generic[ClientT]):
     ) -> None:
         self.close()
 
+    def waiting(self) -> Waiting | None:
+        """How far all requests under way are, those of other threads too; None where there is none."""
+        return self.client.waiting()
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -68,8 +74,11 @@ class SyncTeacherClient(_SyncClient[TeacherClient]):
     def teacher(self, wait_s: float = 0.0) -> TeacherInfo:
         return self._run(self.client.teacher(wait_s))
 
-    def targets(self, request: TargetsRequest, *, deadline_s: float | None = None) -> list[TokenTargets]:
-        return self._run(self.client.targets(request, deadline_s=deadline_s))
+    def targets(
+        self, request: TargetsRequest, *, deadline_s: float | None = None,
+        given: dict[int, TokenTargets] | None = None, on_progress: OnProgress | None = None,
+    ) -> list[TokenTargets]:  # fmt: skip
+        return self._run(self.client.targets(request, deadline_s=deadline_s, given=given, on_progress=on_progress))
 
     def head(self) -> bytes:
         return self._run(self.client.head())
@@ -84,5 +93,8 @@ class SyncAttentionClient(_SyncClient[AttentionClient]):
     def teacher(self, wait_s: float = 0.0) -> AttentionInfo:
         return self._run(self.client.teacher(wait_s))
 
-    def attention(self, request: AttentionRequest, *, deadline_s: float | None = None) -> list[AttentionTargets]:
-        return self._run(self.client.attention(request, deadline_s=deadline_s))
+    def attention(
+        self, request: AttentionRequest, *, deadline_s: float | None = None,
+        given: dict[int, AttentionTargets] | None = None, on_progress: OnProgress | None = None,
+    ) -> list[AttentionTargets]:  # fmt: skip
+        return self._run(self.client.attention(request, deadline_s=deadline_s, given=given, on_progress=on_progress))

@@ -34,6 +34,8 @@ class Waiting:
     @property
     def seconds_left(self) -> float | None:
         """None while the rate is unknown."""
+        if not self.tokens_left:
+            return 0.0
         return self.tokens_left / self.tokens_per_second if self.tokens_per_second > 0 else None
 
     def describe(self) -> str:

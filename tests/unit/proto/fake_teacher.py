@@ -97,6 +97,7 @@ class Replica:
     def __init__(self, name: str = "t0", **changes: Any):
         self.url = f"http://{name}:8000"
         self.identity = identity(**changes)
+        self.limits = Limits(vocab_size=VOCAB, max_sequence_length=512)
         self.noise = 0.0
         self.faults: deque[Fault] = deque()
         self.down: Exception | None = None
@@ -106,8 +107,8 @@ class Replica:
 
     @property
     def info(self) -> TeacherInfo:
-        limits = Limits(vocab_size=VOCAB, max_sequence_length=512)
-        return TeacherInfo(identity=self.identity, fingerprint=self.identity.fingerprint, limits=limits, kinds=KINDS)
+        identity = self.identity
+        return TeacherInfo(identity=identity, fingerprint=identity.fingerprint, limits=self.limits, kinds=KINDS)
 
     def handle(self, http: httpx.Request) -> httpx.Response:
         if self.down is not None:
@@ -115,8 +116,10 @@ class Replica:
         if http.url.path == "/v1/teacher":
             self.infos += 1
             return httpx.Response(200, json=self.info.model_dump(mode="json"))
+        if http.url.path != "/v1/targets":
+            return httpx.Response(404)
         request = parse_request(decode_request(http.content, self.info.limits))
-        if [len(s) for s in request.sequences] == [8, 16, 24, 32]:
+        if [len(s) for s in request.sequences] == [min(n, self.limits.max_sequence_length) for n in (8, 16, 24, 32)]:
             self.canaries += 1
             return self.answer(http, request)
         self.posts.append(request)
