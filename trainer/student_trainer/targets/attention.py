@@ -8,10 +8,12 @@ that is gone is waited for as the teacher is, one that can't be right stops the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from student_trainer.data.batch import Batch
 from student_trainer.losses.attention_term import check_relation_heads
@@ -20,10 +22,10 @@ from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher
-from student_trainer.targets.patience import outlast
+from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
-from student_trainer.targets.questions import Question, together
-from student_trainer.targets.remote import reach, split
+from student_trainer.targets.questions import together
+from student_trainer.targets.remote import reach
 from teacher_proto.attention import AttentionInfo, AttentionRequest
 from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_targets import AttentionTargets
@@ -69,12 +71,14 @@ class AttentionSource:
 
     async def fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
         """The states of every document. TeacherUnavailableError if the service stays away for too long."""
-        return await outlast(
-            lambda: self._fetch(batch),
-            self._waiting.give_up_after_s,
-            self._note,
-            "attention service at teacher.attention_url",
-        )
+        assert self._client is not None, "open() comes before fetch()"
+        client, given = self._client, dict[int, AttentionTargets]()
+        request = self._request([batch.tokens_BT[d.row, d.start : d.stop] for d in batch.documents])
+        answers = await retry_until(
+            lambda: client.attention(request, given=given), self._waiting.give_up_after_s, self._note,
+            "attention service at teacher.attention_url", lambda: len(given),
+        )  # fmt: skip
+        return tuple(answers)
 
     def waiting(self) -> Waiting | None:
         return self._client.waiting() if self._client is not None else None
@@ -86,21 +90,8 @@ class AttentionSource:
     def _note(self, reason: str) -> None:
         self.reason = f"no attention states: {reason}" if reason else ""
 
-    async def _fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
-        assert self._client is not None and self._info is not None, "open() comes before fetch()"
-        client = self._client
-        documents = [(batch.tokens_BT[d.row, d.start : d.stop], (0, d.stop - d.start)) for d in batch.documents]
-        groups = split([Question(tokens_T, rows, NO_TOKENS) for tokens_T, rows in documents], self._info.limits)
-        requests = [
-            AttentionRequest(
-                sequences=tuple(question.tokens_T for question in group),
-                layer=self._settings.layer,
-                dtype=self._settings.transport,
-            )
-            for group in groups
-        ]
-        answers = await together(client.attention(request) for request in requests)
-        return tuple(document for answer in answers for document in answer)
+    def _request(self, sequences: Sequence[np.ndarray]) -> AttentionRequest:
+        return AttentionRequest(sequences=tuple(sequences), layer=self._settings.layer, dtype=self._settings.transport)
 
 
 class BesideTokens:

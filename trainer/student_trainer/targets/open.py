@@ -12,12 +12,12 @@ from typing import Any
 
 from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.teacher import OneTeacher
+from student_trainer.targets.admission import check_admission
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.cached import CachedTargets
 from student_trainer.targets.expected import expected, hold_against
 from student_trainer.targets.local import LocalTargets
 from student_trainer.targets.mixed import BySource, Ensemble, Member
-from student_trainer.targets.patience import Patient
 from student_trainer.targets.protocol import KIND_OF_SUPPORT, Targets, TeacherCard
 from student_trainer.targets.remote import RemoteTargets
 from teacher_proto.client import TeacherClient
@@ -79,10 +79,7 @@ class _Opening:
         return CachedTargets(self._store(teacher), teacher.fingerprint, behind, saved)
 
     def _remote(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> Targets:
-        remote = RemoteTargets(
-            lambda: self._client(teacher, saved), teacher.url, self._settings.start_within_s, self._settings.say_every_s
-        )
-        return Patient(remote, self._settings.give_up_after_s)
+        return RemoteTargets(lambda: self._client(teacher, saved), teacher.url, self._settings)
 
     def _store(self, teacher: OneTeacher) -> TargetStore:
         if not teacher.store:
@@ -147,6 +144,7 @@ def check_ask(settings: Settings, card: TeacherCard) -> None:
             raise ValueError(f"the loss {term.name} needs targets of kind {kind}, the teacher serves {card.kinds}")
     if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
         raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")
+    check_admission(settings, card)
     if settings.teacher.kind == "mixed":
         _check_mix(settings)
 

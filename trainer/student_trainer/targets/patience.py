@@ -1,6 +1,6 @@
 """Waiting for a teacher that is gone: never a step without its targets, never for ever, never in silence.
 
-`Patient` asks again until the teacher is back or the limit has passed; `OutageWatch` is what the loop calls while a
+`retry_until` asks again until the teacher is back or the limit has passed; `OutageWatch` is what the loop calls while a
 step stands still: it says so, saves the run once, and lets a signal through.
 """
 
@@ -13,62 +13,30 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from student_trainer.data.batch import Batch
 from student_trainer.settings import TeacherSettings
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
 from teacher_proto.errors import TeacherUnavailableError
-from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 ASK_AGAIN_S = 0.5
 T = TypeVar("T")
 
 
-class Patient:
-    """`Targets` that outlast an outage of those they stand before. TeacherUnavailableError after `give_up_after_s`."""
-
-    def __init__(self, targets: Targets, give_up_after_s: float):
-        self._targets = targets
-        self._give_up_after_s = give_up_after_s
-        self._reason = ""
-
-    async def open(self) -> TeacherCard:
-        return await self._targets.open()
-
-    async def head(self) -> bytes:
-        return await self._targets.head()
-
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        return await outlast(
-            lambda: self._targets.fetch(batch, ask, gather_ids), self._give_up_after_s, self._note, "teacher"
-        )
-
-    def _note(self, reason: str) -> None:
-        self._reason = reason
-
-    def outage(self) -> str:
-        return self._reason or self._targets.outage()
-
-    def waiting(self) -> Waiting | None:
-        return self._targets.waiting()
-
-    async def close(self) -> None:
-        await self._targets.close()
-
-
-async def outlast(
-    attempt: Callable[[], Awaitable[T]], give_up_after_s: float, note: Callable[[str], None], who: str
-) -> T:
+async def retry_until(
+    attempt: Callable[[], Awaitable[T]], give_up_after_s: float, note: Callable[[str], None], who: str,
+    progress: Callable[[], int] = lambda: 0,
+) -> T:  # fmt: skip
     """What `attempt` gives, tried again while nobody can be asked; `note` hears why, and "" once it is over.
 
-    TeacherUnavailableError after `give_up_after_s`.
+    TeacherUnavailableError after `give_up_after_s` in which `progress`, what has come so far, did not grow.
     """
-    started = time.monotonic()
+    started, so_far = time.monotonic(), progress()
     while True:
         try:
             answer = await attempt()
         except TeacherUnavailableError as error:
             note(str(error))
+            if progress() > so_far:
+                started, so_far = time.monotonic(), progress()
             lasted_s = time.monotonic() - started
             if lasted_s >= give_up_after_s:
                 raise TeacherUnavailableError(

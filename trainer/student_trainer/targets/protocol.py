@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from student_trainer.data.batch import Batch, Document
+from student_trainer.targets.admission import Admits
 from teacher_proto.canary import Canary
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.info import TeacherInfo
@@ -60,7 +61,7 @@ class TeacherCard:
 
     `identity` is the plain form of `TeacherIdentity`; several teachers that answer together have none, but a card each
     in `members`. `canary` are the logprobs of the client's fixed sequences, which catch a teacher that is not who it
-    says.
+    says. `admits` is what a service takes at a time, None where the answers come from elsewhere.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TeacherCard:
     identity: dict[str, Any] | None = None
     canary: tuple[float, ...] | None = None
     members: dict[str, TeacherCard] | None = None
+    admits: Admits | None = None
 
     @classmethod
     def of(cls, info: TeacherInfo, canary: Canary | None) -> TeacherCard:

@@ -13,7 +13,7 @@ import numpy as np
 
 from student_trainer.data.batch import Batch
 from student_trainer.targets.protocol import Ask, GatherIds, counted_rows
-from teacher_proto.errors import OutOfRangeError
+from teacher_proto.errors import OutOfRangeError, PoisonBatchError
 from teacher_proto.store_entry import Ask as Question
 from teacher_proto.targets import TokenTargets, check_targets
 
@@ -49,6 +49,17 @@ def answers(batch: Batch, asked: Questions, given: Sequence[TokenTargets | None]
     for (place, _), targets in zip(asked, given, strict=True):
         placed[place] = targets
     return tuple(placed)
+
+
+def with_documents(error: PoisonBatchError, batch: Batch, asked: Questions) -> PoisonBatchError:
+    """The same error with the names of the documents that its sequences are."""
+    keys = [
+        batch.documents[place].key
+        for place, question in asked
+        if any(np.array_equal(question.tokens_T, tokens_T) for tokens_T in error.request.sequences)
+    ]
+    message = f"document {', '.join(keys)}: {error.message}"
+    return type(error)(message, field=error.field, request=error.request, reasons=error.reasons)
 
 
 def gathered_ids(asked: Sequence[Question]) -> list[np.ndarray] | None:

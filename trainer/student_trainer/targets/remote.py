@@ -1,6 +1,7 @@
 """Targets from a teacher service, one replica or several. Opened by `open`, called through the `Targets` protocol.
 
-Only rows that count are asked for; a document without any is not sent at all.
+Only rows that count are asked for; a document without any is not sent at all. The client splits what is asked as the
+service admits it.
 """
 
 from __future__ import annotations
@@ -8,43 +9,44 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from student_trainer.data.batch import Batch
+from student_trainer.settings import TeacherSettings
+from student_trainer.targets.admission import Admits
+from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
-from student_trainer.targets.questions import Question, answers, gathered_ids, questions, together
+from student_trainer.targets.questions import Question, answers, gathered_ids, questions, with_documents
 from teacher_proto.client import TeacherClient
 from teacher_proto.dialect import InfoT
-from teacher_proto.errors import StillhouseError, TeacherUnavailableError
+from teacher_proto.errors import PoisonBatchError, StillhouseError, TeacherUnavailableError
 from teacher_proto.replica_client import ReplicaClient
-from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Limits, TargetsRequest
+from teacher_proto.targets import TokenTargets
 from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteTargets:
-    """`make_client` is called on the event loop, where the client of `urls` lives. `start_within_s`: how long `open`
-    waits for a teacher; it says so every `say_every_s`.
+    """`make_client` is called on the event loop, where the client of `urls` lives. `patience` says how long `open`
+    waits for a teacher, and how long `fetch` outlasts one that is gone.
     """
 
-    def __init__(
-        self, make_client: Callable[[], TeacherClient], urls: Sequence[str], start_within_s: float = 0.0,
-        say_every_s: float = 10.0,
-    ):  # fmt: skip
-        self._make_client, self._urls = make_client, urls
-        self._start_within_s, self._say_every_s = start_within_s, say_every_s
+    def __init__(self, make_client: Callable[[], TeacherClient], urls: Sequence[str], patience: TeacherSettings):
+        self._make_client, self._urls, self._patience = make_client, urls, patience
         self.client: TeacherClient | None = None
         self._limits: Limits | None = None
         self._fingerprint = ""
+        self._reason = ""
 
     async def open(self) -> TeacherCard:
         if self.client is None:
             self.client = self._make_client()
         try:
             whom = f"teacher at {', '.join(self._urls)}"
-            info = await reach(self.client, whom, self._start_within_s, self._say_every_s)
+            info = await reach(self.client, whom, self._patience.start_within_s, self._patience.say_every_s)
         except TeacherUnavailableError as error:
             raise TeacherUnavailableError(
                 f"no teacher at {', '.join(self._urls)}: {error}. Start one with `stillhouse-teacher MODEL --port "
@@ -52,20 +54,35 @@ class RemoteTargets:
                 "teacher.start_within_s=600"
             ) from error
         self._limits, self._fingerprint = info.limits, info.fingerprint
-        return TeacherCard.of(info, self.client.canary)
+        return replace(TeacherCard.of(info, self.client.canary), admits=Admits.of(info))
 
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+        """What has come is kept however often the rest must be asked for again. TeacherUnavailableError after
+        `teacher.give_up_after_s` without a teacher."""
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
+        client = self.client
         asked = questions(batch, ask, self._limits.vocab_size, gather_ids)
-        requests = [_request(group, ask) for group in split([question for _, question in asked], self._limits)]
-        given = [targets for part in await together(map(self.client.targets, requests)) for targets in part]
-        return BatchTargets(answers(batch, asked, given), ask, self._fingerprint)
+        request = _request([question for _, question in asked], ask)
+        given: dict[int, TokenTargets] = {}
+        try:
+            answered = await retry_until(
+                lambda: client.targets(request, given=given), self._patience.give_up_after_s, self._note, "teacher",
+                lambda: len(given),
+            )  # fmt: skip
+        except PoisonBatchError as error:
+            raise with_documents(error, batch, asked) from error
+        return BatchTargets(answers(batch, asked, answered), ask, self._fingerprint)
+
+    def _note(self, reason: str) -> None:
+        self._reason = reason
 
     async def head(self) -> bytes:
         assert self.client is not None, "open() comes before head()"
         return await self.client.head()
 
     def outage(self) -> str:
+        if self._reason:
+            return self._reason
         lasted_s = self.client.outage_s if self.client is not None else 0.0
         return f"{self.client!r} has found no replica that can be asked for {lasted_s:.0f} s" if lasted_s else ""
 
@@ -94,21 +111,6 @@ async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: flo
                 raise TeacherUnavailableError(error.message) from error
             logger.warning("no %s yet, waiting %.0f s more: %s", whom, left_s, error)
             patience_s = min(say_every_s, left_s)
-
-
-def split(asked: list[Question], limits: SequenceLimits) -> list[list[Question]]:
-    """The questions in requests that each keep to the teacher's limits, in order."""
-    groups: list[list[Question]] = []
-    tokens = 0
-    for question in asked:
-        length = len(question.tokens_T)
-        full = not groups or len(groups[-1]) >= limits.max_sequences or tokens + length > limits.max_request_tokens
-        if full:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(question)
-        tokens += length
-    return groups
 
 
 def _request(group: list[Question], ask: Ask) -> TargetsRequest:

@@ -1,0 +1,91 @@
+"""What a teacher takes at a time, and whether the longest sequence that a run may ask about fits. Called by `open`
+before anything is asked; the client splits what is more than one sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from teacher_proto.client import HIDDEN_WIDTH
+from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import TargetsRequest
+from teacher_proto.splitting import FIXED_BYTES
+
+if TYPE_CHECKING:
+    from student_trainer.settings import Settings
+    from student_trainer.targets.protocol import TeacherCard
+
+
+@dataclass(frozen=True)
+class Admits:
+    """A service's limits for one request: ids a row of kind `gather`, tokens, bytes of a body, cost in tokens x
+    (numbers answered a token + 1), None where it doesn't say; numbers of a hidden state."""
+
+    max_gather: int
+    max_request_tokens: int
+    max_body_bytes: int
+    max_cost: int | None
+    hidden_width: int
+
+    @classmethod
+    def of(cls, info: TeacherInfo) -> Admits:
+        limits = info.limits
+        return cls(
+            max_gather=limits.max_gather, max_request_tokens=limits.max_request_tokens,
+            max_body_bytes=limits.max_body_bytes, max_cost=limits.max_cost,
+            hidden_width=info.hidden_width or HIDDEN_WIDTH,
+        )  # fmt: skip
+
+
+def check_admission(settings: Settings, card: TeacherCard) -> None:
+    """ValueError if a document as long as a row would be refused, with what would fit."""
+    for member in (card, *(card.members or {}).values()):
+        if member.admits is not None:
+            for what, request in _longest(settings):
+                _check(what, request, member.admits)
+
+
+def _longest(settings: Settings) -> list[tuple[str, TargetsRequest]]:
+    """The dearest request about one sequence of each kind that this run makes, with what it is in the settings."""
+    length, terms, evaluation = settings.data.seq_len, settings.terms(), settings.evaluation
+    tokens_T = np.zeros(length, np.int64)
+    top_k = max(settings.teacher.top_k, evaluation.top_k or 0)
+    supports = {term.support for term in terms if term.reads_tokens}
+    hidden = "full" in supports or (evaluation.every > 0 and evaluation.kl == "full")
+    asked = [
+        (f"top_k of {top_k}", TargetsRequest(
+            sequences=(tokens_T,), kinds=("top_k", *(("hidden",) if hidden else ()),
+                                          *(("sampled",) if "sampled" in supports else ())),
+            top_k=top_k, num_samples=settings.distillation.samples,
+        ))
+    ]  # fmt: skip
+    if "gather" in supports and settings.distillation.gather_at == "student":
+        k = settings.distillation.gather_k
+        ids_RG = np.zeros((length, k), np.int64)
+        request = TargetsRequest(sequences=(tokens_T,), kinds=("gather",), gather_ids=(ids_RG,))
+        asked.append((f"distillation.gather_k of {k}", request))
+    return asked
+
+
+def _check(what: str, request: TargetsRequest, admits: Admits) -> None:
+    length, gathered = request.num_tokens, request.gather_ids
+    what = f"a document of data.seq_len {length} with {what}"
+    if gathered is not None and gathered[0].shape[1] > admits.max_gather:
+        raise ValueError(f"{what}: the teacher gathers {admits.max_gather} ids a token at most")
+    if length > admits.max_request_tokens:
+        raise ValueError(f"{what}: the teacher takes {admits.max_request_tokens} tokens a request, lower data.seq_len")
+    num_bytes, cost = request.sequence_bytes(0) + FIXED_BYTES, request.cost(admits.hidden_width)
+    if num_bytes > admits.max_body_bytes:
+        raise ValueError(
+            f"{what} takes a request of {num_bytes} bytes, the teacher reads {admits.max_body_bytes}: lower "
+            f"data.seq_len to {length * admits.max_body_bytes // num_bytes}, or what is asked about each token"
+        )
+    if admits.max_cost is not None and cost > admits.max_cost:
+        raise ValueError(
+            f"{what} costs {cost} (tokens x (numbers answered a token + 1)), the teacher admits {admits.max_cost}: "
+            f"lower data.seq_len to {length * admits.max_cost // cost}, ask for less a token, or start the teacher "
+            f"with --capacity {cost}"
+        )
