@@ -3,7 +3,7 @@
 #   make demo         prune SmolLM2-135M and heal it with a served teacher; report in runs/demo/report.html
 #   make bitdistill   make SmolLM2-135M ternary, teach and export it; report in runs/bitdistill/report.html
 #   make test         every test that a CPU can run, the real vLLM engine included
-#   make check        ruff, mypy and the import contracts
+#   make check        ruff, mypy, the import contracts, a scan for secrets, an audit of packages without a network
 #   make test-slow    the tests of over a minute
 #   make tree         write README's tree out of the modules' first lines
 #   make docs         build the documentation into site/
@@ -55,6 +55,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(BIN)/python deploy/scan_secrets.py
+	@$(BIN)/python deploy/audit.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

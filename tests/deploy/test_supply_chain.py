@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -130,3 +131,50 @@ def test_no_known_vulnerability_that_has_a_fix() -> None:
     mendable = [(p["name"], p["version"], v["id"], v["fix_versions"])
                 for p in audited for v in p["vulns"] if v["fix_versions"]]  # fmt: skip
     assert mendable == []
+
+
+ADVISORY = {
+    "id": "TEST-1", "summary": "reads too much",
+    "affected": [{"package": {"ecosystem": "PyPI", "name": "MsgPack"}, "ranges": [
+        {"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "0.1"}, {"introduced": "1.0"}, {"fixed": "99"}]}
+    ]}],
+}  # fmt: skip
+
+
+def audit(database: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "deploy/audit.py"), str(database)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_audit_without_a_network_says_what_it_finds_and_that_it_has_no_database(tmp_path: Path) -> None:
+    absent = audit(tmp_path / "none")
+    assert absent.returncode == 0 and "no advisory database" in absent.stdout
+    (tmp_path / "empty").mkdir()
+    assert audit(tmp_path / "empty").returncode == 2
+    folder = tmp_path / "advisories" / "vulns"
+    folder.mkdir(parents=True)
+    (folder / "TEST-1.json").write_text(json.dumps(ADVISORY))
+    (folder / "TEST-2.yaml").write_text(json.dumps(ADVISORY | {"id": "TEST-2", "withdrawn": "2026-01-01T00:00:00Z"}))
+    found = audit(tmp_path / "advisories")
+    assert found.returncode == 1
+    assert found.stdout == f"msgpack {metadata.version('msgpack')}: TEST-1, mended in 99: reads too much\n"
+    mended = json.loads(json.dumps(ADVISORY).replace('"99"', '"1.0.1"'))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("TEST-1.json", json.dumps(mended))
+    clean = audit(tmp_path / "all.zip")
+    assert clean.returncode == 0 and "1 advisories, no match" in clean.stdout
+
+
+def test_the_scan_for_secrets_finds_one_that_is_new_and_passes_over_the_examples(tmp_path: Path) -> None:
+    def scan(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "deploy/scan_secrets.py"), str(path)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+    for secret in ("ghp_" + "a1B2" * 9, "hf_" + "a1" * 17):
+        planted = tmp_path / "settings.py"
+        planted.write_text(f'TOKEN = "{secret}"\n')
+        found = scan(planted)
+        assert found.returncode == 1 and str(planted) in found.stdout
+    here = scan(Path(__file__).relative_to(ROOT))
+    assert here.returncode == 0, here.stdout + here.stderr
+    assert "deploy/scan_secrets.py" in (ROOT / "Makefile").read_text()
