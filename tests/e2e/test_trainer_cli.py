@@ -58,16 +58,16 @@ Refused = Callable[..., str]
 def refused(
     workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Refused:
-    """What the command says where it can't run: one line, no traceback, exit code 2. Run in this process."""
+    """What the command says where it can't run: one line, no traceback, exit code 2 or `expected`. In this process."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     threads = torch.get_num_threads()
 
-    def run(*overrides: str, url: str | None = None) -> str:
+    def run(*overrides: str, url: str | None = None, expected: int = 2) -> str:
         capfd.readouterr()
         code = main.run(workshop.settings(tmp_path / "runs", *overrides, url=url))
         torch.set_num_threads(threads)
         text = capfd.readouterr().err
-        assert code == 2, text
+        assert code == expected, text
         assert "Traceback" not in text
         said = [line for line in text.splitlines() if line.startswith("stillhouse-train: ")]
         assert len(said) == 1, text
@@ -79,12 +79,12 @@ def refused(
 
 def test_no_teacher_at_the_url(refused: Refused) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    said = refused(url=url)
+    said = refused(url=url, expected=75)
     assert url in said and "stillhouse-teacher" in said and "teacher.url" in said
 
 
 def test_something_else_at_the_url(teacher: TeacherProcess, refused: Refused) -> None:
-    assert "/elsewhere" in refused(url=f"{teacher.url}/elsewhere")
+    assert "/elsewhere" in refused(url=f"{teacher.url}/elsewhere", expected=75)
     assert "http://" in refused(url="ftp://x")
 
 
@@ -120,12 +120,12 @@ def test_another_tokenizer(refused: Refused) -> None:
 
 def test_a_teacher_off_by_one(refused: Refused) -> None:
     with TeacherProcess(script=teacher_script(shift=1)) as shifted:
-        assert "off by one" in refused(url=shifted.url)
+        assert "off by one" in refused(url=shifted.url, expected=1)
 
 
 def test_a_teacher_that_answers_nonsense_stops_the_run(refused: Refused) -> None:
     with TeacherProcess(script=teacher_script(corrupt="nan")) as broken:
-        assert "NaN" in refused(url=broken.url)
+        assert "NaN" in refused(url=broken.url, expected=1)
 
 
 def test_a_run_does_not_go_on_with_another_teacher(workshop: Workshop, tmp_path: Path) -> None:

@@ -230,3 +230,23 @@ def test_a_store_that_says_nothing_of_the_content_is_told_of(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING), opened(DataSettings(sources={"s": source}, cache_folder=str(tmp_path))):
         pass
     assert "nothing of their content" in caplog.text
+
+
+def test_indexes_that_killed_processes_had_half_written_are_swept_and_one_that_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
+    import filelock
+
+    (tmp_path / "cache").mkdir()
+    left, busy = tmp_path / "cache" / "0a.123.partial", tmp_path / "cache" / "0b.124.partial"
+    left.write_bytes(b"half")
+    busy.write_bytes(b"half")
+    write_jsonl(tmp_path / "data", lines()[:100])
+    with (
+        filelock.FileLock(tmp_path / "cache" / "0b.arrow.lock"),
+        opened(settings_for("jsonl", tmp_path / "data", tmp_path)),
+    ):
+        assert busy.exists() and not left.exists()
+    write_jsonl(tmp_path / "data", lines()[:101])
+    with opened(settings_for("jsonl", tmp_path / "data", tmp_path)):
+        assert not busy.exists()

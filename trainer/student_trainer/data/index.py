@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import datasets
@@ -51,12 +52,20 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
     with stage(f"waiting for another process that may index source {name!r}"), filelock.FileLock(f"{path}.lock"):
         if path.exists():
             return datasets.Dataset.from_file(str(path))
-        for left in folder.glob(f"{path.stem}.*.partial"):
-            left.unlink()  # by a process that was killed: whoever holds the lock is the only one that writes this index
+        _sweep(folder, path.stem)
         content = _write(name, path, files, settings)
         dataset = datasets.Dataset.from_file(str(path))
         keep(kept_at(dataset, folder), state_of([path]), content)
     return dataset
+
+
+def _sweep(folder: Path, ours: str) -> None:
+    """Remove what killed processes had half written: only who holds an index's lock writes it. We hold `ours`."""
+    for left in folder.glob("*.partial"):
+        digest = left.name.partition(".")[0]
+        lock = filelock.FileLock(folder / f"{digest}.arrow.lock", timeout=0)
+        with suppress(filelock.Timeout), nullcontext() if digest == ours else lock:
+            left.unlink(missing_ok=True)
 
 
 def _digest(files: list[DataFile], settings: SourceSettings) -> str:
