@@ -1,4 +1,5 @@
-"""Body limits that hold before a byte too many is buffered: size, encoding, speed, and the sum over all requests.
+"""Body limits that hold before a byte too many is buffered: size, encoding, speed, the sum over all requests and of one
+client's.
 
 ASGI middleware that wraps `receive`: a route that reads no body is not held to it, and a request without a key is
 refused before its body is looked at. Used by both services.
@@ -7,34 +8,40 @@ refused before its body is looked at. Used by both services.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from teacher_proto.errors import OverloadedError, SlowBodyError, TooLargeError, UnsupportedTypeError
+from teacher_proto.errors import OverloadedError, QuotaError, SlowBodyError, TooLargeError, UnsupportedTypeError
 
 
 @dataclass(frozen=True)
 class BodyLimits:
     """`max_bytes` of a content type; a body must come within `timeout_s` plus its size over `min_rate` bytes/s.
 
-    `max_total_bytes` is what all bodies may take together.
+    `max_total_bytes` is what all bodies may take together; where clients are `shared` by keys, each may hold a share,
+    of those who hold any one part more than there are.
     """
 
     max_bytes: Callable[[str], int]
     timeout_s: float = 10.0
     min_rate: int = 65_536
     max_total_bytes: int = 256 * 2**20
+    shared: bool = False
 
 
 class BodyGuard:
-    """Raises TooLargeError, UnsupportedTypeError, SlowBodyError or OverloadedError out of `receive`."""
+    """Raises TooLargeError, UnsupportedTypeError, SlowBodyError, QuotaError or OverloadedError out of `receive`.
+
+    What a request declares is held from its first byte on, so that of many large bodies some come whole.
+    """
 
     def __init__(self, app: ASGIApp, limits: BodyLimits):
         self._app = app
         self._limits = limits
-        self._held = 0
+        self._held: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,15 +51,29 @@ class BodyGuard:
         try:
             await self._app(scope, body.receive, send)
         finally:
-            self._held -= body.received
+            self.give_back(body)
 
-    def hold(self, num_bytes: int) -> None:
-        if self._held + num_bytes > self._limits.max_total_bytes:
+    def hold(self, client: str, num_bytes: int) -> None:
+        held, most = self._held.total(), self._limits.max_total_bytes
+        if held + num_bytes > most:
             raise OverloadedError(
-                f"the bodies being read take {self._held} bytes, of {self._limits.max_total_bytes} for all together",
-                field="body", got=self._held + num_bytes, limit=self._limits.max_total_bytes, retry_after=1.0,
+                f"the bodies of all requests take {held} bytes, of {most} for all together", field="body",
+                got=held + num_bytes, limit=most, retry_after=1.0,
             )  # fmt: skip
-        self._held += num_bytes
+        own = self._held[client]
+        share = most // (len(self._held.keys() | {client}) + 1)
+        if self._limits.shared and own and own + num_bytes > share:
+            raise QuotaError(
+                f"the bodies of {client!r} take {own} bytes, and {num_bytes} more come, with a share of {share}: come "
+                "again when one of these requests is answered", field="body", got=own + num_bytes, limit=share,
+                retry_after=1.0,
+            )  # fmt: skip
+        self._held[client] += num_bytes
+
+    def give_back(self, body: _GuardedBody) -> None:
+        self._held[body.client] -= body.held
+        if not self._held[body.client]:
+            del self._held[body.client]
 
 
 class _GuardedBody:
@@ -60,12 +81,14 @@ class _GuardedBody:
         self._guard = guard
         self._limits = guard._limits
         self._receive = receive
+        self._scope = scope
         self._headers = dict(scope["headers"])
         content_type = self._headers.get(b"content-type", b"").decode("latin-1")
         self._max_bytes = self._limits.max_bytes(content_type)
         self._started_at: float | None = None
         self._complete = False
-        self.received = 0
+        self.received = self.held = 0
+        self.client = ""
 
     async def receive(self) -> Message:
         if self._complete:
@@ -98,12 +121,20 @@ class _GuardedBody:
         declared = self._headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_bytes:
             self._refuse(int(declared))
+        self._hold(int(declared) if declared.isdigit() else 0)
 
     def _count(self, num_bytes: int) -> None:
         if self.received + num_bytes > self._max_bytes:
             self._refuse(self.received + num_bytes)
-        self._guard.hold(num_bytes)
         self.received += num_bytes
+        self._hold(max(0, self.received - self.held))
+
+    def _hold(self, num_bytes: int) -> None:
+        if num_bytes:
+            # Known once the route has looked at the key, which is before it reads.
+            self.client = self.client or self._scope.get("state", {}).get("student", "")
+            self._guard.hold(self.client, num_bytes)
+            self.held += num_bytes
 
     def _refuse(self, got: int) -> None:
         raise TooLargeError(

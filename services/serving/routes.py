@@ -50,7 +50,8 @@ def make_app(
     for part in (probes, router, common):
         app.include_router(part)
     install_error_table(app)
-    limits = BodyLimits(partial(_max_body, service), timeout_s=service.settings.body_timeout)
+    limits = BodyLimits(partial(_max_body, service), timeout_s=service.settings.body_timeout,
+                        shared=service.keys.required)  # fmt: skip
     app.add_middleware(BodyGuard, limits=limits)
     app.add_middleware(RequestContext, observe=service.metrics.observe)
     return app

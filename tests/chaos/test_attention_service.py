@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from teacher_proto.attention import AttentionRequest
 from teacher_proto.attention_client import AttentionClient
@@ -80,6 +81,27 @@ async def test_running_out_of_memory_fails_that_request_alone_and_the_service_li
     assert "stillhouse_engine_out_of_memory_total 1.0" in (await http.get("/metrics")).text
     process.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert is_whole(await post(http, large))
+
+
+async def test_states_beyond_float16_fail_alone_and_the_engine_lives(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "large", "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.self_attn.v_proj.weight"] *= 1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with AttentionProcess(folder, "--layer", "2") as service:
+        async with httpx.AsyncClient(base_url=service.url, timeout=120) as http:
+            asked = [
+                request(seed=n, layer=2, dtype="float16" if n % 3 == 0 else "int8") for n in range(9)
+            ]  # one length: they go in one batch
+            answers = await asyncio.gather(*(post(http, one) for one in asked))
+            for n, answer in enumerate(answers):
+                if n % 3:
+                    assert is_whole(answer)
+                else:
+                    assert answer.status_code == 500 and "does not fit float16" in answer.json()["message"]
+                    assert not answer.json()["retryable"]
+            assert is_whole(await post(http, request(seed=99, layer=0)))
+            assert (await http.get("/health/ready")).status_code == 200
 
 
 async def test_a_client_that_leaves_gives_its_permit_back(service: AttentionProcess, http: httpx.AsyncClient) -> None:
