@@ -26,6 +26,8 @@ MAX_HEADER_BYTES = 32 * 1024
 # Requests that came before the one in hand was answered; each takes some kilobytes, and its bytes may be 18.
 MAX_PIPELINED = 16
 MAX_KEYLESS = 512
+# Where `struct tcp_info` of Linux has it, since 4.1.
+_BYTES_ACKED = 120
 # Around a body: chunk sizes, their extensions, trailers. Chunks of one byte have 5 around it.
 _AROUND_BODY = 8
 
@@ -77,7 +79,8 @@ class Connection(HttpToolsProtocol):
         self._in_headers = True
         # Of the message in hand: bytes that came, and of them its body.
         self._came = self._body_came = 0
-        self._unsent: tuple[int, float] | None = None
+        # How much the reader has taken, and since when no more.
+        self._taken: tuple[int, float] | None = None
 
     @property
     def answering(self) -> bool:
@@ -93,7 +96,7 @@ class Connection(HttpToolsProtocol):
             if self.transport.is_closing():
                 return None
         else:
-            self._unsent = None
+            self._taken = None
         if self.answering:
             return None  # the body has its deadline in `bodies.py`, the work none
         limits, waited = self._deadlines, now - self._since
@@ -186,17 +189,30 @@ class Connection(HttpToolsProtocol):
     def _stalls(self, now: float) -> bool:
         """Whether the reader has taken nothing for too long."""
         unsent = self.transport.get_write_buffer_size() + _in_kernel(self.transport)
-        if not unsent or self._unsent is None or unsent < self._unsent[0]:
-            self._unsent = unsent, now
+        taken = _acknowledged(self.transport)
+        if taken is None:
+            taken = -unsent
+        if not unsent or self._taken is None or taken > self._taken[0]:
+            self._taken = taken, now
         broken = self.transport.is_closing() and self.answering
-        patience = self._deadlines.stall_s if self._keyed and not broken else self._deadlines.broken_s
-        return now - self._unsent[1] > patience
+        keyed = self._keyed or (self.answering and bool(self.cycle.scope["state"].get("student")))
+        patience = self._deadlines.stall_s if keyed and not broken else self._deadlines.broken_s
+        return now - self._taken[1] > patience
 
 
 def _in_kernel(transport: asyncio.Transport) -> int:
     """Bytes that the kernel has and the peer has not acknowledged."""
     number = _descriptor(transport)
     return 0 if number is None else int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
+
+
+def _acknowledged(transport: asyncio.Transport) -> int | None:
+    """Bytes that the peer has acknowledged in all, whatever was written meanwhile; None where no kernel tells."""
+    connected = transport.get_extra_info("socket")
+    if connected is None or connected.fileno() < 0 or not hasattr(socket, "TCP_INFO"):
+        return None
+    told = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+    return int(struct.unpack_from("Q", told, _BYTES_ACKED)[0]) if len(told) >= _BYTES_ACKED + 8 else None
 
 
 def _descriptor(transport: asyncio.Transport) -> int | None:
