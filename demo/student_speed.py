@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     from student_trainer.build import build
     from student_trainer.compose import compose
     from student_trainer.main import split_config_folder
-    from student_trainer.signals import StopSignals
+    from teacher_proto.stopping import StopSignals
 
     with ExitStack() as stack:
         run = build(compose(*split_config_folder(settings)), StopSignals(), stack)
