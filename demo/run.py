@@ -75,6 +75,9 @@ def demo(processes: Processes, minutes: float) -> int:
         student.write(plan.held_out_rows, TEACHER)
         settings = partial(arm_settings, teacher)
         steps = run_arms(processes, RUNS, plan, machine, deadline, REQUIRED, settings, ABOUT)
+    # The healed student can be exported; the others were made to be compared with, and are large.
+    for name in set(steps) - {DISTILLED}:
+        shutil.rmtree(RUNS / name / "checkpoints")
     summary = summarise(teacher, machine, plan, steps)
     verdict = verdict_on(RUNS / PLAIN, RUNS / DISTILLED, summary["arms"], steps[PLAIN] == steps[DISTILLED])
     summary["verdict"] = verdict.as_json() | {"what_it_takes": what_it_takes(verdict, plan, machine, before_s)}
@@ -133,6 +136,7 @@ def tell(screen: Screen, summary: dict[str, Any], verdict: Verdict) -> None:
     screen.say(figures_table("Held-out text: the pruned and the healed students", rows))
     screen.say(sentences(verdict))
     screen.say(summary["verdict"]["what_it_takes"] or "The teacher helps: KL on both sources, agreement beyond chance.")
+    screen.say(f"the healed student: .venv/bin/stillhouse-train export {RUNS / DISTILLED} --format hf")
     screen.say(f"report: {RUNS / 'report.html'}   figures: {RUNS / 'summary.json'}   {summary['seconds']:.0f} s in all")
 
 
