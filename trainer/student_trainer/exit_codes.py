@@ -14,10 +14,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from teacher_proto.errors import RequestError, StillhouseError, VersionError
+from teacher_proto.errors import DeadlyRequestError, RequestError, StillhouseError, VersionError
 
 DONE, FAILED, USAGE, AGAIN = 0, 1, 2, 75
 
+# What must change on our side; a request that ends engines is not to be asked again at all.
+_OURS = (RequestError, VersionError, DeadlyRequestError)
 # Classes that mean nobody could be reached, by package and name: their packages may not be installed. Each covers its
 # subclasses.
 _NETWORK = {
@@ -42,7 +44,7 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, StillhouseError):
         if error.retryable:
             return AGAIN
-        return USAGE if isinstance(error, (RequestError, VersionError)) else FAILED
+        return USAGE if isinstance(error, _OURS) else FAILED
     if isinstance(error, (ValueError, OSError)) and any(_is_away(link) for link in _chain(error)):
         return AGAIN
     return USAGE if isinstance(error, ValueError) else FAILED

@@ -29,7 +29,7 @@ OF_A_TEACHER = {
     "wrong_teacher": USAGE, "too_large": USAGE, "unsupported_type": USAGE, "method_not_allowed": USAGE,
     "slow_body": AGAIN, "out_of_range": USAGE, "busy": AGAIN, "quota": AGAIN, "overloaded": AGAIN,
     "engine_failed": FAILED, "engine_out_of_memory": AGAIN, "engine_dead": AGAIN, "wire": AGAIN, "truncated": AGAIN,
-    "checksum": AGAIN, "version": USAGE, "invalid_targets": FAILED, "poison_batch": FAILED,
+    "checksum": AGAIN, "version": USAGE, "invalid_targets": FAILED, "poison_batch": FAILED, "deadly_request": USAGE,
     "teacher_unavailable": AGAIN,
 }  # fmt: skip
 
