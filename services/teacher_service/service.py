@@ -20,6 +20,7 @@ from teacher_service.asked import Asked
 from teacher_service.engine import Engine, Job
 from teacher_service.head_file import HeadShelf, ServedHead
 from teacher_service.reading import check_sound
+from teacher_service.scripted_model import WIDTH as SCRIPTED_WIDTH
 from teacher_service.settings import TeacherSettings
 from teacher_service.text import JsonPieces, Text, Turns
 
@@ -123,5 +124,7 @@ def _model_folder(settings: TeacherSettings) -> ModelFolder | None:
 
 
 def _hidden_width(folder: ModelFolder | None) -> int:
-    config = folder.config if folder is not None else {}
+    if folder is None:
+        return SCRIPTED_WIDTH
+    config = folder.config
     return int((config.get("text_config") or config).get("hidden_size", _HIDDEN_WIDTH))

@@ -240,9 +240,8 @@ async def test_what_costs_more_than_an_empty_service_lets_in_is_refused_with_wha
     with TeacherProcess("--capacity", "1000", "--max-top-k", "8", script={"max_sequence_length": 16}) as teacher:
         async with clients(teacher) as client:
             most = (await client.get("/v1/teacher")).json()["max_cost"]
-            assert most == 16 * (256 + 4096 + 1)
-            fits = most // (9 * 16)
-            assert (await listen(client, request_body(16, sequences=min(fits, 256), seed=1))).whole
+            assert most == 16 * (256 + 32 + 1)
+            assert (await listen(client, request_body(16, sequences=most // (9 * 16), seed=1))).whole
             refused = await ask(client, request_body(16, sequences=256, seed=1, kinds=["hidden"]))
     assert refused.status == 422 and b'"limit": %d' % most in refused.body
 
