@@ -28,6 +28,8 @@ BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l __main__ benchm
 
 export HYDRA_FULL_ERROR := 0
 export TOKENIZERS_PARALLELISM ?= true
+# Without compiled files every start of a process compiles thousands of modules anew: vLLM's imports take twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo bitdistill test test-slow check format tree docs audit clean $(BENCHMARKS)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.report import report
+from benchmarks.servers import END_WITH_ME
 from teacher_proto.attention import AttentionRequest
 from teacher_proto.sync_client import SyncAttentionClient
 
@@ -134,7 +136,10 @@ def _service() -> Iterator[str]:
         "--dtype",
         "float32",
     ]
-    with subprocess.Popen([*command, "--log-level", "error"], stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | END_WITH_ME
+    with subprocess.Popen(
+        [*command, "--log-level", "error"], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         try:
             line = process.stdout.readline()

@@ -49,8 +49,8 @@ async def serve(model: str) -> None:
     from teacher_service.vllm_options import adapted_class, engine_arguments
 
     folder = find_model(model)
-    arguments = engine_arguments(folder, {}, {}, "auto")
-    arguments["model_class_overrides"] = adapted_class(folder, __spec__.name if __spec__ else __name__)
+    adapted = adapted_class(folder, __spec__.name if __spec__ else __name__)
+    arguments = engine_arguments(folder, {}, {}, "auto") | {"model_class_overrides": adapted}
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     print(READY, flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import report
+from benchmarks.servers import END_WITH_ME
 from demo.prepare import TEACHER, prepare
 
 ROOT = Path("runs/quality")
@@ -128,7 +129,7 @@ def serve_teacher(root: Path) -> Iterator[str]:
     ]  # fmt: skip
     log = root / "teacher.log"
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | END_WITH_ME)
     try:
         deadline = time.monotonic() + READY_WITHIN_S
         while not (ready := READY.search(log.read_text(errors="replace"))):

@@ -65,7 +65,7 @@ class ServiceProcess:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=inherited | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+            env=inherited | {"OMP_NUM_THREADS": "1", "STILLHOUSE_DIE_WITH_PARENT": "1"} | (environment or {}),
         )  # fmt: skip
         self.pid = self.process.pid
         if wait:

@@ -22,6 +22,7 @@ import numpy as np
 from student_trainer.data.batch import Batch
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
 from teacher_proto.identity import tokenizer_sha256
+from teacher_proto.parent import end_spawned_with_parent
 from teacher_proto.targets import TokenTargets
 from teacher_proto.waiting import Waiting
 from teacher_service.engine import Job
@@ -129,6 +130,7 @@ def _child(arguments: list[str], output: str, prelude: Callable[[], None] | None
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     from student_trainer import main
 
+    end_spawned_with_parent()
     if prelude is not None:
         prelude()
     code = main.run(arguments)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from attention_service.job import Job
 from attention_service.settings import AttentionSettings
 from serving.batches import Batches
+from serving.startup import stage
 from teacher_proto.attention import AttentionLimits, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client import TeacherClient
@@ -44,7 +45,8 @@ class AttentionEngine:
     async def start(self) -> None:
         """Load the model. ValueError if it can't be served, or is another one than the teacher's beside it."""
         if self._settings.beside is not None:
-            self._teacher = await self._ask_teacher(self._settings.beside)
+            with stage("teacher asked who it is"):
+                self._teacher = await self._ask_teacher(self._settings.beside)
         await self._batches.start(self._load)
 
     @property
@@ -76,17 +78,20 @@ class AttentionEngine:
                 raise ValueError(f"--beside: {error}") from None
 
     def _load(self) -> None:
-        import transformers
+        with stage("torch and transformers imported"):
+            import transformers
 
-        from attention_service.model import AttentionModel
+            from attention_service.model import AttentionModel
 
         settings, teacher = self._settings, self._teacher
         name, dtype = settings.name, settings.dtype
         if teacher is not None:
             name = name or teacher.semantic.model
             dtype = teacher.semantic.dtype if dtype == "auto" else dtype
-        folder = find_model(settings.model, revision=settings.revision, name=name)
-        model = AttentionModel(folder, dtype=dtype, device=settings.device, highest_layer=settings.highest_layer)
+        with stage("model found"):
+            folder = find_model(settings.model, revision=settings.revision, name=name)
+        with stage("weights loaded, first pass"):
+            model = AttentionModel(folder, dtype=dtype, device=settings.device, highest_layer=settings.highest_layer)
         longest = settings.max_model_len or model.max_positions or _DEFAULT_MAX_LENGTH
         self.limits = AttentionLimits(
             vocab_size=model.vocab_size,
@@ -97,8 +102,10 @@ class AttentionEngine:
             engine="transformers attention", engine_version=transformers.__version__, device=model.device_name,
             parallel="1", attention_backend=model.attention,
         )  # fmt: skip
+        with stage("weights hashed"):
+            hashes = hash_files(folder.weight_files)
         self.identity = identify(
-            folder, hash_files(folder.weight_files), dtype=str(model.dtype).removeprefix("torch."),
+            folder, hashes, dtype=str(model.dtype).removeprefix("torch."),
             quantization=(folder.config.get("quantization_config") or {}).get("quant_method"),
             vocab_size=model.vocab_size, numeric=numeric, options=_shared_options(teacher),
         )  # fmt: skip

@@ -10,14 +10,12 @@ Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine di
 
 from __future__ import annotations
 
-import sys
-
 from serving.main import run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
-    run_command("stillhouse-attention", _serve, sys.argv[1:] if arguments is None else arguments)
+    run_command("stillhouse-attention", _serve, arguments)
 
 
 def _serve(arguments: list[str]) -> int:

@@ -1,21 +1,56 @@
-"""How every service's command ends: what the user did wrong as one line on stderr, exit codes. For each `main.py`."""
+"""How every service's command begins and ends: with its parent, by exit codes, and quietly. For each `main.py`.
+
+What the user did wrong is one line on stderr.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from teacher_proto.parent import end_with_parent_if_asked
+
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
-def run_command(program: str, command: Callable[[list[str]], int], arguments: list[str]) -> NoReturn:
-    """Run `command` and exit with its code; 2 for a ValueError, 130 for Ctrl-C."""
+class QuietEnd:
+    """Once made, this process ends with its exit handlers and `code`, and not with what comes behind them: there
+    libraries write to stderr what they have not freed, forty lines of it in Triton's case.
+
+    Made before anything registers an exit handler, so that its own is the last. `code` is 1 until it is set.
+    """
+
+    def __init__(self, code: int = 1):
+        self.code = code
+        atexit.register(self._leave)
+
+    def _leave(self) -> NoReturn:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code)
+
+
+def run_command(program: str, command: Callable[[list[str]], int], arguments: list[str] | None) -> NoReturn:
+    """Run `command` and exit with its code; 2 for a ValueError, 130 for Ctrl-C.
+
+    `arguments` None: those of the process, which then is this command's and nobody else's.
+    """
+    end = None
+    if arguments is None:
+        end_with_parent_if_asked()
+        end = QuietEnd()
     try:
-        code = command(arguments)
+        code = command(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    except SystemExit as asked:  # argparse: 0 after --help, 2 for a misspelt option
+        code = asked.code if isinstance(asked.code, int) else 0
+    if end is not None:
+        end.code = code
     sys.exit(code)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.batches import Batches
+from serving.startup import stage
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.model_files import find_model
 from teacher_proto.packed import layout_of
@@ -64,12 +65,15 @@ class HfEngine:
         return self._batches.tokens_computed
 
     def _load(self) -> None:
-        folder = find_model(**self._source)  # before the import below, so that a mistyped name is answered at once
-        from teacher_proto.hf_model import HfModel
-
-        model = HfModel(folder, dtype=self._dtype, device=self._device)
+        with stage("model found"):  # before the import below, so that a mistyped name is answered at once
+            folder = find_model(**self._source)
+        with stage("torch and transformers imported"):
+            from teacher_proto.hf_model import HfModel
+        with stage("weights loaded, first pass"):
+            model = HfModel(folder, dtype=self._dtype, device=self._device)
         self.limits = model.limits(self._max_model_len, self._max_top_k)
-        self.identity = model.identity()
+        with stage("weights hashed"):
+            self.identity = model.identity()
         self._model = model
 
     def _compute(self, jobs: Sequence[Job]) -> list[np.ndarray]:

@@ -13,16 +13,21 @@ obey SIGTERM and Ctrl-C within 5 s and end with 75: start them again and they go
 
 from __future__ import annotations
 
-import sys
-
 from serving.main import run_command
+from teacher_proto.parent import end_spawned_with_parent
 from teacher_proto.stopping import StopSignals, stoppable
+
+# multiprocessing imports the main module first in a process that it spawns: those of vLLM end with theirs.
+end_spawned_with_parent()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    run_command("stillhouse-teacher", COMMANDS.get(arguments[0] if arguments else "", _serve), arguments)
+    run_command("stillhouse-teacher", _command, arguments)
+
+
+def _command(arguments: list[str]) -> int:
+    return COMMANDS.get(arguments[0] if arguments else "", _serve)(arguments)
 
 
 def _serve(arguments: list[str]) -> int:

@@ -22,8 +22,11 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from teacher_proto.packed import RowLayout
 from teacher_proto.requests import TargetSpec
 from teacher_proto.slices import Slice, reduce_slices
+from teacher_service.vllm_messages import SPEC_FIELDS
 
 TASK = "token_classify"
+# What a model calls once its weights are there; `vllm_process.py` sets it, in its own process.
+on_weights: Callable[[], None] | None = None
 # vLLM measures its memory with a run of requests that ask nothing: they are taken to ask for the most.
 _PROFILE = TargetSpec(
     kinds=("top_k", "score", "sampled", "hidden"),
@@ -53,14 +56,23 @@ def adapted(name: str, pooler: type[TargetsPooler]) -> type:
         model = vllm_config.model_config
         self.pooler = pooler(self.compute_logits, model.get_vocab_size(), model.get_hidden_size())
 
-    body = {"is_pooling_model": True, "default_tok_pooling_type": "ALL", "__init__": __init__, "__module__": __name__}
+    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = base.load_weights(self, *args, **kwargs)
+        if on_weights is not None:
+            on_weights()
+        return loaded
+
+    body = {
+        "is_pooling_model": True, "default_tok_pooling_type": "ALL", "__init__": __init__, "load_weights": load_weights,
+        "__module__": __name__,
+    }  # fmt: skip
     return type(base.__name__, (base,), body)
 
 
 class TargetsPooler(Pooler):
     """Packed rows of each request's wanted positions, gathered over the steps of a chunked prefill.
 
-    `PoolingParams.extra_kwargs` is what `ask` made.
+    `PoolingParams.extra_kwargs` is what `vllm_messages.ask` made.
     """
 
     def __init__(
@@ -105,7 +117,7 @@ class TargetsPooler(Pooler):
                 for cache, done in zip(caches, cursor.get_finished_mask(), strict=True)]  # fmt: skip
 
     def _layout(self, asked: Mapping[str, Any]) -> RowLayout:
-        spec = TargetSpec(**{name: _tuple(asked[name]) for name in _SPEC_FIELDS}) if asked else _PROFILE
+        spec = TargetSpec(**{name: _tuple(asked[name]) for name in SPEC_FIELDS}) if asked else _PROFILE
         if spec.top_k > self._vocab_size:
             spec = replace(spec, top_k=self._vocab_size)
         width = self._hidden_size if "hidden" in spec.kinds else 0
@@ -116,22 +128,6 @@ def _take(cache: list[torch.Tensor]) -> torch.Tensor:
     packed = torch.cat(cache) if cache else torch.empty((0, 0), dtype=torch.uint8)
     cache.clear()
     return packed
-
-
-# --- how a request crosses from the service to the pooler --------------------------------------------------------
-
-_SPEC_FIELDS = tuple(TargetSpec.__dataclass_fields__)
-
-
-def ask(
-    spec: TargetSpec, rows: tuple[int, int], gather_ids_RG: np.ndarray | None = None, sample_key: int = 0
-) -> dict[str, Any]:
-    """`extra_kwargs` of a request: plain values and bytes, which vLLM's own messages carry."""
-    asked: dict[str, Any] = {name: getattr(spec, name) for name in _SPEC_FIELDS}
-    asked |= {"rows": rows, "sample_key": sample_key}
-    if gather_ids_RG is not None and "gather" in spec.kinds:
-        asked |= {"gather_width": gather_ids_RG.shape[1], "gather_ids": gather_ids_RG.astype("<i4").tobytes()}
-    return asked
 
 
 def _tuple(value: Any) -> Any:

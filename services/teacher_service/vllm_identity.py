@@ -1,7 +1,7 @@
 """What of vLLM's options decides its answers: the part of a teacher's identity that no file of the model tells.
 
-Called by `vllm_engine.py` once the engine has loaded. An option that is not named here counts as deciding: one too many
-makes another fingerprint, one too few mixes targets of two teachers in a store.
+Called by `vllm_process.py` once the engine has loaded, and by `vllm_engine.py`. An option that is not named here counts
+as deciding: one too many makes another fingerprint, one too few mixes targets of two teachers in a store.
 """
 
 from __future__ import annotations

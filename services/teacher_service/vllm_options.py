@@ -1,4 +1,4 @@
-"""How vLLM is set up for scoring: its environment and its arguments. Used by `vllm_engine.py`.
+"""How vLLM is set up for scoring: its environment and its arguments. Used by `vllm_process.py`.
 
 Importing this imports nothing of vLLM.
 """
@@ -27,16 +27,19 @@ def prepare_environment() -> None:
     No device is asked for: whoever asks torch before vLLM is imported initialises CUDA, and no process that vLLM
     starts can use it then. Nothing is imported either: the number of OpenMP's threads is read when torch is.
 
-    On a CPU: one engine process beside this one instead of two, and threads left to the operating system (binding them
-    gives one core of two away). On a GPU: the engine process is spawned, since a fork of this one, which has threads,
-    would take along their locks and the socket that listens.
+    The engine runs in the process that asks for it, which is there for nothing else. Workers of several GPUs are
+    spawned, since a fork of a process that has threads takes along their locks. On a CPU threads are left to the
+    operating system (binding them gives one core of two away).
     """
-    settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not built_for_cpu():
-        settings |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    else:
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if built_for_cpu():
         settings |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         }
@@ -57,7 +60,7 @@ def built_for_cpu() -> bool:
 def engine_arguments(
     folder: ModelFolder, options: Mapping[str, Any], vllm_args: Mapping[str, Any], head_dtype: str
 ) -> dict[str, Any]:
-    """AsyncEngineArgs: defaults for scoring, over them `options` that are set, then the user's `vllm_args`.
+    """EngineArgs: defaults for scoring, over them `options` that are set, then the user's `vllm_args`.
 
     ValueError where the user sets what only the service can.
     """
@@ -74,10 +77,9 @@ def engine_arguments(
         "skip_tokenizer_init": True,
         # Scoring needs the hidden state of every position, so it reads no prefix cache.
         "enable_prefix_caching": False,
-        "model_class_overrides": adapted_class(folder),
         "worker_extension_cls": "teacher_service.vllm_worker.TargetsWorker",
     }
-    if taken := fixed.keys() & vllm_args.keys():
+    if taken := {*fixed, "model_class_overrides", "data_parallel_size"} & vllm_args.keys():
         raise ValueError(f"vLLM's {', '.join(sorted(taken))} can't be set: the teacher service decides on them")
     defaults = {
         "dtype": _auto_dtype(folder, on_cpu),
@@ -96,6 +98,7 @@ def engine_arguments(
     chosen = {name: value for name, value in options.items() if value not in (None, "auto")}
     overrides = {"hf_overrides": {"head_dtype": head_dtype, **vllm_args.get("hf_overrides", {})}}
     arguments = defaults | chosen | dict(vllm_args) | overrides | fixed
+    arguments |= _adapt(folder, alone=_in_one_process(arguments))
     if on_cpu:
         _warn_of_emulation(folder, arguments["dtype"])
     return arguments
@@ -124,6 +127,29 @@ def _warn_of_emulation(folder: ModelFolder, dtype: str) -> None:
         log.warning("%s: %s", folder.name, warning)
 
 
+def _in_one_process(arguments: Mapping[str, Any]) -> bool:
+    """Whether vLLM computes in this very process, and has no workers."""
+    ranks = [arguments.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline")]
+    return ranks == [1, 1] and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def _adapt(folder: ModelFolder, alone: bool) -> dict[str, Any]:
+    """Have vLLM use the adapted class: by itself where the model is loaded here, or by its name in every worker.
+
+    By its name vLLM looks at it in one more process, which imports all of vLLM, where it has not kept what it saw.
+    """
+    named = adapted_class(folder)
+    if not alone:
+        return {"model_class_overrides": named}
+    from vllm.model_executor.models import ModelRegistry
+
+    from teacher_service import vllm_adapter
+
+    ((architecture, path),) = named.items()
+    ModelRegistry.register_model(architecture, getattr(vllm_adapter, path.partition(":")[2]))
+    return {}
+
+
 def adapted_class(folder: ModelFolder, adapter: str = _ADAPTER) -> dict[str, str]:
     """vLLM's `model_class_overrides` for this model: its architecture, as module `adapter` adapts it."""
     from vllm.model_executor.models import ModelRegistry
@@ -138,5 +164,4 @@ def adapted_class(folder: ModelFolder, adapter: str = _ADAPTER) -> dict[str, str
     module, name = getattr(entry, "module_name", ""), getattr(entry, "class_name", "")
     if not module:
         module, name = entry.model_cls.__module__, entry.model_cls.__qualname__
-    # A second engine in this process finds its architecture adapted already.
-    return {known[0]: f"{adapter}:{name if module == adapter else f'{module}.{name}'}"}
+    return {known[0]: f"{adapter}:{module}.{name}"}

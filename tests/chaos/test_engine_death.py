@@ -24,7 +24,7 @@ async def test_killed_engine_process_ends_every_job_and_leaves_no_child(tiny_lla
     # Python's resource tracker belongs to this process, not to the engine, and lives as long as it does.
     started = [child for child in psutil.Process().children(recursive=True) if child not in before]
     children = [child for child in started if "resource_tracker" not in " ".join(child.cmdline())]
-    core = next(child for child in children if "EngineCore" in " ".join(child.cmdline() or [child.name()]))
+    (core,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     jobs = [asyncio.create_task(engine.score(job(t, SPEC))) for t in sequences_of([512] * 40, 512)]
     done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
     core.kill()

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -117,6 +118,10 @@ def test_options_for_the_engine_are_read_as_json_where_they_are() -> None:
 def test_logs_are_json_lines_with_the_request_id(tmp_path: Path) -> None:
     with TeacherProcess() as teacher:
         httpx.get(f"{teacher.url}/v1/teacher", headers={"X-Request-Id": "tell-me-apart"})
-        (event,) = [event for event in teacher.events("request") if event["request_id"] == "tell-me-apart"]
+        deadline = time.monotonic() + 30  # the line comes behind the answer
+        while not (events := [event for event in teacher.events("request") if event["request_id"] == "tell-me-apart"]):
+            assert time.monotonic() < deadline, teacher.log
+            time.sleep(0.05)
+        (event,) = events
         assert (event["status"], event["route"], event["method"]) == (200, "/v1/teacher", "GET")
         assert event["seconds"] >= 0 and event["bytes_out"] > 100

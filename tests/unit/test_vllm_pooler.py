@@ -25,7 +25,8 @@ class Steps:
         from vllm.pooling_params import PoolingParams
         from vllm.v1.pool.metadata import PoolingStates
 
-        from teacher_service.vllm_adapter import TASK, TargetsPooler, ask
+        from teacher_service.vllm_adapter import TASK, TargetsPooler
+        from teacher_service.vllm_messages import ask
 
         generator = torch.Generator().manual_seed(0)
         self.weight_VD = torch.randn((V, D), generator=generator)
@@ -144,7 +145,7 @@ def test_a_rank_without_logits_returns_nothing_and_lives() -> None:
 def test_what_is_asked_survives_vllm_s_own_messages() -> None:
     import msgspec
 
-    from teacher_service.vllm_adapter import ask
+    from teacher_service.vllm_messages import ask
 
     key = -(2**63)
     asked: dict[str, Any] = ask(EVERYTHING, (3, 9), np.arange(24).reshape(6, 4), key)

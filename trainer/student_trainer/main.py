@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from teacher_proto.parent import end_with_parent_if_asked
 from teacher_proto.stopping import stoppable
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ logger = logging.getLogger("stillhouse")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
+    end_with_parent_if_asked()
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

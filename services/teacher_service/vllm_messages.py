@@ -1,0 +1,40 @@
+"""What the service and its vLLM process say to each other: msgpack over a pipe, each message a list that begins with
+its name. Used by `vllm_link.py` on the service's side, by `vllm_process.py` and `vllm_adapter.py` on the other.
+
+To the engine: `job NUMBER TOKENS ASKED PRIORITY`, `abort NUMBER`, `close`. From it: `stage WHAT SECONDS`, `ready
+FACTS`, `refused REASON`, `answer NUMBER ROWS BYTES_A_ROW` with the bytes themselves as a message of their own behind
+it, `failed NUMBER REASON`. Importing this imports nothing of vLLM, nor torch.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from teacher_proto.requests import TargetSpec
+
+SPEC_FIELDS = tuple(TargetSpec.__dataclass_fields__)
+
+
+def ask(
+    spec: TargetSpec, rows: tuple[int, int], gather_ids_RG: np.ndarray | None = None, sample_key: int = 0
+) -> dict[str, Any]:
+    """`extra_kwargs` of a request: plain values and bytes, which vLLM's own messages carry."""
+    asked: dict[str, Any] = {name: getattr(spec, name) for name in SPEC_FIELDS}
+    asked |= {"rows": rows, "sample_key": sample_key}
+    if gather_ids_RG is not None and "gather" in spec.kinds:
+        asked |= {"gather_width": gather_ids_RG.shape[1], "gather_ids": gather_ids_RG.astype("<i4").tobytes()}
+    return asked
+
+
+def send(connection: Connection, *message: Any) -> None:
+    connection.send_bytes(msgpack.packb(message))
+
+
+def receive(connection: Connection) -> list[Any]:
+    """The next message. EOFError when the other side is gone."""
+    message: list[Any] = msgpack.unpackb(connection.recv_bytes())
+    return message
