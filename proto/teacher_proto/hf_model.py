@@ -149,6 +149,7 @@ def padded(sequences: Sequence[np.ndarray], device: torch.device) -> dict[str, t
 
 def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """ValueError with the first line of what transformers says."""
+    transformers.utils.logging.disable_progress_bar()  # among a service's log it is no line of ours
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
