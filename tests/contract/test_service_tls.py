@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import math
 import ssl
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import httpx
 import pytest
 import trustme
 
+from tests.chaos.hostile import Held, hold, idle, trickled_headers
 from tests.teacher_process import TeacherProcess
 
 
@@ -50,6 +53,24 @@ def test_the_service_speaks_tls_and_only_with_those_who_trust_it(tmp_path: Path)
         old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{teacher.url}/v1/teacher", verify=old)
+
+
+async def test_strangers_can_hold_nothing_with_tls_either(tmp_path: Path) -> None:
+    """Neither before the handshake nor after it, with their own side open."""
+    authority = trustme.CA()
+    chain, key = save(authority.issue_cert("127.0.0.1"), tmp_path)
+    keys = "alice 0123456789abcdef"
+    with TeacherProcess("--tls-cert", str(chain), "--tls-key", str(key), keys=keys) as teacher:
+        until = time.monotonic() + 60
+        helds = [Held(teacher.host, teacher.port, "") for _ in range(2)]
+        reader, writer = await asyncio.open_connection(teacher.host, teacher.port, ssl=trusting(authority))
+        ends = await asyncio.gather(hold(helds[0], idle, until), hold(helds[1], trickled_headers, until))
+        async with asyncio.timeout(60):
+            assert await reader.read() == b""
+        for held in helds:
+            held.close()
+        writer.close()
+    assert all(math.isfinite(end) for end in ends)
 
 
 def test_an_expired_certificate_is_refused_by_clients(tmp_path: Path) -> None:
