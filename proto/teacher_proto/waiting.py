@@ -43,9 +43,10 @@ class Waiting:
         parts = [f"{self.tokens_done:,} of {self.tokens:,} tokens"]
         if self.tokens_ahead:
             parts.append(f"{self.tokens_ahead:,} of others first")
-        left_s = self.seconds_left
-        if left_s is not None:
-            parts += [f"{_rate(self.tokens_per_second)} tokens/s", f"about {duration(left_s)} left"]
+        if self.tokens_per_second > 0:
+            parts.append(f"{_rate(self.tokens_per_second)} tokens/s")
+        if left_s := self.seconds_left:
+            parts.append(f"about {duration(left_s)} left")
         if self.silent_s >= 10:
             parts.append(f"nothing heard for {duration(self.silent_s)}")
         return ", ".join(parts)

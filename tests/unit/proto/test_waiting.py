@@ -24,6 +24,11 @@ def test_an_unknown_rate_gives_no_time_and_silence_is_told() -> None:
     assert waiting.describe() == "0 of 100 tokens, nothing heard for 1 min 1 s"
 
 
+def test_what_is_all_there_has_no_time_left() -> None:
+    waiting = Waiting("teacher", tokens_done=100, tokens=100)
+    assert waiting.seconds_left == 0 and waiting.describe() == "100 of 100 tokens"
+
+
 def test_several_services_take_as_long_as_the_slowest() -> None:
     fast = Waiting("a", tokens_done=50, tokens=150, tokens_per_second=100.0, silent_s=3.0)
     slow = Waiting("b", tokens_done=0, tokens=200, tokens_per_second=10.0, silent_s=1.0)

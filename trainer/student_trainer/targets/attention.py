@@ -24,15 +24,16 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher
 from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
-from student_trainer.targets.questions import together
+from student_trainer.targets.questions import together, with_documents
 from student_trainer.targets.remote import reach
-from teacher_proto.attention import AttentionInfo, AttentionRequest
+from teacher_proto.attention import AttentionInfo, AttentionRequest, attention_cost, check_attention_request
 from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.errors import TeacherUnavailableError
+from teacher_proto.errors import OutOfRangeError, PoisonBatchError, TeacherUnavailableError
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.relations import layer_index
 from teacher_proto.retry import RetryPolicy
+from teacher_proto.splitting import FIXED_BYTES, check_alone
 from teacher_proto.waiting import Waiting
 
 # Asked of the teacher where only its attention is learnt from.
@@ -40,12 +41,16 @@ NO_TOKENS = Ask(kinds=(), top_k=0)
 
 
 class AttentionSource:
-    """`make_client` is called on the event loop. `reason` is the last that was heard while an outage lasts."""
+    """`make_client` is called on the event loop. `reason` is the last that was heard while an outage lasts. `seq_len`:
+    tokens of the longest document.
+    """
 
     def __init__(
-        self, make_client: Callable[[], AttentionClient], settings: AttentionSettings, waiting: TeacherSettings
-    ):
+        self, make_client: Callable[[], AttentionClient], settings: AttentionSettings, waiting: TeacherSettings,
+        seq_len: int,
+    ):  # fmt: skip
         self._make_client, self._settings, self._waiting = make_client, settings, waiting
+        self._seq_len = seq_len
         self._client: AttentionClient | None = None
         self._info: AttentionInfo | None = None
         self.reason = ""
@@ -67,17 +72,32 @@ class AttentionSource:
                 f"service holds layers 0 to {shape.max_layer}: start it with --layer {layer}, or ask for one of those"
             )
         check_relation_heads(self._settings.relation_heads, shape.widths, "the teacher")
+        self._check_longest(self._info)
         return self._info
+
+    def _check_longest(self, info: AttentionInfo) -> None:
+        """ValueError if a document as long as a row would be refused, with what would fit."""
+        longest = self._request([np.zeros(self._seq_len, np.int64)])
+        field = f"a document of data.seq_len {self._seq_len}"
+        try:
+            check_attention_request(longest, info.limits, info.shape)
+            num_bytes, cost = longest.sequence_bytes(0) + FIXED_BYTES, attention_cost(longest, info.shape)
+            check_alone(field, self._seq_len, num_bytes, cost, info)
+        except OutOfRangeError as error:
+            raise ValueError(f"distillation.attention, {field}, the attention service refuses it: {error}") from None
 
     async def fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
         """The states of every document. TeacherUnavailableError if the service stays away for too long."""
         assert self._client is not None, "open() comes before fetch()"
         client, given = self._client, dict[int, AttentionTargets]()
         request = self._request([batch.tokens_BT[d.row, d.start : d.stop] for d in batch.documents])
-        answers = await retry_until(
-            lambda: client.attention(request, given=given), self._waiting.give_up_after_s, self._note,
-            "attention service at teacher.attention_url", lambda: len(given),
-        )  # fmt: skip
+        try:
+            answers = await retry_until(
+                lambda: client.attention(request, given=given), self._waiting.give_up_after_s, self._note,
+                "attention service at teacher.attention_url", lambda: len(given),
+            )  # fmt: skip
+        except PoisonBatchError as error:
+            raise with_documents(error, batch) from error
         return tuple(answers)
 
     def waiting(self) -> Waiting | None:
@@ -140,7 +160,7 @@ def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, st
         key = os.environ.get(asked.key_variable)
         return AttentionClient(asked.attention_url, beside=beside, key=key, policy=policy)
 
-    source = AttentionSource(make_client, settings.distillation.attention, asked)
+    source = AttentionSource(make_client, settings.distillation.attention, asked, settings.data.seq_len)
     stack.callback(lambda: thread.call(source.close()))
     try:
         thread.call(source.open())

@@ -51,12 +51,13 @@ def answers(batch: Batch, asked: Questions, given: Sequence[TokenTargets | None]
     return tuple(placed)
 
 
-def with_documents(error: PoisonBatchError, batch: Batch, asked: Questions) -> PoisonBatchError:
+def with_documents(error: PoisonBatchError, batch: Batch) -> PoisonBatchError:
     """The same error with the names of the documents that its sequences are."""
     keys = [
-        batch.documents[place].key
-        for place, question in asked
-        if any(np.array_equal(question.tokens_T, tokens_T) for tokens_T in error.request.sequences)
+        document.key
+        for document in batch.documents
+        for tokens_T in [batch.tokens_BT[document.row, document.start : document.stop]]
+        if any(np.array_equal(tokens_T, refused_T) for refused_T in error.request.sequences)
     ]
     message = f"document {', '.join(keys)}: {error.message}"
     return type(error)(message, field=error.field, request=error.request, reasons=error.reasons)

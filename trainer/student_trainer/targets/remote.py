@@ -70,7 +70,7 @@ class RemoteTargets:
                 lambda: len(given),
             )  # fmt: skip
         except PoisonBatchError as error:
-            raise with_documents(error, batch, asked) from error
+            raise with_documents(error, batch) from error
         return BatchTargets(answers(batch, asked, answered), ask, self._fingerprint)
 
     def _note(self, reason: str) -> None:
