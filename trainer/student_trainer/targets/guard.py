@@ -5,6 +5,7 @@ Whatever it refuses is written to the run's `dumps` first, batch and targets, so
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -72,7 +73,10 @@ class TargetGuard:
         """Keep what was refused; the same error with the place where it is kept."""
         folder = write_dump(self._dumps / f"batch-{batch.number:08d}", str(error), batch, targets)
         kept = "Batch and targets are" if targets is not None else "The batch is"
-        return InvalidTargetsError(f"{error}. {kept} in {folder}")
+        refused = copy.copy(error)
+        refused.message = f"{error}. {kept} in {folder}"
+        refused.args = (refused.message,)
+        return refused
 
     def require_finite(self, figures: StepFigures, tally: Tally, ready: Ready, student: Student, number: int) -> None:
         """NonFiniteError with step, source and documents if a figure of this step is NaN or infinite."""
