@@ -100,10 +100,12 @@ class Pinned(Protocol):
 
 class Display:
     """All that is under way in this process. `shown`: "on" draws a bar, "off" nothing, "auto" where there is a terminal
-    a bar, and lines elsewhere. Of several ranks the first alone speaks.
+    a bar, and lines elsewhere. Of several ranks the first alone speaks. `clean` takes out of a text what is not to be
+    shown, such as a password in a URL.
     """
 
     def __init__(self) -> None:
+        self.clean: Callable[[str], str] = str
         self.shown = "auto" if os.environ.get("RANK", "0") == "0" else "off"
         self._stages: list[Stage] = []
         self._pinned: Pinned | None = None
@@ -115,7 +117,8 @@ class Display:
     @contextmanager
     def stage(self, what: str, total: float | None = None, unit: str = "", **more: Any) -> Iterator[Stage]:
         """See `Stage`. Stages are those of the main thread, one inside the other: the innermost is spoken of."""
-        stage = Stage(what, total, unit, **more)
+        note: Callable[[], str] = more.pop("note", str)
+        stage = Stage(self.clean(what), total, unit, note=lambda: self.clean(note()), **more)
         if threading.current_thread() is not threading.main_thread():
             yield stage
             return

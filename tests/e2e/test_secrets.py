@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 import yaml
 
 from student_trainer.compose import compose
+from student_trainer.main import start_logging
 from student_trainer.redact import HIDDEN, RedactingFormatter, public, redact
+from teacher_proto.stages import DISPLAY, stage
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import Workshop, steps_of, train
 
@@ -122,6 +125,20 @@ def test_a_traceback_in_the_log_is_redacted_too(workshop: Workshop, tmp_path: Pa
         record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", None, (type(error), error, error.__traceback__))
     text = RedactingFormatter("%(message)s").format(record)
     assert "RuntimeError" in text and "AccountPlanted" not in text and HIDDEN in text
+
+
+def test_what_a_stage_says_while_it_takes_long_is_redacted_too(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(DISPLAY, "clean", str)
+    start_logging()
+    url = f"http://bob:{PLANTED['teacher']}@host"
+    with stage(f"looking in {url}", note=lambda: f"{url} is silent", first_s=0.0) as looking:
+        assert PLANTED["teacher"] not in looking.line() and HIDDEN in looking.line()
+        assert f"http://{HIDDEN}@host is silent" in looking.line()
+    DISPLAY.print("done")
+    assert PLANTED["teacher"] not in capfd.readouterr().err
 
 
 def test_settings_without_secrets_are_written_as_they_are(workshop: Workshop, tmp_path: Path) -> None:

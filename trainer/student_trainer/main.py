@@ -153,7 +153,10 @@ def start_logging() -> None:
     faulthandler.enable(2)  # the descriptor: what stands for sys.stderr need not have one
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank} "
-    from student_trainer.redact import RedactingFormatter
+    from student_trainer.redact import RedactingFormatter, redact
+    from teacher_proto.stages import DISPLAY
+
+    DISPLAY.clean = redact
 
     to_stderr = StderrHandler()
     to_stderr.setFormatter(RedactingFormatter(f"{who}%(levelname)s %(message)s"))
