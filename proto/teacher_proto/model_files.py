@@ -27,6 +27,7 @@ from teacher_proto.identity import (
 )
 
 _HASH_THREADS = 8
+_QUANTISATION_FILE = "hf_quant_config.json"  # of NVIDIA's ModelOpt; others write into config.json
 _SETTLED_NS = 2 * 10**9
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -112,7 +113,11 @@ def identify(
     options: Mapping[str, str] | None = None,
 ) -> TeacherIdentity:
     """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`; `weights` by name,
-    `options` as `SemanticIdentity` has them."""
+    `options` as `SemanticIdentity` has them. Where a file beside config.json says how the weights are quantised, that
+    counts among them."""
+    quantised = folder.path / _QUANTISATION_FILE
+    if quantised.is_file():
+        options = {**(options or {}), _QUANTISATION_FILE: file_sha256(quantised)}
     semantic = SemanticIdentity(
         model=folder.name,
         revision=folder.revision,

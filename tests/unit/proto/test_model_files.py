@@ -64,6 +64,7 @@ def add_token(folder: Path) -> None:
         (lambda folder: flip(folder / "model.safetensors"), "semantic.weights.model.safetensors"),
         (edit_config, "semantic.config_sha256"),
         (add_token, "semantic.tokenizer_sha256"),
+        (lambda folder: (folder / "hf_quant_config.json").write_text("{}"), "semantic.options.hf_quant_config.json"),
         (lambda folder: shutil.copy(folder / "model.safetensors", folder / "more.safetensors"),
          "semantic.weights.more.safetensors"),
     ],
