@@ -131,7 +131,6 @@ def test_what_a_stage_says_while_it_takes_long_is_redacted_too(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(DISPLAY, "clean", str)
     start_logging()
     url = f"http://bob:{PLANTED['teacher']}@host"
     with stage(f"looking in {url}", note=lambda: f"{url} is silent", first_s=0.0) as looking:
