@@ -230,8 +230,7 @@ def train(run: Run, started: float | None = None) -> int:
             run.save_and_wait()
             return STOPPED
         except TeacherUnavailableError:
-            run.save()
-            run.checkpoints.finish()
+            run.save_and_wait()
             raise
     return DONE
 
