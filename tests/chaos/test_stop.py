@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from teacher_proto.process_tree import descendants
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import TrainerProcess, Workshop, final_files, teacher_script, trace_of, train
 
@@ -28,17 +32,22 @@ BOUND_S = 15.0
 STEPS = 12
 
 
+def fields_of(pid: int) -> list[str]:
+    """Of /proc/PID/stat, from the state on; of none, those of a process that is over."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X", "0", "0", "0"]
+
+
+def runs(pid: int) -> bool:
+    return fields_of(pid)[0] not in "ZX"
+
+
 def in_session(session: int) -> list[int]:
     """The processes of a session that still run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            found.append(int(folder.name))
-    return found
+    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if runs(pid) and int(fields_of(pid)[3]) == session]
 
 
 class Commanded:
@@ -77,11 +86,12 @@ class Commanded:
 
 def stopped(process: TrainerProcess | Commanded, number: int, what: str) -> int:
     """Signal it and hold what is promised against what it does; the exit code."""
+    started = descendants(process.pid)  # in whatever session
     asked = time.monotonic()
     process.signal(number)
     code = process.wait(60)
     took_s = time.monotonic() - asked
-    left = in_session(process.pid)
+    left = in_session(process.pid) + [pid for pid in started if runs(pid)]
     print(f"{what}: {signal.Signals(number).name}, ended with {code} after {took_s:.2f} s")
     assert took_s < BOUND_S, process.text
     assert not left, f"{left} are left running"
@@ -167,7 +177,7 @@ def tools(
     script = ["--script", json.dumps(teacher_script(tokens_per_second=50.0))]
     return {
         "check": ("student_trainer.main", ["check", *base, f"teacher.url={teacher.url}"], "targets of batch 0: "),
-        "sequences": ("student_trainer.main", ["sequences", str(tmp / "out.jsonl"), *base, "run.steps=1000000"],
+        "sequences": ("student_trainer.main", ["sequences", str(tmp / "sequences.jsonl"), *base, "run.steps=1000000"],
                       "reading batches: "),
         "fill": ("teacher_service.main", [*fill, *script], "filling: "),
     }  # fmt: skip
@@ -181,12 +191,107 @@ def test_a_signal_ends_the_other_commands(
     with Commanded(module, arguments, tmp_path / "output.txt") as command:
         wait_for(said, command)
         assert stopped(command, signal.SIGTERM, name) == 75
-    assert not list(tmp_path.glob("out*")), "half a file is left"
+    assert not list(tmp_path.glob("sequences*")), "half a file is left"
     if name == "fill":
         from teacher_proto.store import TargetStore
 
         with TargetStore(tmp_path / "store", readonly=True) as store:
             assert store.stats().entries > 0, "what was scored is not kept"
+
+
+@pytest.fixture(scope="module")
+def ended(workshop: Workshop, teacher: TeacherProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that is over, `run`, and a target store, `store`."""
+    root = tmp_path_factory.mktemp("ended")
+    arguments = workshop.settings(root, "run.steps=2", url=teacher.url)
+    assert train(arguments, root / "output.txt") == 0, (root / "output.txt").read_text()
+    fill = ["fill", "scripted", str(workshop.sources["a"]), "--engine", "scripted", "--store", str(root / "store")]
+    with Commanded("teacher_service.main", fill, root / "fill.txt") as command:
+        assert command.wait() == 0, command.text
+    return root
+
+
+QUICK = {
+    "export": ("student_trainer.main", "export {ended}/run --format hf --out {tmp}/made"),
+    "report": ("student_trainer.main", "report {ended}/run --out {tmp}/made"),
+    "pack": ("teacher_service.main", "pack export {ended}/store {tmp}/made"),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_signal_at_any_moment_leaves_all_of_what_a_command_makes_or_nothing(
+    name: str, ended: Path, tmp_path: Path
+) -> None:
+    """Started again, it makes it."""
+    module, words = QUICK[name]
+    arguments = words.format(ended=ended, tmp=tmp_path).split()
+    seed = random.SystemRandom().randrange(10**6)
+    with Commanded(module, arguments, tmp_path / "output.txt") as command:
+        time.sleep(random.Random(seed).uniform(0.3, 4.0))
+        code = stopped(command, signal.SIGTERM, f"{name} (seed {seed})") if command.running else command.wait()
+    made = tmp_path / "made"
+    if code == 0:
+        assert made.exists()
+    else:
+        assert code == 75, command.text
+        assert not made.exists() or not any(made.iterdir()), "half of it is left"
+        with Commanded(module, arguments, tmp_path / "again.txt") as command:
+            assert command.wait() == 0, command.text
+    assert {path.name for path in tmp_path.iterdir()} <= {"output.txt", "again.txt", "made"}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor finds no C++ compiler")
+def test_a_signal_while_the_student_is_compiled_ends_the_compilers_too(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    def prelude() -> None:
+        os.setsid()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")  # nothing is there yet
+
+    arguments = workshop.settings(tmp_path, "student.compile=true", url=teacher.url)
+    with TrainerProcess(arguments, tmp_path / "output.txt", prelude) as trainer:
+        deadline = time.monotonic() + 200
+        while not (compilers := descendants(trainer.pid)):
+            assert trainer.running and time.monotonic() < deadline, trainer.text
+            time.sleep(0.02)
+        assert stopped(trainer, signal.SIGTERM, f"compiling, with {len(compilers)} processes") == 75
+        assert not [pid for pid in compilers if runs(pid)]
+
+
+def get_stuck(update: int) -> None:
+    """In the backward pass of update `update`, counted from 0, the main thread of this process stays in native code."""
+    import ctypes
+
+    import torch
+
+    os.setsid()
+    backward, calls, libc = torch.Tensor.backward, iter(range(10**6)), ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+
+    def stuck(*given: Any, **named: Any) -> None:
+        backward(*given, **named)
+        if next(calls) == update:
+            print("stuck", flush=True)
+            libc.pthread_mutex_lock(mutex)
+
+    torch.Tensor.backward = stuck  # type: ignore[method-assign]
+
+
+def test_a_run_that_is_stuck_in_a_native_call_is_saved_as_the_update_before_left_it(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    arguments = workshop.settings(tmp_path, "evaluation.every=6", "checkpoint.every=100", url=teacher.url)
+    assert train([*arguments, "run.id=straight"], tmp_path / "straight.txt") == 0
+    with TrainerProcess([*arguments, "run.id=stuck"], tmp_path / "output.txt", partial(get_stuck, 5)) as trainer:
+        wait_for("stuck", trainer)
+        time.sleep(0.5)
+        assert stopped(trainer, signal.SIGTERM, "in a native call") == 75
+        assert "saving without it" in trainer.text
+    assert [path.name for path in (tmp_path / "stuck" / "checkpoints").glob("step-*")] == ["step-00000005"]
+    assert train([*arguments, "run.id=stuck"], tmp_path / "again.txt") == 0
+    assert trace_of(tmp_path / "stuck") == trace_of(tmp_path / "straight")
+    assert final_files(tmp_path / "stuck", STEPS) == final_files(tmp_path / "straight", STEPS)
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5])

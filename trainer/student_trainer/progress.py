@@ -31,7 +31,7 @@ class Progress:
         self._quiet = shown == "off"
         self._seconds = self._waited = self._rate = 0.0
         self._text = ""
-        self._began = self._said_at = time.monotonic()
+        self._began = self._said_at = self._made_at = time.monotonic()
         self._said = first
 
     def start(self) -> None:
@@ -48,7 +48,7 @@ class Progress:
         self._waited += figures.waited_s
         rate = figures.tokens / seconds if seconds else 0.0
         self._rate = rate if not self._rate else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
-        self._text, self._step = self._figures(figures), step
+        self._text, self._step, self._made_at = self._figures(figures), step, time.monotonic()
         often = step == self._steps or step % max(1, self._steps // LINES_A_RUN) == 0
         if not self._quiet and not DISPLAY.draws and often:
             self._said_at, self._said = time.monotonic(), step
@@ -77,8 +77,11 @@ class Progress:
 
     def _left(self) -> str:
         """How long the rest takes at the pace of this process's steps, evaluation and saving included."""
-        made = self._step - self._first
-        return duration((time.monotonic() - self._began) / made * (self._steps - self._step)) if made else ""
+        made, left = self._step - self._first, self._steps - self._step
+        if not made:
+            return ""
+        a_step_s, since_s = (self._made_at - self._began) / made, time.monotonic() - self._made_at
+        return duration(max(left * a_step_s - since_s, (left - 1) * a_step_s))
 
     def _line(self) -> str:
         left = f"  {self._left()} left" if self._step < self._steps else ""

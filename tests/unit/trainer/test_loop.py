@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,34 @@ def test_a_passage_shows_what_both_would_have_said(straight: Path) -> None:
         for guesses in (token["teacher"], token["student"]):
             p = [probability for _, probability in guesses]
             assert p == sorted(p, reverse=True) and 0 < sum(p) <= 1.001
+
+
+@pytest.mark.parametrize("call", [9, 22, 38])
+def test_an_update_that_is_dropped_half_way_leaves_no_trace(
+    workshop: Workshop, tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between two micro batches, of a student whose dropout has drawn random numbers by then."""
+    student = tmp_path / "student"
+    shutil.copytree(workshop.student, student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    arguments = workshop.settings(
+        tmp_path, f"student.checkpoint_path={student}", "optim.micro_batch_rows=1", "checkpoint.every=5"
+    )
+
+    class StopAtCall(StopSignals):
+        calls = 0
+
+        def check(self) -> None:
+            StopAtCall.calls += 1
+            if StopAtCall.calls == call:
+                raise self.Stop("a test stopped the run")
+
+    assert run_here([*arguments, "run.id=straight"], ScriptedTargets()) == loop.DONE
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher_proto.stopping.StopSignals", StopAtCall)
+        assert run_here([*arguments, "run.id=stopped"], ScriptedTargets()) == loop.STOPPED
+    assert 0 < len(steps_of(tmp_path / "stopped")) < 12
+    assert run_here([*arguments, "run.id=stopped"], ScriptedTargets()) == loop.DONE
+    assert trace_of(tmp_path / "stopped") == trace_of(tmp_path / "straight")
+    assert final_files(tmp_path / "stopped", 12) == final_files(tmp_path / "straight", 12)
