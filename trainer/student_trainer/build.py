@@ -103,7 +103,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         samples=_samples(settings, parts, ranks), checkpoints=checkpoints,
         log=stack.enter_context(log), signals=signals, place=place, written=written,
         on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
-        waiting=parts.describe_waiting,
+        waiting=parts.describe_waiting, compiles=settings.student.compile,
     )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saved_step: int | None = None
+        self._closed = False
 
     def due(self, step: int, steps: int) -> bool:
         """At the end always; in between every `every` steps."""
@@ -124,7 +125,8 @@ class Checkpoints:
     def close(self) -> None:
         with finishing():
             self._writer.shutdown()
-            if self._remote is not None:
+            if self._remote is not None and not self._closed:
+                self._closed = True
                 with stage(f"uploading the last checkpoint to {self._remote.url}"):
                     self._remote.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,8 +63,13 @@ def main(arguments: Sequence[str]) -> int:
     for note in report.notes:
         print(f"  note: {note}")
     if not options.skip_check:
-        with stage("opening again what was written"):
-            _check(model, tokenizer, report)
+        try:
+            with stage("opening again what was written"):
+                _check(model, tokenizer, report)
+        except KeyboardInterrupt:
+            # Whole, but not checked; started again, the command would find it in its way.
+            shutil.rmtree(report.folder, ignore_errors=True)
+            raise
     return 0
 
 

@@ -96,6 +96,7 @@ class Run:
     on_policy: Weighting | None = None
     waiting: Callable[[], str] = str
     before: Before | None = None
+    compiles: bool = False  # whether the next update has to compile the student first
 
     def interruptible(self) -> AbstractContextManager[None]:
         """A block that a signal ends at once. Several ranks stop together instead, where each comes to `pause`."""
@@ -186,9 +187,9 @@ class Run:
             self.save()
             self.checkpoints.finish()
 
-    def save_without_main_thread(self) -> None:
-        """What another thread does where a signal finds the main thread stuck in a native call, which has changed
-        nothing of the student: saves it, and waits for the copy elsewhere.
+    def save_for_good(self) -> None:
+        """Save it, and wait for the copy elsewhere: what is done after a signal, however long it takes. Another thread
+        does it where the main thread is stuck in a native call, which has changed nothing of the student.
         """
         self.save_and_wait()
         self.checkpoints.close()
@@ -212,7 +213,7 @@ def train(run: Run, started: float | None = None) -> int:
     but while an update is made of its gradient, logged or saved; an update that has not come so far is dropped. The run
     is saved before it ends, by another thread where this one is stuck in a long native call.
     """
-    rescued = run.signals.rescued(run.save_without_main_thread) if run.ranks.alone else nullcontext()
+    rescued = run.signals.rescued(run.save_for_good) if run.ranks.alone else nullcontext()
     steps, started = run.settings.run.steps, time.monotonic() if started is None else started
     with run.signals.holding(), rescued:
         try:
@@ -227,7 +228,7 @@ def train(run: Run, started: float | None = None) -> int:
             run.signals.obey()
             logger.warning("%s: %s", stop, f"saving at step {run.place.step}, to go on from there"
                            if run.place.step else "nothing is learnt yet, so nothing is saved")  # fmt: skip
-            run.save_and_wait()
+            run.save_for_good()
             return STOPPED
         except TeacherUnavailableError:
             run.save_and_wait()
@@ -281,7 +282,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     measured = run.measure(ready)
     terms = run.terms_for(ready.batch)
     tally = Tally(terms, ready.batch.source_names)
-    what = f"computing update {run.place.step + 1}"
+    what = f"computing update {run.place.step + 1}{', for which the student is compiled' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
         for micro in ready.micro if count else ():
             with run.optimizer.watching(micro.document_ids_BT >= 0):
@@ -289,6 +290,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
             (loss.total / count).backward()
             tally.add(loss, micro)
             doing.done += 1
+            run.compiles = False
             run.pause()
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from teacher_proto.stages import stage
+
 # Figures of an evaluation, with how the page calls them and whether more is better.
 FIGURES = {
     "cross_entropy": ("cross-entropy", False),
@@ -81,7 +83,9 @@ def write_report(
         data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages},
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page)
+    fresh = out.with_name(f".{out.name}.new")  # so that the page is never there in part
+    fresh.write_text(page)
+    fresh.replace(out)
 
 
 def _table(runs: Sequence[RunRecord], untrained: str | None) -> list[dict[str, Any]]:
@@ -179,7 +183,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first run)")
     options = parser.parse_args(arguments)
     try:
-        runs = [RunRecord.read(folder) for folder in options.runs]
+        with stage("reading the runs"):
+            runs = [RunRecord.read(folder) for folder in options.runs]
     except ValueError as error:
         print(f"stillhouse-train report: {error}", file=sys.stderr)
         return 2

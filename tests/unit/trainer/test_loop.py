@@ -311,9 +311,9 @@ def test_a_passage_shows_what_both_would_have_said(straight: Path) -> None:
             assert p == sorted(p, reverse=True) and 0 < sum(p) <= 1.001
 
 
-@pytest.mark.parametrize("call", [9, 22, 38])
+@pytest.mark.parametrize("micro_batch", [5, 10, 39])
 def test_an_update_that_is_dropped_half_way_leaves_no_trace(
-    workshop: Workshop, tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+    workshop: Workshop, tmp_path: Path, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between two micro batches, of a student whose dropout has drawn random numbers by then."""
     student = tmp_path / "student"
@@ -323,20 +323,18 @@ def test_an_update_that_is_dropped_half_way_leaves_no_trace(
     arguments = workshop.settings(
         tmp_path, f"student.checkpoint_path={student}", "optim.micro_batch_rows=1", "checkpoint.every=5"
     )
+    done = []
 
-    class StopAtCall(StopSignals):
-        calls = 0
-
-        def check(self) -> None:
-            StopAtCall.calls += 1
-            if StopAtCall.calls == call:
-                raise self.Stop("a test stopped the run")
+    def pause(run: loop.Run) -> None:
+        done.append(run.place.step)
+        if len(done) == micro_batch:
+            raise StopSignals.Stop("a test stopped the run")
 
     assert run_here([*arguments, "run.id=straight"], ScriptedTargets()) == loop.DONE
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", StopAtCall)
+        patched.setattr(loop.Run, "pause", pause)
         assert run_here([*arguments, "run.id=stopped"], ScriptedTargets()) == loop.STOPPED
-    assert 0 < len(steps_of(tmp_path / "stopped")) < 12
+    assert steps_of(tmp_path / "stopped") == list(range(1, micro_batch // 4 + 1))
     assert run_here([*arguments, "run.id=stopped"], ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "stopped") == trace_of(tmp_path / "straight")
     assert final_files(tmp_path / "stopped", 12) == final_files(tmp_path / "straight", 12)
