@@ -242,16 +242,18 @@ def test_a_signal_at_any_moment_leaves_all_of_what_a_command_makes_or_nothing(
     assert {path.name for path in tmp_path.iterdir()} <= {"output.txt", "again.txt", "made"}
 
 
+def set_cache(folder: str) -> None:
+    os.setsid()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor finds no C++ compiler")
 def test_a_signal_while_the_student_is_compiled_ends_the_compilers_too(
     workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
 ) -> None:
-    def prelude() -> None:
-        os.setsid()
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")  # nothing is there yet
-
     arguments = workshop.settings(tmp_path, "student.compile=true", url=teacher.url)
-    with TrainerProcess(arguments, tmp_path / "output.txt", prelude) as trainer:
+    nothing_compiled = partial(set_cache, str(tmp_path / "cache"))
+    with TrainerProcess(arguments, tmp_path / "output.txt", nothing_compiled) as trainer:
         deadline = time.monotonic() + 200
         while not (compilers := descendants(trainer.pid)):
             assert trainer.running and time.monotonic() < deadline, trainer.text

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from teacher_proto.parent import end_with_parent_if_asked
-from teacher_proto.stopping import stoppable
+from teacher_proto.stopping import hasten_end, stoppable
 
 if TYPE_CHECKING:
     from teacher_proto.stopping import StopSignals
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Whoever read what we print has seen enough, as `head` does; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    hasten_end(code)
     sys.exit(code)
 
 
@@ -69,8 +70,8 @@ def choose(arguments: list[str], signals: StopSignals) -> int:
         return 0 if arguments else USAGE
     start_logging()
     if arguments[0] in SUBCOMMANDS:
-        return guarded(lambda: subcommand(*arguments))
-    return guarded(lambda: train(arguments, signals))
+        return guarded(lambda: subcommand(*arguments), signals)
+    return guarded(lambda: train(arguments, signals), signals)
 
 
 def subcommand(name: str, *arguments: str) -> int:
@@ -107,17 +108,21 @@ def train(arguments: list[str], signals: StopSignals) -> int:
             raise
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """The edge of the process: every error becomes a message and a code; a traceback is for our own mistakes."""
+def guarded(command: Callable[[], int], signals: StopSignals) -> int:
+    """The edge of the process: every error becomes a message and a code; a traceback is for our own mistakes. An error
+    after a signal is what somebody made of the exception that the signal raised in the middle of their work.
+    """
     from student_trainer.redact import redact
     from teacher_proto.errors import StillhouseError
 
     try:
         return command()
     except (ValueError, StillhouseError, ArithmeticError, OSError) as error:
+        signals.check()
         print(redact(f"stillhouse-train: {error}"), file=sys.stderr)
         return code_of(error)
     except Exception:
+        signals.check()
         logger.exception("the run ended by an error that nobody foresaw")
         return FAILED
 

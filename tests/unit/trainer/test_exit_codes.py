@@ -21,6 +21,7 @@ from student_trainer.ranks import RankError
 from student_trainer.targets.cached import MissingTargetsError
 from student_trainer.targets.guard import NonFiniteError
 from teacher_proto.errors import BY_CODE, StillhouseError
+from teacher_proto.stopping import StopSignals
 from tests.docs.markdown import ROOT
 
 # Every error that a service or a client may raise, by its code. A new one must be put here.
@@ -40,7 +41,7 @@ def code_for(error: BaseException) -> int:
     def command() -> NoReturn:
         raise error
 
-    return main.guarded(command)
+    return main.guarded(command, StopSignals())
 
 
 def wrapped(cause: BaseException, hidden: bool = False) -> ValueError:
