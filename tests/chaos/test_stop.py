@@ -321,8 +321,8 @@ def stop_and_resume(
     began = time.monotonic()
     with start([*arguments, "run.id=straight"], root / "straight.txt") as trainer:
         assert trainer.wait(300) == 0, trainer.text
-    for moment in moments(time.monotonic() - began):
-        with start([*arguments, "run.id=stopped"], root / "output.txt") as trainer:
+    for number, moment in enumerate(moments(time.monotonic() - began)):
+        with start([*arguments, "run.id=stopped"], root / f"output-{number}.txt") as trainer:
             time.sleep(moment)
             if not trainer.running:
                 continue

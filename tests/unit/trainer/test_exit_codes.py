@@ -72,6 +72,9 @@ def test_what_must_change_first_is_usage_and_what_broke_is_a_failure() -> None:
     for error in (NonFiniteError("x"), NotTheSameError("x"), OSError(errno.ENOSPC, "x"), RankError("gone"),
                   BrokenPipeError("x"), RuntimeError("ours"), MemoryError(), AssertionError("x")):  # fmt: skip
         assert code_for(error) == FAILED, repr(error)
+    # Of SIGTERM and Ctrl-C, of which `stoppable` makes 75; tests/chaos/test_stop.py has it.
+    with pytest.raises(StopSignals.Stop):
+        code_for(StopSignals.Stop())
 
 
 AWAY = [
