@@ -226,12 +226,14 @@ except Stop:
 
 def test_a_child_that_was_forked_has_its_signals_for_itself() -> None:
     body = """
+began, begin = os.pipe()
 child = os.fork()
 if child == 0:
-    say("ready")
+    os.write(begin, b"x")
     time.sleep(600)
-time.sleep(0.5)
+os.read(began, 1)
 os.kill(child, 15)
+say("ready")
 say(str(os.waitpid(child, 0)[1]))
 time.sleep(600)
 """
