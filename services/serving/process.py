@@ -196,7 +196,7 @@ def leave_at_once(code: int) -> NoReturn:
     """End the process without waiting for its threads: one that loads a model can't be stopped, and the interpreter
     would wait minutes for it. Children are ended first, which its exit would have done."""
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

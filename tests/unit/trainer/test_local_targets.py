@@ -7,16 +7,19 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load
 
 from student_trainer.data.batch import Batch, Placed, build_batch
 from student_trainer.settings.teacher import TeacherSettings
 from student_trainer.targets.local import LocalTargets
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.targets.protocol import Ask, BatchTargets, TeacherCard
 from student_trainer.targets.questions import questions
+from teacher_proto import hardware
 from teacher_proto.errors import OutOfRangeError, WrongTeacherError
 from teacher_proto.requests import KINDS
 from teacher_service.engine import Job
@@ -130,3 +133,25 @@ def test_a_token_that_it_has_not_is_named(settings: TeacherSettings) -> None:
     batch.tokens_BT[0, 7] = VOCAB_SIZE
     with pytest.raises(OutOfRangeError, match="d0 holds token 512 at its place 7"):
         fetch(LocalTargets(settings), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_run_that_goes_on_keeps_its_dtype_on_other_hardware(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """It begins where bfloat16 is computed, or where it is not, and goes on where it is the other way."""
+    folder = save_tiny_llama(tmp_path / "model", dtype=torch.bfloat16)
+    settings = TeacherSettings(kind="local", model=str(folder))
+    card: dict[str, Any] | None = None
+    for able in (dtype == torch.bfloat16, dtype != torch.bfloat16):
+        monkeypatch.setattr(hardware, "_computes", lambda asked, device, able=able: asked == torch.float32 or able)
+        opened = asyncio.run(open_and_close(LocalTargets(settings, card)))
+        assert opened.identity is not None and opened.identity["semantic"]["dtype"] == str(dtype)[6:]
+        card = asdict(opened)
+
+
+async def open_and_close(targets: LocalTargets) -> TeacherCard:
+    try:
+        return await targets.open()
+    finally:
+        await targets.close()

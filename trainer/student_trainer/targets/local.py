@@ -53,6 +53,7 @@ class LocalTargets:
     def __init__(self, settings: OneTeacher, saved: Mapping[str, Any] | None = None):
         self._settings = settings
         self._expected = expectation(settings.fingerprint, saved)
+        self._dtype = _dtype_of(saved) if settings.dtype == "auto" else settings.dtype
         threads = torch.get_num_threads()
         # A thread takes the number of cores for its own from the environment, not from the thread that starts it.
         self._thread = ThreadPoolExecutor(1, "local-teacher", lambda: torch.set_num_threads(threads))
@@ -113,7 +114,7 @@ class LocalTargets:
                 "teacher.model must be given: a folder or hub name of a Hugging Face causal language model"
             )
         folder = find_model(settings.model, revision=settings.revision)
-        self._model = HfModel(folder, dtype=settings.dtype, device=settings.device)
+        self._model = HfModel(folder, dtype=self._dtype, device=settings.device)
         identity = self._model.identity()
         info = TeacherInfo(
             identity=identity, fingerprint=identity.fingerprint, limits=self._model.limits(None, MAX_TOP_K), kinds=KINDS
@@ -149,6 +150,12 @@ class LocalTargets:
 
         assert self._model is not None
         return save(head_contents(self._model.head(), self._model.scaling))
+
+
+def _dtype_of(saved: Mapping[str, Any] | None) -> str:
+    """What the teacher of the run that goes on computed in, so that other hardware makes no other teacher of it."""
+    identity = (saved or {}).get("identity")
+    return str(identity["semantic"]["dtype"]) if identity else "auto"
 
 
 def alike(asked: list[Question], max_tokens: int) -> list[list[int]]:
