@@ -166,7 +166,7 @@ def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     sums: dict[str, float] = dict.fromkeys(ask.kinds, 0.0)
     rows = 0
     with EventThread() as thread:
-        teacher = RemoteTargets(lambda: TeacherClient(url), (url,))
+        teacher = RemoteTargets(lambda: TeacherClient(url), (url,), settings.teacher)
         thread.call(teacher.open())
         for batch in (*batches, *held_out):
             for answer in thread.call(teacher.fetch(batch, ask)).documents:
