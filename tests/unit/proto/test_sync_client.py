@@ -9,6 +9,7 @@ import pytest
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.sync_client import SyncTeacherClient
+from teacher_proto.waiting import Waiting
 from tests.unit.proto.fake_teacher import Replica, network, same_bits, sequences, truth
 
 REQUEST = TargetsRequest(sequences=tuple(sequences(5, 9)), top_k=4)
@@ -22,6 +23,17 @@ def test_targets_without_a_loop() -> None:
     assert all(same_bits(answer, truth(REQUEST, i)) for i, answer in enumerate(answers))
     assert not any(thread.name == "teacher-client" for thread in threading.enumerate())
     client.close()
+
+
+def test_progress_and_what_came_before() -> None:
+    teacher, heard = Replica(), list[Waiting]()
+    with SyncTeacherClient(teacher.url, transport=network(teacher)) as client:
+        assert client.waiting() is None
+        given = {0: truth(REQUEST, 0)}
+        answers = client.targets(REQUEST, given=given, on_progress=heard.append)
+        assert [len(post.sequences) for post in teacher.posts] == [1]
+    assert sorted(given) == [0, 1] and same_bits(answers[1], truth(REQUEST, 1))
+    assert [(waiting.tokens_done, waiting.tokens) for waiting in heard] == [(9, 9)]
 
 
 async def test_targets_inside_a_loop() -> None:
