@@ -97,10 +97,10 @@ def waiting_for(
     unsent = sum(entry.tokens for entry in entries if not entry.calls)
     calls = [call for entry in entries for call in entry.calls]
     for call in calls:
-        if call.replica is None:
+        if (replica := call.replica) is None:
             unsent += call.tokens_left
         elif call.tokens_left:
-            asked[call.replica].append(call)
+            asked[replica].append(call)
     parts = [_part(what, group, unsent / max(replicas, len(asked))) for group in asked.values()]
     total = Waiting.sum_of(parts)
     rate = total.tokens_per_second if total is not None else 0.0
@@ -118,9 +118,9 @@ def _part(what: str, calls: Iterable[AnyCall], unsent: float) -> Waiting:
     """What one replica still has to do for us, and for others before the last of ours."""
     calls = list(calls)
     left = sum(call.tokens_left for call in calls) + round(unsent)
-    reported = [call for call in calls if call.progress is not None]
-    latest = max(reported, key=lambda call: call.heard_at, default=None)
+    # Read once each: the client's thread may go on meanwhile.
+    reported = [(call, progress) for call in calls if (progress := call.progress) is not None]
     # Whether or not a service counts our own other requests among those ahead of one, the last of ours ends then.
-    ahead = max((call.tokens_left + call.progress.tokens_ahead for call in reported if call.progress), default=0)
-    rate = latest.progress.tokens_per_second if latest is not None and latest.progress is not None else 0.0
-    return Waiting(what, 0, left, max(ahead - left, 0), rate)
+    ahead = max((call.tokens_left + progress.tokens_ahead for call, progress in reported), default=0)
+    _, latest = max(reported, key=lambda pair: pair[0].heard_at, default=(None, None))
+    return Waiting(what, 0, left, max(ahead - left, 0), latest.tokens_per_second if latest is not None else 0.0)

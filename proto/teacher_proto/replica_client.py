@@ -26,7 +26,7 @@ from teacher_proto.in_flight import InFlight, waiting_for
 from teacher_proto.merging import merge
 from teacher_proto.replicas import Replica, ReplicaPool, check_urls
 from teacher_proto.retry import RetryPolicy, Timing
-from teacher_proto.splitting import split
+from teacher_proto.splitting import least_of, split
 from teacher_proto.waiting import Waiting
 from teacher_proto.wire_answer import RecordT
 
@@ -169,12 +169,13 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
 
     async def _split(self, request: RequestT, deadline_s: float | None) -> list[list[int]]:
         """Indexes of the sequences by part, each of which a replica admits. What none would take is refused here."""
-        info = next((replica.info for replica in self._pool.replicas if replica.info is not None), None)
-        if info is None:
+        infos = [replica.info for replica in self._pool.replicas if replica.info is not None]
+        if not infos:
             patience_s = self.policy.deadline_s if deadline_s is None else deadline_s
             replica = await self._pool.acquire(self._pool.replicas, (), self._timing.now() + patience_s)
-            info = replica.info
-            assert info is not None, "a replica whose probe has passed is known"
+            assert replica.info is not None, "a replica whose probe has passed is known"
+            infos = [replica.info]
+        info = least_of(infos)
         limits = info.limits.model_copy(update={"max_sequences": sys.maxsize, "max_request_tokens": sys.maxsize})
         self.dialect.check_request(request, info.model_copy(update={"limits": limits}))
         return split(request, info, self.dialect.cost)

@@ -5,7 +5,7 @@ The trainer asks it too, before a run starts, whether the longest sequence that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from teacher_proto.dialect import InfoT, RequestT
 from teacher_proto.errors import OutOfRangeError
@@ -15,6 +15,18 @@ from teacher_proto.info import ServiceInfo
 SHARE_OF_COST = 8
 # Bytes of a body beside what its sequences take: names, kinds, temperatures, a fingerprint.
 FIXED_BYTES = 1024
+
+
+def least_of(infos: Sequence[InfoT]) -> InfoT:
+    """The first of several replicas, with the least of all their limits: any of them may be asked."""
+    limits = [info.limits for info in infos]
+    costs = [limit.max_cost for limit in limits if limit.max_cost is not None]
+    least: dict[str, int | None] = {
+        name: min(getattr(limit, name) for limit in limits)
+        for name in ("max_sequence_length", "max_sequences", "max_request_tokens", "max_body_bytes")
+    }
+    least["max_cost"] = min(costs, default=None)
+    return infos[0].model_copy(update={"limits": limits[0].model_copy(update=least)})
 
 
 def split(request: RequestT, info: InfoT, cost_of: Callable[[RequestT, InfoT], int]) -> list[list[int]]:

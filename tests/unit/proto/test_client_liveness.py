@@ -163,6 +163,15 @@ async def test_a_request_is_sent_in_parts_that_are_admitted(limits: dict[str, in
     assert sorted(lengths_asked(teacher)) == sorted(parts)
 
 
+async def test_parts_fit_the_smallest_of_several_replicas() -> None:
+    clock, large, small = FakeClock(), Replica("t0"), Replica("t1")
+    small.limits = Limits(vocab_size=VOCAB, max_sequence_length=512, max_request_tokens=40, max_cost=10**6)
+    async with client_of(large, small, clock=clock) as client:
+        await client.teacher()
+        check_true(await client.targets(REQUEST))
+    assert sorted(lengths_asked(large) + lengths_asked(small)) == [[5, 9], [12], [30]]
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
