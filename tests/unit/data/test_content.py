@@ -167,7 +167,9 @@ def test_where_one_document_ends_and_the_next_begins_is_part_of_the_content() ->
 def test_hashes_are_made_once_and_again_after_an_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
     real = contents._hash
-    monkeypatch.setattr(contents, "_hash", lambda dataset: (hashed.append(len(dataset)), real(dataset))[1])
+    monkeypatch.setattr(
+        contents, "_hash", lambda dataset, doing: (hashed.append(len(dataset)), real(dataset, doing))[1]
+    )
     write_jsonl(tmp_path / "data", lines())
     settings = settings_for("jsonl", tmp_path / "data", tmp_path)
     prints = []
@@ -250,3 +252,17 @@ def test_indexes_that_killed_processes_had_half_written_are_swept_and_one_that_i
     write_jsonl(tmp_path / "data", lines()[:101])
     with opened(settings_for("jsonl", tmp_path / "data", tmp_path)):
         assert not busy.exists()
+
+
+@pytest.mark.parametrize("kind", ["arrow", "jsonl streamed"])
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    KINDS[kind][1](tmp_path / "data", lines()[:500])
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    settings = settings_for(kind, tmp_path / "data", tmp_path)
+    with opened(settings) as source:
+        state = source.initial_state()
+    with opened(settings) as source:
+        assert source.resumed(state, {}) == state
+    assert "can't be kept" in caplog.text

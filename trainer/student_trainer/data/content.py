@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from student_trainer.data.files import DataFile
-from student_trainer.data.settings import SourceSettings
+from teacher_proto.stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -30,7 +30,7 @@ LEAF = 64  # documents that share a hash, and so the finest place that a differe
 HASH_BYTES = 8
 SLICE = 64 * LEAF
 MOST_BLOCKS = 256  # that a checkpoint holds of a source
-SLOW_S = 5.0
+READ_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -122,53 +122,54 @@ def content_of(name: str, dataset: datasets.Dataset, folder: Path) -> Content:
     kept, state = kept_at(dataset, folder), state_of(files)
     if state and (content := _kept(kept, state)) is not None:
         return content
-    began = time.monotonic()
-    content = _hash(dataset)
-    if (took_s := time.monotonic() - began) > SLOW_S:
-        logger.info("hashed the %d documents of source %r in %.1f s; once", len(dataset), name, took_s)
+    with stage(f"hashing the documents of source {name!r}, once", len(dataset), "documents") as doing:
+        content = _hash(dataset, doing)
     if state and state == state_of(files):
         keep(kept, state, content)
     return content
 
 
-def files_content(name: str, files: Sequence[DataFile], settings: SourceSettings, folder: Path) -> Content:
+def files_content(name: str, files: Sequence[DataFile], folder: Path) -> Content:
     """Of files that are streamed: what their store says of their content; on this disk their own hash, kept like those
     of `content_of`. ValueError for a file that can't be read.
     """
-    began = time.monotonic()
+    local = sum(file.size for file in files if file.local_path is not None) / 1e6
     hashes, silent = [], []
-    for file in files:
-        path = file.local_path
-        if path is not None:
-            hashes.append(f"{file.size}:{_file_hash(path, folder)}")
-            continue
-        hashes.append(f"{file.size}:{file.told or ''}")
-        if not file.told:
-            silent.append(file.url)
+    with stage(f"hashing the files of source {name!r}, once", local or None, "MB") as doing:
+        for file in files:
+            path = file.local_path
+            if path is not None:
+                hashes.append(f"{file.size}:{_file_hash(path, folder, doing)}")
+                continue
+            hashes.append(f"{file.size}:{file.told or ''}")
+            if not file.told:
+                silent.append(file.url)
     if silent:
         logger.warning(
             "source %r: its store says of %d files how long they are, and nothing of their content (%s): a change of "
             "the same length will not be seen on resume", name, len(silent), silent[0],
         )  # fmt: skip
-    if (took_s := time.monotonic() - began) > SLOW_S:
-        logger.info("hashed the files of source %r in %.1f s; once", name, took_s)
     return Content(len(files), tuple(hashes), "files", tuple(file.url.rpartition("/")[2] for file in files))
 
 
-def _file_hash(path: Path, folder: Path) -> str:
+def _file_hash(path: Path, folder: Path, doing: Stage) -> str:
     kept = folder / f"{_short(str(path).encode())}.content.json"
     try:
         state = state_of([path])
         if (content := _kept(kept, state)) is not None:
+            doing.done += state[0][1] / 1e6
             return content.hashes[0]
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if state == state_of([path]):
-            folder.mkdir(parents=True, exist_ok=True)
-            keep(kept, state, Content(1, (found,), "files"))
+            while part := file.read(READ_BYTES):
+                digest.update(part)
+                doing.done += len(part) / 1e6
+        unchanged = state == state_of([path])
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    return found
+    if unchanged:
+        keep(kept, state, Content(1, (digest.hexdigest(),), "files"))
+    return digest.hexdigest()
 
 
 def kept_at(dataset: datasets.Dataset, folder: Path) -> Path:
@@ -187,10 +188,15 @@ def state_of(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def keep(path: Path, state: list[list[Any]], content: Content) -> None:
-    """Note the content of files that are in this state."""
+    """Note the content of files that are in this state; where that can't be, they are hashed again next time."""
     fresh = path.with_suffix(f".{time.monotonic_ns()}.new")
-    fresh.write_text(json.dumps({"version": VERSION, "of": state, "count": content.count, "hashes": content.hashes}))
-    fresh.replace(path)
+    noted = {"version": VERSION, "of": state, "count": content.count, "hashes": content.hashes}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(noted))
+        fresh.replace(path)
+    except OSError as error:
+        logger.warning("the hashes of %s can't be kept: %s. They are made again at the next start", state[0][0], error)
 
 
 def _kept(path: Path, state: list[list[Any]]) -> Content | None:
@@ -203,19 +209,21 @@ def _kept(path: Path, state: list[list[Any]]) -> Content | None:
     return None
 
 
-def _hash(dataset: datasets.Dataset) -> Content:
+def _hash(dataset: datasets.Dataset, doing: Stage) -> Content:
     arrow = dataset.with_format("arrow")
     if dataset.column_names == ["document"] and _flat_type(dataset.data.schema.field("document").type):
         hasher = ContentHasher()
         for start in range(0, len(dataset), SLICE):
             hasher.add(arrow[start : start + SLICE].column("document"))
+            doing.done = start
         return hasher.finish()
-    return Content(len(dataset), tuple(_records(arrow)))
+    return Content(len(dataset), tuple(_records(arrow, doing)))
 
 
-def _records(arrow: datasets.Dataset) -> Iterator[str]:
+def _records(arrow: datasets.Dataset, doing: Stage) -> Iterator[str]:
     """Hashes of documents of any columns, nested ones too: of their bytes as Arrow sends them."""
     for start in range(0, len(arrow), SLICE):
+        doing.done = start
         table = arrow[start : start + SLICE].replace_schema_metadata(None)
         for first in range(0, len(table), LEAF):
             leaf = table.slice(first, LEAF).combine_chunks().to_batches()

@@ -36,9 +36,7 @@ class RandomAccessSource:
         self._dataset = dataset
         sample_N = shuffled(np.arange(min(SAMPLED, len(dataset))), len(dataset), key_of("fingerprint"))
         sample = [canonical(content) for content in self._fetch(sample_N)]
-        folder = cache_root(cache_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.content = content_of(name, dataset, folder)
+        self.content = content_of(name, dataset, cache_root(cache_folder))
         self.fingerprint = f"{len(dataset)} documents:{key_of(sample):016x}:{self.content.fingerprint}"
         mean_characters = max(1, sum(map(len, sample)) // len(sample))
         self.block_size = int(np.clip(BLOCK_CHARACTERS // mean_characters, 1, LARGEST_BLOCK))

@@ -112,10 +112,10 @@ def open_shards(name: str, settings: SourceSettings, cache_folder: str | None) -
     """The shards, and what they hold. ValueError for missing files."""
     if settings.kind != "hub":
         files = find_files(settings)
-        content = files_content(name, files, settings, cache_root(cache_folder))
+        content = files_content(name, files, cache_root(cache_folder))
         return [_FileShard(file, settings) for file in files], content
     stream, files = stream_hub(name, settings)
-    content = files_content(name, files, settings, cache_root(cache_folder))
+    content = files_content(name, files, cache_root(cache_folder))
     shards = [_HubShard(name, stream.shard(stream.num_shards, i), settings) for i in range(stream.num_shards)]
     return list(shards), content
 
