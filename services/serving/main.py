@@ -8,11 +8,14 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from teacher_proto.parent import end_with_parent_if_asked
 
+# When this process began, to a few hundredths of a second: a command imports this first.
+BEGAN = time.monotonic()
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,10 +16,12 @@ from serving.connections import Deadlines
 from serving.http_server import bind
 from serving.keys import Keys
 from serving.logs import set_up_logs
+from serving.main import BEGAN
 from serving.process import Process, leave_at_once
 from serving.reload import Watched
 from serving.service import Service
 from serving.settings import ServiceSettings
+from serving.startup import done
 from serving.tls import TlsFiles
 
 log = structlog.get_logger("stillhouse.run")
@@ -33,6 +36,7 @@ def run_service(
     `make_service` is called in the event loop, once keys are read and the port is taken.
     """
     set_up_logs(settings.log_format, settings.log_level)
+    done("service imported", time.monotonic() - BEGAN)
     keys = Keys(settings.keys)
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
@@ -69,6 +73,7 @@ async def _serve(
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
         about = f"{identity.semantic.model}, {identity.fingerprint} in {identity.semantic.dtype}"
+        done("all that is needed to answer", time.monotonic() - BEGAN)
         print(f"{settings.program}: ready at {url}, {about}", flush=True)
 
     code = await process.run(make_app(service), listener, tls=context, watched=watched, on_ready=announce)

@@ -14,7 +14,14 @@ from serving import startup
 from tests.models import save_tiny_llama
 from tests.teacher_process import AttentionProcess, ServiceProcess, TeacherProcess
 
-LOADED_HERE = ["torch and transformers imported", "model found", "weights loaded, first pass", "weights hashed"]
+AROUND = ["service imported", "all that is needed to answer"]
+LOADED_HERE = [
+    *AROUND,
+    "torch and transformers imported",
+    "model found",
+    "weights loaded, first pass",
+    "weights hashed",
+]
 IN_VLLM = ["vLLM imported", "weights loaded", "engine up, memory measured"]
 BESIDE_VLLM = ["model found", "weights hashed", "tokenizer and head imported"]
 
@@ -54,7 +61,8 @@ def test_the_vllm_teacher_says_each_stage_and_ends_quietly(tiny_llama: Path) -> 
     with TeacherProcess(str(tiny_llama), "--engine", "vllm", "--kv-cache-bytes=4194304") as teacher:
         said = done(teacher)
         assert [name for name in said if name in IN_VLLM] == IN_VLLM
-        assert [name for name in said if name in BESIDE_VLLM] == BESIDE_VLLM and list(said)[-1] == "first pass"
+        assert [name for name in said if name in BESIDE_VLLM] == BESIDE_VLLM and list(said)[-2] == "first pass"
+        assert [name for name in said if name in AROUND] == AROUND and said[AROUND[1]] > said["vLLM imported"]
         children = psutil.Process(teacher.pid).children(recursive=True)
         ends_quietly(teacher)
         assert not psutil.wait_procs(children, timeout=15)[1]
