@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.contract.engine_cases import (
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 LENGTHS = (1, 2, 5, 17, 300, 64, 65, 511, 500, 480, 3, 512)
 TOP_K = TargetSpec(kinds=("top_k", "score"), top_k=64, temperatures=TEMPERATURES)
+SCORE = TargetSpec(kinds=("score",))
 
 
 @pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -174,6 +176,18 @@ async def test_cancelling_leaves_the_engine_to_others(engine: Engine) -> None:
     assert all(isinstance(other, asyncio.CancelledError) for other in others)
     await engine.check()
     assert (await engine.score(job(sequences[0][:5], TOP_K))).num_rows == 5
+
+
+async def test_an_urgent_job_is_computed_before_those_that_wait(engine: Engine) -> None:
+    before = engine.tokens_computed
+    waiting = [asyncio.create_task(engine.score(job(tokens_T, SCORE))) for tokens_T in sequences_of([500] * 40, 512)]
+    await asyncio.sleep(0)
+    (tokens_T,) = sequences_of([16], 512)
+    await engine.score(replace(job(tokens_T, SCORE), urgent=True))
+    done = sum(task.done() for task in waiting)
+    await asyncio.gather(*waiting)
+    assert done < 20
+    assert engine.tokens_computed - before == 40 * 500 + 16
 
 
 async def test_identity_and_limits_are_those_of_the_folder(engine: Engine, tiny_llama: Path) -> None:

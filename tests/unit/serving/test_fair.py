@@ -150,3 +150,47 @@ async def test_the_window_halves_and_recovers() -> None:
     for _ in range(1000):
         queue.recover()
     assert queue.window == 1000
+
+
+async def test_what_is_ahead_is_what_others_are_served_before() -> None:
+    queue = FairQueue(window=10)
+    running = Ticket(10)
+    queue.join("a", running)
+    lanes = {name: [Ticket(10) for _ in range(count)] for name, count in {"a": 10, "b": 3, "c": 5}.items()}
+    for name, tickets in lanes.items():
+        for ticket in tickets:
+            queue.join(name, ticket)
+    # Before c's last ticket, of 40: b is through with its 30, and a, of which 10 run, had 30 more.
+    assert queue.tokens_ahead(lanes["c"]) == 10 + 30 + 30
+    # The last of all waits for everybody, and for nothing but itself in its own lane.
+    assert queue.tokens_ahead(lanes["a"]) == 10 + 30 + 50
+    assert queue.tokens_ahead([running]) == 0
+    for ticket in (*lanes["a"], *lanes["b"], running):
+        queue.leave(ticket)
+    await asyncio.sleep(0.6)  # an order is looked at for half a second
+    assert queue.tokens_ahead(lanes["c"]) == 0
+
+
+async def test_control_traffic_goes_at_once_and_counts_as_running() -> None:
+    queue = FairQueue(window=10)
+    running, waiting, urgent = Ticket(10), Ticket(10), Ticket(5)
+    queue.join("a", running)
+    queue.join("b", waiting)
+    queue.rush(urgent)
+    assert not urgent.waiting and waiting.waiting and queue.running == 15
+    queue.leave(running)
+    assert waiting.waiting
+    queue.leave(urgent)
+    assert not waiting.waiting and queue.running == 10
+
+
+async def test_no_more_is_handed_over_than_the_pace_says() -> None:
+    queue = FairQueue(window=100)
+    queue.pace = 20
+    tickets = [Ticket(10) for _ in range(5)]
+    for ticket in tickets:
+        queue.join("a", ticket)
+    assert queue.running == 20
+    queue.pace = 40
+    queue.leave(tickets[0])
+    assert queue.running == 40
