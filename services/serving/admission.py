@@ -49,6 +49,7 @@ class _Waiting:
 class _Held:
     """What one client has in flight and has waiting, and when it last asked."""
 
+    permits: int = 0
     cost: int = 0
     tokens: int = 0
     waiting: int = 0
@@ -216,6 +217,7 @@ class Admission:
 
     def _grant(self, waiting: _Waiting) -> None:
         permit, held = waiting.permit, self._held[waiting.permit.student]
+        held.permits += 1
         held.cost += permit.cost
         held.tokens += permit.tokens
         self.cost += permit.cost
@@ -230,12 +232,13 @@ class Admission:
         held = self._held.setdefault(student, _Held())
         held.asked_at = now
         for name, other in list(self._held.items()):
-            if not other.cost and not other.waiting and now - other.asked_at > _ACTIVE_S:
+            if not other.permits and not other.waiting and now - other.asked_at > _ACTIVE_S:
                 del self._held[name]
         return held
 
     def _give_back(self, permit: Permit) -> None:
         held = self._held[permit.student]
+        held.permits -= 1
         held.cost -= permit.cost
         held.tokens -= permit.tokens
         self.cost -= permit.cost

@@ -188,6 +188,17 @@ async def test_a_large_request_whose_client_is_not_told_waits_for_a_while(monkey
     await inside
 
 
+async def test_control_traffic_that_takes_long_keeps_its_clients_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A canary at a slow teacher: it costs nothing and lasts longer than a client counts as one that asks."""
+    monkeypatch.setattr(admission_module, "_ACTIVE_S", 0.0)
+    admission = admission_of()
+    async with admission.admit(Permit("a", 80, 0)):
+        await asyncio.sleep(0.01)
+        async with admission.admit(permit("b", 10)):
+            pass
+    assert admission.permits == 0 and admission.tokens == 0
+
+
 async def test_control_traffic_is_let_in_past_everybody_and_counted() -> None:
     admission, never = admission_of(100, shared=False), asyncio.Event()
     tasks = [asyncio.create_task(held(admission, permit("a", 80), never)) for _ in range(2)]
