@@ -308,53 +308,47 @@ def test_a_signal_while_libraries_are_imported_ends_it(workshop: Workshop, tmp_p
 
 
 def stop_and_resume(
-    workshop: Workshop,
-    teacher: TeacherProcess,
-    root: Path,
-    moments: Callable[[float], list[float]],
+    workshop: Workshop, teacher: TeacherProcess, root: Path, count: int,
     start: Callable[[list[str], Path], TrainerProcess | Commanded],
-) -> None:
-    """A straight run, then one that is stopped at each of these moments from its start on, and then let go to its end.
-    `moments(seconds that the straight run took)`.
-    """
-    arguments = workshop.settings(root, f"run.steps={STEPS}", "evaluation.every=2", url=teacher.url)
+) -> None:  # fmt: skip
+    """A straight run, and `count` that are stopped at a random moment from their start to their end, and go on."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    arguments = workshop.settings(root, "run.steps=3", "evaluation.every=2", url=teacher.url)
     with start(["--help"], root / "help.txt") as trainer:
         trainer.wait()  # whatever a first start alone takes is not counted
     began = time.monotonic()
     with start([*arguments, "run.id=straight"], root / "straight.txt") as trainer:
         assert trainer.wait(300) == 0, trainer.text
-    for number, moment in enumerate(moments(time.monotonic() - began)):
-        with start([*arguments, "run.id=stopped"], root / f"output-{number}.txt") as trainer:
+    took_s = time.monotonic() - began
+    for number in range(count):
+        name = f"stopped-{number}"
+        moment = draw.uniform(0, took_s)
+        with start([*arguments, f"run.id={name}"], root / f"{name}.txt") as trainer:
             time.sleep(moment)
-            if not trainer.running:
-                continue
-            code = stopped(trainer, signal.SIGTERM, f"after {moment:.2f} s")
-            assert code in (0, 75) or (code == -signal.SIGTERM and not trainer.text), trainer.text
-    assert train([*arguments, "run.id=stopped"], root / "last.txt") == 0, (root / "last.txt").read_text()
-    assert trace_of(root / "stopped") == trace_of(root / "straight")
-    assert final_files(root / "stopped", STEPS) == final_files(root / "straight", STEPS)
-    evaluations = [(root / name / "evaluation.jsonl").read_text() for name in ("stopped", "straight")]
-    assert evaluations[0] == evaluations[1]
+            if trainer.running:
+                code = stopped(trainer, signal.SIGTERM, f"after {moment:.2f} of {took_s:.2f} s")
+                # Before the command's first line, the signal ends it as it ends any process.
+                assert code in (0, 75) or (code == -signal.SIGTERM and not trainer.text), trainer.text
+        assert train([*arguments, f"run.id={name}"], root / "again.txt") == 0, (root / "again.txt").read_text()
+        assert trace_of(root / name) == trace_of(root / "straight")
+        assert final_files(root / name, 3) == final_files(root / "straight", 3)
+        assert evaluations(root / name) == evaluations(root / "straight")
+
+
+def evaluations(folder: Path) -> str:
+    return (folder / "evaluation.jsonl").read_text()
 
 
 def test_signals_at_random_moments_change_nothing(workshop: Workshop, teacher: TeacherProcess, tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
-    stop_and_resume(
-        workshop, teacher, tmp_path, lambda took_s: [draw.uniform(0, took_s) for _ in range(5)],
-        lambda given, output: TrainerProcess(given, output, os.setsid),
-    )  # fmt: skip
+    stop_and_resume(workshop, teacher, tmp_path, 6, lambda given, output: TrainerProcess(given, output, os.setsid))
 
 
 @pytest.mark.slow
 def test_twenty_signals_from_the_start_of_the_process_on_change_nothing(
     workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
 ) -> None:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
     stop_and_resume(
-        workshop, teacher, tmp_path, lambda took_s: [draw.uniform(0, took_s) for _ in range(20)],
-        lambda given, output: Commanded("student_trainer.main", given, output),
-    )  # fmt: skip
+        workshop, teacher, tmp_path, 20, lambda given, output: Commanded("student_trainer.main", given, output)
+    )
