@@ -199,7 +199,7 @@ class StopSignals:
             return
         self._since = self._limit_from = time.monotonic()
         again_at = self._since + AGAIN_S
-        _write(2, f"{self._program}: {signal.Signals(first).name} received, stopping\n".encode())
+        self._say(f"{signal.Signals(first).name} received, stopping")
         while True:
             if select.select([pipe], [], [], POLL_S)[0]:
                 number = _read(pipe)
@@ -207,7 +207,7 @@ class StopSignals:
                     os.close(pipe)
                     return
                 if number == signal.SIGINT and time.monotonic() - self._since > AGAIN_S:
-                    _write(2, f"{self._program}: Ctrl-C again, ended at once\n".encode())
+                    self._say("Ctrl-C again, ended at once")
                     self._end(EXIT_IMPATIENT)
             self._children |= descendants(os.getpid())
             now = time.monotonic()
@@ -228,13 +228,19 @@ class StopSignals:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # which makes it wait
         code = EXIT_STOPPED
         if not self._obeyed and self._rescue is not None:
-            _write(2, f"{self._program}: what is computed now can't be interrupted: saving without it\n".encode())
+            self._say("what is computed now can't be interrupted: saving without it")
             try:
                 self._rescue()
             except Exception as error:  # the edge of the process: whatever it was, the process ends and says so
-                _write(2, f"{self._program}: {type(error).__name__}: {error}\n".encode())
+                self._say(f"{type(error).__name__}: {error}")
                 code = 1
         self._end(code)
+
+    def _say(self, text: str) -> None:
+        """On a thread of its own: nobody may read standard error, or the main thread hold the lock of a stream."""
+        saying = threading.Thread(target=DISPLAY.print, args=(f"{self._program}: {text}",), daemon=True)
+        saying.start()
+        saying.join(POLL_S)
 
     def _end(self, code: int) -> NoReturn:
         self._children |= descendants(os.getpid())
@@ -289,6 +295,14 @@ def hasten_end(code: int) -> None:
     """For a command that is over: a signal from here on ends the process at once, with the code that it would have."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
+
+
+def ignore_signals() -> None:
+    """For the last moments of an interpreter, which takes Python's own handlers away: the default ones would give the
+    process another code.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _read(pipe: int) -> int | None:

@@ -33,7 +33,8 @@ _SETTLING = 4096
 class FillReport:
     """What a run did, in sequences; `tokens` were scored. `failures` holds the first reasons.
 
-    `lost` entries did not stay: the store was full and let older ones go, or refused them.
+    `lost` entries did not stay: the store was full and let older ones go, or refused them. `bytes_done` of the data are
+    behind what was scored, skipped or failed.
     """
 
     scored: int = 0
@@ -41,7 +42,7 @@ class FillReport:
     failed: int = 0
     lost: int = 0
     tokens: int = 0
-    bytes_read: int = 0
+    bytes_done: int = 0
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
 
@@ -93,12 +94,14 @@ class _Run:
         self._alone = asyncio.Lock()
         self._idle = asyncio.Event()
         self._computing = 0
+        self._bytes_read = 0
 
     async def score_all(self, pieces: Iterator[Piece], window: int) -> None:
         running: dict[asyncio.Task[None], int] = {}
         try:
-            while (job := await asyncio.to_thread(self._next_missing, pieces)) is not None:
-                running[asyncio.create_task(self._score(job))] = len(job.tokens_T)
+            while (missing := await asyncio.to_thread(self._next_missing, pieces)) is not None:
+                job, num_bytes = missing
+                running[asyncio.create_task(self._score(job, num_bytes))] = len(job.tokens_T)
                 while sum(running.values()) >= window:
                     await _finish_one(running)
             while running:
@@ -108,26 +111,29 @@ class _Run:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    def _next_missing(self, pieces: Iterator[Piece]) -> Job | None:
-        """The next sequence that the store cannot answer and that is not on its way."""
+    def _next_missing(self, pieces: Iterator[Piece]) -> tuple[Job, int] | None:
+        """The next sequence that the store cannot answer and that is not on its way, with the bytes of data behind it
+        alone.
+        """
         if len(self._settling) > _SETTLING:
             # What was handed to the writer before it was flushed can be found in the store from now on.
             settled, self._settling = self._settling, []
             self.writer.flush()
             self._on_way.difference_update(settled)
         for piece in pieces:
-            self.report.bytes_read = piece.bytes_read
+            num_bytes, self._bytes_read = piece.bytes_read - self._bytes_read, piece.bytes_read
             number = self.report.scored + self.report.skipped
             job = Job(piece.tokens_T, (0, len(piece.tokens_T)), self._spec, f"fill-{number}")
             key = sequence_key(self._info.fingerprint, piece.tokens_T)
             if key not in self._on_way and not self._store.has(self._info.fingerprint, job):
                 self._on_way.add(key)
-                return job
+                return job, num_bytes
             self.report.skipped += 1
+            self.report.bytes_done += num_bytes
             self._on_progress(self.report)
         return None
 
-    async def _score(self, job: Job) -> None:
+    async def _score(self, job: Job, num_bytes: int) -> None:
         try:
             targets = await self._answer(job)
             await self._keep(job, targets)
@@ -141,6 +147,7 @@ class _Run:
             log.warning("sequence failed", tokens=len(job.tokens_T), error=str(error))
         finally:
             self._settling.append(sequence_key(self._info.fingerprint, job.tokens_T))
+            self.report.bytes_done += num_bytes
             self._on_progress(self.report)
 
     async def _answer(self, job: Job) -> TokenTargets:

@@ -83,8 +83,7 @@ async def _fill(
             scripted = settings.engine == "scripted"
             folder = None if scripted else find_model(settings.model, revision=settings.revision).path
             pieces = read_pieces(files, Text(folder, engine.limits.vocab_size), cutting)
-            size = sum(path.stat().st_size for path in files) / 1e6
-            with _Scoring(size) as scoring:
+            with _Scoring(sum(path.stat().st_size for path in files)) as scoring:
                 return await fill(engine, store, pieces, request.spec, window=settings.window, on_progress=scoring.show)
         finally:
             await engine.close()
@@ -123,15 +122,17 @@ def _check(request: TargetsRequest, engine: Engine) -> None:
 
 
 class _Scoring:
-    """How far it is, by megabytes of data, and what became of the sequences."""
+    """How far it is, by the data that is done with, and what became of the sequences."""
 
-    def __init__(self, megabytes: float):
-        self._stage = stage("filling", max(megabytes, 1e-6), "MB", note=self._note, closing=False)
+    def __init__(self, num_bytes: int):
+        unit, self._bytes_a_unit = ("MB", 1e6) if num_bytes >= 10e6 else ("kB", 1e3)
+        size = max(num_bytes, 1) / self._bytes_a_unit
+        self._stage = stage("filling", size, unit, note=self._note, closing=False)
         self._report: FillReport | None = None
 
     def show(self, report: FillReport) -> None:
         self._report = report
-        self._doing.done = report.bytes_read / 1e6
+        self._doing.done = report.bytes_done / self._bytes_a_unit
 
     def _note(self) -> str:
         report = self._report

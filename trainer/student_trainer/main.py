@@ -13,6 +13,7 @@ any moment, by every command; saving takes the time that it takes, and a second 
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import importlib
 import logging
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from teacher_proto.parent import end_with_parent_if_asked
-from teacher_proto.stopping import hasten_end, stoppable
+from teacher_proto.stopping import hasten_end, ignore_signals, stoppable
 
 if TYPE_CHECKING:
     from teacher_proto.stopping import StopSignals
@@ -46,6 +47,7 @@ logger = logging.getLogger("stillhouse")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
     end_with_parent_if_asked()
+    atexit.register(ignore_signals)  # what is registered first is called last
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
