@@ -43,7 +43,7 @@ def write_page(runs: Path, summary: Mapping[str, Any], about: Mapping[str, str])
         runs / "report.html",
         title="Stillhouse demo: a pruned model, healed",
         lead="Six of the teacher's thirty layers are cut out; what is left is healed for a few minutes. The students "
-        "differ in what they learn from alone. "
+        "differ only in what they learn from. "
         + "; ".join(f"{name.replace('_', ' ')}: {loss}" for name, loss in about.items())
         + ".",
         facts=[
