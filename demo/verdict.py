@@ -21,7 +21,7 @@ Lines = Iterable[Mapping[str, Any]]
 # What counts as more than chance.
 STANDARD_ERRORS = 2.0
 # What showed it where it was tried: docs/guides/prune.md.
-SHOWS_STEPS, SHOWS_TOKENS = 20, 6000
+SHOWS_STEPS, SHOWS_TOKENS = 12, 4000
 
 
 @dataclass(frozen=True)
