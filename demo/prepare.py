@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from teacher_proto.parent import end_with_parent_if_asked
+
 CACHE = Path(os.environ.get("STILLHOUSE_DEMO") or Path(__file__).resolve().parent.parent / ".cache" / "demo")
 TEACHER = CACHE / "teacher"
 # The student that `make demo` heals lacks these layers: docs/guides/prune.md says why these.
@@ -112,6 +114,7 @@ def _make_whole(folder: Path, make: Callable[[Path], object]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent_if_asked()
     # The steps are told; how far each of them is would be a bar within a line.
     os.environ.setdefault("TQDM_DISABLE", "1")
     prepare(

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teacher_proto.parent import end_with_parent_if_asked
+
 if TYPE_CHECKING:
     from student_trainer.loop import Run
 
@@ -37,6 +39,7 @@ class StudentSpeed:
 
 def main(arguments: list[str]) -> int:
     began = time.monotonic()
+    end_with_parent_if_asked()
     out, settings = Path(arguments[0]), arguments[1:]
     from student_trainer.build import build
     from student_trainer.compose import compose
