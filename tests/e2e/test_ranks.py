@@ -7,6 +7,7 @@ by it. What is compared bit for bit runs without clipping; with it the bound is 
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 from student_trainer import checkpoint
 from tests.ranks_run import ranks, train_ranks
-from tests.teacher_process import TeacherProcess
+from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import (
     SIGKILL,
     SIGTERM,
@@ -276,3 +277,30 @@ def test_torchrun_starts_them(
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "run", one)
+
+
+# As `stillhouse-train` would, and says at the very end of the interpreter that it came to that.
+ENDING = """
+import atexit, sys
+from student_trainer.main import main
+atexit.register(print, "taken apart")
+main(sys.argv[1:])
+"""
+
+
+def test_the_interpreter_of_a_rank_is_not_taken_apart_under_threads_that_outlive_the_group(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    given, port = arguments(workshop, tmp_path, teacher, "run.steps=2", "evaluation.every=0"), free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDING, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in started:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "taken apart" not in said, said
+    assert steps_of(tmp_path / "run") == [1, 2]

@@ -22,9 +22,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from teacher_proto.parent import end_with_parent_if_asked
 from teacher_proto.stopping import hasten_end, ignore_signals, stoppable
@@ -55,8 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Whoever read what we print has seen enough, as `head` does; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        leave(code)
     hasten_end(code)
     sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End one of several ranks: all of ours is closed, and the interpreter is not taken apart. The native threads of
+    gloo outlive the process group, which FSDP's mesh holds on to, and would run on while what they use is destroyed.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
