@@ -29,9 +29,11 @@ log = structlog.get_logger("stillhouse.answers")
 _SETTLING_S = 1.0
 RECENT_BYTES = 64 * 2**20
 _IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
-# The engine is handed what it computes in so long, and at least so many tokens: control traffic waits for no more.
+# The engine is handed what it computes in so long, and at least so many tokens: control traffic waits for no more. One
+# that computes a whole step (vLLM's on a CPU) in that time is handed the window: its own steps bound the wait.
 _PACE_S = 1.5
 _LEAST_PACE = 256
+_STEP_TOKENS = 2048
 StoredJobT = TypeVar("StoredJobT", contravariant=True)
 
 
@@ -245,5 +247,9 @@ class Answers(Generic[JobT, AnswerT]):
         self._queue.recover()
         self.last_success = time.monotonic()
         self._rate.count(job.num_tokens, self._queue.busy_s())
-        self._queue.pace = max(_LEAST_PACE, int(_PACE_S * self._rate.tokens_per_second))
+        self._queue.pace = self._pace()
         return answer
+
+    def _pace(self) -> int:
+        tokens = int(_PACE_S * self._rate.tokens_per_second)
+        return self._queue.window if tokens >= _STEP_TOKENS else max(_LEAST_PACE, tokens)

@@ -19,7 +19,7 @@ from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_wire import AttentionDecoder
 from teacher_proto.errors import TeacherUnavailableError, WrongTeacherError
 from teacher_proto.retry import RetryPolicy
-from teacher_proto.wire import MSGPACK
+from teacher_proto.wire import MSGPACK, Progress
 from teacher_proto.wire_request import encode_request
 from tests.chaos.crowd import until_admitted, until_gauge
 from tests.teacher_process import AttentionProcess
@@ -102,6 +102,23 @@ async def test_states_beyond_float16_fail_alone_and_the_engine_lives(tmp_path: P
                     assert not answer.json()["retryable"]
             assert is_whole(await post(http, request(seed=99, layer=0)))
             assert (await http.get("/health/ready")).status_code == 200
+
+
+async def test_a_client_that_asks_for_it_hears_of_its_progress(http: httpx.AsyncClient) -> None:
+    async def progress(seed: int) -> list[Progress]:
+        headers = {"Content-Type": MSGPACK, "X-Progress": "1"}
+        response = await http.post("/v1/attention", content=encode_request(slow(seed)), headers=headers)
+        decoder = AttentionDecoder()
+        messages = list(decoder.feed(response.content))
+        decoder.close()
+        return [message for message in messages if isinstance(message, Progress)]
+
+    rounds = 0
+    while not any(told := await asyncio.gather(*(progress(10 * rounds + n) for n in range(8)))):
+        rounds += 1
+        assert rounds < 10  # a machine that does each eight in a second
+    last = max((message for one in told for message in one), key=lambda message: message.tokens_ahead)
+    assert last.tokens == 2000 and last.tokens_done == 0 and last.tokens_ahead % 2000 == 0
 
 
 async def test_a_client_that_leaves_gives_its_permit_back(service: AttentionProcess, http: httpx.AsyncClient) -> None:
