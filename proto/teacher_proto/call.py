@@ -84,7 +84,7 @@ class Call(Generic[RequestT]):
 
     def start(self) -> None:
         """From now on the deadline counts."""
-        self.started_at = self.moved_at = self.heard_at = self._now()
+        self.started_at = self.moved_at = self.heard_at = self.reported_at = self._now()
 
     def tokens_of(self, asked: list[int]) -> int:
         return sum(len(self.request.sequences[index]) for index in asked)
@@ -151,6 +151,7 @@ class Call(Generic[RequestT]):
     def reported(self, progress: Progress) -> None:
         """The service says how far it is."""
         self.heard()
+        self.reported_at = self.heard_at
         last, self.progress = self.progress, progress
         left = progress.tokens - progress.tokens_done + progress.tokens_ahead
         if last is None or left < last.tokens - last.tokens_done + last.tokens_ahead:

@@ -7,7 +7,7 @@ fall back when one of sixteen is done.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,12 +75,19 @@ class InFlight:
         entries = [entry for group in groups for entry in list(group.live)]
         if not entries:
             return None
-        waiting = waiting_for(what, entries, self._now(), replicas, self._rate())
+        waiting = self.waiting_for(what, entries, replicas)
         finished = sum(group.tokens_finished for group in groups)
         return Waiting(
             what, waiting.tokens_done + finished, waiting.tokens + finished, waiting.tokens_ahead,
             waiting.tokens_per_second, waiting.silent_s,
         )  # fmt: skip
+
+    def waiting_for(self, what: str, entries: Sequence[Entry], replicas: int = 1) -> Waiting:
+        """These requests alone."""
+        return waiting_for(what, entries, self._now(), replicas, self._rate(), self._answered_since)
+
+    def _answered_since(self, at: float) -> int:
+        return sum(tokens for when, tokens in list(self._answered) if when > at)
 
     def _rate(self) -> float:
         """Tokens answered a second of late, all services together: for one that does not report its own."""
@@ -90,9 +97,11 @@ class InFlight:
 
 
 def waiting_for(
-    what: str, entries: Sequence[Entry], now: float, replicas: int = 1, measured_rate: float = 0.0
-) -> Waiting:
-    """How far these requests are together, by what the services that compute them report."""
+    what: str, entries: Sequence[Entry], now: float, replicas: int = 1, measured_rate: float = 0.0,
+    answered_since: Callable[[float], int] = lambda at: 0,
+) -> Waiting:  # fmt: skip
+    """How far these requests are together, by what the services that compute them report. `answered_since` tells for
+    how many tokens answers came after a time: a service that reported before it counts them among those ahead."""
     asked: dict[Any, list[AnyCall]] = defaultdict(list)
     unsent = sum(entry.tokens for entry in entries if not entry.calls)
     calls = [call for entry in entries for call in entry.calls]
@@ -101,8 +110,8 @@ def waiting_for(
             unsent += call.tokens_left
         elif call.tokens_left:
             asked[replica].append(call)
-    parts = [_part(what, group, unsent / max(replicas, len(asked))) for group in asked.values()]
-    total = Waiting.sum_of(parts)
+    share = unsent / max(replicas, len(asked))
+    total = Waiting.sum_of(_part(what, group, share, answered_since) for group in asked.values())
     rate = total.tokens_per_second if total is not None else 0.0
     return Waiting(
         what,
@@ -114,13 +123,15 @@ def waiting_for(
     )
 
 
-def _part(what: str, calls: Iterable[AnyCall], unsent: float) -> Waiting:
+def _part(what: str, calls: Sequence[AnyCall], unsent: float, answered_since: Callable[[float], int]) -> Waiting:
     """What one replica still has to do for us, and for others before the last of ours."""
-    calls = list(calls)
     left = sum(call.tokens_left for call in calls) + round(unsent)
     # Read once each: the client's thread may go on meanwhile.
     reported = [(call, progress) for call in calls if (progress := call.progress) is not None]
     # Whether or not a service counts our own other requests among those ahead of one, the last of ours ends then.
-    ahead = max((call.tokens_left + progress.tokens_ahead for call, progress in reported), default=0)
-    _, latest = max(reported, key=lambda pair: pair[0].heard_at, default=(None, None))
+    ahead = max(
+        (call.tokens_left + max(progress.tokens_ahead - answered_since(call.reported_at), 0)
+         for call, progress in reported), default=0,
+    )  # fmt: skip
+    _, latest = max(reported, key=lambda pair: pair[0].reported_at, default=(None, None))
     return Waiting(what, 0, left, max(ahead - left, 0), latest.tokens_per_second if latest is not None else 0.0)

@@ -22,7 +22,7 @@ from teacher_proto.dialect import Dialect, InfoT, RequestT
 from teacher_proto.exchange import fetch_info
 from teacher_proto.expectation import Expectation
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.in_flight import InFlight, waiting_for
+from teacher_proto.in_flight import InFlight
 from teacher_proto.merging import merge
 from teacher_proto.replicas import Replica, ReplicaPool, check_urls
 from teacher_proto.retry import RetryPolicy, Timing
@@ -142,7 +142,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
 
             def tell() -> None:
                 if on_progress is not None:
-                    on_progress(waiting_for(self._what, [entry], self._timing.now()))
+                    on_progress(self._in_flight.waiting_for(self._what, [entry]))
 
             async with aclosing(merge([self._attempts.records(call, tell) for call in calls])) as records:
                 async for which, (place, record) in records:

@@ -43,7 +43,12 @@ def test_the_last_of_several_requests_at_one_service_decides_how_long_it_takes()
     assert waiting is not None
     assert (waiting.tokens, waiting.tokens_done, waiting.tokens_ahead) == (300, 0, 50)
     assert waiting.seconds_left == pytest.approx(350 / 20)
+    # What has come of ours since those reports is no longer ahead.
+    clock.time += 12
     calls[0].answered(0)
+    in_flight.answered(100)
+    waiting = in_flight.waiting("a")
+    assert waiting is not None and waiting.seconds_left == pytest.approx(250 / 20)
     clock.time += 12
     waiting = in_flight.waiting("a")
     assert waiting is not None and (waiting.tokens_done, waiting.tokens, waiting.silent_s) == (100, 300, 12)
