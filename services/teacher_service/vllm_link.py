@@ -18,7 +18,7 @@ from serving.startup import done
 from teacher_service import vllm_process
 from teacher_service.vllm_messages import receive, send
 
-_END_WITHIN_S = 5.0
+_END_WITHIN_S = 3.0
 GONE = "a vLLM engine process is gone; what it wrote to stderr tells why"
 
 
