@@ -98,7 +98,7 @@ def engine_arguments(
     chosen = {name: value for name, value in options.items() if value not in (None, "auto")}
     overrides = {"hf_overrides": {"head_dtype": head_dtype, **vllm_args.get("hf_overrides", {})}}
     arguments = defaults | chosen | dict(vllm_args) | overrides | fixed
-    arguments |= _adapt(folder, alone=_in_one_process(arguments))
+    arguments |= _adapt(folder, alone=in_one_process(arguments))
     if on_cpu:
         _warn_of_emulation(folder, arguments["dtype"])
     return arguments
@@ -127,7 +127,7 @@ def _warn_of_emulation(folder: ModelFolder, dtype: str) -> None:
         log.warning("%s: %s", folder.name, warning)
 
 
-def _in_one_process(arguments: Mapping[str, Any]) -> bool:
+def in_one_process(arguments: Mapping[str, Any]) -> bool:
     """Whether vLLM computes in this very process, and has no workers."""
     ranks = [arguments.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline")]
     return ranks == [1, 1] and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

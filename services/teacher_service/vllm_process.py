@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,7 +26,7 @@ from teacher_proto.model_files import ModelFolder
 from teacher_proto.parent import end_spawned_with_parent
 from teacher_service.vllm_identity import deciding_options, length_option
 from teacher_service.vllm_messages import receive, send
-from teacher_service.vllm_options import engine_arguments, prepare_environment
+from teacher_service.vllm_options import engine_arguments, in_one_process, prepare_environment
 
 EXIT_REFUSED, EXIT_DIED = 2, 70
 
@@ -36,8 +36,8 @@ class Order:
     """What is to be loaded, and how: what `VllmEngine` was made with."""
 
     folder: ModelFolder
-    options: Mapping[str, Any]
-    vllm_args: Mapping[str, Any]
+    options: dict[str, Any]
+    vllm_args: dict[str, Any]
     head_dtype: str
 
 
@@ -66,7 +66,8 @@ def _serve(connection: Connection, order: Order) -> int:
     inbox: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_fill, args=(connection, inbox), name="inbox", daemon=True).start()
     _answer(engine, connection, inbox)
-    engine.engine_core.shutdown()
+    if not in_one_process(order.options | order.vllm_args):
+        engine.engine_core.shutdown()  # else the end of this process is all there is to it, and takes no second
     return 0
 
 
@@ -81,6 +82,10 @@ def _load(connection: Connection, order: Order) -> Any:
         began = now
 
     prepare_environment()
+    from tqdm import tqdm
+
+    # By itself it makes a lock among processes, which is missed aloud where this one is killed.
+    tqdm.set_lock(threading.RLock())
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
