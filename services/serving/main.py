@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from teacher_proto.parent import end_with_parent_if_asked
@@ -31,8 +32,9 @@ class QuietEnd:
         atexit.register(self._leave)
 
     def _leave(self) -> NoReturn:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # whoever read it has gone
+                stream.flush()
         os._exit(self.code)
 
 
