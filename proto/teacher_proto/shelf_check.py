@@ -99,7 +99,7 @@ def open_to_read(path: Path) -> lmdb.Environment:
 
 def _fault(path: Path) -> str | None:
     """What `walk` finds. Where there are no locks, a file that is written to while it is read may look damaged: only
-    what is found again while nothing was written is a fault.
+    what is found while nothing was written is a fault.
     """
     import lmdb
 
@@ -120,7 +120,7 @@ def _fault(path: Path) -> str | None:
             fault = str(error)
         if fault is None or _state(path) == before:
             return fault
-    return fault
+    raise lmdb.Error(f"it is written to all the time, and at each look something else was wrong, at last: {fault}")
 
 
 def _state(path: Path) -> tuple[int, int]:

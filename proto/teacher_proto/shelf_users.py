@@ -25,7 +25,7 @@ class Users:
         self._descriptor: int | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = os.open(path / FILE, os.O_RDONLY | os.O_CREAT, 0o666)
         except OSError as error:
             if not readonly:
                 raise ValueError(f"{path} can't be opened as a target store: {error}") from None

@@ -192,6 +192,9 @@ def test_a_file_that_changes_under_a_stream_is_found_out_when_it_is_opened_again
     settings = settings_for("jsonl streamed", tmp_path / "data", tmp_path)
     with opened(settings) as source:
         _, states = run(source, 2)
+        (tmp_path / "data.backup").hardlink_to(tmp_path / "data")  # changes nothing of what is in it
+        _, states = run(source, 60, states[-1])
+        (tmp_path / "data.backup").unlink()
         write_jsonl(tmp_path / "data", lines()[1:201])
         with pytest.raises(ValueError, match="has changed since the run opened it"):
             run(source, 200, states[-1])

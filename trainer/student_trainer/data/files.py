@@ -24,13 +24,15 @@ EXTENSIONS = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet", "
 class DataFile:
     """A file to read. `version` changes when its content does (size with mtime or etag), as far as the store tells.
 
-    `told`: what the store says of the content itself, an etag or a hash; None where it says nothing.
+    `told`: what the store says of the content itself, an etag or a hash; None where it says nothing. `written`: what
+    changes when somebody writes to it.
     """
 
     url: str
     size: int
     version: str
     told: str | None = None
+    written: str = ""
 
     @property
     def local_path(self) -> Path | None:
@@ -67,7 +69,9 @@ def _find(path: str, settings: SourceSettings) -> list[DataFile]:
     except OSError as error:
         raise ValueError(f"cannot list {path!r}: {type(error).__name__}: {error}") from error
     return [
-        DataFile(fs.unstrip_protocol(name), int(info["size"] or 0), str(fs.ukey(name)), _told(info))
+        DataFile(
+            fs.unstrip_protocol(name), int(info["size"] or 0), str(fs.ukey(name)), _told(info), _written(fs, name, info)
+        )
         for name, info in infos.items()
         if info["type"] == "file"
     ]
@@ -77,13 +81,18 @@ def check_unchanged(file: DataFile, settings: SourceSettings) -> None:
     """ValueError if the file was written to since it was found: what is read would not be what the run has noted."""
     try:
         fs, path = fsspec.core.url_to_fs(file.url, **settings.storage_options)
-        version = str(fs.ukey(path))
+        written = _written(fs, path, fs.info(path))
     except OSError as error:
         raise ValueError(f"cannot read {file.url}: {type(error).__name__}: {error}") from error
-    if version != file.version:
+    if written != file.written:
         raise ValueError(
             f"{file.url} has changed since the run opened it: start again, with the data that it began with"
         )
+
+
+def _written(fs: Any, path: str, info: Mapping[str, Any]) -> str:
+    """Of a file on this disk without the time of its last change, which a backup's hard link moves as well."""
+    return f"{info['size']}:{info['mtime']}:{info['ino']}" if "ino" in info else str(fs.ukey(path))
 
 
 def _told(info: Mapping[str, Any]) -> str | None:
