@@ -346,6 +346,7 @@ def test_signals_at_random_moments_change_nothing(workshop: Workshop, teacher: T
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_signals_from_the_start_of_the_process_on_change_nothing(
     workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
 ) -> None:
