@@ -251,6 +251,7 @@ class StopSignals:
 
 
 _active: StopSignals | None = None
+_ended_with: int | None = None
 
 
 def finishing() -> AbstractContextManager[None]:
@@ -293,16 +294,22 @@ def stoppable(program: str, command: Callable[[StopSignals], int]) -> int:
 
 def hasten_end(code: int) -> None:
     """For a command that is over: a signal from here on ends the process at once, with the code that it would have."""
+    global _ended_with
+    _ended_with = code
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
 
 
-def ignore_signals() -> None:
-    """For the last moments of an interpreter, which takes Python's own handlers away: the default ones would give the
-    process another code.
+def skip_teardown() -> None:
+    """To be registered with `atexit` before anything else is, and so called last: after `hasten_end` the process ends
+    here. Taking torch's modules down takes seconds on a busy machine, in which a signal would find no handler of ours
+    and give the process another code.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    if _ended_with is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                stream.flush()
+        os._exit(_ended_with)
 
 
 def _read(pipe: int) -> int | None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from teacher_proto.parent import end_with_parent_if_asked
-from teacher_proto.stopping import hasten_end, ignore_signals, stoppable
+from teacher_proto.stopping import hasten_end, skip_teardown, stoppable
 
 if TYPE_CHECKING:
     from teacher_proto.stopping import StopSignals
@@ -47,7 +47,7 @@ logger = logging.getLogger("stillhouse")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
     end_with_parent_if_asked()
-    atexit.register(ignore_signals)  # what is registered first is called last
+    atexit.register(skip_teardown)  # what is registered first is called last
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
