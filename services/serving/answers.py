@@ -99,9 +99,9 @@ class Answers(Generic[JobT, AnswerT]):
         return self._unread.nbytes
 
     def tokens_ahead(self, keys: Collection[Hashable]) -> int:
-        """Tokens of others that are computed before the last of these, of those that are in flight."""
+        """Tokens of others that are computed before the last of these. All, while none of them is in flight."""
         tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
-        return self._queue.tokens_ahead(tickets)
+        return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
 
     async def answer(self, job: JobT, student: str) -> AnswerT:
         """The answer to a job that was admitted. EngineError if the engine failed at it."""

@@ -93,6 +93,8 @@ class FairQueue:
     def tokens_ahead(self, tickets: Collection[Ticket]) -> int:
         """Tokens of others that the engine computes before the last of these tickets, in the order of now."""
         mine = [ticket for ticket in tickets if not ticket.left]
+        if not mine:
+            return 0
         waiting = [ticket for ticket in mine if ticket.waiting]
         ahead = self.running - sum(ticket.tokens for ticket in mine if not ticket.waiting)
         if waiting:
@@ -101,6 +103,10 @@ class FairQueue:
             own = sum(ticket.tokens for ticket in waiting if ticket is not last)
             ahead += max(0, order.tokens_before(last) - own)
         return max(0, ahead)
+
+    def tokens_in_all(self) -> int:
+        """Tokens that run or wait."""
+        return self.running + sum(self._present_order().totals.values())
 
     def _present_order(self) -> _Order:
         now = asyncio.get_running_loop().time()

@@ -1,4 +1,4 @@
-"""Answers on their way out: a stream of msgpack messages as sequences finish, or one JSON document."""
+"""Answers on their way out: msgpack messages as sequences finish, with progress meanwhile, or one JSON document."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class RacedResponse(Response):
             gone.cancel()
             if not work.done():
                 work.cancel()
-            # Both are awaited so that permits are back and engine work is aborted when this returns.
+            # Both are awaited so that permits are back and nothing is computed in vain when this returns.
             await asyncio.gather(work, gone, return_exceptions=True)
 
 

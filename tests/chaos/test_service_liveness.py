@@ -100,7 +100,7 @@ async def test_a_newcomer_connects_to_a_busy_teacher_at_once() -> None:
 
 
 async def test_canaries_beyond_the_allowance_queue_as_anything_else() -> None:
-    with TeacherProcess(keys=KEYS_FILE, script={"tokens_per_second": 2000}) as teacher:
+    with TeacherProcess("--window", "1000", keys=KEYS_FILE, script={"tokens_per_second": 2000}) as teacher:
         async with clients(teacher, KEYS["first"]) as client:
             for _ in range(4):
                 async with TeacherClient(teacher.url, key=KEYS["new"]) as newcomer:
@@ -198,6 +198,7 @@ async def test_an_abort_after_the_first_word_is_a_message_too() -> None:
             heard, waited = await asyncio.gather(inside, outside)
             assert await asyncio.to_thread(teacher.wait) == 1
     assert heard.progress and heard.failures == [(0, "overloaded")] and heard.whole
+    assert [progress.tokens_ahead for _, progress in waited.progress] == [20] * len(waited.progress)
     assert waited.progress and waited.failures == [(None, "overloaded")] and not waited.answered
 
 

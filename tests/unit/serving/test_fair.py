@@ -164,7 +164,8 @@ async def test_what_is_ahead_is_what_others_are_served_before() -> None:
     assert queue.tokens_ahead(lanes["c"]) == 10 + 30 + 30
     # The last of all waits for everybody, and for nothing but itself in its own lane.
     assert queue.tokens_ahead(lanes["a"]) == 10 + 30 + 50
-    assert queue.tokens_ahead([running]) == 0
+    assert queue.tokens_ahead([running]) == queue.tokens_ahead([]) == 0
+    assert queue.tokens_in_all() == 10 + 100 + 30 + 50
     for ticket in (*lanes["a"], *lanes["b"], running):
         queue.leave(ticket)
     await asyncio.sleep(0.6)  # an order is looked at for half a second
