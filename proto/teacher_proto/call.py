@@ -59,7 +59,10 @@ class Call(Generic[RequestT]):
     While a service reports, it has twice the time that the longest missing sequence takes at the reported rate on top.
     """
 
-    def __init__(self, request: RequestT, policy: RetryPolicy, timing: Timing, deadline_s: float | None):
+    def __init__(
+        self, request: RequestT, policy: RetryPolicy, timing: Timing, deadline_s: float | None = None,
+        evidence: Evidence | None = None,
+    ):  # fmt: skip
         self.request = request
         self.missing = set(range(len(request.sequences)))
         self.answered_tokens = 0
@@ -69,7 +72,7 @@ class Call(Generic[RequestT]):
         self.tried: set[Replica[Any]] = set()
         self.attempts = 0
         self.failed = False
-        self.evidence = Evidence()
+        self.evidence = evidence or Evidence()
         # Whom the call is with, None between attempts, and what was last heard of it.
         self.replica: Replica[Any] | None = None
         self.progress: Progress | None = None
@@ -107,7 +110,7 @@ class Call(Generic[RequestT]):
         self.tried.add(replica)
         self.replica, self.progress = replica, None
         self.heard_at = self._now()
-        if suspects := self.evidence.suspects(self.missing):
+        if suspects := self.evidence.suspects(self.request, self.missing):
             return suspects[:1]
         asked = sorted(self.missing)[: self._at_once]
         tokens = accumulate(self.tokens_of([index]) for index in asked)
@@ -117,7 +120,7 @@ class Call(Generic[RequestT]):
     @property
     def suspected(self) -> bool:
         """Whether the next attempt is at a sequence that may kill the engine."""
-        return bool(self.evidence.suspects(self.missing))
+        return bool(self.evidence.suspects(self.request, self.missing))
 
     def waited(self, seconds: float) -> None:
         """So long this client itself held the call back: it does not count."""
@@ -126,9 +129,7 @@ class Call(Generic[RequestT]):
     def died(self, replica: Replica[Any], death: Death, error: StillhouseError, asked: list[int], alone: bool) -> None:
         """The engine died while these were computed. DeadlyRequestError once that is the doing of one of them."""
         missing = [index for index in asked if index in self.missing]
-        self.evidence.note(missing, death, f"{replica.url}: {error}", alone=alone)
-        for index in missing:
-            self.evidence.check(index, self.request)
+        self.evidence.note(self.request, missing, death, f"{replica.url}: {error}", alone=alone)
 
     def end(self, failed: bool) -> None:
         """The attempt is over. After a success every replica is as good as new."""
@@ -143,6 +144,7 @@ class Call(Generic[RequestT]):
     def answered(self, index: int) -> None:
         """The record of this sequence has come."""
         self.missing.discard(index)
+        self.evidence.forget(self.request, index)
         tokens = len(self.request.sequences[index])
         self.answered_tokens += tokens
         self.tokens_left -= tokens

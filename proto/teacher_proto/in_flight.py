@@ -125,7 +125,7 @@ def waiting_for(
 
 def _part(what: str, calls: Sequence[AnyCall], unsent: float, answered_since: Callable[[float], int]) -> Waiting:
     """What one replica still has to do for us, and for others before the last of ours."""
-    left = sum(call.tokens_left for call in calls) + round(unsent)
+    sent = sum(call.tokens_left for call in calls)
     # Read once each: the client's thread may go on meanwhile.
     reported = [(call, progress) for call in calls if (progress := call.progress) is not None]
     # Whether or not a service counts our own other requests among those ahead of one, the last of ours ends then.
@@ -134,4 +134,7 @@ def _part(what: str, calls: Sequence[AnyCall], unsent: float, answered_since: Ca
          for call, progress in reported), default=0,
     )  # fmt: skip
     _, latest = max(reported, key=lambda pair: pair[0].reported_at, default=(None, None))
-    return Waiting(what, 0, left, max(ahead - left, 0), latest.tokens_per_second if latest is not None else 0.0)
+    # What is not sent yet will have as many of others' tokens before it as what is.
+    others = max(ahead - sent, 0) * (1 + unsent / max(sent, 1))
+    rate = latest.tokens_per_second if latest is not None else 0.0
+    return Waiting(what, 0, sent + round(unsent), round(others), rate)

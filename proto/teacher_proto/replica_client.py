@@ -27,6 +27,7 @@ from teacher_proto.merging import merge
 from teacher_proto.replicas import Replica, ReplicaPool, check_urls
 from teacher_proto.retry import RetryPolicy, Timing
 from teacher_proto.splitting import least_of, split
+from teacher_proto.suspects import Evidence
 from teacher_proto.waiting import Waiting
 from teacher_proto.wire_answer import RecordT
 
@@ -64,6 +65,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         roots = check_urls(urls, self.dialect.noun)
         self._pool: ReplicaPool[InfoT] = ReplicaPool(roots, self._probe, self.policy, self._timing, self.dialect.noun)
         self._what = f"{self.dialect.noun} at {', '.join(roots)}"
+        self._evidence = Evidence()
         self._in_flight = InFlight(self._timing.now)
         headers = {"accept-encoding": "identity", "user-agent": "stillhouse"}
         if key is not None:
@@ -137,7 +139,9 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         entry = self._in_flight.begin(request.num_tokens)
         try:
             parts = await self._split(request, deadline_s)
-            calls = [Call(request.select(part), self.policy, self._timing, deadline_s) for part in parts]
+            calls = [
+                Call(request.select(part), self.policy, self._timing, deadline_s, self._evidence) for part in parts
+            ]
             entry.calls = calls
 
             def tell() -> None:

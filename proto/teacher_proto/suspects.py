@@ -9,6 +9,7 @@ engine dies again, twice, is named. Used by `call.py` and `replica_client.py`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -25,35 +26,54 @@ _SUSPECT, _CULPRIT = 3, 6
 
 
 class Evidence:
-    """What speaks against the sequences of one request."""
+    """What speaks against sequences that one client asks about, whatever request they come in, until they are
+    answered: a restart may take longer than a call waits."""
 
     def __init__(self) -> None:
-        self._beside: Counter[int] = Counter()
-        self._alone: Counter[int] = Counter()
-        self._reasons: dict[int, list[str]] = {}
+        self._beside: Counter[bytes] = Counter()
+        self._alone: Counter[bytes] = Counter()
+        self._reasons: dict[bytes, list[str]] = {}
 
-    def suspects(self, missing: Iterable[int]) -> list[int]:
-        """Those to be asked about alone, the least suspect first: they are cleared the sooner."""
-        found = [index for index in missing if self._alone[index] or self._beside[index] >= _SUSPECT]
-        return sorted(found, key=lambda index: (self._alone[index], index))
+    def suspects(self, request: SequencesRequest, missing: Iterable[int]) -> list[int]:
+        """Those of `missing` to be asked about alone, the least suspect first: they are cleared the sooner."""
+        if not self._reasons:
+            return []
+        keys = {index: _key(request, index) for index in missing}
+        found = [index for index, key in keys.items() if self._alone[key] or self._beside[key] >= _SUSPECT]
+        return sorted(found, key=lambda index: (self._alone[keys[index]], index))
 
-    def note(self, indexes: Iterable[int], death: Death, reason: str, *, alone: bool) -> None:
-        """The engine died while these were computed."""
+    def note(
+        self, request: SequencesRequest, indexes: Iterable[int], death: Death, reason: str, *, alone: bool
+    ) -> None:
+        """The engine died while these were computed. DeadlyRequestError once it has died often enough of one of them,
+        while nothing else of ours was computed."""
         for index in indexes:
-            (self._alone if alone else self._beside)[index] += _WEIGHT[death]
-            self._reasons.setdefault(index, []).append(f"{'alone' if alone else 'beside others'}, {reason}")
+            key = _key(request, index)
+            (self._alone if alone else self._beside)[key] += _WEIGHT[death]
+            self._reasons.setdefault(key, []).append(f"{'alone' if alone else 'beside others'}, {reason}")
+            if self._alone[key] >= _CULPRIT:
+                raise _deadly(request, index, tuple(self._reasons[key]))
 
-    def check(self, index: int, request: SequencesRequest) -> None:
-        """DeadlyRequestError if the engine has died often enough while nothing else of ours was computed."""
-        if self._alone[index] < _CULPRIT:
-            return
-        tokens_T, reasons = request.sequences[index], tuple(self._reasons[index])
-        shown = ", ".join([*map(str, tokens_T[:8].tolist()), *(["..."] if len(tokens_T) > 8 else [])])
-        raise DeadlyRequestError(
-            f"the engine dies of one sequence of {len(tokens_T)} tokens ({shown}), {len(reasons)} times now, and "
-            "answers others: " + "; ".join(reasons),
-            field="sequences", request=request.select([index]), reasons=reasons,
-        )  # fmt: skip
+    def forget(self, request: SequencesRequest, index: int) -> None:
+        """This one is answered."""
+        if self._reasons:
+            key = _key(request, index)
+            for counts in (self._beside, self._alone, self._reasons):
+                counts.pop(key, None)
+
+
+def _key(request: SequencesRequest, index: int) -> bytes:
+    return hashlib.sha256(request.sequences[index].tobytes()).digest()
+
+
+def _deadly(request: SequencesRequest, index: int, reasons: tuple[str, ...]) -> DeadlyRequestError:
+    tokens_T = request.sequences[index]
+    shown = ", ".join([*map(str, tokens_T[:8].tolist()), *(["..."] if len(tokens_T) > 8 else [])])
+    return DeadlyRequestError(
+        f"the engine dies of one sequence of {len(tokens_T)} tokens ({shown}), {len(reasons)} times now, and "
+        "answers others: " + "; ".join(reasons),
+        field="sequences", request=request.select([index]), reasons=reasons,
+    )  # fmt: skip
 
 
 class Lanes:

@@ -313,6 +313,30 @@ async def test_the_sequence_that_kills_the_engine_is_named_and_its_neighbours_ar
             check_true([given[n][i] for i in range(3)], request)
 
 
+async def test_what_is_known_of_a_sequence_outlives_a_call_and_the_restart_that_it_did_not_wait_for() -> None:
+    teacher, clock = Replica(), FakeClock()
+    teacher.limits = Limits(vocab_size=VOCAB, max_sequence_length=512)
+    given: dict[int, TokenTargets] = {}
+
+    def die(http: httpx.Request) -> Any:
+        if not any(len(tokens_T) == 30 for tokens_T in teacher.posts[-1].sequences):
+            return None
+        teacher.down = httpx.ConnectError("gone")
+        return problem(503, "engine_dead", "the engine is dead", retryable=True)
+
+    async with client_of(teacher, clock=clock) as client:
+        teacher.faults += [die] * 50
+        for _ in range(2):
+            with pytest.raises(TeacherUnavailableError):
+                await client.targets(REQUEST, given=given, deadline_s=20)
+            teacher.down = None
+            clock.time += 400
+        with pytest.raises(DeadlyRequestError, match="of 30 tokens"):
+            await client.targets(REQUEST, given=given, deadline_s=20)
+    # Those before it are asked about alone too, and kept.
+    assert lengths_asked(teacher) == [[5, 9, 30, 12], [5], [9], [30], [12], [30]]
+
+
 async def test_an_engine_that_dies_of_itself_accuses_nobody() -> None:
     teacher, clock = Replica(), FakeClock()
     async with client_of(teacher, clock=clock) as client:

@@ -26,7 +26,7 @@ class Clock:
 
 def call_of(clock: Clock, *lengths: int) -> Call[TargetsRequest]:
     request = TargetsRequest(sequences=tuple(np.zeros(length, np.int64) for length in lengths))
-    return Call(request, RetryPolicy(), Timing(now=clock.now), None)
+    return Call(request, RetryPolicy(), Timing(now=clock.now))
 
 
 def test_the_last_of_several_requests_at_one_service_decides_how_long_it_takes() -> None:
@@ -81,6 +81,19 @@ def test_two_replicas_work_side_by_side_and_share_what_is_not_sent_yet() -> None
     assert (waiting.tokens, waiting.tokens_ahead) == (400, 0)
     # The slower one has its 100 and half of what waits here.
     assert waiting.seconds_left == pytest.approx(200 / 10)
+
+
+def test_what_waits_here_is_taken_to_wait_for_others_as_what_was_sent_does() -> None:
+    clock, replica = Clock(), Replica[Any]("http://a")
+    in_flight = InFlight(clock.now)
+    sent = call_of(clock, 100)
+    in_flight.begin(100).calls = [sent]
+    in_flight.begin(50)
+    sent.begin(replica)
+    sent.reported(Progress(0, 100, 400, 10.0))
+    waiting = in_flight.waiting("a")
+    # Five of us take turns: a fifth of the rate for 150 tokens.
+    assert waiting is not None and waiting.seconds_left == pytest.approx(150 / 2)
 
 
 def test_a_service_that_reports_nothing_is_timed_by_what_comes() -> None:

@@ -87,8 +87,9 @@ async def test_records_that_came_before_a_deadline_are_not_asked_for_again() -> 
     await targets.close()
     assert all(document is not None for document in answer.documents)
     asked = [len(tokens_T) for post in teacher.posts for tokens_T in post.sequences]
-    # The fake answers the last first: three come, then one of the rest, then the others.
-    assert [len(post.sequences) for post in teacher.posts] == [6, 3, 2]
+    # The fake answers the last first: three come, then one of the rest, then the others; one by one, since a teacher
+    # that vanished twice over them may have died of one.
+    assert [len(post.sequences) for post in teacher.posts] == [6, 3, 1, 1]
     assert asked == [5, 9, 30, 12, 7, 8, 5, 9, 30, 5, 9]
     assert client_errors(targets) >= 2
 
