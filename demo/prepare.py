@@ -115,8 +115,6 @@ def _make_whole(folder: Path, make: Callable[[Path], object]) -> None:
 
 if __name__ == "__main__":
     end_with_parent_if_asked()
-    # The steps are told; how far each of them is would be a bar within a line.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     prepare(
         sys.argv[1:] or ("teacher", "pruned", "student", "text"),
         lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True),

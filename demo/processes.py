@@ -25,7 +25,8 @@ BIN = Path(sys.executable).parent
 READY_WITHIN_S = 600.0
 ENDS_WITHIN_S = 3.5
 # Services and student share the cores here: a thread that waits for another must not spin.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ, "STILLHOUSE_DIE_WITH_PARENT": "1"}
+# What libraries draw as bars would come line by line between ours.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1", **os.environ, "STILLHOUSE_DIE_WITH_PARENT": "1"}
 
 
 class TooLongError(Exception):
