@@ -107,15 +107,25 @@ def wait_for(said: str, process: TrainerProcess | Commanded, timeout_s: float = 
         time.sleep(0.02)
 
 
+def write_random(path: Path, count: int, seed: int) -> Path:
+    draw = np.random.default_rng(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            file.write(json.dumps({"input_ids": draw.integers(2, 30, 40).tolist()}) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def plenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough random documents that reading and evaluating them takes a while."""
-    path = tmp_path_factory.mktemp("plenty") / "documents.jsonl"
-    draw = np.random.default_rng(0)
-    with path.open("w") as file:
-        for _ in range(30_000):
-            file.write(json.dumps({"input_ids": draw.integers(2, 30, 40).tolist()}) + "\n")
-    return path
+    return write_random(tmp_path_factory.mktemp("plenty") / "documents.jsonl", 30_000, 0)
+
+
+@pytest.fixture
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents that no other test has: the teacher keeps what it was asked about."""
+    seed = random.SystemRandom().randrange(10**6)
+    return write_random(tmp_path_factory.mktemp("fresh") / "documents.jsonl", 1000, seed)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +145,12 @@ class Stage:
 
 OWN_TEXT = ("on_policy.share=1", "on_policy.new_tokens=40", "on_policy.prompt_tokens=4", "data.seq_len=2048",
             "data.rows=64")  # fmt: skip
+FRESH = ("data.sources.a.path={fresh}", "data.sources.b.path={fresh}", "data.cache_folder={tmp}")
 STAGES = {
     "waiting for a teacher": Stage("yet, waiting", ("teacher.start_within_s=600",), "gone"),
     "indexing": Stage("indexing source", ("data.sources.a.path={plenty}", "data.cache_folder={tmp}")),
-    "held-out targets": Stage("held-out targets: ", ("evaluation.every=6", "data.held_out_rows=30"), "slow"),
-    "targets of a step": Stage("waiting for the targets of step 1: ", ("data.rows=30",), "slow"),
+    "held-out targets": Stage("held-out targets: ", (*FRESH, "evaluation.every=6", "data.held_out_rows=30"), "slow"),
+    "targets of a step": Stage("waiting for the targets of step 1: ", (*FRESH, "data.rows=30"), "slow"),
     "evaluating": Stage("evaluating: ", ("data.sources.a.path={plenty}", "evaluation.every=6",
                                          "data.sources.a.held_out_fraction=0.9", "data.held_out_rows=20000")),
     "samples": Stage("writing samples: ", ("evaluation.every=6", "evaluation.sample_tokens=20000")),
@@ -151,13 +162,13 @@ STAGES = {
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_signal_in_any_stage_of_a_run_ends_it(
-    name: str, number: int, workshop: Workshop, plenty: Path, slow_teacher: TeacherProcess, tmp_path: Path
+    name: str, number: int, workshop: Workshop, plenty: Path, fresh: Path, slow_teacher: TeacherProcess, tmp_path: Path
 ) -> None:
     if number == signal.SIGINT and name not in ("held-out targets", "update"):
         pytest.skip("the two signals are handled alike: two stages with both")
     stage = STAGES[name]
     url = {"slow": slow_teacher.url, "gone": f"http://127.0.0.1:{free_port()}", "none": None}[stage.teacher]
-    given = [override.format(plenty=plenty, tmp=tmp_path) for override in stage.overrides]
+    given = [override.format(plenty=plenty, fresh=fresh, tmp=tmp_path) for override in stage.overrides]
     alone = ["teacher=none", "distillation=cross_entropy"] if url is None else []
     arguments = [line for line in workshop.settings(tmp_path, url=url) if "logging.progress" not in line]
     seed = random.SystemRandom().randrange(10**6)
@@ -169,14 +180,16 @@ def test_a_signal_in_any_stage_of_a_run_ends_it(
 
 
 def tools(
-    workshop: Workshop, plenty: Path, teacher: TeacherProcess, tmp: Path
+    workshop: Workshop, plenty: Path, fresh: Path, teacher: TeacherProcess, tmp: Path
 ) -> dict[str, tuple[str, list[str], str]]:
     """By name: the module, its arguments, and what it says in its long stage."""
     base = [line for line in workshop.settings(tmp) if "logging.progress" not in line]
     fill = ["fill", "scripted", str(plenty), "--engine", "scripted", "--store", str(tmp / "store")]
     script = ["--script", json.dumps(teacher_script(tokens_per_second=50.0))]
+    asked = [f"data.sources.a.path={fresh}", f"data.sources.b.path={fresh}", "data.rows=30"]
+    asked += [f"data.cache_folder={tmp}", f"teacher.url={teacher.url}"]
     return {
-        "check": ("student_trainer.main", ["check", *base, f"teacher.url={teacher.url}"], "targets of batch 0: "),
+        "check": ("student_trainer.main", ["check", *base, *asked], "targets of batch 0: "),
         "sequences": ("student_trainer.main", ["sequences", str(tmp / "sequences.jsonl"), *base, "run.steps=1000000"],
                       "reading batches: "),
         "fill": ("teacher_service.main", [*fill, *script], "filling: "),
@@ -185,9 +198,9 @@ def tools(
 
 @pytest.mark.parametrize("name", ["check", "sequences", "fill"])
 def test_a_signal_ends_the_other_commands(
-    name: str, workshop: Workshop, plenty: Path, slow_teacher: TeacherProcess, tmp_path: Path
+    name: str, workshop: Workshop, plenty: Path, fresh: Path, slow_teacher: TeacherProcess, tmp_path: Path
 ) -> None:
-    module, arguments, said = tools(workshop, plenty, slow_teacher, tmp_path)[name]
+    module, arguments, said = tools(workshop, plenty, fresh, slow_teacher, tmp_path)[name]
     with Commanded(module, arguments, tmp_path / "output.txt") as command:
         wait_for(said, command)
         assert stopped(command, signal.SIGTERM, name) == 75
