@@ -5,6 +5,7 @@ Read by `main.py`; what the attention service has too is in `serving.settings`.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -58,5 +59,6 @@ def parse_settings(arguments: list[str]) -> TeacherSettings:
     if rest and known.model is not None and arguments.index(rest[0]) < arguments.index(known.model):
         raise ValueError(f"put MODEL before {rest[0]!r} and other options that are the engine's")
     if rest:
-        given["engine_args"] = " ".join([given.get("engine_args", ""), *rest]).strip()
+        # Quoted, as a variable would hold it: the shell has taken the quotes off JSON.
+        given["engine_args"] = f"{given.get('engine_args', '')} {shlex.join(rest)}".strip()
     return build_settings(TeacherSettings, given)

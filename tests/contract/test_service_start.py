@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -113,6 +114,12 @@ def test_options_for_the_engine_are_read_as_json_where_they_are() -> None:
     assert parse_settings(["m", "--tensor-parallel-size", "2"]).engine_args == "--tensor-parallel-size 2"
     with pytest.raises(ValueError, match="put MODEL before"):
         parse_settings(["--tensor-parallel-size", "2", "m"])
+
+
+def test_json_for_the_engine_comes_through_the_command_line_whole() -> None:
+    overrides = {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}
+    settings = parse_settings(["m", "--hf-overrides", json.dumps(overrides), "--seed=3", "--enforce-eager"])
+    assert engine_options(settings.engine_args) == {"hf_overrides": overrides, "seed": 3, "enforce_eager": True}
 
 
 def test_logs_are_json_lines_with_the_request_id(tmp_path: Path) -> None:
