@@ -56,6 +56,8 @@ def _end_after(parent: int, is_there: Callable[[], bool], grace_s: float) -> Non
     if grace_s:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace_s)
+    for child in multiprocessing.active_children():
+        child.kill()  # those that do not watch by themselves, as a library's
     os.kill(os.getpid(), signal.SIGKILL)
 
 
