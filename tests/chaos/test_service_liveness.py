@@ -173,7 +173,7 @@ async def test_what_nobody_waits_for_does_not_hold_up_a_drain() -> None:
 
 
 async def test_failures_after_the_first_word_are_messages_in_the_answer() -> None:
-    with TeacherProcess(script={"tokens_per_second": 20, "poison_token": 7}) as teacher:
+    with TeacherProcess("--window", "256", script={"tokens_per_second": 20, "poison_token": 7}) as teacher:
         async with clients(teacher) as client:
             first = asyncio.create_task(listen(client, request_body(40, seed=1)))
             await until_gauge(client, "engine_tokens", lambda value: value == 40)

@@ -25,7 +25,7 @@ KEEP_S = 2.0
 
 @pytest.fixture(scope="module")
 def teacher() -> Iterator[TeacherProcess]:
-    options = ("--body-timeout", "3", "--window", "512", "--keep-time", str(KEEP_S))
+    options = ("--body-timeout", "3", "--window", "256", "--keep-time", str(KEEP_S))
     with TeacherProcess(*options, script={"hang_token": 0}) as process:
         yield process
 
