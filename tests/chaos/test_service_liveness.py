@@ -35,7 +35,7 @@ def error_of_estimates(heard: Heard, after_s: float) -> float:
 
 async def test_sixteen_requests_at_a_slow_teacher_are_told_how_long_and_computed_once() -> None:
     # 20 tokens a second and a minute, ten times as fast.
-    with TeacherProcess(script={"tokens_per_second": 200}) as teacher:
+    with TeacherProcess("--window", "256", script={"tokens_per_second": 200}) as teacher:
         async with clients(teacher) as client:
             bodies = [request_body(64, sequences=2, seed=n) for n in range(16)]
             heard = await asyncio.gather(*(listen(client, body) for body in bodies))
