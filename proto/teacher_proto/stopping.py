@@ -66,6 +66,7 @@ class StopSignals:
         self._children: dict[int, str] = {}
         self._before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._unraisable_before = sys.unraisablehook
 
     def check(self) -> None:
         """Raise `Stop` if a signal has come."""
@@ -136,6 +137,7 @@ class StopSignals:
         os.set_blocking(self._pipe[1], False)
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
+        self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
         # Written to as the signal comes, also while the main thread runs native code.
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop", daemon=True).start()
@@ -153,6 +155,7 @@ class StopSignals:
         if self._pipe is not None:
             _active = self._pipe = None
             signal.set_wakeup_fd(-1)
+            sys.unraisablehook = self._unraisable_before
             for number, before in self._before.items():
                 signal.signal(number, before)
 
@@ -185,6 +188,11 @@ class StopSignals:
             self._cancel()
         if self._raising:
             self.check()
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """A `Stop` that was raised in a finaliser, where nothing can catch it, comes again by the watching thread."""
+        if not isinstance(unraisable.exc_value, Stop):
+            self._unraisable_before(unraisable)
 
     def _wait_for_takeover(self) -> None:
         """Where the watching thread has begun to end the process, the main thread goes no further."""

@@ -154,7 +154,8 @@ STAGES = {
     "evaluating": Stage("evaluating: ", ("data.sources.a.path={plenty}", "evaluation.every=6",
                                          "data.sources.a.held_out_fraction=0.9", "data.held_out_rows=20000")),
     "samples": Stage("writing samples: ", ("evaluation.every=6", "evaluation.sample_tokens=20000")),
-    "update": Stage("computing update 1: ", ("data.sources.a.path={plenty}", "data.rows=4096",
+    # Updates of seconds follow each other, and between two of them there is next to nothing.
+    "update": Stage("step 1/", ("data.sources.a.path={plenty}", "data.rows=4096",
                                              "optim.micro_batch_rows=4")),
 }  # fmt: skip
 

@@ -59,10 +59,12 @@ def stored(number: int):  # type: ignore[no-untyped-def]
 
 
 def start(script: str, *arguments: object, **how: Any) -> subprocess.Popen[str]:
+    """A process that obeys SIGINT, also where the tests run in the background of a shell, which ignores it."""
     path = os.pathsep.join(filter(None, (".", os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": path}, **how,
+        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **how,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from attention_service.job import Job
 from attention_service.model import MODEL_TYPES, AttentionModel
+from teacher_proto import hardware
 from teacher_proto.attention import AttentionSpec
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.errors import EngineError
@@ -184,9 +185,13 @@ def test_states_that_do_not_fit_float16_are_refused_with_what_to_ask_for(tmp_pat
     assert np.isfinite(answer.states()["value"]).all()
 
 
-def test_the_dtype_of_the_checkpoint_is_taken_unless_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("computes", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_dtype_of_the_checkpoint_is_taken_where_it_is_computed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computes: bool, dtype: torch.dtype
+) -> None:
     folder = save_tiny(tmp_path / "half", "qwen3", dtype=torch.bfloat16)
-    assert load(folder, dtype="auto").dtype == torch.bfloat16
+    monkeypatch.setattr(hardware, "_computes", lambda dtype, device: dtype == torch.float32 or computes)
+    assert load(folder, dtype="auto").dtype == dtype
     assert load(folder, dtype="float32").dtype == torch.float32
     with pytest.raises(ValueError, match="dtype 'int4' is not one of"):
         load(folder, dtype="int4")

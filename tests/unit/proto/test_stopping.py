@@ -91,6 +91,14 @@ for _ in range(1000):
     except Exception:
         pass
 """,
+    "a finaliser": """
+class Held:
+    def __del__(self):
+        say("ready")
+        time.sleep(600)
+Held()
+time.sleep(600)
+""",
     "native": "stuck()",
     "event loop": """
 async def wait():
