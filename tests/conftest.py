@@ -6,6 +6,9 @@ Engines live for the whole session and in its event loop: tests that use one are
 
 from __future__ import annotations
 
+import getpass
+import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from teacher_service.vllm_engine import VllmEngine
     from tests.teacher_process import TeacherProcess
     from tests.trainer_run import Workshop
+
+# torch's inductor finds code that it wrote for one set of instructions again when it is held to another, builds it for
+# that, and the kernel leaves half of its elements out: each set has a cache of its own.
+_CACHE = f"inductor-{getpass.getuser()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "stillhouse-tests" / _CACHE))
 
 # A busy machine is slow at drawing examples, which says nothing about the code.
 settings.register_profile("stillhouse", deadline=None, suppress_health_check=[HealthCheck.too_slow])
