@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,9 @@ class TrainerProcess:
         self.pid = self._process.pid
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """Nothing where it has just ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     @property
     def running(self) -> bool:

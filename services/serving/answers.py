@@ -32,7 +32,7 @@ _IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
 # The engine is handed what it computes in so long, and at least so many tokens: control traffic waits for no more. One
 # that computes a whole step (vLLM's on a CPU) in that time is handed the window: its own steps bound the wait.
 _PACE_S = 1.5
-_LEAST_PACE = 1024  # a step costs something of its own, most where others use the cores
+_LEAST_PACE = 256  # a step costs something of its own
 _STEP_TOKENS = 2048
 StoredJobT = TypeVar("StoredJobT", contravariant=True)
 

@@ -56,9 +56,14 @@ async def watch(client: TeacherClient, seen: list[tuple[float, Waiting]]) -> Non
             seen.append((time.monotonic() - started, waiting))
 
 
-async def ask_all(client: TeacherClient, requests: list[TargetsRequest]) -> tuple[float, list[tuple[float, Waiting]]]:
-    """Ask all at once; the seconds it took, and what `waiting` said meanwhile."""
+async def ask_all(
+    client: TeacherClient, requests: list[TargetsRequest], together: asyncio.Barrier | None = None
+) -> tuple[float, list[tuple[float, Waiting]]]:
+    """Ask all at once, when all that are `together` have connected; the seconds it took, and what `waiting` said
+    meanwhile."""
     await client.teacher()
+    if together is not None:
+        await together.wait()
     seen: list[tuple[float, Waiting]] = []
     watcher = asyncio.create_task(watch(client, seen))
     started = time.monotonic()
@@ -99,7 +104,8 @@ async def test_five_clients_share_a_slow_teacher_and_nobody_times_out() -> None:
     with TeacherProcess(script={"tokens_per_second": 2 * RATE}, keys=keys) as teacher:
         clients = {name: TeacherClient(teacher.url, key=key, policy=IMPATIENT) for name, key in KEYS.items()}
         asked = {name: requests_of(seed, 8, 50) for seed, name in enumerate(NAMES)}
-        results = await asyncio.gather(*(ask_all(clients[name], asked[name]) for name in NAMES))
+        together = asyncio.Barrier(len(NAMES))
+        results = await asyncio.gather(*(ask_all(clients[name], asked[name], together) for name in NAMES))
         for client in clients.values():
             await client.close()
         sums = totals(teacher, KEYS["ann"])
