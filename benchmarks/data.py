@@ -111,7 +111,7 @@ def _open(arguments: argparse.Namespace, workers: int = 2) -> tuple[Any, float, 
     from transformers import AutoTokenizer
 
     from student_trainer.data.loader import BatchSource
-    from student_trainer.data.settings import DataSettings, SourceSettings
+    from student_trainer.settings.data import DataSettings, SourceSettings
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else _tiny_tokenizer()
     imported = time.monotonic()

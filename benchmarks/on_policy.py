@@ -29,10 +29,10 @@ from benchmarks.report import BENCH_DIR, report
 from demo.prepare import CACHE, prepare
 from student_trainer import loop
 from student_trainer.build import build
-from student_trainer.compose import compose
+from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.tokenise import pad_id
-from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
+from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
 from student_trainer.students.student import Student
 from teacher_proto.stopping import StopSignals
 from tests.teacher_process import TeacherProcess

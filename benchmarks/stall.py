@@ -118,7 +118,7 @@ class Bench:
         """The lines of metrics.jsonl after the warm-up."""
         from student_trainer import loop
         from student_trainer.build import build
-        from student_trainer.compose import compose
+        from student_trainer.cli.compose import compose
         from teacher_proto.stopping import StopSignals
 
         self._runs += 1

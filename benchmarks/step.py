@@ -88,10 +88,10 @@ def settings_of(options: argparse.Namespace, steps: int, url: str) -> list[str]:
 
 def rows_of(settings: list[str], steps: int) -> np.ndarray:
     """The tokens [steps, rows, T] of the run's batches."""
-    from student_trainer.compose import compose
+    from student_trainer.cli.compose import compose
+    from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.main import split_config_folder
-    from student_trainer.parts import load_tokenizer
 
     composed = compose(*split_config_folder(settings))
     source = BatchSource(composed.data, load_tokenizer(composed), composed.run.seed)

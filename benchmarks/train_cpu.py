@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import report
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, counted_rows
 from teacher_proto.hardware import auto_dtype
 from teacher_proto.targets import TokenTargets

@@ -187,7 +187,7 @@ def exports_table(exported: dict[str, dict[str, Any]]) -> Table:
 
 
 def write_page(summary: dict[str, Any]) -> None:
-    from student_trainer.report import RunRecord, write_report
+    from student_trainer.reporting.report import RunRecord, write_report
 
     identity, arms = summary["teacher"]["semantic"], summary["arms"]
     write_report(

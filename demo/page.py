@@ -30,7 +30,7 @@ def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def write_page(runs: Path, summary: Mapping[str, Any], about: Mapping[str, str]) -> None:
     """`about`: the arms, in their order, with what each learns from."""
-    from student_trainer.report import RunRecord, write_report
+    from student_trainer.reporting.report import RunRecord, write_report
 
     records = [RunRecord.read(runs / name, name.replace("_", " ")) for name in about]
     # The student that all begin with was evaluated by the first.

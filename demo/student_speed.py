@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     end_with_parent_if_asked()
     out, settings = Path(arguments[0]), arguments[1:]
     from student_trainer.build import build
-    from student_trainer.compose import compose
+    from student_trainer.cli.compose import compose
     from student_trainer.main import split_config_folder
     from teacher_proto.stopping import StopSignals
 
@@ -86,11 +86,11 @@ def write_texts(settings: Any, out: Path) -> None:
     """A line of JSON for each text, with the fields of `samples.jsonl`."""
     import torch
 
+    from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.data.tokenise import pad_id
-    from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
-    from student_trainer.parts import load_tokenizer
-    from student_trainer.samples import SampleWriter
+    from student_trainer.evaluation.samples import SampleWriter
+    from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
     from student_trainer.students.load import load_student
 
     tokenizer = load_tokenizer(settings)

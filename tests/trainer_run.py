@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.parent import end_spawned_with_parent
@@ -233,9 +233,10 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     """A whole run in this process; `targets` stand in for the teacher at the URL."""
     import torch
 
-    from student_trainer import loop, parts
+    from student_trainer import components as parts
+    from student_trainer import loop
     from student_trainer.build import build
-    from student_trainer.compose import compose
+    from student_trainer.cli.compose import compose
     from student_trainer.targets.open import Teacher
     from teacher_proto.stopping import StopSignals
 

@@ -14,9 +14,9 @@ WALL_CLOCK = re.compile(r"time\.time\(|datetime\.(?:now|utcnow|today)\(|time\.(?
 # Where the time of day is what is wanted: it is written down, and nothing is decided by it.
 STAMPS = {
     "services/teacher_service/completions.py": "`created` of an answer",
-    "trainer/student_trainer/logs.py": "`time` of a line",
-    "trainer/student_trainer/exporter.py": "when the last step was",
-    "trainer/student_trainer/run_folder.py": "a run's name",
+    "trainer/student_trainer/reporting/logs.py": "`time` of a line",
+    "trainer/student_trainer/reporting/prometheus.py": "when the last step was",
+    "trainer/student_trainer/checkpoint/run_folder.py": "a run's name",
 }
 
 

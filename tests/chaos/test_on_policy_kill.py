@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer import checkpoint
+from student_trainer.checkpoint import checkpoints as checkpoint
 from tests.models import save_tiny_llama
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from student_trainer import build as building
-from student_trainer import trackers
-from student_trainer.trackers import Tracker
+from student_trainer.reporting import trackers
+from student_trainer.reporting.trackers import Tracker
 from tests.trainer_run import ScriptedTargets, Workshop, lines_of, run_here, steps_of, trace_of, train
 
 STEPS = list(range(1, 13))

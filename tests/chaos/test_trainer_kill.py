@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer import checkpoint
+from student_trainer.checkpoint import checkpoints as checkpoint
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import (
     SIGKILL,
@@ -124,8 +124,8 @@ def test_sigterm_while_waiting_for_a_teacher_saves_and_exits_75(workshop: Worksh
 SAVER = """
 import sys, torch
 from pathlib import Path
-from student_trainer import checkpoint_files
-from student_trainer.checkpoint_files import Snapshot
+from student_trainer.checkpoint import files as checkpoint_files
+from student_trainer.checkpoint.files import Snapshot
 root, step = Path(sys.argv[1]), int(sys.argv[2])
 tensors = {"model": {"x": torch.full((5000,), float(step))}, "optimizer": {"y": torch.full((700,), float(step))}}
 checkpoint_files.write(root, Snapshot(step, tensors, {"step": step}))

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from student_trainer.run_folder import LEFTOVERS, RunFolder, sweep, take
+from student_trainer.checkpoint.run_folder import LEFTOVERS, RunFolder, sweep, take
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import SIGKILL, TrainerProcess, Workshop, steps_of, trace_of, train, wait_for_step
 
 STEPS = 6
-FILES = "student_trainer.checkpoint_files"
+FILES = "student_trainer.checkpoint.files"
 TIMES = [1, pytest.param(20, marks=pytest.mark.slow)]
 
 

@@ -141,7 +141,7 @@ def test_services_speak_to_each_other_by_names_that_exist() -> None:
 @pytest.mark.parametrize("pod", pods())
 def test_what_a_pod_is_told_are_settings_that_exist(pod: dict[str, Any]) -> None:
     from attention_service.settings import parse_settings as parse_attention
-    from student_trainer.compose import compose
+    from student_trainer.cli.compose import compose
     from teacher_service.settings import parse_settings
 
     container = pod["containers"][0]
@@ -155,7 +155,7 @@ def test_what_a_pod_is_told_are_settings_that_exist(pod: dict[str, Any]) -> None
 
 
 def test_the_trainers_of_compose_are_told_settings_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    from student_trainer.compose import compose
+    from student_trainer.cli.compose import compose
 
     services = yaml.safe_load(COMPOSE[0].read_text())["services"]
     told = dict(line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if "=" in line)

@@ -112,7 +112,7 @@ def sample(text: str, name: str) -> float:
 
 
 def test_a_port_that_is_taken_stops_the_run_before_it_begins(tmp_path: Path) -> None:
-    from student_trainer.exporter import Exporter
+    from student_trainer.reporting.prometheus import Exporter
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from student_trainer import export_command
+from student_trainer.cli import export as export_command
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
 from tests.models import save_tiny_llama, tiny_tokenizer
 from tests.trainer_run import Workshop, run_here, train

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from student_trainer import checkpoint
+from student_trainer.checkpoint import checkpoints as checkpoint
 from tests.ranks_run import ranks, train_ranks
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import (
@@ -244,7 +244,7 @@ def no_prompt_for_second_rank(rank: int) -> None:
     """Of every other batch: documents that give one rank no prompt and the other some are rare."""
     if rank == 0:
         return
-    from student_trainer.on_policy import written
+    from student_trainer.rollouts import rollouts as written
 
     found = written.prompts_of
 

@@ -160,7 +160,7 @@ def test_a_checkpoint_of_an_older_trainer_loads_and_says_what_is_not_compared(
     del state["student"]
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state, indent=1))
-    from student_trainer.checkpoint_files import sha256
+    from student_trainer.checkpoint.files import sha256
 
     path = checkpoint / "state.json"
     manifest["files"]["state.json"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}

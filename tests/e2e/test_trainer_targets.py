@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.compose import compose
+from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import Workshop, final_files, lines_of, teacher_script, trace_of, train

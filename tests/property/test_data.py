@@ -11,10 +11,10 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import inline, opened, same, tokenizer
 
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

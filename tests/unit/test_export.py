@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from student_trainer import export_check
-from student_trainer.export import EXPORTS, export_bitnet, export_hf
-from student_trainer.export_bitnet import CannotExpressError, as_architecture
-from student_trainer.export_card import ModelCard
-from student_trainer.export_check import compare_logits, transformers_logits
+from student_trainer.export import check as export_check
+from student_trainer.export.bitnet import CannotExpressError, as_architecture
+from student_trainer.export.card import ModelCard
+from student_trainer.export.check import compare_logits, transformers_logits
+from student_trainer.export.export import EXPORTS, export_bitnet, export_hf
 from student_trainer.students.bitnet import bit_linears, convert_to_bitnet, set_quantisation_blend, ternary_codes
 from tests.unit.students.tiny import spread_weights, tiny_config, tiny_ids, tiny_model
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from student_trainer.export import export_gguf
-from student_trainer.export_bitnet import CannotExpressError
-from student_trainer.export_card import ModelCard
-from student_trainer.export_check import compare_logits, llama_cpp_logits
-from student_trainer.export_gguf import q4_0_blocks, tensor_name
-from student_trainer.export_gguf_tokenizer import add_tokenizer, pre_tokeniser_name
+from student_trainer.export.bitnet import CannotExpressError
+from student_trainer.export.card import ModelCard
+from student_trainer.export.check import compare_logits, llama_cpp_logits
+from student_trainer.export.export import export_gguf
+from student_trainer.export.gguf import q4_0_blocks, tensor_name
+from student_trainer.export.gguf_tokenizer import add_tokenizer, pre_tokeniser_name
 from student_trainer.students.bitnet import bit_linears, ternary_codes
 from tests.unit.students.tiny import tiny_ids
 from tests.unit.test_export import student

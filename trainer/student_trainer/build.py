@@ -13,43 +13,44 @@ from typing import Any
 
 import yaml
 
-from student_trainer import checkpoint, randomness
-from student_trainer.checkpoint import Checkpoints
-from student_trainer.checkpoint_files import Snapshot, replace_text
-from student_trainer.checkpoint_remote import RemoteCheckpoints
-from student_trainer.data.batch import Batch
+from student_trainer import randomness
+from student_trainer.batch.align import MicroBatch, micro_batches
+from student_trainer.batch.batch import Batch
+from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.checkpoint.checkpoints import Checkpoints
+from student_trainer.checkpoint.files import Snapshot, replace_text
+from student_trainer.checkpoint.remote import RemoteCheckpoints
+from student_trainer.checkpoint.resume import check_changes, check_student
+from student_trainer.checkpoint.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of, sweep, take
+from student_trainer.components import Parts, build_parts
 from student_trainer.data.classification import class_words, one_set_of_words
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
 from student_trainer.device import choose_device
-from student_trainer.evaluate import Evaluator, fetch_held_out
-from student_trainer.logs import RunLog, forget_after
+from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
+from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Place, Run
-from student_trainer.on_policy.prompts import WrittenBatch
-from student_trainer.on_policy.sampler import GenerateSampler, ends_of_text
-from student_trainer.on_policy.written import WrittenBatches
 from student_trainer.optim.optimizer import build_optimizer
-from student_trainer.parts import Parts, build_parts
-from student_trainer.progress import Progress
 from student_trainer.ranks import Ranks, open_ranks
-from student_trainer.redact import public
-from student_trainer.resume import check_changes, check_student
-from student_trainer.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of, sweep, take
-from student_trainer.samples import SampleWriter
+from student_trainer.reporting.logs import RunLog, forget_after
+from student_trainer.reporting.progress import Progress
+from student_trainer.reporting.trackers import open_trackers
+from student_trainer.rollouts.prompts import WrittenBatch
+from student_trainer.rollouts.rollouts import WrittenBatches
+from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
 from student_trainer.settings import Settings
+from student_trainer.settings.redact import public
 from student_trainer.students.compute import as_begun, name_compute
 from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import WholeStudent, shard
 from student_trainer.students.student import Student
-from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
 from student_trainer.targets.student_support import StudentSupport
-from student_trainer.trackers import open_trackers
 from teacher_proto.stages import stage
 from teacher_proto.stopping import StopSignals
 

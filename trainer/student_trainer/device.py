@@ -1,4 +1,4 @@
-"""Which device a run computes on, asked of the machine. Called by `ranks`, before they connect, and by `parts`.
+"""Which device a run computes on, asked of the machine. Called by `ranks`, before they connect, and by `components`.
 
 On a machine with GPUs every rank has one of its own, which is made the process's current one before anything else uses
 CUDA: collectives, random states and caches of that process then lie there, and not all on the first.

@@ -22,25 +22,25 @@ from torch import Tensor
 
 from student_trainer import exit_codes, randomness
 from student_trainer.data.mixture import MixtureState
+from student_trainer.losses.metrics import StepFigures, Tally
 from student_trainer.losses.weighting import gradient_shares
-from student_trainer.on_policy.prompts import WrittenBatch
-from student_trainer.on_policy.written import together
+from student_trainer.rollouts.prompts import WrittenBatch
+from student_trainer.rollouts.rollouts import together
 from student_trainer.students.sharding import WholeStudent, whole
-from student_trainer.tally import StepFigures, Tally
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.stages import EVERY_S, stage
 
 if TYPE_CHECKING:
-    from student_trainer.checkpoint import Checkpoints
-    from student_trainer.data.batch import Batch
-    from student_trainer.evaluate import Evaluator
-    from student_trainer.logs import RunLog
+    from student_trainer.batch.batch import Batch
+    from student_trainer.checkpoint.checkpoints import Checkpoints
+    from student_trainer.evaluation.evaluator import Evaluator
+    from student_trainer.evaluation.samples import SampleWriter
     from student_trainer.losses.terms import Term
     from student_trainer.losses.weighting import Weighting
-    from student_trainer.on_policy.written import WrittenBatches
     from student_trainer.optim.optimizer import Optimizer
     from student_trainer.ranks import Ranks
-    from student_trainer.samples import SampleWriter
+    from student_trainer.reporting.logs import RunLog
+    from student_trainer.rollouts.rollouts import WrittenBatches
     from student_trainer.settings import Settings
     from student_trainer.students.student import Student
     from student_trainer.targets.guard import TargetGuard

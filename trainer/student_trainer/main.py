@@ -36,10 +36,10 @@ from student_trainer.exit_codes import FAILED, USAGE, code_of
 
 # Imported only when they are asked for.
 SUBCOMMANDS = {
-    "check": "student_trainer.check",
-    "export": "student_trainer.export_command",
-    "report": "student_trainer.report",
-    "sequences": "student_trainer.sequences",
+    "check": "student_trainer.cli.check",
+    "export": "student_trainer.cli.export",
+    "report": "student_trainer.reporting.report",
+    "sequences": "student_trainer.cli.sequences",
 }
 logger = logging.getLogger("stillhouse")
 
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
 
 def choose(arguments: list[str], signals: StopSignals) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        from student_trainer.help import print_help
+        from student_trainer.cli.help import print_help
 
         print_help()
         return 0 if arguments else USAGE
@@ -99,7 +99,7 @@ def subcommand(name: str, *arguments: str) -> int:
 
 def train(arguments: list[str], signals: StopSignals) -> int:
     """Compose the settings, build the run, train it to its end."""
-    from student_trainer.compose import compose
+    from student_trainer.cli.compose import compose
     from teacher_proto.stages import DISPLAY, stage
 
     started = time.monotonic()
@@ -127,7 +127,7 @@ def guarded(command: Callable[[], int], signals: StopSignals) -> int:
     """The edge of the process: every error becomes a message and a code; a traceback is for our own mistakes. An error
     after a signal is what somebody made of the exception that the signal raised in the middle of their work.
     """
-    from student_trainer.redact import redact
+    from student_trainer.settings.redact import redact
     from teacher_proto.errors import StillhouseError
 
     try:
@@ -173,7 +173,7 @@ def start_logging() -> None:
     faulthandler.enable(2)  # the descriptor: what stands for sys.stderr need not have one
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank} "
-    from student_trainer.redact import RedactingFormatter, redact
+    from student_trainer.settings.redact import RedactingFormatter, redact
     from teacher_proto.stages import DISPLAY
 
     DISPLAY.clean = redact

@@ -1,4 +1,4 @@
-"""The random state of a process, saved and put back: python, numpy, torch, every device. Used by `checkpoint`."""
+"""The random state of a process, saved and put back: python, numpy, torch, every device. Used by `checkpoints`."""
 
 from __future__ import annotations
 

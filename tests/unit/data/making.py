@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.models import tiny_tokenizer
 
 WORDS = ["the", "still", "takes", "a", "wash", "and", "gives", "spirit", "def", "return", "yield", "oak", "0", "[x]"]

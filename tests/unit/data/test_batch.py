@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from student_trainer.data.batch import Batch, Placed, build_batch
-from student_trainer.data.settings import DataSettings
+from student_trainer.batch.batch import Batch, Placed, build_batch
+from student_trainer.settings.data import DataSettings
 from tests.unit.data.making import inline, opened, run, texts
 
 

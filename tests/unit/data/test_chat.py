@@ -9,7 +9,7 @@ import pytest
 import trl
 
 from student_trainer.data.chat import ChatTemplate, as_messages
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import opened, run, tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

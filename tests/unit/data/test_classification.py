@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from student_trainer.compose import compose
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
+from student_trainer.cli.compose import compose
 from student_trainer.data.classification import LabelWords, one_set_of_words
 from student_trainer.data.loader import BatchSource
-from student_trainer.data.settings import DataSettings, SourceSettings
 from student_trainer.settings import StudentSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from student_trainer.students.load import load_student
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds
 from tests.models import save_tiny_llama, tiny_tokenizer

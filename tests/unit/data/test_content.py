@@ -16,7 +16,7 @@ import pytest
 
 from student_trainer.data import content as contents
 from student_trainer.data.content import LEAF, MOST_BLOCKS, Content, ContentHasher
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import opened, run, same
 
 COUNT = 10_000

@@ -11,8 +11,8 @@ from student_trainer.data.content import Content
 from student_trainer.data.documents import RawDocument
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.mixture import Cursor
-from student_trainer.data.settings import DataSettings, SourceSettings
 from student_trainer.data.tokenise import Tokeniser, plain_backend
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import inline, tokenizer
 
 AHEAD = 3

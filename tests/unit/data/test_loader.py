@@ -9,7 +9,7 @@ import pytest
 
 from student_trainer.data.documents import is_held_out
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import counts_by_source, inline, opened, pieces, run, same, texts
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from student_trainer.data.packing import OpenRows
-from student_trainer.data.settings import DataSettings
+from student_trainer.settings.data import DataSettings
 from tests.unit.data.making import inline, opened, pieces, run, texts, tokenizer
 
 EOS = 1

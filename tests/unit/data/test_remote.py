@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import opened, run, same, texts
 from tests.unit.data.stores import BUCKET, STORES
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from student_trainer.data.settings import DataSettings, SourceSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 
 
 @pytest.mark.parametrize("settings", [{"seqlen": 3}, {"sources": {"a": {"kind": "jsonl", "path": "x", "wieght": 1}}}])

@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from student_trainer.data.documents import Source
-from student_trainer.data.settings import SourceSettings
 from student_trainer.data.sources import open_source
+from student_trainer.settings.data import SourceSettings
 
 TEXTS = [f'document {i} – with ümlauts, "quotes" and\na second line' for i in range(300)]
 CHATS = [

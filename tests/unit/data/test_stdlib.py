@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from student_trainer.data.settings import DataSettings, SourceSettings
 from student_trainer.data.stdlib import write_stdlib
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import counts_by_source, opened, run
 
 

@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 
 from student_trainer.data import stream as stream_module
-from student_trainer.data.settings import DataSettings
 from student_trainer.data.stream import BatchStream
+from student_trainer.settings.data import DataSettings
 from tests.unit.data.making import inline, opened, run, same, texts
 
 

@@ -13,8 +13,8 @@ import pytest
 from student_trainer.data import streamed
 from student_trainer.data.content import Content
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.settings import DataSettings, SourceSettings
 from student_trainer.data.streamed import StreamedSource
+from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import opened, pieces, run, same, texts
 
 CONTENT = Content(0, (), "files")

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from student_trainer.data.batch import Batch, Placed, build_batch
-from student_trainer.on_policy.prompts import count_written, is_written, prompts_of, write_batch
-from student_trainer.on_policy.sampler import Sample
+from student_trainer.batch.batch import Batch, Placed, build_batch
+from student_trainer.rollouts.prompts import count_written, is_written, prompts_of, write_batch
+from student_trainer.rollouts.sampler import Sample
 from student_trainer.settings import OnPolicySettings
 
 SETTINGS = OnPolicySettings(share=0.5, prompt_tokens=4, new_tokens=6)

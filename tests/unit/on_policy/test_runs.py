@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from student_trainer import loop
-from student_trainer.data.batch import Batch
-from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.batch.batch import Batch
+from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.targets.protocol import Ask, BatchTargets
 from teacher_service.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from student_trainer.on_policy.sampler import GenerateSampler, Sample, ends_of_text
+from student_trainer.rollouts.sampler import GenerateSampler, Sample, ends_of_text
 from student_trainer.settings import StudentSettings
 from student_trainer.students.causal import load_causal
 from student_trainer.students.student import Student

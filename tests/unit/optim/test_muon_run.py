@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from student_trainer import loop
-from student_trainer.compose import compose
+from student_trainer.cli.compose import compose
 from teacher_proto.stopping import StopSignals
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, steps_of, trace_of
 

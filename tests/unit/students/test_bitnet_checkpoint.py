@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from student_trainer.export import export_bitnet, export_hf
-from student_trainer.export_card import ModelCard
+from student_trainer.export.card import ModelCard
+from student_trainer.export.export import export_bitnet, export_hf
 from student_trainer.students.bitnet import bit_linears, convert_to_bitnet
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
 from tests.unit.students.tiny import tiny_config, tiny_ids, tiny_model

@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from student_trainer import components as building
 from student_trainer import loop
-from student_trainer import parts as building
-from student_trainer.compose import compose
-from student_trainer.data.batch import Batch
+from student_trainer.batch.align import MicroBatch, micro_batches
+from student_trainer.batch.batch import Batch
+from student_trainer.cli.compose import compose
 from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.terms import Term
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.load import load_student
-from student_trainer.targets.align import MicroBatch, micro_batches
 from student_trainer.targets.protocol import Ask, BatchTargets
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.relations import QKV, relations

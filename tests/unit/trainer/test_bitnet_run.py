@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_trainer import loop
-from student_trainer.compose import compose
+from student_trainer.cli.compose import compose
 from student_trainer.settings import StudentSettings
 from student_trainer.students.bitnet import bit_linears, quantisation_blend
 from student_trainer.students.load import load_student

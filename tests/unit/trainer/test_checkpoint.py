@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from student_trainer import checkpoint, checkpoint_files, randomness
-from student_trainer.checkpoint import Checkpoints
-from student_trainer.checkpoint_files import Snapshot
+from student_trainer import randomness
+from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.checkpoint import files as checkpoint_files
+from student_trainer.checkpoint.checkpoints import Checkpoints
+from student_trainer.checkpoint.files import Snapshot
 from student_trainer.data.mixture import Cursor, MixtureState, SourceState
 from student_trainer.loop import Place
 from student_trainer.optim.optimizer import build_optimizer

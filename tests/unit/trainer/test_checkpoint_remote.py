@@ -14,9 +14,10 @@ import fsspec
 import pytest
 import torch
 
-from student_trainer import checkpoint_files, loop
-from student_trainer.checkpoint_files import Snapshot
-from student_trainer.checkpoint_remote import RemoteCheckpoints
+from student_trainer import loop
+from student_trainer.checkpoint import files as checkpoint_files
+from student_trainer.checkpoint.files import Snapshot
+from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.settings import CheckpointSettings
 from teacher_proto.identity import flatten
 from teacher_proto.stopping import StopSignals

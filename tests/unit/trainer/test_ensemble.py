@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.losses.rows import TeacherRows
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.supports import read_support, with_tail
 from student_trainer.targets.ensemble import MixedTargets, mix, share_draws
 from student_trainer.targets.protocol import Ask

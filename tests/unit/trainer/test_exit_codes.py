@@ -14,9 +14,9 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from student_trainer import loop, main
-from student_trainer.checkpoint_files import DamagedError
+from student_trainer.checkpoint.files import DamagedError
+from student_trainer.cli.export import NotTheSameError
 from student_trainer.exit_codes import AGAIN, DONE, FAILED, USAGE
-from student_trainer.export_command import NotTheSameError
 from student_trainer.ranks import RankError
 from student_trainer.targets.cached import MissingTargetsError
 from student_trainer.targets.guard import NonFiniteError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer.compose import compose
+from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from student_trainer.main import main
 from tests.trainer_run import ScriptedTargets, Workshop, lines_of, run_here, steps_of
@@ -43,7 +43,7 @@ def test_a_documents_figures_are_its_own(workshop: Workshop, tmp_path: Path) -> 
     lines = ("evaluation.every=1", "run.steps=1")
     assert run_here(workshop.settings(tmp_path, *lines), ScriptedTargets()) == 0
     settings = compose(workshop.settings(tmp_path))
-    from student_trainer.parts import load_tokenizer
+    from student_trainer.components import load_tokenizer
 
     source = BatchSource(settings.data, load_tokenizer(settings), 0)
     held_out = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from student_trainer.data.batch import Batch, Placed, build_batch
+from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.settings.teacher import TeacherSettings
 from student_trainer.targets.local import LocalTargets
 from student_trainer.targets.protocol import Ask, BatchTargets, TeacherCard

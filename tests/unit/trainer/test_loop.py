@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import loop
-from student_trainer.compose import compose
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
+from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from student_trainer.targets.guard import NonFiniteError
 from student_trainer.targets.protocol import Ask, BatchTargets

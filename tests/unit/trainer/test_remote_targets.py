@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from student_trainer.compose import compose
-from student_trainer.data.batch import Batch, Document
+from student_trainer.batch.batch import Batch, Document
+from student_trainer.cli.compose import compose
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.admission import Admits, check_admission
 from student_trainer.targets.patience import retry_until

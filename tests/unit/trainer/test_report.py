@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.report import RunRecord, main, write_report
+from student_trainer.reporting.report import RunRecord, main, write_report
 
 
 def _write_run(folder: Path, kl: float, token: str = "word") -> Path:

@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from student_trainer.compose import compose
-from student_trainer.help import settings_by_name
-from student_trainer.resume import ANSWERS, answer_for, check_changes
+from student_trainer.checkpoint.resume import ANSWERS, answer_for, check_changes
+from student_trainer.cli.compose import compose
+from student_trainer.cli.help import settings_by_name
 from student_trainer.settings import Settings
 
 MINIMAL = ["student.checkpoint_path=/model", "data.sources.a.kind=jsonl", "data.sources.a.path=/data.jsonl"]

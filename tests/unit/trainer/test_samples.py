@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.compose import compose
+from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from tests.trainer_run import ScriptedTargets, Workshop, lines_of, run_here
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from student_trainer.data.batch import Batch, Placed, build_batch
+from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.targets.protocol import Ask, BatchTargets
 from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError

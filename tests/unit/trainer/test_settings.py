@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.compose import compose
-from student_trainer.help import settings_by_name
+from student_trainer.cli.compose import compose
+from student_trainer.cli.help import settings_by_name
 from student_trainer.settings import Settings
 
 MINIMAL = ["student.checkpoint_path=/model", "data.sources.a.kind=jsonl", "data.sources.a.path=/data.jsonl"]

@@ -1,4 +1,4 @@
 """Data of a run: sources, mixture, packing. `settings` is light; `loader` is where the rest is put together.
 
-`main` builds a `loader.BatchSource`; the loop reads a `stream.BatchStream`; `evaluate` asks for `held_out` batches.
+`main` builds a `loader.BatchSource`; the loop reads a `stream.BatchStream`; `evaluator` asks for `held_out` batches.
 """

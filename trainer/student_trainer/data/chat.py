@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from student_trainer.data.content import Content
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from student_trainer.data.batch import Placed
+from student_trainer.batch.batch import Placed
 from student_trainer.data.feed import Feed
 from student_trainer.data.mixture import Cursor, Mixer, MixtureState
 from student_trainer.data.tokenise import TokenDocument

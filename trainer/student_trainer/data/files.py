@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 
 CHUNK_BYTES = 8 << 20
 TELLING = ("sha256", "md5Hash", "content_md5", "ETag", "etag", "blob_id", "crc32c")

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from student_trainer.data.files import DataFile
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 from teacher_proto.stages import stage
 
 

@@ -21,7 +21,7 @@ from datasets.arrow_writer import ArrowWriter
 from student_trainer.data.content import Content, ContentHasher, keep, kept_at, state_of
 from student_trainer.data.files import DataFile, find_files
 from student_trainer.data.records import read_tables
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 from teacher_proto.stages import Stage, stage
 
 logger = logging.getLogger(__name__)

@@ -13,16 +13,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.batch import Batch, build_batch
+from student_trainer.batch.batch import Batch, build_batch
 from student_trainer.data.draw import Draws, Start, documents_in_use, fetch_in_use
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.held_out import held_out_batches
 from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
 from student_trainer.data.packing import MODES
 from student_trainer.data.random_access import BLOCK_CHARACTERS
-from student_trainer.data.settings import DataSettings
 from student_trainer.data.sources import open_source
 from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id, plain_backend
+from student_trainer.settings.data import DataSettings
 
 CHARACTERS_A_TOKEN = 4
 

@@ -9,9 +9,9 @@ none: one sequence a row.
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 
-from student_trainer.data.batch import Placed
+from student_trainer.batch.batch import Placed
 from student_trainer.data.draw import Drawn, Draws, Start
-from student_trainer.data.settings import DataSettings
+from student_trainer.settings.data import DataSettings
 
 Rows = list[list[Placed]]
 Waiting = list[Drawn]

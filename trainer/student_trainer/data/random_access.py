@@ -17,7 +17,7 @@ from student_trainer.data.hub import load_hub
 from student_trainer.data.index import cache_root, open_index
 from student_trainer.data.order import key_of, shuffled
 from student_trainer.data.records import no_column, record_content
-from student_trainer.data.settings import FILE_KINDS, SourceSettings
+from student_trainer.settings.data import FILE_KINDS, SourceSettings
 
 BLOCK_CHARACTERS = 1 << 18  # about what a block holds, so that long documents come few at a time
 LARGEST_BLOCK = 512

@@ -18,7 +18,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from student_trainer.data.files import DataFile, chunks, decode, open_file
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 
 logger = logging.getLogger(__name__)
 PARQUET_ROWS = 1024

@@ -2,8 +2,8 @@
 
 from student_trainer.data.documents import Source
 from student_trainer.data.random_access import OPENERS, RandomAccessSource
-from student_trainer.data.settings import SourceSettings
 from student_trainer.data.streamed import StreamedSource, open_shards
+from student_trainer.settings.data import SourceSettings
 
 
 def open_source(name: str, settings: SourceSettings, seed: int, cache_folder: str | None) -> Source:

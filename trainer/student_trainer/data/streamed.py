@@ -22,7 +22,7 @@ from student_trainer.data.hub import stream_hub
 from student_trainer.data.index import cache_root
 from student_trainer.data.order import key_of, shuffled
 from student_trainer.data.records import no_column, read_tables, record_content
-from student_trainer.data.settings import SourceSettings
+from student_trainer.settings.data import SourceSettings
 
 logger = logging.getLogger(__name__)
 BLOCK = 64

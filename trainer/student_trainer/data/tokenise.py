@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from student_trainer.data.chat import ChatTemplate
 from student_trainer.data.classification import LabelWords
 from student_trainer.data.documents import RawDocument
-from student_trainer.data.settings import DataSettings
+from student_trainer.settings.data import DataSettings
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from student_trainer.losses.rows import TeacherRows
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.terms import Term
 
 IGNORED = -100

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.passes import Block, Pass, run_pass
 from student_trainer.losses.projection import HeadProjection
-from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.terms import Term
 
 CPU_BLOCK_ELEMENTS = 2**21

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.checks import (
     check_shapes,
     check_targets,
@@ -29,7 +30,6 @@ from student_trainer.losses.checks import (
 )
 from student_trainer.losses.chunks import Job, default_chunk_rows, walk
 from student_trainer.losses.passes import plan_passes
-from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.terms import Term
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.cross_entropy import cross_entropy
 from student_trainer.losses.jsd import jsd
 from student_trainer.losses.kl import forward_kl, reverse_kl
-from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.sampled import sampled_cross_entropy
 from student_trainer.losses.skewed_kl import skewed_kl, skewed_reverse_kl
 from student_trainer.losses.supports import LOG_FLOOR, SupportRows, read_support, renormalised, with_tail

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_trainer.losses.rows import TeacherRows
+from student_trainer.batch.teacher_rows import TeacherRows
 
 # The least tail mass, where no smaller bound is known. The logprobs come rounded to fp16, so one minus their sum is
 # zero or below on peaked rows, where a divergence with log p of the tail would be infinite.

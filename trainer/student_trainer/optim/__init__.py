@@ -1,0 +1,4 @@
+"""How gradients become updates: AdamW, Muon with QK-clip, their groups and schedules.
+
+Read `optimizer.py` first.
+"""

@@ -1,7 +1,7 @@
 """The optimizer of a run: one or several of torch's, rates set from the step, state saved by parameter name, and
 QK-clip after each update where it is asked for.
 
-Built by `build`, stepped by `loop`, saved by `checkpoint`. The rate is a pure function of the step and a clip is over
+Built by `build`, stepped by `loop`, saved by `checkpoints`. The rate is a pure function of the step and a clip is over
 with its step, so neither has state.
 """
 

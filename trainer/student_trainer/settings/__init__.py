@@ -1,7 +1,7 @@
 """What a run is, as frozen records: the one definition of every setting, its default and its meaning.
 
 A file a section. Made by `compose` out of YAML and overrides, read by everything. Nothing here imports torch. A name
-that is not here stops the start; `resume.py` says which of these a resumed run may change.
+that is not here stops the start; `checkpoint/resume.py` says which of these a resumed run may change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
-from student_trainer.data.settings import DataSettings
+from student_trainer.settings.data import DataSettings
 from student_trainer.settings.distillation import DistillationSettings, TermSettings
 from student_trainer.settings.on_policy import OnPolicySettings
 from student_trainer.settings.optim import (

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from student_trainer import checkpoint
-from student_trainer.checkpoint_files import Snapshot
-from student_trainer.run_folder import SETTINGS_FILE
+from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.checkpoint.files import Snapshot
+from student_trainer.checkpoint.run_folder import SETTINGS_FILE
 from student_trainer.settings import StudentSettings
 from student_trainer.students.bitnet import CONFIG_ENTRY
 from student_trainer.students.bitnet_student import load_bitnet, make_ternary

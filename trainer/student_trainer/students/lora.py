@@ -1,5 +1,5 @@
 """LoRA (arXiv 2106.09685) through peft: a student of which low-rank additions alone are trained. Called by `causal`,
-and by those who want plain weights again: `load` and `export_command`.
+and by those who want plain weights again: `load` and `cli.export`.
 
 The adapters are put into the model in place, so it stays the model that it was, with more parameters.
 """

@@ -1,6 +1,6 @@
 """What the loop knows of a student: hidden states for packed rows, and the head that makes logits of them.
 
-Built by `causal` (and its kin), used by `loop`, `evaluate` and `checkpoint`.
+Built by `causal` (and its kin), used by `loop`, `evaluator` and `checkpoints`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from student_trainer.batch.align import MicroBatch
 from student_trainer.losses.attention_term import AttentionTerm, relation_among
 from student_trainer.losses.balance import gradient_norms, term_gradient_norms
 from student_trainer.losses.head import HeadLoss, head_loss
 from student_trainer.losses.terms import Term
-from student_trainer.targets.align import MicroBatch
 
 
 @dataclass(frozen=True, eq=False)

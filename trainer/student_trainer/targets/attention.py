@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.losses.attention_term import check_relation_heads
-from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.targets.background import EventThread

@@ -1,5 +1,5 @@
 """An event loop on a thread of its own, so that targets travel while the main thread trains. Used by `build`,
-`prefetch` and `evaluate`.
+`prefetch` and `evaluator`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
 from student_trainer.targets.questions import Question, Questions, answers, gathered_ids, questions

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from student_trainer.data.batch import Batch
-from student_trainer.on_policy.prompts import WrittenBatch
+from student_trainer.batch.batch import Batch
 from student_trainer.ranks import ALONE, Ranks
+from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.dump import write_dump
 from student_trainer.targets.patience import OutageWatch
@@ -27,8 +27,8 @@ from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError
 
 if TYPE_CHECKING:
+    from student_trainer.losses.metrics import StepFigures, Tally
     from student_trainer.students.student import Student
-    from student_trainer.tally import StepFigures, Tally
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
 from student_trainer.targets.questions import Question, answers, check, questions

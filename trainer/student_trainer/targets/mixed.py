@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.ensemble import mix, share_draws
 from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard, counted_rows
 from student_trainer.targets.questions import together

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.align import MicroBatch
+from student_trainer.batch.batch import Batch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
-from student_trainer.targets.align import MicroBatch
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
 from student_trainer.targets.protocol import Ask, BatchTargets, Targets

@@ -1,6 +1,6 @@
 """Where targets come from: one protocol, and the records that pass it. Made by remote, local, cached and mixed.
 
-`prefetch` calls `fetch` for batches ahead of the step, `evaluate` for the held-out ones; `align` turns what comes into
+`prefetch` calls `fetch` for batches ahead of the step, `evaluator` for the held-out ones; `align` turns what comes into
 rows beside the student's hidden rows.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from student_trainer.data.batch import Batch, Document
+from student_trainer.batch.batch import Batch, Document
 from student_trainer.targets.admission import Admits
 from teacher_proto.canary import Canary
 from teacher_proto.identity import TeacherIdentity

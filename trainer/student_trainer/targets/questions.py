@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.protocol import Ask, GatherIds, counted_rows
 from teacher_proto.errors import OutOfRangeError, PoisonBatchError
 from teacher_proto.store_entry import Ask as Question

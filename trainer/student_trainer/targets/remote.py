@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.admission import Admits
 from student_trainer.targets.patience import retry_until

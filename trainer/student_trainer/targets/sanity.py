@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from student_trainer.data.batch import Batch
+from student_trainer.batch.batch import Batch
 from student_trainer.targets.protocol import BatchTargets
 from teacher_proto.errors import InvalidTargetsError
 

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from student_trainer.losses.rows import TeacherHead
+from student_trainer.batch.teacher_rows import TeacherHead
 from teacher_proto.errors import InvalidTargetsError
 
 NAMES = {"weight", "bias", "scale", "soft_cap"}

@@ -1,0 +1,209 @@
+"""Saving a run and finding it again: all that the next update depends on, bit for bit. Used by `loop` and `build`.
+
+Kept: latent weights and buffers, optimizer, random states, step, tokens, the mixture's state, the teacher's identity,
+the settings, the wire's version. The schedule is a function of the step and batches are functions of their number, so
+neither they nor what was prefetched need saving. `files` writes, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from student_trainer import randomness
+from student_trainer.checkpoint import files
+from student_trainer.checkpoint.files import DamagedError, Snapshot
+from student_trainer.checkpoint.remote import RemoteCheckpoints
+from student_trainer.data.mixture import MixtureState
+from student_trainer.loop import Place
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.settings import CheckpointSettings
+from student_trainer.students.sharding import like, whole
+from teacher_proto.stages import stage
+from teacher_proto.stopping import finishing
+from teacher_proto.wire import VERSION as WIRE_VERSION
+
+if TYPE_CHECKING:
+    from student_trainer.optim.optimizer import Optimizer
+    from student_trainer.students.student import Student
+
+logger = logging.getLogger(__name__)
+LATEST = "latest"
+WRITTEN = "written"
+
+
+class Checkpoints:
+    """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher.
+
+    Of several `ranks` all call the same methods at the same step; rank 0 gathers the tensors, whole, and writes them.
+    So a checkpoint does not know how many ranks made it. `remote` takes a copy of each.
+    """
+
+    def __init__(
+        self, root: Path, settings: CheckpointSettings, constant: dict[str, Any], ranks: Ranks = ALONE,
+        remote: RemoteCheckpoints | None = None,
+    ):  # fmt: skip
+        self._root, self._settings, self._constant, self._ranks = root, settings, constant, ranks
+        self._remote = remote
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._saved_step: int | None = None
+        self._closed = False
+
+    def due(self, step: int, steps: int) -> bool:
+        """At the end always; in between every `every` steps."""
+        return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
+
+    def save(
+        self, place: Place, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None,
+        balance: Mapping[str, Any] | None = None, random: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
+
+        `written`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
+        `random`: what `randomness.capture` gave, if not now.
+        """
+        with self._ranks.together():
+            self.finish()
+        if self._ranks.largest(self._ranks.first and self._saved_step == place.step):
+            return
+        keep = self._ranks.first
+        model, states = _copied(student.tensors(), keep), _copied(optimizer.state(), keep)
+        if not keep:
+            return
+        random_tensors, random_plain = random or randomness.capture()
+        snapshot = Snapshot(
+            place.step,
+            {
+                "model": model,
+                "optimizer": states,
+                "random": random_tensors,
+                **({WRITTEN: written} if written else {}),
+            },
+            {
+                "step": place.step,
+                "tokens": place.tokens,
+                "mixture": place.mixture.to_json(),
+                "random": random_plain,
+                "balance": balance,
+                "wire_version": WIRE_VERSION,
+                **self._constant,
+            },
+        )
+        self._pending = self._writer.submit(self._write, snapshot)
+
+    def finish(self, last: bool = False) -> None:
+        """Wait for the save that is under way. A failed one is spoken of loudly; it is raised only if it is the run's
+        `last`, or if the settings say so.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            with stage("saving the run"):
+                pending.result()
+        except OSError as error:
+            if last or self._settings.on_failure == "stop":
+                raise
+            logger.error(
+                "THE RUN COULD NOT BE SAVED: %s. Training goes on, the checkpoint before is as it was; the next save "
+                "is tried when it is due", error,
+            )  # fmt: skip
+
+    def resumed_at(self, step: int) -> None:
+        """Note that the checkpoint of `step` is there and sound."""
+        self._saved_step = step
+
+    def close(self) -> None:
+        with finishing():
+            self._writer.shutdown()
+            if self._remote is not None and not self._closed:
+                self._closed = True
+                with stage(f"uploading the last checkpoint to {self._remote.url}"):
+                    self._remote.close()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        folder = files.write(self._root, snapshot)
+        files.replace_text(self._root / LATEST, folder.name)
+        self._saved_step = snapshot.step
+        if self._remote is not None:
+            self._remote.push(folder)
+        for old in _folders(self._root)[self._settings.keep :]:
+            if self._remote is not None and self._remote.needs(old):
+                continue
+            # Under another name first, so that one half deleted is never taken for a checkpoint.
+            doomed = old.with_name(f".deleted-{old.name}")
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def newest_step(root: Path) -> int:
+    """That of the newest checkpoint that is as it was written; -1 if there is none."""
+    for folder in _folders(root):
+        with suppress(DamagedError):
+            files.verify(folder)
+            return int(folder.name.removeprefix(files.PREFIX))
+    return -1
+
+
+def newest(root: Path) -> Snapshot | None:
+    """The newest checkpoint that is as it was written; those passed over are spoken of loudly. None if there is none.
+
+    ValueError if one was written by a later version, or if there are some and all are damaged.
+    """
+    found = _folders(root)
+    for folder in found:
+        try:
+            return files.read(folder)
+        except DamagedError as error:
+            logger.error("CHECKPOINT PASSED OVER: %s. The one before it is tried", error)
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {root} is whole: see above, or start with a new run.id"
+        )
+    return None
+
+
+def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> Place:
+    """Put a run back to where it was saved."""
+    restore_student(snapshot, student)
+    optimizer.load(snapshot.tensors["optimizer"])
+    randomness.restore(snapshot.tensors["random"], snapshot.state["random"])
+    return Place(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
+
+
+def restore_student(snapshot: Snapshot, student: Student) -> None:
+    """The saved weights and buffers alone. ValueError if they are those of another student."""
+    ours = student.tensors()
+    saved = snapshot.tensors["model"]
+    if ours.keys() != saved.keys() or any(ours[name].shape != saved[name].shape for name in ours):
+        different = sorted(ours.keys() ^ saved.keys()) or [n for n in ours if ours[n].shape != saved[n].shape]
+        raise ValueError(
+            f"the checkpoint is of another student: {different[0]} differs, and {len(different) - 1} more tensors"
+        )
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(like(tensor, saved[name]))
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoints by name, newest first."""
+    return sorted((path for path in root.glob(f"{files.PREFIX}*") if path.is_dir()), reverse=True)
+
+
+def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole copies on the CPU, gathered one at a time; all ranks call, and those that do not `keep` get nothing."""
+    copies = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor.detach())
+        if keep:
+            copies[name] = gathered.to("cpu", copy=True).contiguous()
+    return copies

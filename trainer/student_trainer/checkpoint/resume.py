@@ -1,0 +1,128 @@
+"""May a run go on with other settings than it began with? Called by `build` when a checkpoint is there.
+
+Every setting has one of three answers. *fixed*: it changes what is learnt; refused, unless `run.allow_changes` names
+it. *numeric*: it changes only how sums are rounded; warned of. *free*: it changes nothing that is learnt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from student_trainer.settings import Settings
+from student_trainer.settings.redact import public, public_tree
+from teacher_proto.identity import flatten
+
+logger = logging.getLogger(__name__)
+Answer = Literal["fixed", "numeric", "free"]
+
+# By dotted name; the longest that is a beginning of a setting's name answers for it. "*" stands for one part.
+ANSWERS: dict[str, Answer] = {
+    "run.root": "free",
+    "run.id": "free",
+    "run.steps": "fixed",
+    "run.time_limit_s": "free",
+    "run.seed": "fixed",
+    "run.resume": "free",
+    "run.allow_changes": "free",
+    "run.device": "numeric",
+    "run.threads": "numeric",
+    "data": "fixed",
+    "data.workers": "free",
+    "data.batches_ahead": "free",
+    "data.held_out_rows": "free",
+    "data.cache_folder": "free",
+    "data.sources.*.storage_options": "free",
+    "student": "fixed",
+    # The weights come from the checkpoint; config and tokenizer, by `check_student`, must be those that they were.
+    "student.checkpoint_path": "free",
+    "student.revision": "free",
+    "student.tokenizer": "free",
+    "student.compute": "numeric",
+    "student.attention": "numeric",
+    "student.gradient_checkpointing": "numeric",
+    "student.compile": "numeric",
+    "teacher": "free",  # who answers, by which way: the identity itself is compared, unless `may_change` allows another
+    "teacher.top_k": "fixed",
+    "distillation": "fixed",
+    "distillation.chunk_rows": "numeric",
+    "on_policy": "fixed",
+    "on_policy.sequences_at_once": "numeric",
+    "optim": "fixed",
+    "optim.micro_batch_rows": "numeric",
+    "prefetch": "free",
+    "evaluation": "free",
+    "checkpoint": "free",
+    "logging": "free",
+}
+
+
+def answer_for(name: str) -> Answer:
+    """What a change of the setting `name` means. KeyError for a name that nothing in the table covers."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        for known, answer in ANSWERS.items():
+            pattern = known.split(".")
+            if len(pattern) == length and all(p in ("*", part) for p, part in zip(pattern, parts, strict=False)):
+                return answer
+    raise KeyError(name)
+
+
+def may_change(name: str, now: Settings) -> bool:
+    """Whether `run.allow_changes` names the setting, or a section that it is in."""
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in now.run.allow_changes)
+
+
+def check_changes(before: Mapping[str, Any], now: Settings) -> None:
+    """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed."""
+    old, new = flatten(public_tree(before)), flatten(public(now))
+    refused = []
+    for name in sorted(old.keys() | new.keys()):
+        was, becomes = old.get(name, "absent"), new.get(name, "absent")
+        if was == becomes:
+            continue
+        answer = answer_for(name)
+        line = f"{name}: {was} in the checkpoint, {becomes} now"
+        if answer == "fixed" and not may_change(name, now):
+            refused.append((name, line))
+        elif answer != "free":
+            logger.warning("resumed with a change, %s", line)
+    if refused:
+        lines = "; ".join(line for _, line in refused)
+        names = ",".join(name for name, _ in refused)
+        raise ValueError(
+            f"the run cannot go on with other settings: {lines}. Set them back, begin anew with another run.id, or "
+            f"allow it with run.allow_changes=[{names}]"
+        )
+
+
+def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], settings: Settings) -> None:
+    """Hold the student's config and tokenizer against those that the run began with, as `student_identity` gives them.
+
+    ValueError lists the fields that differ. Where they lie doesn't matter. A checkpoint of an older trainer has none.
+    """
+    if before is None:
+        logger.warning(
+            "the checkpoint does not say which config and tokenizer the run began with: they aren't compared"
+        )
+        return
+    same_version = before["transformers"] == now["transformers"]
+    for part, setting in (("config", "student.checkpoint_path"), ("tokenizer", "student.tokenizer")):
+        old, new = flatten(before[part]), flatten(now[part])
+        lines = []
+        for name in sorted(old.keys() | new.keys()):
+            was, becomes = old.get(name, "absent"), new.get(name, "absent")
+            if was == becomes:
+                continue
+            line = f"{part}.{name}: {was} in the checkpoint, {becomes} now"
+            # Another version of transformers may know more, or fewer, fields of the same model.
+            if may_change(setting, settings) or (not same_version and "absent" in (was, becomes)):
+                logger.warning("resumed with a change of the student, %s", line)
+            else:
+                lines.append(line)
+        if lines:
+            raise ValueError(
+                f"the run cannot go on with another student's {part}: {'; '.join(lines)}. Give the one that it began "
+                f"with, begin anew with another run.id, or allow it with run.allow_changes={setting}"
+            )

@@ -1,0 +1,125 @@
+"""Says what a run would do, without training: `stillhouse-train check SETTINGS...`. Called by `main`.
+
+Resolves every setting, asks the teacher who it is, compares vocabularies and tokenizers, reads one batch and fetches
+its targets, and estimates memory. What would stop the run stops the check, with the same message.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.table import Table
+
+from student_trainer.batch.batch import Batch
+from student_trainer.cli.compose import compose
+from student_trainer.components import Parts, build_parts
+from student_trainer.losses.chunks import default_chunk_rows
+from student_trainer.main import split_config_folder
+from student_trainer.rollouts.prompts import prompts_of
+from student_trainer.settings import Settings
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.protocol import ask_for
+from teacher_proto.stages import DISPLAY, stage
+
+# float32 weights, gradients, and the two moments of AdamW; Muon keeps one, so this is an upper bound.
+BYTES_A_PARAMETER = 16
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the findings. ValueError or StillhouseError, as the run itself would, if it can't be run."""
+    settings = compose(*split_config_folder(list(arguments)))
+    if DISPLAY.shown != "off":
+        DISPLAY.shown = settings.logging.progress
+    table = Table("", "what would run", title="stillhouse-train check", show_header=False, title_justify="left")
+    with ExitStack() as stack:
+        thread = stack.enter_context(EventThread())
+        parts = build_parts(settings, thread, stack)
+        with stage("making batch 0"):
+            batch, _ = parts.source.batch(parts.source.initial_state(), 0)
+        for name, value in (
+            *_teacher(parts),
+            *_student(parts),
+            *_batch(settings, batch),
+            *_on_policy(settings, batch),
+            *_targets(settings, parts, batch, thread),
+            *_memory(settings, parts, batch),
+        ):
+            table.add_row(name, value)
+    DISPLAY.close()
+    Console().print(table)
+    return 0
+
+
+def _teacher(parts: Parts) -> Iterator[tuple[str, str]]:
+    if parts.teacher is None:
+        yield "teacher", "none: the data's own next tokens alone"
+        return
+    card = parts.teacher.card
+    yield "teacher", f"{card.name}, fingerprint {card.fingerprint}"
+    yield "", f"sequences of at most {card.max_sequence_length:,}, K at most {card.max_top_k}, {', '.join(card.kinds)}"
+
+
+def _student(parts: Parts) -> Iterator[tuple[str, str]]:
+    student = parts.student
+    count = sum(parameter.numel() for parameter in student.model.parameters())
+    dtype = str(student.compute).removeprefix("torch.")
+    yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, in {dtype} on {student.device}"
+    if parts.teacher is not None:
+        shared, ours, theirs = student.shared_vocab, student.vocab_size, parts.teacher.card.vocab_size
+        yield "vocabulary", f"{shared or ours:,} ids in common; student {ours:,}, teacher {theirs:,}; same tokenizer"
+
+
+def _batch(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
+    labels = int(batch.loss_mask_BT.sum())
+    filled = float((batch.document_ids_BT >= 0).mean())
+    sources = Counter(document.source for document in batch.documents)
+    yield (
+        "steps",
+        f"{settings.run.steps:,} of {labels:,} labels or so: {settings.run.steps * labels / 1e6:,.2f} M in all",
+    )
+    yield "batch 0", f"{batch.tokens_BT.shape[0]} rows of {batch.tokens_BT.shape[1]:,}, {filled:.0%} filled"
+    yield "", ", ".join(f"{count} documents of {source}" for source, count in sources.items())
+    terms = (f"{term.coefficient:g} x {term.name} (T = {term.temperature:g})" for term in settings.distillation.build())
+    yield "loss", " + ".join(terms)
+
+
+def _on_policy(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
+    own = settings.on_policy
+    if own.active:
+        prompts = prompts_of(batch, own, settings.run.seed)
+        yield "own text", f"{own.share:.0%} of the batches, written {own.lag} updates before they are learnt from"
+        yield "", f"in the place of batch 0: {len(prompts)} prompts, {own.new_tokens} tokens after each at most"
+        yield "", " + ".join(f"{term.coefficient:g} x {term.name} (T = {term.temperature:g})" for term in own.build())
+
+
+def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread) -> Iterator[tuple[str, str]]:
+    terms = settings.distillation.build()
+    tokens = int((batch.document_ids_BT >= 0).sum())
+    if parts.attention is not None and parts.student.attention is not None:
+        with stage("attention states of batch 0", note=parts.describe_waiting):
+            states = thread.call(parts.attention.fetch(batch))
+        size = sum(each.nbytes for each in states) / tokens
+        layers = f"the teacher's layer {states[0].layer}, the student's {parts.student.attention.layer}"
+        yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
+    if parts.teacher is None or not any(term.reads_tokens for term in terms):
+        return
+    ask = ask_for(terms, settings.teacher.top_k, settings.distillation)
+    with stage("targets of batch 0", note=parts.describe_waiting):
+        answered = thread.call(parts.teacher.targets.fetch(batch, ask))
+    yield "targets", f"{', '.join(ask.kinds)} with K = {ask.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
+
+
+def _memory(settings: Settings, parts: Parts, batch: Batch) -> Iterator[tuple[str, str]]:
+    student = parts.student
+    count = sum(parameter.numel() for parameter in student.model.parameters())
+    rows = settings.distillation.chunk_rows or default_chunk_rows(student.vocab_size, student.device)
+    chunk = min(rows, batch.tokens_BT.size) * student.vocab_size * 4
+    state = count * BYTES_A_PARAMETER
+    yield (
+        "memory",
+        f"about {state / 2**30:,.2f} GiB of weights, gradients and moments, {chunk / 2**20:,.0f} MiB of logits",
+    )
+    yield "", "and the activations of a micro batch, which optim.micro_batch_rows makes smaller"

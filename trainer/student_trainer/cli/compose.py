@@ -1,0 +1,156 @@
+"""From YAML groups and overrides on the command line to `Settings`. Called by `main`.
+
+Hydra composes, pydantic checks. Every override is held against the settings first, so that a misspelt name stops with
+the nearest one; a setting that can have no effect warns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from student_trainer.cli.effects import without_effect
+from student_trainer.cli.help import settings_by_name
+from student_trainer.settings import Settings
+from student_trainer.settings.redact import remember
+
+CONFIG = Path(__file__).parent.parent / "config"
+
+
+def compose(overrides: list[str], config_folder: Path | None = None) -> Settings:
+    """The settings of a run. `config_folder` has groups of the user's own beside the built-in ones.
+
+    ValueError with one clear sentence for a name or value that cannot be. Settings without effect warn.
+    """
+    parsed = _parse(overrides)
+    folders = [CONFIG, *([config_folder.resolve()] if config_folder else [])]
+    arguments = [_checked(override, folders) for override in parsed]
+    if config_folder is not None:
+        if not config_folder.is_dir():
+            raise ValueError(f"--config-folder {config_folder}: there is no such folder")
+        arguments.append(f"hydra.searchpath=[file://{config_folder.resolve()}]")
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG)):
+            composed = hydra_compose("config", overrides=arguments)
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} must be given, as in {error.full_key}=VALUE") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"the settings cannot be composed: {' '.join(str(error).split())}") from None
+    settings = validated(plain)
+    remember(settings)
+    for warning in without_effect(settings, {override.key_or_group for override in parsed}):
+        warnings.warn(warning, stacklevel=2)
+    return settings
+
+
+def validated(plain: Any) -> Settings:
+    """`Settings` out of plain containers. ValueError names the first setting at fault, and its nearest neighbour."""
+    try:
+        return Settings.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            raise ValueError(_unknown(location)) from None
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {first['input']!r})"
+        raise ValueError(f"{'.'.join(location)}: {message}{got}" if location else message) from None
+
+
+def groups(folders: list[Path]) -> dict[str, list[str]]:
+    """The choices of each group: the YAML files in its folder."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for file in folder.glob("*/*.yaml"):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return {name: sorted(choices) for name, choices in sorted(found.items())}
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ValueError(f"'{text}' is no setting: settings are given as NAME=VALUE, `--help` lists them")
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ValueError(f"an override cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _checked(override: Override, folders: list[Path]) -> str:
+    """The override as Hydra shall have it. A value is set whether the YAML names it or not: the settings decide."""
+    key, text = override.key_or_group, str(override.input_line)
+    choices = groups(folders)
+    if key in choices and not isinstance(override.value(), dict):
+        wanted = override.value()
+        if not override.is_delete() and wanted not in choices[key]:
+            raise ValueError(f"{key}={wanted}: there is no such choice.{_nearest(str(wanted), choices[key])}")
+        return text
+    if override.is_delete() or key.startswith("hydra."):
+        return text
+    if _find(key.split(".")) is None:
+        raise ValueError(_unknown(key.split(".")))
+    return "++" + text.lstrip("+")
+
+
+def _find(path: list[str]) -> Any | None:
+    """The type at a dotted path of the settings, or None. Below a free dictionary any name is right."""
+    here: Any = Settings
+    for part in path:
+        here = _plain_type(here)
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            if part not in here.model_fields:
+                return None
+            here = here.model_fields[part].annotation
+        elif typing.get_origin(here) is dict:
+            here = typing.get_args(here)[1]
+        elif here is not Any:
+            return None
+    return here
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Without Annotated and `| None`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _plain_type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(annotation) if member is not type(None)]
+        return _plain_type(members[0]) if len(members) == 1 else annotation
+    return annotation
+
+
+def _unknown(path: list[str]) -> str:
+    """What to say of a path that leads nowhere: the part at fault, and what is nearest to it there."""
+    known: list[str] = []
+    for length in range(1, len(path) + 1):
+        if _find(path[:length]) is not None:
+            continue
+        parent = _plain_type(_find(path[: length - 1]) if length > 1 else Settings)
+        prefix = ".".join([*path[: length - 1], ""])
+        if isinstance(parent, type) and issubclass(parent, BaseModel):
+            known = [prefix + name for name in parent.model_fields]
+        break
+    name = ".".join(path)
+    return (
+        f"there is no setting '{name}'.{_nearest(name, known, [setting for setting, _ in settings_by_name(Settings)])}"
+    )
+
+
+def _nearest(name: str, known: list[str], also: list[str] | None = None) -> str:
+    """The closest name of all; else all of the known ones."""
+    if close := difflib.get_close_matches(name, [*known, *(also or [])], n=1, cutoff=0.6):
+        return f" Did you mean '{close[0]}'?"
+    return f" Known are {', '.join(known)}." if known else " `--help` lists them."

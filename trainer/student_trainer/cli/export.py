@@ -1,0 +1,188 @@
+"""A finished run as files that others load: `stillhouse-train export RUN --format hf|bitnet|gguf`. Called by `main`.
+
+Rebuilds the student of the run's newest checkpoint, writes it with a model card, opens what was written with the
+software that it is for, and compares its logits with the student's. Exit code 1 where the two are not the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from student_trainer.checkpoint.files import Snapshot
+from student_trainer.export.card import ModelCard
+from student_trainer.export.check import LogitsComparison, compare_logits, llama_cpp_logits, transformers_logits
+from student_trainer.export.export import EXPORTS, ExportReport
+from student_trainer.settings import StudentSettings
+from student_trainer.settings.redact import public_tree
+from student_trainer.students.bitnet_checkpoint import load_bitnet_student
+from student_trainer.students.load import earlier_run, load_student, model_behind
+from student_trainer.students.lora import merge_lora
+from teacher_proto.stages import stage
+
+# Mean KL in nats. Int8 rounding on another machine moves a deep ternary model by hundredths; another function, by nats.
+SAME_MODEL_KL = 0.2
+CHECKED_TOKENS = 64
+
+
+class NotTheSameError(ArithmeticError):
+    """What was written, opened again, is not the student."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write and check. ValueError for a run that cannot be exported so, NotTheSameError if the check fails."""
+    options = _parser().parse_args(arguments)
+    snapshot = earlier_run(str(options.run))
+    if snapshot is None:
+        raise ValueError(f"{options.run} is no run's folder: expected the one with settings.yaml in it")
+    settings = StudentSettings(
+        kind=snapshot.state["settings"]["student"]["kind"], checkpoint_path=str(options.run), attention="sdpa"
+    )
+    model: Any = merge_lora(load_student(settings, torch.device("cpu")).model)
+    tokenizer = _tokenizer(settings)
+    card = card_of(options.run, snapshot, options.name or options.run.resolve().name)
+    folder = options.out or options.run / "exports" / options.format
+    extra: dict[str, Any] = {}
+    if options.format == "gguf":
+        extra["ternary_type"] = options.ternary_type
+    elif options.format == "hf":
+        extra["architecture"] = options.architecture
+    with stage(f"writing {folder}"):
+        report = EXPORTS[options.format](model.eval(), tokenizer, folder, card, **extra)
+    print(f"{report.folder}: {report.format}, {report.architecture}, {report.num_bytes / 2**20:,.1f} MiB")
+    for note in report.notes:
+        print(f"  note: {note}")
+    if not options.skip_check:
+        try:
+            with stage("opening again what was written"):
+                _check(model, tokenizer, report)
+        except KeyboardInterrupt:
+            # Whole, but not checked; started again, the command would find it in its way.
+            shutil.rmtree(report.folder, ignore_errors=True)
+            raise
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stillhouse-train export", description="Write a run's student for others.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--format", choices=list(EXPORTS), required=True,
+        help="hf: latent weights; bitnet: two bits a weight, for transformers; gguf: one file, for llama.cpp",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="a folder that is not there yet (default: RUN/exports/FORMAT)")
+    parser.add_argument("--name", help="the model's name on its card (default: the run's)")
+    parser.add_argument(
+        "--architecture", choices=("auto", "original"), default="auto",
+        help="hf: original keeps the base model's names, for training on (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ternary-type", choices=("TQ1_0", "TQ2_0"), default="TQ2_0",
+        help="gguf: 1.69 or 2.06 bits a weight (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--skip-check", action="store_true", help="do not open again what was written")
+    return parser
+
+
+def card_of(run: Path, snapshot: Snapshot, name: str) -> ModelCard:
+    """What the run knows of its student: base model, teacher, data, the last figures, and its settings."""
+    settings, teacher = public_tree(snapshot.state["settings"]), snapshot.state["teacher"]
+    base = model_behind(StudentSettings.model_validate(settings["student"])).checkpoint_path
+    return ModelCard(
+        name=name,
+        base_model=Path(base).name if Path(base).is_dir() else base,
+        teacher=teacher["name"] if teacher else "",
+        teacher_fingerprint=teacher["fingerprint"] if teacher else "",
+        data=tuple(_sources(settings["data"]["sources"])),
+        figures=_figures(run, snapshot),
+        config=yaml.safe_dump(settings, sort_keys=False),
+    )
+
+
+def _sources(sources: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, source in sources.items():
+        where = source["name"] or ", ".join(Path(path).name for path in source["path"])
+        lines.append(f"{name}: {source['kind']} {where}, weight {source['weight']:g}".replace("  ", " "))
+    return lines
+
+
+def _figures(run: Path, snapshot: Snapshot) -> dict[str, str]:
+    """The last evaluation up to the checkpoint's step, and how long the student has learnt."""
+    figures = {"steps": f"{snapshot.step:,}", "tokens": f"{snapshot.state['tokens']:,}"}
+    file = run / "evaluation.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    last: dict[str, Any] = next((line for line in reversed(lines) if line["step"] <= snapshot.step), {})
+    for source, values in last.items():
+        if isinstance(values, dict):
+            named = ((figure, value) for figure, value in values.items() if isinstance(value, float))
+            figures |= {f"held-out {figure}, {source}, step {last['step']}": f"{value:.4f}" for figure, value in named}
+    return figures
+
+
+def _tokenizer(settings: StudentSettings) -> PreTrainedTokenizerBase:
+    behind = model_behind(settings)
+    return AutoTokenizer.from_pretrained(behind.tokenizer or behind.checkpoint_path, revision=behind.revision)
+
+
+def _check(model: Any, tokenizer: PreTrainedTokenizerBase, report: ExportReport) -> None:
+    """Print how far the files are from the student, on the words of their own model card."""
+    words = (report.folder / "README.md").read_text()
+    ids_BT = np.array([tokenizer(words)["input_ids"][:CHECKED_TOKENS]])
+    reader, comparison = reopened(model, report, ids_BT)
+    _write_findings(report, reader, comparison)
+    if comparison is None:
+        print(
+            "  opened again: every tensor is as it was written; llama-cpp-python is not installed, no logits compared"
+        )
+        return
+    print(
+        f"  opened again by {reader}: KL {comparison.kl:.2g} nats, first choice the same {comparison.agreement:.1%}, "
+        f"logits differ by {comparison.difference:.2g} of their spread"
+    )
+    if not comparison.kl <= SAME_MODEL_KL:
+        raise NotTheSameError(
+            f"{report.folder} is not the student that was trained: KL {comparison.kl:.3g} nats by {reader}, "
+            f"expected at most {SAME_MODEL_KL}"
+        )
+
+
+def _write_findings(report: ExportReport, reader: str, comparison: LogitsComparison | None) -> None:
+    """What was written and how it compares, for programs: `export.json` beside the files."""
+    findings = {
+        "format": report.format, "architecture": report.architecture, "stands_alone": report.stands_alone,
+        "num_bytes": report.num_bytes, "reader": reader,
+        "comparison": None if comparison is None else asdict(comparison),
+    }  # fmt: skip
+    (report.folder / "export.json").write_text(json.dumps(findings, indent=1))
+
+
+def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str, LogitsComparison | None]:
+    """Who opened the files again, and their logits against the model's; None where the reader is not installed."""
+    with torch.no_grad():
+        ours_BTV = model.eval()(torch.from_numpy(ids_BT), use_cache=False).logits.float().numpy()
+    if report.format == "gguf":
+        (file,) = report.folder.glob("*.gguf")
+        theirs = [llama_cpp_logits(file, ids_T) for ids_T in ids_BT]
+        kept = [logits_TV for logits_TV in theirs if logits_TV is not None]
+        return ("llama.cpp", compare_logits(ours_BTV, np.stack(kept))) if kept else ("gguf", None)
+    if report.stands_alone:
+        try:
+            (theirs_BTV,) = transformers_logits([report.folder], ids_BT)
+        except RuntimeError as error:
+            raise NotTheSameError(str(error)) from None
+        return "transformers alone", compare_logits(ours_BTV, theirs_BTV)
+    with torch.no_grad():
+        again = load_bitnet_student(str(report.folder)).eval()
+        theirs_BTV = again(torch.from_numpy(ids_BT), use_cache=False).logits.float().numpy()
+    return "load_bitnet_student", compare_logits(ours_BTV, theirs_BTV)

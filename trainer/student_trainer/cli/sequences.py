@@ -1,0 +1,75 @@
+"""The documents of a run as token ids, to be scored ahead of it: `stillhouse-train sequences FILE.jsonl SETTINGS...`.
+
+A teacher answers for exact sequences, and where a document is cut, and what a tokenizer or template puts around it, the
+run's settings decide. `stillhouse-teacher fill MODEL FILE.jsonl --store FOLDER` reads the file; `teacher=cached` trains
+on what it wrote. Called by `main`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from student_trainer.batch.batch import Batch
+from student_trainer.cli.compose import compose
+from student_trainer.components import load_tokenizer
+from student_trainer.data.loader import BatchSource
+from student_trainer.data.stream import BatchStream
+from student_trainer.main import split_config_folder
+from student_trainer.settings import Settings
+from student_trainer.targets.protocol import counted_rows
+from teacher_proto.stages import stage
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the file. ValueError for settings that no run could have either."""
+    if not arguments or "=" in arguments[0]:
+        raise ValueError("the file to write is not given: stillhouse-train sequences FILE.jsonl SETTINGS...")
+    settings = compose(*split_config_folder(list(arguments[1:])))
+    seen: set[bytes] = set()
+    tokens = 0
+    partial = Path(arguments[0]).with_suffix(".partial")
+    try:
+        with partial.open("w") as file:
+            for ids in documents(settings):
+                digest = hashlib.sha256(repr(ids).encode()).digest()[:16]
+                if digest not in seen:
+                    seen.add(digest)
+                    tokens += len(ids)
+                    file.write(json.dumps({"input_ids": ids}) + "\n")
+        partial.replace(arguments[0])
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{len(seen)} sequences of {tokens} tokens: {settings.run.steps} batches, and what is held out")
+    return 0
+
+
+def documents(settings: Settings) -> Iterator[list[int]]:
+    """Token ids of every document that a run of these settings asks its teacher about, in order, repeats included."""
+    with stage("opening the data"):
+        source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
+    try:
+        if settings.evaluation.every:
+            for name in source.names:
+                with stage(f"reading the held-out documents of {name!r}"):
+                    batches = source.held_out(name)
+                for batch in batches:
+                    yield from _asked(batch)
+        with (
+            stage("reading batches", settings.run.steps, "batches") as doing,
+            BatchStream(source, source.initial_state()) as stream,
+        ):
+            for _ in range(settings.run.steps):
+                batch, _ = next(stream)
+                yield from _asked(batch)
+                doing.done += 1
+    finally:
+        source.close()
+
+
+def _asked(batch: Batch) -> Iterator[list[int]]:
+    for document in batch.documents:
+        if counted_rows(batch, document) is not None:
+            yield batch.tokens_BT[document.row, document.start : document.stop].tolist()

@@ -1,0 +1,119 @@
+"""What a run and a check of one have in common: teacher, tokenizer, data and student, each held against the others.
+
+Made for `build` and `check`. Whatever can be refused is refused before the model is loaded; but a start that waits for
+its teacher loads it meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from student_trainer.batch.teacher_rows import TeacherHead
+from student_trainer.checkpoint.files import Snapshot
+from student_trainer.checkpoint.resume import may_change
+from student_trainer.data.loader import BatchSource
+from student_trainer.device import choose_device, use_device
+from student_trainer.losses.attention_term import AttentionTerm
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.settings import Settings
+from student_trainer.students.load import load_student, model_behind
+from student_trainer.students.student import Student
+from student_trainer.students.vocabulary import agree_on_vocabulary
+from student_trainer.targets.attention import AttentionSource, open_attention
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
+from student_trainer.targets.teacher_head import read_head
+from teacher_proto.stages import stage
+from teacher_proto.waiting import Waiting
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a run and a check of one have in common."""
+
+    teacher: Teacher | None
+    tokenizer: PreTrainedTokenizerBase
+    source: BatchSource
+    student: Student
+    head: TeacherHead | None  # the teacher's, where something is compared over the whole vocabulary
+    attention: AttentionSource | None = None
+
+    def reason(self) -> str:
+        """What is known of an outage of those who are asked for targets."""
+        known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
+        return "; ".join(filter(None, known))
+
+    def describe_waiting(self) -> str:
+        """What is known of those who are asked for targets, for the terminal; empty where nothing is asked."""
+        waiting = self.waiting()
+        return self.reason() or (f"{waiting.what}: {waiting.describe()}" if waiting is not None else "")
+
+    def waiting(self) -> Waiting | None:
+        """How far everything is that those who are asked for targets were asked."""
+        return Waiting.sum_of(
+            (
+                self.teacher.targets.waiting() if self.teacher else None,
+                self.attention.waiting() if self.attention else None,
+            )
+        )
+
+
+def build_parts(
+    settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
+) -> Parts:
+    """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
+    device = choose_device(settings.run, ranks.local)
+    use_device(device)
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
+    with stage("loading the tokenizer"):
+        tokenizer = load_tokenizer(settings)
+    with stage("opening the data"):
+        source = BatchSource(settings.data, tokenizer, settings.run.seed, ranks.rank, ranks.world)
+    stack.callback(source.close)
+    waits = settings.teacher.kind != "none" and settings.teacher.start_within_s > 0
+    student = load_student(settings.student, device) if waits else None
+    teacher = None
+    if settings.teacher.kind != "none":
+        saved_card = snapshot.state.get("teacher") if snapshot is not None else None
+        if saved_card is not None and may_change("teacher.fingerprint", settings):
+            logger.warning(
+                "run.allow_changes names teacher.fingerprint: the teacher need not be %s, that the run began with",
+                saved_card["name"],
+            )
+            saved_card = None
+        with stage("connecting to the teacher"):
+            teacher = open_teacher(settings.teacher, thread, stack, saved_card)
+        check_ask(settings, teacher.card)
+    head = None
+    if teacher is not None and wants_head(settings):
+        with stage("fetching the teacher's head"):
+            head = read_head(thread.call(teacher.targets.head()), device)
+    student = student or load_student(settings.student, device)
+    if teacher is not None:
+        student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
+    attention = None
+    if teacher is not None and settings.distillation.attention.active:
+        student.attention = AttentionTerm.of(settings.distillation.attention, student.model)
+        with stage("connecting to the attention service"):
+            attention = open_attention(settings, teacher, thread, stack)
+    return Parts(teacher, tokenizer, source, student, head, attention)
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. ValueError if there is none."""
+    student = settings.student if settings.student.tokenizer else model_behind(settings.student)
+    name = student.tokenizer or student.checkpoint_path
+    if not name:
+        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None

@@ -1,0 +1,4 @@
+"""Held-out figures, and texts that the student continues, to be read.
+
+Read `evaluator.py` first.
+"""

@@ -1,0 +1,195 @@
+"""Held-out figures, by source: cross-entropy, KL(teacher‖student), agreement. Built by `build`, called by `loop`.
+
+The teacher is asked for the held-out rows once; they are kept in memory, so that every evaluation compares with the
+same answers. KL is at temperature 1, over the served K ids and one bucket for all others, which is a lower bound of the
+full KL, or with `evaluation.kl=full` over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from student_trainer.batch.align import MicroBatch, micro_batches
+from student_trainer.batch.batch import Batch
+from student_trainer.batch.teacher_rows import TeacherHead
+from student_trainer.evaluation.documents import DocumentFigures, DocumentSums
+from student_trainer.evaluation.passage import can_be_shown, make_passage
+from student_trainer.losses.metrics import Tally
+from student_trainer.losses.terms import Term
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.settings import EvaluationSettings
+from student_trainer.students.student import Student
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+from teacher_proto.stages import stage
+
+CROSS_ENTROPY = Term("cross_entropy", "cross_entropy", 1.0)
+KL: dict[str, Term] = {
+    "top_k": Term("kl", "top_k_kl", 1.0),
+    "full": Term("kl", "forward_kl", 1.0, support="full"),
+}
+Figures = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by source, and the sums of every held-out document that they are made of."""
+
+    by_source: Mapping[str, Figures]
+    documents: Sequence[DocumentFigures]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The held-out rows of all sources with the teacher's answers, ready to be read."""
+
+    batches: Mapping[str, Sequence[Batch]]
+    targets: Mapping[str, Sequence[BatchTargets | None]]
+
+
+def fetch_held_out(
+    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, ask: Ask,
+    waiting: Callable[[], str] = str,
+) -> HeldOut:  # fmt: skip
+    """Ask the teacher for all of them, side by side; the first failure is raised. `waiting` says how far they are."""
+    if targets is None:
+        return HeldOut(batches, {name: [None] * len(group) for name, group in batches.items()})
+    ordered = [batch for group in batches.values() for batch in group]
+
+    with stage("held-out targets", len(ordered), "batches", note=waiting, paced=False) as doing:
+
+        async def fetch(batch: Batch) -> BatchTargets:
+            answer = await targets.fetch(batch, ask)
+            doing.done += 1
+            return answer
+
+        async def fetch_all() -> list[BatchTargets]:
+            return await asyncio.gather(*map(fetch, ordered))
+
+        answers = iter(thread.call(fetch_all()))
+    return HeldOut(batches, {name: [next(answers) for _ in group] for name, group in batches.items()})
+
+
+class Evaluator:
+    """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run. `head`: the
+    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words. With
+    several `ranks`, each has its own rows of every batch, and all call together.
+    """
+
+    def __init__(
+        self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
+        passage_file: Path, head: TeacherHead | None = None, classes: Mapping[str, Sequence[int]] | None = None,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
+        self._decode, self._passage_file, self._head = decode, passage_file, head
+        self._classes, self._ranks = classes or {}, ranks
+
+    def due(self, step: int, steps: int) -> bool:
+        return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
+
+    def due_at_start(self) -> bool:
+        return self._settings.every > 0 and self._settings.at_start
+
+    def evaluate(self, student: Student, pause: Callable[[], None] = lambda: None) -> Evaluation:
+        """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
+
+        A source of format classification has `accuracy` too: how often the likeliest of its words is the right one.
+        `pause` is called after each batch, and may raise to give up.
+        """
+        by_source: dict[str, Figures] = {}
+        documents: list[DocumentFigures] = []
+        names = self._held_out.batches if self._settings.every > 0 else ()
+        count = sum(len(self._held_out.batches[name]) for name in names)
+        with stage("evaluating", count, "batches", closing=False) as doing:
+
+            def done() -> None:
+                doing.done += 1
+                pause()
+
+            for name in names:
+                by_source[name], of_source = self._figures(student, name, done)
+                documents += of_source
+        return Evaluation(by_source, documents)
+
+    def write_passage(self, student: Student) -> None:
+        """A held-out text in which each token shows what teacher and student would have said, for the report."""
+        for name, batches in self._held_out.batches.items():
+            if batches and self._held_out.targets[name][0] is not None and self._settings.every > 0:
+                self._write_passage(student, batches[0], self._held_out.targets[name][0])
+                return
+
+    def _write_passage(self, student: Student, batch: Batch, targets: BatchTargets | None) -> None:
+        if self._ranks.first:
+            self._ranks.total(can_be_shown(targets))
+            self._passage_file.write_text(json.dumps(make_passage(student, batch, targets, self._decode)))
+        elif self._ranks.total(0):
+            # The student is whole for rank 0 only while the others have it whole too.
+            (micro,) = micro_batches(batch.rows(0, 1), None, keep_empty=True)
+            student.logits(micro.to(student.device))
+
+    def _figures(self, student: Student, name: str, done: Callable[[], None]) -> tuple[Figures, list[DocumentFigures]]:
+        batches, answers = self._held_out.batches[name], self._held_out.targets[name]
+        has_teacher = all(answer is not None for answer in answers)
+        terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
+        tally = Tally(terms, batches[0].source_names)
+        documents = DocumentSums(name, has_teacher)
+        agreed, correct, tokens = 0, 0, 0
+        classes = self._classes.get(name)
+        with _resting(student):
+            for batch, answer in zip(batches, answers, strict=True):
+                for micro in micro_batches(
+                    batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift, head=self._head,
+                    keep_empty=not self._ranks.alone,
+                ):  # fmt: skip
+                    micro = micro.to(student.device)
+                    loss = student.loss(micro, terms, None, want_top1=has_teacher)
+                    tally.add(loss, micro)
+                    tokens += len(micro.labels_N)
+                    agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.labels_N) else None
+                    agreed += int(agrees_N.sum()) if agrees_N is not None else 0
+                    documents.add(batch, micro, loss, agrees_N)
+                    if classes:
+                        correct += _correct(student, micro, classes)
+                done()
+        means = tally.figures(ranks=self._ranks).terms
+        agreed, correct, tokens = (self._ranks.total(count) for count in (agreed, correct, tokens))
+        figures: Figures = {
+            "cross_entropy": means["cross_entropy"],
+            "kl": means["kl"] if has_teacher else None,
+            "agreement": agreed / tokens if has_teacher else None,
+            "tokens": tokens,
+            **({"accuracy": correct / tokens} if classes else {}),
+        }
+        return figures, documents.figures(self._ranks)
+
+
+@contextmanager
+def _resting(student: Student) -> Iterator[None]:
+    """No gradients, and the student in evaluation mode."""
+    was_training = student.model.training
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        student.model.train(was_training)
+
+
+def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:
+    """[N] bool: where student and teacher put the same token first."""
+    assert micro.teacher is not None and micro.teacher.ids_NK is not None and top1_N is not None
+    return top1_N == micro.teacher.ids_NK[:, 0]
+
+
+def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> int:
+    words_C = torch.tensor(classes, device=student.device)
+    said_N = words_C[student.logits(micro)[:, words_C].argmax(1)]
+    return int((said_N == micro.labels_N).sum())

@@ -1,0 +1,87 @@
+"""What the student writes after the beginnings of held-out texts, to be read. Built by `build`, called by `loop`.
+
+Greedy, so that two evaluations differ by the student alone. The texts go to `samples.jsonl`, the page and the trackers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from student_trainer.batch.batch import Batch
+from student_trainer.rollouts.prompts import beginnings
+from student_trainer.rollouts.sampler import Sampler
+from student_trainer.settings import EvaluationSettings
+from teacher_proto.stages import stage
+
+
+@dataclass(frozen=True)
+class WrittenSample:
+    """One prompt, what the student wrote after it, and what the document says there."""
+
+    source: str
+    document: str
+    prompt: str
+    written: str
+    ended: bool
+    instead: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    source: str
+    document: str
+    ids_N: np.ndarray
+    instead_N: np.ndarray
+
+
+class SampleWriter:
+    """`batches`: the held-out rows by source. `decode`: token ids as text."""
+
+    def __init__(
+        self, settings: EvaluationSettings, batches: Mapping[str, Sequence[Batch]], sampler: Sampler,
+        decode: Callable[[Sequence[int]], str],
+    ):  # fmt: skip
+        self._new_tokens, self._sampler, self._decode = settings.sample_tokens, sampler, decode
+        self._prompts = [
+            prompt
+            for source, group in batches.items()
+            for prompt in _first_prompts(source, group, settings)[: settings.samples]
+        ]
+
+    def write(self) -> list[WrittenSample]:
+        """By source, in the order of its held-out documents; empty where none was asked for or none has a beginning."""
+        if not self._prompts:
+            return []
+        ids = [prompt.ids_N for prompt in self._prompts]
+        with stage("writing samples", self._new_tokens, "tokens", closing=False) as doing:
+
+            def written() -> None:
+                doing.done = min(doing.done + 1, self._new_tokens)
+
+            samples = self._sampler.sample(ids, None, new_tokens=self._new_tokens, meanwhile=written)
+        return [
+            WrittenSample(
+                prompt.source, prompt.document, self._text(prompt.ids_N), self._text(sample.ids_N), sample.ended,
+                self._text(prompt.instead_N),
+            )
+            for prompt, sample in zip(self._prompts, samples, strict=True)
+        ]  # fmt: skip
+
+    def _text(self, ids_N: np.ndarray) -> str:
+        return self._decode(ids_N.tolist())
+
+
+def _first_prompts(source: str, batches: Sequence[Batch], settings: EvaluationSettings) -> list[_Prompt]:
+    """The beginning of every document that has one of full length; of shorter ones, if there is no other."""
+    prompts = []
+    for batch in batches:
+        for document in batch.documents:
+            for start, stop in beginnings(batch, document, settings.prompt_tokens, settings.sample_tokens):
+                tokens_T = batch.tokens_BT[document.row]
+                end = min(document.stop, stop + settings.sample_tokens)
+                prompts.append(_Prompt(source, document.key, tokens_T[start:stop], tokens_T[stop:end]))
+                break
+    return sorted(prompts, key=lambda prompt: len(prompt.ids_N) < settings.prompt_tokens)

@@ -1,0 +1,220 @@
+"""Writes a trained student for others to load. Called by `cli.export`, and by scripts: `EXPORTS[format](...)`.
+
+- hf: latent weights, to be trained on or quantised while running; the weights as they are of a student that is not
+  ternary, for which this is the only format;
+- bitnet: two bits a weight, which transformers loads with nothing of ours installed;
+- gguf: one file for llama.cpp.
+
+Each writes a folder that must not exist yet, with a model card, and says in its report whether the files alone give
+the student's function. What a format cannot hold is refused by name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from student_trainer.export.bitnet import (
+    CannotExpressError,
+    Expression,
+    in_transformers,
+    latent_weights,
+    packed,
+    quantisation_config,
+)
+from student_trainer.export.card import ModelCard, write_card
+from student_trainer.export.gguf import TernaryType, write_gguf
+from student_trainer.students.bitnet import CONFIG_ENTRY, is_ternary, quantisation_blend
+
+Architecture = Literal["auto", "original"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. `stands_alone`: others' software computes the student's function from these files alone."""
+
+    format: str
+    folder: Path
+    architecture: str
+    stands_alone: bool
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+_LOAD_HERE = """```python
+from student_trainer.students.bitnet_checkpoint import load_bitnet_student
+
+model = load_bitnet_student(FOLDER)
+```"""
+_LOAD_TRANSFORMERS = """```python
+from transformers import {factory}
+
+model = {factory}.from_pretrained(FOLDER)
+```
+
+Needs transformers >= 5.16 and accelerate, and nothing else."""
+_COMPILES = (
+    "On its first forward pass transformers compiles two small functions of its BitNet layers. On a CPU that takes a "
+    "C++ compiler; without one, set `TORCHDYNAMO_DISABLE=1`."
+)
+
+
+def export_hf(
+    model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, architecture: Architecture = "auto"
+) -> ExportReport:
+    """Write the latent weights.
+
+    "auto" writes them as a model that transformers quantises while it runs, where it has one that computes the same;
+    else, and with "original", under the names of the original architecture with SubLN beside them. Then transformers
+    loads them too, but as the unquantised model without SubLN, which is another function: report and card say so.
+    `tokenizer` may be None. Raises ValueError if the warm-up has not ended or the folder exists.
+    """
+    if not is_ternary(model):
+        return _write_folder(model, tokenizer, folder, card, _original(model), latent_weights(model),
+                             report=("hf", True, ()), what="Weights in full precision.",
+                             loading=_LOAD_TRANSFORMERS.format(factory=_factory(model)))  # fmt: skip
+    _check_finished(model)
+    notes: tuple[str, ...] = ()
+    try:
+        if architecture == "original":
+            raise CannotExpressError("the original architecture", ["it was asked for"])
+        expression, stands_alone = in_transformers(model), True
+        expression.config.quantization_config = quantisation_config(model.config, mode="online")
+    except CannotExpressError as error:
+        expression, stands_alone = _original(model), False
+        notes = (_not_the_same(model, error),)
+    factory = _factory(model)
+    loading = _LOAD_TRANSFORMERS.format(factory=factory) if stands_alone else _LOAD_HERE
+    what = "Latent weights in full precision; the ternary weights are computed from them in each forward pass."
+    notes = (*notes, _COMPILES) if stands_alone else notes
+    return _write_folder(model, tokenizer, folder, card, expression, expression.weights,
+                         report=("hf", stands_alone, notes), what=what, loading=loading)  # fmt: skip
+
+
+def export_bitnet(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
+    """Write packed ternary weights, four a byte, that transformers loads as they are and runs to the same logits.
+
+    Raises CannotExpressError (a ValueError) naming what transformers' BitNet has no place for: QK-norm, biases or
+    head widths with SubLN before the outputs, any bias or odd output width, unquantised activations.
+    """
+    _check_finished(model)
+    try:
+        expression = in_transformers(model)
+        tensors = packed(expression)
+    except CannotExpressError as error:
+        raise CannotExpressError(error.target, [*error.reasons, "use --format hf"]) from None
+    expression.config.quantization_config = quantisation_config(model.config, mode="offline")
+    what = (
+        "Ternary weights in transformers' packed BitNet layout: four to a byte and one scale a tensor. Not trainable."
+    )
+    loading = _LOAD_TRANSFORMERS.format(factory=_factory(model))
+    return _write_folder(model, tokenizer, folder, card, expression, tensors,
+                         report=("bitnet", True, (_COMPILES,)), what=what, loading=loading)  # fmt: skip
+
+
+def export_gguf(
+    model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, ternary_type: TernaryType = "TQ2_0"
+) -> ExportReport:
+    """Write `<card name>.gguf` of llama.cpp's bitnet architecture, read back and compared tensor by tensor.
+
+    `tokenizer` None writes no vocabulary: such a file takes and gives token ids alone. Raises CannotExpressError for
+    what the architecture has no place for, and ValueError for a tokenizer that GGUF has no name for.
+    """
+    _check_finished(model)
+    file_name = f"{card.name.replace('/', '--')}.gguf"
+    with _fresh_folder(folder) as unfinished:
+        types = write_gguf(model, tokenizer, unfinished / file_name, card.name, ternary_type=ternary_type)
+        notes = _gguf_notes(types)
+        what = "One GGUF file: ternary matrices, full-precision norms, 16-bit embeddings. Tensor types: " + ", ".join(
+            f"{count} {kind}" for kind, count in sorted(types.items())
+        )
+        loading = f"```\nllama-cli -m {file_name} -p 'Once upon a time'\n```"
+        write_card(card, unfinished / "README.md", library="gguf", what=what + ".", loading=loading, notes=notes)
+    return ExportReport("gguf", folder, "bitnet", True, _size(folder), notes)
+
+
+EXPORTS: Mapping[str, Callable[..., ExportReport]] = {"hf": export_hf, "bitnet": export_bitnet, "gguf": export_gguf}
+
+
+def _check_finished(model: Any) -> None:
+    if not is_ternary(model):
+        raise ValueError("this student is not ternary (student.kind is not bitnet): use --format hf")
+    blend = quantisation_blend(model)
+    if blend != 1.0:
+        raise ValueError(f"the quantisation warm-up stands at {blend:.3f}: export after it has reached 1")
+
+
+def _factory(model: Any) -> str:
+    classes = type(model).__name__.endswith("ForSequenceClassification")
+    return "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
+
+
+def _original(model: Any) -> Expression:
+    config = type(model.config).from_dict(model.config.to_dict())
+    return Expression(config, latent_weights(model), ())
+
+
+def _not_the_same(model: Any, error: CannotExpressError) -> str:
+    record = getattr(model.config, CONFIG_ENTRY)
+    return (
+        f"transformers alone loads these latent weights as a plain {model.config.model_type} model in full precision "
+        f"and leaves out what made it a student (sub_norm '{record['sub_norm']}', quantisers): its answers are not "
+        f"this model's. Load it as above. Why: {error}."
+    )
+
+
+def _gguf_notes(types: Mapping[str, int]) -> tuple[str, ...]:
+    notes = ["llama.cpp rounds activations in blocks, the student per token: logits agree to that rounding."]
+    if types.get("Q4_0"):
+        notes.append(
+            f"{types['Q4_0']} matrices have an input width that TQ blocks of 256 do not divide; they are Q4_0 blocks "
+            "that hold the same three values exactly, at 4.5 bits."
+        )
+    return tuple(notes)
+
+
+def _write_folder(
+    model: Any, tokenizer: Any, folder: Path, card: ModelCard, expression: Expression, tensors: dict[str, Tensor], *,
+    report: tuple[str, bool, tuple[str, ...]], what: str, loading: str,
+) -> ExportReport:  # fmt: skip
+    from huggingface_hub import save_torch_state_dict
+
+    kind, stands_alone, notes = report
+    config = expression.config
+    architecture = type(model).__name__ if config.model_type == model.config.model_type else "BitNetForCausalLM"
+    config.architectures, config.dtype = [architecture], model.dtype
+    with _fresh_folder(folder) as unfinished:
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+        config.save_pretrained(unfinished)
+        if model.can_generate():
+            model.generation_config.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        write_card(card, unfinished / "README.md", library="transformers", what=what, loading=loading, notes=notes,
+                   ternary=is_ternary(model))  # fmt: skip
+    return ExportReport(kind, folder, architecture, stands_alone, _size(folder), notes)
+
+
+@contextmanager
+def _fresh_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name once the block has written everything, and is gone if it fails."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: give a folder that does not, an export never writes over another")
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

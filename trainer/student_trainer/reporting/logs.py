@@ -1,0 +1,195 @@
+"""Where a run's figures go: `metrics.jsonl` and `evaluation.jsonl` always, the terminal, and trackers if there are any.
+
+Built by `build`, written by `loop`. The files are the truth: a line a step, flushed as it is written, and on resume the
+lines of steps that will be made again are taken out first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from student_trainer.checkpoint.files import replace_text
+from student_trainer.losses.metrics import StepFigures
+from student_trainer.reporting.progress import Progress
+
+if TYPE_CHECKING:
+    from student_trainer.evaluation.evaluator import Evaluation
+    from student_trainer.evaluation.samples import WrittenSample
+    from student_trainer.loop import Place
+    from student_trainer.reporting.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
+DOCUMENTS = "documents.jsonl"
+FILES = (METRICS, EVALUATION, SAMPLES, DOCUMENTS)
+
+
+class RunLog:
+    """Close it, or use it in a `with`. Without a folder no file is written: rank 0 does that for the others."""
+
+    def __init__(self, folder: Path | None, progress: Progress, trackers: Sequence[Tracker]):
+        self._files = {name: LineFile(folder / name) for name in FILES} if folder else {}
+        self._progress, self._trackers = progress, tuple(trackers)
+        self.evaluated = _last_step(folder / EVALUATION) if folder else -1
+
+    def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
+        """One line for the update that led to `place`."""
+        line = step_line(place, figures, seconds, prefetch_depth)
+        self._write(METRICS, line)
+        self._progress.step(place.step, figures, seconds)
+        for tracker in self._trackers:
+            tracker.log(place.step, {key: value for key, value in line.items() if key not in ("step", "time")})
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """One line: the step, and the figures of each source under its name; and a line a held-out document."""
+        by_source = evaluation.by_source
+        if not by_source:
+            return
+        for document in evaluation.documents:
+            self._write(DOCUMENTS, {"step": step, **vars(document)})
+        self._write(EVALUATION, {"step": step, **by_source})
+        self.evaluated = step
+        self._progress.evaluation(step, by_source)
+        flat = {f"held_out/{name}/{key}": value for name, f in by_source.items() for key, value in f.items()}
+        for tracker in self._trackers:
+            tracker.log(step, {key: value for key, value in flat.items() if value is not None})
+
+    def _write(self, name: str, line: Mapping[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].append(line)
+
+    def samples(self, step: int, samples: Sequence[WrittenSample]) -> None:
+        """A line a text; trackers get the texts of a source as one."""
+        texts: dict[str, str] = {}
+        for sample in samples:
+            self._write(SAMPLES, {"step": step, **vars(sample)})
+            name = f"samples/{sample.source}"
+            texts[name] = f"{texts[name]}\n\n---\n\n" if name in texts else ""
+            texts[name] += f"{sample.prompt} ▸ {sample.written}"
+        for tracker in self._trackers if texts else ():
+            tracker.log(step, texts)
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._progress.stop()
+        for tracker in self._trackers:
+            tracker.close()
+        for file in self._files.values():
+            file.close()
+
+
+class LineFile:
+    """A file of JSON lines. What can't be written (a full disk) is kept for a later line's turn, up to a limit."""
+
+    KEEP = 100_000
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("a")
+        self._waiting: list[str] = []
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        self._waiting.append(json.dumps(line) + "\n")
+        size = self._path.stat().st_size
+        try:
+            self._file.write("".join(self._waiting))
+            self._file.flush()
+        except OSError as error:
+            logger.error("%s could not be written (%s); its %d lines wait for room", self._path.name, error,
+                         len(self._waiting))  # fmt: skip
+            self._reopen(size)
+            del self._waiting[: -self.KEEP]
+        else:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _reopen(self, size: int) -> None:
+        """Forget the buffer that failed, and what part of it reached the file."""
+        descriptor = self._file.buffer.raw if hasattr(self._file.buffer, "raw") else self._file
+        descriptor.close()
+        self._file = self._path.open("a")
+        self._file.truncate(size)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Take out the lines of steps after `step`: a resumed run makes them again. A cut last line goes as well."""
+    for name in FILES:
+        path = folder / name
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            replace_text(path, "".join(kept))
+
+
+def _last_step(path: Path) -> int:
+    """That of the file's last line; -1 where there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return int(_step_of(lines[-1])) if lines else -1
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> dict[str, Any]:
+    """The keys of `metrics.jsonl`. Losses are means in nats a token; `wait_share` is of this step's time."""
+    rates = list(figures.rates.values())
+    return {
+        "step": place.step,
+        "tokens": place.tokens,
+        "loss": figures.loss,
+        **{f"loss/{name}": value for name, value in figures.terms.items()},
+        **{f"weighted/{name}": value for name, value in figures.weighted.items()},
+        **{
+            f"source/{source}/{name}": value
+            for source, values in figures.by_source.items()
+            for name, value in values.items()
+        },
+        **{f"coefficient/{name}": value for name, value in figures.coefficients.items()},
+        **{f"gradient_share/{name}": value for name, value in figures.gradient_shares.items()},
+        "learning_rate": rates[0] if rates else None,
+        **{f"learning_rate/{name}": value for name, value in figures.rates.items()},
+        "grad_norm": figures.grad_norm,
+        **_attention(figures),
+        **_written(figures),
+        "seconds": seconds,
+        "tokens_per_second": figures.tokens / seconds if seconds else None,
+        "wait_s": figures.waited_s,
+        "wait_share": figures.waited_s / seconds if seconds else 0.0,
+        "prefetch_depth": prefetch_depth,
+        "time": time.time(),
+    }
+
+
+def _written(figures: StepFigures) -> dict[str, Any]:
+    """Of a batch that the student wrote: how much, and how sure it was of it; and the time it takes to write."""
+    if figures.wrote_s is None:
+        return {}
+    written = figures.written
+    of_it = {f"on_policy/{name}": value for name, value in vars(written).items()} if written is not None else {}
+    return {"on_policy": int(written is not None), **of_it, "on_policy/write_s": figures.wrote_s}
+
+
+def _attention(figures: StepFigures) -> dict[str, Any]:
+    """Of a run with QK-clip: the largest attention logit before the clip, and how many heads were clipped."""
+    clipped = figures.clipped
+    if clipped is None:
+        return {}
+    seen = clipped.largest_logit if math.isfinite(clipped.largest_logit) else None
+    return {"attention/largest_logit": seen, "attention/clipped_heads": clipped.clipped_heads}

@@ -1,0 +1,93 @@
+"""The run on the terminal: a bar with rate, losses, waiting and time left, and lines where there is no terminal.
+
+Used by `logs` alone. What else is under way, and for whom a step waits, `teacher_proto.stages` says above the bar.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from student_trainer.losses.metrics import StepFigures
+from teacher_proto.stage_text import bar_line, shortened
+from teacher_proto.stages import DISPLAY, EVERY_S
+from teacher_proto.waiting import duration
+
+if TYPE_CHECKING:
+    from student_trainer.evaluation.evaluator import Figures
+
+SMOOTHING = 0.9
+LINES_A_RUN = 20
+
+
+class Progress:
+    """`shown`: "on", "off", or "auto" for where standard error is a terminal; otherwise a line now and then, and every
+    ten seconds in which a step was made. `first`: steps made before.
+    """
+
+    def __init__(self, steps: int, first: int, shown: str):
+        self._steps, self._first, self._step = steps, first, first
+        self._quiet = shown == "off"
+        self._seconds = self._waited = self._rate = 0.0
+        self._text = ""
+        self._began = self._said_at = self._made_at = time.monotonic()
+        self._said = first
+
+    def start(self) -> None:
+        self._began = self._said_at = time.monotonic()
+        if not self._quiet:
+            DISPLAY.pin(self)
+
+    def stop(self) -> None:
+        if not self._quiet:
+            DISPLAY.close()
+
+    def step(self, step: int, figures: StepFigures, seconds: float) -> None:
+        self._seconds += seconds
+        self._waited += figures.waited_s
+        rate = figures.tokens / seconds if seconds else 0.0
+        self._rate = rate if not self._rate else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
+        self._text, self._step, self._made_at = self._figures(figures), step, time.monotonic()
+        often = step == self._steps or step % max(1, self._steps // LINES_A_RUN) == 0
+        if not self._quiet and not DISPLAY.draws and often:
+            self._said_at, self._said = time.monotonic(), step
+            DISPLAY.print(self._line())
+
+    def evaluation(self, step: int, by_source: Mapping[str, Figures]) -> None:
+        if self._quiet:
+            return
+        for source, figures in by_source.items():
+            parts = [f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)]
+            DISPLAY.print(f"held out at step {step}, {source}: {'  '.join(parts)}")
+
+    def line(self) -> str | None:
+        """See `stages.Pinned`: steps that were made since the last line, ten seconds after it."""
+        if self._step == self._said or time.monotonic() - self._said_at < EVERY_S:
+            return None
+        self._said_at, self._said = time.monotonic(), self._step
+        return self._line()
+
+    def rows(self, width: int) -> list[Any]:
+        """See `stages.Pinned`: a row with the bar, a row with the figures."""
+        left = f"{self._left()} left" if self._left() else ""
+        clock = duration(time.monotonic() - self._began)
+        rows = [bar_line(width, "train", self._step, self._steps, (clock, f"{self._step:,}/{self._steps:,}", left))]
+        return [*rows, shortened(self._text, width)] if self._text else rows
+
+    def _left(self) -> str:
+        """How long the rest takes at the pace of this process's steps, evaluation and saving included."""
+        made, left = self._step - self._first, self._steps - self._step
+        if not made:
+            return ""
+        a_step_s, since_s = (self._made_at - self._began) / made, time.monotonic() - self._made_at
+        return duration(max(left * a_step_s - since_s, (left - 1) * a_step_s))
+
+    def _line(self) -> str:
+        left = f"  {self._left()} left" if self._step < self._steps else ""
+        return f"step {self._step}/{self._steps}  {self._text}{left}"
+
+    def _figures(self, figures: StepFigures) -> str:
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in figures.terms.items())
+        share = self._waited / self._seconds if self._seconds else 0.0
+        return f"{losses}  {self._rate:,.0f} tokens/s  waited {share:.0%}"

@@ -1,0 +1,194 @@
+"""One self-contained page about one run or several: figures, curves, and a passage with what each would have said.
+
+    stillhouse-train report RUN [RUN ...] [--out report.html]
+
+Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and where they are there `samples.jsonl`
+and `passage.json`.
+The demos call `write_report` with their arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from teacher_proto.stages import stage
+
+# Figures of an evaluation, with how the page calls them and whether more is better.
+FIGURES = {
+    "cross_entropy": ("cross-entropy", False),
+    "kl": ("KL(teacher‖student)", False),
+    "agreement": ("agreement", True),
+}
+# Figures of a training step that get a chart where a run has them; `loss/NAME` of every term comes on top.
+STEP_FIGURES = {
+    "grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens a second",
+    "wait_share": "share of time waited for targets", "on_policy/mean_length": "tokens the student writes at a time",
+    "on_policy/logprob": "mean logprob of what it writes", "on_policy/ended": "share of it that comes to an end",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run left: a line a step, a line an evaluation, a line a text that it wrote, a passage."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    passage: list[dict[str, Any]] | None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path, name: str | None = None) -> RunRecord:
+        """ValueError if the folder holds no run."""
+        if not (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"{folder} holds no metrics.jsonl: a run's folder was expected")
+        passage = folder / "passage.json"
+        return cls(
+            name=name or folder.name,
+            metrics=_read_lines(folder / "metrics.jsonl"),
+            evaluations=_read_lines(folder / "evaluation.jsonl"),
+            passage=json.loads(passage.read_text()) if passage.is_file() else None,
+            samples=_read_lines(folder / "samples.jsonl"),
+        )
+
+
+def write_report(
+    runs: Sequence[RunRecord], out: Path, *, title: str, lead: str = "", facts: Iterable[tuple[str, str]] = (),
+    others: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}), untrained: str | None = None,
+) -> None:  # fmt: skip
+    """Render the page of these runs to `out`. `facts` are name and value pairs for its head. `others`: by name, lines
+    like those of `samples.jsonl` of models that are no run. `untrained`: what to call the student that all runs begin
+    with, for runs that have one in common.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("student_trainer.reporting"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    passages = [{"run": run.name, "tokens": run.passage} for run in runs if run.passage]
+    page = environment.get_template("report.html.jinja").render(
+        title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs], table=_table(runs, untrained),
+        passages=passages, samples=_samples(runs, others, untrained),
+        data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages},
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_name(f".{out.name}.new")  # so that the page is never there in part
+    fresh.write_text(page)
+    fresh.replace(out)
+
+
+def _table(runs: Sequence[RunRecord], untrained: str | None) -> list[dict[str, Any]]:
+    """Rows of first and last evaluation, by source, with the best last figure of each source marked."""
+    rows: list[dict[str, Any]] = []
+    for source in _sources(runs):
+        last_rows = []
+        for run in runs:
+            points = [line for line in run.evaluations if source in line]
+            ends = points[:1] + points[1:][-1:]
+            made = [
+                {"source": source, "run": _who(run, line, untrained), "step": line["step"], "best": frozenset()}
+                | line[source]
+                for line in ends
+            ]
+            rows += [row for row in made if row not in rows]
+            last_rows += made[-1:]
+        for figure, (_, more_is_better) in FIGURES.items():
+            known = [row for row in last_rows if row[figure] is not None]
+            if len(known) > 1:
+                best = (max if more_is_better else min)(known, key=itemgetter(figure))
+                best["best"] |= {figure}
+    return rows
+
+
+def _samples(
+    runs: Sequence[RunRecord], others: Mapping[str, Sequence[Mapping[str, Any]]], untrained: str | None
+) -> list[dict[str, Any]]:
+    """By held-out text: its beginning, how it goes on, how others and each run's student went on, first and last."""
+    texts: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(line: Mapping[str, Any], who: dict[str, Any]) -> None:
+        text = texts.setdefault((line["source"], line["document"]), {**line, "by": []})
+        if not any(by["run"] == who["run"] and by["step"] == who["step"] for by in text["by"]):
+            text["by"].append({**who, "text": line["written"]})
+
+    for name, lines in others.items():
+        for line in lines:
+            add(line, {"run": name, "step": None})
+    for run in runs:
+        steps = sorted({line["step"] for line in run.samples})
+        for line in run.samples:
+            if line["step"] in (steps[0], steps[-1]):
+                add(line, {"run": _who(run, line, untrained), "step": line["step"]})
+    return list(texts.values())
+
+
+def _who(run: RunRecord, line: Mapping[str, Any], untrained: str | None) -> str:
+    return untrained if untrained is not None and line["step"] == 0 else run.name
+
+
+def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    charts = []
+    for source in _sources(runs):
+        for figure, (label, _) in FIGURES.items():
+            series = _series(
+                [[(line["step"], line.get(source, {}).get(figure)) for line in run.evaluations] for run in runs]
+            )
+            charts.append({"title": f"{label}, held out, {source}", "series": series})
+    terms = sorted({key for run in runs for line in run.metrics for key in line if key.startswith("loss/")})
+    names = {key: f"training {key.removeprefix('loss/').replace('_', ' ')}" for key in terms} | STEP_FIGURES
+    for key, label in names.items():
+        series = _series([[(line["step"], line.get(key)) for line in run.metrics] for run in runs])
+        charts.append({"title": label, "series": series})
+    return charts
+
+
+def _series(lines: Sequence[Sequence[tuple[int, Any]]]) -> list[dict[str, Any]]:
+    """One line a run that has the figure: [step, value] points, at most 400 of them."""
+    series = []
+    for index, pairs in enumerate(lines):
+        points = [[step, value] for step, value in pairs if isinstance(value, (int, float))]
+        if points:
+            series.append({"run": index, "points": points[:: -(-len(points) // 400)]})
+    return series
+
+
+def _sources(runs: Sequence[RunRecord]) -> list[str]:
+    names: dict[str, None] = {}
+    for run in runs:
+        for line in run.evaluations:
+            names.update(dict.fromkeys(key for key, figures in line.items() if isinstance(figures, Mapping)))
+    return list(names)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="stillhouse-train report", description="Make the page of one run or several.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first run)")
+    options = parser.parse_args(arguments)
+    try:
+        with stage("reading the runs"):
+            runs = [RunRecord.read(folder) for folder in options.runs]
+    except ValueError as error:
+        print(f"stillhouse-train report: {error}", file=sys.stderr)
+        return 2
+    out = options.out or options.runs[0] / "report.html"
+    write_report(runs, out, title=" · ".join(run.name for run in runs))
+    print(out)
+    return 0

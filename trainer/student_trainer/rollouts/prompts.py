@@ -1,0 +1,133 @@
+"""Which batches the student writes, how it is prompted, and the batch that comes of it: pure functions. Called by
+`rollouts`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from student_trainer.batch.batch import Batch, Document, Placed, build_batch
+from student_trainer.ranks import Ranks
+from student_trainer.rollouts.sampler import Sample
+from student_trainer.settings import OnPolicySettings
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def count_written(share: float, seed: int, number: int) -> int:
+    """How many of the batches 0..number-1 the student writes: `share` of them to within one, spread evenly."""
+    return math.floor(share * number + _phase(seed))
+
+
+def is_written(share: float, seed: int, number: int) -> bool:
+    """Whether the student writes batch `number`: a function of these three alone."""
+    return count_written(share, seed, number + 1) > count_written(share, seed, number)
+
+
+def _phase(seed: int) -> float:
+    return seed * GOLDEN % 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a sequence of the student begins with. `seed` decides what is drawn after it."""
+
+    row: int
+    source: int
+    key: str
+    ids_N: np.ndarray  # int32
+    seed: int
+
+
+@dataclass(frozen=True)
+class WrittenFigures:
+    """What the student wrote. `logprob`: mean in nats a token, at temperature 1; minus it estimates the entropy."""
+
+    sequences: int
+    mean_length: float
+    ended: float  # share that came to an end of their own
+    logprob: float
+
+    def over(self, ranks: Ranks) -> WrittenFigures:
+        """Those of all ranks together; all must call."""
+        if ranks.alone:
+            return self
+        tokens = self.sequences * self.mean_length
+        mine = [self.sequences, tokens, self.sequences * self.ended, tokens * self.logprob]
+        sequences, tokens, ended, logprob = ranks.add_up(torch.tensor(mine, dtype=torch.float64)).tolist()
+        return _figures(int(sequences), tokens, ended, logprob)
+
+
+def _figures(sequences: int, tokens: float, ended: float, logprob: float) -> WrittenFigures:
+    """Means of sums, of nothing too."""
+    per_sequence, per_token = 1 / max(sequences, 1), 1 / max(tokens, 1)
+    return WrittenFigures(sequences, tokens * per_sequence, ended * per_sequence, logprob * per_token)
+
+
+@dataclass(frozen=True)
+class WrittenBatch(Batch):
+    """Prompts and what the student wrote after them; the loss counts what it wrote alone."""
+
+    written: WrittenFigures
+
+
+def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: int = 0) -> tuple[Prompt, ...]:
+    """The prompts that the batch's documents give, row by row, as many as a row of `seq_len` tokens has room for with
+    `new_tokens` after each; none where no document has one that fits.
+
+    A text gives one every `prompt_tokens + new_tokens` tokens, so that a batch holds about as many tokens when the
+    student writes it. A chat gives all that comes before its first answer. `first_row`: of this rank, over all ranks.
+    """
+    seq_len = batch.tokens_BT.shape[1]
+    used = [0] * len(batch.tokens_BT)
+    places = [0] * len(batch.tokens_BT)
+    prompts = []
+    for document in batch.documents:
+        for start, stop in beginnings(batch, document, settings.prompt_tokens, settings.new_tokens):
+            row, length = document.row, stop - start
+            if used[row] + length + settings.new_tokens > seq_len:
+                continue
+            used[row] += length + settings.new_tokens
+            drawn = np.random.SeedSequence([seed, batch.number, first_row + row, places[row]]).generate_state(1, "u8")
+            places[row] += 1
+            source = int(batch.source_ids_BT[row, document.start])
+            key = f"{document.key}+{start - document.start}:student"
+            prompts.append(Prompt(row, source, key, batch.tokens_BT[row, start:stop], int(drawn[0])))
+    return tuple(prompts)
+
+
+def beginnings(batch: Batch, document: Document, prompt_tokens: int, new_tokens: int) -> Iterator[tuple[int, int]]:
+    """Where prompts lie in the document's row, as [start, stop): `prompt_tokens` of a text each, all of a chat up to
+    its first answer.
+    """
+    counts_T = batch.loss_mask_BT[document.row, document.start : document.stop - 1]
+    answers = np.flatnonzero(counts_T[1:] & ~counts_T[:-1]) + 1
+    if len(answers) or (len(counts_T) and not counts_T.any()):
+        # A chat. The place before the first token that counts is the prompt's last.
+        yield from ((document.start, document.start + int(place) + 1) for place in answers[:1])
+        return
+    for start in range(document.start, document.stop, prompt_tokens + new_tokens):
+        # The last token is left to the student: it may be the end of the text.
+        length = min(prompt_tokens, document.stop - 1 - start)
+        if length == prompt_tokens or (start == document.start and length > 0):
+            yield start, start + length
+
+
+def write_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sample], pad_id: int) -> WrittenBatch:
+    """The batch that stands in the place of `batch`: each prompt with what the student wrote after it."""
+    rows: list[list[Placed]] = [[] for _ in batch.tokens_BT]
+    for prompt, sample in zip(prompts, samples, strict=True):
+        counts_N = np.arange(len(prompt.ids_N) + len(sample.ids_N)) >= len(prompt.ids_N)
+        ids_N = np.concatenate([prompt.ids_N, sample.ids_N])
+        rows[prompt.row].append(Placed(prompt.source, prompt.key, ids_N, counts_N))
+    figures = _figures(
+        len(samples), sum(len(sample.ids_N) for sample in samples), sum(sample.ended for sample in samples),
+        sum(sample.logprob for sample in samples),
+    )  # fmt: skip
+    made = build_batch(batch.number, rows, batch.tokens_BT.shape[1], pad_id, batch.source_names)
+    return WrittenBatch(**vars(made), written=figures)

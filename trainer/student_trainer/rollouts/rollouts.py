@@ -1,0 +1,159 @@
+"""The stream of batches in which the student writes some itself. Built by `build`, between the data and `prefetch`.
+
+    batch n comes from the data -> its prompts -> the student as it stands after update n - lag writes -> its targets
+    are asked for, while the next `lag` updates run -> update n learns from it
+
+Nothing here depends on time: which batches are written, by which student, from which seeds follows from the settings
+and the step alone. What has been written and not yet learnt from is kept in checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from student_trainer.batch.batch import Batch
+from student_trainer.data.mixture import MixtureState
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.rollouts.prompts import Prompt, is_written, prompts_of, write_batch
+from student_trainer.rollouts.sampler import Sample, Sampler
+from student_trainer.settings import Settings
+
+logger = logging.getLogger(__name__)
+Item = tuple[Batch | Future[Batch], MixtureState]
+RowSample = tuple[int, Sample]  # the row over all ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Blank:
+    """A batch that the student is to write: what comes of it goes to `promise`."""
+
+    batch: Batch
+    prompts: tuple[Prompt, ...]
+    promise: Future[Batch]
+
+
+class WrittenBatches:
+    """An iterator of (batch or the promise of one, state after it), read by `prefetch`; `write` keeps the promises.
+
+    `saved`: what `pending` gave when the run was saved, of all ranks `together`. Each of several ranks writes its own
+    rows, and none where no document of them gives a prompt; a rank alone then learns from the data's text.
+    """
+
+    def __init__(
+        self, stream: Iterator[tuple[Batch, MixtureState]], settings: Settings, sampler: Sampler, pad_id: int,
+        saved: Mapping[str, Tensor], ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        self._stream, self._sampler, self._pad_id, self._alone = stream, sampler, pad_id, ranks.alone
+        rows = settings.data.rows // ranks.world
+        self._first_row = ranks.rank * rows
+        self._settings, self._seed, self._steps = settings.on_policy, settings.run.seed, settings.run.steps
+        self._lock = threading.Lock()  # of all below: `prefetch` reads on a thread of its own
+        self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
+        self._reached = -1  # the last batch that was read
+        self._blanks: dict[int, Blank] = {}
+        self._samples: dict[int, list[RowSample]] = _unpacked(saved, range(self._first_row, self._first_row + rows))
+
+    def __iter__(self) -> WrittenBatches:
+        return self
+
+    def __next__(self) -> Item:
+        with self._lock:
+            return self._ahead.popleft() if self._ahead else self._read()
+
+    def write(self, step: int, meanwhile: Callable[[], None]) -> float:
+        """Let the student, after `step` updates, write what is due. Returns the seconds that took.
+
+        Due is batch step + lag, and those before it that no checkpoint holds: all of them at the start of a run.
+        """
+        started = time.monotonic()
+        with self._lock:
+            for number in [number for number in self._samples if number < step]:
+                del self._samples[number]
+                self._blanks.pop(number, None)
+        for number in range(step, min(step + self._settings.lag + 1, self._steps)):
+            if is_written(self._settings.share, self._seed, number):
+                self._write(number, meanwhile)
+        return time.monotonic() - started
+
+    def pending(self, step: int) -> dict[str, Tensor]:
+        """What was written and is not learnt from before update `step`, for a checkpoint."""
+        with self._lock:
+            return _packed({number: samples for number, samples in self._samples.items() if number >= step and samples})
+
+    def _write(self, number: int, meanwhile: Callable[[], None]) -> None:
+        with self._lock:
+            while self._reached < number:
+                self._ahead.append(self._read())
+            blank = self._blanks.get(number)
+            if blank is None or number in self._samples:  # it had no prompt, or is written already
+                return
+        samples = self._sampler.sample(
+            [prompt.ids_N for prompt in blank.prompts], [prompt.seed for prompt in blank.prompts],
+            new_tokens=self._settings.new_tokens, temperature=self._settings.temperature, meanwhile=meanwhile,
+        )  # fmt: skip
+        with self._lock:
+            self._keep(blank, samples)
+
+    def _read(self) -> Item:
+        batch, state = next(self._stream)
+        self._reached = batch.number
+        if not is_written(self._settings.share, self._seed, batch.number):
+            return batch, state
+        prompts = prompts_of(batch, self._settings, self._seed, self._first_row)
+        if not prompts and self._alone:
+            logger.warning(
+                "batch %d is learnt from as the data has it: none of its %d documents gives a prompt that fits with "
+                "%d new tokens into a row", batch.number, len(batch.documents), self._settings.new_tokens,
+            )  # fmt: skip
+            return batch, state
+        blank = self._blanks[batch.number] = Blank(batch, prompts, Future())
+        saved = self._samples.pop(batch.number, [])
+        if len(saved) == len(prompts):  # else the settings were changed: it is written anew
+            self._keep(blank, [sample for _, sample in saved])
+        return blank.promise, state
+
+    def _keep(self, blank: Blank, samples: list[Sample]) -> None:
+        rows = [self._first_row + prompt.row for prompt in blank.prompts]
+        self._samples[blank.batch.number] = list(zip(rows, samples, strict=True))
+        blank.promise.set_result(write_batch(blank.batch, blank.prompts, samples, self._pad_id))
+
+
+def together(ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What the ranks have `pending`, as a rank alone would have it."""
+    names = dict.fromkeys(name for tensors in ranks for name in tensors)
+    return {name: torch.cat([tensors[name] for tensors in ranks if name in tensors]) for name in names}
+
+
+def _packed(samples: Mapping[int, list[RowSample]]) -> dict[str, Tensor]:
+    tensors = {}
+    for number, placed in samples.items():
+        rows, group = zip(*placed, strict=True)
+        tensors[f"{number}.rows"] = torch.tensor(rows)
+        tensors[f"{number}.tokens"] = torch.from_numpy(np.concatenate([sample.ids_N for sample in group]))
+        tensors[f"{number}.lengths"] = torch.tensor([len(sample.ids_N) for sample in group])
+        tensors[f"{number}.ended"] = torch.tensor([sample.ended for sample in group])
+        tensors[f"{number}.logprobs"] = torch.tensor([sample.logprob for sample in group], dtype=torch.float64)
+    return tensors
+
+
+def _unpacked(tensors: Mapping[str, Tensor], rows: range) -> dict[int, list[RowSample]]:
+    """The samples of these rows."""
+    samples = {}
+    for number in sorted({int(name.partition(".")[0]) for name in tensors}):
+        row, lengths, ended, logprobs = (
+            tensors[f"{number}.{part}"].tolist() for part in ("rows", "lengths", "ended", "logprobs")
+        )
+        pieces = torch.split(tensors[f"{number}.tokens"], lengths)
+        every = zip(row, pieces, ended, logprobs, strict=True)
+        samples[number] = [(at, Sample(ids_N.numpy(), end, value)) for at, ids_N, end, value in every if at in rows]
+    return samples
