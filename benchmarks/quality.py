@@ -144,17 +144,16 @@ def serve_teacher(root: Path) -> Iterator[str]:
 
 def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     """Have the teacher score all that the runs of a seed will ask, in one pass; bytes a token of each kind."""
-    from student_trainer.cli.compose import compose
+    from student_trainer.cli.compose import compose_arguments
     from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
-    from student_trainer.main import split_config_folder
     from student_trainer.targets.background import EventThread
     from student_trainer.targets.protocol import Ask
     from student_trainer.targets.remote import RemoteTargets
     from teacher_proto.client import TeacherClient
     from teacher_proto.targets import tensors_of
 
-    settings = compose(*split_config_folder(arguments))
+    settings = compose_arguments(arguments)
     source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
     state, batches = source.initial_state(), []
     for number in range(steps):

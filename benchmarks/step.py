@@ -88,12 +88,11 @@ def settings_of(options: argparse.Namespace, steps: int, url: str) -> list[str]:
 
 def rows_of(settings: list[str], steps: int) -> np.ndarray:
     """The tokens [steps, rows, T] of the run's batches."""
-    from student_trainer.cli.compose import compose
+    from student_trainer.cli.compose import compose_arguments
     from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
-    from student_trainer.main import split_config_folder
 
-    composed = compose(*split_config_folder(settings))
+    composed = compose_arguments(settings)
     source = BatchSource(composed.data, load_tokenizer(composed), composed.run.seed)
     state, rows = source.initial_state(), []
     for number in range(steps):

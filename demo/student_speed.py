@@ -42,12 +42,11 @@ def main(arguments: list[str]) -> int:
     end_with_parent_if_asked()
     out, settings = Path(arguments[0]), arguments[1:]
     from student_trainer.build import build
-    from student_trainer.cli.compose import compose
-    from student_trainer.main import split_config_folder
+    from student_trainer.cli.compose import compose_arguments
     from teacher_proto.stopping import StopSignals
 
     with ExitStack() as stack:
-        run = build(compose(*split_config_folder(settings)), StopSignals(), stack)
+        run = build(compose_arguments(settings), StopSignals(), stack)
         start_s = time.monotonic() - began
         for line in sys.stdin:
             order = json.loads(line)
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> int:
                 stack.close()
                 del run
                 changes = [f"student.checkpoint_path={order['model']}", f"data.held_out_rows={order['held_out_rows']}"]
-                write_texts(compose(*split_config_folder([*settings, *changes])), out)
+                write_texts(compose_arguments([*settings, *changes]), out)
                 break
     return 0
 

@@ -30,7 +30,7 @@ from student_trainer.data.tokenise import pad_id
 from student_trainer.device import choose_device
 from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
 from student_trainer.evaluation.samples import SampleWriter
-from student_trainer.loop import Place, Run
+from student_trainer.loop import Run
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.reporting.logs import RunLog, forget_after
@@ -41,6 +41,7 @@ from student_trainer.rollouts.rollouts import WrittenBatches
 from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import public
+from student_trainer.state import TrainState
 from student_trainer.students.compute import as_begun, name_compute
 from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import WholeStudent, shard
@@ -76,33 +77,33 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     shard(parts.student, ranks)
     weighting = settings.distillation.weighting()
     optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
-    place = Place(0, 0, parts.source.initial_state())
+    state = TrainState(0, 0, parts.source.initial_state())
     randomness.seed_everything(settings.run.seed)
     if snapshot is not None:
-        place = checkpoint.restore(snapshot, parts.student, optimizer)
+        state = checkpoint.restore(snapshot, parts.student, optimizer)
         weighting = weighting.restored(snapshot.state.get("balance"))
-        place = replace(place, mixture=parts.source.resumed(place.mixture, snapshot.state.get("data") or {}))
-        logger.info("resumed at step %d of %d", place.step, settings.run.steps)
+        state = replace(state, mixture=parts.source.resumed(state.mixture, snapshot.state.get("data") or {}))
+        logger.info("resumed at step %d of %d", state.step, settings.run.steps)
     if ranks.first:
         # A run that was killed before its first save begins again, and so do its figures.
-        forget_after(folder.path, place.step if snapshot is not None else -1)
+        forget_after(folder.path, state.step if snapshot is not None else -1)
         _write_settings(settings, folder)
     checkpoints = Checkpoints(
         folder.checkpoints, settings.checkpoint, _constant(settings, parts, identity, snapshot), ranks, remote
     )
     stack.callback(checkpoints.close)
     if snapshot is not None:
-        checkpoints.resumed_at(place.step)
+        checkpoints.resumed_at(state.step)
     guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason, ranks)
-    written, stream = _stream(settings, parts, whole.student, place.mixture, snapshot, stack, ranks)
+    written, stream = _stream(settings, parts, whole.student, state.mixture, snapshot, stack, ranks)
     prefetch = _prefetch(settings, parts, guard, stream, thread, stack, ranks)
     evaluator = _evaluator(settings, parts, folder, thread, ranks)
-    log = _log(settings, folder, place, ranks)
+    log = _log(settings, folder, state, ranks)
     return Run(
         settings=settings, ranks=ranks, student=parts.student, whole=whole, weighting=weighting,
         optimizer=optimizer, prefetch=prefetch, guard=guard, evaluator=evaluator,
         samples=_samples(settings, parts, ranks), checkpoints=checkpoints,
-        log=stack.enter_context(log), signals=signals, place=place, written=written,
+        log=stack.enter_context(log), signals=signals, state=state, written=written,
         on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
         waiting=parts.describe_waiting, compiles=settings.student.compile,
     )  # fmt: skip
@@ -196,10 +197,10 @@ def _constant(settings: Settings, parts: Parts, student: dict[str, Any], snapsho
     }
 
 
-def _log(settings: Settings, folder: RunFolder, place: Place, ranks: Ranks) -> RunLog:
+def _log(settings: Settings, folder: RunFolder, state: TrainState, ranks: Ranks) -> RunLog:
     if not ranks.first:
-        return RunLog(None, Progress(settings.run.steps, place.step, "off"), ())
-    progress = Progress(settings.run.steps, place.step, settings.logging.progress)
+        return RunLog(None, Progress(settings.run.steps, state.step, "off"), ())
+    progress = Progress(settings.run.steps, state.step, settings.logging.progress)
     return RunLog(folder.path, progress, open_trackers(settings, folder.id, folder.path))
 
 

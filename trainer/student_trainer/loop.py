@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from student_trainer import exit_codes, randomness
-from student_trainer.data.mixture import MixtureState
 from student_trainer.losses.metrics import StepFigures, Tally
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.rollouts.rollouts import together
+from student_trainer.state import TrainState
 from student_trainer.students.sharding import WholeStudent, whole
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.stages import EVERY_S, stage
@@ -52,15 +52,6 @@ logger = logging.getLogger(__name__)
 DONE, STOPPED = exit_codes.DONE, exit_codes.AGAIN
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run stands: updates made, tokens learnt from, and the mixture's state before the next batch."""
-
-    step: int
-    tokens: int
-    mixture: MixtureState
-
-
 @dataclass(frozen=True, eq=False)
 class Before:
     """What an update changes before it is made. A run that is saved in the midst of one is saved with these, as if the
@@ -73,7 +64,7 @@ class Before:
 
 @dataclass(eq=False)
 class Run:
-    """All that a run is made of. `place` is where it stands and moves with every step; `before` is there while an
+    """All that a run is made of. `state` is where it stands and moves with every step; `before` is there while an
     update is under way. `waiting` says what is known of targets that are waited for.
     """
 
@@ -90,7 +81,7 @@ class Run:
     checkpoints: Checkpoints
     log: RunLog
     signals: StopSignals
-    place: Place
+    state: TrainState
     student_support: StudentSupport | None = None
     written: WrittenBatches | None = None
     on_policy: Weighting | None = None
@@ -111,20 +102,20 @@ class Run:
         """The loss on a batch: the student's own text has one of its own."""
         if isinstance(batch, WrittenBatch):
             assert self.on_policy is not None
-            return self.on_policy.at(self.place.step)
-        return self.weighting.at(self.place.step)
+            return self.on_policy.at(self.state.step)
+        return self.weighting.at(self.state.step)
 
     def measure(self, ready: Ready) -> dict[str, float]:
         """The norms of the terms' gradients on the first micro batch of the first rank, where they are due; later steps
         go by them.
         """
         own = isinstance(ready.batch, WrittenBatch)
-        if own or not ready.micro or not self.weighting.due(self.place.step):
+        if own or not ready.micro or not self.weighting.due(self.state.step):
             return {}
         terms, chunk_rows = self.weighting.measured_terms, self.settings.distillation.chunk_rows
         norms = dict.fromkeys((term.name for term in terms), 0.0)
         if self.ranks.first and len(ready.micro[0].labels_N):
-            self.whole.student.before_step(self.place.step)
+            self.whole.student.before_step(self.state.step)
             norms = self.whole.student.gradient_norms(ready.micro[0], terms, chunk_rows)
         norms = json.loads(self.ranks.from_first(json.dumps(norms)))
         if not all(map(math.isfinite, norms.values())):
@@ -137,38 +128,38 @@ class Run:
         if self.written is None:
             return None
         with stage("the student writes", closing=False):
-            return self.written.write(self.place.step, self.signals.check)
+            return self.written.write(self.state.step, self.signals.check)
 
     def evaluate(self) -> None:
         """Held-out figures, and what the student writes, to the log: both or, where a signal comes, neither."""
         with self.interruptible():
             figures = self.evaluator.evaluate(self.student, self.pause)
             samples = self.samples.write()
-        self.log.evaluation(self.place.step, figures)
-        self.log.samples(self.place.step, samples)
+        self.log.evaluation(self.state.step, figures)
+        self.log.samples(self.state.step, samples)
 
     def evaluation_missing(self) -> bool:
         """Whether the evaluation that belongs to this step has still to be made, on any rank's word: at the start, and
         where a signal came into it.
         """
-        if self.place.step == 0:
+        if self.state.step == 0:
             return self.evaluator.due_at_start()
-        due = self.evaluator.due(self.place.step, self.settings.run.steps)
-        return due and bool(self.ranks.largest(self.ranks.first and self.log.evaluated < self.place.step))
+        due = self.evaluator.due(self.state.step, self.settings.run.steps)
+        return due and bool(self.ranks.largest(self.ranks.first and self.log.evaluated < self.state.step))
 
     def ask_at_students_ids(self, ready: Ready) -> Ready:
         """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
         if self.student_support is None or all(term.support != "gather" for term in self.terms_for(ready.batch)):
             return ready
-        self.whole.student.before_step(self.place.step)
+        self.whole.student.before_step(self.state.step)
         return self.student_support.add(self.whole.student, ready, self.while_waiting)
 
     def out_of_time(self, seconds: float) -> bool:
         """Whether the run's time is over, `seconds` after it was started: on all ranks alike, which all must ask."""
         limit, steps = self.settings.run.time_limit_s, self.settings.run.steps
-        if limit is None or self.place.step == steps or self.ranks.largest(seconds) < limit:
+        if limit is None or self.state.step == steps or self.ranks.largest(seconds) < limit:
             return False
-        logger.warning("run.time_limit_s=%g is over: the run ends at step %d of %d", limit, self.place.step, steps)
+        logger.warning("run.time_limit_s=%g is over: the run ends at step %d of %d", limit, self.state.step, steps)
         return True
 
     def begin_update(self) -> None:
@@ -176,14 +167,14 @@ class Run:
 
     def save(self) -> None:
         """Save the run as the last update left it, in the background; `checkpoints.finish` waits for it."""
-        written = together(self.ranks.gather(self.written.pending(self.place.step))) if self.written else {}
+        written = together(self.ranks.gather(self.written.pending(self.state.step))) if self.written else {}
         before = self.before or Before(randomness.capture(), self.weighting)
         balance = before.weighting.state()
-        self.checkpoints.save(self.place, self.student, self.optimizer, written, balance, before.random)
+        self.checkpoints.save(self.state, self.student, self.optimizer, written, balance, before.random)
 
     def save_and_wait(self) -> None:
         """Save it to the end; a run that has learnt nothing yet has nothing to save."""
-        if self.place.step > 0:
+        if self.state.step > 0:
             self.save()
             self.checkpoints.finish()
 
@@ -219,15 +210,15 @@ def train(run: Run, started: float | None = None) -> int:
         try:
             if run.evaluation_missing():
                 run.evaluate()
-            while run.place.step < steps:
+            while run.state.step < steps:
                 steps = advance(run, steps, started)
             run.checkpoints.finish(last=True)
             with run.interruptible():
                 run.evaluator.write_passage(run.student)
         except run.signals.Stop as stop:
             run.signals.obey()
-            logger.warning("%s: %s", stop, f"saving at step {run.place.step}, to go on from there"
-                           if run.place.step else "nothing is learnt yet, so nothing is saved")  # fmt: skip
+            logger.warning("%s: %s", stop, f"saving at step {run.state.step}, to go on from there"
+                           if run.state.step else "nothing is learnt yet, so nothing is saved")  # fmt: skip
             run.save_for_good()
             return STOPPED
         except TeacherUnavailableError:
@@ -244,19 +235,19 @@ def advance(run: Run, steps: int, started: float) -> int:
     with run.ranks.together(), run.interruptible():
         run.signals.check()
         wrote_s = run.write()
-        with stage(f"waiting for the targets of step {run.place.step + 1}", note=run.waiting, closing=False):
+        with stage(f"waiting for the targets of step {run.state.step + 1}", note=run.waiting, closing=False):
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)
         ready = run.ask_at_students_ids(ready)
     figures = replace(step(run, ready), wrote_s=wrote_s)
-    run.place = Place(run.place.step + 1, run.place.tokens + figures.tokens, ready.state)
+    run.state = TrainState(run.state.step + 1, run.state.tokens + figures.tokens, ready.state)
     run.before = None
-    run.log.step(run.place, figures, time.monotonic() - began, run.prefetch.control.depth)
+    run.log.step(run.state, figures, time.monotonic() - began, run.prefetch.control.depth)
     if run.out_of_time(time.monotonic() - started):
-        steps = run.place.step
-    if run.evaluator.due(run.place.step, steps):
+        steps = run.state.step
+    if run.evaluator.due(run.state.step, steps):
         run.evaluate()
-    if run.checkpoints.due(run.place.step, steps):
+    if run.checkpoints.due(run.state.step, steps):
         run.save()
     return steps
 
@@ -278,11 +269,11 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     does not depend on how the batch is cut into micro batches.
     """
     count = run.ranks.total(sum(len(micro.labels_N) for micro in ready.micro))
-    run.student.before_step(run.place.step)
+    run.student.before_step(run.state.step)
     measured = run.measure(ready)
     terms = run.terms_for(ready.batch)
     tally = Tally(terms, ready.batch.source_names)
-    what = f"computing update {run.place.step + 1}{', for which the student is compiled' if run.compiles else ''}"
+    what = f"computing update {run.state.step + 1}{', for which the student is compiled' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
         for micro in ready.micro if count else ():
             with run.optimizer.watching(micro.document_ids_BT >= 0):
@@ -300,7 +291,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
 
 def step(run: Run, ready: Ready) -> StepFigures:
     """One update from one batch. NonFiniteError, before anything is changed, if loss or gradient is not finite."""
-    number = run.place.step
+    number = run.state.step
     with run.interruptible():
         gradient = differentiate(run, ready)
         terms, norm = gradient.terms, gradient.norm

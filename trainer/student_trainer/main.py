@@ -23,7 +23,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from teacher_proto.parent import end_with_parent_if_asked
@@ -81,7 +80,7 @@ def choose(arguments: list[str], signals: StopSignals) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         from student_trainer.cli.help import print_help
 
-        print_help()
+        print_help(str(__doc__))
         return 0 if arguments else USAGE
     start_logging()
     if arguments[0] in SUBCOMMANDS:
@@ -99,11 +98,11 @@ def subcommand(name: str, *arguments: str) -> int:
 
 def train(arguments: list[str], signals: StopSignals) -> int:
     """Compose the settings, build the run, train it to its end."""
-    from student_trainer.cli.compose import compose
+    from student_trainer.cli.compose import compose_arguments
     from teacher_proto.stages import DISPLAY, stage
 
     started = time.monotonic()
-    settings = compose(*split_config_folder(arguments))
+    settings = compose_arguments(arguments)
     if DISPLAY.shown != "off":
         DISPLAY.shown = settings.logging.progress
     # Only now the imports that take their time: a misspelt setting is answered at once.
@@ -140,22 +139,6 @@ def guarded(command: Callable[[], int], signals: StopSignals) -> int:
         signals.check()
         logger.exception("the run ended by an error that nobody foresaw")
         return FAILED
-
-
-def split_config_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Overrides, and the folder that `--config-folder` names. ValueError for another option."""
-    overrides: list[str] = []
-    folder: Path | None = None
-    rest = iter(arguments)
-    for argument in rest:
-        name, _, value = argument.partition("=")
-        if name == "--config-folder":
-            folder = Path(value or next(rest, ""))
-        elif argument.startswith("-"):
-            raise ValueError(f"there is no option '{argument}': settings are given as NAME=VALUE, `--help` lists them")
-        else:
-            overrides.append(argument)
-    return overrides, folder
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):

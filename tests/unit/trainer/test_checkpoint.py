@@ -21,9 +21,9 @@ from student_trainer.checkpoint import files as checkpoint_files
 from student_trainer.checkpoint.checkpoints import Checkpoints
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.data.mixture import Cursor, MixtureState, SourceState
-from student_trainer.loop import Place
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.settings import CheckpointSettings, OptimSettings
+from student_trainer.state import TrainState
 from student_trainer.students.student import Student
 
 MIXTURE = MixtureState(3, (SourceState("a", 0.1 + 0.2, "f", Cursor(1, 2, 3, 4), credit=1 / 3),), ((0, Cursor()),))
@@ -67,7 +67,7 @@ def bits(student: Student, optimizer: Any) -> dict[str, bytes]:
 
 def save(root: Path, step: int, student: Student, optimizer: Any, **settings: Any) -> Checkpoints:
     keeper = Checkpoints(root, CheckpointSettings(**settings), {"settings": {}, "teacher": None})
-    keeper.save(Place(step, 7 * step, MIXTURE), student, optimizer)
+    keeper.save(TrainState(step, 7 * step, MIXTURE), student, optimizer)
     keeper.finish()
     return keeper
 
@@ -90,7 +90,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     snapshot = checkpoint.newest(tmp_path)
     assert snapshot is not None
     place = checkpoint.restore(snapshot, other, fresh)
-    assert place == Place(5, 35, MIXTURE)
+    assert place == TrainState(5, 35, MIXTURE)
     learn(other, fresh, 5, 5)
     assert bits(other, fresh) == straight
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == drawn
@@ -111,7 +111,7 @@ def test_what_is_trained_after_a_save_does_not_reach_into_it(tmp_path: Path) -> 
     student, optimizer = made(0)
     keeper = Checkpoints(tmp_path, CheckpointSettings(), {"settings": {}, "teacher": None})
     before = bits(student, optimizer)
-    keeper.save(Place(1, 1, MIXTURE), student, optimizer)
+    keeper.save(TrainState(1, 1, MIXTURE), student, optimizer)
     learn(student, optimizer, 0, 3)
     keeper.finish()
     other, fresh = made(1)
@@ -249,7 +249,7 @@ def test_wherever_a_save_is_cut_off_the_old_or_the_new_checkpoint_loads(
         with monkeypatch.context() as patched:
             count = _crash_points(patched, at, error)
             keeper = Checkpoints(root, CheckpointSettings(), {"settings": {}, "teacher": None})
-            keeper.save(Place(2, 2, MIXTURE), student, optimizer)
+            keeper.save(TrainState(2, 2, MIXTURE), student, optimizer)
             if kind == "crash" and keeper._pending is not None:
                 assert keeper._pending.exception() is None or isinstance(keeper._pending.exception(), Crash)
             else:
@@ -281,16 +281,16 @@ def test_a_full_disk_is_told_loudly_and_the_next_save_is_tried(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        keeper.save(Place(2, 2, MIXTURE), student, optimizer)
+        keeper.save(TrainState(2, 2, MIXTURE), student, optimizer)
         keeper.finish()
     assert "COULD NOT BE SAVED" in caplog.text and "No space left" in caplog.text
-    keeper.save(Place(2, 2, MIXTURE), student, optimizer)
+    keeper.save(TrainState(2, 2, MIXTURE), student, optimizer)
     keeper.finish()
     snapshot = checkpoint.newest(tmp_path)
     assert snapshot is not None and snapshot.step == 2
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
         patched.setattr(os, "fsync", full)
-        keeper.save(Place(3, 3, MIXTURE), student, optimizer)
+        keeper.save(TrainState(3, 3, MIXTURE), student, optimizer)
         keeper.finish(last=True)
 
 

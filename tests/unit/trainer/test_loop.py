@@ -326,7 +326,7 @@ def test_an_update_that_is_dropped_half_way_leaves_no_trace(
     done = []
 
     def pause(run: loop.Run) -> None:
-        done.append(run.place.step)
+        done.append(run.state.step)
         if len(done) == micro_batch:
             raise StopSignals.Stop("a test stopped the run")
 

@@ -23,9 +23,9 @@ from student_trainer.checkpoint import files
 from student_trainer.checkpoint.files import DamagedError, Snapshot
 from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.data.mixture import MixtureState
-from student_trainer.loop import Place
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import CheckpointSettings
+from student_trainer.state import TrainState
 from student_trainer.students.sharding import like, whole
 from teacher_proto.stages import stage
 from teacher_proto.stopping import finishing
@@ -63,7 +63,7 @@ class Checkpoints:
         return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
 
     def save(
-        self, place: Place, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None,
+        self, state: TrainState, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None,
         balance: Mapping[str, Any] | None = None, random: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
@@ -73,7 +73,7 @@ class Checkpoints:
         """
         with self._ranks.together():
             self.finish()
-        if self._ranks.largest(self._ranks.first and self._saved_step == place.step):
+        if self._ranks.largest(self._ranks.first and self._saved_step == state.step):
             return
         keep = self._ranks.first
         model, states = _copied(student.tensors(), keep), _copied(optimizer.state(), keep)
@@ -81,7 +81,7 @@ class Checkpoints:
             return
         random_tensors, random_plain = random or randomness.capture()
         snapshot = Snapshot(
-            place.step,
+            state.step,
             {
                 "model": model,
                 "optimizer": states,
@@ -89,9 +89,9 @@ class Checkpoints:
                 **({WRITTEN: written} if written else {}),
             },
             {
-                "step": place.step,
-                "tokens": place.tokens,
-                "mixture": place.mixture.to_json(),
+                "step": state.step,
+                "tokens": state.tokens,
+                "mixture": state.mixture.to_json(),
                 "random": random_plain,
                 "balance": balance,
                 "wire_version": WIRE_VERSION,
@@ -172,12 +172,12 @@ def newest(root: Path) -> Snapshot | None:
     return None
 
 
-def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> Place:
+def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> TrainState:
     """Put a run back to where it was saved."""
     restore_student(snapshot, student)
     optimizer.load(snapshot.tensors["optimizer"])
     randomness.restore(snapshot.tensors["random"], snapshot.state["random"])
-    return Place(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
+    return TrainState(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
 
 
 def restore_student(snapshot: Snapshot, student: Student) -> None:

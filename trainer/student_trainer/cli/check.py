@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from student_trainer.batch.batch import Batch
-from student_trainer.cli.compose import compose
+from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import Parts, build_parts
 from student_trainer.losses.chunks import default_chunk_rows
-from student_trainer.main import split_config_folder
 from student_trainer.rollouts.prompts import prompts_of
 from student_trainer.settings import Settings
 from student_trainer.targets.background import EventThread
@@ -30,7 +29,7 @@ BYTES_A_PARAMETER = 16
 
 def main(arguments: Sequence[str]) -> int:
     """Print the findings. ValueError or StillhouseError, as the run itself would, if it can't be run."""
-    settings = compose(*split_config_folder(list(arguments)))
+    settings = compose_arguments(arguments)
     if DISPLAY.shown != "off":
         DISPLAY.shown = settings.logging.progress
     table = Table("", "what would run", title="stillhouse-train check", show_header=False, title_justify="left")

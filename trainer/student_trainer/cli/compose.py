@@ -10,6 +10,7 @@ import difflib
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ from student_trainer.settings import Settings
 from student_trainer.settings.redact import remember
 
 CONFIG = Path(__file__).parent.parent / "config"
+
+
+def compose_arguments(arguments: Sequence[str]) -> Settings:
+    """The settings of a run out of a command line: overrides, and `--config-folder DIR`. ValueError as `compose`."""
+    overrides, folder = split_config_folder(arguments)
+    return compose(overrides, folder)
 
 
 def compose(overrides: list[str], config_folder: Path | None = None) -> Settings:
@@ -55,6 +62,22 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
     for warning in without_effect(settings, {override.key_or_group for override in parsed}):
         warnings.warn(warning, stacklevel=2)
     return settings
+
+
+def split_config_folder(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Overrides, and the folder that `--config-folder` names. ValueError for another option."""
+    overrides: list[str] = []
+    folder: Path | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name == "--config-folder":
+            folder = Path(value or next(rest, ""))
+        elif argument.startswith("-"):
+            raise ValueError(f"there is no option '{argument}': settings are given as NAME=VALUE, `--help` lists them")
+        else:
+            overrides.append(argument)
+    return overrides, folder
 
 
 def validated(plain: Any) -> Settings:

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from student_trainer import main
 from student_trainer.settings import Settings
 
 CONFIG = Path(__file__).parent.parent / "config"
 
 
-def print_help() -> None:
-    print(main.__doc__)
+def print_help(commands: str) -> None:
+    """`commands`: what can be done, the text above groups and settings."""
+    print(commands)
     print("Groups, chosen as in `distillation=logits_only`; --config-folder DIR adds choices of your own:")
     for folder in sorted(path for path in CONFIG.iterdir() if path.is_dir()):
         print(f"  {folder.name:14}{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}")

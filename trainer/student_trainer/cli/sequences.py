@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from student_trainer.batch.batch import Batch
-from student_trainer.cli.compose import compose
+from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import load_tokenizer
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.stream import BatchStream
-from student_trainer.main import split_config_folder
 from student_trainer.settings import Settings
 from student_trainer.targets.protocol import counted_rows
 from teacher_proto.stages import stage
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write the file. ValueError for settings that no run could have either."""
     if not arguments or "=" in arguments[0]:
         raise ValueError("the file to write is not given: stillhouse-train sequences FILE.jsonl SETTINGS...")
-    settings = compose(*split_config_folder(list(arguments[1:])))
+    settings = compose_arguments(arguments[1:])
     seen: set[bytes] = set()
     tokens = 0
     partial = Path(arguments[0]).with_suffix(".partial")

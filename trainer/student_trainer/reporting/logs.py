@@ -21,8 +21,8 @@ from student_trainer.reporting.progress import Progress
 if TYPE_CHECKING:
     from student_trainer.evaluation.evaluator import Evaluation
     from student_trainer.evaluation.samples import WrittenSample
-    from student_trainer.loop import Place
     from student_trainer.reporting.trackers import Tracker
+    from student_trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
 METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
@@ -38,13 +38,13 @@ class RunLog:
         self._progress, self._trackers = progress, tuple(trackers)
         self.evaluated = _last_step(folder / EVALUATION) if folder else -1
 
-    def step(self, place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
-        """One line for the update that led to `place`."""
-        line = step_line(place, figures, seconds, prefetch_depth)
+    def step(self, state: TrainState, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
+        """One line for the update that led to `state`."""
+        line = step_line(state, figures, seconds, prefetch_depth)
         self._write(METRICS, line)
-        self._progress.step(place.step, figures, seconds)
+        self._progress.step(state.step, figures, seconds)
         for tracker in self._trackers:
-            tracker.log(place.step, {key: value for key, value in line.items() if key not in ("step", "time")})
+            tracker.log(state.step, {key: value for key, value in line.items() if key not in ("step", "time")})
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line: the step, and the figures of each source under its name; and a line a held-out document."""
@@ -147,12 +147,12 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def step_line(place: Place, figures: StepFigures, seconds: float, prefetch_depth: int) -> dict[str, Any]:
+def step_line(state: TrainState, figures: StepFigures, seconds: float, prefetch_depth: int) -> dict[str, Any]:
     """The keys of `metrics.jsonl`. Losses are means in nats a token; `wait_share` is of this step's time."""
     rates = list(figures.rates.values())
     return {
-        "step": place.step,
-        "tokens": place.tokens,
+        "step": state.step,
+        "tokens": state.tokens,
         "loss": figures.loss,
         **{f"loss/{name}": value for name, value in figures.terms.items()},
         **{f"weighted/{name}": value for name, value in figures.weighted.items()},

@@ -1,0 +1,16 @@
+"""Where a run stands. `loop` moves it on with every update, `checkpoint` keeps it, `reporting` writes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from student_trainer.data.mixture import MixtureState
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Updates made, tokens learnt from, and the mixture's state before the next batch."""
+
+    step: int
+    tokens: int
+    mixture: MixtureState
