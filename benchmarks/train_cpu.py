@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks.report import report
-from student_trainer.batch.batch import Batch
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, counted_rows
+from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.targets.protocol import Ask, GatherIds
 from teacher_proto.hardware import auto_dtype
 from teacher_proto.targets import TokenTargets
 from tests.models import save_tiny_llama

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from student_trainer.batch.batch import Batch
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard, counted_rows
+from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.parent import end_spawned_with_parent
 from teacher_proto.targets import TokenTargets

@@ -16,6 +16,7 @@ import yaml
 from student_trainer import randomness
 from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints
 from student_trainer.checkpoint.files import Snapshot, replace_text
@@ -50,7 +51,7 @@ from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.prefetch import Prefetch, Stream
-from student_trainer.targets.protocol import Ask, BatchTargets, ask_for
+from student_trainer.targets.protocol import Ask, ask_for
 from student_trainer.targets.student_support import StudentSupport
 from teacher_proto.stages import stage
 from teacher_proto.stopping import StopSignals

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer import loop
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.rollouts.prompts import WrittenBatch
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.targets.protocol import Ask
 from teacher_service.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, random_delays, run_here, trace_of

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save
 
 from student_trainer.batch.align import hidden_numbers, micro_batches
-from student_trainer.batch.batch import Batch, Placed, build_batch
+from student_trainer.batch.batch import Batch, Placed, build_batch, counted_rows
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses import Term, head_loss
-from student_trainer.targets.protocol import Ask, BatchTargets, counted_rows
+from student_trainer.targets.protocol import Ask
 from student_trainer.targets.questions import questions
 from student_trainer.targets.student_support import ids_by_document
 from student_trainer.targets.teacher_head import read_head

@@ -14,6 +14,7 @@ from student_trainer import components as building
 from student_trainer import loop
 from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.cli.compose import compose
 from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.terms import Term
@@ -21,7 +22,7 @@ from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.load import load_student
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.targets.protocol import Ask
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.relations import QKV, relations
 from tests.models import save_tiny_llama

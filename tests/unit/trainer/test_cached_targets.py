@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.cached import CachedTargets, MissingTargetsError
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.targets.protocol import Ask
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.store import TargetStore
 from tests.trainer_run import ScriptedTargets, teacher_script

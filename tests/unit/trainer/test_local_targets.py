@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings.teacher import TeacherSettings
 from student_trainer.targets.local import LocalTargets
-from student_trainer.targets.protocol import Ask, BatchTargets, TeacherCard
+from student_trainer.targets.protocol import Ask, TeacherCard
 from student_trainer.targets.questions import questions
 from teacher_proto import hardware
 from teacher_proto.errors import OutOfRangeError, WrongTeacherError

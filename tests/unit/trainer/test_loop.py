@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import loop
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from student_trainer.targets.guard import NonFiniteError
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.targets.protocol import Ask
 from teacher_proto.errors import InvalidTargetsError, TeacherUnavailableError
 from teacher_proto.stopping import StopSignals
 from teacher_service.scripted_model import scripted_logits

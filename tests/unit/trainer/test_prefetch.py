@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
 from student_trainer.targets.prefetch import Prefetch
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.targets.protocol import Ask
 from teacher_proto.targets import TokenTargets
 from tests.trainer_run import random_delays
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
-from student_trainer.targets.protocol import Ask, BatchTargets
+from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.targets.protocol import Ask
 from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError
 from tests.models import VOCAB_SIZE

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from student_trainer.batch.batch import Batch
-from student_trainer.batch.teacher_rows import TeacherHead, TeacherRows
-from student_trainer.losses.attention_term import TeacherAttention
-from student_trainer.targets.ensemble import TEMPERED
-from student_trainer.targets.protocol import BatchTargets
+from student_trainer.batch.batch_targets import TEMPERED, BatchTargets
+from student_trainer.batch.teacher_rows import TeacherAttention, TeacherHead, TeacherRows
 from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.relations import QKV

@@ -55,6 +55,15 @@ class Batch:
         )
 
 
+def counted_rows(batch: Batch, document: Document) -> tuple[int, int] | None:
+    """The teacher's rows [start, stop) of a document from its first to its last row that counts; None if none does.
+
+    Row t of the document is counted from its own first token. A document of one token has no row.
+    """
+    counted = np.flatnonzero(batch.loss_mask_BT[document.row, document.start : document.stop])
+    return (int(counted[0]), int(counted[-1]) + 1) if len(counted) else None
+
+
 @dataclass(frozen=True)
 class Placed:
     """A sequence with its place: what `build_batch` writes into a row."""

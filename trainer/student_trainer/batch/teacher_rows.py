@@ -10,8 +10,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from teacher_proto.relations import QKV
 
 # Fields whose first dimension is N; the ragged `sampled_*` fields are cut by their offsets.
 _ROW_FIELDS = (
@@ -139,3 +142,22 @@ class TeacherRows:
             "sampled_ids": self.sampled_ids[position],
             "sampled_counts": self.sampled_counts[position],
         }
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherAttention:
+    """The teacher's side of a micro batch: its documents, rows first and then from left to right.
+
+    `document_ids_BT` stays on the CPU, where documents are told apart; `document_N` is the document of each label.
+    """
+
+    documents: tuple[QKV, ...]
+    document_ids_BT: np.ndarray
+    document_N: Tensor
+
+    def to(self, device: torch.device) -> TeacherAttention:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        documents = tuple(QKV(*map(moved, document)) for document in self.documents)
+        return dataclasses.replace(self, documents=documents, document_N=moved(self.document_N))

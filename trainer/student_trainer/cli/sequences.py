@@ -12,13 +12,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import load_tokenizer
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.stream import BatchStream
 from student_trainer.settings import Settings
-from student_trainer.targets.protocol import counted_rows
 from teacher_proto.stages import stage
 
 

@@ -18,6 +18,7 @@ import torch
 
 from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.evaluation.documents import DocumentFigures, DocumentSums
 from student_trainer.evaluation.passage import can_be_shown, make_passage
@@ -27,7 +28,7 @@ from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import EvaluationSettings
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+from student_trainer.targets.protocol import Ask, Targets
 from teacher_proto.stages import stage
 
 CROSS_ENTROPY = Term("cross_entropy", "cross_entropy", 1.0)

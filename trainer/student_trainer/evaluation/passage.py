@@ -11,8 +11,8 @@ import torch
 
 from student_trainer.batch.align import micro_batches
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.students.student import Student
-from student_trainer.targets.protocol import BatchTargets
 
 TOKENS = 256
 GUESSES = 5

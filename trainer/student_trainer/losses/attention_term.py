@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from student_trainer.batch.teacher_rows import TeacherAttention
 from student_trainer.losses.attention_relations import attention_relations
 from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
@@ -30,25 +30,6 @@ OUTPUT_PARTS = ("o_proj", "out_proj", "c_proj", "dense", "attn_sub_norm", "sinks
 def relation_among(terms: Iterable[Term]) -> Term | None:
     """The relation term, if it is one of these."""
     return next((term for term in terms if term.kind == "attention_relations"), None)
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherAttention:
-    """The teacher's side of a micro batch: its documents, rows first and then from left to right.
-
-    `document_ids_BT` stays on the CPU, where documents are told apart; `document_N` is the document of each label.
-    """
-
-    documents: tuple[QKV, ...]
-    document_ids_BT: np.ndarray
-    document_N: Tensor
-
-    def to(self, device: torch.device) -> TeacherAttention:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        documents = tuple(QKV(*map(moved, document)) for document in self.documents)
-        return replace(self, documents=documents, document_N=moved(self.document_N))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.attention_term import check_relation_heads
 from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.settings import Settings, TeacherSettings
@@ -23,7 +24,7 @@ from student_trainer.settings.attention import AttentionSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher
 from student_trainer.targets.patience import retry_until
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
+from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
 from student_trainer.targets.questions import together, with_documents
 from student_trainer.targets.remote import reach
 from teacher_proto.attention import AttentionInfo, AttentionRequest, attention_cost, check_attention_request

@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard
+from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
 from student_trainer.targets.questions import Question, Questions, answers, gathered_ids, questions
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.info import TeacherInfo

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings.redact import redact
-from student_trainer.targets.protocol import BatchTargets
 
 BATCH_TENSORS = ("tokens_BT", "position_ids_BT", "document_ids_BT", "loss_mask_BT", "source_ids_BT")
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.dump import write_dump
 from student_trainer.targets.patience import OutageWatch
 from student_trainer.targets.prefetch import Ready
-from student_trainer.targets.protocol import BatchTargets
 from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError
 

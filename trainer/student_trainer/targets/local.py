@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
+from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
 from student_trainer.targets.questions import Question, answers, check, questions
 from teacher_proto.canary import canary_request, read_canary
 from teacher_proto.info import TeacherInfo

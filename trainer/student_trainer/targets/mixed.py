@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.ensemble import mix, share_draws
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, TeacherCard, counted_rows
+from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
 from student_trainer.targets.questions import together
 from teacher_proto.errors import NotFoundError
 from teacher_proto.identity import digest

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from student_trainer.batch.align import MicroBatch
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
-from student_trainer.targets.protocol import Ask, BatchTargets, Targets
+from student_trainer.targets.protocol import Ask, Targets
 from teacher_proto.errors import InvalidTargetsError
 
 POLL_S = 0.2

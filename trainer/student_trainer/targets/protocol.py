@@ -12,22 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from student_trainer.batch.batch import Batch, Document
+from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.admission import Admits
 from teacher_proto.canary import Canary
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Kind, Limits
 from teacher_proto.requests import TargetSpec as Ask
-from teacher_proto.targets import TokenTargets
 from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
     from student_trainer.losses.terms import Term
     from student_trainer.settings import DistillationSettings
-    from teacher_proto.attention_targets import AttentionTargets
 
-__all__ = ["Ask", "BatchTargets", "GatherIds", "Targets", "TeacherCard", "ask_for", "counted_rows"]
+__all__ = ["Ask", "GatherIds", "Targets", "TeacherCard", "ask_for"]
 
 # What is asked of every row alike is an `Ask`; beside it, by document, the ids [R, G] at which kind `gather` wants the
 # teacher's logprobs, a row for each row asked for, so none for a document of which nothing is asked.
@@ -35,24 +34,6 @@ GatherIds = Sequence[np.ndarray]
 
 # What each support of a loss asks a teacher for; `full` needs the teacher's head beside the hidden states.
 KIND_OF_SUPPORT: dict[str, Kind] = {"top_k": "top_k", "gather": "gather", "sampled": "sampled", "full": "hidden"}
-
-
-@dataclass(frozen=True, eq=False)
-class BatchTargets:
-    """A teacher's answer to a batch: by document, None where no row of it counts. `ask` is what was asked.
-
-    `attention`: states of every document, where they were asked for beside.
-    """
-
-    documents: tuple[TokenTargets | None, ...]
-    ask: Ask
-    fingerprint: str
-    attention: tuple[AttentionTargets, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        tokens = sum(targets.nbytes for targets in self.documents if targets is not None)
-        return tokens + sum(targets.nbytes for targets in self.attention or ())
 
 
 @dataclass(frozen=True)
@@ -147,12 +128,3 @@ def ask_for(terms: Iterable[Term], top_k: int, distillation: DistillationSetting
         seed=distillation.sample_seed if drawn else 0,
         hidden_dtype=distillation.hidden_dtype if "hidden" in kinds else None,
     )
-
-
-def counted_rows(batch: Batch, document: Document) -> tuple[int, int] | None:
-    """The teacher's rows [start, stop) of a document from its first to its last row that counts; None if none does.
-
-    Row t of the document is counted from its own first token. A document of one token has no row.
-    """
-    counted = np.flatnonzero(batch.loss_mask_BT[document.row, document.start : document.stop])
-    return (int(counted[0]), int(counted[-1]) + 1) if len(counted) else None

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from student_trainer.batch.batch import Batch
-from student_trainer.targets.protocol import Ask, GatherIds, counted_rows
+from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.targets.protocol import Ask, GatherIds
 from teacher_proto.errors import OutOfRangeError, PoisonBatchError
 from teacher_proto.store_entry import Ask as Question
 from teacher_proto.targets import TokenTargets, check_targets

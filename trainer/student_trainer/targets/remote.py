@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.admission import Admits
 from student_trainer.targets.patience import retry_until
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, TeacherCard
+from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
 from student_trainer.targets.questions import Question, answers, gathered_ids, questions, with_documents
 from teacher_proto.client import TeacherClient
 from teacher_proto.dialect import InfoT

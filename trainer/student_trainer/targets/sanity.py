@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from student_trainer.batch.batch import Batch
-from student_trainer.targets.protocol import BatchTargets
+from student_trainer.batch.batch_targets import BatchTargets
 from teacher_proto.errors import InvalidTargetsError
 
 # fp16 keeps 11 bits, so a logprob is off by at most 2**-11 of itself.

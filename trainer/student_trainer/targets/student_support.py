@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from student_trainer.batch.align import MicroBatch
-from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.student_support import student_top_ids
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.prefetch import POLL_S, Ready
-from student_trainer.targets.protocol import Ask, BatchTargets, GatherIds, Targets, counted_rows
+from student_trainer.targets.protocol import Ask, GatherIds, Targets
 
 ASK = Ask(("gather",))
 

@@ -1,0 +1,31 @@
+"""A teacher's answer to a batch, document by document. Made by the sources in `targets`, read by `align`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.requests import TargetSpec
+from teacher_proto.targets import TENSORS, TokenTargets
+
+# Logprobs at the temperatures asked for, where they do not follow from those at 1: several teachers' mixed at each.
+TEMPERED = "tempered_logprobs"
+assert TEMPERED not in TENSORS
+
+
+@dataclass(frozen=True, eq=False)
+class BatchTargets:
+    """A teacher's answer to a batch: by document, None where no row of it counts. `ask` is what was asked.
+
+    `attention`: states of every document, where they were asked for beside.
+    """
+
+    documents: tuple[TokenTargets | None, ...]
+    ask: TargetSpec
+    fingerprint: str
+    attention: tuple[AttentionTargets, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tokens = sum(targets.nbytes for targets in self.documents if targets is not None)
+        return tokens + sum(targets.nbytes for targets in self.attention or ())
