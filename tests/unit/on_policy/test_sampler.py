@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from student_trainer.rollouts.sampler import GenerateSampler, Sample, ends_of_text
 from student_trainer.settings import StudentSettings
-from student_trainer.students.causal import load_causal
+from student_trainer.students.load import load_causal
 from student_trainer.students.student import Student
 from tests.models import save_tiny_llama, tiny_tokenizer
 

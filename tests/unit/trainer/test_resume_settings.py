@@ -61,3 +61,10 @@ def test_what_changes_rounding_alone_is_warned_of(change: str, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         check_changes(BEFORE, compose([*MINIMAL, change]))
     assert change.split("=")[0] in caplog.text
+
+
+def test_a_setting_that_an_older_trainer_did_not_have_stood_at_its_default() -> None:
+    older = BEFORE | {"student": {k: v for k, v in BEFORE["student"].items() if k != "architecture"}}
+    check_changes(older, compose(MINIMAL))
+    with pytest.raises(ValueError, match=r"student\.architecture: causal in the checkpoint, other now"):
+        check_changes(older, compose([*MINIMAL, "student.architecture=other"]))

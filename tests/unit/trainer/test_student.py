@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from student_trainer.settings import StudentSettings
+from student_trainer.students.architectures import wrap
 from student_trainer.students.attention_mask import dense_mask
 from student_trainer.students.causal import wrap_causal
 from student_trainer.students.student import Student
@@ -128,8 +129,14 @@ def test_a_head_that_does_more_than_a_head_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["", "/no/such/folder"])
 def test_a_student_that_is_not_there_is_said_in_one_line(path: str) -> None:
-    from student_trainer.students.causal import load_causal
+    from student_trainer.students.load import load_causal
 
     with pytest.raises(ValueError, match=r"student\.checkpoint_path") as caught:
         load_causal(StudentSettings(checkpoint_path=path), torch.device("cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_is_not_known_is_refused_with_those_that_are() -> None:
+    settings = StudentSettings(checkpoint_path="x", architecture="retentive")
+    with pytest.raises(ValueError, match=r"student\.architecture is retentive, expected one of: causal"):
+        wrap(AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]), "sdpa", settings)

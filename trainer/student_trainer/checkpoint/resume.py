@@ -75,8 +75,11 @@ def may_change(name: str, now: Settings) -> bool:
 
 
 def check_changes(before: Mapping[str, Any], now: Settings) -> None:
-    """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed."""
-    old, new = flatten(public_tree(before)), flatten(public(now))
+    """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed.
+
+    A setting that an older trainer did not have stood at its default then.
+    """
+    old, new = flatten(public(Settings())) | flatten(public_tree(before)), flatten(public(now))
     refused = []
     for name in sorted(old.keys() | new.keys()):
         was, becomes = old.get(name, "absent"), new.get(name, "absent")

@@ -32,6 +32,7 @@ class StudentSettings(Section):
     """The model that learns."""
 
     kind: Literal["causal", "bitnet"] = Field("causal", description="bitnet: its linear layers made ternary")
+    architecture: str = Field("causal", description="how it reads a text; causal: from left to right")
     checkpoint_path: str = Field(
         "", description="a Hugging Face causal language model, by folder or hub name, or the folder of an earlier run"
     )

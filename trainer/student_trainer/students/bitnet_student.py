@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from student_trainer.settings import StudentSettings
+from student_trainer.students.architectures import wrap
 from student_trainer.students.bitnet import convert_to_bitnet, set_quantisation_blend, warmup_blend
 from student_trainer.students.bitnet_checkpoint import load_bitnet_student
-from student_trainer.students.causal import attention_for, wrap_causal
+from student_trainer.students.causal import attention_for
 from student_trainer.students.student import Student
 
 
@@ -56,9 +57,9 @@ def wrap_bitnet(model: Any, settings: StudentSettings) -> Student:
     """A ternary model as a student that stands at the beginning of its warm-up."""
     # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum moves logits by per cents.
     set_quantisation_blend(model, 0.0)
-    causal = wrap_causal(model, attention_for(settings, model.device), settings)
+    wrapped = wrap(model, attention_for(settings, model.device), settings)
     student = BitNetStudent(
-        **{field.name: getattr(causal, field.name) for field in fields(causal)},
+        **{field.name: getattr(wrapped, field.name) for field in fields(wrapped)},
         warmup_steps=settings.bitnet.warmup_steps,
     )
     student.before_step(0)

@@ -1,4 +1,5 @@
-"""A student out of any Hugging Face causal language model. Called by `load`.
+"""A student out of any Hugging Face causal language model. Named in
+`architectures`.
 
 The decoder runs on packed rows with attention and positions that stop at document edges; the head is handed to
 `head_loss` as a weight, so that no logits of a whole batch exist.
@@ -16,7 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from student_trainer.settings import StudentSettings
 from student_trainer.students.attention_mask import block_mask, dense_mask
 from student_trainer.students.compute import compute_dtype
-from student_trainer.students.lora import add_lora
 from student_trainer.students.student import Student
 
 # Layers that carry a state along the row: a document would leak into the next one.
@@ -44,27 +44,6 @@ class CausalBody:
             mask = make(document_ids_BT, self.reach)
         out = self.decoder(input_ids=tokens_BT, attention_mask=mask, position_ids=position_ids_BT, use_cache=False)
         return out.last_hidden_state
-
-
-def load_causal(settings: StudentSettings, device: torch.device) -> Student:
-    """The student of `settings.checkpoint_path`, float32 on `device`. ValueError says why one can't be had."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    if not settings.checkpoint_path:
-        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
-    attention = attention_for(settings, device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.checkpoint_path, revision=settings.revision, dtype=torch.float32, trust_remote_code=False,
-            use_safetensors=True, attn_implementation="flex_attention" if attention == "flex" else "sdpa",
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ValueError(f"student.checkpoint_path={settings.checkpoint_path}: {_first_line(error)}") from None
-    if settings.lora.rank is not None:
-        add_lora(model, settings.lora)
-    return wrap_causal(model.to(device), attention, settings)
 
 
 def attention_for(settings: StudentSettings, device: torch.device) -> str:
@@ -152,7 +131,3 @@ def _head_constants(config: Any) -> dict[str, float | None]:
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = float(config.logit_scale)
     return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": scale}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -16,12 +16,39 @@ from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.run_folder import SETTINGS_FILE
 from student_trainer.settings import StudentSettings
+from student_trainer.students.architectures import wrap
 from student_trainer.students.bitnet import CONFIG_ENTRY
 from student_trainer.students.bitnet_student import load_bitnet, make_ternary
-from student_trainer.students.causal import load_causal
-from student_trainer.students.lora import merge_lora
+from student_trainer.students.causal import attention_for
+from student_trainer.students.lora import add_lora, merge_lora
 from student_trainer.students.student import Student
 from teacher_proto.stages import stage
+
+
+def load_causal(settings: StudentSettings, device: torch.device) -> Student:
+    """The student of `settings.checkpoint_path`, float32 on `device`. ValueError says why one can't be had."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not settings.checkpoint_path:
+        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
+    attention = attention_for(settings, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.checkpoint_path, revision=settings.revision, dtype=torch.float32, trust_remote_code=False,
+            use_safetensors=True, attn_implementation="flex_attention" if attention == "flex" else "sdpa",
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ValueError(f"student.checkpoint_path={settings.checkpoint_path}: {_first_line(error)}") from None
+    if settings.lora.rank is not None:
+        add_lora(model, settings.lora)
+    return wrap(model.to(device), attention, settings)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
 
 KINDS: Mapping[str, Callable[[StudentSettings, torch.device], Student]] = {
     "causal": load_causal,
