@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from student_trainer import exit_codes, randomness
-from student_trainer.losses.metrics import StepFigures, Tally
+from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.weighting import gradient_shares
+from student_trainer.reporting.step_metrics import StepMetrics
 from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.rollouts.rollouts import together
 from student_trainer.state import TrainState
@@ -239,10 +240,10 @@ def advance(run: Run, steps: int, started: float) -> int:
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)
         ready = run.ask_at_students_ids(ready)
-    figures = replace(step(run, ready), wrote_s=wrote_s)
-    run.state = TrainState(run.state.step + 1, run.state.tokens + figures.tokens, ready.state)
+    metrics = replace(step(run, ready), wrote_s=wrote_s)
+    run.state = TrainState(run.state.step + 1, run.state.tokens + metrics.losses.tokens, ready.state)
     run.before = None
-    run.log.step(run.state, figures, time.monotonic() - began, run.prefetch.control.depth)
+    run.log.step(run.state, metrics, time.monotonic() - began, run.prefetch.control.depth)
     if run.out_of_time(time.monotonic() - started):
         steps = run.state.step
     if run.evaluator.due(run.state.step, steps):
@@ -257,7 +258,7 @@ class Gradient:
     """That of a batch lies in the parameters' `grad`; this is its norm and what else is known of it."""
 
     terms: tuple[Term, ...]
-    tally: Tally
+    sums: LossSums
     norm: Tensor
     measured: dict[str, float]
 
@@ -272,37 +273,40 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     run.student.before_step(run.state.step)
     measured = run.measure(ready)
     terms = run.terms_for(ready.batch)
-    tally = Tally(terms, ready.batch.source_names)
+    sums = LossSums(terms, ready.batch.source_names)
     what = f"computing update {run.state.step + 1}{', for which the student is compiled' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
         for micro in ready.micro if count else ():
             with run.optimizer.watching(micro.document_ids_BT >= 0):
                 loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
             (loss.total / count).backward()
-            tally.add(loss, micro)
+            sums.add(loss, micro)
             doing.done += 1
             run.compiles = False
             run.pause()
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
     )
-    return Gradient(terms, tally, whole(norm), measured)
+    return Gradient(terms, sums, whole(norm), measured)
 
 
-def step(run: Run, ready: Ready) -> StepFigures:
+def step(run: Run, ready: Ready) -> StepMetrics:
     """One update from one batch. NonFiniteError, before anything is changed, if loss or gradient is not finite."""
     number = run.state.step
     with run.interruptible():
         gradient = differentiate(run, ready)
         terms, norm = gradient.terms, gradient.norm
-        figures = gradient.tally.figures(norm, ready.waited_s, run.ranks)
-    run.guard.require_finite(figures, gradient.tally, ready, run.student, number)
+        losses = gradient.sums.metrics(norm, run.ranks)
+        waited_s = run.ranks.largest(ready.waited_s)
+    run.guard.require_finite(losses, gradient.sums, ready, run.student, number)
     if run.settings.optim.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
     rates = run.optimizer.step(number)
     run.optimizer.zero_grad()
     written = ready.batch.written.over(run.ranks) if isinstance(ready.batch, WrittenBatch) else None
-    if run.weighting.varies or (run.on_policy is not None and run.on_policy.varies):
-        figures = replace(figures, coefficients={term.name: term.coefficient for term in terms})
-    shares = gradient_shares(terms, gradient.measured)
-    return replace(figures, rates=rates, clipped=run.optimizer.clipped, written=written, gradient_shares=shares)
+    varies = run.weighting.varies or (run.on_policy is not None and run.on_policy.varies)
+    return StepMetrics(
+        losses, waited_s, rates, run.optimizer.clipped, written=written,
+        coefficients={term.name: term.coefficient for term in terms} if varies else {},
+        gradient_shares=gradient_shares(terms, gradient.measured),
+    )  # fmt: skip

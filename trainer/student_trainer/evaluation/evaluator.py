@@ -22,7 +22,7 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.evaluation.documents import DocumentFigures, DocumentSums
 from student_trainer.evaluation.passage import can_be_shown, make_passage
-from student_trainer.losses.metrics import Tally
+from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.terms import Term
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import EvaluationSettings
@@ -140,7 +140,7 @@ class Evaluator:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
-        tally = Tally(terms, batches[0].source_names)
+        sums = LossSums(terms, batches[0].source_names)
         documents = DocumentSums(name, has_teacher)
         agreed, correct, tokens = 0, 0, 0
         classes = self._classes.get(name)
@@ -152,7 +152,7 @@ class Evaluator:
                 ):  # fmt: skip
                     micro = micro.to(student.device)
                     loss = student.loss(micro, terms, None, want_top1=has_teacher)
-                    tally.add(loss, micro)
+                    sums.add(loss, micro)
                     tokens += len(micro.labels_N)
                     agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.labels_N) else None
                     agreed += int(agrees_N.sum()) if agrees_N is not None else 0
@@ -160,7 +160,7 @@ class Evaluator:
                     if classes:
                         correct += _correct(student, micro, classes)
                 done()
-        means = tally.figures(ranks=self._ranks).terms
+        means = sums.metrics(ranks=self._ranks).terms
         agreed, correct, tokens = (self._ranks.total(count) for count in (agreed, correct, tokens))
         figures: Figures = {
             "cross_entropy": means["cross_entropy"],

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from student_trainer.checkpoint.files import replace_text
-from student_trainer.losses.metrics import StepFigures
 from student_trainer.reporting.progress import Progress
+from student_trainer.reporting.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from student_trainer.evaluation.evaluator import Evaluation
@@ -38,11 +38,11 @@ class RunLog:
         self._progress, self._trackers = progress, tuple(trackers)
         self.evaluated = _last_step(folder / EVALUATION) if folder else -1
 
-    def step(self, state: TrainState, figures: StepFigures, seconds: float, prefetch_depth: int) -> None:
+    def step(self, state: TrainState, metrics: StepMetrics, seconds: float, prefetch_depth: int) -> None:
         """One line for the update that led to `state`."""
-        line = step_line(state, figures, seconds, prefetch_depth)
+        line = step_line(state, metrics, seconds, prefetch_depth)
         self._write(METRICS, line)
-        self._progress.step(state.step, figures, seconds)
+        self._progress.step(state.step, metrics, seconds)
         for tracker in self._trackers:
             tracker.log(state.step, {key: value for key, value in line.items() if key not in ("step", "time")})
 
@@ -147,48 +147,48 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def step_line(state: TrainState, figures: StepFigures, seconds: float, prefetch_depth: int) -> dict[str, Any]:
+def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_depth: int) -> dict[str, Any]:
     """The keys of `metrics.jsonl`. Losses are means in nats a token; `wait_share` is of this step's time."""
-    rates = list(figures.rates.values())
+    rates = list(metrics.rates.values())
     return {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": figures.loss,
-        **{f"loss/{name}": value for name, value in figures.terms.items()},
-        **{f"weighted/{name}": value for name, value in figures.weighted.items()},
+        "loss": metrics.losses.loss,
+        **{f"loss/{name}": value for name, value in metrics.losses.terms.items()},
+        **{f"weighted/{name}": value for name, value in metrics.losses.weighted.items()},
         **{
             f"source/{source}/{name}": value
-            for source, values in figures.by_source.items()
+            for source, values in metrics.losses.by_source.items()
             for name, value in values.items()
         },
-        **{f"coefficient/{name}": value for name, value in figures.coefficients.items()},
-        **{f"gradient_share/{name}": value for name, value in figures.gradient_shares.items()},
+        **{f"coefficient/{name}": value for name, value in metrics.coefficients.items()},
+        **{f"gradient_share/{name}": value for name, value in metrics.gradient_shares.items()},
         "learning_rate": rates[0] if rates else None,
-        **{f"learning_rate/{name}": value for name, value in figures.rates.items()},
-        "grad_norm": figures.grad_norm,
-        **_attention(figures),
-        **_written(figures),
+        **{f"learning_rate/{name}": value for name, value in metrics.rates.items()},
+        "grad_norm": metrics.losses.grad_norm,
+        **_attention(metrics),
+        **_written(metrics),
         "seconds": seconds,
-        "tokens_per_second": figures.tokens / seconds if seconds else None,
-        "wait_s": figures.waited_s,
-        "wait_share": figures.waited_s / seconds if seconds else 0.0,
+        "tokens_per_second": metrics.losses.tokens / seconds if seconds else None,
+        "wait_s": metrics.waited_s,
+        "wait_share": metrics.waited_s / seconds if seconds else 0.0,
         "prefetch_depth": prefetch_depth,
         "time": time.time(),
     }
 
 
-def _written(figures: StepFigures) -> dict[str, Any]:
+def _written(metrics: StepMetrics) -> dict[str, Any]:
     """Of a batch that the student wrote: how much, and how sure it was of it; and the time it takes to write."""
-    if figures.wrote_s is None:
+    if metrics.wrote_s is None:
         return {}
-    written = figures.written
+    written = metrics.written
     of_it = {f"on_policy/{name}": value for name, value in vars(written).items()} if written is not None else {}
-    return {"on_policy": int(written is not None), **of_it, "on_policy/write_s": figures.wrote_s}
+    return {"on_policy": int(written is not None), **of_it, "on_policy/write_s": metrics.wrote_s}
 
 
-def _attention(figures: StepFigures) -> dict[str, Any]:
+def _attention(metrics: StepMetrics) -> dict[str, Any]:
     """Of a run with QK-clip: the largest attention logit before the clip, and how many heads were clipped."""
-    clipped = figures.clipped
+    clipped = metrics.clipped
     if clipped is None:
         return {}
     seen = clipped.largest_logit if math.isfinite(clipped.largest_logit) else None

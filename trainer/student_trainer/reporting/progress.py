@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from student_trainer.losses.metrics import StepFigures
+from student_trainer.losses.metrics import LossMetrics
+from student_trainer.reporting.step_metrics import StepMetrics
 from teacher_proto.stage_text import bar_line, shortened
 from teacher_proto.stages import DISPLAY, EVERY_S
 from teacher_proto.waiting import duration
@@ -43,12 +44,12 @@ class Progress:
         if not self._quiet:
             DISPLAY.close()
 
-    def step(self, step: int, figures: StepFigures, seconds: float) -> None:
+    def step(self, step: int, metrics: StepMetrics, seconds: float) -> None:
         self._seconds += seconds
-        self._waited += figures.waited_s
-        rate = figures.tokens / seconds if seconds else 0.0
+        self._waited += metrics.waited_s
+        rate = metrics.losses.tokens / seconds if seconds else 0.0
         self._rate = rate if not self._rate else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
-        self._text, self._step, self._made_at = self._figures(figures), step, time.monotonic()
+        self._text, self._step, self._made_at = self._figures(metrics.losses), step, time.monotonic()
         often = step == self._steps or step % max(1, self._steps // LINES_A_RUN) == 0
         if not self._quiet and not DISPLAY.draws and often:
             self._said_at, self._said = time.monotonic(), step
@@ -87,7 +88,7 @@ class Progress:
         left = f"  {self._left()} left" if self._step < self._steps else ""
         return f"step {self._step}/{self._steps}  {self._text}{left}"
 
-    def _figures(self, figures: StepFigures) -> str:
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in figures.terms.items())
+    def _figures(self, metrics: LossMetrics) -> str:
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.terms.items())
         share = self._waited / self._seconds if self._seconds else 0.0
         return f"{losses}  {self._rate:,.0f} tokens/s  waited {share:.0%}"

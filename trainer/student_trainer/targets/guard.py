@@ -27,7 +27,7 @@ from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError
 
 if TYPE_CHECKING:
-    from student_trainer.losses.metrics import StepFigures, Tally
+    from student_trainer.losses.metrics import LossMetrics, LossSums
     from student_trainer.students.student import Student
 
 logger = logging.getLogger(__name__)
@@ -78,26 +78,26 @@ class TargetGuard:
         refused.args = (refused.message,)
         return refused
 
-    def require_finite(self, figures: StepFigures, tally: Tally, ready: Ready, student: Student, number: int) -> None:
+    def require_finite(self, losses: LossMetrics, sums: LossSums, ready: Ready, student: Student, number: int) -> None:
         """NonFiniteError with step, source and documents if a figure of this step is NaN or infinite."""
-        if figures.finite:
+        if losses.finite:
             return
-        where = _bad_tokens(tally, ready) or _bad_parameters(student)
+        where = _bad_tokens(sums, ready) or _bad_parameters(student)
         if not self._ranks.alone:
             where = f"on rank {self._ranks.rank} of {self._ranks.world}, {where}"
         keys = ", ".join(document.key for document in ready.batch.documents[:8])
         message = (
-            f"step {number + 1} is not finite (loss {figures.loss}, gradient norm {figures.grad_norm}) and was not "
+            f"step {number + 1} is not finite (loss {losses.loss}, gradient norm {losses.grad_norm}) and was not "
             f"made: {where}. Documents of the batch: {keys}{', ...' if len(ready.batch.documents) > 8 else ''}"
         )
         folder = write_dump(self._dumps / f"step-{number + 1:08d}", message, ready.batch, ready.targets)
         raise NonFiniteError(f"{message}. Batch and targets are in {folder}")
 
 
-def _bad_tokens(tally: Tally, ready: Ready) -> str:
+def _bad_tokens(sums: LossSums, ready: Ready) -> str:
     """The first token whose loss is not finite, by term, source and document; empty if all are."""
     width = ready.batch.tokens_BT.shape[1]
-    for values, micro in zip(tally.per_term, ready.micro, strict=True):
+    for values, micro in zip(sums.per_term, ready.micro, strict=True):
         for name, value_N in values.items():
             bad_N = ~value_N.isfinite()
             if bad_N.any():
