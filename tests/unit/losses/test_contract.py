@@ -173,6 +173,7 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("needs the target kind 'hidden'", {"terms": [Term("f", "jsd", 1.0, support="full")]}),
     ("ask the teacher for 3.0 as well", {"terms": [Term("kd", "top_k_kl", 1.0, 3.0)]}),
     ("expected 1 to the student's vocabulary", {"shared_vocab": 97}),
+    ("got weights \\(1,\\), expected one for each of 48 rows", {"weights_N": torch.ones(1)}),
     ("expected 1 or more", {"chunk_rows": -1}),
 ]
 
@@ -180,7 +181,7 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("message", "change"), REFUSALS)
 def test_what_does_not_fit_is_refused_with_what_was_expected(message: str, change: dict[str, Any]) -> None:
     hidden_ND, weight_VD, labels_N, rows = case()
-    options = {key: change[key] for key in ("shared_vocab", "chunk_rows") if key in change}
+    options = {key: change[key] for key in ("shared_vocab", "chunk_rows", "weights_N") if key in change}
     with pytest.raises(ValueError, match=message):
         head_loss(
             change.get("hidden", hidden_ND),

@@ -99,6 +99,51 @@ def test_gradients_are_those_of_the_dense_form(temperature: float, tail: str, sq
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("support", ["top_k", "full"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_weights_of_rows_multiply_value_and_gradient_alike(kind: str, support: str) -> None:
+    """A label that stands for 1/p others, one that stands for none, and terms of each way through the head."""
+    terms = [
+        Term("ce", "cross_entropy", 0.7),
+        Term("kd", kind, 1.3, 2.0, support=support, temperature_squared=True),  # type: ignore[arg-type]
+    ]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((30, 20), (90, 20), (90,))]
+    hidden_ND, weight_VD, bias_V = leaves
+    teacher_NV = torch.randn(30, 90, dtype=torch.float64) * 3
+    labels_N = torch.randint(90, (30,))
+    labels_N[3:6] = -100
+    weights_N = 1.0 / torch.rand(30)
+    weights_N[::7] = 0.0
+    rows = dense.rows_of(teacher_NV, 7, (2.0,))
+    if support == "full":
+        rows = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(90, dtype=torch.float64)))
+    result = head_loss(
+        hidden_ND, weight_VD, labels_N, rows, terms, head_bias_V=bias_V, weights_N=weights_N, chunk_rows=8
+    )
+    plain = head_loss(hidden_ND, weight_VD, labels_N, rows, terms, head_bias_V=bias_V, chunk_rows=8)
+    student_NV, counts_N = dense.logits(hidden_ND, weight_VD, bias_V), labels_N != -100
+    ids_NK = None if rows.ids_NK is None else rows.ids_NK.long()
+    values = [dense.term_values(term, student_NV, labels_N, teacher_NV, ids_NK) for term in terms]
+    expected = torch.zeros((), dtype=torch.float64)
+    for term, value_N in zip(terms, values, strict=True):
+        expected = expected + term.coefficient * (weights_N.double() * value_N)[counts_N].sum()
+        assert torch.equal(result.per_term[term.name], plain.per_term[term.name]), "values are told unweighted"
+    torch.testing.assert_close(result.total, expected, rtol=1e-9, atol=0)
+    for got, want in zip(torch.autograd.grad(result.total, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+def test_weights_of_one_are_no_weights_to_the_bit() -> None:
+    hidden_ND, weight_VD = torch.randn(40, 24, requires_grad=True), torch.randn(128, 24)
+    labels_N, rows = torch.randint(128, (40,)), dense.rows_of(torch.randn(40, 128), 8)
+    terms = [Term("ce", "cross_entropy", 0.7), Term("kd", "top_k_kl", 1.3)]
+    without, ones = (
+        torch.autograd.grad(head_loss(hidden_ND, weight_VD, labels_N, rows, terms, weights_N=w).total, hidden_ND)[0]
+        for w in (None, torch.ones(40))
+    )
+    assert torch.equal(without, ones)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
 def test_student_equal_to_teacher_gives_zero(temperature: float, tail: str) -> None:

@@ -37,7 +37,9 @@ def settle(doubts: Sequence[Doubt]) -> None:
                 raise ValueError(words())
 
 
-def check_shapes(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[Term]) -> None:
+def check_shapes(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[Term], weights_N: Tensor | None = None
+) -> None:
     """ValueError where shapes disagree, or two terms share a name."""
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
@@ -46,6 +48,8 @@ def check_shapes(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: 
         )
     if labels_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"got labels {tuple(labels_N.shape)}, expected one for each of {len(hidden_ND)} rows")
+    if weights_N is not None and weights_N.shape != labels_N.shape:
+        raise ValueError(f"got weights {tuple(weights_N.shape)}, expected one for each of {len(hidden_ND)} rows")
     names = [term.name for term in terms]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"got losses named {names}, expected at least one, and each name once")

@@ -38,6 +38,7 @@ class Job:
     chunk_rows: int
     want_top1: bool
     wants_grad: bool
+    weights_N: Tensor | None = None
 
 
 @dataclass
@@ -93,6 +94,7 @@ def _run_block(
         counted={name: counted_N[rows_B] for name, counted_N in job.counted.items()},
         teacher=None if job.teacher is None else job.teacher.select(rows_B),
         teacher_logits_NW=teacher_BW,
+        weights_N=None if job.weights_N is None else job.weights_N[rows_B],
     )
     may_overwrite = len(job.passes) == 1 and head.softcap is None
     gradient_BV: Tensor | None = None

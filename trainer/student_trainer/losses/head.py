@@ -35,7 +35,8 @@ from student_trainer.losses.terms import Term
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """`total`: sum over terms and rows of coefficient * value; its gradient reaches hidden states, weight and bias.
+    """`total`: sum over terms and rows of coefficient * weight of the row * value; its gradient reaches hidden states,
+    weight and bias.
 
     `per_term`: name -> [N] float32, unweighted values in nats (T^2 included where the term says so), 0 on rows that do
     not count. `counted`: name -> [N] bool, the rows that count. `top1_N`: the student's most likely ids, on request;
@@ -63,6 +64,7 @@ def head_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     shared_vocab: int | None = None,
+    weights_N: Tensor | None = None,
     chunk_rows: int | None = None,
     want_top1: bool = False,
 ) -> HeadLoss:
@@ -73,6 +75,7 @@ def head_loss(
     The student's logits are cap(logit_scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap).
     `shared_vocab`: how many leading ids student and teacher have in common (default: all of the student's); `supports`
     says what becomes of the others.
+    `weights_N`: what the values of each row, and with them its gradient, are multiplied by in `total`; None: by 1.
     `chunk_rows`: rows whose logits exist at a time; the default keeps a chunk near 64 MiB on a CPU, 512 MiB on a GPU.
     Values and gradients do not depend on it beyond rounding. Under `torch.no_grad()` no gradient is made.
     `total` can be differentiated once: its backward pass consumes the gradient that was made here.
@@ -80,7 +83,7 @@ def head_loss(
     teacher names ids that the student has not and `shared_vocab` was not given.
     """
     vocab_size = len(head_weight_VD)
-    check_shapes(hidden_ND, head_weight_VD, labels_N, terms)
+    check_shapes(hidden_ND, head_weight_VD, labels_N, terms, weights_N)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"got chunk_rows {chunk_rows}, expected 1 or more")
     shared = shared_width(shared_vocab, vocab_size)
@@ -102,6 +105,7 @@ def head_loss(
         chunk_rows=chunk_rows or default_chunk_rows(vocab_size, hidden_ND.device),
         want_top1=want_top1,
         wants_grad=torch.is_grad_enabled() and bool(tracked),
+        weights_N=weights_N,
     )
     total, values_MN, top1_N = _HeadLoss.apply(hidden_ND, head_weight_VD, head_bias_V, job)
     per_term = {term.name: values_MN[index] for index, term in enumerate(terms)}
@@ -114,7 +118,9 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             outcome = walk(job, hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
             coefficients_M = outcome.values_MN.new_tensor([term.coefficient for term in job.terms])
-            total = coefficients_M @ outcome.values_MN.sum(1)
+            values_MN = outcome.values_MN
+            sums_M = values_MN.sum(1) if job.weights_N is None else values_MN @ job.weights_N.to(values_MN.dtype)
+            total = coefficients_M @ sums_M
         weight_grad, bias_grad = outcome.weight_VD, outcome.bias_V
         ctx.gradients = (
             outcome.hidden_ND,

@@ -54,12 +54,15 @@ class Pass:
 
 @dataclass(frozen=True)
 class Block:
-    """What a block of rows brings along: labels, teacher rows, the teacher's logits for "full", who counts for what."""
+    """What a block of rows brings along: labels, teacher rows, the teacher's logits for "full", who counts for what,
+    and how much each row weighs in the total (None: 1).
+    """
 
     labels_N: Tensor
     counted: Mapping[str, Tensor]
     teacher: TeacherRows | None = None
     teacher_logits_NW: Tensor | None = None
+    weights_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def _label_terms(job: Pass, log_q_label_N: Tensor, block: Block, push: _Push) ->
     values: dict[str, Tensor] = {}
     for term in job.label_terms:
         counted_N = block.counted[term.name]
-        weight_N = _weight(term, counted_N, log_q_label_N)
+        weight_N = _weight(term, block, log_q_label_N)
         value_N, slope_N = cross_entropy(log_q_label_N)
         values[term.name] = torch.where(counted_N, value_N, 0.0)
         push.spread_N -= weight_N * slope_N
@@ -177,7 +180,7 @@ def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> d
     values: dict[str, Tensor] = {}
     for term in job.terms:
         counted_N = block.counted[term.name]
-        weight_N = _weight(term, counted_N, at_NK)
+        weight_N = _weight(term, block, at_NK)
         if term.support != "sampled" and term.tail == "renormalise":
             value_N, slope_NK = _given_support(term, student)
         else:
@@ -221,12 +224,13 @@ def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tupl
         value_N, slope_NW = DIVERGENCES[term.kind](log_p_NW, log_q_NW, term)
         values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
         if wants_grad:
-            weight_N = _weight(term, counted_N, log_q_NW) / job.temperature
+            weight_N = _weight(term, block, log_q_NW) / job.temperature
             part_NW = slope_NW.sub_(log_q_NW.exp().mul_(slope_NW.sum(-1, keepdim=True))).mul_(weight_N[:, None])
             gradient_NW = part_NW if gradient_NW is None else gradient_NW.add_(part_NW)
     return values, gradient_NW
 
 
-def _weight(term: Term, counted_N: Tensor, like: Tensor) -> Tensor:
+def _weight(term: Term, block: Block, like: Tensor) -> Tensor:
     """What the term's value counts in the total, row by row."""
-    return counted_N.to(like.dtype) * (term.coefficient * term.squared)
+    weight_N = block.counted[term.name].to(like.dtype) * (term.coefficient * term.squared)
+    return weight_N if block.weights_N is None else weight_N * block.weights_N.to(like.dtype)
