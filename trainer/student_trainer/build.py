@@ -6,7 +6,7 @@ The order is that of what is likeliest to be wrong: whatever can be refused is r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 
 from student_trainer import randomness
 from student_trainer.batch.align import MicroBatch, micro_batches
-from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints
@@ -32,20 +32,21 @@ from student_trainer.device import choose_device
 from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
 from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
+from student_trainer.losses.terms import Term
+from student_trainer.losses.weighting import Weighting
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.reporting.logs import RunLog, forget_after
 from student_trainer.reporting.progress import Progress
 from student_trainer.reporting.trackers import open_trackers
-from student_trainer.rollouts.prompts import WrittenBatch
-from student_trainer.rollouts.rollouts import WrittenBatches
+from student_trainer.rollouts.rollouts import RolloutStream
 from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import public
 from student_trainer.state import TrainState
 from student_trainer.students.compute import as_begun, name_compute
 from student_trainer.students.identity import student_identity
-from student_trainer.students.sharding import WholeStudent, shard
+from student_trainer.students.sharding import Unsharded, shard
 from student_trainer.students.student import Student
 from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
@@ -74,15 +75,15 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     identity = student_identity(parts.student.model, parts.tokenizer)
     if snapshot is not None:
         check_student(snapshot.state.get("student"), identity, settings)
-    whole = WholeStudent(parts.student, apart=not ranks.alone and _passes_alone(settings))
+    unsharded = Unsharded(parts.student, copied=not ranks.alone and _passes_alone(settings))
     shard(parts.student, ranks)
-    weighting = settings.distillation.weighting()
+    losses = _losses(settings)
     optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
     state = TrainState(0, 0, parts.source.initial_state())
     randomness.seed_everything(settings.run.seed)
     if snapshot is not None:
         state = checkpoint.restore(snapshot, parts.student, optimizer)
-        weighting = weighting.restored(snapshot.state.get("balance"))
+        losses["data"] = losses["data"].restored(snapshot.state.get("balance"))
         state = replace(state, mixture=parts.source.resumed(state.mixture, snapshot.state.get("data") or {}))
         logger.info("resumed at step %d of %d", state.step, settings.run.steps)
     if ranks.first:
@@ -96,18 +97,26 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         checkpoints.resumed_at(state.step)
     guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason, ranks)
-    written, stream = _stream(settings, parts, whole.student, state.mixture, snapshot, stack, ranks)
-    prefetch = _prefetch(settings, parts, guard, stream, thread, stack, ranks)
+    rollouts, stream = _stream(settings, parts, unsharded.student, state.mixture, snapshot, stack, ranks)
+    prefetch = _prefetch(settings, parts, losses, guard, stream, thread, stack, ranks)
     evaluator = _evaluator(settings, parts, folder, thread, ranks)
     log = _log(settings, folder, state, ranks)
     return Run(
-        settings=settings, ranks=ranks, student=parts.student, whole=whole, weighting=weighting,
+        settings=settings, ranks=ranks, student=parts.student, unsharded=unsharded, losses=losses,
         optimizer=optimizer, prefetch=prefetch, guard=guard, evaluator=evaluator,
         samples=_samples(settings, parts, ranks), checkpoints=checkpoints,
-        log=stack.enter_context(log), signals=signals, state=state, written=written,
-        on_policy=settings.on_policy.weighting(), student_support=_student_support(settings, parts, thread),
+        log=stack.enter_context(log), signals=signals, state=state, rollouts=rollouts,
+        student_support=_student_support(settings, parts, thread),
         waiting=parts.describe_waiting, compiles=settings.student.compile,
     )  # fmt: skip
+
+
+def _losses(settings: Settings) -> dict[Kind, Weighting]:
+    """The terms on each kind of batch that the run has."""
+    losses: dict[Kind, Weighting] = {"data": settings.distillation.weighting()}
+    if settings.on_policy.active:
+        losses["rollout"] = settings.on_policy.weighting()
+    return losses
 
 
 def _passes_alone(settings: Settings) -> bool:
@@ -122,7 +131,7 @@ def _gathers(settings: Settings) -> bool:
 def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
     """Chosen by rank 0 for all."""
     run_id = ""
-    with ranks.together():
+    with ranks.sync_errors():
         if ranks.first:
             run_id = choose_folder(settings.run, has_copies=settings.checkpoint.url is not None).id
     return folder_of(settings.run, ranks.from_first(run_id))
@@ -132,7 +141,7 @@ def _tidy(folder: RunFolder, ranks: Ranks, stack: ExitStack) -> None:
     """Take the folder, on every disk that one lies on, and clear it of what killed processes left. Before any rank
     reads it or downloads into it.
     """
-    with ranks.together():
+    with ranks.sync_errors():
         if ranks.local != 0:
             return
         if take(folder, stack):
@@ -145,13 +154,13 @@ def _tidy(folder: RunFolder, ranks: Ranks, stack: ExitStack) -> None:
 
 def _earlier(settings: Settings, folder: RunFolder, ranks: Ranks, remote: RemoteCheckpoints | None) -> Snapshot | None:
     """The checkpoint to go on from, here or remote, if there is one and the settings want and allow it."""
-    with ranks.together():
+    with ranks.sync_errors():
         if remote is not None and ranks.local == 0:
             with stage(f"looking for a later checkpoint in {remote.url}"):
                 _fetch_later(settings, folder, remote, str(ranks.rank))
     if settings.run.resume == "never":
         return None
-    with ranks.together(), stage("reading the newest checkpoint"):
+    with ranks.sync_errors(), stage("reading the newest checkpoint"):
         snapshot = checkpoint.newest(folder.checkpoints)
     step = -1 if snapshot is None else snapshot.step
     if ranks.largest(step) != -ranks.largest(-step):
@@ -208,7 +217,7 @@ def _log(settings: Settings, folder: RunFolder, state: TrainState, ranks: Ranks)
 def _stream(
     settings: Settings, parts: Parts, student: Student, state: MixtureState, snapshot: Snapshot | None,
     stack: ExitStack, ranks: Ranks,
-) -> tuple[WrittenBatches | None, Stream]:  # fmt: skip
+) -> tuple[RolloutStream | None, Stream]:  # fmt: skip
     """The batches from `state` on; among them, where the settings say so, those that the student writes."""
     source, tokenizer = parts.source, parts.tokenizer
     stream = stack.enter_context(BatchStream(source, state))
@@ -221,15 +230,15 @@ def _stream(
         )
     if student.teacher_shift:
         raise ValueError("on_policy: a student whose rows predict their own token writes nothing from left to right")
-    saved = snapshot.tensors.get(checkpoint.WRITTEN, {}) if snapshot is not None else {}
+    saved = snapshot.tensors.get(checkpoint.ROLLOUTS, {}) if snapshot is not None else {}
     sampler = _sampler(student, tokenizer, settings.on_policy.sequences_at_once)
-    written = WrittenBatches(stream, settings, sampler, pad_id(tokenizer), saved, ranks)
-    return written, written
+    rollouts = RolloutStream(stream, settings, sampler, pad_id(tokenizer), saved, ranks)
+    return rollouts, rollouts
 
 
 def _prefetch(
-    settings: Settings, parts: Parts, guard: TargetGuard, stream: Stream, thread: EventThread, stack: ExitStack,
-    ranks: Ranks,
+    settings: Settings, parts: Parts, losses: Mapping[Kind, Weighting], guard: TargetGuard, stream: Stream,
+    thread: EventThread, stack: ExitStack, ranks: Ranks,
 ) -> Prefetch:  # fmt: skip
     device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
 
@@ -237,21 +246,19 @@ def _prefetch(
         cut = micro_batches(batch, targets, rows=rows, teacher_shift=shift, head=parts.head, keep_empty=not ranks.alone)
         return tuple(micro.to(device) for micro in cut)
 
-    # Without a loss that reads targets there is nothing to wait for, step by step; evaluation still asks.
-    data, own = (
-        ask_for(terms, settings.teacher.top_k, settings.distillation)
-        if any(term.reads_tokens for term in terms)
-        else None
-        for terms in (settings.distillation.build(), settings.on_policy.build())
-    )
-
-    def ask(batch: Batch) -> Ask | None:
-        return own if isinstance(batch, WrittenBatch) else data
-
+    asked = {kind: _ask(settings, weighting.terms) for kind, weighting in losses.items()}
     targets = parts.teacher.targets if parts.teacher else None
     if targets is not None and parts.attention is not None:
-        targets, data = BesideTokens(targets, parts.attention), data or NO_TOKENS
-    return stack.enter_context(Prefetch(stream, targets, ask, thread, prepare, guard.refuse, settings.prefetch))
+        targets = BesideTokens(targets, parts.attention)
+        asked["data"] = asked["data"] or NO_TOKENS
+    return stack.enter_context(Prefetch(stream, targets, asked, thread, prepare, guard.refuse, settings.prefetch))
+
+
+def _ask(settings: Settings, terms: Sequence[Term]) -> Ask | None:
+    """What is asked about a batch for these terms: nothing, without one that reads targets; evaluation still asks."""
+    if not any(term.reads_tokens for term in terms):
+        return None
+    return ask_for(terms, settings.teacher.top_k, settings.distillation)
 
 
 def _sampler(student: Student, tokenizer: Any, at_once: int | None = None) -> GenerateSampler:

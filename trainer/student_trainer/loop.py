@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,14 @@ from student_trainer import exit_codes, randomness
 from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.reporting.step_metrics import StepMetrics
-from student_trainer.rollouts.prompts import WrittenBatch
-from student_trainer.rollouts.rollouts import together
+from student_trainer.rollouts.rollouts import concat
 from student_trainer.state import TrainState
-from student_trainer.students.sharding import WholeStudent, whole
+from student_trainer.students.sharding import Unsharded, full_tensor
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.stages import EVERY_S, stage
 
 if TYPE_CHECKING:
-    from student_trainer.batch.batch import Batch
+    from student_trainer.batch.batch import Kind
     from student_trainer.checkpoint.checkpoints import Checkpoints
     from student_trainer.evaluation.evaluator import Evaluator
     from student_trainer.evaluation.samples import SampleWriter
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from student_trainer.optim.optimizer import Optimizer
     from student_trainer.ranks import Ranks
     from student_trainer.reporting.logs import RunLog
-    from student_trainer.rollouts.rollouts import WrittenBatches
+    from student_trainer.rollouts.rollouts import RolloutStream
     from student_trainer.settings import Settings
     from student_trainer.students.student import Student
     from student_trainer.targets.guard import TargetGuard
@@ -60,7 +59,7 @@ class Before:
     """
 
     random: tuple[dict[str, Tensor], dict[str, Any]]
-    weighting: Weighting
+    losses: Mapping[Kind, Weighting]
 
 
 @dataclass(eq=False)
@@ -72,8 +71,8 @@ class Run:
     settings: Settings
     ranks: Ranks
     student: Student
-    whole: WholeStudent
-    weighting: Weighting
+    unsharded: Unsharded
+    losses: Mapping[Kind, Weighting]
     optimizer: Optimizer
     prefetch: Prefetch
     guard: TargetGuard
@@ -84,8 +83,7 @@ class Run:
     signals: StopSignals
     state: TrainState
     student_support: StudentSupport | None = None
-    written: WrittenBatches | None = None
-    on_policy: Weighting | None = None
+    rollouts: RolloutStream | None = None
     waiting: Callable[[], str] = str
     before: Before | None = None
     compiles: bool = False  # whether the next update has to compile the student first
@@ -96,40 +94,37 @@ class Run:
 
     def pause(self) -> None:
         """Called where all ranks can stop together."""
-        with self.ranks.together():
+        with self.ranks.sync_errors():
             self.signals.check()
 
-    def terms_for(self, batch: Batch) -> tuple[Term, ...]:
-        """The loss on a batch: the student's own text has one of its own."""
-        if isinstance(batch, WrittenBatch):
-            assert self.on_policy is not None
-            return self.on_policy.at(self.state.step)
-        return self.weighting.at(self.state.step)
+    def terms(self, kind: Kind) -> tuple[Term, ...]:
+        """The loss on a batch of this kind."""
+        return self.losses[kind].at(self.state.step)
 
     def measure(self, ready: Ready) -> dict[str, float]:
         """The norms of the terms' gradients on the first micro batch of the first rank, where they are due; later steps
         go by them.
         """
-        own = isinstance(ready.batch, WrittenBatch)
-        if own or not ready.micro or not self.weighting.due(self.state.step):
+        weighting = self.losses[ready.batch.kind]
+        if not ready.micro or not weighting.due(self.state.step):
             return {}
-        terms, chunk_rows = self.weighting.measured_terms, self.settings.distillation.chunk_rows
+        terms, chunk_rows = weighting.measured_terms, self.settings.distillation.chunk_rows
         norms = dict.fromkeys((term.name for term in terms), 0.0)
         if self.ranks.first and len(ready.micro[0].labels_N):
-            self.whole.student.before_step(self.state.step)
-            norms = self.whole.student.gradient_norms(ready.micro[0], terms, chunk_rows)
+            self.unsharded.student.before_step(self.state.step)
+            norms = self.unsharded.student.gradient_norms(ready.micro[0], terms, chunk_rows)
         norms = json.loads(self.ranks.from_first(json.dumps(norms)))
         if not all(map(math.isfinite, norms.values())):
             return {}  # the step finds the same, and says where
-        self.weighting = self.weighting.take_in(norms)
+        self.losses = {**self.losses, ready.batch.kind: weighting.take_in(norms)}
         return norms
 
     def write(self) -> float | None:
         """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
-        if self.written is None:
+        if self.rollouts is None:
             return None
         with stage("the student writes", closing=False):
-            return self.written.write(self.state.step, self.signals.check)
+            return self.rollouts.write(self.state.step, self.signals.check)
 
     def evaluate(self) -> None:
         """Held-out figures, and what the student writes, to the log: both or, where a signal comes, neither."""
@@ -150,10 +145,10 @@ class Run:
 
     def ask_at_students_ids(self, ready: Ready) -> Ready:
         """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
-        if self.student_support is None or all(term.support != "gather" for term in self.terms_for(ready.batch)):
+        if self.student_support is None or all(term.support != "gather" for term in self.terms(ready.batch.kind)):
             return ready
-        self.whole.student.before_step(self.state.step)
-        return self.student_support.add(self.whole.student, ready, self.while_waiting)
+        self.unsharded.student.before_step(self.state.step)
+        return self.student_support.add(self.unsharded.student, ready, self.while_waiting)
 
     def out_of_time(self, seconds: float) -> bool:
         """Whether the run's time is over, `seconds` after it was started: on all ranks alike, which all must ask."""
@@ -164,14 +159,14 @@ class Run:
         return True
 
     def begin_update(self) -> None:
-        self.before = Before(randomness.capture(), self.weighting)
+        self.before = Before(randomness.capture(), self.losses)
 
     def save(self) -> None:
         """Save the run as the last update left it, in the background; `checkpoints.finish` waits for it."""
-        written = together(self.ranks.gather(self.written.pending(self.state.step))) if self.written else {}
-        before = self.before or Before(randomness.capture(), self.weighting)
-        balance = before.weighting.state()
-        self.checkpoints.save(self.state, self.student, self.optimizer, written, balance, before.random)
+        rollouts = concat(self.ranks.gather(self.rollouts.pending(self.state.step))) if self.rollouts else {}
+        before = self.before or Before(randomness.capture(), self.losses)
+        balance = before.losses["data"].state()
+        self.checkpoints.save(self.state, self.student, self.optimizer, rollouts, balance, before.random)
 
     def save_and_wait(self) -> None:
         """Save it to the end; a run that has learnt nothing yet has nothing to save."""
@@ -231,9 +226,9 @@ def train(run: Run, started: float | None = None) -> int:
 def advance(run: Run, steps: int, started: float) -> int:
     """One update with all that follows it. Returns the last step: `steps`, or this one where the time is over."""
     began = time.monotonic()
-    run.whole.refresh()
+    run.unsharded.refresh()
     run.begin_update()
-    with run.ranks.together(), run.interruptible():
+    with run.ranks.sync_errors(), run.interruptible():
         run.signals.check()
         wrote_s = run.write()
         with stage(f"waiting for the targets of step {run.state.step + 1}", note=run.waiting, closing=False):
@@ -272,7 +267,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     count = run.ranks.total(sum(len(micro.labels_N) for micro in ready.micro))
     run.student.before_step(run.state.step)
     measured = run.measure(ready)
-    terms = run.terms_for(ready.batch)
+    terms = run.terms(ready.batch.kind)
     sums = LossSums(terms, ready.batch.source_names)
     what = f"computing update {run.state.step + 1}{', for which the student is compiled' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
@@ -287,7 +282,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
     )
-    return Gradient(terms, sums, whole(norm), measured)
+    return Gradient(terms, sums, full_tensor(norm), measured)
 
 
 def step(run: Run, ready: Ready) -> StepMetrics:
@@ -303,10 +298,10 @@ def step(run: Run, ready: Ready) -> StepMetrics:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)
     rates = run.optimizer.step(number)
     run.optimizer.zero_grad()
-    written = ready.batch.written.over(run.ranks) if isinstance(ready.batch, WrittenBatch) else None
-    varies = run.weighting.varies or (run.on_policy is not None and run.on_policy.varies)
+    rollout = ready.batch.rollout.over(run.ranks.totals).means() if ready.batch.rollout is not None else None
+    varies = any(weighting.varies for weighting in run.losses.values())
     return StepMetrics(
-        losses, waited_s, rates, run.optimizer.clipped, written=written,
+        losses, waited_s, rates, run.optimizer.clipped, rollout=rollout,
         coefficients={term.name: term.coefficient for term in terms} if varies else {},
         gradient_shares=gradient_shares(terms, gradient.measured),
     )  # fmt: skip

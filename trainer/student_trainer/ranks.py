@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m student_trainer.main SETTINGS
 
 Each rank takes its own rows of every batch, asks for their targets itself, and holds a shard of the student
-(`students.sharding`). What one of them meets between two updates, a signal or a failure, all of them meet: `together`.
+(`students.sharding`). What one of them meets between two updates, a signal or a failure, all meet: `sync_errors`.
 A run that torchrun did not start is one rank, and nothing here does anything.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,9 +54,9 @@ class Ranks:
         """Whether this rank writes what a run writes once."""
         return self.rank == 0
 
-    def together(self) -> Together:
+    def sync_errors(self) -> SyncErrors:
         """A block that ends alike on all ranks: what one raises in it, all raise, once all have come to its end."""
-        return Together(self)
+        return SyncErrors(self)
 
     @contextmanager
     def noticing_the_gone(self) -> Iterator[None]:
@@ -71,6 +71,10 @@ class Ranks:
     def total(self, count: int) -> int:
         """The sum over the ranks."""
         return count if self.alone else int(self.add_up(torch.tensor(int(count))))
+
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """The sum over the ranks of each of these numbers."""
+        return list(values) if self.alone else self.add_up(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def largest(self, value: float) -> float:
         """The maximum over the ranks."""
@@ -108,8 +112,8 @@ ALONE = Ranks()
 
 
 @dataclass
-class Together:
-    """See `Ranks.together`."""
+class SyncErrors:
+    """See `Ranks.sync_errors`."""
 
     ranks: Ranks
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
-from student_trainer.rollouts.prompts import count_written, is_written, prompts_of, write_batch
+from student_trainer.rollouts.prompts import count_rollouts, is_rollout, prompts_of, rollout_batch
 from student_trainer.rollouts.sampler import Sample
 from student_trainer.settings import OnPolicySettings
 
@@ -30,10 +30,10 @@ def chat(*counts: bool) -> Placed:
 @pytest.mark.parametrize("share", [0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
 def test_the_share_holds_at_every_step_and_is_spread_evenly(share: float, seed: int) -> None:
-    written = [is_written(share, seed, number) for number in range(400)]
+    written = [is_rollout(share, seed, number) for number in range(400)]
     for step in range(1, 401):
         assert abs(sum(written[:step]) - share * step) <= 1
-        assert sum(written[:step]) == count_written(share, seed, step)
+        assert sum(written[:step]) == count_rollouts(share, seed, step)
     if share == 0.5:
         assert all(first != second for first, second in pairwise(written))
 
@@ -86,7 +86,7 @@ def test_only_what_the_student_wrote_counts() -> None:
     batch = batch_of([text(32)], [chat(False, False, True, True)])
     prompts = prompts_of(batch, SETTINGS, seed=0)
     samples = [Sample(np.arange(i + 1, dtype=np.int32), i == 1, -2.0 * (i + 1)) for i in range(4)]
-    made = write_batch(batch, prompts, samples, pad_id=9)
+    made = rollout_batch(batch, prompts, samples, pad_id=9)
     assert made.number == batch.number and made.tokens_BT.shape == batch.tokens_BT.shape
     labels = [
         made.tokens_BT[d.row, d.start + 1 : d.stop][made.loss_mask_BT[d.row, d.start : d.stop - 1]].tolist()
@@ -98,5 +98,5 @@ def test_only_what_the_student_wrote_counts() -> None:
         assert kept.tolist() == prompt.ids_N.tolist()
     assert [made.source_names[made.source_ids_BT[d.row, d.start]] for d in made.documents] == ["a", "a", "a", "b"]
     assert (made.tokens_BT[made.document_ids_BT < 0] == 9).all()
-    assert made.written.sequences == 4 and made.written.mean_length == 2.5
-    assert made.written.ended == 0.25 and made.written.logprob == -2.0
+    assert made.kind == "rollout" and batch.kind == "data" and made.rollout is not None
+    assert made.rollout.means() == {"sequences": 4, "mean_length": 2.5, "ended": 0.25, "logprob": -2.0}

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from student_trainer import loop
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.targets.protocol import Ask
 from teacher_service.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
@@ -53,12 +52,11 @@ def test_each_batch_is_written_by_the_student_of_its_step(workshop: Workshop, tm
     assert run_here(arguments, targets) == 0
     for number in (1, 5, 11):
         batch = targets.batches[number]
-        assert isinstance(batch, WrittenBatch)
-        assert mean_logprob(workshop, tmp_path / "run", max(0, number - lag), batch) == pytest.approx(
-            batch.written.logprob, abs=1e-4
-        )
+        assert batch.kind == "rollout" and batch.rollout is not None
+        logprob = batch.rollout.means()["logprob"]
+        assert mean_logprob(workshop, tmp_path / "run", max(0, number - lag), batch) == pytest.approx(logprob, abs=1e-4)
         others = [mean_logprob(workshop, tmp_path / "run", step, batch) for step in (number, max(0, number - 4))]
-        assert lag in (0, 4) or any(abs(other - batch.written.logprob) > 1e-3 for other in others)
+        assert lag in (0, 4) or any(abs(other - logprob) > 1e-3 for other in others)
 
 
 def mean_logprob(workshop: Workshop, run: Path, step: int, batch: Batch) -> float:

@@ -25,7 +25,9 @@ ASK = Ask(("top_k",), 4)
 
 
 class Numbered:
-    """A batch that is only its number."""
+    """A batch of the data that is only its number."""
+
+    kind = "data"
 
     def __init__(self, number: int):
         self.number = number
@@ -72,7 +74,7 @@ def prefetch(
     return Prefetch(
         source or stream(),
         targets,
-        lambda batch: ASK,
+        {"data": ASK},
         thread,
         lambda batch, answer: (batch.number,),
         None,
@@ -131,7 +133,7 @@ def test_what_becomes_of_targets_happens_off_the_main_thread(thread: EventThread
         return (batch.number,)
 
     settings = PrefetchSettings(depth=2)
-    with Prefetch(stream(), Counting(), lambda batch: ASK, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
+    with Prefetch(stream(), Counting(), {"data": ASK}, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
         for _ in range(5):
             ahead.next()
     assert threading.main_thread() not in names

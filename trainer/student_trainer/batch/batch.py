@@ -4,8 +4,9 @@ and the target sources.
 Row t predicts token t+1: `loss_mask_BT[b, t]` is True where token t+1 lies in the same document and counts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +25,35 @@ class Document:
     key: str
 
 
+# Whose text a batch is: the data's, or what the student wrote. The loss on it and what is asked about it go by that.
+Kind = Literal["data", "rollout"]
+
+
+@dataclass(frozen=True)
+class RolloutSums:
+    """What the student wrote, added up over its sequences. `logprob` in nats, at temperature 1."""
+
+    sequences: int
+    tokens: int
+    ended: int  # sequences that came to an end of their own
+    logprob: float
+
+    def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "RolloutSums":
+        """Those of all ranks together, by a function that adds numbers up over the ranks."""
+        sequences, tokens, ended, logprob = total(astuple(self))
+        return RolloutSums(int(sequences), int(tokens), int(ended), logprob)
+
+    def means(self) -> dict[str, float]:
+        """For metrics: sequences; tokens of one; share that ended; nats a token, minus which estimates the entropy."""
+        per_sequence, per_token = 1 / max(self.sequences, 1), 1 / max(self.tokens, 1)
+        return {
+            "sequences": self.sequences,
+            "mean_length": self.tokens * per_sequence,
+            "ended": self.ended * per_sequence,
+            "logprob": self.logprob * per_token,
+        }
+
+
 @dataclass(frozen=True)
 class Batch:
     """B rows of T tokens. Padding: pad id, position 0, document -1, source -1, no loss."""
@@ -36,6 +66,11 @@ class Batch:
     documents: tuple[Document, ...]  # by row, then by start
     source_names: tuple[str, ...]
     source_ids_BT: np.ndarray  # int16, into source_names
+    rollout: RolloutSums | None = None  # of what the student wrote, where it did: prompts do not count then
+
+    @property
+    def kind(self) -> Kind:
+        return "data" if self.rollout is None else "rollout"
 
     @property
     def fill_rate(self) -> float:

@@ -26,7 +26,7 @@ from student_trainer.data.mixture import MixtureState
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import CheckpointSettings
 from student_trainer.state import TrainState
-from student_trainer.students.sharding import like, whole
+from student_trainer.students.sharding import full_tensor, like
 from teacher_proto.stages import stage
 from teacher_proto.stopping import finishing
 from teacher_proto.wire import VERSION as WIRE_VERSION
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"
-WRITTEN = "written"
+ROLLOUTS = "written"  # the file's name
 
 
 class Checkpoints:
@@ -63,15 +63,15 @@ class Checkpoints:
         return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
 
     def save(
-        self, state: TrainState, student: Student, optimizer: Optimizer, written: Mapping[str, Tensor] | None = None,
+        self, state: TrainState, student: Student, optimizer: Optimizer, rollouts: Mapping[str, Tensor] | None = None,
         balance: Mapping[str, Any] | None = None, random: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
 
-        `written`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
+        `rollouts`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
         `random`: what `randomness.capture` gave, if not now.
         """
-        with self._ranks.together():
+        with self._ranks.sync_errors():
             self.finish()
         if self._ranks.largest(self._ranks.first and self._saved_step == state.step):
             return
@@ -86,7 +86,7 @@ class Checkpoints:
                 "model": model,
                 "optimizer": states,
                 "random": random_tensors,
-                **({WRITTEN: written} if written else {}),
+                **({ROLLOUTS: rollouts} if rollouts else {}),
             },
             {
                 "step": state.step,
@@ -203,7 +203,7 @@ def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole copies on the CPU, gathered one at a time; all ranks call, and those that do not `keep` get nothing."""
     copies = {}
     for name, tensor in tensors.items():
-        gathered = whole(tensor.detach())
+        gathered = full_tensor(tensor.detach())
         if keep:
             copies[name] = gathered.to("cpu", copy=True).contiguous()
     return copies

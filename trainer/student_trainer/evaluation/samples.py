@@ -18,7 +18,7 @@ from teacher_proto.stages import stage
 
 
 @dataclass(frozen=True)
-class WrittenSample:
+class SampledText:
     """One prompt, what the student wrote after it, and what the document says there."""
 
     source: str
@@ -51,7 +51,7 @@ class SampleWriter:
             for prompt in _first_prompts(source, group, settings)[: settings.samples]
         ]
 
-    def write(self) -> list[WrittenSample]:
+    def write(self) -> list[SampledText]:
         """By source, in the order of its held-out documents; empty where none was asked for or none has a beginning."""
         if not self._prompts:
             return []
@@ -63,7 +63,7 @@ class SampleWriter:
 
             samples = self._sampler.sample(ids, None, new_tokens=self._new_tokens, meanwhile=written)
         return [
-            WrittenSample(
+            SampledText(
                 prompt.source, prompt.document, self._text(prompt.ids_N), self._text(sample.ids_N), sample.ended,
                 self._text(prompt.instead_N),
             )

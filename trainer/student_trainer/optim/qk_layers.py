@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from student_trainer.students.bitnet import BitLinear
-from student_trainer.students.sharding import like, whole
+from student_trainer.students.sharding import full_tensor, like
 
 # The names that architectures give to the norms of query and key.
 QK_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"), ("q_layernorm", "k_layernorm"))
@@ -85,7 +85,7 @@ def _offset(norm: nn.Module) -> float:
     if not isinstance(weight, Tensor):
         raise ValueError("their QK-norm has no gains")
     with torch.no_grad():
-        parameters = {name: whole(parameter) for name, parameter in norm.named_parameters(recurse=False)}
+        parameters = {name: full_tensor(parameter) for name, parameter in norm.named_parameters(recurse=False)}
         weight, bias = parameters["weight"], parameters.get("bias")
         # Of mean 0 and mean square 1, so that every kind of norm leaves it as it is.
         signs = torch.ones_like(weight)

@@ -20,7 +20,7 @@ from student_trainer.reporting.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from student_trainer.evaluation.evaluator import Evaluation
-    from student_trainer.evaluation.samples import WrittenSample
+    from student_trainer.evaluation.samples import SampledText
     from student_trainer.reporting.trackers import Tracker
     from student_trainer.state import TrainState
 
@@ -64,7 +64,7 @@ class RunLog:
         if name in self._files:
             self._files[name].append(line)
 
-    def samples(self, step: int, samples: Sequence[WrittenSample]) -> None:
+    def samples(self, step: int, samples: Sequence[SampledText]) -> None:
         """A line a text; trackers get the texts of a source as one."""
         texts: dict[str, str] = {}
         for sample in samples:
@@ -167,7 +167,7 @@ def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_
         **{f"learning_rate/{name}": value for name, value in metrics.rates.items()},
         "grad_norm": metrics.losses.grad_norm,
         **_attention(metrics),
-        **_written(metrics),
+        **_rollout(metrics),
         "seconds": seconds,
         "tokens_per_second": metrics.losses.tokens / seconds if seconds else None,
         "wait_s": metrics.waited_s,
@@ -177,13 +177,12 @@ def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_
     }
 
 
-def _written(metrics: StepMetrics) -> dict[str, Any]:
+def _rollout(metrics: StepMetrics) -> dict[str, Any]:
     """Of a batch that the student wrote: how much, and how sure it was of it; and the time it takes to write."""
     if metrics.wrote_s is None:
         return {}
-    written = metrics.written
-    of_it = {f"on_policy/{name}": value for name, value in vars(written).items()} if written is not None else {}
-    return {"on_policy": int(written is not None), **of_it, "on_policy/write_s": metrics.wrote_s}
+    of_it = {f"on_policy/{name}": value for name, value in (metrics.rollout or {}).items()}
+    return {"on_policy": int(metrics.rollout is not None), **of_it, "on_policy/write_s": metrics.wrote_s}
 
 
 def _attention(metrics: StepMetrics) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from student_trainer.losses.metrics import LossMetrics
 
 if TYPE_CHECKING:
     from student_trainer.optim.qk_clip import ClipReport
-    from student_trainer.rollouts.prompts import WrittenFigures
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class StepMetrics:
 
     `rates`: learning rates by group of parameters. `clipped`: of a run with QK-clip.
     `coefficients` where they change in the run; `gradient_shares` where they were measured, see `losses.weighting`.
-    `wrote_s`: seconds in which the student wrote a later batch; `written`: of a batch that it wrote.
+    `wrote_s`: seconds in which the student wrote a later batch; `rollout`: of a batch that it wrote, see
+    `RolloutSums`.
     """
 
     losses: LossMetrics
@@ -32,4 +32,4 @@ class StepMetrics:
     coefficients: Mapping[str, float] = field(default_factory=dict)
     gradient_shares: Mapping[str, float] = field(default_factory=dict)
     wrote_s: float | None = None
-    written: WrittenFigures | None = None
+    rollout: Mapping[str, float] | None = None

@@ -6,27 +6,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from student_trainer.batch.batch import Batch, Document, Placed, build_batch
-from student_trainer.ranks import Ranks
+from student_trainer.batch.batch import Batch, Document, Placed, RolloutSums, build_batch
 from student_trainer.rollouts.sampler import Sample
 from student_trainer.settings import OnPolicySettings
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def count_written(share: float, seed: int, number: int) -> int:
+def count_rollouts(share: float, seed: int, number: int) -> int:
     """How many of the batches 0..number-1 the student writes: `share` of them to within one, spread evenly."""
     return math.floor(share * number + _phase(seed))
 
 
-def is_written(share: float, seed: int, number: int) -> bool:
+def is_rollout(share: float, seed: int, number: int) -> bool:
     """Whether the student writes batch `number`: a function of these three alone."""
-    return count_written(share, seed, number + 1) > count_written(share, seed, number)
+    return count_rollouts(share, seed, number + 1) > count_rollouts(share, seed, number)
 
 
 def _phase(seed: int) -> float:
@@ -42,38 +40,6 @@ class Prompt:
     key: str
     ids_N: np.ndarray  # int32
     seed: int
-
-
-@dataclass(frozen=True)
-class WrittenFigures:
-    """What the student wrote. `logprob`: mean in nats a token, at temperature 1; minus it estimates the entropy."""
-
-    sequences: int
-    mean_length: float
-    ended: float  # share that came to an end of their own
-    logprob: float
-
-    def over(self, ranks: Ranks) -> WrittenFigures:
-        """Those of all ranks together; all must call."""
-        if ranks.alone:
-            return self
-        tokens = self.sequences * self.mean_length
-        mine = [self.sequences, tokens, self.sequences * self.ended, tokens * self.logprob]
-        sequences, tokens, ended, logprob = ranks.add_up(torch.tensor(mine, dtype=torch.float64)).tolist()
-        return _figures(int(sequences), tokens, ended, logprob)
-
-
-def _figures(sequences: int, tokens: float, ended: float, logprob: float) -> WrittenFigures:
-    """Means of sums, of nothing too."""
-    per_sequence, per_token = 1 / max(sequences, 1), 1 / max(tokens, 1)
-    return WrittenFigures(sequences, tokens * per_sequence, ended * per_sequence, logprob * per_token)
-
-
-@dataclass(frozen=True)
-class WrittenBatch(Batch):
-    """Prompts and what the student wrote after them; the loss counts what it wrote alone."""
-
-    written: WrittenFigures
 
 
 def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: int = 0) -> tuple[Prompt, ...]:
@@ -118,16 +84,16 @@ def beginnings(batch: Batch, document: Document, prompt_tokens: int, new_tokens:
             yield start, start + length
 
 
-def write_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sample], pad_id: int) -> WrittenBatch:
+def rollout_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sample], pad_id: int) -> Batch:
     """The batch that stands in the place of `batch`: each prompt with what the student wrote after it."""
     rows: list[list[Placed]] = [[] for _ in batch.tokens_BT]
     for prompt, sample in zip(prompts, samples, strict=True):
         counts_N = np.arange(len(prompt.ids_N) + len(sample.ids_N)) >= len(prompt.ids_N)
         ids_N = np.concatenate([prompt.ids_N, sample.ids_N])
         rows[prompt.row].append(Placed(prompt.source, prompt.key, ids_N, counts_N))
-    figures = _figures(
+    sums = RolloutSums(
         len(samples), sum(len(sample.ids_N) for sample in samples), sum(sample.ended for sample in samples),
         sum(sample.logprob for sample in samples),
     )  # fmt: skip
     made = build_batch(batch.number, rows, batch.tokens_BT.shape[1], pad_id, batch.source_names)
-    return WrittenBatch(**vars(made), written=figures)
+    return replace(made, rollout=sums)

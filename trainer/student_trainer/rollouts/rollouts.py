@@ -24,7 +24,7 @@ from torch import Tensor
 from student_trainer.batch.batch import Batch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.ranks import ALONE, Ranks
-from student_trainer.rollouts.prompts import Prompt, is_written, prompts_of, write_batch
+from student_trainer.rollouts.prompts import Prompt, is_rollout, prompts_of, rollout_batch
 from student_trainer.rollouts.sampler import Sample, Sampler
 from student_trainer.settings import Settings
 
@@ -34,7 +34,7 @@ RowSample = tuple[int, Sample]  # the row over all ranks
 
 
 @dataclass(frozen=True, eq=False)
-class Blank:
+class RolloutJob:
     """A batch that the student is to write: what comes of it goes to `promise`."""
 
     batch: Batch
@@ -42,10 +42,10 @@ class Blank:
     promise: Future[Batch]
 
 
-class WrittenBatches:
+class RolloutStream:
     """An iterator of (batch or the promise of one, state after it), read by `prefetch`; `write` keeps the promises.
 
-    `saved`: what `pending` gave when the run was saved, of all ranks `together`. Each of several ranks writes its own
+    `saved`: what `pending` gave when the run was saved, of all ranks by `concat`. Each of several ranks writes its own
     rows, and none where no document of them gives a prompt; a rank alone then learns from the data's text.
     """
 
@@ -60,10 +60,10 @@ class WrittenBatches:
         self._lock = threading.Lock()  # of all below: `prefetch` reads on a thread of its own
         self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
         self._reached = -1  # the last batch that was read
-        self._blanks: dict[int, Blank] = {}
+        self._jobs: dict[int, RolloutJob] = {}
         self._samples: dict[int, list[RowSample]] = _unpacked(saved, range(self._first_row, self._first_row + rows))
 
-    def __iter__(self) -> WrittenBatches:
+    def __iter__(self) -> RolloutStream:
         return self
 
     def __next__(self) -> Item:
@@ -79,9 +79,9 @@ class WrittenBatches:
         with self._lock:
             for number in [number for number in self._samples if number < step]:
                 del self._samples[number]
-                self._blanks.pop(number, None)
+                self._jobs.pop(number, None)
         for number in range(step, min(step + self._settings.lag + 1, self._steps)):
-            if is_written(self._settings.share, self._seed, number):
+            if is_rollout(self._settings.share, self._seed, number):
                 self._write(number, meanwhile)
         return time.monotonic() - started
 
@@ -94,20 +94,20 @@ class WrittenBatches:
         with self._lock:
             while self._reached < number:
                 self._ahead.append(self._read())
-            blank = self._blanks.get(number)
-            if blank is None or number in self._samples:  # it had no prompt, or is written already
+            job = self._jobs.get(number)
+            if job is None or number in self._samples:  # it had no prompt, or is written already
                 return
         samples = self._sampler.sample(
-            [prompt.ids_N for prompt in blank.prompts], [prompt.seed for prompt in blank.prompts],
+            [prompt.ids_N for prompt in job.prompts], [prompt.seed for prompt in job.prompts],
             new_tokens=self._settings.new_tokens, temperature=self._settings.temperature, meanwhile=meanwhile,
         )  # fmt: skip
         with self._lock:
-            self._keep(blank, samples)
+            self._keep(job, samples)
 
     def _read(self) -> Item:
         batch, state = next(self._stream)
         self._reached = batch.number
-        if not is_written(self._settings.share, self._seed, batch.number):
+        if not is_rollout(self._settings.share, self._seed, batch.number):
             return batch, state
         prompts = prompts_of(batch, self._settings, self._seed, self._first_row)
         if not prompts and self._alone:
@@ -116,19 +116,19 @@ class WrittenBatches:
                 "%d new tokens into a row", batch.number, len(batch.documents), self._settings.new_tokens,
             )  # fmt: skip
             return batch, state
-        blank = self._blanks[batch.number] = Blank(batch, prompts, Future())
+        job = self._jobs[batch.number] = RolloutJob(batch, prompts, Future())
         saved = self._samples.pop(batch.number, [])
         if len(saved) == len(prompts):  # else the settings were changed: it is written anew
-            self._keep(blank, [sample for _, sample in saved])
-        return blank.promise, state
+            self._keep(job, [sample for _, sample in saved])
+        return job.promise, state
 
-    def _keep(self, blank: Blank, samples: list[Sample]) -> None:
-        rows = [self._first_row + prompt.row for prompt in blank.prompts]
-        self._samples[blank.batch.number] = list(zip(rows, samples, strict=True))
-        blank.promise.set_result(write_batch(blank.batch, blank.prompts, samples, self._pad_id))
+    def _keep(self, job: RolloutJob, samples: list[Sample]) -> None:
+        rows = [self._first_row + prompt.row for prompt in job.prompts]
+        self._samples[job.batch.number] = list(zip(rows, samples, strict=True))
+        job.promise.set_result(rollout_batch(job.batch, job.prompts, samples, self._pad_id))
 
 
-def together(ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def concat(ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What the ranks have `pending`, as a rank alone would have it."""
     names = dict.fromkeys(name for tensors in ranks for name in tensors)
     return {name: torch.cat([tensors[name] for tensors in ranks if name in tensors]) for name in names}

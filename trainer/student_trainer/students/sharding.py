@@ -1,4 +1,4 @@
-"""A student's parameters spread over the ranks (FSDP2), tensors between whole and sharded, and a whole copy for what a
+"""A student's parameters spread over the ranks (FSDP2), tensors between full and sharded, and a full copy for what a
 rank does by itself. Called by `build`.
 
 Every decoder layer is gathered for its own pass and freed after it; embeddings, last norm and head, which the fused
@@ -54,14 +54,14 @@ def shard(student: Student, ranks: Ranks) -> None:
     student.gathered = run
 
 
-class WholeStudent:
+class Unsharded:
     """`student` has all parameters on this rank, as they stood at the last `refresh`, for passes that others do not
-    make. Without `apart` it is the student that learns. Made before `shard`.
+    make. Without `copied` it is the student that learns. Made before `shard`.
     """
 
-    def __init__(self, learning: Student, apart: bool):
+    def __init__(self, learning: Student, copied: bool):
         self._learning = learning
-        self.student = copy.deepcopy(learning) if apart else learning
+        self.student = copy.deepcopy(learning) if copied else learning
 
     def refresh(self) -> None:
         """Take over the parameters of the student that learns; all ranks must call."""
@@ -69,10 +69,10 @@ class WholeStudent:
             return
         shards = self._learning.tensors()
         for name, tensor in self.student.tensors().items():
-            tensor.copy_(whole(shards[name]))
+            tensor.copy_(full_tensor(shards[name]))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from its shards; then all ranks must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -18,7 +18,6 @@ import numpy as np
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.attention_term import check_relation_heads
-from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.targets.background import EventThread
@@ -128,7 +127,7 @@ class BesideTokens:
         return await self._tokens.head()
 
     async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        if isinstance(batch, WrittenBatch):
+        if batch.kind != "data":
             return await self._tokens.fetch(batch, ask, gather_ids)
         if ask == NO_TOKENS:
             return BatchTargets((None,) * len(batch.documents), ask, "", await self._attention.fetch(batch))

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.ranks import ALONE, Ranks
-from student_trainer.rollouts.prompts import WrittenBatch
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.dump import write_dump
 from student_trainer.targets.patience import OutageWatch
@@ -59,10 +58,10 @@ class TargetGuard:
         if self._checked or ready.targets is None:
             return
         # What a student writes may be nonsense to the teacher, so it leaves the whole check to the data's first batch.
-        written = isinstance(ready.batch, WrittenBatch)
-        self._checked = not written
+        likely = ready.batch.kind == "data"
+        self._checked = likely
         try:
-            check_alignment(ready.batch, ready.targets, self._vocab_size, likely=not written)
+            check_alignment(ready.batch, ready.targets, self._vocab_size, likely=likely)
         except InvalidTargetsError as error:
             if self._settings.sanity == "warn":
                 logger.warning("%s", error)

@@ -1,6 +1,6 @@
 """The next batches with their targets, asked for ahead of the step and handed over in order. Used by `loop`.
 
-    prefetch = Prefetch(stream, targets, ask, thread, prepare, settings)
+    prefetch = Prefetch(stream, targets, asked, thread, prepare, settings)
     ready = prefetch.next(while_waiting)
 
 With depth D, D batches are under way beside the one that the step works on; depth 0 asks when the step does. The order
@@ -13,12 +13,12 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from student_trainer.batch.align import MicroBatch
-from student_trainer.batch.batch import Batch
+from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
@@ -51,8 +51,8 @@ class Made:
 
 # A batch that is not written yet comes as its promise, and the ones behind it need not wait for it.
 Stream = Iterator[tuple[Batch | Future[Batch], MixtureState]]
-# What is asked about a batch; None: nothing.
-AskFor = Callable[[Batch], Ask | None]
+# What is asked about a batch of each kind; None: nothing.
+AskFor = Mapping[Kind, Ask | None]
 Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
 # Keeps a batch whose targets are no targets, and gives the error to raise.
 Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTargetsError]
@@ -62,10 +62,10 @@ class Prefetch:
     """Close it, or use it in a `with`. `targets` is None for a run without a teacher."""
 
     def __init__(
-        self, stream: Stream, targets: Targets | None, ask: AskFor, thread: EventThread, prepare: Prepare,
+        self, stream: Stream, targets: Targets | None, asked: AskFor, thread: EventThread, prepare: Prepare,
         refuse: Refuse, settings: PrefetchSettings,
     ):  # fmt: skip
-        self._stream, self._targets, self._ask = stream, targets, ask
+        self._stream, self._targets, self._asked = stream, targets, asked
         self._thread, self._prepare, self._refuse = thread, prepare, refuse
         self.control = DepthControl(settings)
         self._room = threading.Condition()
@@ -162,7 +162,7 @@ class Prefetch:
         targets = None
         loop = asyncio.get_running_loop()
         try:
-            if self._targets is not None and (ask := self._ask(batch)) is not None:
+            if self._targets is not None and (ask := self._asked[batch.kind]) is not None:
                 targets = await self._targets.fetch(batch, ask)
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
         except InvalidTargetsError as error:
