@@ -1,4 +1,4 @@
-"""What a device computes in: decides the dtype of teacher, attention service and student where none is given.
+"""What a device can do: decides the dtype of teacher, attention service and student, and which kernels run.
 
 Asked by the services' engines, the trainer's local teacher and its student. Importing this imports no torch, and only
 a question about a CUDA device makes torch look for one.
@@ -10,6 +10,7 @@ CPUs with BF16; any other CPU emulates it, many times slower than float32. `ATEN
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import time
@@ -45,6 +46,17 @@ def auto_dtype(device: str | torch.device, own: torch.dtype | None = None) -> to
 
     wanted = torch.bfloat16 if own is None else own
     return wanted if _computes(wanted, torch.device(device)) else torch.float32
+
+
+def runs_triton(device: str | torch.device) -> bool:
+    """Whether `device` runs Triton's kernels: an NVIDIA GPU of compute capability 8.0 or later beside a torch that has
+    Triton, as torch's builds for CUDA do."""
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return False
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

@@ -3,6 +3,9 @@
 An engine hands over final hidden states and a function that makes logits of them; `reduce_rows` goes through them
 in chunks on their own device and returns packed rows (`packed.py`), so that what leaves the engine is a single
 tensor a sequence. The [rows, vocabulary] array of a chunk is all that ever exists of the logits.
+
+A chunk is reduced by the passes in torch that are here, on any device, or where `hardware.runs_triton` says so by the
+kernels of `reduction_triton.py`, which read it once.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from teacher_proto import hardware
 from teacher_proto.packed import RowLayout
 from teacher_proto.requests import HiddenDtype, TargetSpec
 from teacher_proto.targets import id_dtype
@@ -79,6 +83,7 @@ def reduce_rows(
     device = hidden_ND.device
     head_rows = HEAD_ROWS.get(device.type, HEAD_ROWS_ACCELERATOR)
     packed_NB = torch.empty((len(hidden_ND), layout.row_bytes), dtype=torch.uint8, device=device)
+    one_pass = hardware.runs_triton(device)
     workspace: Workspace | None = None
     complete = True
     for start in range(0, len(hidden_ND), head_rows):
@@ -87,8 +92,14 @@ def reduce_rows(
         if logits_nV is None:
             complete = False
             continue
-        workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND))
-        columns = reduce_logits(logits_nV, rows.cut(start, stop), layout.spec, workspace)
+        chunk = rows.cut(start, stop)
+        if one_pass:
+            columns = _reduce_in_one_pass(logits_nV, chunk, layout.spec)
+        else:
+            workspace = workspace or Workspace(layout.vocab_size, device, len(hidden_ND))
+            columns = _reduce_in_passes(logits_nV, chunk, layout.spec, workspace)
+        if chunk.next_ids_N is not None:
+            columns["next_logprob"].masked_fill_(chunk.next_ids_N == NO_TOKEN, torch.nan)
         del logits_nV  # or they would be held while the next chunk's are made
         if layout.spec.hidden_dtype is not None:
             columns |= pack_hidden(hidden_ND[start:stop], layout.spec.hidden_dtype)
@@ -112,7 +123,30 @@ class Workspace:
         self.scratch = torch.empty((self.rows, width), device=device)
 
 
-def reduce_logits(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Workspace) -> dict[str, Any]:
+def _reduce_in_one_pass(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -> dict[str, Any]:
+    """What `_reduce_in_passes` makes, by the kernels; only draws still go through the logits again."""
+    import torch
+
+    from teacher_proto.reduction_triton import reduce_in_one_pass
+
+    found = reduce_in_one_pass(logits_NV, rows.next_ids_N, spec.temperatures, spec.top_k)
+    columns = {
+        "lse": found.lse_N, "log_z": found.log_z_NT, "next_logprob": found.next_logprob_N, "ids": found.ids_NK,
+        "logprobs": found.logprobs_NK,
+    }  # fmt: skip
+    if rows.gather_ids_NG is not None:
+        gathered_NG = logits_NV.gather(1, rows.gather_ids_NG).float()
+        columns["gather_logprobs"] = _half(gathered_NG - found.best_N[:, None] - found.log_sum_N[:, None])
+    if spec.num_samples:
+        step = max(1, FLOAT_BYTES_ACCELERATOR // (4 * logits_NV.shape[1]))
+        columns["sampled_ids"] = torch.cat([
+            draw(logits_NV[a : a + step].float().sub_(found.best_N[a : a + step, None]), rows.cut(a, a + step), spec)
+            for a in range(0, len(logits_NV), step)
+        ])  # fmt: skip
+    return columns
+
+
+def _reduce_in_passes(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Workspace) -> dict[str, Any]:
     """The columns of N rows by tensor name; ids int64, fp16 and fp32 as on the wire.
 
     With z the logits, m the largest and S(T) = sum exp((z - m) / T): lse = logsumexp(z) = m + log S(1);
@@ -129,8 +163,6 @@ def reduce_logits(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspa
     if spec.top_k:
         values_NK, ids_NK = top_k(logits_NV, spec.top_k, maxima_Nb)
         columns |= {"ids": ids_NK, "logprobs": _half(values_NK - columns["lse"][:, None])}
-    if rows.next_ids_N is not None:
-        columns["next_logprob"].masked_fill_(rows.next_ids_N == NO_TOKEN, torch.nan)
     return columns
 
 

@@ -1,7 +1,11 @@
-"""Logits -> packed rows -> record, against dense float64."""
+"""Logits -> packed rows -> record, against dense float64.
+
+`test_reduction_triton.py` runs this file again with the kernels that a CUDA device takes, in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -12,16 +16,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_proto import reduction
+from teacher_proto import hardware, reduction
 from teacher_proto.packed import RowLayout, count_draws, unpack_rows
 from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key, uniform_noise
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.top_k import top_k
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TEMPERATURES = (1.0, 0.5, 2.0, 5.0)
 ALL = TargetSpec(kinds=("top_k", "score", "gather", "sampled", "hidden"), top_k=16, temperatures=TEMPERATURES,
                  num_samples=24, seed=1, hidden_dtype="float16")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, where its interpreter is asked for, and torch's elsewhere."""
+    monkeypatch.setattr(hardware, "runs_triton", lambda device: INTERPRETED)
 
 
 def record(
@@ -51,7 +62,7 @@ def draw_logits(n: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> t
 @pytest.mark.parametrize("vocab_size", [17, 512, 1000, 65_536, 65_537, 70_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_column_is_what_dense_float64_says(vocab_size: int, dtype: torch.dtype) -> None:
-    logits = draw_logits(5, vocab_size).to(dtype)
+    logits = draw_logits(n := 2 if INTERPRETED else 5, vocab_size).to(dtype)
     targets, asked = record(logits)
     truth = torch.log_softmax(logits.double(), dim=1)
     lse = torch.logsumexp(logits.double(), dim=1)
@@ -67,8 +78,8 @@ def test_every_column_is_what_dense_float64_says(vocab_size: int, dtype: torch.d
         log_z = torch.logsumexp(logits.double() / t, dim=1) - lse / t
         np.testing.assert_allclose(targets.log_z[:, i], log_z, atol=2e-6)
     assert np.isnan(targets.next_logprob[-1]) and targets.log_z[0, 0] == 0 and not np.signbit(targets.log_z[0, 0])
-    check_targets(targets, kinds=ALL.kinds, rows=(0, 5), top_k=16, num_temperatures=4, vocab_size=vocab_size,
-                  sequence_length=5)  # fmt: skip
+    check_targets(targets, kinds=ALL.kinds, rows=(0, n), top_k=16, num_temperatures=4, vocab_size=vocab_size,
+                  sequence_length=n)  # fmt: skip
 
 
 @given(
@@ -89,7 +100,7 @@ def test_top_k_by_blocks_is_top_k(n: int, vocab_size: int, block: int, seed: int
 
 
 def test_chunks_do_not_change_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = draw_logits(70, 900)
+    logits = draw_logits(16 if INTERPRETED else 70, 900)
     whole, _ = record(logits)
     monkeypatch.setitem(reduction.HEAD_ROWS, "cpu", 13)
     monkeypatch.setitem(reduction.FLOAT_BYTES, "cpu", 4 * 4 * 928)
@@ -101,7 +112,7 @@ def test_chunks_do_not_change_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("asked", [(), (1.0,), (2.0,), (5.0, 2.0), (0.5,)])
 def test_a_figure_does_not_depend_on_what_else_is_asked_for(asked: tuple[float, ...]) -> None:
     """So that what a store holds answers, to the bit, whoever asks for less."""
-    logits = draw_logits(40, 3000)
+    logits = draw_logits(5 if INTERPRETED else 40, 3000)
     more, _ = record(logits)
     less, _ = record(logits, replace(ALL, kinds=("top_k",), temperatures=asked, num_samples=0, hidden_dtype=None))
     assert more.log_z is not None and less.log_z is not None

@@ -141,3 +141,23 @@ def test_a_warning_leaves_the_number_of_threads_alone(x86):
     assert hardware.emulation_warning(torch.bfloat16, "cpu") is not None
     assert torch.get_num_threads() == threads
     assert "AVX2" in hardware.cpu_name() and "bfloat16" not in hardware.cpu_name()
+
+
+@pytest.mark.parametrize(
+    ("device", "major", "hip", "installed", "runs"),
+    [
+        ("cpu", 9, None, True, False),
+        ("cuda", 9, None, True, True),
+        ("cuda", 8, None, True, True),
+        ("cuda", 7, None, True, False),
+        ("cuda", 9, "6.4", True, False),
+        ("cuda", 9, None, False, False),
+    ],
+)
+def test_triton_s_kernels_run_on_nvidia_s_gpus_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, device: str, major: int, hip: str | None, installed: bool, runs: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name if installed else None)
+    assert hardware.runs_triton(device) is runs

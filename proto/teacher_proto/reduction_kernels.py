@@ -1,0 +1,196 @@
+"""The kernels of `reduction_triton`, which describes what each is for and starts them.
+
+What is asked for is a constant of each, so another K or another number of temperatures is compiled anew.
+"""
+
+# mypy: allow-untyped-defs
+# Without deferred annotations: Triton reads them.
+import math
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def stream(
+    logits, row_stride, vocab_size, coefficients, best_NS, sums_NSL,
+    maxima_Nb, segments, blocks, LANES: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAXIMA: tl.constexpr,
+):  # fmt: skip
+    """The largest logit and the sums at every T of one segment of one row, and the maxima of its blocks."""
+    # Neighbouring programs read neighbouring memory. 64 bits: a chunk may have more than 2**31 logits.
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    per_lane = tl.load(coefficients + lane)
+    in_tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    best = tl.full([], float("-inf"), tl.float32)
+    sums = tl.zeros([WIDTH], tl.float32)
+    for tile in range(TILES):
+        first = (segment * TILES + tile) * ROWS * COLUMNS
+        column = first + in_tile
+        z = tl.load(logits + row * row_stride + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
+        of_blocks = tl.max(z, axis=1)
+        if MAXIMA:
+            block = first // COLUMNS + tl.arange(0, ROWS)
+            tl.store(maxima_Nb + row * blocks + block, of_blocks, mask=block < blocks)
+        larger = tl.maximum(best, tl.max(of_blocks, axis=0))
+        # While all were -inf: any finite number, for -inf - -inf is NaN, and exp2(-inf - 0) the 0 that it should be.
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        distance = z - reference
+        # The terms at T = 1 are the squares of those at T = 2, as `reduction` has them.
+        terms = tl.exp2(distance * (_LOG2E / 2))
+        # First along the rows of a tile, which lie in one thread, then across threads.
+        added = tl.where(lane == 0, tl.sum(tl.sum(terms * terms, axis=0), axis=0), 0.0)
+        added = tl.where(lane == 1, tl.sum(tl.sum(terms, axis=0), axis=0), added)
+        for other in tl.static_range(2, LANES):
+            terms = tl.exp2(distance * tl.load(coefficients + other))
+            added = tl.where(lane == other, tl.sum(tl.sum(terms, axis=0), axis=0), added)
+        # What was summed so far was relative to the best so far.
+        sums = sums * tl.exp2((best - reference) * per_lane) + added
+        best = larger
+    tl.store(best_NS + row * segments + segment, best)
+    tl.store(sums_NSL + (row * segments + segment) * WIDTH + lane, sums)
+
+
+@triton.jit(do_not_specialize=["columns", "count"])
+def combine(
+    logits, row_stride, next_ids, best_NS, sums_NSL, maxima_Nb,
+    coefficients, temperatures, places, best_N, log_sum_N, lse_N,
+    next_logprob_N, log_z_NT, chosen_NC, segments, blocks, columns, count,
+    SEGMENTS_UP: tl.constexpr, WIDTH: tl.constexpr, BLOCKS_UP: tl.constexpr, PIECE: tl.constexpr,
+    NEXT: tl.constexpr, CHOOSE: tl.constexpr,
+):  # fmt: skip
+    """The figures of one row out of its segments', and its `count` blocks with the largest maxima, in order of id."""
+    row = tl.program_id(0).to(tl.int64)
+    lane, segment = tl.arange(0, WIDTH), tl.arange(0, SEGMENTS_UP)
+    there = segment < segments
+    of_segments = tl.load(best_NS + row * segments + segment, mask=there, other=float("-inf"))
+    sums = tl.load(
+        sums_NSL + (row * segments + segment[:, None]) * WIDTH + lane[None, :], mask=there[:, None], other=0.0
+    )
+    best = tl.max(of_segments, axis=0)
+    # A row of nothing but -inf becomes NaN here, as it does in `reduction`.
+    moved = tl.exp2((of_segments - best)[:, None] * tl.load(coefficients + lane)[None, :])
+    total = tl.sum(sums * moved, axis=0)
+    log_sums = tl.log(tl.where(total == 0.0, 1.0, total))  # 0 in lanes that nobody asked for alone
+    log_sum = tl.sum(tl.where(lane == 0, log_sums, 0.0), axis=0)
+    place = tl.load(places + lane)
+    log_z = log_sums - log_sum / tl.load(temperatures + lane)
+    tl.store(log_z_NT + row * columns + place, log_z, mask=place >= 0)
+    tl.store(best_N + row, best)
+    tl.store(log_sum_N + row, log_sum)
+    tl.store(lse_N + row, best + log_sum)
+    if NEXT:
+        at = tl.maximum(tl.load(next_ids + row), 0)
+        next_logit = tl.load(logits + row * row_stride + at).to(tl.float32)
+        tl.store(next_logprob_N + row, next_logit - best - log_sum)
+    if CHOOSE:
+        every = tl.arange(0, BLOCKS_UP)
+        kth, left = _kth_largest(_keys_of(maxima_Nb + row * blocks + every, every < blocks), count)
+        kept_before, equal_before = 0, 0
+        # In pieces, and read again, so that registers hold no vector of a row beside its keys.
+        for start in range(0, BLOCKS_UP, PIECE):
+            block = start + tl.arange(0, PIECE)
+            keys = _keys_of(maxima_Nb + row * blocks + block, block < blocks)
+            kept, slot, kept_before, equal_before = _slots(keys, kth, left, kept_before, equal_before)
+            tl.store(chosen_NC + row * count + slot, block, mask=kept)
+
+
+@triton.jit(do_not_specialize=["count", "k"])
+def pick(
+    logits, row_stride, vocab_size, chosen_NC, values_NK, ids_NK, count, k,
+    COLUMNS: tl.constexpr, CANDIDATES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """The k largest logits of one row's chosen blocks, in order of id."""
+    row = tl.program_id(0).to(tl.int64)
+    first_logit, first_block = logits + row * row_stride, chosen_NC + row * count
+    every, there = _candidates(first_block, tl.arange(0, CANDIDATES), count, vocab_size, COLUMNS)
+    kth, left = _kth_largest(_keys_of(first_logit + every, there), k)
+    kept_before, equal_before = 0, 0
+    for start in range(0, CANDIDATES, PIECE):
+        column, within = _candidates(first_block, start + tl.arange(0, PIECE), count, vocab_size, COLUMNS)
+        keys = _keys_of(first_logit + column, within)
+        kept, slot, kept_before, equal_before = _slots(keys, kth, left, kept_before, equal_before)
+        tl.store(values_NK + row * k + slot, tl.load(first_logit + column, mask=kept, other=0.0), mask=kept)
+        tl.store(ids_NK + row * k + slot, column, mask=kept)
+
+
+@triton.jit
+def _candidates(first_block, candidate, count, vocab_size, COLUMNS: tl.constexpr):
+    """Where the candidates of a row's chosen blocks lie, and which of them there are."""
+    within = candidate < count * COLUMNS
+    column = tl.load(first_block + candidate // COLUMNS, mask=within, other=0) * COLUMNS + candidate % COLUMNS
+    return column, within & (column < vocab_size)
+
+
+@triton.jit(do_not_specialize=["k"])
+def place(
+    values_NK, ids_NK, best_N, log_sum_N, placed_NK, logprobs_NK, k,
+    RANKS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Puts a row's k largest in order and makes fp16 logprobs of them. A place is the number of those before it: larger
+    ones, and equal ones of lower id, which stand before it here.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    mine = tl.arange(0, RANKS)
+    values = tl.load(values_NK + row * k + mine, mask=mine < k, other=0.0)
+    keys = _ordered(values)
+    rank = tl.zeros([RANKS], tl.int32)
+    for start in range(0, k, STEP):
+        other = start + tl.arange(0, STEP)
+        there = other < k
+        others = tl.where(there, _ordered(tl.load(values_NK + row * k + other, mask=there, other=0.0)), 0)
+        before = (others[None, :] > keys[:, None]) | (
+            (others[None, :] == keys[:, None]) & (other[None, :] < mine[:, None])
+        )
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    logprob = values - tl.load(best_N + row) - tl.load(log_sum_N + row)
+    # From the distance, since lse may be too large a number to hold the difference. Within fp16's range; NaN, which
+    # compares with nothing, stays.
+    logprob = tl.where(logprob > 0.0, 0.0, tl.where(logprob < -65504.0, -65504.0, logprob))
+    tl.store(placed_NK + row * k + rank, tl.load(ids_NK + row * k + mine, mask=mine < k, other=0), mask=mine < k)
+    tl.store(logprobs_NK + row * k + rank, logprob.to(tl.float16), mask=mine < k)
+
+
+@triton.jit
+def _ordered(z):
+    """uint32 keys of fp32 numbers, in their order: the sign bit turned, and all bits of a negative one. NaN goes with
+    +inf, -0 with 0; no number has the key 0.
+    """
+    z = tl.where(z == z, z, float("inf"))
+    bits = tl.where(z == 0.0, 0.0, z).to(tl.uint32, bitcast=True)
+    return tl.where(bits < 0x80000000, bits | 0x80000000, ~bits)
+
+
+@triton.jit
+def _keys_of(at, within):
+    """Keys of the numbers at these places; 0, below that of any number, where there is none."""
+    return tl.where(within, _ordered(tl.load(at, mask=within, other=0.0).to(tl.float32)), 0)
+
+
+@triton.jit
+def _kth_largest(keys, k):
+    """A vector's k-th largest key, and how many that are equal to it are among the k largest.
+
+    The key is built from its highest bit down: a bit is set where k keys are as large as with it.
+    """
+    kth = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        kth = tl.where(tl.sum((keys >= (kth | bit)).to(tl.int32), axis=0) >= k, kth | bit, kth)
+        bit = bit >> 1
+    return kth, k - tl.sum((keys > kth).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _slots(keys, kth, left, kept_before, equal_before):
+    """Which of these keys are among the k largest, of equal ones the first `left`, and each one's place among all that
+    are; what was counted before them is handed in and on.
+    """
+    equal = (keys == kth).to(tl.int32)
+    kept = (keys > kth) | ((equal == 1) & (equal_before + tl.cumsum(equal, axis=0) <= left))
+    counted = kept.to(tl.int32)
+    slot = kept_before + tl.cumsum(counted, axis=0) - 1
+    return kept, slot, kept_before + tl.sum(counted, axis=0), equal_before + tl.sum(equal, axis=0)
