@@ -99,9 +99,9 @@ def ours_cross_entropy(x: Inputs) -> None:
 
 
 def _ours(x: Inputs, with_teacher: bool) -> None:
-    from student_trainer.losses import TeacherRows, Term, head_loss
+    from student_trainer.losses import TeacherRows, head_loss, token_term
 
-    terms = [Term("ce", "cross_entropy", 0.5), Term("kd", "top_k_kl", 1.0)]
+    terms = [token_term("ce", "cross_entropy", 0.5), token_term("kd", "top_k_kl", 1.0)]
     rows = TeacherRows(ids_NK=x.ids_NK, logprobs_NK=x.logprobs_NK)
     result = head_loss(x.hidden_ND, x.weight_VD, x.labels_N, rows, terms if with_teacher else terms[:1])
     (result.total / len(x.labels_N)).backward()

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.losses import TeacherHead, TeacherRows, Term, head_loss
+from student_trainer.losses import TeacherHead, TeacherRows, TokenTerm, head_loss, token_term
+from tests.unit.losses import dense
 
 KINDS = ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd"]
 SEEDS = st.integers(0, 2**31 - 1)
-terms_drawn = st.builds(
-    lambda kind, temperature, tail, squared: Term(
-        "kd", kind, 1.0, temperature, tail, temperature_squared=squared, beta=0.4, alpha=0.2
-    ),
-    st.sampled_from(KINDS),
-    st.sampled_from([0.7, 1.0, 2.0, 5.0]),
-    st.sampled_from(["bucket", "renormalise"]),
-    st.booleans(),
-)
+drawn_settings = st.fixed_dictionaries({
+    "kind": st.sampled_from(KINDS),
+    "temperature": st.sampled_from([0.7, 1.0, 2.0, 5.0]),
+    "tail": st.sampled_from(["bucket", "renormalise"]),
+    "temperature_squared": st.booleans(),
+    "beta": st.just(0.4),
+    "alpha": st.just(0.2),
+})  # fmt: skip
+terms_drawn = drawn_settings.map(lambda drawn: dense.term_of(**drawn))
 # The same on every kind of target; samples have one loss, and the whole vocabulary has no tail.
 terms_of_any_kind = st.one_of(
     terms_drawn,
-    terms_drawn.map(lambda term: dataclasses.replace(term, support="gather")),
-    terms_drawn.map(lambda term: dataclasses.replace(term, support="full")),
-    terms_drawn.map(lambda term: dataclasses.replace(term, kind="sampled", support="sampled")),
+    drawn_settings.map(lambda drawn: dense.term_of(**drawn, support="gather")),
+    drawn_settings.map(lambda drawn: dense.term_of(**drawn, support="full")),
+    drawn_settings.map(lambda drawn: dense.term_of(**drawn | {"kind": "sampled"})),
 )
-CE = Term("ce", "cross_entropy", 0.5)
+CE = token_term("ce", "cross_entropy", 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Case:
     labels_N: torch.Tensor
     rows: TeacherRows
 
-    def gradients(self, terms: list[Term], index: torch.Tensor, chunk_rows: int) -> tuple[torch.Tensor, ...]:
+    def gradients(self, terms: list[TokenTerm], index: torch.Tensor, chunk_rows: int) -> tuple[torch.Tensor, ...]:
         """(values of the last term, gradient by the rows' hidden states, gradient by the weight)."""
         hidden_ND = self.hidden_ND[index].requires_grad_()
         weight_VD = self.weight_VD.clone().requires_grad_()
@@ -85,7 +87,7 @@ def make(seed: int, n: int, vocab: int, k: int) -> Case:
 @settings(max_examples=120, deadline=None)
 @given(SEEDS, st.integers(1, 24), st.integers(2, 40), st.data(), terms_of_any_kind)
 def test_order_chunks_and_micro_batches_change_nothing(
-    seed: int, n: int, vocab: int, data: st.DataObject, term: Term
+    seed: int, n: int, vocab: int, data: st.DataObject, term: TokenTerm
 ) -> None:
     case = make(seed, n, vocab, data.draw(st.integers(1, vocab)))
     # The logarithm of a share of draws is float32, and rounded otherwise in a vector than alone.
@@ -104,7 +106,7 @@ def test_order_chunks_and_micro_batches_change_nothing(
 
 @settings(max_examples=80, deadline=None)
 @given(SEEDS, st.integers(1, 12), st.integers(1, 12), terms_of_any_kind)
-def test_padding_rows_change_nothing_and_get_nothing(seed: int, n: int, padding: int, term: Term) -> None:
+def test_padding_rows_change_nothing_and_get_nothing(seed: int, n: int, padding: int, term: TokenTerm) -> None:
     case = make(seed, n + padding, 20, 5)
     assert case.rows.valid_N is not None
     case.labels_N[n:] = -100
@@ -119,17 +121,17 @@ def test_padding_rows_change_nothing_and_get_nothing(seed: int, n: int, padding:
 
 
 @settings(max_examples=60, deadline=None)
-@given(SEEDS, terms_drawn)
-def test_buckets_never_exceed_the_whole_and_reach_it_as_k_grows(seed: int, term: Term) -> None:
+@given(SEEDS, drawn_settings)
+def test_buckets_never_exceed_the_whole_and_reach_it_as_k_grows(seed: int, drawn: dict[str, Any]) -> None:
     """Merging ids into a bucket loses information: the divergence grows with K and ends at the full one."""
     vocab = 24
-    term = dataclasses.replace(term, tail="bucket")
+    term = dense.term_of(**drawn | {"tail": "bucket"})
     with torch.no_grad():
         cases = [make(seed, 6, vocab, k) for k in (1, 4, 12, vocab)]
         values = [
             head_loss(case.hidden_ND, case.weight_VD, case.labels_N, case.rows, [term]).per_term["kd"] for case in cases
         ]
-        full = dataclasses.replace(term, support="full")
+        full = dense.term_of(**drawn, support="full")
         whole_N = head_loss(cases[0].hidden_ND, cases[0].weight_VD, cases[0].labels_N, cases[0].rows, [full]).per_term[
             "kd"
         ]
@@ -151,7 +153,7 @@ def test_chain_rule_of_the_kl(seed: int, temperature: float, k: int) -> None:
                 case.weight_VD,
                 case.labels_N,
                 case.rows,
-                [Term("kd", "forward_kl", 1.0, temperature, support=support)],
+                [token_term("kd", "forward_kl", 1.0, temperature=temperature, support=support)],
             ).per_term["kd"]
             for support in ("top_k", "full")
         )

@@ -32,7 +32,8 @@ from student_trainer.device import choose_device
 from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
 from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
-from student_trainer.losses.terms import Term
+from student_trainer.losses.kinds import all_terms, weighting_of
+from student_trainer.losses.terms import Needs, Term
 from student_trainer.losses.weighting import Weighting
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.ranks import Ranks, open_ranks
@@ -113,9 +114,9 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
 
 def _losses(settings: Settings) -> dict[Kind, Weighting]:
     """The terms on each kind of batch that the run has."""
-    losses: dict[Kind, Weighting] = {"data": settings.distillation.weighting()}
+    losses: dict[Kind, Weighting] = {"data": weighting_of(settings.distillation)}
     if settings.on_policy.active:
-        losses["rollout"] = settings.on_policy.weighting()
+        losses["rollout"] = weighting_of(settings.on_policy)
     return losses
 
 
@@ -125,7 +126,7 @@ def _passes_alone(settings: Settings) -> bool:
 
 
 def _gathers(settings: Settings) -> bool:
-    return any(term.support == "gather" for term in settings.terms())
+    return bool(Needs.of(all_terms(settings)).late)
 
 
 def _folder(settings: Settings, ranks: Ranks) -> RunFolder:
@@ -256,7 +257,7 @@ def _prefetch(
 
 def _ask(settings: Settings, terms: Sequence[Term]) -> Ask | None:
     """What is asked about a batch for these terms: nothing, without one that reads targets; evaluation still asks."""
-    if not any(term.reads_tokens for term in terms):
+    if not Needs.of(terms).kinds:
         return None
     return ask_for(terms, settings.teacher.top_k, settings.distillation)
 

@@ -18,7 +18,8 @@ from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.resume import may_change
 from student_trainer.data.loader import BatchSource
 from student_trainer.device import choose_device, use_device
-from student_trainer.losses.attention_term import AttentionTerm
+from student_trainer.losses.kinds import all_terms, terms_of
+from student_trainer.losses.terms import Needs
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import Settings
 from student_trainer.students.load import load_student, model_behind
@@ -99,9 +100,9 @@ def build_parts(
     student = student or load_student(settings.student, device)
     if teacher is not None:
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
+    student.check_terms(all_terms(settings))
     attention = None
-    if teacher is not None and settings.distillation.attention.active:
-        student.attention = AttentionTerm.of(settings.distillation.attention, student.model)
+    if teacher is not None and Needs.of(terms_of(settings.distillation)).layers:
         with stage("connecting to the attention service"):
             attention = open_attention(settings, teacher, thread, stack)
     return Parts(teacher, tokenizer, source, student, head, attention)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from student_trainer import exit_codes, randomness
 from student_trainer.losses.metrics import LossSums
+from student_trainer.losses.terms import Needs
 from student_trainer.losses.weighting import gradient_shares
 from student_trainer.reporting.step_metrics import StepMetrics
 from student_trainer.rollouts.rollouts import concat
@@ -145,7 +146,7 @@ class Run:
 
     def ask_at_students_ids(self, ready: Ready) -> Ready:
         """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
-        if self.student_support is None or all(term.support != "gather" for term in self.terms(ready.batch.kind)):
+        if self.student_support is None or not Needs.of(self.terms(ready.batch.kind)).late:
             return ready
         self.unsharded.student.before_step(self.state.step)
         return self.student_support.add(self.unsharded.student, ready, self.while_waiting)

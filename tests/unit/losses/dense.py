@@ -5,10 +5,13 @@ Shares no code with the package. Everything is float64 unless the caller hands i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from student_trainer.losses import TeacherRows, Term
+from student_trainer.losses import TeacherRows, TokenTerm, token_term
+from student_trainer.settings.terms import KINDS
 
 
 def logits(
@@ -37,7 +40,13 @@ def rows_of(
     )
 
 
-def divergence(term: Term, p_NB: Tensor, q_NB: Tensor) -> Tensor:
+def term_of(kind: str, coefficient: float = 1.0, name: str = "kd", **settings: Any) -> TokenTerm:
+    """A term of any kind, with those of the settings that its kind has."""
+    own = {field: value for field, value in settings.items() if field in KINDS[kind].model_fields}
+    return token_term(name, kind, coefficient, **own)
+
+
+def divergence(term: TokenTerm, p_NB: Tensor, q_NB: Tensor) -> Tensor:
     """The term's divergence [N] between bucket probabilities, from its textbook formula."""
 
     def kl(a_NB: Tensor, b_NB: Tensor) -> Tensor:
@@ -48,12 +57,12 @@ def divergence(term: Term, p_NB: Tensor, q_NB: Tensor) -> Tensor:
     if term.kind == "reverse_kl":
         return kl(q_NB, p_NB)
     if term.kind == "jsd":
-        m_NB = term.beta * p_NB + (1 - term.beta) * q_NB
-        return term.beta * kl(p_NB, m_NB) + (1 - term.beta) * kl(q_NB, m_NB)
+        m_NB = term.settings.beta * p_NB + (1 - term.settings.beta) * q_NB
+        return term.settings.beta * kl(p_NB, m_NB) + (1 - term.settings.beta) * kl(q_NB, m_NB)
     if term.kind == "skewed_kl":
-        return kl(p_NB, term.alpha * p_NB + (1 - term.alpha) * q_NB)
+        return kl(p_NB, term.settings.alpha * p_NB + (1 - term.settings.alpha) * q_NB)
     if term.kind == "skewed_reverse_kl":
-        return kl(q_NB, (1 - term.alpha) * p_NB + term.alpha * q_NB)
+        return kl(q_NB, (1 - term.settings.alpha) * p_NB + term.settings.alpha * q_NB)
     assert term.kind == "tvd"
     return (p_NB - q_NB).abs().sum(-1) / 2
 
@@ -68,7 +77,7 @@ def bucketed(probability_NV: Tensor, ids_NK: Tensor, tail: str) -> Tensor:
 
 
 def term_values(
-    term: Term,
+    term: TokenTerm,
     student_NV: Tensor,
     labels_N: Tensor,
     teacher_NV: Tensor,
@@ -82,5 +91,5 @@ def term_values(
     q_NV = (student_NV[:, :shared] / term.temperature).softmax(-1)
     if term.support != "full":
         assert ids_NK is not None
-        p_NV, q_NV = (bucketed(x, ids_NK, term.tail) for x in (p_NV, q_NV))
-    return divergence(term, p_NV, q_NV) * (term.temperature**2 if term.temperature_squared else 1.0)
+        p_NV, q_NV = (bucketed(x, ids_NK, term.settings.tail) for x in (p_NV, q_NV))
+    return divergence(term, p_NV, q_NV) * (term.temperature**2 if term.settings.temperature_squared else 1.0)

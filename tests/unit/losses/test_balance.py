@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from student_trainer.losses import TeacherRows, Term, head_loss
+from student_trainer.losses import TeacherRows, head_loss, token_term
 from student_trainer.losses.balance import GradientBalance, gradient_norms, term_gradient_norms
 from student_trainer.losses.weighting import Weighting, gradient_shares
 from student_trainer.losses.weights import weight_at
 
 TERMS = (
-    Term("cross_entropy", "cross_entropy", coefficient=0.3),
-    Term("soft", "forward_kl", coefficient=7.0, temperature=2.0, temperature_squared=True),
-    Term("back", "reverse_kl", coefficient=0.01),
+    token_term("cross_entropy", "cross_entropy", coefficient=0.3),
+    token_term("soft", "forward_kl", coefficient=7.0, temperature=2.0, temperature_squared=True),
+    token_term("back", "reverse_kl", coefficient=0.01),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import TeacherHead, TeacherRows, Term, head_loss
+from student_trainer.losses import TeacherHead, TeacherRows, head_loss, token_term
 from student_trainer.losses.student_support import student_top_ids
 from tests.unit.losses import dense
 
@@ -55,8 +55,8 @@ def test_value_and_gradient_are_the_dense_ones(kind: str, support: str, tail: st
     own_ids_NG = student_top_ids(leaves[0], leaves[1], 8, head_bias_V=leaves[2])
     rows = served(support, teacher_NV, hidden_NE, head, own_ids_NG)
     terms = [
-        Term("kd", kind, 1.7, temperature, tail, beta=0.3, alpha=0.2, support=support),  # type: ignore[arg-type]
-        Term("ce", "cross_entropy", 0.4),
+        dense.term_of(kind, 1.7, temperature=temperature, tail=tail, beta=0.3, alpha=0.2, support=support),
+        token_term("ce", "cross_entropy", 0.4),
     ]
     labels_N = torch.randint(V, (N,))
     ids_NK = {"top_k": rows.ids_NK, "gather": own_ids_NG, "full": None}[support]
@@ -93,7 +93,7 @@ def test_student_equal_to_teacher_gives_zero_for_every_divergence(kind: str, tem
     bound = 2e-3 if kind == "tvd" else 2e-4
     for support in ("top_k", "gather", "full"):
         for tail in ("bucket", "renormalise"):
-            term = Term("kd", kind, 1.0, temperature, tail, support=support)  # type: ignore[arg-type]
+            term = token_term("kd", kind, 1.0, temperature=temperature, tail=tail, support=support)
             right, wrong = (
                 head_loss(student_NV, identity, torch.zeros(40, dtype=torch.long), rows, [term]).per_term["kd"]
                 for student_NV in (teacher_NV, teacher_NV.roll(1, 1))
@@ -113,7 +113,7 @@ def test_full_vocabulary_agrees_with_trl_chunked(kind: str, beta: float, tempera
     assert head.bias_V is not None
     head = TeacherHead(head.weight_VE.float(), head.bias_V.float(), softcap=9.0, scale=0.8)
     rows = TeacherRows(teacher_hidden_NE=hidden_NE.float(), teacher_head=head)
-    term = Term("kd", kind, 1.0, temperature, beta=beta if kind == "jsd" else 0.5, support="full")
+    term = dense.term_of(kind, temperature=temperature, beta=beta, support="full")
     labels_N = torch.zeros(N, dtype=torch.long)
     ours = head_loss(
         *leaves[:2], labels_N, rows, [term], head_bias_V=leaves[2], logit_softcap=7.0, logit_scale=1.5, chunk_rows=7
@@ -142,8 +142,8 @@ def test_cross_entropy_and_full_vocabulary_agree_with_liger(kind: str, beta: flo
     peer = liger.LigerFusedLinearJSDLoss(0.4, 0.6, beta, temperature=temperature, compiled=False, chunk_size=8)
     theirs = peer(*leaves[:2], hidden_NE.float(), head.weight_VE, labels_N, leaves[2], head.bias_V)
     terms = [
-        Term("ce", "cross_entropy", 0.4),
-        Term("kd", kind, 0.6, temperature, beta=beta if kind == "jsd" else 0.5, support="full"),
+        token_term("ce", "cross_entropy", 0.4),
+        dense.term_of(kind, 0.6, temperature=temperature, beta=beta, support="full"),
     ]
     rows = TeacherRows(teacher_hidden_NE=hidden_NE.float(), teacher_head=head)
     result = head_loss(*leaves[:2], labels_N, rows, terms, head_bias_V=leaves[2])
@@ -158,12 +158,12 @@ def test_many_terms_and_temperatures_in_one_call_are_the_sum_of_single_calls() -
     own_ids_NG = student_top_ids(*leaves[:2], 8, head_bias_V=leaves[2])
     rows = served("top_k", teacher_NV, hidden_NE, head, own_ids_NG)
     terms = [
-        Term("ce", "cross_entropy", 0.5),
-        Term("kl", "top_k_kl", 1.0),
-        Term("tvd", "tvd", 0.3, tail="renormalise"),
-        Term("soft", "forward_kl", 2.0, 5.0, temperature_squared=True),
-        Term("own", "reverse_kl", 0.7, support="gather"),
-        Term("whole", "jsd", 0.9, 2.0, support="full"),
+        token_term("ce", "cross_entropy", 0.5),
+        token_term("kl", "top_k_kl", 1.0),
+        token_term("tvd", "tvd", 0.3, tail="renormalise"),
+        token_term("soft", "forward_kl", 2.0, temperature=5.0, temperature_squared=True),
+        token_term("own", "reverse_kl", 0.7, support="gather"),
+        token_term("whole", "jsd", 0.9, temperature=2.0, support="full"),
     ]
     labels_N = torch.randint(V, (N,))
     together = head_loss(*leaves[:2], labels_N, rows, terms, head_bias_V=leaves[2])
@@ -189,7 +189,7 @@ def test_jsd_is_the_same_from_either_side_at_one_half() -> None:
             identity,
             labels_N,
             TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(identity)),
-            [Term("jsd", "jsd", 1.0, support="full")],
+            [token_term("jsd", "jsd", 1.0, support="full")],
         ).per_term["jsd"]
         for student_NV, teacher_NV in ((first_NV, second_NV), (second_NV, first_NV))
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from student_trainer.losses import TeacherHead, TeacherRows, Term, head_loss
+from student_trainer.losses import TeacherHead, TeacherRows, TokenTerm, head_loss, token_term
 from tests.unit.losses import dense
 
 GOLDEN = {
@@ -24,7 +24,7 @@ def golden_logits() -> tuple[torch.Tensor, torch.Tensor]:
     return student_NV, torch.randn(16, 512, generator=generator) * 3
 
 
-def loss_on_logits(student_NV: torch.Tensor, teacher: TeacherRows, term: Term) -> torch.Tensor:
+def loss_on_logits(student_NV: torch.Tensor, teacher: TeacherRows, term: TokenTerm) -> torch.Tensor:
     """The mean a row, with the student's logits handed in through a head that is the identity."""
     labels_N = torch.zeros(len(student_NV), dtype=torch.long)
     identity = torch.eye(student_NV.shape[1], dtype=student_NV.dtype)
@@ -37,9 +37,9 @@ def test_golden_table(form: str, temperature: float) -> None:
     teacher = dense.rows_of(teacher_NV, 16, (2.0,))
     if form == "full":
         teacher = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(512)))
-        term = Term("kl", "forward_kl", 1.0, temperature, support="full")
+        term = token_term("kl", "forward_kl", 1.0, temperature=temperature, support="full")
     else:
-        term = Term("kl", "top_k_kl", 1.0, temperature, tail=form)  # type: ignore[arg-type]
+        term = token_term("kl", "top_k_kl", 1.0, temperature=temperature, tail=form)
     assert float(loss_on_logits(student_NV, teacher, term)) == pytest.approx(GOLDEN[form, temperature], abs=2e-6)
 
 
@@ -54,7 +54,7 @@ def test_whole_vocabulary_agrees_with_trl(beta: float, temperature: float) -> No
         student_NV[None], teacher_NV[None], beta=beta, temperature=temperature, reduction="sum"
     )
     kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
-    term = Term("d", kind, 1.0, temperature, beta=beta or 0.5) if beta < 1.0 else Term("d", kind, 1.0, temperature)
+    term = dense.term_of(kind, temperature=temperature, beta=beta)
     served = loss_on_logits(student_NV, dense.rows_of(teacher_NV, 96, (2.0, 5.0)), term)
     assert float(served) == pytest.approx(float(expected) / 12, rel=1e-6)
 
@@ -63,7 +63,7 @@ def test_cross_entropy_is_torchs() -> None:
     hidden_ND, weight_VD = torch.randn(40, 24), torch.randn(128, 24)
     labels_N = torch.randint(128, (40,))
     labels_N[::5] = -100
-    result = head_loss(hidden_ND, weight_VD, labels_N, None, [Term("ce", "cross_entropy", 1.0)])
+    result = head_loss(hidden_ND, weight_VD, labels_N, None, [token_term("ce", "cross_entropy", 1.0)])
     expected_N = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="none")
     torch.testing.assert_close(result.per_term["ce"], expected_N)
     torch.testing.assert_close(result.total, expected_N.sum())
@@ -76,8 +76,8 @@ def test_cross_entropy_is_torchs() -> None:
 def test_gradients_are_those_of_the_dense_form(temperature: float, tail: str, squared: bool) -> None:
     """Cross-entropy and top-K KL together: values and gradients by hidden states, weight and bias."""
     terms = [
-        Term("ce", "cross_entropy", 0.7),
-        Term("kd", "top_k_kl", 1.3, temperature, tail, temperature_squared=squared),  # type: ignore[arg-type]
+        token_term("ce", "cross_entropy", 0.7),
+        token_term("kd", "top_k_kl", 1.3, temperature=temperature, tail=tail, temperature_squared=squared),
     ]
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((30, 20), (90, 20), (90,))]
     hidden_ND, weight_VD, bias_V = leaves
@@ -104,8 +104,8 @@ def test_gradients_are_those_of_the_dense_form(temperature: float, tail: str, sq
 def test_weights_of_rows_multiply_value_and_gradient_alike(kind: str, support: str) -> None:
     """A label that stands for 1/p others, one that stands for none, and terms of each way through the head."""
     terms = [
-        Term("ce", "cross_entropy", 0.7),
-        Term("kd", kind, 1.3, 2.0, support=support, temperature_squared=True),  # type: ignore[arg-type]
+        token_term("ce", "cross_entropy", 0.7),
+        token_term("kd", kind, 1.3, temperature=2.0, support=support, temperature_squared=True),
     ]
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((30, 20), (90, 20), (90,))]
     hidden_ND, weight_VD, bias_V = leaves
@@ -136,7 +136,7 @@ def test_weights_of_rows_multiply_value_and_gradient_alike(kind: str, support: s
 def test_weights_of_one_are_no_weights_to_the_bit() -> None:
     hidden_ND, weight_VD = torch.randn(40, 24, requires_grad=True), torch.randn(128, 24)
     labels_N, rows = torch.randint(128, (40,)), dense.rows_of(torch.randn(40, 128), 8)
-    terms = [Term("ce", "cross_entropy", 0.7), Term("kd", "top_k_kl", 1.3)]
+    terms = [token_term("ce", "cross_entropy", 0.7), token_term("kd", "top_k_kl", 1.3)]
     without, ones = (
         torch.autograd.grad(head_loss(hidden_ND, weight_VD, labels_N, rows, terms, weights_N=w).total, hidden_ND)[0]
         for w in (None, torch.ones(40))
@@ -150,6 +150,6 @@ def test_student_equal_to_teacher_gives_zero(temperature: float, tail: str) -> N
     """With the logprobs as the wire rounds them, and with gradients that vanish beside those of a wrong student."""
     teacher_NV = torch.randn(64, 400) * 4
     rows = dense.rows_of(teacher_NV, 16, (2.0, 5.0), torch.float16)
-    term = Term("kd", "top_k_kl", 1.0, temperature, tail)  # type: ignore[arg-type]
+    term = token_term("kd", "top_k_kl", 1.0, temperature=temperature, tail=tail)
     assert abs(float(loss_on_logits(teacher_NV, rows, term))) < 1e-4
     assert float(loss_on_logits(teacher_NV.roll(1, 1), rows, term)) > 0.05

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from student_trainer.losses import TeacherHead, TeacherRows, Term, head_loss
+from student_trainer.losses import TeacherHead, TeacherRows, head_loss, token_term
 from student_trainer.losses.supports import read_support, with_tail
 from tests.unit.losses import dense
 
-CE = Term("ce", "cross_entropy", 0.5)
-KD = Term("kd", "top_k_kl", 1.0)
-REVERSE = Term("rkl", "reverse_kl", 0.3, 2.0)
+CE = token_term("ce", "cross_entropy", 0.5)
+KD = token_term("kd", "top_k_kl", 1.0)
+REVERSE = token_term("rkl", "reverse_kl", 0.3, temperature=2.0)
 
 
 def case(n: int = 20, vocab: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def test_rows_without_a_teacher_add_nothing_whatever_stands_there() -> None:
     rows = dataclasses.replace(rows, teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(64).double()))
     valid_N = torch.rand(20) < 0.5
     valid_N[0] = True
-    terms = [CE, KD, REVERSE, Term("full", "jsd", 1.0, support="full")]
+    terms = [CE, KD, REVERSE, token_term("full", "jsd", 1.0, support="full")]
     garbage = dataclasses.replace(
         rows,
         ids_NK=torch.where(valid_N[:, None], rows.ids_NK, 2**30),  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_a_padded_student_head_is_compared_on_the_shared_ids_alone(kind: str, ta
     """Distillation neither sees nor moves the student's own extra ids; cross-entropy presses them down."""
     hidden_ND, weight_VD, labels_N, teacher_NV = case()
     padded_VD = torch.cat([weight_VD.detach(), torch.randn(9, 10, dtype=torch.float64) * 4]).requires_grad_()
-    term = Term("kd", kind, 1.0, tail=tail)  # type: ignore[arg-type]
+    term = token_term("kd", kind, 1.0, tail=tail)
     rows = dense.rows_of(teacher_NV, 6)
     small = head_loss(hidden_ND, weight_VD, labels_N, rows, [term])
     large = head_loss(hidden_ND, padded_VD, labels_N, rows, [term], shared_vocab=64)
@@ -107,14 +107,14 @@ def test_a_larger_teacher_is_taken_given_the_shared_ids() -> None:
         rows = dense.rows_of(teacher_NV, k)
         assert bool((rows.ids_NK >= 64).any())  # type: ignore[operator]
         for tail in ("bucket", "renormalise"):
-            term = Term("kd", "top_k_kl", 1.0, tail=tail)  # type: ignore[arg-type]
+            term = token_term("kd", "top_k_kl", 1.0, tail=tail)
             got = head_loss(hidden_ND, weight_VD, labels_N, rows, [term], shared_vocab=64)
             known_N = (rows.ids_NK >= 64).sum(1) == 3  # type: ignore[operator]
             # The served row of a small K may not name all the teacher's own ids; their mass then stands in the tail.
             assert float(got.per_term["kd"][known_N].abs().sum()) < 1e-5
             assert bool(torch.isfinite(got.per_term["kd"]).all())
     full = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(67).double()))
-    term = Term("kd", "reverse_kl", 1.0, support="full")
+    term = token_term("kd", "reverse_kl", 1.0, support="full")
     assert float(head_loss(hidden_ND, weight_VD, labels_N, full, [term], shared_vocab=64).total) < 1e-9
 
 
@@ -123,7 +123,7 @@ def test_rows_that_name_only_foreign_ids_still_give_cross_entropys_gradient() ->
     labels_N[:5] = 0
     rows = dense.rows_of(teacher_NV, 4)
     rows = dataclasses.replace(rows, ids_NK=rows.ids_NK + 64)  # type: ignore[operator]
-    within = Term("in", "reverse_kl", 1.0, tail="renormalise")
+    within = token_term("in", "reverse_kl", 1.0, tail="renormalise")
     got = head_loss(hidden_ND, weight_VD, labels_N, rows, [CE, KD, within], shared_vocab=64)
     plain = head_loss(hidden_ND, weight_VD, labels_N, None, [CE])
     assert not bool(got.per_term["in"].any())
@@ -140,8 +140,10 @@ def test_every_id_served_is_the_whole_divergence() -> None:
     student_NV = dense.logits(hidden_ND, weight_VD)
     rows = dense.rows_of(teacher_NV, 64, (2.0,), torch.float16)
     for kind, temperature in (("forward_kl", 1.0), ("reverse_kl", 2.0)):
-        got_N = head_loss(hidden_ND, weight_VD, labels_N, rows, [Term("kd", kind, 1.0, temperature)]).per_term["kd"]
-        full = Term("kd", kind, 1.0, temperature, support="full")
+        got_N = head_loss(
+            hidden_ND, weight_VD, labels_N, rows, [token_term("kd", kind, 1.0, temperature=temperature)]
+        ).per_term["kd"]
+        full = token_term("kd", kind, 1.0, temperature=temperature, support="full")
         want_N = dense.term_values(full, student_NV, labels_N, teacher_NV, None)
         torch.testing.assert_close(got_N, want_N.detach(), rtol=2e-3, atol=2e-3)
 
@@ -178,7 +180,7 @@ def test_peaked_models_give_finite_values_and_gradients(kind: str) -> None:
     student_NV.requires_grad_()
     for tail in ("bucket", "renormalise"):
         rows = dense.rows_of(teacher_NV, 5, (), torch.float16)
-        term = Term("kd", kind, 1.0, tail=tail)  # type: ignore[arg-type]
+        term = token_term("kd", kind, 1.0, tail=tail)
         result = head_loss(student_NV, torch.eye(50), torch.zeros(4, dtype=torch.long), rows, [term])
         (gradient_NV,) = torch.autograd.grad(result.total, student_NV)
         assert bool(torch.isfinite(result.per_term["kd"]).all()) and bool(torch.isfinite(gradient_NV).all())
@@ -212,7 +214,7 @@ def test_two_likely_tokens_and_a_vanishing_tail_give_zero_despite_the_rounding()
     rows = dense.rows_of(teacher_NV, 16, (), torch.float16)
     for kind in ("top_k_kl", "reverse_kl", "jsd"):
         got = head_loss(
-            teacher_NV, torch.eye(100).double(), torch.zeros(41, dtype=torch.long), rows, [Term("kd", kind, 1.0)]
+            teacher_NV, torch.eye(100).double(), torch.zeros(41, dtype=torch.long), rows, [token_term("kd", kind, 1.0)]
         )
         assert float(got.per_term["kd"].abs().max()) < 1e-6
 
@@ -263,7 +265,7 @@ def test_a_tail_that_rounding_has_swallowed_does_not_make_reverse_kl_infinite() 
     student_NV = teacher_NV.clone()
     student_NV[:, 2:] = -11.5  # a tail of 1e-3
     rows = TeacherRows(gather_ids_NG=torch.tensor([[0, 1]] * 401), gather_logprobs_NG=logprobs_NG)
-    term = Term("kd", "reverse_kl", 1.0, support="gather")
+    term = token_term("kd", "reverse_kl", 1.0, support="gather")
     got = head_loss(student_NV, torch.eye(100).double(), torch.zeros(401, dtype=torch.long), rows, [term])
     ids_NG = torch.tensor([[0, 1]] * 401)
     p_NB, q_NB = (dense.bucketed(z_NV.softmax(-1), ids_NG, "bucket") for z_NV in (teacher_NV, student_NV))

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from student_trainer.losses import TeacherRows, Term, head_loss
+from student_trainer.losses import TeacherRows, head_loss, token_term
 
-TERM = Term("rs", "sampled", 1.0)
+TERM = token_term("rs", "sampled", 1.0)
 
 
 def draw(probability_NV: torch.Tensor, draws: int) -> TeacherRows:
@@ -36,7 +36,7 @@ def test_value_and_gradient_are_cross_entropy_with_the_counts(temperature: float
         span = slice(int(rows.sampled_offsets[row]), int(rows.sampled_offsets[row + 1]))
         target_NV[row, rows.sampled_ids[span].long()] = rows.sampled_counts[span].double() / 9
     labels_N = torch.randint(40, (15,))
-    terms = [replace(TERM, temperature=temperature), Term("ce", "cross_entropy", 0.5)]
+    terms = [token_term("rs", "sampled", temperature=temperature), token_term("ce", "cross_entropy", 0.5)]
     result = head_loss(hidden_ND, weight_VD, labels_N, rows, terms, chunk_rows=4)
     logits_NV = hidden_ND @ weight_VD.T
     soft_N = torch.nn.functional.cross_entropy(logits_NV / temperature, target_NV, reduction="none")
@@ -85,4 +85,4 @@ def test_a_temperature_other_than_the_draws_is_refused() -> None:
     rows = draw(torch.randn(3, 10).softmax(-1), 5)
     hidden_ND, weight_VD, labels_N = torch.randn(3, 4), torch.randn(10, 4), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"drawn at 1\.0"):
-        head_loss(hidden_ND, weight_VD, labels_N, rows, [Term("rs", "sampled", 1.0, 2.0)])
+        head_loss(hidden_ND, weight_VD, labels_N, rows, [token_term("rs", "sampled", 1.0, temperature=2.0)])

@@ -8,16 +8,19 @@ from functools import cache
 import pytest
 import torch
 
-from student_trainer.losses import chunks, sweeps
+from student_trainer.losses import TokenTerm, chunks, sweeps, token_term
 from student_trainer.losses.head import head_loss
-from student_trainer.losses.terms import Term
 from tests.unit.losses import dense
 
 ROWS, BLOCK_ROWS, WIDTH, DEPTH = 60, 22, 131, 16
 # One pass, whose gradient may be written over the logits; and several, whose gradients are added up.
 TERMS = (
-    (Term("ce", "cross_entropy", 0.5), Term("kl", "top_k_kl", 1.0)),
-    (Term("ce", "cross_entropy", 0.5), Term("kl", "top_k_kl", 1.0), Term("jsd", "jsd", 1.0, 3.0)),
+    (token_term("ce", "cross_entropy", 0.5), token_term("kl", "top_k_kl", 1.0)),
+    (
+        token_term("ce", "cross_entropy", 0.5),
+        token_term("kl", "top_k_kl", 1.0),
+        token_term("jsd", "jsd", 1.0, temperature=3.0),
+    ),
 )
 
 
@@ -71,7 +74,7 @@ def test_sweeps_on_a_cpu_agree_with_softmax() -> None:
         torch.testing.assert_close(sweeps.sweep_out(swept, z_NW, 3.0, row_N, overwrite=overwrite), expected_NW)
 
 
-def gradients(terms: tuple[Term, ...], softcap: float | None) -> list[torch.Tensor]:
+def gradients(terms: tuple[TokenTerm, ...], softcap: float | None) -> list[torch.Tensor]:
     """Values of a loss and its gradients by hidden states and weight, from fixed inputs."""
     make = torch.Generator().manual_seed(1)
     hidden_ND = torch.randn(ROWS, DEPTH, generator=make).requires_grad_()

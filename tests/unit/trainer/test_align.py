@@ -12,7 +12,7 @@ from safetensors.torch import save
 from student_trainer.batch.align import hidden_numbers, micro_batches
 from student_trainer.batch.batch import Batch, Placed, build_batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.losses import Term, head_loss
+from student_trainer.losses import head_loss, token_term
 from student_trainer.targets.protocol import Ask
 from student_trainer.targets.questions import questions
 from student_trainer.targets.student_support import ids_by_document
@@ -84,7 +84,7 @@ def test_a_student_that_is_the_teacher_loses_nothing_only_under_the_right_shift(
     batch = BATCHES["plain"]
     targets = targets_of(batch)
     head_VD = torch.from_numpy(scripted_head(V).copy())
-    term = Term("kl", "top_k_kl", 1.0, temperature=temperature)
+    term = token_term("kl", "top_k_kl", 1.0, temperature=temperature)
     ahead_BTD = teacher_hidden(batch)  # row t predicts token t+1
     own_BTD = torch.roll(ahead_BTD, 1, dims=1)  # row t predicts token t, as an unshifted diffusion student
 

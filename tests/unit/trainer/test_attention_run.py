@@ -16,8 +16,8 @@ from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.cli.compose import compose
-from student_trainer.losses.attention_term import AttentionTerm
-from student_trainer.losses.terms import Term
+from student_trainer.losses import Term, token_term
+from student_trainer.losses.kinds import term_of
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.attention_states import AttentionStates
@@ -32,6 +32,10 @@ from tests.unit.trainer.test_align import batch_of
 R = 8
 RELATIONS = (f"distillation.attention.relation_heads={R}", "distillation.attention.coefficient=300")
 CPU = torch.device("cpu")
+
+
+def relation(coefficient: float, **settings: Any) -> Term:
+    return term_of("attention", AttentionSettings(coefficient=coefficient, **{"relation_heads": R} | settings))
 
 
 class StatesHere:
@@ -77,9 +81,8 @@ def test_every_term_acts_and_has_its_figures(workshop: Workshop, beside: StatesH
 
 def test_the_term_can_be_learnt(workshop: Workshop, teacher: StatesHere) -> None:
     student = load_student(StudentSettings(checkpoint_path=str(workshop.student), compute="float32"), CPU)
-    student.attention = AttentionTerm.of(AttentionSettings(coefficient=1.0, relation_heads=R), student.model)
     micro = micro_of(*packed(teacher, [20, 25], [40]))
-    terms = (Term("cross_entropy", "cross_entropy", 0.0), Term("attention", "attention_relations", 1e4))
+    terms = (token_term("cross_entropy", "cross_entropy", 0.0), relation(1e4))
     optimizer = torch.optim.Adam(student.model.parameters(), lr=1e-2)
     values = []
     for _ in range(15):
@@ -146,12 +149,11 @@ def test_value_is_the_formula_of_each_label_s_document_and_gradients_add(
     workshop: Workshop, teacher: StatesHere
 ) -> None:
     student = load_student(StudentSettings(checkpoint_path=str(workshop.student), compute="float32"), CPU)
-    student.attention = AttentionTerm.of(AttentionSettings(coefficient=2.0, relation_heads=R), student.model)
     batch, attention = packed(teacher, [9, 14, 1], [20])
     micro = micro_of(batch, attention)
-    plain, relation = Term("cross_entropy", "cross_entropy", 1.0), Term("attention", "attention_relations", 2.0)
+    plain, relations_too = token_term("cross_entropy", "cross_entropy", 1.0), relation(2.0)
     gradients = {}
-    for name, terms in {"ce": (plain,), "both": (plain, relation)}.items():
+    for name, terms in {"ce": (plain,), "both": (plain, relations_too)}.items():
         student.model.zero_grad()
         loss = student.loss(micro, terms, None)
         loss.total.backward()
@@ -198,10 +200,9 @@ def _dense(student: QKV, document: Any, targets: AttentionTargets, length: int) 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
     same = StatesHere(save_tiny_llama(tmp_path / "same", num_hidden_layers=1), layer=0)
     student = load_student(StudentSettings(checkpoint_path=str(tmp_path / "same"), compute="float32"), CPU)
-    student.attention = AttentionTerm.of(AttentionSettings(coefficient=1.0, relation_heads=R), student.model)
     loss = student.loss(
         micro_of(*packed(same, [12, 30])),
-        (Term("cross_entropy", "cross_entropy", 1.0), Term("attention", "attention_relations", 1.0)),
+        (token_term("cross_entropy", "cross_entropy", 1.0), relation(1.0)),
         None,
     )
     assert float(loss.per_term["attention"].max()) < 1e-7
@@ -219,7 +220,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path: Path) -> N
 def test_what_the_student_has_not_is_refused(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
     student = load_student(StudentSettings(checkpoint_path=str(workshop.student), compute="float32"), CPU)
     with pytest.raises(ValueError, match=message):
-        AttentionTerm.of(AttentionSettings(coefficient=1.0, **changes), student.model)
+        student.check_terms([relation(1.0, **changes)])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
@@ -68,3 +69,37 @@ def test_a_setting_that_an_older_trainer_did_not_have_stood_at_its_default() -> 
     check_changes(older, compose(MINIMAL))
     with pytest.raises(ValueError, match=r"student\.architecture: causal in the checkpoint, other now"):
         check_changes(older, compose([*MINIMAL, "student.architecture=other"]))
+
+
+# A term as a trainer wrote it whose every kind had the settings of all kinds.
+OLD_TERM = {"kind": None, "coefficient": 1.0, "temperature": 1.0, "tail": "bucket", "temperature_squared": False,
+            "beta": 0.5, "alpha": 0.1, "support": "top_k", "schedule": None}  # fmt: skip
+OLD_TERMS = {
+    "cross_entropy": OLD_TERM | {"coefficient": 0.5},
+    "top_k_kl": OLD_TERM,
+    "drawn": OLD_TERM | {"kind": "sampled", "temperature": 2.0},
+    "own": OLD_TERM | {"kind": "jsd", "beta": 0.3, "support": "gather"},
+}
+OLD_RUN = [*MINIMAL, "distillation.terms.drawn.kind=sampled", "distillation.terms.drawn.temperature=2",
+           "distillation.terms.own.kind=jsd", "distillation.terms.own.beta=0.3",
+           "distillation.terms.own.support=gather",
+           "on_policy=gkd"]  # fmt: skip
+
+
+def old_settings() -> dict[str, Any]:
+    before = compose(OLD_RUN).model_dump(mode="json")
+    before["distillation"]["terms"] = OLD_TERMS
+    before["on_policy"]["terms"] = {"jsd": OLD_TERM}
+    return before
+
+
+def test_a_run_whose_terms_were_written_with_the_settings_of_all_kinds_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_changes(old_settings(), compose(OLD_RUN))
+    assert not caplog.records
+    for change, name in (("own.beta=0.4", "own.beta"), ("drawn.temperature=1", "drawn.temperature")):
+        with pytest.raises(ValueError, match=rf"distillation\.terms\.{name}: .* in the checkpoint"):
+            check_changes(old_settings(), compose([*OLD_RUN, f"distillation.terms.{change}"]))
+    with pytest.raises(ValueError, match=r"on_policy\.terms\.jsd\.beta: 0\.5 in the checkpoint, 0\.2 now"):
+        check_changes(old_settings(), compose([*OLD_RUN, "on_policy.terms.jsd.beta=0.2"]))

@@ -24,7 +24,7 @@ def test_groups_and_overrides_become_settings() -> None:
     assert settings.student.checkpoint_path == "/model"
     assert settings.teacher.url == ("http://a:1", "http://b:2")
     assert settings.optim.betas == (0.8, 0.9) and settings.run.steps == 7
-    terms = {term.name: term for term in settings.distillation.build()}
+    terms = settings.distillation.by_name()
     assert terms["top_k_kl"].temperature == 2.0 and terms["again"].kind == "reverse_kl"
     assert settings.data.sources["a"].path == ("/data.jsonl",)
 
@@ -58,6 +58,16 @@ def test_a_group_of_parameters_keeps_its_other_defaults_when_one_is_set() -> Non
         ("distillation.balance.shares={top_k_kl:0}", "distillation.balance.shares"),
         ("distillation.terms.top_k_kl.schedule=[[3,1],[3,0]]", "rising steps"),
         ("distillation=none", "distillation.terms is empty"),
+        ("distillation.terms.cross_entropy.beta=0.3", "distillation.terms: cross_entropy.beta is no setting of kind"),
+        (
+            "on_policy={share: 0.5, terms: {jsd: {alpha: 0.2}}}",
+            "jsd.alpha is no setting of kind jsd, only of skewed_kl",
+        ),
+        ("distillation.terms.top_k_kl.support=gather", "distillation.terms.top_k_kl.support: Input should be 'top_k'"),
+        (
+            "distillation.terms.top_k_kl.bta=2",
+            "Did you mean 'distillation.terms.top_k_kl.beta'",
+        ),
         ("nonsense", "NAME=VALUE"),
         ("optim.betas=[0.9", "cannot be read"),
     ],
@@ -83,11 +93,9 @@ def test_a_value_that_must_be_given_is_asked_for_by_name() -> None:
         (["optim.schedule.decay_steps=3"], "optim.schedule.decay_steps"),
         (["on_policy.lag=3"], "on_policy.lag"),
         (["on_policy.terms.reverse_kl.tail=renormalise"], "on_policy.terms.reverse_kl.tail"),
-        (["on_policy=gkd", "on_policy.terms.jsd.alpha=0.2"], "on_policy.terms.jsd.alpha"),
         (["evaluation.every=0", "evaluation.samples=3"], "evaluation.samples"),
         (["evaluation.samples=0", "evaluation.sample_tokens=3"], "evaluation.sample_tokens"),
         (["optim.schedule.kind=constant", "optim.schedule.floor=0.5"], "optim.schedule.floor"),
-        (["distillation.terms.cross_entropy.beta=0.3"], "distillation.terms.cross_entropy.beta"),
         (["distillation.samples=3"], "distillation.samples"),
         (["distillation.gather_k=3"], "distillation.gather_k"),
         (["distillation.hidden_dtype=int8"], "distillation.hidden_dtype"),

@@ -12,10 +12,13 @@ from typing import Any, Literal
 
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import public, public_tree
+from student_trainer.settings.terms import as_written_now
 from teacher_proto.identity import flatten
 
 logger = logging.getLogger(__name__)
 Answer = Literal["fixed", "numeric", "free"]
+
+TERMS = ("distillation.terms.", "on_policy.terms.")
 
 # By dotted name; the longest that is a beginning of a setting's name answers for it. "*" stands for one part.
 ANSWERS: dict[str, Answer] = {
@@ -79,7 +82,9 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
 
     A setting that an older trainer did not have stood at its default then.
     """
-    old, new = flatten(public(Settings())) | flatten(public_tree(before)), flatten(public(now))
+    # Every run has the terms that it names; those of the default settings are none of its own.
+    defaults = {name: value for name, value in flatten(public(Settings())).items() if not name.startswith(TERMS)}
+    old, new = defaults | flatten(_as_written_now(public_tree(before))), flatten(public(now))
     refused = []
     for name in sorted(old.keys() | new.keys()):
         was, becomes = old.get(name, "absent"), new.get(name, "absent")
@@ -98,6 +103,12 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
             f"the run cannot go on with other settings: {lines}. Set them back, begin anew with another run.id, or "
             f"allow it with run.allow_changes=[{names}]"
         )
+
+
+def _as_written_now(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier trainer, whose terms were written otherwise."""
+    losses = {name: before[name] for name in ("distillation", "on_policy") if name in before}
+    return {**before, **{name: {**of, "terms": as_written_now(of["terms"])} for name, of in losses.items()}}
 
 
 def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], settings: Settings) -> None:

@@ -17,6 +17,8 @@ from student_trainer.batch.batch import Batch
 from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import Parts, build_parts
 from student_trainer.losses.chunks import default_chunk_rows
+from student_trainer.losses.kinds import terms_of
+from student_trainer.losses.terms import Needs, Term, TokenTerm
 from student_trainer.rollouts.prompts import prompts_of
 from student_trainer.settings import Settings
 from student_trainer.targets.background import EventThread
@@ -81,8 +83,7 @@ def _batch(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
     )
     yield "batch 0", f"{batch.tokens_BT.shape[0]} rows of {batch.tokens_BT.shape[1]:,}, {filled:.0%} filled"
     yield "", ", ".join(f"{count} documents of {source}" for source, count in sources.items())
-    terms = (f"{term.coefficient:g} x {term.name} (T = {term.temperature:g})" for term in settings.distillation.build())
-    yield "loss", " + ".join(terms)
+    yield "loss", _sum_of(terms_of(settings.distillation))
 
 
 def _on_policy(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
@@ -91,19 +92,27 @@ def _on_policy(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
         prompts = prompts_of(batch, own, settings.run.seed)
         yield "own text", f"{own.share:.0%} of the batches, written {own.lag} updates before they are learnt from"
         yield "", f"in the place of batch 0: {len(prompts)} prompts, {own.new_tokens} tokens after each at most"
-        yield "", " + ".join(f"{term.coefficient:g} x {term.name} (T = {term.temperature:g})" for term in own.build())
+        yield "", _sum_of(terms_of(own))
+
+
+def _sum_of(terms: Sequence[Term]) -> str:
+    return " + ".join(
+        f"{term.coefficient:g} x {term.name}" + (f" (T = {term.temperature:g})" if isinstance(term, TokenTerm) else "")
+        for term in terms
+    )
 
 
 def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread) -> Iterator[tuple[str, str]]:
-    terms = settings.distillation.build()
+    terms = terms_of(settings.distillation)
     tokens = int((batch.document_ids_BT >= 0).sum())
-    if parts.attention is not None and parts.student.attention is not None:
+    if parts.attention is not None:
         with stage("attention states of batch 0", note=parts.describe_waiting):
             states = thread.call(parts.attention.fetch(batch))
         size = sum(each.nbytes for each in states) / tokens
-        layers = f"the teacher's layer {states[0].layer}, the student's {parts.student.attention.layer}"
+        ours = ", ".join(map(str, sorted(parts.student.capture(terms).attention)))
+        layers = f"the teacher's layer {states[0].layer}, the student's {ours}"
         yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
-    if parts.teacher is None or not any(term.reads_tokens for term in terms):
+    if parts.teacher is None or not Needs.of(terms).kinds:
         return
     ask = ask_for(terms, settings.teacher.top_k, settings.distillation)
     with stage("targets of batch 0", note=parts.describe_waiting):

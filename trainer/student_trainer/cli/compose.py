@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from student_trainer.cli.effects import without_effect
-from student_trainer.cli.help import settings_by_name
+from student_trainer.cli.help import sections_in, settings_by_name
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import remember
 
@@ -86,12 +86,21 @@ def validated(plain: Any) -> Settings:
         return Settings.model_validate(plain)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        location = [str(part) for part in first["loc"]]
+        location = _without_tags([str(part) for part in first["loc"]])
         if first["type"] == "extra_forbidden":
             raise ValueError(_unknown(location)) from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {first['input']!r})"
         raise ValueError(f"{'.'.join(location)}: {message}{got}" if location else message) from None
+
+
+def _without_tags(location: list[str]) -> list[str]:
+    """The dotted name of a setting: pydantic names the member of a union as well."""
+    path: list[str] = []
+    for part in location:
+        if len(sections_in(_plain_type(_find(path)))) < 2 or _find([*path, part]) is not None:
+            path.append(part)
+    return path
 
 
 def groups(folders: list[Path]) -> dict[str, list[str]]:
@@ -134,10 +143,11 @@ def _find(path: list[str]) -> Any | None:
     here: Any = Settings
     for part in path:
         here = _plain_type(here)
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            if part not in here.model_fields:
+        if sections := sections_in(here):
+            having = [section for section in sections if part in section.model_fields]
+            if not having:
                 return None
-            here = here.model_fields[part].annotation
+            here = having[0].model_fields[part].annotation
         elif typing.get_origin(here) is dict:
             here = typing.get_args(here)[1]
         elif here is not Any:
@@ -163,8 +173,7 @@ def _unknown(path: list[str]) -> str:
             continue
         parent = _plain_type(_find(path[: length - 1]) if length > 1 else Settings)
         prefix = ".".join([*path[: length - 1], ""])
-        if isinstance(parent, type) and issubclass(parent, BaseModel):
-            known = [prefix + name for name in parent.model_fields]
+        known = list(dict.fromkeys(prefix + name for section in sections_in(parent) for name in section.model_fields))
         break
     name = ".".join(path)
     return (

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from student_trainer.losses.kinds import all_terms
+from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.teacher import MemberSettings
+from teacher_proto.requests import Kind
 
 
 class Rule(NamedTuple):
@@ -24,8 +27,8 @@ def _has_teacher(settings: Settings) -> bool:
     return settings.teacher.kind != "none"
 
 
-def _has_support(name: str) -> Callable[[Settings], bool]:
-    return lambda settings: any(term.support == name for term in settings.terms())
+def _asks_for(kind: Kind) -> Callable[[Settings], bool]:
+    return lambda settings: kind in Needs.of(all_terms(settings)).kinds
 
 
 def _has_attention(settings: Settings) -> bool:
@@ -67,12 +70,12 @@ RULES = (
         Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")
         for name in ("reference", "every", "ema")
     ),
-    Rule("distillation.samples", _has_support("sampled"), "no loss is on samples"),
-    Rule("distillation.sample_seed", _has_support("sampled"), "no loss is on samples"),
-    Rule("distillation.gather_at", _has_support("gather"), "no loss has support gather"),
+    Rule("distillation.samples", _asks_for("sampled"), "no loss is on samples"),
+    Rule("distillation.sample_seed", _asks_for("sampled"), "no loss is on samples"),
+    Rule("distillation.gather_at", _asks_for("gather"), "no loss has support gather"),
     Rule("distillation.gather_k", lambda s: s.distillation.gather_at == "student", "distillation.gather_at is labels"),
-    Rule("distillation.gather_k", _has_support("gather"), "no loss has support gather"),
-    Rule("distillation.hidden_dtype", _has_support("full"), "no loss has support full"),
+    Rule("distillation.gather_k", _asks_for("gather"), "no loss has support gather"),
+    Rule("distillation.hidden_dtype", _asks_for("hidden"), "no loss has support full"),
     *(
         Rule(f"teacher.{name}", _has_teacher, "teacher.kind is none")
         for name in ("fingerprint", "top_k", "sanity", "tokenizer", "same_tokenizer")
@@ -147,11 +150,10 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
         for name in sorted(balance.shares.keys() - {balance.reference or next(iter(balance.shares), None)})
         if f"distillation.terms.{name}.coefficient" in given
     ]
-    for section, terms in (("distillation", settings.distillation.build()), ("on_policy", settings.on_policy.build())):
-        # The relation term comes last and has a section of its own.
-        for name, term in zip(getattr(settings, section).terms, terms, strict=False):
+    for section, terms in (("distillation", settings.distillation.terms), ("on_policy", settings.on_policy.terms)):
+        for name, term in terms.items():
             lines += [
-                f"{section}.terms.{name}.{field} has no effect on a loss of kind {term.kind}"
+                f"{section}.terms.{name}.{field} has no effect beside the other settings of a loss of kind {term.kind}"
                 for field in term.without_effect()
             ]
     return lines

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,23 +29,28 @@ def print_help(commands: str) -> None:
         print(f"  {shown:52}{field.description or ''}".rstrip())
 
 
-def settings_by_name(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name, in the order of `settings`; members of a named family as `family.NAME`."""
-    for name, field in model.model_fields.items():
-        member = _model_in(field.annotation)
-        if member is None:
-            yield f"{prefix}{name}", field
+def settings_by_name(*sections: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name, in the order of `settings`; members of a named family as `family.NAME`. Of
+    several sections, which are the kinds of one family, each name once.
+    """
+    fields = {name: field for section in reversed(sections) for name, field in section.model_fields.items()}
+    for name in dict.fromkeys(name for section in sections for name in section.model_fields):
+        annotation = fields[name].annotation
+        members = sections_in(annotation) or [m for each in typing.get_args(annotation) for m in sections_in(each)]
+        if not members:
+            yield f"{prefix}{name}", fields[name]
         else:
-            family = "" if member == field.annotation else "NAME."
-            yield from settings_by_name(member, f"{prefix}{name}.{family}")
+            family = "" if members == [annotation] else "NAME."
+            yield from settings_by_name(*members, prefix=f"{prefix}{name}.{family}")
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation is, or that the members of its dictionary are."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    members = getattr(annotation, "__args__", ())
-    return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section that an annotation is, or those that it is one of."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return sections_in(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [section for member in typing.get_args(annotation) for section in sections_in(member)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
 def _shown(value: Any) -> str:

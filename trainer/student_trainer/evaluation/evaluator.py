@@ -22,8 +22,9 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.evaluation.documents import DocumentFigures, DocumentSums
 from student_trainer.evaluation.passage import can_be_shown, make_passage
+from student_trainer.losses.kinds import token_term
 from student_trainer.losses.metrics import LossSums
-from student_trainer.losses.terms import Term
+from student_trainer.losses.terms import TokenTerm
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import EvaluationSettings
 from student_trainer.students.student import Student
@@ -31,10 +32,10 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import Ask, Targets
 from teacher_proto.stages import stage
 
-CROSS_ENTROPY = Term("cross_entropy", "cross_entropy", 1.0)
-KL: dict[str, Term] = {
-    "top_k": Term("kl", "top_k_kl", 1.0),
-    "full": Term("kl", "forward_kl", 1.0, support="full"),
+CROSS_ENTROPY = token_term("cross_entropy", "cross_entropy")
+KL: dict[str, TokenTerm] = {
+    "top_k": token_term("kl", "top_k_kl"),
+    "full": token_term("kl", "forward_kl", support="full"),
 }
 Figures = dict[str, float | int | None]
 

@@ -1,10 +1,12 @@
-"""Losses of the student: `head_loss` computes them all from hidden states.
+"""Losses of the student. May import `settings` and `batch`. Open `terms` first: what a loss is to all others.
 
-`Term` says what to compute, `TeacherRows` what the teacher said, row by row.
+`head_loss` computes all losses of tokens from hidden states; `token_term` makes one by its settings, `TeacherRows` is
+what the teacher said, row by row.
 """
 
 from student_trainer.batch.teacher_rows import TeacherHead, TeacherRows
 from student_trainer.losses.head import HeadLoss, head_loss
-from student_trainer.losses.terms import Term
+from student_trainer.losses.kinds import token_term
+from student_trainer.losses.terms import TeacherTerm, Term, TokenTerm
 
-__all__ = ["HeadLoss", "TeacherHead", "TeacherRows", "Term", "head_loss"]
+__all__ = ["HeadLoss", "TeacherHead", "TeacherRows", "TeacherTerm", "Term", "TokenTerm", "head_loss", "token_term"]

@@ -12,20 +12,13 @@ import torch
 from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
-from student_trainer.losses.terms import Term
+from student_trainer.losses.supports import SUPPORTS, Support
+from student_trainer.losses.terms import TeacherTerm, TokenTerm
 
 IGNORED = -100
 
 # A scalar that is True where something is wrong, and the words for it.
 Doubt = tuple[Tensor, Callable[[], str]]
-
-# What each support reads, and the word to ask the teacher for.
-_FIELDS = {
-    "top_k": (("ids_NK", "logprobs_NK"), "top_k"),
-    "gather": (("gather_ids_NG", "gather_logprobs_NG"), "gather"),
-    "sampled": (("sampled_offsets", "sampled_ids", "sampled_counts"), "sampled"),
-    "full": (("teacher_hidden_NE", "teacher_head"), "hidden"),
-}
 
 
 def settle(doubts: Sequence[Doubt]) -> None:
@@ -38,7 +31,7 @@ def settle(doubts: Sequence[Doubt]) -> None:
 
 
 def check_shapes(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[Term], weights_N: Tensor | None = None
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[TokenTerm], weights_N: Tensor | None = None
 ) -> None:
     """ValueError where shapes disagree, or two terms share a name."""
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
@@ -75,9 +68,9 @@ def shared_width(shared_vocab: int | None, vocab_size: int) -> int:
     return shared_vocab
 
 
-def rows_that_count(term: Term, labels_N: Tensor, teacher: TeacherRows | None) -> Tensor:
+def rows_that_count(term: TokenTerm, labels_N: Tensor, teacher: TeacherRows | None) -> Tensor:
     """Bool [N]: which rows the term sums over. ValueError if the teacher's rows are not as many as the student's."""
-    if term.kind == "cross_entropy" or teacher is None or teacher.valid_N is None:
+    if not isinstance(term, TeacherTerm) or teacher is None or teacher.valid_N is None:
         return labels_N != IGNORED
     if teacher.valid_N.shape != labels_N.shape:
         raise ValueError(f"got {len(teacher.valid_N)} teacher rows for {len(labels_N)} rows of the student")
@@ -85,29 +78,29 @@ def rows_that_count(term: Term, labels_N: Tensor, teacher: TeacherRows | None) -
 
 
 def check_targets(
-    term: Term, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None
+    term: TokenTerm, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None
 ) -> Iterator[Doubt]:  # fmt: skip
     """ValueError if the term needs what `teacher` has not; doubts about NaN, and about ids of `limit` or more."""
-    if term.kind == "cross_entropy":
+    if not isinstance(term, TeacherTerm):
         return
-    wanted, request = _FIELDS[term.support]
-    missing = [name for name in wanted if teacher is None or getattr(teacher, name) is None]
+    support = SUPPORTS[term.support]
+    missing = [name for name in support.fields if teacher is None or getattr(teacher, name) is None]
     if teacher is None or missing:
-        raise ValueError(f"loss '{term.name}' needs the target kind '{request}' ({', '.join(missing)} not given)")
-    if term.support == "sampled":
-        yield from _check_sampled(term, teacher, counted_N, limit)
-    elif term.support == "full":
+        raise ValueError(f"loss '{term.name}' needs the target kind '{support.kind}' ({', '.join(missing)} not given)")
+    if support.student == "vocabulary":
         _check_full(term, teacher, counted_N)
+    elif support.drawn:
+        yield from _check_sampled(term, teacher, counted_N, limit)
     else:
-        ids_NK, logprobs_NK = (getattr(teacher, name) for name in wanted)
-        tempered = term.support == "top_k" and teacher.tempered_at(term.temperature) is not None
-        log_z_N = None if tempered else teacher.log_z_at(term.temperature)
-        yield from _check_ids(term, ids_NK, logprobs_NK, log_z_N, counted_N, limit)
+        yield from _check_ids(term, support, teacher, counted_N, limit)
 
 
 def _check_ids(
-    term: Term, ids_NK: Tensor, logprobs_NK: Tensor, log_z_N: Tensor | None, counted_N: Tensor, limit: int | None
+    term: TeacherTerm, support: Support, teacher: TeacherRows, counted_N: Tensor, limit: int | None
 ) -> Iterator[Doubt]:
+    ids_NK, logprobs_NK = (getattr(teacher, name) for name in support.fields)
+    tempered = support.largest and teacher.tempered_at(term.temperature) is not None
+    log_z_N = None if tempered else teacher.log_z_at(term.temperature)
     if ids_NK.shape != logprobs_NK.shape or len(ids_NK) != len(counted_N):
         raise ValueError(
             f"loss '{term.name}': got ids {tuple(ids_NK.shape)} and logprobs {tuple(logprobs_NK.shape)}, "
@@ -121,14 +114,14 @@ def _check_ids(
     nan = (nan_N & counted_N).any()
     yield nan, lambda: f"loss '{term.name}': the teacher's logprobs or log_z contain NaN on a row that counts"
     used_NK = torch.where(counted_N[:, None], ids_NK.long(), 0)
-    if term.support == "gather":
+    if support.distinct:
         twice_N = (used_NK.sort(-1).values.diff(dim=-1) == 0).any(-1) & counted_N
         words = f"loss '{term.name}': an id comes twice on a row of gather_ids, expected distinct ids"
         yield twice_N.any(), lambda: words
     yield _doubt_range(term, used_NK, limit)
 
 
-def _check_sampled(term: Term, teacher: TeacherRows, counted_N: Tensor, limit: int | None) -> Iterator[Doubt]:
+def _check_sampled(term: TeacherTerm, teacher: TeacherRows, counted_N: Tensor, limit: int | None) -> Iterator[Doubt]:
     assert teacher.sampled_offsets is not None and teacher.sampled_ids is not None
     if len(teacher.sampled_offsets) != len(counted_N) + 1:
         raise ValueError(
@@ -143,7 +136,7 @@ def _check_sampled(term: Term, teacher: TeacherRows, counted_N: Tensor, limit: i
         yield _doubt_range(term, teacher.sampled_ids.long(), limit)
 
 
-def _doubt_range(term: Term, ids: Tensor, limit: int | None) -> Doubt:
+def _doubt_range(term: TeacherTerm, ids: Tensor, limit: int | None) -> Doubt:
     least, largest = ids.aminmax()
 
     def words() -> str:
@@ -156,7 +149,7 @@ def _doubt_range(term: Term, ids: Tensor, limit: int | None) -> Doubt:
     return (least < 0) if limit is None else (least < 0) | (largest >= limit), words
 
 
-def _check_full(term: Term, teacher: TeacherRows, counted_N: Tensor) -> None:
+def _check_full(term: TeacherTerm, teacher: TeacherRows, counted_N: Tensor) -> None:
     assert teacher.teacher_hidden_NE is not None and teacher.teacher_head is not None
     weight_VE = teacher.teacher_head.weight_VE
     if teacher.teacher_hidden_NE.shape != (len(counted_N), weight_VE.shape[1]):

@@ -15,7 +15,8 @@ from torch import Tensor
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.passes import Block, Pass, run_pass
 from student_trainer.losses.projection import HeadProjection
-from student_trainer.losses.terms import Term
+from student_trainer.losses.supports import SUPPORTS
+from student_trainer.losses.terms import TeacherTerm, TokenTerm
 
 CPU_BLOCK_ELEMENTS = 2**21
 GPU_BLOCK_ELEMENTS = 2**25
@@ -29,7 +30,7 @@ class Job:
 
     labels_N: Tensor
     teacher: TeacherRows | None
-    terms: tuple[Term, ...]
+    terms: tuple[TokenTerm, ...]
     passes: tuple[Pass, ...]
     counted: dict[str, Tensor]
     shared: int
@@ -162,7 +163,7 @@ def _blocks(height: int, z_CV: Tensor) -> Iterator[slice]:
 
 def _teacher_projection(job: Job) -> HeadProjection | None:
     """The teacher's head, cut to the shared vocabulary, if any term compares whole vocabularies."""
-    if not any(run.support == "full" for run in job.passes):
+    if not any(_compares_vocabularies(term) for term in job.terms):
         return None
     assert job.teacher is not None
     head, hidden_NE = job.teacher.teacher_head, job.teacher.teacher_hidden_NE
@@ -171,11 +172,15 @@ def _teacher_projection(job: Job) -> HeadProjection | None:
     return HeadProjection(head.weight_VE[: job.shared], bias_W, head.softcap, head.scale, hidden_NE.dtype)
 
 
+def _compares_vocabularies(term: TokenTerm) -> bool:
+    return isinstance(term, TeacherTerm) and SUPPORTS[term.support].student == "vocabulary"
+
+
 def _project_teacher(job: Job, head: HeadProjection, rows_C: Tensor, out_CW: Tensor) -> None:
     assert job.teacher is not None and job.teacher.teacher_hidden_NE is not None
     hidden_CE = job.teacher.teacher_hidden_NE[rows_C].to(head.dtype)
     # What stands on rows without a teacher may be anything, and NaN times a weight of zero is NaN.
-    counted_N = next(job.counted[term.name] for term in job.terms if term.support == "full")
+    counted_N = next(job.counted[term.name] for term in job.terms if _compares_vocabularies(term))
     hidden_CE = torch.where(counted_N[rows_C, None], hidden_CE, 0.0)
     head.project(hidden_CE, out_CW)
     head.cap_(out_CW)

@@ -7,13 +7,13 @@ pass only scales it. That costs the three matrix products of plain cross-entropy
     checks    what a call must satisfy
     chunks    the walk over the rows                   projection  the matrix products
     passes    the algebra of a block of rows           supports    the teacher's side of it
-    cross_entropy, kl, jsd, skewed_kl, tvd, sampled    one file a family of losses
+    divergences    the formula of each kind
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from student_trainer.losses.checks import (
 )
 from student_trainer.losses.chunks import Job, default_chunk_rows, walk
 from student_trainer.losses.passes import plan_passes
-from student_trainer.losses.terms import Term
+from student_trainer.losses.terms import Term, TokenTerm
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class HeadLoss:
     counted: dict[str, Tensor]
     top1_N: Tensor | None = None
 
+    def plus(self, term: Term, values_N: Tensor) -> HeadLoss:
+        """With a term whose values were computed elsewhere, one for each of the rows."""
+        return replace(
+            self,
+            total=self.total + term.coefficient * values_N.sum(),
+            per_term=self.per_term | {term.name: values_N.detach()},
+            counted=self.counted | {term.name: torch.ones_like(values_N, dtype=torch.bool)},
+        )
+
     def count(self, name: str) -> Tensor:
         """How many rows counted for the term `name`: a scalar tensor."""
         return self.counted[name].sum()
@@ -58,7 +67,7 @@ def head_loss(
     head_weight_VD: Tensor,
     labels_N: Tensor,
     teacher: TeacherRows | None,
-    terms: Sequence[Term],
+    terms: Sequence[TokenTerm],
     *,
     head_bias_V: Tensor | None = None,
     logit_softcap: float | None = None,

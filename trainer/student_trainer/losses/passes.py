@@ -12,33 +12,17 @@ tail is summed and softened by itself: one minus the rest would lose all digits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
-from student_trainer.losses.cross_entropy import cross_entropy
-from student_trainer.losses.jsd import jsd
-from student_trainer.losses.kl import forward_kl, reverse_kl
-from student_trainer.losses.sampled import sampled_cross_entropy
-from student_trainer.losses.skewed_kl import skewed_kl, skewed_reverse_kl
-from student_trainer.losses.supports import LOG_FLOOR, SupportRows, read_support, renormalised, with_tail
+from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
+from student_trainer.losses.supports import LOG_FLOOR, SUPPORTS, SupportRows, read_support, renormalised, with_tail
 from student_trainer.losses.sweeps import HOLE, sweep_in, sweep_out
-from student_trainer.losses.terms import Term
-from student_trainer.losses.tvd import tvd
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Term], tuple[Tensor, Tensor]]] = {
-    "top_k_kl": forward_kl,
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skewed_kl": skewed_kl,
-    "skewed_reverse_kl": skewed_reverse_kl,
-    "tvd": tvd,
-    "sampled": sampled_cross_entropy,
-}
+from student_trainer.losses.terms import LabelTerm, TeacherTerm, TokenTerm
 
 
 @dataclass(frozen=True)
@@ -48,8 +32,8 @@ class Pass:
     temperature: float
     width: int
     support: str | None
-    terms: tuple[Term, ...]
-    label_terms: tuple[Term, ...] = ()
+    terms: tuple[TeacherTerm, ...]
+    label_terms: tuple[LabelTerm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,20 +71,25 @@ class _Push:
     at_NK: Tensor | None = None
 
 
-def plan_passes(terms: Sequence[Term], vocab_size: int, shared_vocab: int) -> tuple[Pass, ...]:
-    """As few passes as the terms allow; cross-entropy rides along where a pass has its softmax anyway."""
-    groups: dict[tuple[float, int, str | None], list[Term]] = {}
+def plan_passes(terms: Sequence[TokenTerm], vocab_size: int, shared_vocab: int) -> tuple[Pass, ...]:
+    """As few passes as the terms allow; losses at the label ride along where a pass has their softmax anyway."""
+    groups: dict[tuple[float, int, str | None], list[TeacherTerm]] = {}
     for term in terms:
-        if term.kind != "cross_entropy":
+        if isinstance(term, TeacherTerm):
             groups.setdefault((term.temperature, shared_vocab, term.support), []).append(term)
-    labels = tuple(term for term in terms if term.kind == "cross_entropy")
-    host = next((key for key in groups if key[:2] == (1.0, vocab_size) and key[2] != "full"), None)
+    labels = tuple(term for term in terms if isinstance(term, LabelTerm))
+    host = next((key for key in groups if key[:2] == (1.0, vocab_size) and not _is_dense(key[2])), None)
     if labels and host is None:
         host = (1.0, vocab_size, None)
         groups[host] = []
     return tuple(
         Pass(*key, terms=tuple(members), label_terms=labels if key == host else ()) for key, members in groups.items()
     )
+
+
+def _is_dense(support: str | None) -> bool:
+    """Whether a pass compares whole vocabularies."""
+    return support is not None and SUPPORTS[support].student == "vocabulary"
 
 
 def run_pass(
@@ -112,7 +101,7 @@ def run_pass(
     otherwise as before when the pass is done.
     """
     z_NW = z_NV[:, : job.width]
-    if job.support == "full":
+    if _is_dense(job.support):
         return _dense_pass(job, z_NW, block, wants_grad)
     overwrite = overwrite and wants_grad and z_NW.shape == z_NV.shape
     label_N1 = block.labels_N.clamp_min(0)[:, None]
@@ -167,7 +156,7 @@ def _label_terms(job: Pass, log_q_label_N: Tensor, block: Block, push: _Push) ->
     for term in job.label_terms:
         counted_N = block.counted[term.name]
         weight_N = _weight(term, block, log_q_label_N)
-        value_N, slope_N = cross_entropy(log_q_label_N)
+        value_N, slope_N = LABEL_LOSSES[term.kind](log_q_label_N, term.settings)
         values[term.name] = torch.where(counted_N, value_N, 0.0)
         push.spread_N -= weight_N * slope_N
         push.at_label_N += weight_N * slope_N
@@ -181,7 +170,7 @@ def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> d
     for term in job.terms:
         counted_N = block.counted[term.name]
         weight_N = _weight(term, block, at_NK)
-        if term.support != "sampled" and term.tail == "renormalise":
+        if term.renormalises:
             value_N, slope_NK = _given_support(term, student)
         else:
             value_N, total_N, slope_NK, slope_tail_N = _with_the_rest(term, student, job.width)
@@ -193,22 +182,22 @@ def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> d
     return values
 
 
-def _given_support(term: Term, student: _Student) -> tuple[Tensor, Tensor]:
+def _given_support(term: TeacherTerm, student: _Student) -> tuple[Tensor, Tensor]:
     """(value_N, gradient_NK) of a divergence between the two distributions given that the token is in the support."""
     live_NK = student.support.live_NK
     log_p_NK, log_q_NK = (renormalised(x, live_NK) for x in (student.support.logprobs_NK, student.log_q_NK))
-    value_N, slope_NK = DIVERGENCES[term.kind](log_p_NK, log_q_NK, term)
+    value_N, slope_NK = DIVERGENCES[term.kind](log_p_NK, log_q_NK, term.settings)
     gradient_NK = slope_NK - log_q_NK.exp() * slope_NK.sum(-1, keepdim=True)
     return value_N, gradient_NK
 
 
-def _with_the_rest(term: Term, student: _Student, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _with_the_rest(term: TeacherTerm, student: _Student, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(value, sum of slopes, slopes at the ids, slope of the tail) of a divergence over the whole vocabulary's mass."""
-    if term.support == "sampled":
-        value_N, slope_NK = DIVERGENCES[term.kind](student.support.logprobs_NK, student.log_q_NK, term)
+    if SUPPORTS[term.support].student == "ids":
+        value_N, slope_NK = DIVERGENCES[term.kind](student.support.logprobs_NK, student.log_q_NK, term.settings)
         return value_N, slope_NK.sum(-1), slope_NK, torch.zeros_like(value_N)
     log_q_NB = torch.cat([student.log_q_NK, student.log_tail_N[:, None]], 1)
-    value_N, slope_NB = DIVERGENCES[term.kind](with_tail(student.support, width), log_q_NB, term)
+    value_N, slope_NB = DIVERGENCES[term.kind](with_tail(student.support, width), log_q_NB, term.settings)
     return value_N, slope_NB.sum(-1), slope_NB[:, :-1], slope_NB[:, -1]
 
 
@@ -221,7 +210,7 @@ def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tupl
     gradient_NW: Tensor | None = None
     for term in job.terms:
         counted_N = block.counted[term.name]
-        value_N, slope_NW = DIVERGENCES[term.kind](log_p_NW, log_q_NW, term)
+        value_N, slope_NW = DIVERGENCES[term.kind](log_p_NW, log_q_NW, term.settings)
         values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
         if wants_grad:
             weight_N = _weight(term, block, log_q_NW) / job.temperature
@@ -230,7 +219,7 @@ def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tupl
     return values, gradient_NW
 
 
-def _weight(term: Term, block: Block, like: Tensor) -> Tensor:
+def _weight(term: TokenTerm, block: Block, like: Tensor) -> Tensor:
     """What the term's value counts in the total, row by row."""
     weight_N = block.counted[term.name].to(like.dtype) * (term.coefficient * term.squared)
     return weight_N if block.weights_N is None else weight_N * block.weights_N.to(like.dtype)

@@ -1,4 +1,5 @@
-"""The teacher's side of a sparse loss: which ids it names on each row, and with what probability. Called by `passes`.
+"""Where a teacher's probabilities come from: `SUPPORTS`, and the teacher's side of a loss on one. Called by `passes`,
+`checks` and `terms`.
 
 Every distillation term compares the two models given that the token is one that both have (`width` leading ids): the
 student's softmax is taken over those, and the teacher's known mass beyond them is divided out. So a padded head, an
@@ -8,12 +9,15 @@ student's whole vocabulary, and presses whatever mass stands on the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
+from teacher_proto.requests import Kind
 
 # The least tail mass, where no smaller bound is known. The logprobs come rounded to fp16, so one minus their sum is
 # zero or below on peaked rows, where a divergence with log p of the tail would be infinite.
@@ -42,14 +46,16 @@ class SupportRows:
 
 def read_support(rows: TeacherRows, support: str, temperature: float, width: int, counted_N: Tensor) -> SupportRows:
     """Rows of the support named `support` ("top_k", "gather" or "sampled"); `counted_N` says which rows count."""
-    ids_NK, logprobs_NK = READERS[support](rows, temperature)
+    chosen = SUPPORTS[support]
+    assert chosen.read is not None, "a whole vocabulary names no ids"
+    ids_NK, logprobs_NK = chosen.read(rows, temperature)
     named_NK = counted_N[:, None] & (logprobs_NK > LOG_FLOOR)
     live_NK = named_NK & (ids_NK < width)
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
     least_N = torch.where(counted_N[:, None], logprobs_NK, LOG_FLOOR).amin(-1)
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)
     # Several teachers together keep the K likeliest by what all of them list: another id may have more.
-    bounds = support == "top_k" and rows.tempered_logprobs_NKT is None
+    bounds = chosen.largest and rows.tempered_logprobs_NKT is None
     spare_N1 = torch.where(live_NK.any(-1, keepdim=True), ids_NK.gather(1, first_N1), 0)
     return SupportRows(
         ids_NK=torch.where(live_NK, ids_NK, spare_N1),
@@ -109,4 +115,41 @@ def _softened(logprobs_NK: Tensor, rows: TeacherRows, temperature: float) -> Ten
     return logprobs_NK.clamp_min(LOG_FLOOR)
 
 
-READERS = {"top_k": _top_k, "gather": _gather, "sampled": _sampled}
+@dataclass(frozen=True)
+class Support:
+    """The ids on which a loss compares, and whose word is taken for the teacher's probabilities there.
+
+    `kind`: the targets to ask the teacher for. `fields`: of `TeacherRows`, all of which must be there.
+    `student`: what becomes of the student's distribution: "ids and the rest" in one more bucket (or without it, where
+    the loss renormalises), "ids" that are weights of a sum over their logprobs, or the whole "vocabulary".
+    `read`: (rows, temperature) -> (ids, logprobs at the temperature) [N, K]; None for a whole vocabulary, which
+    `chunks` makes out of hidden states. `ahead`: whether it is asked for with the batch, and not when a step begins.
+    `normalised`: whether a temperature other than 1 needs the teacher's normaliser at it; `drawn`: whether the teacher
+    draws at it. `largest`: no id that is not named has more than the least of them. `distinct`: to be checked, since
+    the ids are the student's own choice.
+    """
+
+    kind: Kind
+    fields: tuple[str, ...]
+    student: Literal["ids and the rest", "ids", "vocabulary"]
+    read: Callable[[TeacherRows, float], tuple[Tensor, Tensor]] | None = None
+    ahead: bool = True
+    normalised: bool = False
+    drawn: bool = False
+    largest: bool = False
+    distinct: bool = False
+
+
+SUPPORTS: dict[str, Support] = {
+    "top_k": Support(
+        "top_k", ("ids_NK", "logprobs_NK"), "ids and the rest", _top_k, normalised=True, largest=True,
+    ),
+    "gather": Support(
+        "gather", ("gather_ids_NG", "gather_logprobs_NG"), "ids and the rest", _gather, ahead=False, normalised=True,
+        distinct=True,
+    ),
+    "sampled": Support(
+        "sampled", ("sampled_offsets", "sampled_ids", "sampled_counts"), "ids", _sampled, drawn=True
+    ),
+    "full": Support("hidden", ("teacher_hidden_NE", "teacher_head"), "vocabulary"),
+}  # fmt: skip

@@ -1,108 +1,195 @@
-"""What a run asks of its losses: one `Term` for each. Made from the trainer's settings, read by `head.head_loss`.
+"""What a loss is to the rest of the trainer: a `Term`, with what it needs of a teacher and how it is computed.
 
-The reduction, once for all terms: a term's value is a sum over the rows that count for it of
-coefficient * (temperature^2 if `temperature_squared`) * divergence in nats. The loop divides once by the global count.
+Made by `kinds` out of settings, read by `head`, the students, the loop and whoever asks a teacher. The reduction, once
+for all: a term's value is a sum over the rows that count for it, of value in nats * weight of the label. The total adds
+coefficient * value, and the loop divides once by the global count.
+
+    TokenTerm     of the student's distribution of a token: computed by `head.head_loss` with all others together
+    StatesTerm    of the states of a forward pass, which the student captures for it
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
-Support = Literal["top_k", "gather", "sampled", "full"]
+from torch import Tensor
 
-# The supports on which each kind is defined. `top_k_kl` is forward_kl on the served top K, under the name users know.
-SUPPORTS: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (),
-    "top_k_kl": ("top_k",),
-    "forward_kl": ("top_k", "gather", "full"),
-    "reverse_kl": ("top_k", "gather", "full"),
-    "jsd": ("top_k", "gather", "full"),
-    "skewed_kl": ("top_k", "gather", "full"),
-    "skewed_reverse_kl": ("top_k", "gather", "full"),
-    "tvd": ("top_k", "gather", "full"),
-    "sampled": ("sampled",),
-    "attention_relations": (),
-}
-# Kinds that read nothing that the teacher says of tokens. `attention_relations`, of a layer's states, is no term of
-# `head_loss`.
-OFF_TOKENS = ("cross_entropy", "attention_relations")
+from student_trainer.batch.align import MicroBatch
+from student_trainer.losses.supports import SUPPORTS
+from student_trainer.settings.attention import AttentionSettings, Layer
+from student_trainer.settings.terms import DivergenceSettings, SampledSettings, TermSettings
+from teacher_proto.relations import QKV
+from teacher_proto.requests import Kind
+
+LATE = frozenset(support.kind for support in SUPPORTS.values() if not support.ahead)
 
 
 @dataclass(frozen=True)
-class Term:
-    """One summand of the loss.
+class Needs:
+    """What losses need of a teacher; `|` is what two need together.
 
-    `tail`: "bucket" gives the mass outside the support a bucket of its own on both sides, so student mass there is
-    pressed; "renormalise" compares the two distributions given that the token is in the support.
-    `temperature_squared`: multiply value and gradient by T^2 (Hinton's convention).
-    `beta`: jsd's weight of the teacher. `alpha`: the skewed divergences' share of the first distribution.
-    `support`: where the teacher's probabilities come from; "full" needs its hidden states and head.
-    Raises ValueError for a kind that is not known, a support that the kind has not, or a number out of range.
+    `kinds`: of targets, those about tokens. `temperatures`: other than 1, at which probabilities on given ids are
+    needed. `sampled_at`: temperatures at which samples are drawn. `layers`: layers whose attention states are
+    needed, as the settings name them, each with the dtype in which they travel.
     """
 
-    name: str
-    kind: str
-    coefficient: float
-    temperature: float = 1.0
-    tail: Literal["bucket", "renormalise"] = "bucket"
-    temperature_squared: bool = False
-    beta: float = 0.5
-    alpha: float = 0.1
-    support: Support = "top_k"
+    kinds: frozenset[Kind] = frozenset()
+    temperatures: frozenset[float] = frozenset()
+    sampled_at: frozenset[float] = frozenset()
+    layers: frozenset[tuple[Layer, str]] = frozenset()
 
-    def __post_init__(self) -> None:
-        if self.kind not in SUPPORTS:
-            raise ValueError(f"loss '{self.name}': got kind '{self.kind}', expected one of {sorted(SUPPORTS)}")
-        if self.kind == "sampled" and self.support == "top_k":
-            object.__setattr__(self, "support", "sampled")
-        supports = SUPPORTS[self.kind]
-        if supports and self.support not in supports:
-            raise ValueError(
-                f"loss '{self.name}' of kind '{self.kind}': got support '{self.support}', expected one of {supports}"
-            )
-        if not math.isfinite(self.coefficient):
-            raise ValueError(f"loss '{self.name}': got coefficient {self.coefficient}, expected a finite number")
-        if not (math.isfinite(self.temperature) and self.temperature > 0.0):
-            raise ValueError(f"loss '{self.name}': got temperature {self.temperature}, expected a number above 0")
-        if self.kind == "cross_entropy" and self.temperature != 1.0:
-            raise ValueError(f"loss '{self.name}': cross_entropy has temperature 1, got {self.temperature}")
-        if self.tail not in ("bucket", "renormalise"):
-            raise ValueError(f"loss '{self.name}': got tail '{self.tail}', expected 'bucket' or 'renormalise'")
-        if not 0.0 < self.beta < 1.0:
-            raise ValueError(
-                f"loss '{self.name}': got beta {self.beta}, expected a number between 0 and 1; "
-                "the limits are the kinds forward_kl (0) and reverse_kl (1)"
-            )
-        if not 0.0 < self.alpha < 1.0:
-            raise ValueError(f"loss '{self.name}': got alpha {self.alpha}, expected a number between 0 and 1")
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.kinds | other.kinds,
+            self.temperatures | other.temperatures,
+            self.sampled_at | other.sampled_at,
+            self.layers | other.layers,
+        )
 
     @property
-    def reads_tokens(self) -> bool:
-        """Whether the term compares with what the teacher says of each token."""
-        return self.kind not in OFF_TOKENS
+    def ahead(self) -> frozenset[Kind]:
+        """The kinds that are asked for with the batch."""
+        return self.kinds - LATE
+
+    @property
+    def late(self) -> frozenset[Kind]:
+        """The kinds that are asked for when a step begins: what is asked comes out of the student's weights."""
+        return self.kinds & LATE
+
+    @classmethod
+    def of(cls, terms: Iterable[Term]) -> Needs:
+        return reduce(Needs.__or__, (term.needs for term in terms), cls())
+
+
+@dataclass(frozen=True)
+class Term(ABC):
+    """One summand of the loss: its name among the metrics, its settings, and its coefficient at this step."""
+
+    name: str
+    settings: TermSettings | AttentionSettings
+    coefficient: float
+
+    @property
+    def kind(self) -> str:
+        return self.settings.kind
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What it needs of a teacher."""
+
+
+@dataclass(frozen=True)
+class TokenTerm(Term):
+    """A term of `head_loss`. Without a support it reads nothing of a teacher, and its rows are those with a label.
+
+    `squared`: T^2 where the settings ask for it, else 1.
+    """
+
+    @property
+    def temperature(self) -> float:
+        return 1.0
+
+    @property
+    def support(self) -> str | None:
+        return None
 
     @property
     def squared(self) -> float:
-        """T^2 where the term asks for it, else 1."""
-        return self.temperature**2 if self.temperature_squared else 1.0
+        return 1.0
 
-    def without_effect(self) -> list[str]:
-        """Names of the settings that differ from their default and change nothing for this kind."""
-        used = {"name", "kind", "coefficient"}
-        if self.reads_tokens:
-            used |= {"temperature", "support"}
-            if self.temperature != 1.0:
-                used.add("temperature_squared")
-        if self.support in ("top_k", "gather") and self.reads_tokens and self.kind != "sampled":
-            used.add("tail")
-        if self.kind == "jsd":
-            used.add("beta")
-        if self.kind in ("skewed_kl", "skewed_reverse_kl"):
-            used.add("alpha")
-        return [
-            field.name
-            for field in fields(self)
-            if field.name not in used and getattr(self, field.name) != field.default
-        ]
+
+@dataclass(frozen=True)
+class LabelTerm(TokenTerm):
+    """A function of the label's logprob alone, see `divergences.LABEL_LOSSES`."""
+
+    settings: TermSettings
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+
+@dataclass(frozen=True)
+class TeacherTerm(TokenTerm):
+    """A comparison with the teacher's distribution on a support, see `divergences.DIVERGENCES`."""
+
+    settings: DivergenceSettings | SampledSettings
+
+    @property
+    def temperature(self) -> float:
+        return self.settings.temperature
+
+    @property
+    def support(self) -> str:
+        return self.settings.support
+
+    @property
+    def squared(self) -> float:
+        return self.temperature**2 if self.settings.temperature_squared else 1.0
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the two are compared given that the token is in the support."""
+        return isinstance(self.settings, DivergenceSettings) and self.settings.tail == "renormalise"
+
+    @property
+    def needs(self) -> Needs:
+        support = SUPPORTS[self.support]
+        at = frozenset({self.temperature})
+        return Needs(
+            kinds=frozenset({support.kind}),
+            temperatures=at - {1.0} if support.normalised else frozenset(),
+            sampled_at=at if support.drawn else frozenset(),
+        )
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a forward pass of the student keeps for terms: layers, from 0, whose query, key and value are kept."""
+
+    attention: frozenset[int] = frozenset()
+
+    def __or__(self, other: Capture) -> Capture:
+        return Capture(self.attention | other.attention)
+
+    @classmethod
+    def of(cls, terms: Iterable[Term], config: Any) -> Capture:
+        """What these terms want of a model with `config`, transformers' own record of its shape."""
+        wanted = (term.capture(config) for term in terms if isinstance(term, StatesTerm))
+        return reduce(Capture.__or__, wanted, cls())
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What a forward pass has kept, part of the autograd graph: the final hidden rows [N, D] that predict the labels;
+    by layer the query [B, T, H, dh] after RoPE, key and value [B, T, H_kv, dh].
+    """
+
+    hidden_ND: Tensor
+    attention: Mapping[int, QKV]
+
+
+@dataclass(frozen=True)
+class StatesTerm(Term):
+    """A term that compares states of a forward pass."""
+
+    @abstractmethod
+    def check_student(self, config: Any) -> None:
+        """ValueError where a student with this `config` has not what the term needs."""
+
+    @abstractmethod
+    def check_teacher(self, widths: Mapping[str, int]) -> None:
+        """ValueError where the teacher's states, whose query, key and value are so wide, will not do."""
+
+    @abstractmethod
+    def capture(self, config: Any) -> Capture:
+        """What it wants kept of the student's forward pass."""
+
+    @abstractmethod
+    def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:
+        """[N] float32, differentiable: its value for each label, without coefficient and weight."""

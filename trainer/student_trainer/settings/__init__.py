@@ -6,12 +6,10 @@ that is not here stops the start; `checkpoint/resume.py` says which of these a r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import model_validator
 
 from student_trainer.settings.data import DataSettings
-from student_trainer.settings.distillation import DistillationSettings, TermSettings
+from student_trainer.settings.distillation import DistillationSettings
 from student_trainer.settings.on_policy import OnPolicySettings
 from student_trainer.settings.optim import (
     GroupSettings,
@@ -25,9 +23,7 @@ from student_trainer.settings.run import CheckpointSettings, EvaluationSettings,
 from student_trainer.settings.section import Section
 from student_trainer.settings.student import BitNetSettings, LoRASettings, StudentSettings
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
-
-if TYPE_CHECKING:
-    from student_trainer.losses.terms import Term
+from student_trainer.settings.terms import TermSettings
 
 __all__ = [
     "BitNetSettings",
@@ -68,14 +64,10 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
 
-    def terms(self) -> tuple[Term, ...]:
-        """Every loss of the run, those on the student's own text included. ValueError for one that cannot be."""
-        return self.distillation.build() + (self.on_policy.build() if self.on_policy.active else ())
-
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        terms = self.distillation.terms.items()
-        asking = [name for name, term in terms if (term.kind or name) != "cross_entropy"]
+        self.distillation.by_name()  # refuses none at all, and two of one name
+        asking = [name for name, term in self.distillation.terms.items() if term.needs_teacher]
         asking += ["attention relations"] if self.distillation.attention.active else []
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")

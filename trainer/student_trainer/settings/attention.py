@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,8 @@ class AttentionSettings(Section):
     KL summed over Q, K and V; form official divides it by R once more. Then as for every term: times the coefficient,
     summed over tokens, divided by their number.
     """
+
+    kind: ClassVar[str] = "attention_relations"
 
     coefficient: float | None = Field(None, ge=0, description="of the reduction in the guide; null: no such term")
     form: Literal["official", "paper", "minilm"] = Field(

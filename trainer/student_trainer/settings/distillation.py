@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from student_trainer.settings.attention import AttentionSettings
-from student_trainer.settings.section import Positive, Schedule, Section
+from student_trainer.settings.section import Positive, Section
+from student_trainer.settings.terms import CrossEntropySettings, Named, TermOfKind, Terms
 from teacher_proto.requests import HiddenDtype
 
-if TYPE_CHECKING:
-    from student_trainer.losses.terms import Term
-    from student_trainer.losses.weighting import Weighting
-
 ATTENTION = "attention"  # the relation term's name among the others'
-
-
-class TermSettings(Section):
-    """One summand of the loss; see `losses.terms.Term` for the exact meaning of each field."""
-
-    kind: str | None = Field(None, description="which loss; null: the term's name")
-    coefficient: float = 1.0
-    temperature: float = 1.0
-    tail: Literal["bucket", "renormalise"] = "bucket"
-    temperature_squared: bool = Field(False, description="multiply by the temperature squared")
-    beta: float = 0.5
-    alpha: float = 0.1
-    support: Literal["top_k", "gather", "sampled", "full"] = "top_k"
-    schedule: Schedule = Field(
-        None, description="points [step, factor] of the coefficient, straight lines between them; null: 1 throughout"
-    )
-
-    def term(self, name: str) -> Term:
-        """The term that the losses read. ValueError for one that cannot be."""
-        from student_trainer.losses.terms import Term  # brings torch
-
-        if (self.kind or name) == "attention_relations":
-            raise ValueError(f"distillation.terms.{name}: attention relations are set under distillation.attention")
-        return Term(name=name, kind=self.kind or name, **self.model_dump(exclude={"kind", "schedule"}))
 
 
 class BalanceSettings(Section):
@@ -55,7 +28,7 @@ class BalanceSettings(Section):
 class DistillationSettings(Section):
     """The loss: its terms by name, and the relation term."""
 
-    terms: dict[str, TermSettings] = Field(default_factory=lambda: {"cross_entropy": TermSettings()})
+    terms: Terms = Field(default_factory=lambda: Named(cross_entropy=CrossEntropySettings()))
     attention: AttentionSettings = AttentionSettings()
     balance: BalanceSettings = BalanceSettings()
     chunk_rows: int | None = Field(None, ge=1, description="rows whose logits exist at a time; null: by memory")
@@ -77,32 +50,12 @@ class DistillationSettings(Section):
             raise ValueError(f"balance.reference is {reference}, expected one of balance.shares: {sorted(shares)}")
         return self
 
-    def weighting(self) -> Weighting:
-        """The terms with what changes their coefficients."""
-        from student_trainer.losses.balance import GradientBalance  # brings torch
-        from student_trainer.losses.weighting import Weighting
-
-        shares, balance = self.balance.shares, None
-        if shares:
-            reference = self.balance.reference or next(iter(shares))
-            balance = GradientBalance(shares, reference, self.balance.ema, self.balance.every)
-        schedules = {name: term.schedule for name, term in self.terms.items() if term.schedule is not None}
-        if self.attention.schedule is not None:
-            schedules[ATTENTION] = self.attention.schedule
-        return Weighting(self.build(), schedules, balance)
-
-    def build(self) -> tuple[Term, ...]:
-        """The terms in the order of their names in the settings. ValueError for one that cannot be."""
+    def by_name(self) -> dict[str, TermOfKind | AttentionSettings]:
+        """Every term; the relation term comes last. ValueError where there are none, or two of one name."""
         if not self.terms:
             raise ValueError("distillation.terms is empty: name at least one loss")
-        terms = tuple(settings.term(name) for name, settings in self.terms.items())
-        return (*terms, *self._attention_term())
-
-    def _attention_term(self) -> tuple[Term, ...]:
-        from student_trainer.losses.terms import Term  # brings torch
-
-        if self.attention.coefficient is None:
-            return ()
+        if not self.attention.active:
+            return {**self.terms}
         if ATTENTION in self.terms:
             raise ValueError("distillation.terms.attention: that name is the relation term's, give it another")
-        return (Term(ATTENTION, "attention_relations", self.attention.coefficient),)
+        return {**self.terms, ATTENTION: self.attention}

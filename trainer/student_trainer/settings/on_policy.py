@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 from pydantic import Field, model_validator
 
-from student_trainer.settings.distillation import TermSettings
 from student_trainer.settings.section import Positive, Section, Share
-
-if TYPE_CHECKING:
-    from student_trainer.losses.terms import Term
-    from student_trainer.losses.weighting import Weighting
+from student_trainer.settings.terms import Named, ReverseKLSettings, TermOfKind, Terms
 
 
 class OnPolicySettings(Section):
@@ -24,8 +17,8 @@ class OnPolicySettings(Section):
     new_tokens: int = Field(128, ge=1, description="tokens that the student writes after each, at most")
     temperature: Positive = Field(1.0, description="of the student's sampling")
     sequences_at_once: int | None = Field(None, ge=1, description="sequences written side by side; null: a whole batch")
-    terms: dict[str, TermSettings] = Field(
-        default_factory=lambda: {"reverse_kl": TermSettings()}, description="the loss on these batches"
+    terms: Terms = Field(
+        default_factory=lambda: Named(reverse_kl=ReverseKLSettings()), description="the loss on these batches"
     )
 
     @property
@@ -34,23 +27,15 @@ class OnPolicySettings(Section):
 
     @model_validator(mode="after")
     def _teaches(self) -> OnPolicySettings:
-        kinds = {name: term.kind or name for name, term in self.terms.items()}
-        if not kinds:
+        if not self.terms:
             raise ValueError("on_policy.terms is empty: name at least one loss, such as reverse_kl or jsd")
-        if "cross_entropy" in kinds.values():
+        if own := [term.kind for term in self.terms.values() if not term.needs_teacher]:
             raise ValueError(
-                "on_policy.terms has a cross_entropy: on its own text that teaches the student nothing but to repeat "
+                f"on_policy.terms has a {own[0]}: on its own text that teaches the student nothing but to repeat "
                 "itself; use reverse_kl or jsd"
             )
         return self
 
-    def weighting(self) -> Weighting:
-        """The terms with what changes their coefficients."""
-        from student_trainer.losses.weighting import Weighting  # brings torch
-
-        schedules = {f"on_policy_{name}": term.schedule for name, term in self.terms.items() if term.schedule}
-        return Weighting(self.build(), schedules)
-
-    def build(self) -> tuple[Term, ...]:
+    def by_name(self) -> dict[str, TermOfKind]:
         """The terms, named `on_policy_NAME` so that their figures are not mixed with those on the data's text."""
-        return tuple(replace(settings.term(name), name=f"on_policy_{name}") for name, settings in self.terms.items())
+        return {f"on_policy_{name}": settings for name, settings in self.terms.items()}

@@ -5,7 +5,7 @@ Built by `causal` (and its kin), used by `loop`, `evaluator` and `checkpoints`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from student_trainer.batch.align import MicroBatch
-from student_trainer.losses.attention_term import AttentionTerm, relation_among
 from student_trainer.losses.balance import gradient_norms, term_gradient_norms
 from student_trainer.losses.head import HeadLoss, head_loss
-from student_trainer.losses.terms import Term
+from student_trainer.losses.kinds import token_term
+from student_trainer.losses.terms import Capture, Captured, StatesTerm, Term, TokenTerm
+from student_trainer.students.capture import capturing, check_capture, parameters_behind
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,6 @@ def _directly(call: Callable[..., Any], *args: Any) -> Any:
 class Student:
     """A model that learns. `teacher_shift`: see `targets.align`. `shared_vocab`: ids that it has in common with the
     teacher, None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
-    `attention`: how a layer's states are held against the teacher's, None where they are not.
     `gathered(call, *args)` calls while the parameters are whole: at once, or where ranks share them, by `sharding`.
     """
 
@@ -54,7 +54,6 @@ class Student:
     teacher_shift: int = 0
     shared_vocab: int | None = None
     compute: torch.dtype = torch.float32
-    attention: AttentionTerm | None = None
     gathered: Callable[..., Any] = _directly
 
     @property
@@ -79,64 +78,75 @@ class Student:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
         if not len(micro.labels_N):
             # A rank that has no label here still takes its part in gathering and reducing, with gradients of zero.
-            terms = tuple(Term(term.name, "cross_entropy", 0.0) for term in terms)
+            terms = tuple(token_term(term.name, "cross_entropy", 0.0) for term in terms)
         return HeadLoss(*self.gathered(self._loss, micro, terms, chunk_rows, want_top1))
 
     def _loss(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool
     ) -> tuple[Any, ...]:
         """The fields of a HeadLoss: FSDP looks for tensors in plain containers."""
-        relation = relation_among(terms)
-        if relation is None:
-            loss = self.loss_of(self.hidden(micro), self.head, micro, terms, chunk_rows, want_top1)
-        else:
-            assert self.attention is not None and micro.attention is not None, "there are no states to learn from"
-            with self.attention.watch(self.model) as states:
-                hidden_ND = self.hidden(micro)
-            others = tuple(term for term in terms if term is not relation)
-            loss = self.loss_of(hidden_ND, self.head, micro, others, chunk_rows, want_top1)
-            loss = self.attention.add(loss, relation, states.take(), micro.attention)
+        with capturing(self.model, self.capture(terms)) as captured:
+            hidden_ND = self.hidden(micro)
+        loss = self.loss_of(captured(hidden_ND), self.head, micro, terms, chunk_rows, want_top1)
         return loss.total, loss.per_term, loss.counted, loss.top1_N
 
     def loss_of(
-        self, hidden_ND: Tensor, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
+        self, captured: Captured, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
         want_top1: bool = False,
     ) -> HeadLoss:  # fmt: skip
-        """The loss of a micro batch from its hidden rows."""
-        return head_loss(
-            hidden_ND, head.weight_VD, micro.labels_N, micro.teacher, terms,
-            head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
-            shared_vocab=self.shared_vocab, chunk_rows=chunk_rows, want_top1=want_top1,
-        )  # fmt: skip
+        """The loss of a micro batch from its hidden rows, and what else was kept of its forward pass."""
+        hidden_ND = captured.hidden_ND
+        loss = HeadLoss(hidden_ND.new_zeros((), dtype=torch.float32), {}, {})
+        if of_tokens := [term for term in terms if isinstance(term, TokenTerm)]:
+            loss = head_loss(
+                hidden_ND, head.weight_VD, micro.labels_N, micro.teacher, of_tokens,
+                head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
+                shared_vocab=self.shared_vocab, chunk_rows=chunk_rows, want_top1=want_top1,
+            )  # fmt: skip
+        for term in terms:
+            if isinstance(term, StatesTerm):
+                loss = loss.plus(term, term.values(captured, micro, self.config))
+        return loss
 
     def gradient_norms(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None
     ) -> dict[str, float]:  # fmt: skip
-        """By term, the norm of its gradient at coefficient 1 at the hidden rows, where all terms of the head meet; with
-        a relation term among them, at the weights that make the states which it compares.
+        """By term, the norm of its gradient at coefficient 1: at the hidden rows, where terms on those alone meet; with
+        a term on other states among them, at the weights that make those states.
         """
         head = replace(self.head, weight_VD=self.head.weight_VD.detach())
         if head.bias_V is not None:
             head = replace(head, bias_V=head.bias_V.detach())
 
-        def loss_of(hidden_ND: Tensor, terms: tuple[Term, ...]) -> HeadLoss:
-            return self.loss_of(hidden_ND, head, micro, terms, chunk_rows)
+        def loss_of(captured: Captured, terms: tuple[Term, ...]) -> HeadLoss:
+            return self.loss_of(captured, head, micro, terms, chunk_rows)
 
-        relation = relation_among(terms)
-        if relation is None:
+        wanted = self.capture(terms)
+        if not (weights := parameters_behind(self.model, wanted)):
             with torch.no_grad():
                 hidden_ND = self.hidden(micro)
-            return term_gradient_norms(loss_of, hidden_ND, terms)
-        assert self.attention is not None and micro.attention is not None, "there are no states to learn from"
-        with self.attention.watch(self.model) as states:
+            return term_gradient_norms(lambda leaf_ND, terms: loss_of(Captured(leaf_ND, {}), terms), hidden_ND, terms)
+        with capturing(self.model, wanted) as made:
             hidden_ND = self.hidden(micro)
-        roots: dict[str, tuple[Tensor, Tensor | None]] = {
-            term.name: (loss_of(hidden_ND, (replace(term, coefficient=1.0),)).total, None)
-            for term in terms
-            if term is not relation
-        }
-        roots[relation.name] = (self.attention.values(states.take(), micro.attention).sum(), None)
-        return gradient_norms(roots, self.attention.weights(self.model))
+        captured = made(hidden_ND)
+        roots = {term.name: loss_of(captured, (replace(term, coefficient=1.0),)).total for term in terms}
+        return gradient_norms({name: (root, None) for name, root in roots.items()}, weights)
+
+    @property
+    def config(self) -> Any:
+        """Transformers' record of the model's shape."""
+        return self.model.config
+
+    def capture(self, terms: Iterable[Term]) -> Capture:
+        """What these terms want kept of a forward pass."""
+        return Capture.of(terms, self.config)
+
+    def check_terms(self, terms: Iterable[Term]) -> None:
+        """ValueError for a term that needs what this student has not."""
+        for term in terms:
+            if isinstance(term, StatesTerm):
+                term.check_student(self.config)
+                check_capture(self.model, self.capture((term,)))
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """The hidden rows [N, D] that predict the labels of the micro batch."""

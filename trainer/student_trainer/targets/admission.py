@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from student_trainer.losses.kinds import all_terms
+from student_trainer.losses.terms import Needs
 from teacher_proto.client import HIDDEN_WIDTH
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import TargetsRequest
@@ -50,19 +52,19 @@ def check_admission(settings: Settings, card: TeacherCard) -> None:
 
 def _longest(settings: Settings) -> list[tuple[str, TargetsRequest]]:
     """The dearest request about one sequence of each kind that this run makes, with what it is in the settings."""
-    length, terms, evaluation = settings.data.seq_len, settings.terms(), settings.evaluation
+    length, evaluation = settings.data.seq_len, settings.evaluation
     tokens_T = np.zeros(length, np.int64)
     top_k = max(settings.teacher.top_k, evaluation.top_k or 0)
-    supports = {term.support for term in terms if term.reads_tokens}
-    hidden = "full" in supports or (evaluation.every > 0 and evaluation.kl == "full")
+    kinds = Needs.of(all_terms(settings)).kinds
+    hidden = "hidden" in kinds or (evaluation.every > 0 and evaluation.kl == "full")
     asked = [
         (f"top_k of {top_k}", TargetsRequest(
             sequences=(tokens_T,), kinds=("top_k", *(("hidden",) if hidden else ()),
-                                          *(("sampled",) if "sampled" in supports else ())),
+                                          *(("sampled",) if "sampled" in kinds else ())),
             top_k=top_k, num_samples=settings.distillation.samples,
         ))
     ]  # fmt: skip
-    if "gather" in supports and settings.distillation.gather_at == "student":
+    if "gather" in kinds and settings.distillation.gather_at == "student":
         k = settings.distillation.gather_k
         ids_RG = np.zeros((length, k), np.int64)
         request = TargetsRequest(sequences=(tokens_T,), kinds=("gather",), gather_ids=(ids_RG,))

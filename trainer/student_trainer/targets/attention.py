@@ -17,9 +17,9 @@ import numpy as np
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.losses.attention_term import check_relation_heads
+from student_trainer.losses.kinds import terms_of
+from student_trainer.losses.terms import Needs, StatesTerm
 from student_trainer.settings import Settings, TeacherSettings
-from student_trainer.settings.attention import AttentionSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher
 from student_trainer.targets.patience import retry_until
@@ -41,15 +41,16 @@ NO_TOKENS = Ask(kinds=(), top_k=0)
 
 
 class AttentionSource:
-    """`make_client` is called on the event loop. `reason` is the last that was heard while an outage lasts. `seq_len`:
-    tokens of the longest document.
+    """`make_client` is called on the event loop. `terms`: who wants the states, of one layer and in one dtype. `reason`
+    is the last that was heard while an outage lasts. `seq_len`: tokens of the longest document.
     """
 
     def __init__(
-        self, make_client: Callable[[], AttentionClient], settings: AttentionSettings, waiting: TeacherSettings,
+        self, make_client: Callable[[], AttentionClient], terms: Sequence[StatesTerm], waiting: TeacherSettings,
         seq_len: int,
     ):  # fmt: skip
-        self._make_client, self._settings, self._waiting = make_client, settings, waiting
+        self._make_client, self._terms, self._waiting = make_client, terms, waiting
+        ((self._layer, self._dtype),) = Needs.of(terms).layers
         self._seq_len = seq_len
         self._client: AttentionClient | None = None
         self._info: AttentionInfo | None = None
@@ -63,15 +64,16 @@ class AttentionSource:
         )
         shape = self._info.shape
         try:
-            layer = layer_index(self._settings.layer, num_layers=shape.num_layers)
+            layer = layer_index(self._layer, num_layers=shape.num_layers)
         except ValueError as error:
             raise ValueError(f"distillation.attention, the teacher: {error}") from None
         if layer > shape.max_layer:
             raise ValueError(
-                f"distillation.attention.layer {self._settings.layer} is the teacher's layer {layer}, the attention "
+                f"distillation.attention.layer {self._layer} is the teacher's layer {layer}, the attention "
                 f"service holds layers 0 to {shape.max_layer}: start it with --layer {layer}, or ask for one of those"
             )
-        check_relation_heads(self._settings.relation_heads, shape.widths, "the teacher")
+        for term in self._terms:
+            term.check_teacher(shape.widths)
         self._check_longest(self._info)
         return self._info
 
@@ -111,7 +113,7 @@ class AttentionSource:
         self.reason = f"no attention states: {reason}" if reason else ""
 
     def _request(self, sequences: Sequence[np.ndarray]) -> AttentionRequest:
-        return AttentionRequest(sequences=tuple(sequences), layer=self._settings.layer, dtype=self._settings.transport)
+        return AttentionRequest(sequences=tuple(sequences), layer=self._layer, dtype=self._dtype)
 
 
 class BesideTokens:
@@ -160,7 +162,8 @@ def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, st
         key = os.environ.get(asked.key_variable)
         return AttentionClient(asked.attention_url, beside=beside, key=key, policy=policy)
 
-    source = AttentionSource(make_client, settings.distillation.attention, asked, settings.data.seq_len)
+    wanting = [term for term in terms_of(settings.distillation) if isinstance(term, StatesTerm) and term.needs.layers]
+    source = AttentionSource(make_client, wanting, asked, settings.data.seq_len)
     stack.callback(lambda: thread.call(source.close()))
     try:
         thread.call(source.open())

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from student_trainer.losses.kinds import all_terms
+from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.teacher import OneTeacher
 from student_trainer.targets.admission import check_admission
@@ -18,7 +20,7 @@ from student_trainer.targets.cached import CachedTargets
 from student_trainer.targets.expected import expected, hold_against
 from student_trainer.targets.local import LocalTargets
 from student_trainer.targets.mixed import BySource, Ensemble, Member
-from student_trainer.targets.protocol import KIND_OF_SUPPORT, Targets, TeacherCard
+from student_trainer.targets.protocol import Targets, TeacherCard
 from student_trainer.targets.remote import RemoteTargets
 from teacher_proto.client import TeacherClient
 from teacher_proto.errors import WrongTeacherError
@@ -139,8 +141,8 @@ def check_ask(settings: Settings, card: TeacherCard) -> None:
     for name, top_k in (("teacher.top_k", settings.teacher.top_k), ("evaluation.top_k", settings.evaluation.top_k)):
         if top_k is not None and top_k > min(card.max_top_k, card.vocab_size):
             raise ValueError(f"{name} is {top_k}, the teacher gives {min(card.max_top_k, card.vocab_size)} at most")
-    for term in settings.terms():
-        if term.reads_tokens and (kind := KIND_OF_SUPPORT[term.support]) not in card.kinds:
+    for term in all_terms(settings):
+        for kind in sorted(term.needs.kinds - set(card.kinds)):
             raise ValueError(f"the loss {term.name} needs targets of kind {kind}, the teacher serves {card.kinds}")
     if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
         raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")
@@ -158,10 +160,10 @@ def _check_mix(settings: Settings) -> None:
                 f"{', '.join(sorted(settings.data.sources))}: {', '.join(sorted(differ))} is named once only"
             )
         return
-    for term in settings.terms():
-        if term.support == "gather" and term.temperature != 1.0:
+    for term in all_terms(settings):
+        for temperature in term.needs.temperatures if term.needs.late else ():
             raise ValueError(
-                f"the loss {term.name} has support gather and temperature {term.temperature:g}: an ensemble answers at "
+                f"the loss {term.name} has support gather and temperature {temperature:g}: an ensemble answers at "
                 "the student's own ids at temperature 1 alone"
             )
 
@@ -169,4 +171,4 @@ def _check_mix(settings: Settings) -> None:
 def wants_head(settings: Settings) -> bool:
     """Whether something compares whole vocabularies, for which hidden states need the teacher's head."""
     evaluates = settings.evaluation.every > 0 and settings.evaluation.kl == "full"
-    return evaluates or any(term.support == "full" for term in settings.terms())
+    return evaluates or "hidden" in Needs.of(all_terms(settings)).kinds

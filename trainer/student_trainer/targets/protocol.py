@@ -14,6 +14,7 @@ import numpy as np
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.losses.terms import Needs, Term
 from student_trainer.targets.admission import Admits
 from teacher_proto.canary import Canary
 from teacher_proto.identity import TeacherIdentity
@@ -23,7 +24,6 @@ from teacher_proto.requests import TargetSpec as Ask
 from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
-    from student_trainer.losses.terms import Term
     from student_trainer.settings import DistillationSettings
 
 __all__ = ["Ask", "GatherIds", "Targets", "TeacherCard", "ask_for"]
@@ -31,9 +31,6 @@ __all__ = ["Ask", "GatherIds", "Targets", "TeacherCard", "ask_for"]
 # What is asked of every row alike is an `Ask`; beside it, by document, the ids [R, G] at which kind `gather` wants the
 # teacher's logprobs, a row for each row asked for, so none for a document of which nothing is asked.
 GatherIds = Sequence[np.ndarray]
-
-# What each support of a loss asks a teacher for; `full` needs the teacher's head beside the hidden states.
-KIND_OF_SUPPORT: dict[str, Kind] = {"top_k": "top_k", "gather": "gather", "sampled": "sampled", "full": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -113,16 +110,14 @@ def ask_for(terms: Iterable[Term], top_k: int, distillation: DistillationSetting
 
     ValueError for losses on samples at several temperatures: the teacher draws at one.
     """
-    terms = [term for term in terms if term.reads_tokens]
-    kinds = {KIND_OF_SUPPORT[term.support] for term in terms} - {"gather"} | {"top_k"}
-    softened = {term.temperature for term in terms if term.support in ("top_k", "gather")} - {1.0}
-    drawn = sorted({term.temperature for term in terms if term.support == "sampled"})
+    needs = Needs.of(terms)
+    kinds, drawn = needs.ahead | {"top_k"}, sorted(needs.sampled_at)
     if len(drawn) > 1:
         raise ValueError(f"there are losses on samples at the temperatures {drawn}; give them all the same")
     return Ask(
         kinds=tuple(kind for kind in KINDS if kind in kinds),
         top_k=top_k,
-        temperatures=tuple(sorted(softened)),
+        temperatures=tuple(sorted(needs.temperatures)),
         num_samples=distillation.samples if drawn else 0,
         sample_temperature=drawn[0] if drawn else 1.0,
         seed=distillation.sample_seed if drawn else 0,

@@ -1,0 +1,68 @@
+"""Which class a kind of loss is, and terms out of settings. Called by `build`, `evaluator` and whoever asks a teacher.
+
+A kind has its settings in `settings.terms`; a token's loss its formula in `divergences`, any other a class here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from student_trainer.losses.attention_term import AttentionTerm
+from student_trainer.losses.balance import GradientBalance
+from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
+from student_trainer.losses.terms import LabelTerm, TeacherTerm, Term, TokenTerm
+from student_trainer.losses.weighting import Weighting
+from student_trainer.settings import DistillationSettings, OnPolicySettings, Settings
+from student_trainer.settings.attention import AttentionSettings
+from student_trainer.settings.terms import Named, Terms, TermSettings
+
+TERMS: dict[str, type[Term]] = {
+    **dict.fromkeys(LABEL_LOSSES, LabelTerm),
+    **dict.fromkeys(DIVERGENCES, TeacherTerm),
+    "attention_relations": AttentionTerm,
+}
+_CHECKED: TypeAdapter[Named] = TypeAdapter(Terms)
+
+
+def term_of(name: str, settings: TermSettings | AttentionSettings) -> Term:
+    """The term that these settings describe."""
+    assert settings.coefficient is not None, "a term that is switched off is not made"
+    return TERMS[settings.kind](name, settings, settings.coefficient)
+
+
+def token_term(name: str, kind: str, coefficient: float = 1.0, **settings: Any) -> TokenTerm:
+    """A token's loss by its settings, for those who write losses in code. ValueError for one that cannot be."""
+    given = {"kind": kind, "coefficient": coefficient, **settings}
+    term = term_of(name, _CHECKED.validate_python({name: given})[name])
+    assert isinstance(term, TokenTerm), kind
+    return term
+
+
+def terms_of(settings: DistillationSettings | OnPolicySettings) -> tuple[Term, ...]:
+    """The terms in the order of the settings. ValueError where there are none, or two of one name."""
+    return tuple(term_of(name, each) for name, each in settings.by_name().items())
+
+
+def all_terms(settings: Settings) -> tuple[Term, ...]:
+    """Every loss of the run, those on the student's own text included."""
+    on_policy = settings.on_policy
+    return terms_of(settings.distillation) + (terms_of(on_policy) if on_policy.active else ())
+
+
+def weighting_of(settings: DistillationSettings | OnPolicySettings) -> Weighting:
+    """The terms with what changes their coefficients; only those on the data's text are balanced."""
+    balance = _balance(settings) if isinstance(settings, DistillationSettings) else None
+    terms = terms_of(settings)
+    schedules = {term.name: term.settings.schedule for term in terms if term.settings.schedule is not None}
+    return Weighting(terms, schedules, balance)
+
+
+def _balance(settings: DistillationSettings) -> GradientBalance | None:
+    balance: Mapping[str, float] = settings.balance.shares
+    if not balance:
+        return None
+    reference = settings.balance.reference or next(iter(balance))
+    return GradientBalance(balance, reference, settings.balance.ema, settings.balance.every)

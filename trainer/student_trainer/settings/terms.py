@@ -1,0 +1,182 @@
+"""What each loss can be set to: one class a kind. Read by `distillation` and `on_policy`; `losses` computes them.
+
+A kind is told by `kind`, or by the name under which the loss stands. A setting of another kind is refused, with the
+kinds that have it. Attention relations have a section of their own, see `settings.attention`.
+
+A new kind is a class here and its place in `TermOfKind`; its computation is in `losses.divergences`, or in a file of
+its own that `losses.kinds` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from student_trainer.settings.section import Schedule, Section
+
+Coefficient = Annotated[float, Field(allow_inf_nan=False)]
+Between0And1 = Annotated[float, Field(gt=0, lt=1)]
+
+
+class TermSettings(Section):
+    """What all have. The sum over tokens is multiplied by coefficient and schedule, and divided by their count."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    kind: str
+    coefficient: Coefficient = 1.0
+    schedule: Schedule = Field(
+        None, description="points [step, factor] of the coefficient, straight lines between them; null: 1 throughout"
+    )
+
+    def without_effect(self) -> list[str]:
+        """Names of the settings that differ from their default and change nothing beside the others."""
+        return []
+
+
+class CrossEntropySettings(TermSettings):
+    """With the data's own next token."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    kind: Literal["cross_entropy"] = Field("cross_entropy", description="which loss; left out: the term's name")
+
+
+class TemperedSettings(TermSettings):
+    """Of kinds that compare student and teacher at a temperature."""
+
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature_squared: bool = Field(False, description="multiply by the temperature squared (Hinton's convention)")
+
+    def without_effect(self) -> list[str]:
+        return ["temperature_squared"] if self.temperature_squared and self.temperature == 1.0 else []
+
+
+class SampledSettings(TemperedSettings):
+    """Cross-entropy with ids drawn from the teacher at `temperature` (RS-KD, arXiv 2503.16870)."""
+
+    kind: Literal["sampled"] = "sampled"
+    support: Literal["sampled"] = "sampled"
+
+    @field_validator("support", mode="before")
+    @classmethod
+    def _as_it_was_written(cls, support: Any) -> Any:
+        """Every kind's default was top_k, and is so in the settings of earlier runs."""
+        return "sampled" if support == "top_k" else support
+
+
+class DivergenceSettings(TemperedSettings):
+    """Of divergences between the two distributions.
+
+    `support`: where the teacher's probabilities come from; "full" needs its hidden states and head.
+    `tail`: "bucket" gives the mass outside the support a bucket of its own on both sides, so student mass there is
+    pressed; "renormalise" compares the two distributions given that the token is in the support.
+    """
+
+    support: Literal["top_k", "gather", "full"] = "top_k"
+    tail: Literal["bucket", "renormalise"] = "bucket"
+
+    def without_effect(self) -> list[str]:
+        unused = ["tail"] if self.support == "full" and self.tail != "bucket" else []
+        return [*unused, *super().without_effect()]
+
+
+class ForwardKLSettings(DivergenceSettings):
+    kind: Literal["forward_kl"] = "forward_kl"
+
+
+class TopKKLSettings(DivergenceSettings):
+    """forward_kl on the served top K, under the name that users know."""
+
+    kind: Literal["top_k_kl"] = "top_k_kl"
+    support: Literal["top_k"] = "top_k"
+
+
+class ReverseKLSettings(DivergenceSettings):
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+
+class JSDSettings(DivergenceSettings):
+    kind: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, description="of jsd: the teacher's weight in the mixture")
+
+    @field_validator("beta")
+    @classmethod
+    def _between_the_limits(cls, beta: float) -> float:
+        if not 0.0 < beta < 1.0:
+            raise ValueError(
+                f"got beta {beta}, expected a number between 0 and 1; "
+                "the limits are the kinds forward_kl (0) and reverse_kl (1)"
+            )
+        return beta
+
+
+class SkewedKLSettings(DivergenceSettings):
+    kind: Literal["skewed_kl"] = "skewed_kl"
+    alpha: Between0And1 = Field(0.1, description="of the skewed kinds: the first distribution's share of the mixture")
+
+
+class SkewedReverseKLSettings(DivergenceSettings):
+    kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
+    alpha: Between0And1 = Field(0.1, description="of the skewed kinds: the first distribution's share of the mixture")
+
+
+class TVDSettings(DivergenceSettings):
+    kind: Literal["tvd"] = "tvd"
+
+
+TermOfKind = (
+    CrossEntropySettings
+    | ForwardKLSettings
+    | TopKKLSettings
+    | ReverseKLSettings
+    | JSDSettings
+    | SkewedKLSettings
+    | SkewedReverseKLSettings
+    | TVDSettings
+    | SampledSettings
+)
+KINDS: dict[str, type[TermSettings]] = {each.model_fields["kind"].default: each for each in get_args(TermOfKind)}
+
+
+def with_kinds(terms: Any) -> Any:
+    """The terms by name, each with its kind written out. ValueError for a kind that is not known, and for a setting
+    that only another kind has.
+    """
+    if not isinstance(terms, Mapping):
+        return terms
+    return {name: _with_kind(name, given) if isinstance(given, Mapping) else given for name, given in terms.items()}
+
+
+def _with_kind(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    kind = given.get("kind") or name
+    if kind == "attention_relations":
+        raise ValueError(f"{name}: attention relations are set under distillation.attention")
+    if kind not in KINDS:
+        raise ValueError(f"loss '{name}': got kind '{kind}', expected one of {sorted(KINDS)}")
+    for field in given.keys() - KINDS[kind].model_fields.keys():
+        if having := [other for other, settings in KINDS.items() if field in settings.model_fields]:
+            raise ValueError(
+                f"{name}.{field} is no setting of kind {kind}, only of {', '.join(having)}: leave it out, or give the "
+                "loss another kind"
+            )
+    return {**given, "kind": kind}
+
+
+Named = dict[str, TermOfKind]
+Terms = Annotated[dict[str, Annotated[TermOfKind, Field(discriminator="kind")]], BeforeValidator(with_kinds)]
+
+
+def as_written_now(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Terms out of the settings of an earlier run, whose every term had the settings of all kinds: those of its own."""
+    now = {}
+    for name, given in terms.items():
+        settings = KINDS.get(given.get("kind") or name)
+        if settings is None:  # of another trainer: it stays as it is, and differs
+            now[name] = dict(given)
+            continue
+        own = {field: value for field, value in given.items() if field in settings.model_fields and field != "kind"}
+        now[name] = settings.model_validate(own).model_dump(mode="json")
+    return now
