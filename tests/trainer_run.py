@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from serving.engine import Job
 from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.checkpoint import files
 from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.parent import end_spawned_with_parent
@@ -184,9 +186,16 @@ def trace_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def final_files(folder: Path, step: int) -> dict[str, bytes]:
-    """Parameters, optimizer and random state of a checkpoint, byte by byte."""
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+    """Parameters, optimizer and random state of a checkpoint: of each tensor its type, shape and bytes, by file and
+    name. What several ranks wrote in shards is named as one rank's.
+    """
+    snapshot = files.read(folder / "checkpoints" / f"step-{step:08d}")
+    return {
+        f"{file}/{name}": repr((tensor.dtype, tensor.shape)).encode()
+        + tensor.view(-1).view(torch.uint8).numpy().tobytes()
+        for file, tensors in snapshot.tensors.items()
+        for name, tensor in tensors.items()
+    }
 
 
 class ScriptedTargets:

@@ -78,7 +78,7 @@ def at_replacing() -> None:
 
 # By what a save is at when the process dies.
 STAGES: dict[str, Callable[[], None]] = {
-    "a tensor file": partial(at_call, FILES, "_save_tensors", 2),
+    "a tensor file": partial(at_call, FILES, "save_tensors", 2),
     "the manifest": partial(at_call, FILES, "sync_folder", 2),
     "the name": partial(at_call, FILES, "make_way", 2),
     "latest": at_replacing,

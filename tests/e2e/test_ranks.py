@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.cli.export import main as export
 from tests.ranks_run import ranks, train_ranks
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import (
@@ -129,6 +130,16 @@ def test_clipping_by_the_norm_over_shards_moves_the_loss_by_rounding_alone(
     )
     losses = [[line["loss"] for line in lines_of(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("pair", [ADAMW], ids=["adamw"], indirect=True)
+def test_one_process_exports_what_two_ranks_trained(pair: tuple[Path, Path, tuple[str, ...]], tmp_path: Path) -> None:
+    one, two, _ = pair
+    written = []
+    for run, name in ((one, "one"), (two, "two")):
+        assert export([str(run), "--format", "hf", "--out", str(tmp_path / name), "--skip-check"]) == 0
+        written.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("pair", [ADAMW], ids=["adamw"], indirect=True)

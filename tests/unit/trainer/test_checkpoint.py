@@ -182,8 +182,8 @@ def test_a_later_version_is_refused(tmp_path: Path) -> None:
     student, optimizer = made(0)
     save(tmp_path, 1, student, optimizer)
     manifest = tmp_path / "step-00000001" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
-    with pytest.raises(ValueError, match="version 2"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 3}))
+    with pytest.raises(ValueError, match="version 3"):
         checkpoint.newest(tmp_path)
 
 

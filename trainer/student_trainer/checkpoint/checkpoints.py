@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,12 @@ from student_trainer import randomness
 from student_trainer.checkpoint import files
 from student_trainer.checkpoint.files import DamagedError, Snapshot
 from student_trainer.checkpoint.remote import RemoteCheckpoints
+from student_trainer.checkpoint.sharded import ShardedWriter
 from student_trainer.data.mixture import MixtureState
-from student_trainer.ranks import ALONE, Ranks
+from student_trainer.ranks import ALONE, RankError, Ranks
 from student_trainer.settings import CheckpointSettings
 from student_trainer.state import TrainState
-from student_trainer.students.sharding import full_tensor, like
+from student_trainer.students.sharding import like
 from teacher_proto.stages import stage
 from teacher_proto.stopping import finishing
 from teacher_proto.wire import VERSION as WIRE_VERSION
@@ -43,8 +45,8 @@ ROLLOUTS = "written"  # the file's name
 class Checkpoints:
     """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher.
 
-    Of several `ranks` all call the same methods at the same step; rank 0 gathers the tensors, whole, and writes them.
-    So a checkpoint does not know how many ranks made it. `remote` takes a copy of each.
+    Of several `ranks` all call the same methods at the same step, and each writes its own shard (`sharded`); what they
+    have written loads on any number of ranks. `remote` takes a copy of each.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Checkpoints:
     ):  # fmt: skip
         self._root, self._settings, self._constant, self._ranks = root, settings, constant, ranks
         self._remote = remote
+        self._sharded = None if ranks.alone else ShardedWriter(ranks)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saved_step: int | None = None
@@ -75,30 +78,25 @@ class Checkpoints:
             self.finish()
         if self._ranks.largest(self._ranks.first and self._saved_step == state.step):
             return
-        keep = self._ranks.first
-        model, states = _copied(student.tensors(), keep), _copied(optimizer.state(), keep)
-        if not keep:
-            return
         random_tensors, random_plain = random or randomness.capture()
-        snapshot = Snapshot(
-            state.step,
-            {
-                "model": model,
-                "optimizer": states,
-                "random": random_tensors,
-                **({ROLLOUTS: rollouts} if rollouts else {}),
-            },
-            {
-                "step": state.step,
-                "tokens": state.tokens,
-                "mixture": state.mixture.to_json(),
-                "random": random_plain,
-                "balance": balance,
-                "wire_version": WIRE_VERSION,
-                **self._constant,
-            },
-        )
-        self._pending = self._writer.submit(self._write, snapshot)
+        tensors = {"random": random_tensors, **({ROLLOUTS: rollouts} if rollouts else {})}
+        plain = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "mixture": state.mixture.to_json(),
+            "random": random_plain,
+            "balance": balance,
+            "wire_version": WIRE_VERSION,
+            **self._constant,
+        }
+        model, states = student.tensors(), optimizer.state()
+        if self._sharded is None:
+            whole = {"model": _copied(model), "optimizer": _copied(states)}
+            write = partial(files.write, self._root, Snapshot(state.step, whole | tensors, plain))
+        else:
+            shards = self._sharded.copied({**model, **states})
+            write = partial(self._sharded.write, self._root, Snapshot(state.step, tensors, plain), shards)
+        self._pending = self._writer.submit(self._write, state.step, write)
 
     def finish(self, last: bool = False) -> None:
         """Wait for the save that is under way. A failed one is spoken of loudly; it is raised only if it is the run's
@@ -110,6 +108,8 @@ class Checkpoints:
         try:
             with stage("saving the run"):
                 pending.result()
+        except RankError:
+            raise
         except OSError as error:
             if last or self._settings.on_failure == "stop":
                 raise
@@ -130,10 +130,12 @@ class Checkpoints:
                 with stage(f"uploading the last checkpoint to {self._remote.url}"):
                     self._remote.close()
 
-    def _write(self, snapshot: Snapshot) -> None:
-        folder = files.write(self._root, snapshot)
+    def _write(self, step: int, write: Callable[[], Path]) -> None:
+        folder = write()
+        if not self._ranks.first:
+            return
         files.replace_text(self._root / LATEST, folder.name)
-        self._saved_step = snapshot.step
+        self._saved_step = step
         if self._remote is not None:
             self._remote.push(folder)
         for old in _folders(self._root)[self._settings.keep :]:
@@ -184,14 +186,18 @@ def restore_student(snapshot: Snapshot, student: Student) -> None:
     """The saved weights and buffers alone. ValueError if they are those of another student."""
     ours = student.tensors()
     saved = snapshot.tensors["model"]
-    if ours.keys() != saved.keys() or any(ours[name].shape != saved[name].shape for name in ours):
-        different = sorted(ours.keys() ^ saved.keys()) or [n for n in ours if ours[n].shape != saved[n].shape]
+    different = sorted(ours.keys() ^ saved.keys())
+    with torch.no_grad():
+        for name in () if different else ours:
+            values = saved[name]  # once: it may be put together of pieces
+            if values.shape == ours[name].shape:
+                ours[name].copy_(like(ours[name], values))
+            else:
+                different.append(name)
+    if different:
         raise ValueError(
             f"the checkpoint is of another student: {different[0]} differs, and {len(different) - 1} more tensors"
         )
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(like(tensor, saved[name]))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -199,11 +205,5 @@ def _folders(root: Path) -> list[Path]:
     return sorted((path for path in root.glob(f"{files.PREFIX}*") if path.is_dir()), reverse=True)
 
 
-def _copied(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole copies on the CPU, gathered one at a time; all ranks call, and those that do not `keep` get nothing."""
-    copies = {}
-    for name, tensor in tensors.items():
-        gathered = full_tensor(tensor.detach())
-        if keep:
-            copies[name] = gathered.to("cpu", copy=True).contiguous()
-    return copies
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

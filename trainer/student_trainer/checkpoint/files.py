@@ -2,6 +2,7 @@
 
 Called by `checkpoints`. A checkpoint is a folder `step-00000500` of safetensors and JSON files with a manifest of their
 sizes and sha256. It is made under another name, every file and folder is forced to the disk, and then it is renamed.
+Version 1 has whole tensors, in `model.safetensors` and `optimizer.safetensors`; version 2 has shards (`pieces`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-VERSION = 1
+from student_trainer.checkpoint.pieces import SHARD, read_shards
+
+VERSION, SHARDED_VERSION = 1, 2
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 
@@ -41,27 +44,45 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def unfinished(root: Path, step: int) -> Path:
+    """What a checkpoint's folder is called until it is whole."""
+    return root / f".unfinished-{folder_name(step)}"
+
+
 def write(root: Path, snapshot: Snapshot) -> Path:
     """Write a checkpoint under `root` and return its folder. OSError leaves nothing that could be taken for one."""
-    final = root / folder_name(snapshot.step)
-    unfinished = root / f".unfinished-{final.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    begin(root, snapshot.step)
     try:
-        for name, tensors in snapshot.tensors.items():
-            _save_tensors(tensors, unfinished / f"{name}.safetensors")
-        (unfinished / "state.json").write_text(json.dumps(snapshot.state, indent=1))
-        files = sorted(unfinished.iterdir())
-        manifest = {"version": VERSION, "step": snapshot.step, "files": {path.name: _sealed(path) for path in files}}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sealed(unfinished / MANIFEST)
-        sync_folder(unfinished)
-        make_way(final)
-        unfinished.rename(final)
-        sync_folder(root)
+        return commit(root, snapshot, VERSION, {})
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished(root, snapshot.step), ignore_errors=True)
         raise
+
+
+def begin(root: Path, step: int) -> None:
+    """An empty folder to write a checkpoint into."""
+    folder = unfinished(root, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def commit(root: Path, snapshot: Snapshot, version: int, sealed: Mapping[str, Any]) -> Path:
+    """Make a checkpoint of what was begun: write the snapshot beside the files that are `sealed` already, the manifest
+    over all, and give the folder its name.
+    """
+    final, folder = root / folder_name(snapshot.step), unfinished(root, snapshot.step)
+    for name, tensors in snapshot.tensors.items():
+        save_tensors(tensors, folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1))
+    names = sorted({path.name for path in folder.iterdir()} | sealed.keys())
+    files = {name: sealed[name] if name in sealed else seal(folder / name) for name in names}
+    manifest = {"version": version, "step": snapshot.step, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    seal(folder / MANIFEST)
+    sync_folder(folder)
+    make_way(final)
+    folder.rename(final)
+    sync_folder(root)
     return final
 
 
@@ -70,7 +91,13 @@ def read(folder: Path) -> Snapshot:
     verify(folder)
     try:
         state = json.loads((folder / "state.json").read_text())
-        tensors = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
+        paths = sorted(folder.glob("*.safetensors"))
+        shards = [path for path in paths if path.name.startswith(SHARD)]
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            path.stem: safetensors.torch.load_file(path) for path in paths if path not in shards
+        }
+        if shards:
+            tensors |= read_shards(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedError(f"{folder.name}: {error}") from error
     return Snapshot(int(state["step"]), tensors, state)
@@ -85,10 +112,10 @@ def verify(folder: Path) -> None:
         raise DamagedError(f"{folder.name} has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder.name}: its {MANIFEST} cannot be read ({error!r})") from None
-    if version != VERSION:
+    if version not in (VERSION, SHARDED_VERSION):
         raise ValueError(
-            f"{folder} was written in version {version} of the checkpoint format, this trainer reads {VERSION}: "
-            "use the trainer that wrote it, or a new run.id"
+            f"{folder} was written in version {version} of the checkpoint format, this trainer reads {VERSION} and "
+            f"{SHARDED_VERSION}: use the trainer that wrote it, or a new run.id"
         )
     for name, expected in files.items():
         path = folder / name
@@ -118,19 +145,20 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a small file whole: old or new after any crash."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text)
-    _sealed(fresh)
+    seal(fresh)
     fresh.replace(path)
     sync_folder(path.parent)
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """`about` goes into the file's header. OSError if it can't be written."""
     try:
-        safetensors.torch.save_file(dict(tensors), path)
+        safetensors.torch.save_file(dict(tensors), path, about)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def _sealed(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> dict[str, Any]:
     """Force a file to the disk; its entry in the manifest."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

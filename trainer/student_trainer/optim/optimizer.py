@@ -100,16 +100,17 @@ class Optimizer:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. ValueError if it is of other parameters."""
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
+        by_name: dict[str, list[str]] = {}
+        for key in tensors:
             name, _, entry = key.rpartition("//")
-            by_name.setdefault(name, {})[entry] = value
+            by_name.setdefault(name, []).append(entry)
         known = {name for _, name, _ in self._named()}
         if strange := sorted(by_name.keys() - known):
             raise ValueError(f"the optimizer's state names {strange[0]}, which the student has not")
         for optimizer, name, parameter in self._named():
             state = {}
-            for entry, value in by_name.get(name, {}).items():
+            for entry in by_name.get(name, ()):
+                value = tensors[f"{name}//{entry}"]  # one at a time: each may be put together of pieces
                 # A step counter is one number, never sharded, and beside its parameter, where a fused step reads it.
                 if entry == "step":
                     state[entry] = value.clone().to(parameter.device)

@@ -1,0 +1,71 @@
+"""Tensors in pieces over several files, put together by name: what `sharded` wrote. Called by `files` when it reads.
+
+    step-00000500/shard-00000.safetensors  shard-00001.safetensors  random.safetensors  state.json  manifest.json
+
+A shard holds one rank's pieces of parameters and optimizer state under their names, in plain safetensors; where a piece
+lies in its tensor stands in the file's header, as torch's own HuggingFaceStorageReader wants it. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+# What a shard's file name begins with.
+SHARD = "shard-"
+# In the name of optimizer state, between the parameter's name and its own.
+STATE_OF = "//"
+# Of a safetensors header: JSON that gives each piece's offsets in its tensor.
+SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+
+
+class Pieces(Mapping[str, Tensor]):
+    """Each tensor is put together when it is asked for, and not kept: of a whole student there is no more than one
+    tensor in memory at a time.
+    """
+
+    def __init__(self, reader: _Reader, names: Sequence[str]) -> None:
+        self._reader, self._names = reader, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        stored = self._reader.read_metadata().state_dict_metadata[name]
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        with warnings.catch_warnings():
+            # Every rank reads for itself, and so does a process that is none.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Reader(dcp.HuggingFaceStorageReader):
+    """Reads the files' headers once."""
+
+    _known: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        if self._known is None:
+            self._known = super().read_metadata()
+        return self._known
+
+
+def read_shards(folder: Path) -> dict[str, Mapping[str, Tensor]]:
+    """The model's and the optimizer's tensors of a folder of shards; SafetensorError for a file that is none."""
+    reader = _Reader(str(folder))
+    stored = reader.read_metadata().storage_data or {}
+    names = sorted({index.fqn for index, at in stored.items() if Path(at.relative_path).name.startswith(SHARD)})
+    model, optimizer = ([name for name in names if (STATE_OF in name) == state] for state in (False, True))
+    return {"model": Pieces(reader, model), "optimizer": Pieces(reader, optimizer)}
