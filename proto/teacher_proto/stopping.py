@@ -41,6 +41,8 @@ AGAIN_S = 1.0
 GRACE_S = 3.5
 # For what is open to be closed, where saving took longer than that.
 CLOSE_S = 2.0
+# How long a process that ends waits for the line that says which signal ended it: standard error may be read by nobody.
+TELL_S = 1.0
 POLL_S = 0.1
 
 
@@ -66,6 +68,7 @@ class StopSignals:
         self._children: dict[int, str] = {}
         self._before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._told = threading.Event()
         self._unraisable_before = sys.unraisablehook
 
     def check(self) -> None:
@@ -123,6 +126,8 @@ class StopSignals:
         """End the process and those that it started, without waiting for its threads: one that loads a model can't be
         stopped, and the interpreter would wait minutes for it.
         """
+        if self.received is not None and self._pipe is not None:
+            self._told.wait(TELL_S)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
                 stream.flush()
@@ -246,7 +251,12 @@ class StopSignals:
 
     def _say(self, text: str) -> None:
         """On a thread of its own: nobody may read standard error, or the main thread hold the lock of a stream."""
-        saying = threading.Thread(target=DISPLAY.print, args=(f"{self._program}: {text}",), daemon=True)
+
+        def say() -> None:
+            DISPLAY.print(f"{self._program}: {text}")
+            self._told.set()
+
+        saying = threading.Thread(target=say, daemon=True)
         saying.start()
         saying.join(POLL_S)
 
