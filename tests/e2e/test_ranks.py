@@ -12,7 +12,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.cli.export import main as export
+from tests import mixture_policy
 from tests.ranks_run import ranks, train_ranks
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import (
@@ -58,23 +60,27 @@ def arguments(workshop: Workshop, root: Path, teacher: TeacherProcess, *override
     return workshop.settings(root, f"run.steps={STEPS}", "evaluation.every=4", *overrides, url=teacher.url)
 
 
-def run_on(world: int, root: Path, settings: list[str]) -> Path:
+def run_on(world: int, root: Path, settings: list[str], prelude: Callable[[int], None] | None = None) -> Path:
+    """`prelude` is run first on each rank, given its number."""
     root.mkdir(exist_ok=True)
     if world == 1:
-        assert train([*settings, ONE], root / "output") == 0, (root / "output").read_text()
+        first = None if prelude is None else partial(prelude, 0)
+        assert train([*settings, ONE], root / "output", first) == 0, (root / "output").read_text()
     else:
         texts = [root / f"output-{rank}" for rank in range(world)]
-        assert train_ranks(world, settings, root / "output") == [0] * world, [text.read_text() for text in texts]
+        codes = train_ranks(world, settings, root / "output", prelude)
+        assert codes == [0] * world, [text.read_text() for text in texts]
     return root / "run"
 
 
 def go_on(
-    world: int, begun: Path, root: Path, workshop: Workshop, teacher: TeacherProcess, settings: tuple[str, ...]
-) -> Path:
+    world: int, begun: Path, root: Path, workshop: Workshop, teacher: TeacherProcess, settings: tuple[str, ...],
+    prelude: Callable[[int], None] | None = None,
+) -> Path:  # fmt: skip
     """A copy of a finished run in `root` without its last checkpoint, brought to its end by `world` ranks."""
     shutil.copytree(begun, root / "run")
     shutil.rmtree(root / "run" / "checkpoints" / f"step-{STEPS:08d}")
-    return run_on(world, root, arguments(workshop, root, teacher, *settings))
+    return run_on(world, root, arguments(workshop, root, teacher, *settings), prelude)
 
 
 @pytest.fixture(scope="module", params=[ADAMW, MUON], ids=["adamw", "muon_clip"])
@@ -216,6 +222,22 @@ def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(worksh
 def test_rows_that_do_not_divide_evenly_stop_all(workshop: Workshop, teacher: TeacherProcess, tmp_path: Path) -> None:
     assert train_ranks(2, arguments(workshop, tmp_path, teacher, "data.rows=3"), tmp_path / "output") == [2, 2]
     assert "rows must divide evenly" in (tmp_path / "output-1").read_text()
+
+
+def test_a_mixture_that_follows_the_losses_is_the_same_on_two_ranks(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    """What the first rank decides holds for all; so does what a checkpoint of either kind kept of it."""
+    given = (UNCLIPPED, "data.mixture.lag=2", "checkpoint.every=4")
+    install = mixture_policy.install
+    one, two = (
+        run_on(world, tmp_path / str(world), arguments(workshop, tmp_path / str(world), teacher, *given), install)
+        for world in (1, 2)
+    )
+    assert_same(one, two)
+    assert len({line["mixture/a"] for line in lines_of(two)}) == STEPS - 1
+    for world, begun in ((1, two), (2, one)):
+        assert_same(go_on(world, begun, tmp_path / f"on-{world}", workshop, teacher, given, install), one)
 
 
 OWN_TEXT = ("on_policy=gkd", "on_policy.share=0.6", "on_policy.prompt_tokens=6", "on_policy.new_tokens=10",

@@ -25,7 +25,7 @@ from student_trainer.checkpoint.resume import check_changes, check_student
 from student_trainer.checkpoint.run_folder import SETTINGS_FILE, RunFolder, choose_folder, folder_of, sweep, take
 from student_trainer.components import Parts, build_parts
 from student_trainer.data.classification import class_words, one_set_of_words
-from student_trainer.data.mixture import MixtureState
+from student_trainer.data.policies import BatchWeights, PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
 from student_trainer.device import choose_device
@@ -80,10 +80,11 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     shard(parts.student, ranks)
     losses = _losses(settings)
     optimizer = build_optimizer(settings.optim, parts.student.model, parts.student.head_module, settings.run.steps)
-    state = TrainState(0, 0, parts.source.initial_state())
+    state = TrainState(0, 0, parts.source.initial_state(), PolicyState.of(settings.data))
     randomness.seed_everything(settings.run.seed)
     if snapshot is not None:
-        state = checkpoint.restore(snapshot, parts.student, optimizer)
+        policy = state.policy.restored(snapshot.step, snapshot.state.get("mixture_policy"))
+        state = replace(checkpoint.restore(snapshot, parts.student, optimizer), policy=policy)
         losses["data"] = losses["data"].restored(snapshot.state.get("balance"))
         state = replace(state, mixture=parts.source.resumed(state.mixture, snapshot.state.get("data") or {}))
         logger.info("resumed at step %d of %d", state.step, settings.run.steps)
@@ -98,13 +99,15 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         checkpoints.resumed_at(state.step)
     guard = TargetGuard(settings.teacher, folder.dumps, parts.student.vocab_size, parts.reason, ranks)
-    rollouts, stream = _stream(settings, parts, unsharded.student, state.mixture, snapshot, stack, ranks)
-    prefetch = _prefetch(settings, parts, losses, guard, stream, thread, stack, ranks)
+    batch_weights = BatchWeights(state.policy)
+    batches = stack.enter_context(BatchStream(parts.source, state.mixture, batch_weights))
+    rollouts = _rollouts(settings, parts, unsharded.student, batches, snapshot, ranks)
+    prefetch = _prefetch(settings, parts, losses, guard, rollouts or batches, thread, stack, ranks)
     evaluator = _evaluator(settings, parts, folder, thread, ranks)
     log = _log(settings, folder, state, ranks)
     return Run(
         settings=settings, ranks=ranks, student=parts.student, unsharded=unsharded, losses=losses,
-        optimizer=optimizer, prefetch=prefetch, guard=guard, evaluator=evaluator,
+        optimizer=optimizer, prefetch=prefetch, batch_weights=batch_weights, guard=guard, evaluator=evaluator,
         samples=_samples(settings, parts, ranks), checkpoints=checkpoints,
         log=stack.enter_context(log), signals=signals, state=state, rollouts=rollouts,
         student_support=_student_support(settings, parts, thread),
@@ -215,15 +218,13 @@ def _log(settings: Settings, folder: RunFolder, state: TrainState, ranks: Ranks)
     return RunLog(folder.path, progress, open_trackers(settings, folder.id, folder.path))
 
 
-def _stream(
-    settings: Settings, parts: Parts, student: Student, state: MixtureState, snapshot: Snapshot | None,
-    stack: ExitStack, ranks: Ranks,
-) -> tuple[RolloutStream | None, Stream]:  # fmt: skip
-    """The batches from `state` on; among them, where the settings say so, those that the student writes."""
-    source, tokenizer = parts.source, parts.tokenizer
-    stream = stack.enter_context(BatchStream(source, state))
+def _rollouts(
+    settings: Settings, parts: Parts, student: Student, batches: BatchStream, snapshot: Snapshot | None, ranks: Ranks
+) -> RolloutStream | None:
+    """The batches with those among them that the student writes, where the settings say so."""
     if not settings.on_policy.active:
-        return None, stream
+        return None
+    tokenizer = parts.tokenizer
     if not ends_of_text(student, tokenizer):
         raise ValueError(
             "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
@@ -233,8 +234,7 @@ def _stream(
         raise ValueError("on_policy: a student whose rows predict their own token writes nothing from left to right")
     saved = snapshot.tensors.get(checkpoint.ROLLOUTS, {}) if snapshot is not None else {}
     sampler = _sampler(student, tokenizer, settings.on_policy.sequences_at_once)
-    rollouts = RolloutStream(stream, settings, sampler, pad_id(tokenizer), saved, ranks)
-    return rollouts, rollouts
+    return RolloutStream(batches, settings, sampler, pad_id(tokenizer), saved, ranks)
 
 
 def _prefetch(

@@ -34,6 +34,7 @@ from teacher_proto.stages import EVERY_S, stage
 if TYPE_CHECKING:
     from student_trainer.batch.batch import Kind
     from student_trainer.checkpoint.checkpoints import Checkpoints
+    from student_trainer.data.policies import BatchWeights
     from student_trainer.evaluation.evaluator import Evaluator
     from student_trainer.evaluation.samples import SampleWriter
     from student_trainer.losses.terms import Term
@@ -76,6 +77,7 @@ class Run:
     losses: Mapping[Kind, Weighting]
     optimizer: Optimizer
     prefetch: Prefetch
+    batch_weights: BatchWeights
     guard: TargetGuard
     evaluator: Evaluator
     samples: SampleWriter
@@ -237,7 +239,9 @@ def advance(run: Run, steps: int, started: float) -> int:
         run.guard.check(ready)
         ready = run.ask_at_students_ids(ready)
     metrics = replace(step(run, ready), wrote_s=wrote_s)
-    run.state = TrainState(run.state.step + 1, run.state.tokens + metrics.losses.tokens, ready.state)
+    policy = run.state.policy.observe(metrics.losses.by_name(), run.ranks)
+    run.state = TrainState(run.state.step + 1, run.state.tokens + metrics.losses.tokens, ready.state, policy)
+    run.batch_weights.publish(policy)
     run.before = None
     run.log.step(run.state, metrics, time.monotonic() - began, run.prefetch.control.depth)
     if run.out_of_time(time.monotonic() - started):
@@ -305,4 +309,5 @@ def step(run: Run, ready: Ready) -> StepMetrics:
         losses, waited_s, rates, run.optimizer.clipped, rollout=rollout,
         coefficients={term.name: term.coefficient for term in terms} if varies else {},
         gradient_shares=gradient_shares(terms, gradient.measured),
+        mixture=ready.state.weights if run.state.policy.policy.varies else {},
     )  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from student_trainer.data.mixture import MixtureState
+from student_trainer.data.policies import STATIC, PolicyState
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Updates made, tokens learnt from, and the mixture's state before the next batch."""
+    """Updates made, tokens learnt from, the mixture's state before the next batch, and that of the policy over it."""
 
     step: int
     tokens: int
     mixture: MixtureState
+    policy: PolicyState = STATIC

@@ -69,6 +69,7 @@ def test_a_setting_that_an_older_trainer_did_not_have_stood_at_its_default() -> 
     check_changes(older, compose(MINIMAL))
     with pytest.raises(ValueError, match=r"student\.architecture: causal in the checkpoint, other now"):
         check_changes(older, compose([*MINIMAL, "student.architecture=other"]))
+    check_changes(BEFORE | {"data": {k: v for k, v in BEFORE["data"].items() if k != "mixture"}}, compose(MINIMAL))
 
 
 # A term as a trainer wrote it whose every kind had the settings of all kinds.
@@ -103,3 +104,13 @@ def test_a_run_whose_terms_were_written_with_the_settings_of_all_kinds_goes_on(
             check_changes(old_settings(), compose([*OLD_RUN, f"distillation.terms.{change}"]))
     with pytest.raises(ValueError, match=r"on_policy\.terms\.jsd\.beta: 0\.5 in the checkpoint, 0\.2 now"):
         check_changes(old_settings(), compose([*OLD_RUN, "on_policy.terms.jsd.beta=0.2"]))
+
+
+def test_what_is_named_in_settings_is_not_taken_for_its_default() -> None:
+    """The loss's terms by name: those of the run, not those that a run has where nobody names any."""
+    own = [*MINIMAL, "on_policy=gkd", "distillation=none", "distillation.terms.jsd.coefficient=1"]
+    before = compose(own).model_dump(mode="json")
+    check_changes(before, compose(own))
+    for added in ("on_policy.terms.reverse_kl.coefficient=1", "distillation.terms.cross_entropy.coefficient=1"):
+        with pytest.raises(ValueError, match=added.rpartition(".")[0]):
+            check_changes(before, compose([*own, added]))

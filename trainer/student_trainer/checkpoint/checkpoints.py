@@ -84,6 +84,7 @@ class Checkpoints:
             "step": state.step,
             "tokens": state.tokens,
             "mixture": state.mixture.to_json(),
+            "mixture_policy": state.policy.to_json(),
             "random": random_plain,
             "balance": balance,
             "wire_version": WIRE_VERSION,
@@ -175,7 +176,7 @@ def newest(root: Path) -> Snapshot | None:
 
 
 def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> TrainState:
-    """Put a run back to where it was saved."""
+    """Put a run back to where it was saved. What its mixture policy had learnt is left to who knows the policy."""
     restore_student(snapshot, student)
     optimizer.load(snapshot.tensors["optimizer"])
     randomness.restore(snapshot.tensors["random"], snapshot.state["random"])

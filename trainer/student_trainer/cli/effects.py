@@ -42,6 +42,12 @@ def _may_wait(settings: Settings) -> bool:
     )
 
 
+def _depth_is_reached(settings: Settings) -> bool:
+    """Whether as many batches can be in flight: what follows batch n + lag - 1 is not made before update n."""
+    depth, mixture = settings.prefetch.depth, settings.data.mixture
+    return mixture.policy == "static" or depth == "auto" or depth < mixture.lag
+
+
 # Whose field it is; a store that is written through has a service's as well.
 OF_KIND = {
     **dict.fromkeys(("url", "key_variable"), "remote"),
@@ -66,6 +72,8 @@ def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: s
 
 
 RULES = (
+    Rule("data.mixture.lag", lambda s: s.data.mixture.policy != "static", "data.mixture.policy is static"),
+    Rule("prefetch.depth", _depth_is_reached, "data.mixture.lag updates ahead no batch's weights are known"),
     *(
         Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")
         for name in ("reference", "every", "ema")

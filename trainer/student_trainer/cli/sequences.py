@@ -16,6 +16,7 @@ from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import load_tokenizer
 from student_trainer.data.loader import BatchSource
+from student_trainer.data.policies import PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.settings import Settings
 from teacher_proto.stages import stage
@@ -45,7 +46,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def documents(settings: Settings) -> Iterator[list[int]]:
-    """Token ids of every document that a run of these settings asks its teacher about, in order, repeats included."""
+    """Token ids of every document that a run of these settings asks its teacher about, in order, repeats included.
+
+    ValueError for a run that decides on the way how much it draws of each source.
+    """
+    if PolicyState.of(settings.data).policy.varies:
+        raise ValueError(
+            f"data.mixture.policy={settings.data.mixture.policy} decides by the losses of a run what it draws, so its "
+            "documents are not known ahead: train with a teacher that is served"
+        )
     with stage("opening the data"):
         source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
     try:

@@ -13,13 +13,14 @@ from typing import Self
 from student_trainer.batch.batch import Batch
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
+from student_trainer.data.policies import BatchWeights
 
 logger = logging.getLogger(__name__)
 WINDOW = 32  # batches over which waiting is measured
 TOO_MUCH = 0.05  # share of the time waited that is worth a warning
 WARN_EVERY_S = 300.0
 POLL_S = 0.2
-Made = tuple[Batch, MixtureState]
+Made = tuple[Batch, MixtureState, float]  # and the seconds in which nobody had decided its weights
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class StreamStats:
 
 
 class BatchStream:
-    """An iterator of (batch, state after it). Close it, or use it in a `with`."""
+    """An iterator of (batch, state after it). Close it, or use it in a `with`. `weights`: of a mixture that changes."""
 
-    def __init__(self, source: BatchSource, state: MixtureState) -> None:
-        self._source = source
+    def __init__(self, source: BatchSource, state: MixtureState, weights: BatchWeights | None = None) -> None:
+        self._source, self._weights = source, weights
         self._queue: queue.Queue[Made | Exception] = queue.Queue(source.settings.batches_ahead)
         self._stop = threading.Event()
         self._window: deque[tuple[float, float, int, float]] = deque(maxlen=WINDOW)  # waited, whole, tokens, fill
@@ -57,8 +58,9 @@ class BatchStream:
         if isinstance(made, Exception):
             self.close()
             raise made
-        self._measure(asked, made[0])
-        return made
+        batch, state, undecided_s = made
+        self._measure(asked, batch, undecided_s)
+        return batch, state
 
     def __enter__(self) -> Self:
         return self
@@ -90,8 +92,12 @@ class BatchStream:
     def _work(self, state: MixtureState) -> None:
         try:
             while not self._stop.is_set():
+                began = time.monotonic()
+                if self._weights is not None and (weights := self._weights.wait_for(state.number, self._stop)):
+                    state = state.with_weights(weights)
+                undecided_s = time.monotonic() - began
                 batch, state = self._source.batch(state, state.number)
-                self._put((batch, state))
+                self._put((batch, state, undecided_s))
         except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
             self._put(error)
 
@@ -107,11 +113,12 @@ class BatchStream:
                 self._queue.put(item, timeout=POLL_S)
                 return
 
-    def _measure(self, asked: float, batch: Batch) -> None:
+    def _measure(self, asked: float, batch: Batch, undecided_s: float) -> None:
         now = time.monotonic()
         if self._last is not None:
             fill = batch.fill_rate
-            self._window.append((now - asked, now - self._last, int(fill * batch.tokens_BT.size), fill))
+            waited = max(0.0, now - asked - undecided_s)
+            self._window.append((waited, now - self._last, int(fill * batch.tokens_BT.size), fill))
         self._last = now
         if len(self._window) == WINDOW and (self._warned is None or now - self._warned > WARN_EVERY_S):
             stats = self.stats()

@@ -33,6 +33,19 @@ class LossMetrics:
     by_source: Mapping[str, Mapping[str, float]]
     grad_norm: float
 
+    def by_name(self) -> dict[str, float]:
+        """Under their names in metrics.jsonl."""
+        return {
+            "loss": self.loss,
+            **{f"loss/{name}": value for name, value in self.terms.items()},
+            **{f"weighted/{name}": value for name, value in self.weighted.items()},
+            **{
+                f"source/{source}/{name}": value
+                for source, values in self.by_source.items()
+                for name, value in values.items()
+            },
+        }
+
     @property
     def finite(self) -> bool:
         return all(math.isfinite(value) for value in (self.loss, self.grad_norm, *self.terms.values()))

@@ -153,14 +153,8 @@ def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_
     return {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": metrics.losses.loss,
-        **{f"loss/{name}": value for name, value in metrics.losses.terms.items()},
-        **{f"weighted/{name}": value for name, value in metrics.losses.weighted.items()},
-        **{
-            f"source/{source}/{name}": value
-            for source, values in metrics.losses.by_source.items()
-            for name, value in values.items()
-        },
+        **metrics.losses.by_name(),
+        **{f"mixture/{source}": weight for source, weight in metrics.mixture.items()},
         **{f"coefficient/{name}": value for name, value in metrics.coefficients.items()},
         **{f"gradient_share/{name}": value for name, value in metrics.gradient_shares.items()},
         "learning_rate": rates[0] if rates else None,

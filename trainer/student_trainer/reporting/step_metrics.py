@@ -21,6 +21,7 @@ class StepMetrics:
 
     `rates`: learning rates by group of parameters. `clipped`: of a run with QK-clip.
     `coefficients` where they change in the run; `gradient_shares` where they were measured, see `losses.weighting`.
+    `mixture`: weight by source that the batch was drawn by, where a policy changes them.
     `wrote_s`: seconds in which the student wrote a later batch; `rollout`: of a batch that it wrote, see
     `RolloutSums`.
     """
@@ -31,5 +32,6 @@ class StepMetrics:
     clipped: ClipReport | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
     gradient_shares: Mapping[str, float] = field(default_factory=dict)
+    mixture: Mapping[str, float] = field(default_factory=dict)
     wrote_s: float | None = None
     rollout: Mapping[str, float] | None = None

@@ -57,7 +57,10 @@ class RolloutStream:
         rows = settings.data.rows // ranks.world
         self._first_row = ranks.rank * rows
         self._settings, self._seed, self._steps = settings.on_policy, settings.run.seed, settings.run.steps
-        self._lock = threading.Lock()  # of all below: `prefetch` reads on a thread of its own
+        # Of all below: `prefetch` reads on a thread of its own. Not held while a batch is read, which may wait for
+        # weights that the thread in `write` has yet to decide.
+        self._changed = threading.Condition()
+        self._reading = False
         self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
         self._reached = -1  # the last batch that was read
         self._jobs: dict[int, RolloutJob] = {}
@@ -67,8 +70,12 @@ class RolloutStream:
         return self
 
     def __next__(self) -> Item:
-        with self._lock:
-            return self._ahead.popleft() if self._ahead else self._read()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ahead or not self._reading)
+            if self._ahead:
+                return self._ahead.popleft()
+            self._reading = True
+        return self._read(keep=False)
 
     def write(self, step: int, meanwhile: Callable[[], None]) -> float:
         """Let the student, after `step` updates, write what is due. Returns the seconds that took.
@@ -76,7 +83,7 @@ class RolloutStream:
         Due is batch step + lag, and those before it that no checkpoint holds: all of them at the start of a run.
         """
         started = time.monotonic()
-        with self._lock:
+        with self._changed:
             for number in [number for number in self._samples if number < step]:
                 del self._samples[number]
                 self._jobs.pop(number, None)
@@ -87,13 +94,12 @@ class RolloutStream:
 
     def pending(self, step: int) -> dict[str, Tensor]:
         """What was written and is not learnt from before update `step`, for a checkpoint."""
-        with self._lock:
+        with self._changed:
             return _packed({number: samples for number, samples in self._samples.items() if number >= step and samples})
 
     def _write(self, number: int, meanwhile: Callable[[], None]) -> None:
-        with self._lock:
-            while self._reached < number:
-                self._ahead.append(self._read())
+        self._read_up_to(number)
+        with self._changed:
             job = self._jobs.get(number)
             if job is None or number in self._samples:  # it had no prompt, or is written already
                 return
@@ -101,26 +107,49 @@ class RolloutStream:
             [prompt.ids_N for prompt in job.prompts], [prompt.seed for prompt in job.prompts],
             new_tokens=self._settings.new_tokens, temperature=self._settings.temperature, meanwhile=meanwhile,
         )  # fmt: skip
-        with self._lock:
+        with self._changed:
             self._keep(job, samples)
 
-    def _read(self) -> Item:
-        batch, state = next(self._stream)
-        self._reached = batch.number
+    def _read_up_to(self, number: int) -> None:
+        """Until batch `number` has been read, by this thread or by the one of `prefetch`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._reached >= number or not self._reading)
+                if self._reached >= number:
+                    return
+                self._reading = True
+            self._read(keep=True)
+
+    def _read(self, keep: bool) -> Item:
+        """The next batch, by the one thread that reads; to `keep` it is for `prefetch` to take later."""
+        try:
+            batch, state = next(self._stream)
+            with self._changed:
+                item = self._item(batch), state
+                if keep:
+                    self._ahead.append(item)
+                self._reached = batch.number
+            return item
+        finally:
+            with self._changed:
+                self._reading = False
+                self._changed.notify_all()
+
+    def _item(self, batch: Batch) -> Batch | Future[Batch]:
         if not is_rollout(self._settings.share, self._seed, batch.number):
-            return batch, state
+            return batch
         prompts = prompts_of(batch, self._settings, self._seed, self._first_row)
         if not prompts and self._alone:
             logger.warning(
                 "batch %d is learnt from as the data has it: none of its %d documents gives a prompt that fits with "
                 "%d new tokens into a row", batch.number, len(batch.documents), self._settings.new_tokens,
             )  # fmt: skip
-            return batch, state
+            return batch
         job = self._jobs[batch.number] = RolloutJob(batch, prompts, Future())
         saved = self._samples.pop(batch.number, [])
         if len(saved) == len(prompts):  # else the settings were changed: it is written anew
             self._keep(job, [sample for _, sample in saved])
-        return job.promise, state
+        return job.promise
 
     def _keep(self, job: RolloutJob, samples: list[Sample]) -> None:
         rows = [self._first_row + prompt.row for prompt in job.prompts]

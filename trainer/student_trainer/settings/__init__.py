@@ -89,6 +89,12 @@ class Settings(Section):
             raise ValueError(
                 f"on_policy.share is {self.on_policy.share}, but there is no teacher to score what is written"
             )
+        mixture = self.data.mixture
+        if mixture.policy != "static" and mixture.lag <= self.on_policy.lag:
+            raise ValueError(
+                f"data.mixture.lag is {mixture.lag}, but what the student writes is prompted with a batch "
+                f"{self.on_policy.lag} updates ahead (on_policy.lag), which has no weights yet: raise data.mixture.lag"
+            )
         if needed > self.data.seq_len:
             raise ValueError(
                 f"on_policy: {self.on_policy.prompt_tokens} tokens of prompt and {self.on_policy.new_tokens} new ones "

@@ -165,12 +165,32 @@ class SourceSettings(BaseModel):
         return self.column or DEFAULT_COLUMN[self.format]
 
 
+class MixtureSettings(BaseModel):
+    """What every mixture policy has; see `data.policies`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str
+    lag: int = Field(32, ge=1, description="updates between what a policy observes and the batch that follows from it")
+
+
+class StaticMixture(MixtureSettings):
+    """The sources' own weights throughout."""
+
+    policy: Literal["static"] = Field("static", description="who decides how much each source gives")
+
+
+# Several are told apart by name: Annotated[StaticMixture | OtherMixture, Field(discriminator="policy")].
+Mixture = StaticMixture
+
+
 class DataSettings(BaseModel):
     """The mixture and the shape of a batch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: dict[str, SourceSettings] = Field(default_factory=dict)
+    mixture: Mixture = StaticMixture()
     seq_len: int = Field(2048, ge=2, description="tokens a row")
     rows: int = Field(8, ge=1, description="rows a batch, over all ranks")
     packing: Literal["best_fit", "wrapped", "none"] = Field(

@@ -1,0 +1,148 @@
+"""Mixture policies: who decides, from what a run's updates say, how much each source gives. `static` is the first.
+
+    update n -> policy.observe(n, losses) -> policy.weights(n) -> batch n + lag is drawn by them
+
+The lag is fixed, so a batch stays a function of (settings, mixture state, number), however many are made or asked for
+ahead. Where batch n + lag is wanted before update n is made, the thread that makes batches waits for it. Used by
+`loop`, which reports updates, and by `stream`, which asks for weights. A new policy is a class here, a line of
+POLICIES, and a record in `settings.data`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
+
+from student_trainer.data.mixture import normalised
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.settings.data import DataSettings, MixtureSettings
+
+POLL_S = 0.2
+Weights = Mapping[str, float]  # by source; they need not sum to 1
+
+
+class MixturePolicy(Protocol):
+    """A frozen record; what it has learnt of the run is its state."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether weights ever change. Those of a policy that says no are never asked for."""
+        ...
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
+        """The policy after update `step`, counted from 0.
+
+        metrics: losses of the update over all ranks, by their names in metrics.jsonl: "loss", "loss/TERM",
+        "source/NAME/TERM", "source/NAME/tokens", ... A source of which the batch had nothing has none.
+        """
+        ...
+
+    def weights(self, step: int) -> Weights:
+        """What batch `step` + lag is drawn by; asked for after update `step` is observed."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """All that `observe` has changed, as JSON holds it exactly."""
+        ...
+
+    def restored(self, state: Mapping[str, Any]) -> Self:
+        """With a state out of a checkpoint."""
+        ...
+
+
+@dataclass(frozen=True)
+class Static:
+    """The weights of the settings throughout."""
+
+    initial: Weights
+    varies = False
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
+        return self
+
+    def weights(self, step: int) -> Weights:
+        return self.initial
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restored(self, state: Mapping[str, Any]) -> Self:
+        return self
+
+
+# By `data.mixture.policy`: from the settings of the policy and the weights that the sources are given there.
+POLICIES: dict[str, Callable[[MixtureSettings, Weights], MixturePolicy]] = {
+    "static": lambda settings, initial: Static(initial),
+}
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """A policy before update `step`, and what it has decided for batches from `step` on, by their numbers.
+
+    A batch without a decision that is still to come is drawn by the weights of the batch before: the first `lag` of a
+    run, or those that follow a checkpoint of another lag.
+    """
+
+    policy: MixturePolicy
+    lag: int
+    step: int = 0
+    decided: Mapping[int, Weights] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> PolicyState:
+        """Before the first update."""
+        initial = normalised({name: source.weight for name, source in settings.sources.items()})
+        return cls(POLICIES[settings.mixture.policy](settings.mixture, initial), settings.mixture.lag)
+
+    def observe(self, metrics: Mapping[str, float], ranks: Ranks = ALONE) -> PolicyState:
+        """After one more update. All ranks call; what the first one decides holds for all."""
+        if not self.policy.varies:
+            return self
+        policy = self.policy.observe(self.step, metrics)
+        weights = normalised(json.loads(ranks.from_first(json.dumps(dict(policy.weights(self.step))))))
+        decided = {number: weights for number, weights in self.decided.items() if number > self.step}
+        return replace(self, policy=policy, step=self.step + 1, decided=decided | {self.step + self.lag: weights})
+
+    def to_json(self) -> dict[str, Any] | None:
+        """For a checkpoint, floats bit for bit; None where there is nothing to keep."""
+        if not self.policy.varies:
+            return None
+        return {"policy": self.policy.state(), "decided": {str(number): dict(w) for number, w in self.decided.items()}}
+
+    def restored(self, step: int, state: Mapping[str, Any] | None) -> PolicyState:
+        """Before update `step`, with what a checkpoint kept; one without policy, or of `static`, kept nothing."""
+        if state is None:
+            return replace(self, step=step)
+        decided = {int(number): weights for number, weights in state["decided"].items()}
+        return replace(self, policy=self.policy.restored(state["policy"]), step=step, decided=decided)
+
+
+STATIC = PolicyState(Static({}), lag=1)
+
+
+class BatchWeights:
+    """Hands a run's decisions from the thread that trains to the one that makes batches."""
+
+    def __init__(self, state: PolicyState):
+        self._changed = threading.Condition()
+        self._state = state
+        self._first_decided = state.step + state.lag  # what this process decides begins here
+
+    def publish(self, state: PolicyState) -> None:
+        """What is known after another update."""
+        with self._changed:
+            self._state = state
+            self._changed.notify_all()
+
+    def wait_for(self, number: int, closed: threading.Event) -> Weights | None:
+        """Those that batch `number` begins with; None: those before it go on. Also once `closed` is set."""
+        if not self._state.policy.varies:
+            return None
+        with self._changed:
+            while number >= self._first_decided and number not in self._state.decided and not closed.is_set():
+                self._changed.wait(POLL_S)
+            return self._state.decided.get(number)
