@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from student_trainer import randomness
-from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints
 from student_trainer.checkpoint.files import Snapshot, replace_text
@@ -230,8 +231,11 @@ def _rollouts(
             "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
             "give the tokenizer an eos_token, or set on_policy.share=0"
         )
-    if student.teacher_shift:
-        raise ValueError("on_policy: a student whose rows predict their own token writes nothing from left to right")
+    if not student.reader.autoregressive:
+        raise ValueError(
+            f"on_policy: a student of architecture {settings.student.architecture} does not write from left to right; "
+            "set on_policy.share=0"
+        )
     saved = snapshot.tensors.get(checkpoint.ROLLOUTS, {}) if snapshot is not None else {}
     sampler = _sampler(student, tokenizer, settings.on_policy.sequences_at_once)
     return RolloutStream(batches, settings, sampler, pad_id(tokenizer), saved, ranks)
@@ -241,11 +245,11 @@ def _prefetch(
     settings: Settings, parts: Parts, losses: Mapping[Kind, Weighting], guard: TargetGuard, stream: Stream,
     thread: EventThread, stack: ExitStack, ranks: Ranks,
 ) -> Prefetch:  # fmt: skip
-    device, shift, rows = parts.student.device, parts.student.teacher_shift, settings.optim.micro_batch_rows
+    student, seed, rows = parts.student, ViewSeed(settings.run.seed), settings.optim.micro_batch_rows
 
-    def prepare(batch: Any, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
-        cut = micro_batches(batch, targets, rows=rows, teacher_shift=shift, head=parts.head, keep_empty=not ranks.alone)
-        return tuple(micro.to(device) for micro in cut)
+    def prepare(batch: Batch, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
+        parted = cut(batch, targets, student.reader, seed, rows=rows, head=parts.head, keep_empty=not ranks.alone)
+        return tuple(micro.to(student.device) for micro in parted)
 
     asked = {kind: _ask(settings, weighting.terms) for kind, weighting in losses.items()}
     targets = parts.teacher.targets if parts.teacher else None
@@ -276,7 +280,11 @@ def _samples(settings: Settings, parts: Parts, ranks: Ranks) -> SampleWriter:
     if not ranks.alone and settings.evaluation.every and settings.evaluation.samples:
         logger.warning("evaluation.samples has no effect: a student in shards on several ranks can't write yet")
     decode: Callable[[Sequence[int]], str] = lambda ids: str(parts.tokenizer.decode(ids))  # noqa: E731
-    held_out = _held_out(settings, parts) if ranks.alone else {}
+    writes = parts.student.reader.autoregressive
+    if not writes and settings.evaluation.every and settings.evaluation.samples:
+        architecture = settings.student.architecture
+        logger.warning("evaluation.samples has no effect: architecture %s does not write left to right", architecture)
+    held_out = _held_out(settings, parts) if ranks.alone and writes else {}
     return SampleWriter(settings.evaluation, held_out, _sampler(parts.student, parts.tokenizer), decode)
 
 
@@ -290,7 +298,7 @@ def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: Even
     decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",
-        parts.head, class_words(settings.data, parts.tokenizer), ranks,
+        ViewSeed(settings.run.seed, EVALUATION), parts.head, class_words(settings.data, parts.tokenizer), ranks,
     )  # fmt: skip
 
 

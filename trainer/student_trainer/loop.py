@@ -113,7 +113,7 @@ class Run:
             return {}
         terms, chunk_rows = weighting.measured_terms, self.settings.distillation.chunk_rows
         norms = dict.fromkeys((term.name for term in terms), 0.0)
-        if self.ranks.first and len(ready.micro[0].labels_N):
+        if self.ranks.first and len(ready.micro[0].view.labels_N):
             self.unsharded.student.before_step(self.state.step)
             norms = self.unsharded.student.gradient_norms(ready.micro[0], terms, chunk_rows)
         norms = json.loads(self.ranks.from_first(json.dumps(norms)))
@@ -269,7 +269,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     The loss is the sum over all terms and tokens divided by the number of valid tokens of the whole batch, so that it
     does not depend on how the batch is cut into micro batches.
     """
-    count = run.ranks.total(sum(len(micro.labels_N) for micro in ready.micro))
+    count = run.ranks.total(sum(micro.view.count for micro in ready.micro))
     run.student.before_step(run.state.step)
     measured = run.measure(ready)
     terms = run.terms(ready.batch.kind)
@@ -277,7 +277,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     what = f"computing update {run.state.step + 1}{', for which the student is compiled' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
         for micro in ready.micro if count else ():
-            with run.optimizer.watching(micro.document_ids_BT >= 0):
+            with run.optimizer.watching(micro.view.attention.document_ids_BT >= 0):
                 loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
             (loss.total / count).backward()
             sums.add(loss, micro)

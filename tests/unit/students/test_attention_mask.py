@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from student_trainer.batch.view import CausalDocuments
 from student_trainer.students.attention_mask import BLOCK, block_mask, dense_mask
 
 
@@ -53,18 +54,20 @@ def lists(mask: Any) -> list[list[list[int]]]:
 def test_blocks_of_packed_rows_are_exactly_those_of_the_dense_mask(shape: str, window: int | None) -> None:
     ids_BT = SHAPES[shape]
     rows, length = ids_BT.shape
-    ours = block_mask(ids_BT, window)
+    ours = block_mask(CausalDocuments(ids_BT), window)
     theirs = create_block_mask(ours.mask_mod, rows, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
     assert lists(ours) == lists(theirs)
     assert ours.seq_lengths == theirs.seq_lengths
-    assert torch.equal(create_mask(ours.mask_mod, rows, 1, length, length, device="cpu"), dense_mask(ids_BT, window))
+    assert torch.equal(
+        create_mask(ours.mask_mod, rows, 1, length, length, device="cpu"), dense_mask(CausalDocuments(ids_BT), window)
+    )
 
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_documents_whose_tokens_lie_apart_lose_nothing(window: int | None) -> None:
     ids_BT = torch.randint(-1, 3, (2, 400), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     ids_BT[1] = 2
-    ours = block_mask(ids_BT, window)
+    ours = block_mask(CausalDocuments(ids_BT), window)
     theirs = create_block_mask(ours.mask_mod, 2, None, 400, 400, device="cpu", BLOCK_SIZE=BLOCK)
     partly, wholly, *_ = lists(ours)
     their_partly, their_wholly, *_ = lists(theirs)
@@ -90,5 +93,5 @@ class LargestOutput(TorchDispatchMode):
 def test_no_dense_array_comes_into_being() -> None:
     ids_BT = packed((700, 1000, 300), (2048,), length=2048)
     with LargestOutput() as largest:
-        block_mask(ids_BT, 500)
+        block_mask(CausalDocuments(ids_BT), 500)
     assert 0 < largest.entries <= 2 * ids_BT.numel()

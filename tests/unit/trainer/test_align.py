@@ -1,18 +1,24 @@
-"""Targets beside the student's rows: every label with its own teacher row, under either shift, however it is cut."""
+"""Targets beside the student's rows: every label with its own teacher row, whichever row learns it and however it is
+cut.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
-from student_trainer.batch.align import hidden_numbers, micro_batches
+from student_trainer.batch.align import hidden_numbers
 from student_trainer.batch.batch import Batch, Placed, build_batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.view import Reader, View, ViewSeed
 from student_trainer.losses import head_loss, token_term
+from student_trainer.students.causal import CausalReader
 from student_trainer.targets.protocol import Ask
 from student_trainer.targets.questions import questions
 from student_trainer.targets.student_support import ids_by_document
@@ -42,12 +48,30 @@ def targets_of(batch: Batch, ask: Ask = ASK) -> BatchTargets:
     return asyncio.run(ScriptedTargets({"vocab_size": V}).fetch(batch, ask))
 
 
+class InPlaceReader(CausalReader):
+    """Row t predicts token t itself, as an unshifted diffusion student's."""
+
+    def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
+        (view,) = super().views(batch, seed)
+        return (replace(view, rows_N=view.rows_N + 1),)
+
+
+def micro_batches(
+    batch: Batch, targets: BatchTargets | None, rows: int | None = None, reader: Reader | None = None
+) -> tuple[MicroBatch, ...]:
+    return cut(batch, targets, reader or CausalReader(), ViewSeed(0), rows=rows)
+
+
 def teacher_hidden(batch: Batch) -> torch.Tensor:
     """The scripted teacher's own hidden states in the batch's places [B, T, D]: a student that is the teacher."""
     hidden = np.zeros((*batch.tokens_BT.shape, 32))
     for d in batch.documents:
         hidden[d.row, d.start : d.stop] = scripted_hidden(batch.tokens_BT[d.row, d.start : d.stop])
     return torch.from_numpy(hidden)
+
+
+def documents_before(batch: Batch, part: MicroBatch) -> int:
+    return sum(document.row < part.first_row for document in batch.documents)
 
 
 MASKS = {(0, 1): [False, True, False, True, True], (1, 0): [False] * 9}
@@ -66,21 +90,22 @@ def test_each_label_has_the_teachers_row_of_its_own_token(name: str, rows: int |
     seen = 0
     for part in parts:
         assert part.teacher is not None and part.teacher.next_logprob_N is not None
-        flat = part.tokens_BT.flatten()
-        for n, place in enumerate(part.rows_N.tolist()):
-            assert flat[place + 1] == part.labels_N[n]
+        flat = part.view.input_ids_BT.flatten()
+        for n, place in enumerate(part.view.rows_N.tolist()):
+            assert flat[place + 1] == part.view.labels_N[n]
             row, column = divmod(place, batch.tokens_BT.shape[1])
             d = next(d for d in batch.documents if d.row == row + part.first_row and d.start <= column < d.stop)
             hidden = scripted_hidden(batch.tokens_BT[d.row, d.start : column + 1])[-1]
-            truth = torch.log_softmax(torch.from_numpy(scripted_head(V) @ hidden), 0)[part.labels_N[n]]
+            truth = torch.log_softmax(torch.from_numpy(scripted_head(V) @ hidden), 0)[part.view.labels_N[n]]
             assert float(part.teacher.next_logprob_N[n]) == pytest.approx(float(truth), abs=1e-4)
+            assert batch.documents.index(d) == documents_before(batch, part) + int(part.documents_N[n])
             assert batch.source_names[int(part.sources_N[n])] == batch.source_names[batch.source_ids_BT[d.row, column]]
             seen += 1
     assert seen == int(batch.loss_mask_BT.sum())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_student_that_is_the_teacher_loses_nothing_only_under_the_right_shift(temperature: float) -> None:
+def test_a_student_that_is_the_teacher_loses_nothing_only_where_it_reads_its_own_rows(temperature: float) -> None:
     batch = BATCHES["plain"]
     targets = targets_of(batch)
     head_VD = torch.from_numpy(scripted_head(V).copy())
@@ -88,20 +113,23 @@ def test_a_student_that_is_the_teacher_loses_nothing_only_under_the_right_shift(
     ahead_BTD = teacher_hidden(batch)  # row t predicts token t+1
     own_BTD = torch.roll(ahead_BTD, 1, dims=1)  # row t predicts token t, as an unshifted diffusion student
 
-    def loss(hidden_BTD: torch.Tensor, shift: int) -> float:
-        (part,) = micro_batches(batch, targets, teacher_shift=shift)
-        rows_ND = hidden_BTD.flatten(0, 1)[part.rows_N]
-        return float(head_loss(rows_ND, head_VD, part.labels_N, part.teacher, [term]).total) / len(part.labels_N)
+    def loss(hidden_BTD: torch.Tensor, reader: Reader) -> float:
+        (part,) = micro_batches(batch, targets, reader=reader)
+        rows_ND = hidden_BTD.flatten(0, 1)[part.view.rows_N]
+        return float(head_loss(rows_ND, head_VD, part.view.labels_N, part.teacher, [term]).total) / len(
+            part.view.labels_N
+        )
 
-    assert loss(ahead_BTD, 0) == pytest.approx(0, abs=1e-5)
-    assert loss(own_BTD, -1) == pytest.approx(0, abs=1e-5)
-    assert loss(ahead_BTD, -1) > 0.5 and loss(own_BTD, 0) > 0.5
+    shifted, in_place = CausalReader(), InPlaceReader()
+    assert loss(ahead_BTD, shifted) == pytest.approx(0, abs=1e-5)
+    assert loss(own_BTD, in_place) == pytest.approx(0, abs=1e-5)
+    assert loss(ahead_BTD, in_place) > 0.5 and loss(own_BTD, shifted) > 0.5
 
 
-def test_under_a_shift_the_label_is_the_token_of_the_row_itself() -> None:
+def test_in_place_the_label_is_the_token_of_the_row_itself() -> None:
     batch = BATCHES["plain"]
-    (part,) = micro_batches(batch, None, teacher_shift=-1)
-    assert torch.equal(part.tokens_BT.flatten()[part.rows_N], part.labels_N)
+    (part,) = micro_batches(batch, None, reader=InPlaceReader())
+    assert torch.equal(part.view.input_ids_BT.flatten()[part.view.rows_N], part.view.labels_N)
 
 
 def test_rows_that_do_not_count_are_not_asked_for() -> None:
@@ -168,7 +196,7 @@ def test_samples_and_hidden_states_stand_beside_their_labels(name: str, rows: in
         assert teacher is not None and teacher.sampled_offsets is not None and teacher.teacher_hidden_NE is not None
         assert teacher.sampled_ids is not None and teacher.sampled_counts is not None
         offsets = teacher.sampled_offsets.tolist()
-        for n, (ids, counts, hidden) in zip(range(len(part.labels_N)), expected, strict=False):
+        for n, (ids, counts, hidden) in zip(range(len(part.view.labels_N)), expected, strict=False):
             drawn = slice(offsets[n], offsets[n + 1])
             assert teacher.sampled_ids[drawn].tolist() == ids and sum(counts) == 9
             assert teacher.sampled_counts[drawn].tolist() == counts

@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer import components as building
 from student_trainer import loop
-from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.view import ViewSeed
 from student_trainer.cli.compose import compose
 from student_trainer.losses import Term, token_term
 from student_trainer.losses.kinds import term_of
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.attention_states import AttentionStates
+from student_trainer.students.causal import CausalReader
 from student_trainer.students.load import load_student
 from student_trainer.targets.protocol import Ask
 from teacher_proto.attention_targets import AttentionTargets
@@ -141,7 +143,7 @@ def packed(teacher: StatesHere, *lengths: list[int]) -> tuple[Batch, tuple[Atten
 
 def micro_of(batch: Batch, attention: tuple[AttentionTargets, ...]) -> MicroBatch:
     targets = BatchTargets((None,) * len(batch.documents), Ask((), 0), "", attention)
-    (micro,) = micro_batches(batch, targets)
+    (micro,) = cut(batch, targets, CausalReader(), ViewSeed(0))
     return micro
 
 
@@ -163,7 +165,7 @@ def test_value_is_the_formula_of_each_label_s_document_and_gradients_add(
     with states:
         student.hidden(micro)
     taken = states.take()
-    expected = torch.zeros(len(micro.labels_N), dtype=torch.float64)
+    expected = torch.zeros(len(micro.view.labels_N), dtype=torch.float64)
     label = 0
     for document, targets in zip(batch.documents, attention, strict=True):
         length = document.stop - document.start

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from student_trainer.batch.view import CausalDocuments
 from student_trainer.settings import StudentSettings
 from student_trainer.students.architectures import wrap
 from student_trainer.students.attention_mask import dense_mask
@@ -64,11 +65,11 @@ def logits(student: Student, hidden_BTD: torch.Tensor) -> torch.Tensor:
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def packed(*lengths: int, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position ids and document ids [1, T] of documents one after another."""
+def packed(*lengths: int, pad: int = 0) -> tuple[torch.Tensor, CausalDocuments]:
+    """Position ids [1, T] and attention of documents one after another."""
     positions = torch.cat([torch.arange(length) for length in lengths] + [torch.zeros(pad, dtype=torch.long)])
     documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((pad,), -1)])
-    return positions[None], documents[None]
+    return positions[None], CausalDocuments(documents[None])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -105,11 +106,11 @@ def test_a_documents_gradient_does_not_depend_on_its_neighbours(checkpointing: b
 
 def test_the_mask_shows_each_token_its_own_document_up_to_itself() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 1, -1]])
-    seen = dense_mask(documents)[0, 0]
+    seen = dense_mask(CausalDocuments(documents))[0, 0]
     for q in range(6):
         for k in range(6):
             assert bool(seen[q, k]) == (documents[0, q] == documents[0, k] and k <= q)
-    assert not dense_mask(documents, window=1)[0, 0].logical_xor(torch.eye(6, dtype=torch.bool)).any()
+    assert not dense_mask(CausalDocuments(documents), window=1)[0, 0].logical_xor(torch.eye(6, dtype=torch.bool)).any()
     assert seen.any(-1).all(), "a row of the softmax is empty"
 
 

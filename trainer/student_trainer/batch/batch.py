@@ -56,7 +56,10 @@ class RolloutSums:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens. Padding: pad id, position 0, document -1, source -1, no loss."""
+    """B rows of T tokens. Padding: pad id, position 0, document -1, source -1, no loss.
+
+    `first_row`: the place of the first row among those of the whole batch, of which this may be a rank's share.
+    """
 
     number: int
     tokens_BT: np.ndarray  # int32
@@ -66,6 +69,7 @@ class Batch:
     documents: tuple[Document, ...]  # by row, then by start
     source_names: tuple[str, ...]
     source_ids_BT: np.ndarray  # int16, into source_names
+    first_row: int = 0
     rollout: RolloutSums | None = None  # of what the student wrote, where it did: prompts do not count then
 
     @property
@@ -77,6 +81,14 @@ class Batch:
         """Share of the B x T places that hold a token."""
         return float((self.document_ids_BT >= 0).mean())
 
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of each of the C positions that count, by row and then by column: what labels are numbered by.
+
+        The position at column t is the prediction of token t+1.
+        """
+        row_C, column_C = np.nonzero(self.loss_mask_BT)
+        return row_C, column_C
+
     def rows(self, start: int, stop: int) -> "Batch":
         """The batch of rows start..stop alone, its documents counted from the new first row."""
         return replace(
@@ -87,6 +99,7 @@ class Batch:
             loss_mask_BT=self.loss_mask_BT[start:stop],
             source_ids_BT=self.source_ids_BT[start:stop],
             documents=tuple(replace(d, row=d.row - start) for d in self.documents if start <= d.row < stop),
+            first_row=self.first_row + start,
         )
 
 
@@ -110,8 +123,9 @@ class Placed:
 
 
 def build_batch(
-    number: int, rows: Sequence[Sequence[Placed]], seq_len: int, pad_id: int, source_names: tuple[str, ...]
-) -> Batch:
+    number: int, rows: Sequence[Sequence[Placed]], seq_len: int, pad_id: int, source_names: tuple[str, ...],
+    first_row: int = 0,
+) -> Batch:  # fmt: skip
     """Write the sequences of each row one after another and pad to `seq_len`."""
     shape = (len(rows), seq_len)
     tokens_BT = np.full(shape, pad_id, np.int32)
@@ -141,4 +155,5 @@ def build_batch(
         documents=tuple(documents),
         source_names=source_names,
         source_ids_BT=source_ids_BT,
+        first_row=first_row,
     )

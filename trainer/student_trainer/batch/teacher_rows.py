@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.batch.tensors import moved, to_device
 from teacher_proto.relations import QKV
 
 # Fields whose first dimension is N; the ragged `sampled_*` fields are cut by their offsets.
@@ -89,16 +89,8 @@ class TeacherRows:
 
     def to(self, device: torch.device | str) -> TeacherRows:
         """The same rows on `device`; the head moves too."""
-        changes: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changes[field.name] = value.to(device, non_blocking=True)
         head = self.teacher_head
-        if head is not None:
-            bias = None if head.bias_V is None else head.bias_V.to(device)
-            changes["teacher_head"] = dataclasses.replace(head, weight_VE=head.weight_VE.to(device), bias_V=bias)
-        return dataclasses.replace(self, **changes)
+        return to_device(self, device, teacher_head=None if head is None else to_device(head, device))
 
     def log_z_at(self, temperature: float) -> Tensor | None:
         """log_z [N] at `temperature`; None at 1, where it is zero by definition. ValueError if it was not asked for."""
@@ -156,8 +148,5 @@ class TeacherAttention:
     document_N: Tensor
 
     def to(self, device: torch.device) -> TeacherAttention:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        documents = tuple(QKV(*map(moved, document)) for document in self.documents)
-        return dataclasses.replace(self, documents=documents, document_N=moved(self.document_N))
+        documents = tuple(QKV(*(moved(part, device) for part in document)) for document in self.documents)
+        return to_device(self, device, documents=documents)

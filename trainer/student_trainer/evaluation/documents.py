@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_trainer.batch.align import MicroBatch
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.head import HeadLoss
 from student_trainer.ranks import Ranks
 
@@ -22,11 +22,14 @@ COLUMNS = ("tokens", "cross_entropy", "kl", "agreed")
 
 @dataclass(frozen=True)
 class DocumentFigures:
-    """Sums over the tokens of one held-out document that count, in nats; `kl`, `agreed` are None without a teacher."""
+    """Sums over the tokens of one held-out document that count, in nats; `kl`, `agreed` are None without a teacher.
+
+    `tokens` is what divides them. In a view whose labels have weights, nats and tokens are summed with those.
+    """
 
     source: str
     document: str
-    tokens: int
+    tokens: float
     cross_entropy: float
     kl: float | None
     agreed: int | None
@@ -37,51 +40,39 @@ class DocumentSums:
 
     def __init__(self, source: str, has_teacher: bool):
         self._source, self._has_teacher = source, has_teacher
-        self._sums_D4: dict[str, Tensor] = {}  # by document: COLUMNS
+        self._parts: list[tuple[list[str], Tensor]] = []  # documents, and COLUMNS of each on the device
 
     def add(self, batch: Batch, micro: MicroBatch, loss: HeadLoss, agrees_N: Tensor | None) -> None:
         """`agrees_N`: where student and teacher put the same token first, None without a teacher."""
-        if not len(micro.labels_N):
+        if not len(micro.view.labels_N):
             return
-        keys = _document_keys(batch, micro)
+        rows = range(micro.first_row, micro.first_row + micro.rows)
+        keys = [document.key for document in batch.documents if document.row in rows]
         zeros_N = torch.zeros_like(loss.per_term["cross_entropy"])
+        weights_N = zeros_N + 1 if micro.view.weights_N is None else micro.view.weights_N
         values_4N = torch.stack([
-            zeros_N + 1, loss.per_term["cross_entropy"], loss.per_term.get("kl", zeros_N),
+            weights_N, weights_N * loss.per_term["cross_entropy"], weights_N * loss.per_term.get("kl", zeros_N),
             zeros_N if agrees_N is None else agrees_N,
         ]).double()  # fmt: skip
-        index_N = _document_of_each_label(micro, len(keys))
-        sums_4D = values_4N.new_zeros(len(COLUMNS), len(keys)).index_add_(1, index_N, values_4N).cpu()
-        for key, sums_4 in zip(keys, sums_4D.T, strict=True):
-            if sums_4[0]:
-                self._sums_D4[key] = self._sums_D4.get(key, torch.zeros_like(sums_4)) + sums_4
+        sums_4D = values_4N.new_zeros(len(COLUMNS), len(keys)).index_add_(1, micro.documents_N, values_4N)
+        self._parts.append((keys, sums_4D))
 
     def figures(self, ranks: Ranks) -> list[DocumentFigures]:
         """Of all ranks together, which all must call; ordered by document."""
+        own: dict[str, Tensor] = {}
+        for keys, sums_4D in self._parts:
+            for key, sums_4 in zip(keys, sums_4D.cpu().T, strict=True):
+                if sums_4[0]:
+                    own[key] = own.get(key, torch.zeros_like(sums_4)) + sums_4
         together: dict[str, Tensor] = {}
-        for mine in ranks.gather(self._sums_D4):
+        for mine in ranks.gather(own):
             for key, sums_4 in mine.items():
                 together[key] = together.get(key, torch.zeros_like(sums_4)) + sums_4
         return [self._of(key, dict(zip(COLUMNS, together[key].tolist(), strict=True))) for key in sorted(together)]
 
     def _of(self, key: str, sums: Mapping[str, float]) -> DocumentFigures:
+        tokens = int(sums["tokens"]) if sums["tokens"].is_integer() else sums["tokens"]
         return DocumentFigures(
-            self._source, key, int(sums["tokens"]), sums["cross_entropy"], sums["kl"] if self._has_teacher else None,
+            self._source, key, tokens, sums["cross_entropy"], sums["kl"] if self._has_teacher else None,
             int(sums["agreed"]) if self._has_teacher else None,
         )  # fmt: skip
-
-
-def _document_keys(batch: Batch, micro: MicroBatch) -> list[str]:
-    """Of the micro batch's documents, by row, then by their ordinal in it: as `_document_of_each_label` counts them."""
-    rows = range(micro.first_row, micro.first_row + len(micro.tokens_BT))
-    return [document.key for document in batch.documents if document.row in rows]
-
-
-def _document_of_each_label(micro: MicroBatch, count: int) -> Tensor:
-    """[N] int64: which of the micro batch's `count` documents a label belongs to."""
-    ids_BT = micro.document_ids_BT.long()
-    # Documents that lie in the rows above.
-    above_B = (ids_BT.amax(1) + 1).cumsum(0).roll(1)
-    above_B[0] = 0
-    index_N = (ids_BT + above_B[:, None]).flatten()[micro.rows_N]
-    assert int(index_N.max()) < count, (int(index_N.max()), count)
-    return index_N

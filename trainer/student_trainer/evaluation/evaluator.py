@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from student_trainer.batch.align import MicroBatch, micro_batches
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.micro_batch import MicroBatch, cut
 from student_trainer.batch.teacher_rows import TeacherHead
+from student_trainer.batch.view import ViewSeed
 from student_trainer.evaluation.documents import DocumentFigures, DocumentSums
 from student_trainer.evaluation.passage import can_be_shown, make_passage
 from student_trainer.losses.kinds import token_term
@@ -87,11 +88,11 @@ class Evaluator:
 
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
-        passage_file: Path, head: TeacherHead | None = None, classes: Mapping[str, Sequence[int]] | None = None,
-        ranks: Ranks = ALONE,
+        passage_file: Path, seed: ViewSeed, head: TeacherHead | None = None,
+        classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
-        self._decode, self._passage_file, self._head = decode, passage_file, head
+        self._decode, self._passage_file, self._seed, self._head = decode, passage_file, seed, head
         self._classes, self._ranks = classes or {}, ranks
 
     def due(self, step: int, steps: int) -> bool:
@@ -131,11 +132,11 @@ class Evaluator:
     def _write_passage(self, student: Student, batch: Batch, targets: BatchTargets | None) -> None:
         if self._ranks.first:
             self._ranks.total(can_be_shown(targets))
-            self._passage_file.write_text(json.dumps(make_passage(student, batch, targets, self._decode)))
+            self._passage_file.write_text(json.dumps(make_passage(student, batch, targets, self._decode, self._seed)))
         elif self._ranks.total(0):
             # The student is whole for rank 0 only while the others have it whole too.
-            (micro,) = micro_batches(batch.rows(0, 1), None, keep_empty=True)
-            student.logits(micro.to(student.device))
+            for micro in cut(batch.rows(0, 1), None, student.reader, self._seed, keep_empty=True):
+                student.logits(micro.to(student.device))
 
     def _figures(self, student: Student, name: str, done: Callable[[], None]) -> tuple[Figures, list[DocumentFigures]]:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
@@ -143,32 +144,34 @@ class Evaluator:
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
         sums = LossSums(terms, batches[0].source_names)
         documents = DocumentSums(name, has_teacher)
-        agreed, correct, tokens = 0, 0, 0
+        tokens = 0  # labels, whatever they weigh
+        hits_2 = torch.zeros(2, dtype=torch.long, device=student.device)  # that agree, that are correct
         classes = self._classes.get(name)
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
-                for micro in micro_batches(
-                    batch, answer, rows=self._micro_rows, teacher_shift=student.teacher_shift, head=self._head,
+                for micro in cut(
+                    batch, answer, student.reader, self._seed, rows=self._micro_rows, head=self._head,
                     keep_empty=not self._ranks.alone,
                 ):  # fmt: skip
                     micro = micro.to(student.device)
                     loss = student.loss(micro, terms, None, want_top1=has_teacher)
                     sums.add(loss, micro)
-                    tokens += len(micro.labels_N)
-                    agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.labels_N) else None
-                    agreed += int(agrees_N.sum()) if agrees_N is not None else 0
+                    tokens += len(micro.view.labels_N)
+                    agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.view.labels_N) else None
+                    if agrees_N is not None:
+                        hits_2[0] += agrees_N.sum()
                     documents.add(batch, micro, loss, agrees_N)
                     if classes:
-                        correct += _correct(student, micro, classes)
+                        hits_2[1] += _correct(student, micro, classes)
                 done()
         means = sums.metrics(ranks=self._ranks).terms
-        agreed, correct, tokens = (self._ranks.total(count) for count in (agreed, correct, tokens))
+        agreed, correct, tokens = map(self._ranks.total, (*hits_2.tolist(), tokens))
         figures: Figures = {
             "cross_entropy": means["cross_entropy"],
             "kl": means["kl"] if has_teacher else None,
-            "agreement": agreed / tokens if has_teacher else None,
+            "agreement": agreed / tokens if has_teacher and tokens else None,
             "tokens": tokens,
-            **({"accuracy": correct / tokens} if classes else {}),
+            **({"accuracy": correct / tokens} if classes and tokens else {}),
         }
         return figures, documents.figures(self._ranks)
 
@@ -191,7 +194,7 @@ def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:
     return top1_N == micro.teacher.ids_NK[:, 0]
 
 
-def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> int:
+def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> torch.Tensor:
     words_C = torch.tensor(classes, device=student.device)
     said_N = words_C[student.logits(micro)[:, words_C].argmax(1)]
-    return int((said_N == micro.labels_N).sum())
+    return (said_N == micro.view.labels_N).sum()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from student_trainer.batch.align import micro_batches
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.micro_batch import cut
+from student_trainer.batch.view import ViewSeed
 from student_trainer.students.student import Student
 
 TOKENS = 256
@@ -19,7 +20,7 @@ GUESSES = 5
 
 
 def make_passage(
-    student: Student, batch: Batch, targets: BatchTargets | None, decode: Callable[[int], str]
+    student: Student, batch: Batch, targets: BatchTargets | None, decode: Callable[[int], str], seed: ViewSeed
 ) -> list[dict[str, Any]]:
     """`[{"text", "teacher": [[token, probability], ...], "student": ...}, ...]` of the batch's first document.
 
@@ -32,7 +33,7 @@ def make_passage(
     assert answer is not None and answer.ids is not None
     length = min(document.stop - document.start, TOKENS)
     tokens_T = batch.tokens_BT[document.row, document.start : document.start + length]
-    guesses = _student_guesses(student, batch.rows(document.row, document.row + 1), length, decode)
+    guesses = _student_guesses(student, batch.rows(document.row, document.row + 1), length, decode, seed)
     probabilities_RK = answer.probabilities()
     passage = []
     for place, token in enumerate(tokens_T):
@@ -53,7 +54,7 @@ def can_be_shown(targets: BatchTargets | None) -> bool:
 
 
 def _student_guesses(
-    student: Student, row: Batch, length: int, decode: Callable[[int], str]
+    student: Student, row: Batch, length: int, decode: Callable[[int], str], seed: ViewSeed
 ) -> dict[int, list[list[Any]]]:
     """The student's likeliest tokens for what follows place t of the row's first document, by t."""
     first = row.documents[0]
@@ -62,9 +63,11 @@ def _student_guesses(
     alone = replace(row, loss_mask_BT=mask_BT)
     places = np.flatnonzero(mask_BT[0]) - first.start
     guesses: dict[int, list[list[Any]]] = {}
-    for micro in micro_batches(alone, None, teacher_shift=student.teacher_shift, keep_empty=True):
+    for micro in cut(alone, None, student.reader, seed, keep_empty=True):
         p_NV = torch.softmax(student.logits(micro.to(student.device)), -1)
         top = p_NV.topk(GUESSES)
-        for place, p_K, ids_K in zip(places, top.values.tolist(), top.indices.tolist(), strict=True):
+        for place, p_K, ids_K in zip(
+            places[micro.view.counted_N], top.values.tolist(), top.indices.tolist(), strict=True
+        ):
             guesses[int(place)] = [[decode(i), round(p, 4)] for i, p in zip(ids_K, p_K, strict=True)]
     return guesses

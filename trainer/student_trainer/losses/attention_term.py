@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from student_trainer.batch.align import MicroBatch
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.attention_relations import attention_relations
 from student_trainer.losses.terms import Capture, Captured, Needs, StatesTerm
 from student_trainer.settings.attention import AttentionSettings

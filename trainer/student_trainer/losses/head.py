@@ -48,11 +48,11 @@ class HeadLoss:
     counted: dict[str, Tensor]
     top1_N: Tensor | None = None
 
-    def plus(self, term: Term, values_N: Tensor) -> HeadLoss:
-        """With a term whose values were computed elsewhere, one for each of the rows."""
+    def plus(self, term: Term, values_N: Tensor, weights_N: Tensor | None = None) -> HeadLoss:
+        """With a term whose values were computed elsewhere, one for each of the rows; `weights_N` as in `head_loss`."""
         return replace(
             self,
-            total=self.total + term.coefficient * values_N.sum(),
+            total=self.total + term.coefficient * (values_N.sum() if weights_N is None else values_N @ weights_N),
             per_term=self.per_term | {term.name: values_N.detach()},
             counted=self.counted | {term.name: torch.ones_like(values_N, dtype=torch.bool)},
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_trainer.batch.align import MicroBatch
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
 from student_trainer.ranks import ALONE, Ranks
@@ -22,7 +22,8 @@ from student_trainer.ranks import ALONE, Ranks
 class LossMetrics:
     """Means in nats over the tokens that count for each term; `loss` is what was differentiated.
 
-    `terms`: raw means. `weighted`: the term's share of `loss`. `by_source`: source -> term -> mean, and "tokens".
+    `tokens`: what the loss was divided by, see `View.count`. `terms`: raw means, weighted where labels have weights.
+    `weighted`: the term's share of `loss`. `by_source`: source -> term -> mean, and "tokens", the labels.
     `grad_norm`: before it is clipped; 0 where no gradient was made.
     """
 
@@ -57,24 +58,28 @@ class LossSums:
     def __init__(self, terms: Sequence[Term], sources: Sequence[str]):
         self._terms, self._sources = tuple(terms), tuple(sources)
         self._tokens = 0
-        self._sums: list[Tensor] = []  # [terms, 2, sources]: sums and counts
+        self._sums: list[Tensor] = []  # [terms, 3, sources]: weighted sums, weights, and counts
         self.per_term: list[dict[str, Tensor]] = []
 
     def add(self, loss: HeadLoss, micro: MicroBatch) -> None:
-        self._tokens += len(micro.labels_N)
+        self._tokens += micro.view.count
+        weights_N = micro.view.weights_N
         self.per_term.append(loss.per_term)
         width = len(self._sources)
         parts = []
         for term in self._terms:
-            values_2N = torch.stack([loss.per_term[term.name].double(), loss.counted[term.name].double()])
-            zeros_2S = values_2N.new_zeros(2, width)
-            parts.append(zeros_2S.index_add(1, micro.sources_N, values_2N))
+            values_N, counted_N = loss.per_term[term.name].double(), loss.counted[term.name].double()
+            weighed_N = counted_N
+            if weights_N is not None:
+                values_N, weighed_N = values_N * weights_N, counted_N * weights_N
+            values_3N = torch.stack([values_N, weighed_N, counted_N])
+            parts.append(values_3N.new_zeros(3, width).index_add(1, micro.sources_N, values_3N))
         self._sums.append(torch.stack(parts))
 
     def metrics(self, grad_norm: Tensor | None = None, ranks: Ranks = ALONE) -> LossMetrics:
         """Those of all ranks together, which all must call. The one place where a step waits for the device, once."""
         tokens = ranks.total(self._tokens)
-        shape = len(self._terms), 2, len(self._sources)
+        shape = len(self._terms), 3, len(self._sources)
         summed = ranks.add_up(torch.stack(self._sums).sum(0)) if self._sums else torch.zeros(shape, dtype=torch.float64)
         norm = torch.zeros(1) if grad_norm is None else grad_norm.detach().reshape(1)
         *flat, norm_value = torch.cat([summed.flatten(), norm.to(summed)]).tolist()
@@ -82,12 +87,13 @@ class LossSums:
         by_source: dict[str, dict[str, float]] = {}
         width = len(self._sources)
         for index, term in enumerate(self._terms):
-            values, counts = (flat[start : start + width] for start in (2 * index * width, (2 * index + 1) * width))
-            terms[term.name] = _mean(sum(values), sum(counts))
+            begin = 3 * index * width
+            values, weights, counts = (flat[begin + part * width : begin + (part + 1) * width] for part in range(3))
+            terms[term.name] = _mean(sum(values), sum(weights))
             weighted[term.name] = term.coefficient * _mean(sum(values), float(tokens))
-            for name, value, count in zip(self._sources, values, counts, strict=True):
+            for name, value, weight, count in zip(self._sources, values, weights, counts, strict=True):
                 if count:
-                    by_source.setdefault(name, {})[term.name] = value / count
+                    by_source.setdefault(name, {})[term.name] = _mean(value, weight)
                     by_source[name]["tokens"] = max(by_source[name].get("tokens", 0), int(count))
         return LossMetrics(
             tokens=tokens,

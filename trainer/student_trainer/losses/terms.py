@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from student_trainer.batch.align import MicroBatch
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.settings.attention import AttentionSettings, Layer
 from student_trainer.settings.terms import DivergenceSettings, SampledSettings, TermSettings

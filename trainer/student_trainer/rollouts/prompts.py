@@ -95,5 +95,5 @@ def rollout_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sam
         len(samples), sum(len(sample.ids_N) for sample in samples), sum(sample.ended for sample in samples),
         sum(sample.logprob for sample in samples),
     )  # fmt: skip
-    made = build_batch(batch.number, rows, batch.tokens_BT.shape[1], pad_id, batch.source_names)
+    made = build_batch(batch.number, rows, batch.tokens_BT.shape[1], pad_id, batch.source_names, batch.first_row)
     return replace(made, rollout=sums)

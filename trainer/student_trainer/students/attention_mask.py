@@ -1,59 +1,144 @@
-"""Attention that stops at a document's edges: masks for packed rows. Called by `causal`.
+"""A view's attention as a mask for SDPA or for flex attention: the one place where it becomes one. Called by `causal`.
 
 A mask for SDPA is dense. One for flex attention is a rule, and a list of the blocks of the map that the rule leaves
-anything of; the list is made from the first and last document of each block, so no dense array comes into being.
+anything of; the list is made from the least and the largest of the spec's integers in each block, so no dense array
+comes into being.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from student_trainer.batch.view import NEVER, Attention, CausalDocuments, OrderedDocuments
+
 # Places a block of flex attention has on each side.
 BLOCK = 128
 
+# (row, query, key) to whether the query sees the key, entry by entry; the indices broadcast.
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def dense_mask(document_ids_BT: Tensor, window: int | None = None) -> Tensor:
-    """Who sees whom, as booleans [B, 1, T, T]: the same document, not later, at most `window` tokens back.
+
+def dense_mask(attention: Attention, window: int | None = None) -> Tensor:
+    """Who sees whom, as booleans [B, 1, T, T]; with a window, no key that lies `window` or more places back.
 
     Padding (document -1) sees padding, so that no row of the softmax is empty; nothing else sees it.
     """
-    same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    place_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
-    back_TT = place_T[:, None] - place_T[None, :]
-    seen_TT = back_TT >= 0 if window is None else (back_TT >= 0) & (back_TT < window)
-    return (same_BTT & seen_TT)[:, None]
+    rows, length = attention.document_ids_BT.shape
+    device = attention.document_ids_BT.device
+    row_B11 = torch.arange(rows, device=device)[:, None, None]
+    place_T = torch.arange(length, device=device)
+    return rule_of(attention, window)(row_B11, place_T[None, :, None], place_T[None, None, :])[:, None]
 
 
-def block_mask(document_ids_BT: Tensor, window: int | None = None) -> Any:
+def rule_of(attention: Attention, window: int | None = None) -> Rule:
+    """The definition of each spec in `batch.view`, in a form that broadcasts and that flex attention compiles."""
+    document_ids_BT = attention.document_ids_BT
+    if isinstance(attention, CausalDocuments):
+
+        def causal(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            inside = (document_ids_BT[b, q] == document_ids_BT[b, k]) & (q >= k)
+            return inside if window is None else inside & (q - k < window)
+
+        return causal
+    shown_at_BT, sees_to_BT = attention.shown_at_BT, attention.sees_to_BT
+    groups_BT, places_BT = attention.groups_BT, attention.places_BT
+
+    def ordered(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        shown = shown_at_BT[b, k] <= sees_to_BT[b, q]
+        together = (groups_BT[b, k] == groups_BT[b, q]) & (groups_BT[b, k] >= 0)
+        inside = (document_ids_BT[b, q] == document_ids_BT[b, k]) & (shown | together)
+        return inside if window is None else inside & (places_BT[b, q] - places_BT[b, k] < window)
+
+    return ordered
+
+
+def block_mask(attention: Attention, window: int | None = None) -> Any:
     """The same as a flex-attention block mask, which skips the blocks that nobody sees.
 
-    Right for any ids. Where a document's tokens stand together, as packing places them, no block is listed in vain.
+    Right for any ids. Where a document's tokens stand together, as packing places them, and the order of an
+    `OrderedDocuments` follows the places of each half, hardly a block is listed in vain.
     """
+    rule = rule_of(attention, window)
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        inside = (document_ids_BT[b, q] == document_ids_BT[b, k]) & (q >= k)
-        return inside if window is None else inside & (q - k < window)
+        return rule(b, q, k)
 
+    document_ids_BT = attention.document_ids_BT
     length = document_ids_BT.shape[1]
     first_S = torch.arange(0, length, BLOCK, device=document_ids_BT.device)
-    last_S = (first_S + BLOCK - 1).clamp(max=length - 1)
-    # The nearest and the farthest that a key of block S lies behind a query of block Q.
-    nearest_QS = first_S[:, None] - last_S[None, :]
-    farthest_QS = last_S[:, None] - first_S[None, :]
     # A block that reaches beyond the row is never seen wholly: the rule hides what lies beyond.
     whole_S = first_S + BLOCK <= length
-    some_QS = farthest_QS >= 0
-    all_QS = (nearest_QS >= 0) & whole_S[:, None] & whole_S[None, :]
+    # Padding counts as the last document.
+    documents_BS = _Range.of(torch.where(document_ids_BT < 0, torch.iinfo(document_ids_BT.dtype).max, document_ids_BT))
+    some_BQS, all_BQS = _causal(first_S, length) if isinstance(attention, CausalDocuments) else _ordered(attention)
     if window is not None:
-        some_QS, all_QS = some_QS & (nearest_QS < window), all_QS & (farthest_QS < window)
-    least_BS, most_BS = _documents_by_block(document_ids_BT, len(first_S))
-    meet_BQS = (least_BS[:, None, :] <= most_BS[:, :, None]) & (least_BS[:, :, None] <= most_BS[:, None, :])
-    one_BS = least_BS == most_BS
-    same_BQS = one_BS[:, :, None] & one_BS[:, None, :] & (least_BS[:, :, None] == least_BS[:, None, :])
-    return listed(some_QS & meet_BQS, all_QS & same_BQS, seen, length)
+        places_BS = (
+            _places(first_S, length) if isinstance(attention, CausalDocuments) else _Range.of(attention.places_BT)
+        )
+        # The nearest and the farthest that a key of block S lies behind a query of block Q.
+        some_BQS = some_BQS & (places_BS.least_BS[:, :, None] - places_BS.most_BS[:, None, :] < window)
+        all_BQS = all_BQS & (places_BS.most_BS[:, :, None] - places_BS.least_BS[:, None, :] < window)
+    all_BQS = all_BQS & documents_BS.one_value() & whole_S[:, None] & whole_S[None, :]
+    return listed(some_BQS & documents_BS.meet(), all_BQS, seen, length)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The least and the largest of some integers in each block of places, [B, S] each; B may be 1."""
+
+    least_BS: Tensor
+    most_BS: Tensor
+
+    @classmethod
+    def of(cls, values_BT: Tensor) -> _Range:
+        blocks = -(-values_BT.shape[1] // BLOCK)
+        missing = blocks * BLOCK - values_BT.shape[1]
+        # The last block is filled up with its last place's number, which changes neither.
+        filled_BT = torch.cat([values_BT, values_BT[:, -1:].expand(-1, missing)], 1)
+        return cls(*filled_BT.unflatten(1, (blocks, BLOCK)).aminmax(dim=-1))
+
+    def meet(self) -> Tensor:
+        """[B, Q, S]: whether blocks Q and S may hold a number in common."""
+        least_BS, most_BS = self.least_BS, self.most_BS
+        return (least_BS[:, None, :] <= most_BS[:, :, None]) & (least_BS[:, :, None] <= most_BS[:, None, :])
+
+    def one_value(self) -> Tensor:
+        """[B, Q, S]: whether blocks Q and S together hold one number alone."""
+        one_BS = self.least_BS == self.most_BS
+        same_BQS = self.least_BS[:, :, None] == self.least_BS[:, None, :]
+        return one_BS[:, :, None] & one_BS[:, None, :] & same_BQS
+
+
+def _places(first_S: Tensor, length: int) -> _Range:
+    return _Range(first_S[None], (first_S + BLOCK - 1).clamp(max=length - 1)[None])
+
+
+def _causal(first_S: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """[1, Q, S] twice: whether any pair, and whether every pair, of query and key is in the order of the row."""
+    places = _places(first_S, length)
+    return (
+        places.most_BS[:, :, None] >= places.least_BS[:, None, :],
+        places.least_BS[:, :, None] >= places.most_BS[:, None, :],
+    )
+
+
+def _ordered(attention: OrderedDocuments) -> tuple[Tensor, Tensor]:
+    """[B, Q, S] twice: whether any pair, and whether every pair, of query and key may see by order or by group."""
+    shown_BS, sees_BS, groups_BS = map(_Range.of, (attention.shown_at_BT, attention.sees_to_BT, attention.groups_BT))
+    shown_some = shown_BS.least_BS[:, None, :] <= sees_BS.most_BS[:, :, None]
+    shown_all = shown_BS.most_BS[:, None, :] <= sees_BS.least_BS[:, :, None]
+    # Of groups, positions in none aside.
+    in_some_BS = groups_BS.most_BS >= 0
+    least_BS = _Range.of(torch.where(attention.groups_BT < 0, NEVER, attention.groups_BT)).least_BS
+    both_BQS = in_some_BS[:, :, None] & in_some_BS[:, None, :]
+    group_some = both_BQS & _Range(least_BS, groups_BS.most_BS).meet()
+    group_all = groups_BS.one_value() & both_BQS
+    return shown_some | group_some, shown_all | group_all
 
 
 def listed(some_BQS: Tensor, all_BQS: Tensor, seen: Any, length: int) -> Any:
@@ -71,13 +156,3 @@ def listed(some_BQS: Tensor, all_BQS: Tensor, seen: Any, length: int) -> Any:
         order_B1QS = torch.argsort(blocks_B1QS, dim=-1, descending=True, stable=True).to(torch.int32)
         numbers += [blocks_B1QS.sum(-1, dtype=torch.int32), order_B1QS.contiguous()]
     return BlockMask.from_kv_blocks(*numbers, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length))
-
-
-def _documents_by_block(document_ids_BT: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """The least and the largest document of each block of places, [B, S] twice; padding counts as the last document."""
-    padded_BT = torch.where(document_ids_BT < 0, torch.iinfo(document_ids_BT.dtype).max, document_ids_BT)
-    missing = blocks * BLOCK - padded_BT.shape[1]
-    # The last block is filled up with its last place's document, which changes neither.
-    filled_BT = torch.cat([padded_BT, padded_BT[:, -1:].expand(-1, missing)], 1)
-    least_BS, most_BS = filled_BT.unflatten(1, (blocks, BLOCK)).aminmax(dim=-1)
-    return least_BS, most_BS

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from student_trainer.batch.batch import Batch
+from student_trainer.batch.tensors import own_tensor
+from student_trainer.batch.view import Attention, CausalDocuments, Reader, View, ViewSeed
 from student_trainer.settings import StudentSettings
 from student_trainer.students.attention_mask import block_mask, dense_mask
 from student_trainer.students.compute import compute_dtype
@@ -25,25 +28,47 @@ HEAD_TOLERANCE = 1e-3
 
 
 @dataclass(eq=False)
-class CausalBody:
+class DecoderBody:
     """The decoder of a Hugging Face model as a function of packed rows.
 
-    `reach`: how many tokens back attention sees, None for all; by kind of layer where the model tells them apart.
+    `kernel`: "flex" or "sdpa". `window`: how many tokens back attention sees, None for all; by kind of layer where the
+    model tells them apart.
     """
 
     decoder: nn.Module
-    attention: str
-    reach: dict[str, int | None] | int | None
+    kernel: str
+    window: dict[str, int | None] | int | None
 
-    def __call__(self, tokens_BT: Tensor, position_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
-        make = block_mask if self.attention == "flex" else dense_mask
+    def __call__(self, input_ids_BT: Tensor, position_ids_BT: Tensor, attention: Attention) -> Tensor:
+        make = block_mask if self.kernel == "flex" else dense_mask
         mask: Any
-        if isinstance(self.reach, dict):
-            mask = {kind: make(document_ids_BT, reach) for kind, reach in self.reach.items()}
+        if isinstance(self.window, dict):
+            mask = {kind: make(attention, window) for kind, window in self.window.items()}
         else:
-            mask = make(document_ids_BT, self.reach)
-        out = self.decoder(input_ids=tokens_BT, attention_mask=mask, position_ids=position_ids_BT, use_cache=False)
+            mask = make(attention, self.window)
+        out = self.decoder(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_ids_BT, use_cache=False)
         return out.last_hidden_state
+
+
+@dataclass(frozen=True)
+class CausalReader:
+    """The text from left to right: row t predicts token t+1, and learns from the teacher's row t."""
+
+    autoregressive: bool = True
+
+    def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
+        """The batch as it is; nothing of it is random."""
+        row_N, column_N = batch.counted()
+        return (
+            View(
+                input_ids_BT=own_tensor(batch.tokens_BT, torch.int64),
+                position_ids_BT=own_tensor(batch.position_ids_BT, torch.int64),
+                attention=CausalDocuments(own_tensor(batch.document_ids_BT, torch.int32)),
+                rows_N=own_tensor(row_N * batch.tokens_BT.shape[1] + column_N, torch.int64),
+                labels_N=own_tensor(batch.tokens_BT[row_N, column_N + 1], torch.int64),
+                counted_N=torch.arange(len(row_N)),
+            ),
+        )
 
 
 def attention_for(settings: StudentSettings, device: torch.device) -> str:
@@ -54,13 +79,19 @@ def attention_for(settings: StudentSettings, device: torch.device) -> str:
 
 
 def wrap_causal(model: Any, attention: str, settings: StudentSettings) -> Student:
-    """A loaded model as a student; refuses one whose logits are not head(hidden states)."""
+    """A loaded model as a student that reads from left to right."""
+    return wrap_decoder(model, attention, settings, CausalReader())
+
+
+def wrap_decoder(model: Any, attention: str, settings: StudentSettings, reader: Reader) -> Student:
+    """A loaded model as a student of `reader`; refuses one whose logits are not head(hidden states)."""
     _refuse_leaking(model.config)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = Student(
         model=model,
-        body=CausalBody(model.get_decoder(), attention, _reach(model.config)),
+        body=DecoderBody(model.get_decoder(), attention, _window(model.config)),
+        reader=reader,
         head_module=model.get_output_embeddings(),
         head_constants=_head_constants(model.config),
         compute=compute_dtype(settings.compute, model.device),
@@ -82,12 +113,12 @@ def check_head(student: Student) -> None:
     """Hold head(hidden) against the model's own logits on four tokens. ValueError where an architecture does more."""
     device = student.device
     tokens_BT = torch.arange(4, device=device)[None] % student.vocab_size
-    zeros_BT = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    attention = CausalDocuments(torch.zeros(1, 4, dtype=torch.int32, device=device))
     positions_BT = torch.arange(4, device=device)[None]
     was_training = student.model.training
     student.model.eval()
     with torch.no_grad():
-        hidden_BTD = student.body(tokens_BT, positions_BT, zeros_BT)
+        hidden_BTD = student.body(tokens_BT, positions_BT, attention)
         theirs_BTV = student.model(input_ids=tokens_BT, use_cache=False).logits.float()
         head = student.head
         ours_BTV = nn.functional.linear(hidden_BTD, head.weight_VD, head.bias_V).float() * head.scale
@@ -102,17 +133,17 @@ def check_head(student: Student) -> None:
         )
 
 
-def _reach(config: Any) -> dict[str, int | None] | int | None:
+def _window(config: Any) -> dict[str, int | None] | int | None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
         return window
     if kinds == {"full_attention"}:
         return None
-    reaches = {"full_attention": None, "sliding_attention": window}
-    if strange := sorted(kinds - reaches.keys()):
+    windows = {"full_attention": None, "sliding_attention": window}
+    if strange := sorted(kinds - windows.keys()):
         raise ValueError(f"the student has layers of kind {strange[0]}, whose mask for packed rows is not known here")
-    return {kind: reaches[kind] for kind in sorted(kinds)}
+    return {kind: windows[kind] for kind in sorted(kinds)}
 
 
 def _refuse_leaking(config: Any) -> None:

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from student_trainer.batch.align import MicroBatch
+from student_trainer.batch.batch import Batch
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.batch.view import Attention, Reader, View, ViewSeed
 from student_trainer.losses.balance import gradient_norms, term_gradient_norms
 from student_trainer.losses.head import HeadLoss, head_loss
 from student_trainer.losses.kinds import token_term
@@ -31,9 +33,9 @@ class Head:
 
 
 class Body(Protocol):
-    """Packed rows to final hidden states [B, T, D], after the last norm."""
+    """What a view reads to final hidden states [B, T, D], after the last norm."""
 
-    def __call__(self, tokens_BT: Tensor, position_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor: ...
+    def __call__(self, input_ids_BT: Tensor, position_ids_BT: Tensor, attention: Attention) -> Tensor: ...
 
 
 def _directly(call: Callable[..., Any], *args: Any) -> Any:
@@ -42,16 +44,16 @@ def _directly(call: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(eq=False)
 class Student:
-    """A model that learns. `teacher_shift`: see `targets.align`. `shared_vocab`: ids that it has in common with the
-    teacher, None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
+    """A model that learns. `reader`: how it reads a batch. `shared_vocab`: ids that it has in common with the teacher,
+    None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
     `gathered(call, *args)` calls while the parameters are whole: at once, or where ranks share them, by `sharding`.
     """
 
     model: nn.Module
     body: Body
+    reader: Reader
     head_module: nn.Module
     head_constants: dict[str, Any] = field(default_factory=dict)
-    teacher_shift: int = 0
     shared_vocab: int | None = None
     compute: torch.dtype = torch.float32
     gathered: Callable[..., Any] = _directly
@@ -69,6 +71,10 @@ class Student:
     def vocab_size(self) -> int:
         return int(self.head.weight_VD.shape[0])
 
+    def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
+        """How the student reads the rows of a batch: see `batch.view`."""
+        return self.reader.views(batch, seed)
+
     def before_step(self, number: int) -> None:
         """What follows the step count rather than a gradient: nothing here; a ternary student warms up."""
 
@@ -76,7 +82,7 @@ class Student:
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
     ) -> HeadLoss:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
-        if not len(micro.labels_N):
+        if not len(micro.view.labels_N):
             # A rank that has no label here still takes its part in gathering and reducing, with gradients of zero.
             terms = tuple(token_term(term.name, "cross_entropy", 0.0) for term in terms)
         return HeadLoss(*self.gathered(self._loss, micro, terms, chunk_rows, want_top1))
@@ -99,13 +105,15 @@ class Student:
         loss = HeadLoss(hidden_ND.new_zeros((), dtype=torch.float32), {}, {})
         if of_tokens := [term for term in terms if isinstance(term, TokenTerm)]:
             loss = head_loss(
-                hidden_ND, head.weight_VD, micro.labels_N, micro.teacher, of_tokens,
+                hidden_ND, head.weight_VD, micro.view.labels_N, micro.teacher, of_tokens,
                 head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
-                shared_vocab=self.shared_vocab, chunk_rows=chunk_rows, want_top1=want_top1,
+                shared_vocab=self.shared_vocab, weights_N=micro.view.weights_N, chunk_rows=chunk_rows,
+                want_top1=want_top1,
             )  # fmt: skip
         for term in terms:
             if isinstance(term, StatesTerm):
-                loss = loss.plus(term, term.values(captured, micro, self.config))
+                values_N = term.values(captured, micro, self.config)
+                loss = loss.plus(term, values_N, micro.view.weights_N)
         return loss
 
     def gradient_norms(
@@ -151,8 +159,8 @@ class Student:
     def hidden(self, micro: MicroBatch) -> Tensor:
         """The hidden rows [N, D] that predict the labels of the micro batch."""
         with torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32):
-            hidden_BTD = self.body(micro.tokens_BT, micro.position_ids_BT, micro.document_ids_BT)
-        return hidden_BTD.flatten(0, 1)[micro.rows_N]
+            hidden_BTD = self.body(micro.view.input_ids_BT, micro.view.position_ids_BT, micro.view.attention)
+        return hidden_BTD.flatten(0, 1)[micro.view.rows_N]
 
     def logits(self, micro: MicroBatch) -> Tensor:
         """Logits [N, V] fp32 of a few rows, to be looked at; `loss` never makes them."""

@@ -95,16 +95,16 @@ class TargetGuard:
 
 def _bad_tokens(sums: LossSums, ready: Ready) -> str:
     """The first token whose loss is not finite, by term, source and document; empty if all are."""
-    width = ready.batch.tokens_BT.shape[1]
     for values, micro in zip(sums.per_term, ready.micro, strict=True):
         for name, value_N in values.items():
             bad_N = ~value_N.isfinite()
             if bad_N.any():
                 index = int(bad_N.int().argmax())
-                row, column = divmod(int(micro.rows_N[index]), width)
-                row += micro.first_row
-                documents = ready.batch.documents
-                key = next((d.key for d in documents if d.row == row and d.start <= column < d.stop), "unknown")
+                part = ready.batch.rows(micro.first_row, micro.first_row + micro.rows)
+                row_C, column_C = part.counted()
+                position = int(micro.view.counted_N[index])
+                row, column = int(row_C[position]) + micro.first_row, int(column_C[position])
+                key = part.documents[int(micro.documents_N[index])].key
                 source = ready.batch.source_names[int(micro.sources_N[index])]
                 return f"{name} is {float(value_N[index])} in source {source}, document {key}, row {row} token {column}"
     return ""

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from student_trainer.batch.align import MicroBatch
 from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.student_support import student_top_ids
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
@@ -38,13 +38,14 @@ class StudentSupport:
 
     def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
         """The batch with `gather_*` beside its other targets. `while_waiting` as in `Prefetch.next`."""
-        counting = [micro for micro in ready.micro if len(micro.labels_N)]
-        parts = [ready.batch.rows(micro.first_row, micro.first_row + len(micro.tokens_BT)) for micro in counting]
+        counting = [micro for micro in ready.micro if len(micro.view.labels_N)]
+        parts = [ready.batch.rows(micro.first_row, micro.first_row + micro.rows) for micro in counting]
         ids = [self._ids(student, micro) for micro in counting]
+        placed = [_by_position(micro, ids_NG, part) for micro, ids_NG, part in zip(counting, ids, parts, strict=True)]
         asked = time.monotonic()
         futures = [
-            self._thread.submit(self._targets.fetch(part, ASK, ids_by_document(part, ids_NG.cpu().numpy())))
-            for part, ids_NG in zip(parts, ids, strict=True)
+            self._thread.submit(self._targets.fetch(part, ASK, ids_by_document(part, ids_CG)))
+            for part, ids_CG in zip(parts, placed, strict=True)
         ]
         try:
             while wait(futures, timeout=POLL_S).not_done:
@@ -55,12 +56,12 @@ class StudentSupport:
                 future.cancel()
         waited_s = ready.waited_s + time.monotonic() - asked
         answered = iter(map(_with_gathered, counting, ids, parts, answers))
-        micro = tuple(next(answered) if len(each.labels_N) else each for each in ready.micro)
+        micro = tuple(next(answered) if len(each.view.labels_N) else each for each in ready.micro)
         return replace(ready, micro=micro, waited_s=waited_s)
 
     def _ids(self, student: Student, micro: MicroBatch) -> Tensor:
         if self._words:
-            return torch.tensor(self._words, device=student.device).expand(len(micro.labels_N), -1)
+            return torch.tensor(self._words, device=student.device).expand(len(micro.view.labels_N), -1)
         return self._likeliest(student, micro)
 
     def _likeliest(self, student: Student, micro: MicroBatch) -> Tensor:
@@ -77,18 +78,40 @@ class StudentSupport:
             student.model.train(was_training)
 
 
-def ids_by_document(part: Batch, ids_NG: np.ndarray) -> GatherIds:
+def _by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarray:
+    """The labels' ids by counted position [C, S * G]; one that no label of the view stands for gets any.
+
+    S is how many labels one position has at most, which is 1 but in a view that reads it in several ways.
+    """
+    counted_N, slot_N = _slots(micro)
+    shape = int(part.loss_mask_BT.sum()), int(slot_N.max()) + 1, ids_NG.shape[1]
+    ids_CSG = np.zeros(shape, np.int64)
+    ids_CSG[counted_N, slot_N] = ids_NG.cpu().numpy()
+    return ids_CSG.reshape(len(ids_CSG), -1)
+
+
+def _slots(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Of each label its counted position, and how many labels before it have the same."""
+    counted_N = micro.view.counted_N.cpu().numpy()
+    order_N = np.argsort(counted_N, kind="stable")
+    sorted_N = counted_N[order_N]
+    slot_N = np.empty_like(counted_N)
+    slot_N[order_N] = np.arange(len(counted_N)) - np.searchsorted(sorted_N, sorted_N)
+    return counted_N, slot_N
+
+
+def ids_by_document(part: Batch, ids_CG: np.ndarray) -> GatherIds:
     """Ids of the rows that count, cut to what is asked of each document; a row in between that doesn't gets any."""
     asked = []
     first = 0
     for document in part.documents:
         rows = counted_rows(part, document) or (0, 0)
         counted_R = part.loss_mask_BT[document.row, document.start + rows[0] : document.start + rows[1]]
-        ids_RG = np.zeros((len(counted_R), ids_NG.shape[1]), ids_NG.dtype)
-        ids_RG[counted_R] = ids_NG[first : first + counted_R.sum()]
+        ids_RG = np.zeros((len(counted_R), ids_CG.shape[1]), ids_CG.dtype)
+        ids_RG[counted_R] = ids_CG[first : first + counted_R.sum()]
         first += int(counted_R.sum())
         asked.append(ids_RG)
-    assert first == len(ids_NG), (first, len(ids_NG))
+    assert first == len(ids_CG), (first, len(ids_CG))
     return asked
 
 
@@ -100,5 +123,7 @@ def _with_gathered(micro: MicroBatch, ids_NG: Tensor, part: Batch, answer: Batch
             counted_R = part.loss_mask_BT[document.row, start : start + targets.num_rows]
             logprobs.append(targets.gather_logprobs[counted_R])
     assert micro.teacher is not None
-    logprobs_NG = torch.from_numpy(np.concatenate(logprobs)).to(ids_NG.device)
+    logprobs_CG = np.concatenate(logprobs)
+    logprobs_CSG = logprobs_CG.reshape(len(logprobs_CG), -1, ids_NG.shape[1])
+    logprobs_NG = torch.from_numpy(logprobs_CSG[_slots(micro)]).to(ids_NG.device)
     return replace(micro, teacher=replace(micro.teacher, gather_ids_NG=ids_NG, gather_logprobs_NG=logprobs_NG))
