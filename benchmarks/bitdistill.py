@@ -59,7 +59,8 @@ def main() -> int:
         settings = [*common(options), f"teacher.url={url}"]
         learn(STAGE2, [
             *settings, "recipe=bitnet_pretraining", "teacher=remote", f"student.checkpoint_path={STUDENT}",
-            f"run.steps={options.pretraining_steps}", f"student.bitnet.warmup_steps={options.pretraining_steps // 2}",
+            f"run.steps={options.pretraining_steps}",
+            f"student.quantisation.warmup_steps={options.pretraining_steps // 2}",
             f"evaluation.every={options.pretraining_steps}", "run.seed=100",
             f"optim.learning_rate={options.pretraining_learning_rate}",
         ])  # fmt: skip

@@ -123,7 +123,7 @@ def arm_settings(teacher: Teacher, attention_url: str, plan: Plan, index: int) -
         # With the teacher at hand, held-out KL and agreement are measured in stage 2 too.
         return [
             *settings, "recipe=bitnet_pretraining", "teacher=remote", "run.seed=0", "optim.learning_rate=1e-3",
-            f"student.checkpoint_path={TEACHER}", f"student.bitnet.warmup_steps={plan.steps // 2}",
+            f"student.checkpoint_path={TEACHER}", f"student.quantisation.warmup_steps={plan.steps // 2}",
         ]  # fmt: skip
     # Adam's first steps are of the full rate whatever the gradient; at stage 2's they undo what it learnt.
     settings += [

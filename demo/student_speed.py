@@ -85,12 +85,12 @@ def write_texts(settings: Any, out: Path) -> None:
     """A line of JSON for each text, with the fields of `samples.jsonl`."""
     import torch
 
+    from student_trainer.checkpoint.earlier_run import load_student
     from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.data.tokenise import pad_id
     from student_trainer.evaluation.samples import SampleWriter
     from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
-    from student_trainer.students.load import load_student
 
     tokenizer = load_tokenizer(settings)
     source = BatchSource(settings.data, tokenizer, settings.run.seed)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from student_trainer.cli import export as export_command
-from student_trainer.students.bitnet_checkpoint import load_bitnet_student
+from student_trainer.students.pretrained import load_quantised
 from tests.models import save_tiny_llama, tiny_tokenizer
 from tests.trainer_run import Workshop, run_here, train
 from tests.unit.students.tiny import tiny_model
@@ -64,7 +64,7 @@ def test_a_full_precision_student_is_written_as_it_is(workshop: Workshop, tmp_pa
     assert type(model).__name__ == "LlamaForCausalLM" and "transformers alone: KL" in log.read_text()
     assert "1.58" not in (run / "exports" / "hf" / "README.md").read_text()
     assert train(["export", str(run), "--format", "gguf"], log) == 2
-    assert "this student is not ternary (student.kind is not bitnet): use --format hf" in log.read_text()
+    assert "format gguf can't hold this student (student.quantiser is none): use --format hf" in log.read_text()
 
 
 def test_what_a_format_lacks_is_refused_by_name(workshop: Workshop, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_what_a_format_lacks_is_refused_by_name(workshop: Workshop, tmp_path: Pa
         assert "cannot express this student: QK-norm" in (tmp_path / form).read_text()
     assert "use --format hf" in (tmp_path / "bitnet").read_text()
     assert train(["export", str(run), "--format", "hf"], tmp_path / "hf") == 0
-    assert "opened again by load_bitnet_student" in (tmp_path / "hf").read_text()
+    assert "opened again by load_quantised" in (tmp_path / "hf").read_text()
     assert AutoConfig.from_pretrained(run / "exports" / "hf").model_type == "qwen3"
 
 
@@ -97,8 +97,8 @@ def test_an_export_that_is_another_model_fails(run: Path, tmp_path: Path, monkey
         file = Path(folder) / "model.safetensors"
         scrambled = {name: tensor[torch.randperm(len(tensor))] for name, tensor in load_file(file).items()}
         save_file(scrambled, file, metadata={"format": "pt"})
-        return load_bitnet_student(folder)
+        return load_quantised(folder)
 
-    monkeypatch.setattr(export_command, "load_bitnet_student", damaged)
+    monkeypatch.setattr(export_command, "load_quantised", damaged)
     with pytest.raises(export_command.NotTheSameError, match="is not the student that was trained"):
         export_command.main([str(run), "--format", "hf", "--architecture", "original", "--out", str(tmp_path / "out")])

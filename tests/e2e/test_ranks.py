@@ -249,7 +249,7 @@ BESIDE = {  # what a rank does with the whole student beside the passes that all
     "balances": (BALANCED, "distillation.balance.every=3"),
     "writes, gathers, balances": (*OWN_TEXT, "on_policy.terms.jsd.support=gather", BALANCED),
     "lora": ("student.lora.rank=4",),
-    "ternary": ("student=bitnet", "student.bitnet.warmup_steps=4", UNCLIPPED),  # a bit more flips a weight
+    "ternary": ("student=bitnet", "student.quantisation.warmup_steps=4", UNCLIPPED),  # a bit more flips a weight
 }
 
 

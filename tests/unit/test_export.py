@@ -16,8 +16,8 @@ from student_trainer.export.bitnet import CannotExpressError, as_architecture
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import compare_logits, transformers_logits
 from student_trainer.export.export import EXPORTS, export_bitnet, export_hf
-from student_trainer.students.bitnet import bit_linears, convert_to_bitnet, set_quantisation_blend, ternary_codes
-from tests.unit.students.tiny import spread_weights, tiny_config, tiny_ids, tiny_model
+from student_trainer.students.quant_linear import quant_linears, set_quantisation_blend
+from tests.unit.students.tiny import convert_to_bitnet, spread_weights, ternary_codes, tiny_config, tiny_ids, tiny_model
 
 CARD = ModelCard(
     name="tiny-student", base_model="tiny/base", teacher="tiny/teacher", teacher_fingerprint="sha256:abc",
@@ -30,7 +30,7 @@ def student(family: str = "llama", sub_norm: Any = "output", eps: float | None =
     torch.manual_seed(0)
     conversion = {key: overrides.pop(key) for key in ("quantise_activations",) if key in overrides}
     model = convert_to_bitnet(tiny_model(family, **overrides), sub_norm=sub_norm, eps=eps, **conversion)
-    for _, layer in bit_linears(model):
+    for _, layer in quant_linears(model):
         if layer.rms_norm is not None:
             torch.nn.init.uniform_(layer.rms_norm.weight, 0.5, 1.5)
     return model.eval()
@@ -94,8 +94,8 @@ def test_sub_norm_eps_is_folded_into_the_weights_exactly(eps: float) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("layernorm.weight",)):
                 parameter.mul_(0.02)
-    for _, layer in bit_linears(model):
-        layer.quantise_activations = False
+    for _, layer in quant_linears(model):
+        layer.activation_quantiser = None
     expression = as_architecture(model)
     rebuilt = AutoModelForCausalLM.from_config(expression.config)
     rebuilt.load_state_dict(expression.weights, strict=False)
@@ -104,8 +104,8 @@ def test_sub_norm_eps_is_folded_into_the_weights_exactly(eps: float) -> None:
     assert compare_logits(logits(model), logits(rebuilt.eval())).difference < 1e-4
     wrong = student(eps=1e-2)
     wrong.load_state_dict(model.state_dict())
-    for _, layer in bit_linears(wrong):
-        layer.quantise_activations = False
+    for _, layer in quant_linears(wrong):
+        layer.activation_quantiser = None
     assert compare_logits(logits(model), logits(wrong)).difference > 1e-2
 
 
@@ -196,7 +196,7 @@ def test_exporting_leaves_the_student_as_it_was(tmp_path: Path, kind: str) -> No
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
     EXPORTS[kind](model, None, tmp_path / "out", CARD)
-    assert model.training and all(layer.quantise_activations for _, layer in bit_linears(model))
+    assert model.training and all(layer.activation_quantiser is not None for _, layer in quant_linears(model))
     assert model.config.to_dict() == config
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -17,8 +17,8 @@ from student_trainer.export.check import compare_logits, llama_cpp_logits
 from student_trainer.export.export import export_gguf
 from student_trainer.export.gguf import q4_0_blocks, tensor_name
 from student_trainer.export.gguf_tokenizer import add_tokenizer, pre_tokeniser_name
-from student_trainer.students.bitnet import bit_linears, ternary_codes
-from tests.unit.students.tiny import tiny_ids
+from student_trainer.students.quant_linear import quant_linears
+from tests.unit.students.tiny import ternary_codes, tiny_ids
 from tests.unit.test_export import student
 
 CARD = ModelCard("tiny", "tiny/base", "tiny/teacher", "sha256:abc")
@@ -44,7 +44,7 @@ def test_every_matrix_dequantises_to_its_codes_times_the_scale(tmp_path: Path, w
     export_gguf(model, None, tmp_path / "out", CARD, ternary_type=ternary_type)
     _, tensors = read(tmp_path / "out")
     counts: dict[str, int] = {}
-    for name, layer in bit_linears(model):
+    for name, layer in quant_linears(model):
         tensor = tensors[tensor_name(f"{name}.weight")]
         codes_OI, scale = ternary_codes(layer)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(codes_OI.shape)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from student_trainer.batch.teacher_rows import TeacherHead
+from student_trainer.checkpoint.earlier_run import load_student, model_behind
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.resume import may_change
 from student_trainer.data.loader import BatchSource
@@ -22,7 +23,7 @@ from student_trainer.losses.kinds import all_terms, terms_of
 from student_trainer.losses.terms import Needs
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import Settings
-from student_trainer.students.load import load_student, model_behind
+from student_trainer.students.load import check_cell
 from student_trainer.students.student import Student
 from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.attention import AttentionSource, open_attention
@@ -70,6 +71,7 @@ def build_parts(
     settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
 ) -> Parts:
     """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
+    check_cell(settings.student)
     device = choose_device(settings.run, ranks.local)
     use_device(device)
     if settings.run.threads is not None:

@@ -12,12 +12,12 @@ import torch
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
 from student_trainer.data.classification import LabelWords, one_set_of_words
 from student_trainer.data.loader import BatchSource
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.data import DataSettings, SourceSettings
-from student_trainer.students.load import load_student
 from student_trainer.targets.protocol import Ask, GatherIds
 from tests.models import save_tiny_llama, tiny_tokenizer
 from tests.trainer_run import ScriptedTargets, lines_of, run_here

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from student_trainer.rollouts.sampler import GenerateSampler, Sample, ends_of_text
 from student_trainer.settings import StudentSettings
-from student_trainer.students.load import load_causal
+from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
 from tests.models import save_tiny_llama, tiny_tokenizer
 
@@ -22,7 +22,7 @@ SEEDS = [11, 12, 13]
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     folder = save_tiny_llama(tmp_path_factory.mktemp("student"), attention_dropout=0.5)
-    return load_causal(StudentSettings(checkpoint_path=str(folder), compute="float32"), torch.device("cpu"))
+    return student_from_model(StudentSettings(checkpoint_path=str(folder), compute="float32"), torch.device("cpu"))
 
 
 def dense(student: Student, prompt: np.ndarray, seed: int | None, new_tokens: int, ends: set[int]) -> Sample:

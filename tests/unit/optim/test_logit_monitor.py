@@ -13,9 +13,8 @@ from student_trainer.optim.logit_monitor import LogitMonitor
 from student_trainer.optim.logit_tiles import Visibility, largest_logits
 from student_trainer.students.attention_mask import block_mask, dense_mask
 from student_trainer.students.attention_states import AttentionStates
-from student_trainer.students.bitnet import convert_to_bitnet
 from tests.unit.optim import dense
-from tests.unit.students.tiny import tiny_ids, tiny_model
+from tests.unit.students.tiny import convert_to_bitnet, tiny_ids, tiny_model
 
 ROWS, LENGTH = 3, 24
 # Two documents and padding; the third row is full.

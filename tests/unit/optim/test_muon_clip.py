@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from student_trainer.optim.optimizer import Optimizer, build_optimizer
 from student_trainer.optim.qk_clip import ClipReport
 from student_trainer.settings import OptimSettings
-from student_trainer.students.bitnet import convert_to_bitnet
 from tests.unit.optim.dense import newton_schulz
-from tests.unit.students.tiny import tiny_ids, tiny_model
+from tests.unit.students.tiny import convert_to_bitnet, tiny_ids, tiny_model
 
 
 def settings(**changes: Any) -> OptimSettings:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, Olmo2Config, Phi3Config
 
 from student_trainer.optim.qk_clip import ClipReport, QKClip
-from student_trainer.students.bitnet import bit_linears, convert_to_bitnet, ternary_codes
-from tests.unit.students.tiny import spread_weights, tiny_ids, tiny_model
+from student_trainer.students.quant_linear import quant_linears
+from tests.unit.students.tiny import convert_to_bitnet, spread_weights, ternary_codes, tiny_ids, tiny_model
 
 TINY = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -146,9 +146,9 @@ def test_scaling_the_weights_behind_a_qk_norm_would_do_nothing() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_ternary_layer_keeps_its_codes_and_its_logit_comes_to_tau(family: str, blend: float) -> None:
     model = convert_to_bitnet(one_layer(family))
-    for _, layer in bit_linears(model):
+    for _, layer in quant_linears(model):
         layer.quantisation_blend.fill_(blend)
-    projections = {name: layer for name, layer in bit_linears(model) if name.endswith(("q_proj", "k_proj"))}
+    projections = {name: layer for name, layer in quant_linears(model) if name.endswith(("q_proj", "k_proj"))}
     codes = {name: ternary_codes(layer) for name, layer in projections.items()}
     before = probed(QKClip(model), model)
     tau = before.max().item() / 3

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from student_trainer.students.attention_states import AttentionStates
-from student_trainer.students.bitnet import convert_to_bitnet
-from tests.unit.students.tiny import FAMILIES, VOCAB, tiny_ids, tiny_model
+from tests.unit.students.tiny import FAMILIES, VOCAB, convert_to_bitnet, tiny_ids, tiny_model
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

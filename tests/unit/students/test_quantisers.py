@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.integrations.bitnet import ActQuant, WeightQuant
 
-from student_trainer.students.quantisers import int8_activations, ternary, ternary_weight
+from student_trainer.students.quantisers.activations import int8_activations
+from student_trainer.students.quantisers.bitnet import ternary, ternary_weight
 
 ONE, ZERO = torch.ones(()), torch.zeros(())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
+from student_trainer.students.quant_linear import quantise
+from student_trainer.students.quantisers.bitnet import BITNET
+
 VOCAB = 97
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "bitnet": BitNetConfig}
 
@@ -41,3 +44,13 @@ def spread_weights(model: Any) -> None:
 
 def tiny_ids(rows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def convert_to_bitnet(model: Any, **how: Any) -> Any:
+    """The model with ternary linears, in place."""
+    return quantise(model, "bitnet", **how)
+
+
+def ternary_codes(linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [O, I] of a linear's latent weight, and the float32 scalar scale."""
+    return BITNET.codes(linear.weight)

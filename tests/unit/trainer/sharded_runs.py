@@ -19,7 +19,7 @@ from student_trainer.optim.optimizer import Optimizer, build_optimizer
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import CheckpointSettings, OptimSettings, StudentSettings
 from student_trainer.state import TrainState
-from student_trainer.students.bitnet_student import make_ternary
+from student_trainer.students.load import quantised_student
 from student_trainer.students.sharding import full_tensor, like, shard
 from student_trainer.students.student import Student
 from tests.ranks_run import become
@@ -61,7 +61,7 @@ def on_ranks(world: int, call: Callable[..., None], *arguments: Any, timeout_s: 
 def made(seed: int, kind: str, ranks: Ranks) -> tuple[Student, Optimizer]:
     """97 rows of embeddings, which no number of ranks divides, and keys of 2 rows, fewer than four ranks."""
     model = tiny_model("llama", seed, num_attention_heads=2, num_key_value_heads=1, head_dim=2)
-    student = make_ternary(model, StudentSettings(kind="bitnet", checkpoint_path="none"))
+    student = quantised_student(model, StudentSettings(quantiser="bitnet", checkpoint_path="none"))
     shard(student, ranks)
     return student, build_optimizer(OptimSettings(kind=kind), student.model, student.head_module, 100)  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch, cut
 from student_trainer.batch.view import ViewSeed
+from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
 from student_trainer.losses import Term, token_term
 from student_trainer.losses.kinds import term_of
@@ -23,7 +24,6 @@ from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.causal import CausalReader
-from student_trainer.students.load import load_student
 from student_trainer.targets.protocol import Ask
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.relations import QKV, relations

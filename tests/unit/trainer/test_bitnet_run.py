@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from student_trainer import loop
+from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
 from student_trainer.settings import StudentSettings
-from student_trainer.students.bitnet import bit_linears, quantisation_blend
-from student_trainer.students.load import load_student
+from student_trainer.students.quant_linear import quant_linears, quantisation_blend
 from teacher_proto.stopping import StopSignals
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, steps_of, trace_of, train
 from tests.unit.students.tiny import tiny_model
@@ -84,7 +84,7 @@ def test_one_stage_follows_another_by_a_path(workshop: Workshop, stage2: Path, t
 def test_a_full_precision_run_can_be_made_ternary(workshop: Workshop, straight: Path) -> None:
     plain = load_student(StudentSettings(checkpoint_path=str(straight)), CPU)
     ternary = load_student(StudentSettings(kind="bitnet", checkpoint_path=str(straight)), CPU)
-    assert len(list(bit_linears(ternary.model))) == 7 and quantisation_blend(ternary.model) == 1.0
+    assert len(list(quant_linears(ternary.model))) == 7 and quantisation_blend(ternary.model) == 1.0
     ours, theirs = ternary.tensors(), plain.tensors()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     trained = load_file(straight / "checkpoints" / "step-00000012" / "model.safetensors")
@@ -96,9 +96,9 @@ def test_what_a_run_left_must_fit_what_is_asked(stage2: Path, workshop: Workshop
         return StudentSettings(kind="bitnet", checkpoint_path=str(stage2), bitnet=ternary)
 
     assert load_student(settings(sub_norm="output", eps=1e-8), CPU)
-    with pytest.raises(ValueError, match=r"student.bitnet.sub_norm is all, .* was trained with output: leave it out"):
+    with pytest.raises(ValueError, match=r"quantisation.sub_norm is all, .* was trained with output: leave it out"):
         load_student(settings(sub_norm="all"), CPU)
-    with pytest.raises(ValueError, match=r"trained a student of kind bitnet, student.kind is causal"):
+    with pytest.raises(ValueError, match=r"trained a student of quantiser bitnet, student.quantiser is none"):
         load_student(StudentSettings(checkpoint_path=str(stage2)), CPU)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.yaml").write_text("{}")
@@ -106,7 +106,7 @@ def test_what_a_run_left_must_fit_what_is_asked(stage2: Path, workshop: Workshop
         load_student(StudentSettings(kind="bitnet", checkpoint_path=str(tmp_path / "run")), CPU)
     with pytest.raises(ValueError, match=r"student.checkpoint_path=/nowhere"):
         load_student(StudentSettings(kind="bitnet", checkpoint_path="/nowhere"), CPU)
-    with pytest.raises(ValueError, match="would never be ternary"):
+    with pytest.raises(ValueError, match="would never be quantised in full"):
         compose(workshop.settings(tmp_path, "student=bitnet", "student.bitnet.warmup_steps=12"))
 
 
@@ -117,7 +117,7 @@ def test_transformers_own_bitnet_checkpoints_are_students(tmp_path: Path, quanti
         model.config.quantization_config = {"quant_method": "bitnet", "quantization_mode": "online"}
     model.save_pretrained(tmp_path)
     student = load_student(StudentSettings(kind="bitnet", checkpoint_path=str(tmp_path)), CPU)
-    assert len(list(bit_linears(student.model))) == 14 and quantisation_blend(student.model) == 1.0
+    assert len(list(quant_linears(student.model))) == 14 and quantisation_blend(student.model) == 1.0
 
 
 def test_muon_clip_trains_ternary_layers_through_the_front_door(workshop: Workshop, tmp_path: Path) -> None:
@@ -134,5 +134,5 @@ def test_muon_clip_trains_ternary_layers_through_the_front_door(workshop: Worksh
 
 
 def test_settings_of_a_ternary_student_warn_beside_another(workshop: Workshop, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="student.bitnet.sub_norm has no effect: student.kind is not bitnet"):
+    with pytest.warns(UserWarning, match="student.quantisation.sub_norm has no effect: student.quantiser is none"):
         compose(workshop.settings(tmp_path, "student.bitnet.sub_norm=all"))

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from student_trainer import loop
+from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.settings import StudentSettings
-from student_trainer.students.load import load_student
 from teacher_proto import hardware
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, run_here, trace_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from student_trainer.checkpoint.resume import ANSWERS, answer_for, check_changes
+from student_trainer.checkpoint.resume import ANSWERS, answer_for, check_changes, check_student
 from student_trainer.cli.compose import compose
 from student_trainer.cli.help import settings_by_name
 from student_trainer.settings import Settings
@@ -114,3 +114,41 @@ def test_what_is_named_in_settings_is_not_taken_for_its_default() -> None:
     for added in ("on_policy.terms.reverse_kl.coefficient=1", "distillation.terms.cross_entropy.coefficient=1"):
         with pytest.raises(ValueError, match=added.rpartition(".")[0]):
             check_changes(before, compose([*own, added]))
+
+
+def of_an_older_trainer(student: dict[str, Any]) -> dict[str, Any]:
+    """The section as it was when one name stood for architecture and quantiser, and there was one quantiser."""
+    newer = ("architecture", "quantiser", "adapter", "quantisation")
+    kind = "bitnet" if student["quantiser"] == "bitnet" else "causal"
+    kept = {name: value for name, value in student.items() if name not in newer}
+    return kept | {"kind": kind, "bitnet": student["quantisation"]}
+
+
+@pytest.mark.parametrize("names", ["new", "old"])
+def test_a_run_begun_with_the_names_of_an_older_trainer_goes_on(names: str) -> None:
+    now = {
+        "new": ["student=bitnet", "student.quantisation.warmup_steps=5"],
+        "old": ["student.kind=bitnet", "student.bitnet.warmup_steps=5"],
+    }[names]
+    begun = compose([*MINIMAL, "student=bitnet", "student.quantisation.warmup_steps=5"]).model_dump(mode="json")
+    before = begun | {"student": of_an_older_trainer(begun["student"])}
+    assert before["student"]["kind"] == "bitnet"
+    check_changes(before, compose([*MINIMAL, *now]))
+    with pytest.raises(ValueError, match=r"student\.quantisation\.warmup_steps: 5 in the checkpoint, 6 now"):
+        check_changes(before, compose([*MINIMAL, *now[:1], now[1].replace("5", "6")]))
+    with pytest.raises(ValueError, match=r"student\.quantiser: bitnet in the checkpoint, none now"):
+        check_changes(before, compose([*MINIMAL, "student=causal"]))
+
+
+def test_the_older_entry_of_a_quantised_students_config_is_the_newer_ones_equal() -> None:
+    how = {"sub_norm": "output", "eps": 1e-8, "quantise_activations": True}
+    entry = {"version": 1, "quantiser": "bitnet", "sub_norm": "output", "eps": 1e-8, "activations": "int8"}
+    common = {"transformers": "5", "tokenizer": {"tokens": 3}}
+    before = common | {"config": {"hidden_size": 8, "bitnet_student": how}}
+    now = common | {"config": {"hidden_size": 8, "student_quantisation": entry}}
+    settings = compose(MINIMAL)
+    check_student(before, now, settings)
+    with pytest.raises(ValueError, match=r"config\.student_quantisation\.sub_norm: all in the checkpoint, output now"):
+        check_student(
+            before | {"config": {"hidden_size": 8, "bitnet_student": how | {"sub_norm": "all"}}}, now, settings
+        )

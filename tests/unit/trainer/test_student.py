@@ -130,10 +130,10 @@ def test_a_head_that_does_more_than_a_head_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["", "/no/such/folder"])
 def test_a_student_that_is_not_there_is_said_in_one_line(path: str) -> None:
-    from student_trainer.students.load import load_causal
+    from student_trainer.students.load import student_from_model
 
     with pytest.raises(ValueError, match=r"student\.checkpoint_path") as caught:
-        load_causal(StudentSettings(checkpoint_path=path), torch.device("cpu"))
+        student_from_model(StudentSettings(checkpoint_path=path), torch.device("cpu"))
     assert "\n" not in str(caught.value)
 
 

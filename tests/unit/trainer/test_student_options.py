@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from student_trainer import loop
+from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.settings import LoRASettings, StudentSettings
-from student_trainer.students.load import load_student
-from student_trainer.students.lora import add_lora, merge_lora
+from student_trainer.students.adapters.lora import add_lora, merge_lora
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, trace_of
 from tests.unit.students.tiny import tiny_ids, tiny_model
 

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import public, public_tree
+from student_trainer.settings.student import with_new_names
 from student_trainer.settings.terms import as_written_now
+from student_trainer.students.quantisers.record import renewed
 from teacher_proto.identity import flatten
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,8 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
 
 
 def _as_written_now(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier trainer, whose terms were written otherwise."""
+    """Settings of an earlier trainer, whose terms and student were written otherwise."""
+    before = {**before, "student": with_new_names(before["student"])}
     losses = {name: before[name] for name in ("distillation", "on_policy") if name in before}
     return {**before, **{name: {**of, "terms": as_written_now(of["terms"])} for name, of in losses.items()}}
 
@@ -123,7 +126,7 @@ def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], sett
         return
     same_version = before["transformers"] == now["transformers"]
     for part, setting in (("config", "student.checkpoint_path"), ("tokenizer", "student.tokenizer")):
-        old, new = flatten(before[part]), flatten(now[part])
+        old, new = (flatten(renewed(each[part]) if part == "config" else each[part]) for each in (before, now))
         lines = []
         for name in sorted(old.keys() | new.keys()):
             was, becomes = old.get(name, "absent"), new.get(name, "absent")

@@ -27,6 +27,7 @@ from student_trainer.cli.effects import without_effect
 from student_trainer.cli.help import sections_in, settings_by_name
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import remember
+from student_trainer.settings.student import OLD_NAMES
 
 CONFIG = Path(__file__).parent.parent / "config"
 
@@ -59,7 +60,7 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
         raise ValueError(f"the settings cannot be composed: {' '.join(str(error).split())}") from None
     settings = validated(plain)
     remember(settings)
-    for warning in without_effect(settings, {override.key_or_group for override in parsed}):
+    for warning in without_effect(settings, {_with_new_name(override.key_or_group) for override in parsed}):
         warnings.warn(warning, stacklevel=2)
     return settings
 
@@ -133,9 +134,17 @@ def _checked(override: Override, folders: list[Path]) -> str:
         return text
     if override.is_delete() or key.startswith("hydra."):
         return text
-    if _find(key.split(".")) is None:
+    if _find(_with_new_name(key).split(".")) is None:
         raise ValueError(_unknown(key.split(".")))
     return "++" + text.lstrip("+")
+
+
+def _with_new_name(key: str) -> str:
+    """A setting by today's name, where it is given by one that older trainers had."""
+    for old, new in OLD_NAMES.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
 
 
 def _find(path: list[str]) -> Any | None:

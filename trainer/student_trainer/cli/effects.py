@@ -129,7 +129,8 @@ RULES = (
         Rule(f"student.lora.{name}", lambda s: s.student.lora.rank is not None, "student.lora.rank is null")
         for name in ("alpha", "targets")
     ),
-    Rule("student.bitnet.", lambda s: s.student.kind == "bitnet", "student.kind is not bitnet"),
+    Rule("student.lora.", lambda s: s.student.adapter_name != "none", "student.adapter is none"),
+    Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
 )

@@ -19,15 +19,17 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from student_trainer.checkpoint.earlier_run import earlier_run, load_student, model_behind, settings_of
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import LogitsComparison, compare_logits, llama_cpp_logits, transformers_logits
 from student_trainer.export.export import EXPORTS, ExportReport
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.redact import public_tree
-from student_trainer.students.bitnet_checkpoint import load_bitnet_student
-from student_trainer.students.load import earlier_run, load_student, model_behind
-from student_trainer.students.lora import merge_lora
+from student_trainer.students.load import merged
+from student_trainer.students.pretrained import load_quantised
+from student_trainer.students.quant_linear import is_quantised
+from student_trainer.students.student import Student
 from teacher_proto.stages import stage
 
 # Mean KL in nats. Int8 rounding on another machine moves a deep ternary model by hundredths; another function, by nats.
@@ -45,10 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     snapshot = earlier_run(str(options.run))
     if snapshot is None:
         raise ValueError(f"{options.run} is no run's folder: expected the one with settings.yaml in it")
+    trained = settings_of(snapshot)
     settings = StudentSettings(
-        kind=snapshot.state["settings"]["student"]["kind"], checkpoint_path=str(options.run), attention="sdpa"
-    )
-    model: Any = merge_lora(load_student(settings, torch.device("cpu")).model)
+        architecture=trained.architecture, quantiser=trained.quantiser, checkpoint_path=str(options.run),
+        attention="sdpa",
+    )  # fmt: skip
+    model = model_of(load_student(settings, torch.device("cpu")))
     tokenizer = _tokenizer(settings)
     card = card_of(options.run, snapshot, options.name or options.run.resolve().name)
     folder = options.out or options.run / "exports" / options.format
@@ -71,6 +75,11 @@ def main(arguments: Sequence[str]) -> int:
             shutil.rmtree(report.folder, ignore_errors=True)
             raise
     return 0
+
+
+def model_of(student: Student) -> Any:
+    """The model to write: an adapter is put into full-precision weights, and is written beside quantised ones."""
+    return student.model if is_quantised(student.model) else merged(student)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,6 +192,6 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
             raise NotTheSameError(str(error)) from None
         return "transformers alone", compare_logits(ours_BTV, theirs_BTV)
     with torch.no_grad():
-        again = load_bitnet_student(str(report.folder)).eval()
+        again = load_quantised(str(report.folder)).eval()
         theirs_BTV = again(torch.from_numpy(ids_BT), use_cache=False).logits.float().numpy()
-    return "load_bitnet_student", compare_logits(ours_BTV, theirs_BTV)
+    return "load_quantised", compare_logits(ours_BTV, theirs_BTV)

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from student_trainer.students.bitnet import CONFIG_ENTRY, bit_linears, convert_to_bitnet
-from student_trainer.students.quantisers import ternary
+from student_trainer.students.adapters.low_rank import Correction, corrections, put_corrections
+from student_trainer.students.quant_linear import BLEND, quant_linears, quantise_as, quantiser_of
+from student_trainer.students.quantisers.none import NONE
+from student_trainer.students.quantisers.record import Record, read_record
 
 # Of the logits' spread. Rounding in float32 stays under 1e-5 at 30 layers; a norm's eps that is off gives 8e-3.
 SAME_LOGITS = 1e-3
@@ -27,11 +31,15 @@ NORM_NAMES = {"self_attn.o_proj.rms_norm": "self_attn.attn_sub_norm", "mlp.down_
 
 @dataclass(frozen=True)
 class Expression:
-    """A student as transformers would hold it: config, latent weights by name, and the names of ternary weights."""
+    """A student as transformers would hold it: config, latent weights by name, and the names of quantised weights.
+    `corrections`: what an adapter adds, by the layer's name. `codes`: of a quantised weight, as its quantiser has them.
+    """
 
     config: Any
     weights: dict[str, Tensor]
     ternary_names: tuple[str, ...]
+    corrections: dict[str, Correction]
+    codes: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class CannotExpressError(ValueError):
@@ -48,21 +56,37 @@ def latent_weights(model: Any) -> dict[str, Tensor]:
     return {
         name: tensor.detach()
         for name, tensor in model.state_dict().items()
-        if not name.endswith(".quantisation_blend") and not (model.config.tie_word_embeddings and name in tied)
+        if not name.endswith(f".{BLEND}")
+        and ".correction." not in name
+        and not (model.config.tie_word_embeddings and name in tied)
     }
+
+
+def record_of(model: Any) -> Record:
+    """How a quantised model is quantised."""
+    record = read_record(model.config)
+    assert record is not None, "a quantised model has its record"
+    return record
+
+
+def express(model: Any, config: Any, weights: dict[str, Tensor], added: dict[str, Correction]) -> Expression:
+    """The model's layers under another config or other values of its weights."""
+    layers = dict(quant_linears(model))
+    quantiser = quantiser_of(next(iter(layers.values()))) if layers else NONE
+    return Expression(config, weights, tuple(f"{name}.weight" for name in layers), added, quantiser.codes)
 
 
 def in_transformers(model: Any) -> Expression:
     """The student for plain transformers. Raises CannotExpressError with every reason why there is none."""
-    if getattr(model.config, CONFIG_ENTRY)["sub_norm"] == "output":
+    record = record_of(model)
+    if record.sub_norm == "output":
         return as_architecture(model)
-    if not getattr(model.config, CONFIG_ENTRY)["quantise_activations"]:
-        raise CannotExpressError("transformers' BitNet quantisation", [_FULL_ACTIVATIONS])
-    return Expression(copy.deepcopy(model.config), latent_weights(model), _ternary_names(model))
-
-
-def _ternary_names(model: Any) -> tuple[str, ...]:
-    return tuple(f"{name}.weight" for name, _ in bit_linears(model))
+    reasons = [] if record.activations == "int8" else [_FULL_ACTIVATIONS]
+    if record.sub_norm == "all" and corrections(model):
+        reasons.append("an adapter behind SubLN, and there both are inside one layer")
+    if reasons:
+        raise CannotExpressError("transformers' BitNet quantisation", reasons)
+    return express(model, copy.deepcopy(model.config), latent_weights(model), corrections(model))
 
 
 def as_architecture(model: Any, *, any_activations: bool = False) -> Expression:
@@ -77,29 +101,34 @@ def as_architecture(model: Any, *, any_activations: bool = False) -> Expression:
     if reasons:
         raise CannotExpressError("transformers' BitNet architecture", reasons)
     config = _architecture_config(model.config)
-    gain = _sub_norm_gain(model)
+    gain, scaled = _sub_norm_gain(model), ("v_proj", "up_proj")
     weights = {}
     for name, tensor in latent_weights(model).items():
         for ours, theirs in NORM_NAMES.items():
             name = name.replace(ours, theirs)
-        weights[name] = tensor * gain if name.endswith(("v_proj.weight", "up_proj.weight")) and gain != 1.0 else tensor
-    _check_same_logits(model, config, weights)
-    return Expression(config, weights, _ternary_names(model))
+        is_scaled = name.endswith(tuple(f"{layer}.weight" for layer in scaled)) and gain != 1.0
+        weights[name] = tensor * gain if is_scaled else tensor
+    added = {
+        name: correction.scaled(gain) if name.endswith(scaled) and gain != 1.0 else correction
+        for name, correction in corrections(model).items()
+    }
+    _check_same_logits(model, config, weights, added)
+    return express(model, config, weights, added)
 
 
 def obstacles(model: Any) -> list[str]:
     """What this student has that the BitNet architecture has not, in words. Empty where it fits."""
-    config, record = model.config, getattr(model.config, CONFIG_ENTRY)
+    config, record = model.config, record_of(model)
     reasons = []
     if type(model).__name__.endswith("ForSequenceClassification"):
         reasons.append("a classification head")
-    if record["sub_norm"] != "output":
-        reasons.append(f"sub_norm '{record['sub_norm']}' (it has exactly the norms before o_proj and down_proj)")
-    if not record["quantise_activations"]:
+    if record.sub_norm != "output":
+        reasons.append(f"sub_norm '{record.sub_norm}' (it has exactly the norms before o_proj and down_proj)")
+    if record.activations != "int8":
         reasons.append(_FULL_ACTIVATIONS)
     if any(".q_norm." in name or ".k_norm." in name for name in model.state_dict()):
         reasons.append("QK-norm")
-    biased = sorted({name.rsplit(".", 1)[-1] for name, layer in bit_linears(model) if layer.bias is not None})
+    biased = sorted({name.rsplit(".", 1)[-1] for name, layer in quant_linears(model) if layer.bias is not None})
     if biased:
         reasons.append(f"biases in {', '.join(biased)}")
     width = config.num_attention_heads * _head_width(config)
@@ -133,13 +162,13 @@ def _architecture_config(config: Any) -> Any:
 def _sub_norm_gain(model: Any) -> float:
     if model.config.model_type == "bitnet":
         return 1.0
-    gain = math.sqrt(model.config.rms_norm_eps / getattr(model.config, CONFIG_ENTRY)["eps"])
+    gain = math.sqrt(model.config.rms_norm_eps / record_of(model).eps)
     # A product that rounds would move latent weights across a ternary threshold; a power of two never does.
     return gain if model.dtype == torch.float32 else 2.0 ** round(math.log2(gain))
 
 
 @torch.no_grad()
-def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor]) -> None:
+def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor], added: dict[str, Correction]) -> None:
     """Compare on random tokens: a model may differ from Llama in ways that neither its config nor its names show.
 
     With exact activations: where int8 rounding meets a tie, the last bit of a sum decides, and in a deep model such
@@ -153,7 +182,8 @@ def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor]) -> N
     rebuilt.tie_weights()
     # RoPE's frequencies are no part of the state dict: take a rotary module that was not made on meta.
     rebuilt.model.rotary_emb = type(rebuilt.model.rotary_emb)(config).to(model.device)
-    convert_to_bitnet(rebuilt, sub_norm="output")
+    quantise_as(rebuilt, record_of(model))
+    put_corrections(rebuilt, added)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(config.vocab_size, (2, 32), generator=generator).to(model.device)
     ours, theirs = (_exact_activation_logits(each, ids_BT) for each in (model, rebuilt))
@@ -164,16 +194,25 @@ def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor]) -> N
 
 
 def _exact_activation_logits(model: Any, ids_BT: Tensor) -> Tensor:
-    was_training, layers = model.training, [layer for _, layer in bit_linears(model)]
-    quantised = [layer.quantise_activations for layer in layers]
+    was_training = model.training
     try:
-        for layer in layers:
-            layer.quantise_activations = False
-        return model.eval()(ids_BT, use_cache=False).logits.float()
+        with _exact_activations(model):
+            return model.eval()(ids_BT, use_cache=False).logits.float()
     finally:
         model.train(was_training)
-        for layer, flag in zip(layers, quantised, strict=True):
-            layer.quantise_activations = flag
+
+
+@contextmanager
+def _exact_activations(model: Any) -> Iterator[None]:
+    layers = [layer for _, layer in quant_linears(model)]
+    quantisers = [layer.activation_quantiser for layer in layers]
+    for layer in layers:
+        layer.activation_quantiser = None
+    try:
+        yield
+    finally:
+        for layer, quantiser in zip(layers, quantisers, strict=True):
+            layer.activation_quantiser = quantiser
 
 
 def packed(expression: Expression) -> dict[str, Tensor]:
@@ -195,7 +234,7 @@ def packed(expression: Expression) -> dict[str, Tensor]:
     if reasons:
         raise CannotExpressError("transformers' packed BitNet", reasons)
     for name in expression.ternary_names:
-        codes_OI, scale = ternary(tensors[name])
+        codes_OI, scale = expression.codes(tensors[name])
         tensors[name] = pack_weights(codes_OI)
         tensors[f"{name}_scale"] = scale.reshape(1)
     return tensors
@@ -203,12 +242,13 @@ def packed(expression: Expression) -> dict[str, Tensor]:
 
 def quantisation_config(config: Any, *, mode: str) -> dict[str, Any]:
     """transformers' BitNetQuantConfig for a student's checkpoint: `mode` "online" for latent, "offline" for packed."""
-    record = getattr(config, CONFIG_ENTRY, {"sub_norm": "output", "eps": 1e-6})
+    record = read_record(config)
+    assert record is not None, "a quantised model has its record"
     return {
         "quant_method": "bitnet",
         "linear_class": "autobitlinear",
         "quantization_mode": mode,
         "modules_to_not_convert": ["lm_head", "score"],
-        "use_rms_norm": record["sub_norm"] == "all",
-        "rms_norm_eps": record["eps"],
+        "use_rms_norm": record.sub_norm == "all",
+        "rms_norm_eps": record.eps,
     }

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from student_trainer.students.quantisers.quantiser import Quantiser
+
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
@@ -27,10 +29,10 @@ class ModelCard:
 
 
 def write_card(
-    card: ModelCard, file: Path, *, library: str, what: str, loading: str, notes: tuple[str, ...], ternary: bool = True
+    card: ModelCard, file: Path, *, library: str, what: str, loading: str, notes: tuple[str, ...], quantiser: Quantiser
 ) -> None:
-    """Render the card. `ternary`: whether its weights are. Markdown: `what` says what the files hold, `loading` how to
-    open them, `notes` are caveats.
+    """Render the card. `quantiser`: of its weights. Markdown: `what` says what the files hold, `loading` how to open
+    them, `notes` are caveats.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -38,5 +40,8 @@ def write_card(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(card=card, library=library, what=what, loading=loading, notes=notes, ternary=ternary)
+    text = template.render(
+        card=card, library=library, what=what, loading=loading, notes=notes, quantiser=quantiser.name,
+        bits=f"{quantiser.bits:g}",
+    )  # fmt: skip
     file.write_text(text, encoding="utf-8")

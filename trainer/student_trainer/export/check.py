@@ -19,7 +19,7 @@ import numpy as np
 
 # Runs where none of our packages can be imported.
 _SCRIPT = """
-import sys
+import pathlib, sys
 for name in ("student_trainer", "teacher_proto", "serving", "teacher_service", "attention_service"):
     sys.modules[name] = None
 import numpy, torch, transformers
@@ -27,6 +27,9 @@ scratch, *folders = sys.argv[1:]
 ids_BT = torch.from_numpy(numpy.load(f"{scratch}/ids.npy"))
 for index, folder in enumerate(folders):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    if pathlib.Path(folder, "adapter").is_dir():
+        import peft
+        model = peft.PeftModel.from_pretrained(model, f"{folder}/adapter").eval()
     with torch.no_grad():
         numpy.save(f"{scratch}/{index}.npy", model(ids_BT, use_cache=False).logits.float().numpy())
 """

@@ -1,9 +1,11 @@
 """Writes a trained student for others to load. Called by `cli.export`, and by scripts: `EXPORTS[format](...)`.
 
 - hf: latent weights, to be trained on or quantised while running; the weights as they are of a student that is not
-  ternary, for which this is the only format;
-- bitnet: two bits a weight, which transformers loads with nothing of ours installed;
-- gguf: one file for llama.cpp.
+  quantised, for which this is the only format;
+- bitnet: ternary weights, two bits each, which transformers loads with nothing of ours installed;
+- gguf: ternary weights, one file for llama.cpp.
+
+A quantiser says which of them hold it. An adapter of a quantised student is written beside it, in peft's format.
 
 Each writes a folder that must not exist yet, with a model card, and says in its report whether the files alone give
 the student's function. What a format cannot hold is refused by name.
@@ -23,14 +25,19 @@ from torch import Tensor
 from student_trainer.export.bitnet import (
     CannotExpressError,
     Expression,
+    express,
     in_transformers,
     latent_weights,
     packed,
     quantisation_config,
+    record_of,
 )
 from student_trainer.export.card import ModelCard, write_card
 from student_trainer.export.gguf import TernaryType, write_gguf
-from student_trainer.students.bitnet import CONFIG_ENTRY, is_ternary, quantisation_blend
+from student_trainer.students.adapters.low_rank import FOLDER, corrections, write_peft
+from student_trainer.students.quant_linear import is_quantised, quant_linears, quantisation_blend, quantiser_of
+from student_trainer.students.quantisers.none import NONE
+from student_trainer.students.quantisers.quantiser import Quantiser
 
 Architecture = Literal["auto", "original"]
 
@@ -48,9 +55,9 @@ class ExportReport:
 
 
 _LOAD_HERE = """```python
-from student_trainer.students.bitnet_checkpoint import load_bitnet_student
+from student_trainer.students.pretrained import load_quantised
 
-model = load_bitnet_student(FOLDER)
+model = load_quantised(FOLDER)
 ```"""
 _LOAD_TRANSFORMERS = """```python
 from transformers import {factory}
@@ -59,6 +66,18 @@ model = {factory}.from_pretrained(FOLDER)
 ```
 
 Needs transformers >= 5.16 and accelerate, and nothing else."""
+_LOAD_ADAPTED = """```python
+from peft import PeftModel
+from transformers import {factory}
+
+model = PeftModel.from_pretrained({factory}.from_pretrained(FOLDER), FOLDER + "/adapter")
+```
+
+Needs transformers >= 5.16, accelerate and peft, and nothing else."""
+_BESIDE = (
+    "What an adapter adds to this student is in the folder adapter, in full precision and in peft's format: added into "
+    "the quantised weights it would change their codes. Without it the base is another model."
+)
 _COMPILES = (
     "On its first forward pass transformers compiles two small functions of its BitNet layers. On a CPU that takes a "
     "C++ compiler; without one, set `TORCHDYNAMO_DISABLE=1`."
@@ -75,13 +94,15 @@ def export_hf(
     loads them too, but as the unquantised model without SubLN, which is another function: report and card say so.
     `tokenizer` may be None. Raises ValueError if the warm-up has not ended or the folder exists.
     """
-    if not is_ternary(model):
+    if not is_quantised(model):
         return _write_folder(model, tokenizer, folder, card, _original(model), latent_weights(model),
                              report=("hf", True, ()), what="Weights in full precision.",
-                             loading=_LOAD_TRANSFORMERS.format(factory=_factory(model)))  # fmt: skip
-    _check_finished(model)
+                             loading=_loading(model))  # fmt: skip
+    _check_finished(model, "hf")
     notes: tuple[str, ...] = ()
     try:
+        if "bitnet" not in quantiser_in(model).exports:
+            raise CannotExpressError("transformers", [f"it has no quantiser {quantiser_in(model).name}"])
         if architecture == "original":
             raise CannotExpressError("the original architecture", ["it was asked for"])
         expression, stands_alone = in_transformers(model), True
@@ -89,9 +110,8 @@ def export_hf(
     except CannotExpressError as error:
         expression, stands_alone = _original(model), False
         notes = (_not_the_same(model, error),)
-    factory = _factory(model)
-    loading = _LOAD_TRANSFORMERS.format(factory=factory) if stands_alone else _LOAD_HERE
-    what = "Latent weights in full precision; the ternary weights are computed from them in each forward pass."
+    loading = _loading(model) if stands_alone else _LOAD_HERE
+    what = "Latent weights in full precision; the quantised ones are computed from them in each forward pass."
     notes = (*notes, _COMPILES) if stands_alone else notes
     return _write_folder(model, tokenizer, folder, card, expression, expression.weights,
                          report=("hf", stands_alone, notes), what=what, loading=loading)  # fmt: skip
@@ -103,7 +123,7 @@ def export_bitnet(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
     Raises CannotExpressError (a ValueError) naming what transformers' BitNet has no place for: QK-norm, biases or
     head widths with SubLN before the outputs, any bias or odd output width, unquantised activations.
     """
-    _check_finished(model)
+    _check_finished(model, "bitnet")
     try:
         expression = in_transformers(model)
         tensors = packed(expression)
@@ -113,9 +133,8 @@ def export_bitnet(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
     what = (
         "Ternary weights in transformers' packed BitNet layout: four to a byte and one scale a tensor. Not trainable."
     )
-    loading = _LOAD_TRANSFORMERS.format(factory=_factory(model))
     return _write_folder(model, tokenizer, folder, card, expression, tensors,
-                         report=("bitnet", True, (_COMPILES,)), what=what, loading=loading)  # fmt: skip
+                         report=("bitnet", True, (_COMPILES,)), what=what, loading=_loading(model))  # fmt: skip
 
 
 def export_gguf(
@@ -126,7 +145,7 @@ def export_gguf(
     `tokenizer` None writes no vocabulary: such a file takes and gives token ids alone. Raises CannotExpressError for
     what the architecture has no place for, and ValueError for a tokenizer that GGUF has no name for.
     """
-    _check_finished(model)
+    _check_finished(model, "gguf")
     file_name = f"{card.name.replace('/', '--')}.gguf"
     with _fresh_folder(folder) as unfinished:
         types = write_gguf(model, tokenizer, unfinished / file_name, card.name, ternary_type=ternary_type)
@@ -135,19 +154,33 @@ def export_gguf(
             f"{count} {kind}" for kind, count in sorted(types.items())
         )
         loading = f"```\nllama-cli -m {file_name} -p 'Once upon a time'\n```"
-        write_card(card, unfinished / "README.md", library="gguf", what=what + ".", loading=loading, notes=notes)
+        write_card(card, unfinished / "README.md", library="gguf", what=what + ".", loading=loading, notes=notes,
+                   quantiser=quantiser_in(model))  # fmt: skip
     return ExportReport("gguf", folder, "bitnet", True, _size(folder), notes)
 
 
 EXPORTS: Mapping[str, Callable[..., ExportReport]] = {"hf": export_hf, "bitnet": export_bitnet, "gguf": export_gguf}
 
 
-def _check_finished(model: Any) -> None:
-    if not is_ternary(model):
-        raise ValueError("this student is not ternary (student.kind is not bitnet): use --format hf")
+def quantiser_in(model: Any) -> Quantiser:
+    """The quantiser of a model's decoder: one for all its layers."""
+    return next((quantiser_of(layer) for _, layer in quant_linears(model)), NONE)
+
+
+def _check_finished(model: Any, form: str) -> None:
+    quantiser = quantiser_in(model)
+    if form not in quantiser.exports:
+        raise ValueError(
+            f"format {form} can't hold this student (student.quantiser is {quantiser.name}): use --format "
+            f"{' or '.join(sorted(quantiser.exports))}"
+        )
     blend = quantisation_blend(model)
     if blend != 1.0:
         raise ValueError(f"the quantisation warm-up stands at {blend:.3f}: export after it has reached 1")
+
+
+def _loading(model: Any) -> str:
+    return (_LOAD_ADAPTED if corrections(model) else _LOAD_TRANSFORMERS).format(factory=_factory(model))
 
 
 def _factory(model: Any) -> str:
@@ -157,14 +190,14 @@ def _factory(model: Any) -> str:
 
 def _original(model: Any) -> Expression:
     config = type(model.config).from_dict(model.config.to_dict())
-    return Expression(config, latent_weights(model), ())
+    return express(model, config, latent_weights(model), corrections(model))
 
 
 def _not_the_same(model: Any, error: CannotExpressError) -> str:
-    record = getattr(model.config, CONFIG_ENTRY)
+    record = record_of(model)
     return (
         f"transformers alone loads these latent weights as a plain {model.config.model_type} model in full precision "
-        f"and leaves out what made it a student (sub_norm '{record['sub_norm']}', quantisers): its answers are not "
+        f"and leaves out what made it a student (sub_norm '{record.sub_norm}', quantisers): its answers are not "
         f"this model's. Load it as above. Why: {error}."
     )
 
@@ -196,8 +229,12 @@ def _write_folder(
             model.generation_config.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        if expression.corrections:
+            (unfinished / FOLDER).mkdir()
+            write_peft(expression.corrections, unfinished / FOLDER)
+            notes = (_BESIDE, *notes)
         write_card(card, unfinished / "README.md", library="transformers", what=what, loading=loading, notes=notes,
-                   ternary=is_ternary(model))  # fmt: skip
+                   quantiser=quantiser_in(model))  # fmt: skip
     return ExportReport(kind, folder, architecture, stands_alone, _size(folder), notes)
 
 
@@ -217,4 +254,4 @@ def _fresh_folder(folder: Path) -> Iterator[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from student_trainer.export.bitnet import CannotExpressError, Expression, as_architecture
 from student_trainer.export.gguf_tokenizer import add_tokenizer
-from student_trainer.students.quantisers import ternary
 
 TernaryType = Literal["TQ1_0", "TQ2_0"]
 
@@ -55,7 +54,8 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, name: str, *, ternary_typ
         expected = {}
         for hf_name, tensor in expression.weights.items():
             gguf_name = tensor_name(hf_name)
-            data, kind, values = _encode(hf_name, tensor, hf_name in expression.ternary_names, ternary_type)
+            codes = expression.codes(tensor) if hf_name in expression.ternary_names else None
+            data, kind, values = _encode(hf_name, tensor, codes, ternary_type)
             writer.add_tensor(gguf_name, data, raw_dtype=kind)
             expected[gguf_name] = values
         writer.write_header_to_file()
@@ -70,6 +70,8 @@ def _expression(model: Any) -> Expression:
     expression = as_architecture(model, any_activations=True)
     config = expression.config
     reasons = []
+    if expression.corrections:
+        reasons.append("an adapter in full precision beside ternary matrices (formats hf and bitnet write it)")
     if not config.tie_word_embeddings:
         reasons.append("a head of its own (there it is always tied to the embeddings)")
     if config.hidden_act != "silu":
@@ -109,18 +111,23 @@ def _add_metadata(writer: Any, config: Any, name: str, ternary_type: TernaryType
     writer.add_vocab_size(config.vocab_size)
 
 
-def _encode(name: str, tensor: Tensor, is_ternary: bool, kind: TernaryType) -> tuple[np.ndarray, Any, np.ndarray]:
-    """Bytes or floats for the writer, their GGML type, and the values that the file must give back."""
+def _encode(
+    name: str, tensor: Tensor, codes: tuple[Tensor, Tensor] | None, kind: TernaryType
+) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Bytes or floats for the writer, their GGML type, and the values that the file must give back.
+
+    `codes`: those of a ternary tensor and their scale, None of one that is kept in floats.
+    """
     import gguf
 
     types = gguf.GGMLQuantizationType
     tensor = tensor.detach().cpu()
-    if not is_ternary:
+    if codes is None:
         values = tensor.float().numpy() if tensor.dim() == 1 else tensor.to(torch.float16).numpy()
         if not np.isfinite(values).all():
             raise ValueError(f"gguf: {name} has values beyond what fp16 holds")
         return values, types.F32 if tensor.dim() == 1 else types.F16, values.astype(np.float32)
-    codes_OI, scale = ternary(tensor)
+    codes_OI, scale = codes[0].cpu(), codes[1]
     half = np.float16(scale.item())
     if not np.isclose(float(half), scale.item(), rtol=1e-3):
         raise ValueError(f"gguf: {name} has scale {scale.item():.3g}, which fp16 does not hold")

@@ -1,8 +1,9 @@
 """What scales the attention logits of a layer, and how to make it smaller. Called by `qk_clip`.
 
 plain linears     rows of weight and bias, by head
-ternary linears   the whole matrix: scaling some rows would change mean |W| and with it the codes of all others;
-                  scaled as a whole the codes stay, up to rounding at their edges
+quantised linears what their quantiser allows: of ternary ones the whole matrix, since scaling some rows would change
+                  mean |W| and with it the codes of all others; scaled as a whole the codes stay, up to rounding at
+                  their edges
 behind a QK-norm  the norms' gains, since the scale of the weights is lost there: by head where each head has
                   gains of its own, else for the layer
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from student_trainer.students.bitnet import BitLinear
+from student_trainer.students.quant_linear import quantiser_of
 from student_trainer.students.sharding import full_tensor, like
 
 # The names that architectures give to the norms of query and key.
@@ -56,6 +57,8 @@ def plan_layer(module: Any) -> Layer:
     query, key = norms or _linears(module)
     if not all(parameter.requires_grad for side in (query, key) for parameter in side.module.parameters(recurse=False)):
         raise ValueError("what scales their logits is frozen")
+    if any(getattr(side.module, "correction", None) is not None for side in (query, key)):
+        raise ValueError("an adapter adds to them what a clip would not reach")
     group = int(getattr(module, "num_key_value_groups", 1))
     rows = [side.module.weight.numel() if norms else side.module.out_features for side in (query, key)]
     if norms and rows == [module.head_dim, module.head_dim]:
@@ -64,8 +67,10 @@ def plan_layer(module: Any) -> Layer:
         raise ValueError(
             f"query and key have {rows[0]} and {rows[1]} rows, expected {group} times {module.head_dim} to one"
         )
-    ternary = not norms and any(isinstance(side.module, BitLinear) for side in (query, key))
-    return Layer(query, key, None if ternary else group)
+    allowed = {quantiser_of(side.module).qk_clip for side in (query, key)}
+    if not norms and "nothing" in allowed:
+        raise ValueError(f"their quantiser, {quantiser_of(query.module).name}, has no scale that could be clipped")
+    return Layer(query, key, group if norms or allowed == {"rows"} else None)
 
 
 def _norms(module: Any) -> tuple[Side, Side] | None:

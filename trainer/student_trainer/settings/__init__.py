@@ -21,12 +21,11 @@ from student_trainer.settings.optim import (
 )
 from student_trainer.settings.run import CheckpointSettings, EvaluationSettings, LoggingSettings, RunSettings
 from student_trainer.settings.section import Section
-from student_trainer.settings.student import BitNetSettings, LoRASettings, StudentSettings
+from student_trainer.settings.student import LoRASettings, QuantisationSettings, StudentSettings
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
 from student_trainer.settings.terms import TermSettings
 
 __all__ = [
-    "BitNetSettings",
     "CheckpointSettings",
     "DataSettings",
     "DistillationSettings",
@@ -39,6 +38,7 @@ __all__ = [
     "OptimSettings",
     "PrefetchSettings",
     "QKClipSettings",
+    "QuantisationSettings",
     "RunSettings",
     "ScheduleSettings",
     "Settings",
@@ -71,13 +71,11 @@ class Settings(Section):
         asking += ["attention relations"] if self.distillation.attention.active else []
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
-        if self.student.kind == "bitnet" and self.student.lora.rank is not None:
-            raise ValueError("student.lora.rank is for student=causal: a ternary student trains all its weights")
-        warmup = self.student.bitnet.warmup_steps
-        if self.student.kind == "bitnet" and warmup >= self.run.steps:
+        warmup = self.student.quantisation.warmup_steps
+        if self.student.quantiser != "none" and warmup >= self.run.steps:
             raise ValueError(
-                f"student.bitnet.warmup_steps is {warmup}, run.steps is {self.run.steps}: the student would never be "
-                "ternary; give a warm-up that ends before the run does"
+                f"student.quantisation.warmup_steps is {warmup}, run.steps is {self.run.steps}: the student would "
+                "never be quantised in full; give a warm-up that ends before the run does"
             )
         if self.on_policy.active:
             self._check_on_policy()

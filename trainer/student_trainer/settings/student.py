@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from student_trainer.settings.section import Names, Positive, Section
 
+# What older trainers called them, whose settings are still read. `kind` was causal or bitnet.
+OLD_NAMES = {"student.kind": "student.quantiser", "student.bitnet": "student.quantisation"}
 
-class BitNetSettings(Section):
-    """What makes a student ternary. Null: as in the checkpoint if it is ternary already, else the value named."""
+
+class QuantisationSettings(Section):
+    """How a quantised student is made. Null: as in the checkpoint if it is quantised already, else as the quantiser
+    has it; the values named are bitnet's.
+    """
 
     sub_norm: Literal["output", "all", "none"] | None = Field(
         None, description="SubLN before o_proj and down_proj, before every linear, or nowhere; null: output"
     )
     eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
-    quantise_activations: bool | None = Field(None, description="int8 activations beside ternary weights; null: true")
+    quantise_activations: bool | None = Field(None, description="int8 activations beside quantised weights; null: true")
     warmup_steps: int = Field(0, ge=0, description="steps in which quantisation rises from none to all")
 
 
@@ -29,10 +35,13 @@ class LoRASettings(Section):
 
 
 class StudentSettings(Section):
-    """The model that learns."""
+    """The model that learns: an architecture, a quantiser and an adapter, each by its name."""
 
-    kind: Literal["causal", "bitnet"] = Field("causal", description="bitnet: its linear layers made ternary")
     architecture: str = Field("causal", description="how it reads a text; causal: from left to right")
+    quantiser: str = Field("none", description="of its linear layers' weights; none: full precision; bitnet: ternary")
+    adapter: str | None = Field(
+        None, description="what is trained in place of all weights: none, lora; null: lora where lora.rank is given"
+    )
     checkpoint_path: str = Field(
         "", description="a Hugging Face causal language model, by folder or hub name, or the folder of an earlier run"
     )
@@ -47,4 +56,40 @@ class StudentSettings(Section):
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile each layer; on a CPU it takes a C++ compiler")
     lora: LoRASettings = LoRASettings()
-    bitnet: BitNetSettings = BitNetSettings()
+    quantisation: QuantisationSettings = QuantisationSettings()
+
+    @property
+    def adapter_name(self) -> str:
+        """`adapter`, or what null means."""
+        if self.adapter is not None:
+            return self.adapter
+        return "none" if self.lora.rank is None else "lora"
+
+    @property
+    def cell(self) -> str:
+        """Who it is of the product, for messages."""
+        return f"architecture {self.architecture}, quantiser {self.quantiser}, adapter {self.adapter_name}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, values: Any) -> Any:
+        return with_new_names(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudentSettings:
+        if self.adapter == "lora" and self.lora.rank is None:
+            raise ValueError("student.adapter is lora: give its rank too, student.lora.rank=16 for example")
+        return self
+
+
+def with_new_names(student: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with OLD_NAMES replaced; what has an old name was given by somebody, and wins over a default."""
+    values = {name: value for name, value in student.items() if f"student.{name}" not in OLD_NAMES}
+    if (kind := student.get("kind")) is not None:
+        values["quantiser"] = "none" if kind == "causal" else kind
+    if (bitnet := student.get("bitnet")) is not None:
+        before = values.get("quantisation") or {}
+        if isinstance(before, Mapping) and isinstance(bitnet, Mapping):
+            bitnet = {**before, **bitnet}
+        values["quantisation"] = bitnet
+    return values

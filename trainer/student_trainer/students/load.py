@@ -1,121 +1,109 @@
-"""The student that the settings name: out of a model, an export, or an earlier run. Called by `build` and `export`.
+"""A student out of a model: an architecture, a quantiser and an adapter, each by its name in a dict. Called by
+`checkpoint.earlier_run`, which knows of runs that a student may come from as well.
 
-`student.checkpoint_path` may be the folder of a run: its student is built as that run built it and takes the weights
-of its newest checkpoint. So one stage of training follows another by a path.
+A model is loaded (or quantised as it is loaded), adapted, and made a student, in this order. What goes with what is
+everything but the cells that REFUSED names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from student_trainer.checkpoint import checkpoints as checkpoint
-from student_trainer.checkpoint.files import Snapshot
-from student_trainer.checkpoint.run_folder import SETTINGS_FILE
 from student_trainer.settings import StudentSettings
-from student_trainer.students.architectures import wrap
-from student_trainer.students.bitnet import CONFIG_ENTRY
-from student_trainer.students.bitnet_student import load_bitnet, make_ternary
+from student_trainer.students.adapters import ADAPTERS
+from student_trainer.students.adapters.low_rank import corrections
+from student_trainer.students.architectures import ARCHITECTURES, wrap
 from student_trainer.students.causal import attention_for
-from student_trainer.students.lora import add_lora, merge_lora
+from student_trainer.students.pretrained import load_quantised, refuse_quantised
+from student_trainer.students.quant_linear import is_quantised, quantise, set_quantisation_blend
+from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.students.student import Student
-from teacher_proto.stages import stage
+
+# (architecture, quantiser, adapter), "*" for any of them, to the reason why such a student makes no sense.
+REFUSED: Mapping[tuple[str, str, str], str] = {}
 
 
-def load_causal(settings: StudentSettings, device: torch.device) -> Student:
-    """The student of `settings.checkpoint_path`, float32 on `device`. ValueError says why one can't be had."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
+def check_cell(settings: StudentSettings) -> None:
+    """ValueError for a name that is in no dict, and for a student that is refused."""
+    cell = (settings.architecture, settings.quantiser, settings.adapter_name)
+    parts = (("architecture", ARCHITECTURES), ("quantiser", QUANTISERS), ("adapter", ADAPTERS))
+    for (part, known), name in zip(parts, cell, strict=True):
+        if name not in known:
+            raise ValueError(f"student.{part} is {name}, expected one of: {', '.join(sorted(known))}")
+    for refused, reason in REFUSED.items():
+        if all(part in ("*", name) for part, name in zip(refused, cell, strict=True)):
+            raise ValueError(f"a student of {settings.cell} is refused: {reason}")
 
-    transformers_logging.disable_progress_bar()
+
+def student_from_model(settings: StudentSettings, device: torch.device) -> Student:
+    """The student of the model at `settings.checkpoint_path`, float32 on `device`. ValueError says why it can't be."""
+    check_cell(settings)
     if not settings.checkpoint_path:
         raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
-    attention = attention_for(settings, device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.checkpoint_path, revision=settings.revision, dtype=torch.float32, trust_remote_code=False,
-            use_safetensors=True, attn_implementation="flex_attention" if attention == "flex" else "sdpa",
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ValueError(f"student.checkpoint_path={settings.checkpoint_path}: {_first_line(error)}") from None
-    if settings.lora.rank is not None:
-        add_lora(model, settings.lora)
-    return wrap(model.to(device), attention, settings)
+    model = _load_model(settings, attention_for(settings, device))
+    return begin(model.to(device), settings, adapt(model, settings))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def quantised_student(model: Any, settings: StudentSettings) -> Student:
+    """A full-precision model, quantised in place, as a student."""
+    wanted = settings.quantisation
+    quantise(
+        model, settings.quantiser, sub_norm=wanted.sub_norm, quantise_activations=wanted.quantise_activations,
+        eps=wanted.eps,
+    )  # fmt: skip
+    return begin(model, settings, adapt(model, settings))
 
 
-KINDS: Mapping[str, Callable[[StudentSettings, torch.device], Student]] = {
-    "causal": load_causal,
-    "bitnet": load_bitnet,
-}
-
-
-def load_student(settings: StudentSettings, device: torch.device) -> Student:
-    """The student, float32 on `device`. ValueError says why one can't be had."""
-    with stage("loading the student"):
-        return _load_student(settings, device)
-
-
-def _load_student(settings: StudentSettings, device: torch.device) -> Student:
-    snapshot = earlier_run(settings.checkpoint_path)
-    if snapshot is None:
-        return KINDS[settings.kind](settings, device)
-    before = settings_of(snapshot)
-    if settings.kind == "causal" and before.kind != "causal":
+def adapt(model: Any, settings: StudentSettings) -> StudentSettings | None:
+    """Put the settings' adapter into the model. Returns the settings, None where they name none."""
+    if settings.adapter_name == "none":
+        return None
+    if corrections(model):
         raise ValueError(
-            f"{settings.checkpoint_path} trained a student of kind {before.kind}, student.kind is causal: its weights "
-            f"are not a full-precision model's; choose student={before.kind}"
+            f"{settings.checkpoint_path} holds an adapter, which is trained on: leave out student.adapter and "
+            "student.lora"
         )
-    student = load_student(_as_trained(before, settings), device)
-    checkpoint.restore_student(snapshot, student)
-    if settings.kind != before.kind:
-        return make_ternary(merge_lora(student.model), settings)
-    _check_structure(student, settings)
+    ADAPTERS[settings.adapter_name].add(model, settings)
+    return settings
+
+
+def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None) -> Student:
+    """A model as a student that stands at the beginning of its warm-up. `adapted`: what its adapter was made by."""
+    if is_quantised(model):
+        # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum moves logits by
+        # per cents.
+        set_quantisation_blend(model, 0.0)
+    student = wrap(model, attention_for(settings, model.device), settings)
+    student.warmup_steps, student.adapted = settings.quantisation.warmup_steps, adapted
     student.before_step(0)
     return student
 
 
-def earlier_run(path: str) -> Snapshot | None:
-    """The newest checkpoint of the run in the folder `path`; None if it is no run's. ValueError if there is none."""
-    if not path or not (Path(path) / SETTINGS_FILE).is_file():
-        return None
-    snapshot = checkpoint.newest(Path(path) / "checkpoints")
-    if snapshot is None:
-        raise ValueError(f"{path} is the folder of a run that has saved no checkpoint yet")
-    return snapshot
+def merged(student: Student) -> Any:
+    """The student's model with its adapter put into its weights. ValueError where that would change its function."""
+    return student.model if student.adapted is None else ADAPTERS[student.adapted.adapter_name].merge(student.model)
 
 
-def settings_of(snapshot: Snapshot) -> StudentSettings:
-    """The student's settings in a run's checkpoint."""
-    return StudentSettings.model_validate(snapshot.state["settings"]["student"])
+def _load_model(settings: StudentSettings, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
-
-def model_behind(settings: StudentSettings) -> StudentSettings:
-    """The settings of the run that began with a model, at the end of a chain of runs: where the tokenizer is."""
-    snapshot = earlier_run(settings.checkpoint_path)
-    return settings if snapshot is None else model_behind(settings_of(snapshot))
-
-
-def _as_trained(before: StudentSettings, settings: StudentSettings) -> StudentSettings:
-    """The student as it was trained before, to be computed and warmed up as is wanted now."""
-    changes: dict[str, Any] = {name: getattr(settings, name) for name in ("compute", "attention")}
-    if settings.kind == before.kind:
-        changes |= {name: getattr(settings, name) for name in ("gradient_checkpointing", "compile")}
-    changes["bitnet"] = before.bitnet.model_copy(update={"warmup_steps": settings.bitnet.warmup_steps})
-    return before.model_copy(update=changes)
-
-
-def _check_structure(student: Student, settings: StudentSettings) -> None:
-    """ValueError where a ternary student is asked to be ternary in another way than it was trained."""
-    for name, was in getattr(student.model.config, CONFIG_ENTRY, {}).items():
-        asked = getattr(settings.bitnet, name)
-        if asked is not None and asked != was:
-            raise ValueError(
-                f"student.bitnet.{name} is {asked}, {settings.checkpoint_path} was trained with {was}: leave it out"
-            )
+    transformers_logging.disable_progress_bar()
+    path, wanted = settings.checkpoint_path, settings.quantisation
+    implementation = "flex_attention" if attention == "flex" else "sdpa"
+    try:
+        if settings.quantiser == "none":
+            refuse_quantised(path, settings.revision)
+            return AutoModelForCausalLM.from_pretrained(
+                path, revision=settings.revision, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+                attn_implementation=implementation,
+            )  # fmt: skip
+        return load_quantised(
+            path, settings.quantiser, revision=settings.revision, sub_norm=wanted.sub_norm, eps=wanted.eps,
+            quantise_activations=wanted.quantise_activations, attn_implementation=implementation,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ValueError(f"student.checkpoint_path={path}: {str(error).strip().splitlines()[0]}") from None

@@ -19,7 +19,9 @@ from student_trainer.losses.balance import gradient_norms, term_gradient_norms
 from student_trainer.losses.head import HeadLoss, head_loss
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.terms import Capture, Captured, StatesTerm, Term, TokenTerm
+from student_trainer.settings import StudentSettings
 from student_trainer.students.capture import capturing, check_capture, parameters_behind
+from student_trainer.students.quant_linear import is_quantised, set_quantisation_blend, warmup_blend
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Student:
     """A model that learns. `reader`: how it reads a batch. `shared_vocab`: ids that it has in common with the teacher,
     None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
     `gathered(call, *args)` calls while the parameters are whole: at once, or where ranks share them, by `sharding`.
+    `warmup_steps`: of a quantised one. `adapted`: the settings by which an adapter was put into it, None without one.
     """
 
     model: nn.Module
@@ -57,6 +60,8 @@ class Student:
     shared_vocab: int | None = None
     compute: torch.dtype = torch.float32
     gathered: Callable[..., Any] = _directly
+    warmup_steps: int = 0
+    adapted: StudentSettings | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +81,12 @@ class Student:
         return self.reader.views(batch, seed)
 
     def before_step(self, number: int) -> None:
-        """What follows the step count rather than a gradient: nothing here; a ternary student warms up."""
+        """What follows the step count (from 0) rather than a gradient: the warm-up of a quantised student.
+
+        Its blend of exact and quantised is a buffer of the model: checkpoints keep it, and a resumed run goes on.
+        """
+        if is_quantised(self.model):
+            set_quantisation_blend(self.model, warmup_blend(number, self.warmup_steps))
 
     def loss(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from student_trainer.export.card import ModelCard
 from student_trainer.export.export import export_bitnet, export_hf
-from student_trainer.students.bitnet import bit_linears, convert_to_bitnet
-from student_trainer.students.bitnet_checkpoint import load_bitnet_student
-from tests.unit.students.tiny import tiny_config, tiny_ids, tiny_model
+from student_trainer.students.pretrained import load_quantised
+from student_trainer.students.quant_linear import quant_linears
+from tests.unit.students.tiny import convert_to_bitnet, tiny_config, tiny_ids, tiny_model
 
 CARD = ModelCard("tiny", "tiny-base", "a teacher", "sha256:0")
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+
+
+load_bitnet = partial(load_quantised, quantiser="bitnet")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def save(model: Any, folder: Path, quantisation: dict[str, Any] | None = None) -
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_full_precision_checkpoint_becomes_a_student(tmp_path: Path, family: str) -> None:
     original = tiny_model(family)
-    student = load_bitnet_student(save(original, tmp_path)).eval()
+    student = load_bitnet(save(original, tmp_path)).eval()
     expected = convert_to_bitnet(original)
     assert torch.equal(student(tiny_ids()).logits, expected(tiny_ids()).logits)
 
@@ -48,7 +52,7 @@ def test_full_precision_checkpoint_becomes_a_student(tmp_path: Path, family: str
 def test_bitnet_latent_checkpoint_is_trainable_and_equals_transformers(tmp_path: Path) -> None:
     path = save(tiny_model("bitnet", hidden_act="relu2"), tmp_path, ONLINE)
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ours = load_bitnet_student(path)
+    ours = load_bitnet(path)
     ids_BT = tiny_ids()
     gradients = []
     for model in (theirs, ours):
@@ -64,7 +68,7 @@ def test_bitnet_latent_checkpoint_is_trainable_and_equals_transformers(tmp_path:
 def test_bfloat16_latent_checkpoint_loads_in_the_dtype_asked_for(tmp_path: Path) -> None:
     path = save(tiny_model("bitnet", dtype=torch.bfloat16), tmp_path, ONLINE)
     for dtype in (torch.float32, torch.bfloat16):
-        student = load_bitnet_student(path, dtype=dtype)
+        student = load_bitnet(path, dtype=dtype)
         assert {p.dtype for p in student.parameters()} == {dtype}
 
 
@@ -77,11 +81,11 @@ def test_hf_export_comes_back_as_the_same_student(
 ) -> None:
     """Stage 3 follows stage 2 by a path."""
     student = convert_to_bitnet(tiny_model(family), sub_norm=sub_norm)
-    for _, layer in bit_linears(student):
+    for _, layer in quant_linears(student):
         if layer.rms_norm is not None:
             torch.nn.init.uniform_(layer.rms_norm.weight, 0.5, 1.5)
     export_hf(student, None, tmp_path / "out", CARD, architecture=architecture)
-    again = load_bitnet_student(str(tmp_path / "out")).eval()
+    again = load_bitnet(str(tmp_path / "out")).eval()
     torch.testing.assert_close(again(tiny_ids()).logits, student(tiny_ids()).logits, rtol=1e-4, atol=1e-4)
     assert all(p.requires_grad for p in again.parameters())
     if architecture == "original":
@@ -92,7 +96,7 @@ def test_classifier_continues_from_a_language_model_export(tmp_path: Path, caplo
     student = convert_to_bitnet(tiny_model("qwen2"))
     export_hf(student, None, tmp_path / "out", CARD, architecture="original")
     with caplog.at_level(logging.WARNING):
-        classifier = load_bitnet_student(str(tmp_path / "out"), task="classification", num_labels=3).eval()
+        classifier = load_bitnet(str(tmp_path / "out"), task="classification", num_labels=3).eval()
     assert "score.weight: initialised at random" in caplog.text
     assert classifier(tiny_ids()).logits.shape == (2, 3)
     hidden = [m(tiny_ids()).last_hidden_state for m in (classifier.model, student.model)]
@@ -102,23 +106,23 @@ def test_classifier_continues_from_a_language_model_export(tmp_path: Path, caplo
 def test_packed_weights_are_refused_as_a_student(tmp_path: Path) -> None:
     export_bitnet(convert_to_bitnet(tiny_model("llama")), None, tmp_path / "out", CARD)
     with pytest.raises(ValueError, match=r"holds packed ternary weights .* cannot be trained"):
-        load_bitnet_student(str(tmp_path / "out"))
+        load_bitnet(str(tmp_path / "out"))
 
 
 def test_other_quantisations_are_refused(tmp_path: Path) -> None:
     path = save(tiny_model("llama"), tmp_path, {"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match="quantised with 'gptq'"):
-        load_bitnet_student(path)
+        load_bitnet(path)
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:
     export_hf(convert_to_bitnet(tiny_model("qwen3"), eps=1e-6), None, tmp_path / "out", CARD)
     path = str(tmp_path / "out")
     with pytest.raises(ValueError, match="trained with sub_norm=output, got all"):
-        load_bitnet_student(path, sub_norm="all")
+        load_bitnet(path, sub_norm="all")
     with pytest.raises(ValueError, match="trained with eps=1e-06, got 1e-08"):
-        load_bitnet_student(path, eps=1e-8)
-    assert len(list(bit_linears(load_bitnet_student(path, sub_norm="output", eps=1e-6)))) == 14
+        load_bitnet(path, eps=1e-8)
+    assert len(list(quant_linears(load_bitnet(path, sub_norm="output", eps=1e-6)))) == 14
 
 
 def test_checkpoint_without_a_norm_or_without_its_file_is_refused(tmp_path: Path) -> None:
@@ -130,10 +134,10 @@ def test_checkpoint_without_a_norm_or_without_its_file_is_refused(tmp_path: Path
     del tensors["model.layers.1.mlp.down_proj.rms_norm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"do not fit.*layers\.1\.mlp\.down_proj\.rms_norm"):
-        load_bitnet_student(str(tmp_path / "out"))
+        load_bitnet(str(tmp_path / "out"))
     file.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors, it is not there"):
-        load_bitnet_student(str(tmp_path / "out"))
+        load_bitnet(str(tmp_path / "out"))
 
 
 def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -141,9 +145,9 @@ def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
     classifier = convert_to_bitnet(AutoModelForSequenceClassification.from_config(config))
     export_hf(classifier, None, tmp_path / "out", CARD)
     with pytest.raises(ValueError, match=r"does not fit the model: .*\n.*size mismatch for score\.weight"):
-        load_bitnet_student(str(tmp_path / "out"), task="classification", num_labels=2)
+        load_bitnet(str(tmp_path / "out"), task="classification", num_labels=2)
 
 
 def test_classification_needs_a_number_of_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs num_labels"):
-        load_bitnet_student(save(tiny_model("llama"), tmp_path), task="classification")
+        load_bitnet(save(tiny_model("llama"), tmp_path), task="classification")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -11,18 +12,27 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.bitnet import AutoBitLinear
 
-from student_trainer.students.bitnet import (
-    BitLinear,
-    bit_linears,
-    convert_to_bitnet,
+from student_trainer.students.quant_linear import (
+    QuantLinear,
+    quant_linears,
     quantisation_blend,
     set_quantisation_blend,
-    ternary_codes,
     warmup_blend,
 )
-from tests.unit.students.tiny import VOCAB, spread_weights, tiny_config, tiny_ids, tiny_model
+from student_trainer.students.quantisers.activations import int8_activations
+from student_trainer.students.quantisers.bitnet import BITNET
+from tests.unit.students.tiny import (
+    VOCAB,
+    convert_to_bitnet,
+    spread_weights,
+    ternary_codes,
+    tiny_config,
+    tiny_ids,
+    tiny_model,
+)
 
 ORIGINALS = ["llama", "qwen2", "qwen3"]
+ternary_linear = partial(QuantLinear, weight_quantiser=BITNET, activation_quantiser=int8_activations)
 
 
 @pytest.mark.parametrize("family", [*ORIGINALS, "bitnet"])
@@ -38,7 +48,7 @@ def test_names_parameters_head_and_embeddings_stay(family: str) -> None:
     assert added == (set() if family == "bitnet" else norms)
     assert model.get_input_embeddings() is embeddings and model.get_output_embeddings() is head
     assert head.weight is embeddings.weight
-    assert len(list(bit_linears(model))) == 2 * 7
+    assert len(list(quant_linears(model))) == 2 * 7
 
 
 @pytest.mark.parametrize("family", ORIGINALS)
@@ -64,7 +74,7 @@ def test_sub_norm_alone_changes_the_function(family: str, sub_norm: str) -> None
 
 def test_sub_norm_all_puts_a_norm_before_every_linear() -> None:
     model = convert_to_bitnet(tiny_model("qwen3"), sub_norm="all", eps=1e-6)
-    for _, layer in bit_linears(model):
+    for _, layer in quant_linears(model):
         assert layer.rms_norm.weight.shape == (layer.in_features,)
         assert layer.rms_norm.variance_epsilon == 1e-6
 
@@ -74,7 +84,7 @@ def test_sub_norm_all_puts_a_norm_before_every_linear() -> None:
 def test_bit_linear_equals_transformers_online_linear_in_value_and_gradient(normed: bool, bias: bool) -> None:
     torch.manual_seed(0)
     theirs = AutoBitLinear(64, 48, bias=bias, online_quant=True, use_rms_norm=normed, rms_norm_eps=1e-6)
-    ours = BitLinear(64, 48, bias=bias, sub_norm_eps=1e-6 if normed else None)
+    ours = ternary_linear(64, 48, bias=bias, sub_norm_eps=1e-6 if normed else None)
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert missing == ["quantisation_blend"] and not unexpected
     input_ND, gradient_NO = torch.randn(10, 64), torch.randn(10, 48)
@@ -92,7 +102,7 @@ def test_bit_linear_equals_transformers_online_linear_in_value_and_gradient(norm
 def test_sub_norm_and_straight_through_gradients_equal_the_dense_formula_in_float64() -> None:
     """Forward with the quantised operands; backward as if both quantisers were the identity, through the norm."""
     torch.manual_seed(0)
-    layer = BitLinear(64, 48, bias=False, sub_norm_eps=1e-8)
+    layer = ternary_linear(64, 48, bias=False, sub_norm_eps=1e-8)
     nn.init.uniform_(layer.rms_norm.weight, 0.5, 1.5)
     input_ND, gradient_NO = torch.randn(10, 64, requires_grad=True), torch.randn(10, 48)
     output_NO = layer(input_ND)
@@ -146,9 +156,9 @@ def test_blend_out_of_range_or_without_ternary_layers_is_refused() -> None:
     for wrong in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="expected a number in"):
             set_quantisation_blend(model, wrong)
-    with pytest.raises(ValueError, match="no ternary linears"):
+    with pytest.raises(ValueError, match="no quantised linears"):
         set_quantisation_blend(tiny_model("llama"), 0.5)
-    next(bit_linears(model))[1].quantisation_blend.fill_(0.5)
+    next(quant_linears(model))[1].quantisation_blend.fill_(0.5)
     with pytest.raises(ValueError, match="one value"):
         quantisation_blend(model)
 
@@ -172,7 +182,7 @@ def test_classification_head_stays_in_full_precision() -> None:
     spread_weights(model)
     convert_to_bitnet(model)
     assert type(model.score) is nn.Linear
-    assert len(list(bit_linears(model))) == 2 * 7
+    assert len(list(quant_linears(model))) == 2 * 7
     assert model(tiny_ids()).logits.shape == (2, 3)
 
 
@@ -186,7 +196,7 @@ def test_what_cannot_be_converted_says_why() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no nn\.Linear"):
         convert_to_bitnet(gpt2)
-    with pytest.raises(ValueError, match="ternary already"):
+    with pytest.raises(ValueError, match="quantised already"):
         convert_to_bitnet(convert_to_bitnet(tiny_model("llama")))
     with pytest.raises(ValueError, match="expected 'output', 'all' or 'none'"):
         convert_to_bitnet(tiny_model("llama"), sub_norm="some")

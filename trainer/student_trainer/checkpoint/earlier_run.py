@@ -1,0 +1,107 @@
+"""The student that the settings name: out of a model, an export, or an earlier run. Called by `components` and
+`cli.export`.
+
+`student.checkpoint_path` may be the folder of a run: its student is built as that run built it and takes the weights
+of its newest checkpoint. So one stage of training follows another by a path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.checkpoint.files import Snapshot
+from student_trainer.checkpoint.run_folder import SETTINGS_FILE
+from student_trainer.settings import StudentSettings
+from student_trainer.students.load import adapt, begin, check_cell, merged, quantised_student, student_from_model
+from student_trainer.students.quantisers.record import read_record
+from student_trainer.students.student import Student
+from teacher_proto.stages import stage
+
+
+def load_student(settings: StudentSettings, device: torch.device) -> Student:
+    """The student, float32 on `device`. ValueError says why one can't be had."""
+    with stage("loading the student"):
+        return _load_student(settings, device)
+
+
+def _load_student(settings: StudentSettings, device: torch.device) -> Student:
+    check_cell(settings)
+    snapshot = earlier_run(settings.checkpoint_path)
+    if snapshot is None:
+        return student_from_model(settings, device)
+    path, before = settings.checkpoint_path, settings_of(snapshot)
+    if before.quantiser not in ("none", settings.quantiser):
+        raise ValueError(
+            f"{path} trained a student of quantiser {before.quantiser}, student.quantiser is {settings.quantiser}: its "
+            f"weights are not a full-precision model's; choose student.quantiser={before.quantiser}"
+        )
+    student = _load_student(_as_trained(before, settings), device)
+    checkpoint.restore_student(snapshot, student)
+    if settings.quantiser != before.quantiser:
+        return quantised_student(merged(student), settings)
+    _check_structure(student, settings)
+    return begin(student.model, settings, _adapted(student, settings))
+
+
+def earlier_run(path: str) -> Snapshot | None:
+    """The newest checkpoint of the run in the folder `path`; None if it is no run's. ValueError if there is none."""
+    if not path or not (Path(path) / SETTINGS_FILE).is_file():
+        return None
+    snapshot = checkpoint.newest(Path(path) / "checkpoints")
+    if snapshot is None:
+        raise ValueError(f"{path} is the folder of a run that has saved no checkpoint yet")
+    return snapshot
+
+
+def settings_of(snapshot: Snapshot) -> StudentSettings:
+    """The student's settings in a run's checkpoint."""
+    return StudentSettings.model_validate(snapshot.state["settings"]["student"])
+
+
+def model_behind(settings: StudentSettings) -> StudentSettings:
+    """The settings of the run that began with a model, at the end of a chain of runs: where the tokenizer is."""
+    snapshot = earlier_run(settings.checkpoint_path)
+    return settings if snapshot is None else model_behind(settings_of(snapshot))
+
+
+def _as_trained(before: StudentSettings, settings: StudentSettings) -> StudentSettings:
+    """The student as it was trained before, to be computed as is wanted now. How its passes are made is set when it
+    begins anew.
+    """
+    changes: dict[str, Any] = {name: getattr(settings, name) for name in ("compute", "attention")}
+    return before.model_copy(update={**changes, "gradient_checkpointing": False, "compile": False})
+
+
+def _adapted(student: Student, settings: StudentSettings) -> StudentSettings | None:
+    """By which settings the student's adapter was made, which is put in here where the earlier run had none.
+
+    ValueError where another one is asked for than it has been trained with.
+    """
+    had = student.adapted
+    if had is None:
+        return adapt(student.model, settings)
+    if settings.adapter_name != "none" and (had.adapter_name, had.lora) != (settings.adapter_name, settings.lora):
+        raise ValueError(
+            f"{settings.checkpoint_path} trained an adapter {had.adapter_name} with {had.lora!r}, asked for is "
+            f"{settings.adapter_name} with {settings.lora!r}: leave it out, and it is trained on"
+        )
+    return had
+
+
+def _check_structure(student: Student, settings: StudentSettings) -> None:
+    """ValueError where a quantised student is asked to be quantised in another way than it was trained."""
+    record = read_record(student.model.config)
+    if record is None:
+        return
+    trained = {"sub_norm": record.sub_norm, "eps": record.eps, "quantise_activations": record.activations != "none"}
+    for name, was in trained.items():
+        asked = getattr(settings.quantisation, name)
+        if asked is not None and asked != was:
+            raise ValueError(
+                f"student.quantisation.{name} is {asked}, {settings.checkpoint_path} was trained with {was}: "
+                "leave it out"
+            )

@@ -1,0 +1,84 @@
+"""LoRA (arXiv 2106.09685): low-rank additions to a frozen student are trained. One of `ADAPTERS`.
+
+Plain linears are wrapped by peft, in place, so the model stays the model that it was, with more parameters. A quantised
+linear takes its addition as its correction, in full precision, of the input that its own is rounded from: as QLoRA has
+it, base quantised and frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from student_trainer.settings import LoRASettings, StudentSettings
+from student_trainer.students.adapters.adapter import Adapter
+from student_trainer.students.adapters.low_rank import LowRank, corrections, train_corrections_alone
+from student_trainer.students.quant_linear import quant_linears, quantiser_of
+
+SEED = 0  # of the adapters' first weights: a run's start must not depend on what was drawn before
+
+
+class LoRA(Adapter):
+    def add(self, model: Any, settings: StudentSettings) -> None:
+        """ValueError where no module has a name that `settings.lora.targets` gives."""
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            if any(True for _ in quant_linears(model)):
+                _add_to_quantised(model, settings.lora)
+            else:
+                add_lora(model, settings.lora)
+
+    def merge(self, model: Any) -> Any:
+        """ValueError for a quantised model: another latent weight would have other codes."""
+        return merge_lora(model)
+
+
+def add_lora(model: Any, settings: LoRASettings) -> None:
+    """Freeze a model of plain linears and put peft's adapters into it, which change nothing until they are trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    assert settings.rank is not None
+    targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, bias="none")
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise ValueError(f"student.lora.targets: {str(error).strip().splitlines()[0]}") from None
+
+
+def _add_to_quantised(model: Any, settings: LoRASettings) -> None:
+    assert settings.rank is not None
+    everywhere = settings.targets == ("all-linear",)
+    chosen = {
+        name: layer
+        for name, layer in quant_linears(model)
+        if everywhere or any(f".{name}".endswith(f".{target}") for target in settings.targets)
+    }
+    if not chosen:
+        raise ValueError(f"student.lora.targets: no quantised linear is called {' or '.join(settings.targets)}")
+    for layer in chosen.values():
+        layer.correction = LowRank(layer.in_features, layer.out_features, settings.rank, settings.alpha, layer.weight)
+    train_corrections_alone(model)
+
+
+def merge_lora(model: Any) -> Any:
+    """The model with the adapters added into its weights, in place; one without adapters as it is."""
+    from peft.tuners.lora import LoraLayer
+
+    if found := corrections(model):
+        name = next(iter(found))
+        raise ValueError(
+            f"LoRA on {name} can't be added into a weight that is quantised with "
+            f"{quantiser_of(model.get_submodule(name)).name}: its codes would be others. It is exported beside the base"
+        )
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in adapted.items():
+        module.merge(safe_merge=True)
+        model.set_submodule(name, module.get_base_layer())
+    return model.requires_grad_(True) if adapted else model
+
+
+LORA = LoRA()

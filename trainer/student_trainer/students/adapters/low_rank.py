@@ -1,0 +1,119 @@
+"""Low-rank corrections of quantised layers: y = quantised(W) a(x) + scale B A x, of the input x that is not rounded.
+
+LoRA's place in a `QuantLinear`, and that of other low-rank adapters. Written for others as a folder that peft loads on
+the exported base: `export` writes it, `pretrained` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from student_trainer.students.quant_linear import quant_linears
+
+FOLDER = "adapter"  # of an export, beside the base's files
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class LowRank(nn.Module):
+    """scale * B A x, with peft's names and first values: A as a linear's, B zero."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: int, like: Tensor) -> None:
+        super().__init__()
+        made = {"device": like.device, "dtype": like.dtype}
+        self.lora_A = nn.Linear(in_features, rank, bias=False, **made)
+        self.lora_B = nn.Linear(rank, out_features, bias=False, **made)
+        nn.init.zeros_(self.lora_B.weight)
+        self.rank, self.alpha = rank, alpha
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.lora_B(self.lora_A(input)) * (self.alpha / self.rank)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """A layer's correction as it is written: A [r, I], B [O, r] and alpha, with scale = alpha / r."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    alpha: int
+
+    def scaled(self, gain: float) -> Correction:
+        """Of a layer whose outputs are larger by `gain`."""
+        return Correction(self.a_RI, self.b_OR * gain, self.alpha)
+
+
+def corrections(model: nn.Module) -> dict[str, Correction]:
+    """The low-rank corrections of the model's quantised layers, by the layer's name."""
+    return {
+        name: Correction(layer.correction.lora_A.weight, layer.correction.lora_B.weight, layer.correction.alpha)
+        for name, layer in quant_linears(model)
+        if isinstance(layer.correction, LowRank)
+    }
+
+
+@torch.no_grad()
+def put_corrections(model: Any, found: Mapping[str, Correction]) -> None:
+    """Give the named layers corrections of these values. ValueError where one is not there, or is of another shape."""
+    layers = dict(quant_linears(model))
+    for name, correction in found.items():
+        layer = layers.get(name)
+        shapes = (correction.a_RI.shape[1], correction.b_OR.shape[0])
+        if layer is None or shapes != (layer.in_features, layer.out_features):
+            raise ValueError(f"the adapter's {name} is no layer of this student")
+        made = LowRank(*shapes, len(correction.a_RI), correction.alpha, layer.weight)
+        made.lora_A.weight.copy_(correction.a_RI)
+        made.lora_B.weight.copy_(correction.b_OR)
+        layer.correction = made
+
+
+def train_corrections_alone(model: nn.Module) -> None:
+    """Freeze all but the corrections."""
+    model.requires_grad_(False)
+    for _, layer in quant_linears(model):
+        if layer.correction is not None:
+            layer.correction.requires_grad_(True)
+
+
+def write_peft(found: Mapping[str, Correction], folder: Path) -> None:
+    """Write them as peft's LoRA for a causal language model. All have one rank and alpha."""
+    from peft import LoraConfig
+
+    first = next(iter(found.values()))
+    config = LoraConfig(
+        r=len(first.a_RI), lora_alpha=first.alpha, target_modules=sorted(found), bias="none", task_type="CAUSAL_LM",
+        inference_mode=True,
+    )  # fmt: skip
+    tensors = {}
+    for name, correction in found.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = correction.a_RI.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = correction.b_OR.detach().contiguous()
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_peft(folder: Path) -> dict[str, Correction]:
+    """What `write_peft` wrote, by the layer's name. Empty where there is no such folder."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    alpha = json.loads((folder / CONFIG).read_text())["lora_alpha"]
+    return dict(_pairs(load_file(folder / WEIGHTS), alpha))
+
+
+def _pairs(tensors: Mapping[str, Tensor], alpha: int) -> Iterator[tuple[str, Correction]]:
+    for key, a_RI in tensors.items():
+        stem, found, _ = key.partition(".lora_A.")
+        if found:
+            name = stem.removeprefix("base_model.model.")
+            yield name, Correction(a_RI, tensors[f"{stem}.lora_B.weight"], alpha)

@@ -1,0 +1,18 @@
+"""Full precision: the weight is what it multiplies by. One of `QUANTISERS`; such a student keeps its plain linears."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from student_trainer.students.quantisers.quantiser import Quantiser
+
+
+class NoQuantiser(Quantiser):
+    name = "none"
+    bits = 16.0  # as it is served, in bfloat16
+
+    def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
+        return layer.weight
+
+
+NONE = NoQuantiser()

@@ -1,0 +1,60 @@
+"""What the trainer knows of a quantiser of weights. A file of this package each, listed in its `__init__`.
+
+Read by `quant_linear` (the forward pass), `pretrained` (which checkpoints are its own), `optim.qk_layers` (what may be
+scaled) and `export` (what may be packed, and how).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from student_trainer.students.quantisers.record import Record
+
+# An RMSNorm ahead of the linears that write into the residual stream, ahead of every one, or nowhere.
+SubNorm = Literal["output", "all", "none"]
+
+
+class Quantiser(ABC):
+    """Weights that are trained in full precision and multiply in few bits. Without state: a layer holds its weights.
+
+    `bits`: of a weight where it is packed, scales not counted.
+    `activations`, `sub_norm`: what goes with it where the settings do not say.
+    `qk_clip`: what may be scaled to make a layer's outputs smaller by as much: single "rows" of the latent weight, the
+    whole "matrix", or "nothing".
+    `exports`: the formats of `export.EXPORTS` that can hold it; "hf", the latent weights, always can.
+    """
+
+    name: ClassVar[str]
+    bits: ClassVar[float]
+    activations: ClassVar[str] = "none"
+    sub_norm: ClassVar[SubNorm] = "none"
+    qk_clip: ClassVar[Literal["rows", "matrix", "nothing"]] = "rows"
+    exports: ClassVar[frozenset[str]] = frozenset({"hf"})
+
+    def learnt(self, layer: nn.Linear) -> dict[str, Tensor]:
+        """First values of what a layer learns beside its latent weight, such as scales, by the parameter's name.
+
+        ValueError for a layer that can't be quantised so, such as one of an odd width.
+        """
+        return {}
+
+    @abstractmethod
+    def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
+        """The weight [O, I] that the layer multiplies by, in its own dtype: (1 - blend) * latent + blend * quantised,
+        exactly so at both ends, with a gradient to the latent one. `blend_`: a scalar in [0, 1].
+        """
+
+    def codes(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """What packed formats store of a latent weight: int8 codes [O, I], and the float32 scalar each is worth."""
+        raise ValueError(f"quantiser {self.name} has no codes that share one scale: only 'hf' can hold it")
+
+    def foreign_record(self, config: Any, quantisation: dict[str, Any] | None, path: str) -> Record | None:
+        """What somebody else's checkpoint at `path` says, where it is quantised in this way; None where it is not.
+
+        `quantisation`: the config's `quantization_config`. ValueError where it can't be trained.
+        """
+        return None

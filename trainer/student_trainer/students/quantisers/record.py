@@ -1,0 +1,72 @@
+"""How a student is quantised, as its model's config says it, so that it travels with checkpoints and exports. Written
+by `quant_linear`, read by `pretrained`, `export` and `checkpoint.resume`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from student_trainer.students.quantisers.activations import ACTIVATIONS
+from student_trainer.students.quantisers.quantiser import SubNorm
+
+ENTRY = "student_quantisation"
+VERSION = 1
+OLD_ENTRY = "bitnet_student"  # of trainers that had one quantiser: sub_norm, eps, quantise_activations
+
+
+@dataclass(frozen=True)
+class Record:
+    """`quantiser`: a name in QUANTISERS. `eps`: of the SubLN norms. `activations`: a name in ACTIVATIONS."""
+
+    quantiser: str
+    sub_norm: SubNorm
+    eps: float
+    activations: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("sub_norm", get_args(SubNorm)), ("activations", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in known:
+                expected = " or ".join((", ".join(map(repr, known[:-1])), repr(known[-1])))
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+        if not (isinstance(self.eps, (int, float)) and self.eps > 0.0):
+            raise ValueError(f"eps: got {self.eps}, expected a number above 0")
+
+
+def write_record(config: Any, record: Record) -> None:
+    """Make it an entry of the model's config, in the place of one that it has."""
+    if hasattr(config, OLD_ENTRY):
+        delattr(config, OLD_ENTRY)
+    setattr(config, ENTRY, {"version": VERSION, **asdict(record)})
+
+
+def read_record(config: Any, path: str = "") -> Record | None:
+    """What a config says, None where it is of no quantised student. ValueError for what this trainer can't read."""
+    return record_in({name: getattr(config, name, None) for name in (ENTRY, OLD_ENTRY)}, path)
+
+
+def record_in(config: Mapping[str, Any], path: str = "") -> Record | None:
+    """`read_record` of a config as plain containers."""
+    entry, old = config.get(ENTRY), config.get(OLD_ENTRY)
+    where = f"{path}: its config's entry " if path else "the config's entry "
+    try:
+        if entry is not None:
+            fields = dict(entry)
+            if (version := fields.pop("version", None)) != VERSION:
+                raise ValueError(f"version {version}, this trainer reads {VERSION}: use the trainer that wrote it")
+            return Record(**fields)
+        if old is not None:
+            # The first exports did not say it: they always quantised them.
+            activations = "int8" if old.get("quantise_activations", True) else "none"
+            return Record("bitnet", old["sub_norm"], old["eps"], activations)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}{ENTRY if entry is not None else OLD_ENTRY} cannot be read: {error}") from None
+    return None
+
+
+def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, as plain containers, with an older trainer's entry in today's form."""
+    record = record_in(config)
+    rest = {name: value for name, value in config.items() if name not in (ENTRY, OLD_ENTRY)}
+    return rest if record is None else rest | {ENTRY: {"version": VERSION, **asdict(record)}}
