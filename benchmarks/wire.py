@@ -3,7 +3,7 @@
     python -m benchmarks.wire
 
 Decoding is what the client does with a body from a socket: 64 KiB pieces into numpy arrays, checksums, and every check
-of `check_answer`. JSON is decoded to the same arrays. Its encoding starts from ready dictionaries, which vLLM must
+of `check_targets`. JSON is decoded to the same arrays. Its encoding starts from ready dictionaries, which vLLM must
 build first. The bodies hold 8 sequences of 512 tokens with one temperature besides 1.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.report import report
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.targets import TokenTargets, check_answer
+from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.wire import (
     Header,
     ResponseDecoder,
@@ -68,7 +68,7 @@ def decode(body: bytes, request: TargetsRequest | None, vocab_size: int) -> list
         for message in decoder.feed(body[at : at + CHUNK]):
             if isinstance(message, Targets):
                 if request is not None:
-                    check_answer(message.targets, request, message.index, vocab_size)
+                    check_targets(message.targets, request.query(message.index), vocab_size)
                 answers.append(message.targets)
     decoder.close()
     return answers

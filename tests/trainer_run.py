@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from serving.engine import Job
 from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.checkpoint import files
 from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.parent import end_spawned_with_parent
+from teacher_proto.requests import Query
 from teacher_proto.targets import TokenTargets
 from teacher_proto.waiting import Waiting
-from teacher_service.engine import Job
 from teacher_service.scripted_engine import Script, ScriptedEngine
 from teacher_service.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE, save_tiny_llama, tiny_tokenizer
@@ -221,7 +222,9 @@ class ScriptedTargets:
             rows = counted_rows(batch, document)
             tokens_T = batch.tokens_BT[document.row, document.start : document.stop]
             ids_RG = None if gather_ids is None else gather_ids[place]
-            answers.append(None if rows is None else await self.engine.score(Job(tokens_T, rows, ask, "test", ids_RG)))
+            answers.append(
+                None if rows is None else await self.engine.score(Job(Query(tokens_T, rows, ask, ids_RG), "test"))
+            )
         return BatchTargets(tuple(answers), ask, self.engine.identity.fingerprint)
 
     def outage(self) -> str:

@@ -6,7 +6,9 @@ definitions of relations in `relations.py`. Nothing here raises anything but a `
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -80,6 +82,30 @@ class AttentionSpec:
     block_size: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionQuery:
+    """What is asked about the attention of one sequence: its token ids [T], and the positions asked about [r], None for
+    all."""
+
+    tokens_T: np.ndarray
+    spec: AttentionSpec
+    rows_r: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens_T if self.rows_r is None else self.rows_r)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for queries with equal answers."""
+        rows = None if self.rows_r is None else hashlib.sha256(self.rows_r.tobytes()).digest()
+        return hashlib.sha256(self.tokens_T.tobytes()).digest(), rows, self.spec
+
+
 class AttentionRequest(SequencesRequest):
     """The body of `POST /v1/attention`.
 
@@ -119,6 +145,12 @@ class AttentionRequest(SequencesRequest):
             form=self.relation_form if related else None,
             relation_heads=self.relation_heads if related else 0,
             block_size=self.block_size if self.kind == "maps" else None,
+        )
+
+    def query(self, index: int, num_layers: int) -> AttentionQuery:
+        """What is asked about sequence `index` of a model with so many layers."""
+        return AttentionQuery(
+            self.sequences[index], self.spec(num_layers), None if self.rows is None else self.rows[index]
         )
 
     def num_rows(self, index: int) -> int:

@@ -44,7 +44,9 @@ ATTENTION = Dialect(
     read_info=parse_attention_info,
     check_request=lambda request, info: check_attention_request(request, info.limits, info.shape),
     check_header=_check_header,
-    check_record=lambda targets, request, index, info: check_attention(targets, request, index, info.shape),
+    check_record=lambda targets, request, index, info: check_attention(
+        targets, request.query(index, info.shape.num_layers), info.shape
+    ),
     cost=lambda request, info: attention_cost(request, info.shape),
 )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from teacher_proto.attention import AttentionKind, AttentionRequest, AttentionShape, AttentionSpec
+from teacher_proto.attention import AttentionKind, AttentionQuery, AttentionShape, AttentionSpec
 from teacher_proto.errors import InvalidTargetsError
 
 PARTS = ("query", "key", "value")
@@ -69,19 +69,19 @@ class AttentionTargets:
         return {part: x * arrays[f"{part}_scale"] if f"{part}_scale" in arrays else x for part, x in wide.items()}
 
 
-def check_attention(targets: AttentionTargets, request: AttentionRequest, index: int, shape: AttentionShape) -> None:
-    """Refuse a record that cannot be the answer to sequence `index` of `request`. InvalidTargetsError says why.
+def check_attention(targets: AttentionTargets, query: AttentionQuery, shape: AttentionShape) -> None:
+    """Refuse a record that cannot be the answer to `query`. InvalidTargetsError says why.
 
     Kind, layer, presence, dtypes and shapes; states finite and not all zero; probabilities from 0 to 1, of a mass of
     1 a row, and none for what comes after where that is masked.
     """
-    spec = request.spec(shape.num_layers)
+    spec = query.spec
     if (targets.kind, targets.layer) != (spec.kind, spec.layer):
         raise InvalidTargetsError(
             f"{targets.kind} of layer {targets.layer} came, {spec.kind} of layer {spec.layer} were asked for"
         )
     arrays = targets.tensors()
-    expected = expected_shapes(request, index, shape)
+    expected = expected_shapes(query, shape)
     if set(arrays) != set(expected):
         raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(expected)} were asked for")
     for name, array in arrays.items():
@@ -90,10 +90,9 @@ def check_attention(targets: AttentionTargets, request: AttentionRequest, index:
             raise InvalidTargetsError(
                 f"{name} is {array.dtype} of shape {list(array.shape)}, {dtype} of {list(expected[name])} was expected"
             )
-    asked_rows = None if request.rows is None else request.rows[index]
-    if asked_rows is not None and not np.array_equal(arrays["rows"], asked_rows):
+    if query.rows_r is not None and not np.array_equal(arrays["rows"], query.rows_r):
         raise InvalidTargetsError("rows are not the positions that were asked for")
-    rows_r = np.arange(len(request.sequences[index])) if asked_rows is None else asked_rows
+    rows_r = np.arange(query.num_tokens) if query.rows_r is None else query.rows_r
     if spec.kind == "states":
         _check_states(arrays)
     else:
@@ -101,18 +100,18 @@ def check_attention(targets: AttentionTargets, request: AttentionRequest, index:
             _check_probabilities(arrays[name], name, rows_r, spec)
 
 
-def expected_shapes(request: AttentionRequest, index: int, shape: AttentionShape) -> dict[str, tuple[int, ...]]:
-    """The tensors of the answer to sequence `index`, and their shapes."""
-    length, num_rows = len(request.sequences[index]), request.num_rows(index)
-    shapes: dict[str, tuple[int, ...]] = {} if request.rows is None else {"rows": (num_rows,)}
-    if request.kind == "maps":
-        return shapes | {"maps": (shape.query_heads, num_rows, min(length, request.block_size or length))}
-    if request.kind == "relations":
-        return shapes | dict.fromkeys(PARTS, (request.relation_heads, num_rows, length))
+def expected_shapes(query: AttentionQuery, shape: AttentionShape) -> dict[str, tuple[int, ...]]:
+    """The tensors of the answer to `query`, and their shapes."""
+    spec, length, num_rows = query.spec, query.num_tokens, query.num_rows
+    shapes: dict[str, tuple[int, ...]] = {} if query.rows_r is None else {"rows": (num_rows,)}
+    if spec.kind == "maps":
+        return shapes | {"maps": (shape.query_heads, num_rows, min(length, spec.block_size or length))}
+    if spec.kind == "relations":
+        return shapes | dict.fromkeys(PARTS, (spec.relation_heads, num_rows, length))
     for part in PARTS:
         heads = shape.query_heads if part == "query" else shape.kv_heads
         shapes[part] = (length, heads, shape.head_width)
-        if request.dtype == "int8":
+        if spec.dtype == "int8":
             shapes[f"{part}_scale"] = (length, heads, 1)
     return shapes
 

@@ -24,7 +24,7 @@ from teacher_proto.info import TeacherInfo, parse_info
 from teacher_proto.replica_client import OnProgress, ReplicaClient
 from teacher_proto.replicas import Replica
 from teacher_proto.requests import TargetsRequest, check_request
-from teacher_proto.targets import TokenTargets, check_answer
+from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.wire import TARGETS_FORMAT, Header
 
 # Rounds over all replicas, one after the other, in which no byte more of the head came.
@@ -48,7 +48,9 @@ TARGETS = Dialect(
     read_info=parse_info,
     check_request=lambda request, info: check_request(request, info.limits, info.kinds),
     check_header=_check_header,
-    check_record=lambda targets, request, index, info: check_answer(targets, request, index, info.limits.vocab_size),
+    check_record=lambda targets, request, index, info: check_targets(
+        targets, request.query(index), info.limits.vocab_size
+    ),
     cost=lambda request, info: request.cost(info.hidden_width or HIDDEN_WIDTH),
 )
 

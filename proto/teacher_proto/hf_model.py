@@ -22,7 +22,7 @@ from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import ModelFolder, hash_files, identify
 from teacher_proto.packed import RowLayout, layout_of
 from teacher_proto.reduction import sample_key
-from teacher_proto.requests import Limits, Wanted
+from teacher_proto.requests import Limits, Query
 from teacher_proto.slices import Slice, reduce_slices
 
 log = logging.getLogger(__name__)
@@ -95,18 +95,18 @@ class HfModel:
         return self._scaling(self._head(hidden_ND))
 
     @torch.inference_mode()
-    def score(self, jobs: Sequence[Wanted]) -> list[np.ndarray]:
-        """Packed rows [R, bytes] uint8 of each job, from one forward pass over all."""
-        hidden = self._hidden_states([job.tokens_T for job in jobs])
+    def score(self, queries: Sequence[Query]) -> list[np.ndarray]:
+        """Packed rows [R, bytes] uint8 that answer each query, from one forward pass over all."""
+        hidden = self._hidden_states([query.tokens_T for query in queries])
         groups: dict[RowLayout, list[tuple[int, Slice]]] = defaultdict(list)
-        for i, (job, hidden_TD) in enumerate(zip(jobs, hidden, strict=True)):
-            start, stop = job.rows
-            layout = layout_of(job, self.vocab_size, self.hidden_size)
-            gather = torch.tensor(job.gather_ids_RG) if layout.gather_width else None
-            key = sample_key(job.spec.seed, job.tokens_T) if "sampled" in job.spec.kinds else 0
-            tokens_T = torch.tensor(job.tokens_T)
+        for i, (query, hidden_TD) in enumerate(zip(queries, hidden, strict=True)):
+            start, stop = query.rows
+            layout = layout_of(query, self.vocab_size, self.hidden_size)
+            gather = torch.tensor(query.gather_ids_RG) if layout.gather_width else None
+            key = sample_key(query.spec.seed, query.tokens_T) if "sampled" in query.spec.kinds else 0
+            tokens_T = torch.tensor(query.tokens_T)
             groups[layout].append((i, Slice(start, stop, hidden_TD[start:stop], tokens_T, gather, key)))
-        packed: list[np.ndarray] = [np.empty(0, dtype=np.uint8)] * len(jobs)
+        packed: list[np.ndarray] = [np.empty(0, dtype=np.uint8)] * len(queries)
         for layout, members in groups.items():
             parts = reduce_slices([s for _, s in members], self.compute_logits, layout)
             assert parts is not None

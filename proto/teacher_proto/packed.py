@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher_proto.requests import HiddenDtype, TargetSpec, Wanted
+from teacher_proto.requests import HiddenDtype, Query, TargetSpec
 from teacher_proto.targets import TENSORS, TokenTargets, id_dtype, tensors_of
 
 _HIDDEN_FORMATS: dict[HiddenDtype, str] = {"float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
@@ -59,11 +59,10 @@ class RowLayout:
         return self.dtype.itemsize
 
 
-def layout_of(wanted: Wanted, vocab_size: int, hidden_size: int) -> RowLayout:
-    """The layout of the rows that answer `wanted`; `hidden_size` is the teacher's."""
-    kinds, gathered = wanted.spec.kinds, wanted.gather_ids_RG
-    width = gathered.shape[1] if gathered is not None and "gather" in kinds else 0
-    return RowLayout(wanted.spec, vocab_size, width, hidden_size if "hidden" in kinds else 0)
+def layout_of(query: Query, vocab_size: int, hidden_size: int) -> RowLayout:
+    """The layout of the rows that answer `query`; `hidden_size` is the teacher's."""
+    spec = query.spec
+    return RowLayout(spec, vocab_size, query.gather_width, hidden_size if "hidden" in spec.kinds else 0)
 
 
 def unpack_rows(packed_RB: np.ndarray, start: int, layout: RowLayout) -> TokenTargets:

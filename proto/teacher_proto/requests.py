@@ -1,4 +1,4 @@
-"""What a client asks, and the limits that it must keep to.
+"""What is asked of a teacher: a `Query` about one sequence, a `TargetsRequest` of several, and the limits of both.
 
 Built by clients, decoded and checked by services before the engine hears of it. Nothing here raises anything
 but a `RequestError` with the field at fault.
@@ -6,10 +6,11 @@ but a `RequestError` with the field at fault.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from pydantic import BeforeValidator, StrictInt
@@ -73,17 +74,36 @@ class TargetSpec:
     hidden_dtype: HiddenDtype | None = None
 
 
-class Wanted(Protocol):
-    """One sequence and what is asked of it: a service's `Job`, a store's `Ask`."""
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What is asked of a teacher about one sequence: the trainer makes it, a request carries it, an engine answers it,
+    a store finds its answer again.
+
+    tokens_T: token ids [T]. rows: the positions [start, stop) that are asked about. gather_ids_RG: for kind `gather`,
+    ids [R, G], a row for each of those positions; None where they are not known, as of an answer out of a store.
+    """
+
+    tokens_T: np.ndarray
+    rows: tuple[int, int]
+    spec: TargetSpec
+    gather_ids_RG: np.ndarray | None = None
 
     @property
-    def tokens_T(self) -> np.ndarray: ...
+    def num_tokens(self) -> int:
+        return len(self.tokens_T)
+
     @property
-    def rows(self) -> tuple[int, int]: ...
+    def gather_width(self) -> int:
+        """G, the ids a row of kind `gather`; 0 where it is not asked."""
+        if self.gather_ids_RG is None or "gather" not in self.spec.kinds:
+            return 0
+        return int(self.gather_ids_RG.shape[1])
+
     @property
-    def spec(self) -> TargetSpec: ...
-    @property
-    def gather_ids_RG(self) -> np.ndarray | None: ...
+    def key(self) -> Hashable:
+        """Equal for queries with equal answers: token ids, rows, what is asked of them."""
+        gathered = b"" if self.gather_ids_RG is None else hashlib.sha256(self.gather_ids_RG.tobytes()).digest()
+        return hashlib.sha256(self.tokens_T.tobytes()).digest(), self.rows, self.spec, gathered
 
 
 class TargetsRequest(SequencesRequest):
@@ -108,18 +128,18 @@ class TargetsRequest(SequencesRequest):
     hidden_dtype: HiddenDtype = "float16"
 
     @classmethod
-    def of(
-        cls, spec: TargetSpec, sequences: Iterable[np.ndarray], rows: Iterable[tuple[int, int]] | None = None,
-        gather_ids: Iterable[np.ndarray] | None = None,
-    ) -> TargetsRequest:  # fmt: skip
-        """The request whose `spec` is the given one."""
+    def of(cls, queries: Iterable[Query]) -> TargetsRequest:
+        """The request that makes these queries, in this order: one at least, all of one spec."""
+        queries = tuple(queries)
+        spec = queries[0].spec
+        assert all(query.spec == spec for query in queries), "a request asks the same of all its sequences"
         return cls(
-            sequences=tuple(sequences),
+            sequences=tuple(query.tokens_T for query in queries),
             kinds=spec.kinds,
             top_k=spec.top_k,
             temperatures=spec.temperatures,
-            rows=None if rows is None else tuple(rows),
-            gather_ids=None if gather_ids is None else tuple(gather_ids),
+            rows=tuple(query.rows for query in queries),
+            gather_ids=tuple(query.gather_ids_RG for query in queries) if "gather" in spec.kinds else None,
             num_samples=spec.num_samples,
             sample_temperature=spec.sample_temperature,
             seed=spec.seed,
@@ -139,6 +159,15 @@ class TargetsRequest(SequencesRequest):
             seed=self.seed if sampled else 0,
             hidden_dtype=self.hidden_dtype if "hidden" in kinds else None,
         )
+
+    def query(self, index: int) -> Query:
+        """What is asked about sequence `index`."""
+        gathered = self.gather_ids[index] if self.gather_ids is not None and "gather" in self.kinds else None
+        return Query(self.sequences[index], self.row_range(index), self.spec, gathered)
+
+    def queries(self) -> list[Query]:
+        """What is asked, a query for each sequence."""
+        return [self.query(index) for index in range(len(self.sequences))]
 
     def values_per_token(self, hidden_width: int) -> int:
         """Numbers that an answer holds for a token; `hidden_width` is how many a hidden state has."""

@@ -1,8 +1,8 @@
 """The target store: answers of teachers on disk, found again by teacher, token ids and what is asked.
 
     store = TargetStore("targets", max_bytes=50 * 2**30)
-    store.put(fingerprint, Ask(tokens_T, rows, spec), targets)
-    targets = store.get(fingerprint, Ask(tokens_T, rows, spec))
+    store.put(fingerprint, Query(tokens_T, rows, spec), targets)
+    targets = store.get(fingerprint, Query(tokens_T, rows, spec))
 
 Services read it before they ask their engine and write to it through `store_writer.py`; the trainer's cached teacher
 reads it; `stillhouse-teacher fill` writes it offline. One LMDB environment: many processes may read and write, a kill
@@ -23,10 +23,10 @@ from typing import TypeVar
 
 from teacher_proto.errors import WireError
 from teacher_proto.info import TeacherInfo, parse_info
+from teacher_proto.requests import Query
 from teacher_proto.shelf import BusyError, DamagedError, Reading, Shelf, Writing
 from teacher_proto.store_entry import (
     Entry,
-    Wanted,
     asked_entries,
     cut,
     entry_key,
@@ -86,9 +86,9 @@ class TargetStore:
         self._damaged: set[bytes] = set()
         self._shelf = Shelf(self.path, max_bytes, readonly)
 
-    def get(self, fingerprint: str, wanted: Wanted) -> TokenTargets | None:
-        """The stored answer to `wanted`, bit for bit as it was put, or None. Its arrays are read-only."""
-        found = self._seek(fingerprint, wanted, lambda asked, stored, value: cut(unpack_targets(value), stored, asked))
+    def get(self, fingerprint: str, query: Query) -> TokenTargets | None:
+        """The stored answer to `query`, bit for bit as it was put, or None. Its arrays are read-only."""
+        found = self._seek(fingerprint, query, lambda asked, stored, value: cut(unpack_targets(value), stored, asked))
         if found is None:
             self._counts.misses += 1
             return None
@@ -96,13 +96,13 @@ class TargetStore:
         self._touch([key for key, _ in found])
         return join([part for _, part in found])
 
-    def has(self, fingerprint: str, wanted: Wanted) -> bool:
+    def has(self, fingerprint: str, query: Query) -> bool:
         """Whether `get` would answer. Does not count as use."""
-        return self._seek(fingerprint, wanted, lambda asked, stored, value: None) is not None
+        return self._seek(fingerprint, query, lambda asked, stored, value: None) is not None
 
-    def put(self, fingerprint: str, wanted: Wanted, targets: TokenTargets) -> None:
+    def put(self, fingerprint: str, query: Query, targets: TokenTargets) -> None:
         """Keep an answer. It is on disk when this returns; nothing is if the process dies before."""
-        self.put_entries(split(fingerprint, wanted, targets))
+        self.put_entries(split(fingerprint, query, targets))
 
     def put_entries(self, entries: Iterable[tuple[Entry, TokenTargets]]) -> None:
         """Keep entries in as few transactions as memory allows; what is covered already is only marked as used."""
@@ -169,13 +169,13 @@ class TargetStore:
         self.close()
 
     def _seek(
-        self, fingerprint: str, wanted: Wanted, take: Callable[[Entry, Entry, memoryview], T]
+        self, fingerprint: str, query: Query, take: Callable[[Entry, Entry, memoryview], T]
     ) -> list[tuple[bytes, T]] | None:
-        """For each kind that is wanted, the key of a whole entry that covers it and what `take` makes of its bytes."""
+        """For each kind that is asked, the key of a whole entry that covers it and what `take` makes of its bytes."""
         taken = []
         try:
             with self._shelf.reading() as reading:
-                for asked in asked_entries(fingerprint, wanted):
+                for asked in asked_entries(fingerprint, query):
                     found = self._find(reading, asked)
                     if found is None:
                         return None

@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 
 from teacher_proto.errors import ChecksumError, WireError
-from teacher_proto.requests import KINDS, HiddenDtype, Kind, TargetSpec, Wanted
+from teacher_proto.requests import KINDS, HiddenDtype, Kind, Query, TargetSpec
 from teacher_proto.targets import TENSORS, TokenTargets, tensors_of
 from teacher_proto.wire import decode_targets, encode_targets
 from teacher_proto.wire_read import Budget, read_message
@@ -29,16 +29,6 @@ from teacher_proto.wire_tensor import decode_tensor, encode_tensor
 _HEAD = struct.Struct("<II")
 _BUDGET = Budget(containers=8, items=64)
 SEQUENCE_KEY_BYTES = 32
-
-
-@dataclass(frozen=True, eq=False)
-class Ask:
-    """The plain form of `Wanted`: token ids [T], rows [start, stop), what is asked, ids [R, G] for kind `gather`."""
-
-    tokens_T: np.ndarray
-    rows: tuple[int, int]
-    spec: TargetSpec
-    gather_ids_RG: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +51,15 @@ class Entry:
     hidden_dtype: HiddenDtype | None = None
     gathered: str = ""
     wide_ids: bool = False
+
+    @property
+    def query(self) -> Query:
+        """What this entry answers. The ids of kind `gather` are not kept, so they are not known."""
+        spec = TargetSpec(
+            kinds=(self.kind,), top_k=self.top_k, temperatures=self.temperatures, num_samples=self.num_samples,
+            sample_temperature=self.sample_temperature, seed=self.seed, hidden_dtype=self.hidden_dtype,
+        )  # fmt: skip
+        return Query(self.tokens_T, (self.start, self.stop), spec)
 
     def covers(self, asked: Entry) -> bool:
         """Whether this, stored, holds all that `asked` asks of the same sequence of the same teacher."""
@@ -93,22 +92,22 @@ def entry_key(entry: Entry) -> bytes:
     return sequence_key(entry.fingerprint, entry.tokens_T) + bytes([KINDS.index(entry.kind)]) + digest
 
 
-def asked_entries(fingerprint: str, wanted: Wanted) -> list[Entry]:
-    """What a request needs, a kind each; `score` is left out beside `top_k`, which holds it."""
-    spec = wanted.spec
+def asked_entries(fingerprint: str, query: Query) -> list[Entry]:
+    """What answers a query, a kind each; `score` is left out beside `top_k`, which holds it."""
+    spec = query.spec
     kinds = [kind for kind in KINDS if kind in spec.kinds and not (kind == "score" and "top_k" in spec.kinds)]
-    return [_asked_entry(fingerprint, wanted, kind) for kind in kinds]
+    return [_asked_entry(fingerprint, query, kind) for kind in kinds]
 
 
-def _asked_entry(fingerprint: str, wanted: Wanted, kind: Kind) -> Entry:
-    spec, gathered = wanted.spec, ""
+def _asked_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
+    spec, gathered = query.spec, ""
     if kind == "gather":
-        assert wanted.gather_ids_RG is not None, "kind gather comes with its ids"
-        ids = np.ascontiguousarray(wanted.gather_ids_RG, dtype="<i8")
+        assert query.gather_ids_RG is not None, "kind gather comes with its ids"
+        ids = np.ascontiguousarray(query.gather_ids_RG, dtype="<i8")
         gathered = hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
     sampled = kind == "sampled"
     return Entry(
-        fingerprint=fingerprint, tokens_T=wanted.tokens_T, kind=kind, start=wanted.rows[0], stop=wanted.rows[1],
+        fingerprint=fingerprint, tokens_T=query.tokens_T, kind=kind, start=query.rows[0], stop=query.rows[1],
         top_k=spec.top_k if kind == "top_k" else 0,
         temperatures=tuple(float(t) for t in spec.temperatures) if kind in ("top_k", "gather") else (),
         num_samples=spec.num_samples if sampled else 0,
@@ -117,10 +116,10 @@ def _asked_entry(fingerprint: str, wanted: Wanted, kind: Kind) -> Entry:
     )  # fmt: skip
 
 
-def split(fingerprint: str, wanted: Wanted, targets: TokenTargets) -> list[tuple[Entry, TokenTargets]]:
+def split(fingerprint: str, query: Query, targets: TokenTargets) -> list[tuple[Entry, TokenTargets]]:
     """An answer as the entries that keep it."""
     parts = []
-    for entry in asked_entries(fingerprint, wanted):
+    for entry in asked_entries(fingerprint, query):
         part = only(targets, tensors_of((entry.kind,)))
         wide = any(array.dtype.itemsize > 2 for name, array in part.tensors().items() if name in _ID_TENSORS)
         parts.append((replace(entry, wide_ids=wide), part))

@@ -156,12 +156,7 @@ def _read_row(row: dict[str, Any], teachers: dict[str, TeacherInfo]) -> Pair | N
         targets = TokenTargets(entry.start, **_arrays(row, entry))
         teacher = teachers.get(entry.fingerprint)
         vocab_size = teacher.limits.vocab_size if teacher else 2**24 if entry.wide_ids else 65_536
-        check_targets(
-            targets, kinds=(entry.kind,), rows=(entry.start, entry.stop), top_k=entry.top_k,
-            num_temperatures=len(temperatures), vocab_size=vocab_size,
-            sequence_length=len(tokens_T), temperatures=temperatures, num_samples=entry.num_samples or None,
-            hidden_dtype=entry.hidden_dtype, tokens_T=tokens_T,
-        )  # fmt: skip
+        check_targets(targets, entry.query, vocab_size)
     except (InvalidTargetsError, WireError, ValueError, TypeError, AttributeError, KeyError):
         return None
     return entry, targets

@@ -1,7 +1,7 @@
 """Writes answers to a target store on a thread of its own, so that an event loop never waits for a disk.
 
 writer = StoreWriter(store)
-writer.add(fingerprint, job, targets)    # at once; dropped, and counted, where too much waits
+writer.add(fingerprint, query, targets)    # at once; dropped, and counted, where too much waits
 writer.close()                           # when all that waits is written
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+from teacher_proto.requests import Query
 from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import Entry, Wanted, split
+from teacher_proto.store_entry import Entry, split
 from teacher_proto.targets import TokenTargets
 
 
@@ -36,14 +37,14 @@ class StoreWriter:
     def pending_bytes(self) -> int:
         return self._pending_bytes
 
-    def add(self, fingerprint: str, wanted: Wanted, targets: TokenTargets) -> bool:
+    def add(self, fingerprint: str, query: Query, targets: TokenTargets) -> bool:
         """Have an answer written. False, and nothing done, if too much waits already."""
         size = targets.nbytes
         with self._changed:
             if self._pending_bytes + size > self._max_pending_bytes or self._closing.is_set():
                 self.dropped += 1
                 return False
-            self._pending.extend(split(fingerprint, wanted, targets))
+            self._pending.extend(split(fingerprint, query, targets))
             self._pending_bytes += size
             self._changed.notify_all()
         return True

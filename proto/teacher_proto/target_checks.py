@@ -88,9 +88,9 @@ def check_next(
 
 
 def check_samples(
-    offsets: np.ndarray, ids_M: np.ndarray, counts_M: np.ndarray, vocab_size: int, num_samples: int | None
+    offsets: np.ndarray, ids_M: np.ndarray, counts_M: np.ndarray, vocab_size: int, num_samples: int
 ) -> None:
-    """Offsets rise from 0 to M; ids ascend within a row; counts are at least 1 and sum to the same on every row."""
+    """Offsets rise from 0 to M; ids ascend within a row; counts are at least 1 and sum to `num_samples`."""
     if offsets[0] != 0 or offsets[-1] != len(ids_M) or len(ids_M) != len(counts_M) or not (np.diff(offsets) > 0).all():
         raise InvalidTargetsError("sampled_offsets do not rise from 0 to the number of sampled ids")
     check_ids(ids_M, "sampled_ids", vocab_size)
@@ -100,9 +100,8 @@ def check_samples(
     if not ((np.diff(wide_M) > 0) | first_M[1:]).all():
         raise InvalidTargetsError("sampled_ids: a row's ids do not ascend")
     totals_R = np.add.reduceat(counts_M.astype(np.int64), offsets[:-1])
-    expected = totals_R[0] if num_samples is None else num_samples
-    if counts_M.min() < 1 or not (totals_R == expected).all():
-        raise InvalidTargetsError(f"sampled_counts: a count is below 1, or a row has not {expected} draws")
+    if counts_M.min() < 1 or not (totals_R == num_samples).all():
+        raise InvalidTargetsError(f"sampled_counts: a count is below 1, or a row has not {num_samples} draws")
 
 
 def each(names: Sequence[str], arrays: dict[str, np.ndarray], check: Callable[[np.ndarray, str], None]) -> None:

@@ -9,7 +9,7 @@ logprobs (`logit - lse`, fp16, largest first); at temperature T the exact probab
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from teacher_proto import target_checks as checks
 from teacher_proto.errors import InvalidTargetsError
-from teacher_proto.requests import HiddenDtype, Kind, TargetsRequest
+from teacher_proto.requests import HiddenDtype, Kind, Query, TargetSpec
 
 
 @dataclass(frozen=True)
@@ -134,74 +134,53 @@ class TokenTargets:
         return replace(self, **cut)
 
 
-def check_targets(
-    targets: TokenTargets, *, kinds: Iterable[Kind], rows: tuple[int, int], top_k: int, num_temperatures: int,
-    vocab_size: int, sequence_length: int, temperatures: Sequence[float] = (), num_gather: int | None = None,
-    num_samples: int | None = None, hidden_dtype: HiddenDtype | None = None, tokens_T: np.ndarray | None = None,
-) -> None:  # fmt: skip
-    """Refuse a record that cannot be the answer to what was asked. InvalidTargetsError names tensor and row.
+def check_targets(targets: TokenTargets, query: Query, vocab_size: int) -> None:
+    """Refuse a record that cannot be the answer to `query`. InvalidTargetsError names tensor and row.
 
     Presence, shapes and dtypes; finite values; ids below the vocabulary and different within a row; logprobs at most
-    0, largest first, of a mass not above 1. What is given beyond the sizes is checked too: normalisers against
-    `temperatures`, the next token's logprob against `tokens_T`, draws against `num_samples`.
+    0, largest first, of a mass not above 1; normalisers that are ones of the temperatures, the next token's logprob
+    where the sequence's own next token is among the K, as many draws as were asked for.
     """
-    start, stop = rows
+    spec, (start, stop), length = query.spec, query.rows, query.num_tokens
     if targets.start != start or targets.num_rows != stop - start:
         got = f"[{targets.start}, {targets.start + targets.num_rows})"
         raise InvalidTargetsError(f"rows {got} came, [{start}, {stop}) were asked for")
-    kinds = tuple(kinds)
     arrays = targets.tensors()
-    _check_presence(arrays, kinds, hidden_dtype)
-    sizes = {"R": stop - start, "R+1": stop - start + 1, "K": top_k, "T": num_temperatures}
-    _check_shapes(arrays, sizes if num_gather is None else sizes | {"G": num_gather})
+    _check_presence(arrays, spec)
+    sizes = {"R": stop - start, "R+1": stop - start + 1, "K": spec.top_k, "T": len(spec.temperatures)}
+    _check_shapes(arrays, sizes if query.gather_ids_RG is None else sizes | {"G": query.gather_width})
     checks.each(("lse", "log_z", "hidden_scale"), arrays, lambda array, name: checks.check_finite(array, name, start))
     if "hidden" in arrays and arrays["hidden"].dtype.kind == "f":
         checks.check_finite(arrays["hidden"], "hidden", start)
     if "next_logprob" in arrays:
         # The last row of a sequence has no next token.
-        known = min(stop, sequence_length - 1) - start
+        known = min(stop, length - 1) - start
         checks.check_logprobs(arrays["next_logprob"][:known], "next_logprob", start)
         if not np.isnan(arrays["next_logprob"][known:]).all():
-            raise InvalidTargetsError(f"next_logprob is a number on row {sequence_length - 1}, which has no next token")
+            raise InvalidTargetsError(f"next_logprob is a number on row {length - 1}, which has no next token")
     if "gather_logprobs" in arrays:
         checks.check_logprobs(arrays["gather_logprobs"], "gather_logprobs", start)
     if "ids" in arrays:
-        checks.check_top_k(arrays["ids"], arrays["logprobs"], start, vocab_size)
-        checks.check_log_z(arrays["log_z"], arrays["logprobs"][:, 0], temperatures, start, vocab_size)
-        if tokens_T is not None:
-            checks.check_next(
-                arrays["ids"], arrays["logprobs"], arrays["next_logprob"], tokens_T[start + 1 : stop + 1], start
-            )
+        ids_RK, logprobs_RK = arrays["ids"], arrays["logprobs"]
+        checks.check_top_k(ids_RK, logprobs_RK, start, vocab_size)
+        checks.check_log_z(arrays["log_z"], logprobs_RK[:, 0], spec.temperatures, start, vocab_size)
+        next_ids_R = query.tokens_T[start + 1 : stop + 1]
+        checks.check_next(ids_RK, logprobs_RK, arrays["next_logprob"], next_ids_R, start)
     if "sampled_offsets" in arrays:
         checks.check_samples(
-            arrays["sampled_offsets"], arrays["sampled_ids"], arrays["sampled_counts"], vocab_size, num_samples
+            arrays["sampled_offsets"], arrays["sampled_ids"], arrays["sampled_counts"], vocab_size, spec.num_samples
         )
 
 
-def check_answer(targets: TokenTargets, request: TargetsRequest, index: int, vocab_size: int) -> None:
-    """`check_targets` against all that `request` asks of its sequence `index`."""
-    spec = request.spec
-    gathers = "gather" in spec.kinds and request.gather_ids is not None
-    check_targets(
-        targets, kinds=spec.kinds, rows=request.row_range(index), top_k=spec.top_k,
-        num_temperatures=len(spec.temperatures), vocab_size=vocab_size,
-        sequence_length=len(request.sequences[index]), temperatures=spec.temperatures,
-        num_gather=request.gather_ids[index].shape[1] if gathers and request.gather_ids is not None else None,
-        num_samples=spec.num_samples or None, hidden_dtype=spec.hidden_dtype, tokens_T=request.sequences[index],
-    )  # fmt: skip
-
-
-def _check_presence(arrays: dict[str, np.ndarray], kinds: tuple[Kind, ...], hidden_dtype: HiddenDtype | None) -> None:
-    wanted = set(tensors_of(kinds))
-    is_int8 = hidden_dtype == "int8" if hidden_dtype else "hidden_scale" in arrays
-    wanted -= set() if is_int8 else {"hidden_scale"}
-    if wanted != set(arrays):
-        raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(wanted)} were asked for")
+def _check_presence(arrays: dict[str, np.ndarray], spec: TargetSpec) -> None:
+    expected = set(tensors_of(spec.kinds)) - (set() if spec.hidden_dtype == "int8" else {"hidden_scale"})
+    if expected != set(arrays):
+        raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(expected)} were asked for")
     for name, array in arrays.items():
         if array.dtype.newbyteorder("<").str not in (*TENSORS[name].dtypes, *_IN_MEMORY.get(name, ())):
             raise InvalidTargetsError(f"{name} is {array.dtype}, one of {', '.join(TENSORS[name].dtypes)} was expected")
-    if hidden_dtype and arrays["hidden"].dtype.newbyteorder("<").str != HIDDEN_DTYPES[hidden_dtype]:
-        raise InvalidTargetsError(f"hidden is {arrays['hidden'].dtype}, {hidden_dtype} was asked for")
+    if spec.hidden_dtype and arrays["hidden"].dtype.newbyteorder("<").str != HIDDEN_DTYPES[spec.hidden_dtype]:
+        raise InvalidTargetsError(f"hidden is {arrays['hidden'].dtype}, {spec.hidden_dtype} was asked for")
 
 
 def _check_shapes(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_service.job import Job
 from attention_service.tap import Attended
+from teacher_proto.attention import AttentionQuery
 from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.errors import EngineError
 from teacher_proto.relations import log_relation_rows, similarity_factor
@@ -24,55 +24,55 @@ BLOCK_ENTRIES = 2**23
 _INT8_MAX = 127
 
 
-def make_answer(job: Job, attended: Attended, place: int) -> AttentionTargets:
+def make_answer(query: AttentionQuery, attended: Attended, place: int) -> AttentionTargets:
     """The record of the sequence at `place` of the batch. EngineError for numbers that are not finite."""
-    length = len(job.tokens_T)
+    length = len(query.tokens_T)
     states = {
         part: getattr(attended, name)[place, :, :length]
         for part, name in zip(PARTS, ("query_BHTd", "key_BGTd", "value_BGTd"), strict=True)
     }
-    rows_r = None if job.rows_r is None else job.rows_r.astype(np.int32)
-    if job.spec.kind == "states":
-        tensors = _states({part: x_HTd.transpose(0, 1) for part, x_HTd in states.items()}, job)
-    elif job.spec.kind == "relations":
-        tensors = {part: _relations(x_HTd.transpose(0, 1), job, part) for part, x_HTd in states.items()}
+    rows_r = None if query.rows_r is None else query.rows_r.astype(np.int32)
+    if query.spec.kind == "states":
+        tensors = _states({part: x_HTd.transpose(0, 1) for part, x_HTd in states.items()}, query)
+    elif query.spec.kind == "relations":
+        tensors = {part: _relations(x_HTd.transpose(0, 1), query, part) for part, x_HTd in states.items()}
     else:
-        tensors = {"maps": _maps(states["query"], states["key"], attended, place, job)}
-    return AttentionTargets(job.spec.kind, job.spec.layer, rows_r, **tensors)
+        tensors = {"maps": _maps(states["query"], states["key"], attended, place, query)}
+    return AttentionTargets(query.spec.kind, query.spec.layer, rows_r, **tensors)
 
 
-def _states(states: dict[str, Tensor], job: Job) -> dict[str, np.ndarray]:
+def _states(states: dict[str, Tensor], query: AttentionQuery) -> dict[str, np.ndarray]:
     """[T, H, d] of each part as fp16, or as int8 with a scale for each of its rows of d."""
     tensors: dict[str, np.ndarray] = {}
     for part, states_THd in states.items():
-        if job.spec.dtype == "float16":
-            tensors[part] = _finite(states_THd.to(torch.float16), part, job).cpu().numpy()
+        if query.spec.dtype == "float16":
+            tensors[part] = _finite(states_THd.to(torch.float16), part, query).cpu().numpy()
             continue
-        wide_THd = _finite(states_THd.float(), part, job)
+        wide_THd = _finite(states_THd.float(), part, query)
         scale_TH1 = wide_THd.abs().amax(dim=-1, keepdim=True) / _INT8_MAX
         codes_THd = torch.where(scale_TH1 > 0, wide_THd / scale_TH1, 0).round().to(torch.int8)
         tensors |= {part: codes_THd.cpu().numpy(), f"{part}_scale": scale_TH1.cpu().numpy()}
     return tensors
 
 
-def _relations(states_THd: Tensor, job: Job, part: str) -> np.ndarray:
+def _relations(states_THd: Tensor, query: AttentionQuery, part: str) -> np.ndarray:
     """[R, r, T] fp16."""
-    spec = job.spec
+    spec = query.spec
     assert spec.form is not None, "a request for relations has a form"
     # Rounded as served states are, so that who rebuilds relations from states has these very numbers.
-    rounded_THd = _finite(states_THd.to(torch.float16), part, job)
+    rounded_THd = _finite(states_THd.to(torch.float16), part, query)
     factor_RTd = similarity_factor(rounded_THd, form=spec.form, relation_heads=spec.relation_heads)
     form = spec.form
-    return _by_rows(job, spec.relation_heads, len(job.tokens_T), factor_RTd.device,
+    return _by_rows(query, spec.relation_heads, len(query.tokens_T), factor_RTd.device,
                     lambda rows_r: log_relation_rows(factor_RTd, rows_r, form).exp())  # fmt: skip
 
 
-def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, job: Job) -> np.ndarray:
+def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, query: AttentionQuery) -> np.ndarray:
     """[H, r, T or b] fp16: the softmax that the layer itself takes."""
-    length, block_size = len(job.tokens_T), job.spec.block_size
+    length, block_size = len(query.tokens_T), query.spec.block_size
     query_HTd, key_HTd = query_HTd.float(), key_GTd.float()
     key_HTd = key_HTd.repeat_interleave(len(query_HTd) // len(key_HTd), dim=0)
-    _finite(query_HTd, "query", job), _finite(key_HTd, "key", job)
+    _finite(query_HTd, "query", query), _finite(key_HTd, "key", query)
     columns_T = torch.arange(length, device=query_HTd.device)
 
     def of(rows_r: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, jo
         maps_HrT = logits_HrT.masked_fill(~seen_rT, -math.inf).softmax(dim=-1)
         return maps_HrT if block_size is None else _within_blocks(maps_HrT, rows_r, min(length, block_size), block_size)
 
-    return _by_rows(job, len(query_HTd), min(length, block_size or length), query_HTd.device, of, of_whole=length)
+    return _by_rows(query, len(query_HTd), min(length, block_size or length), query_HTd.device, of, of_whole=length)
 
 
 def _within_blocks(maps_HrT: Tensor, rows_r: Tensor, width: int, block_size: int) -> Tensor:
@@ -101,10 +101,11 @@ def _within_blocks(maps_HrT: Tensor, rows_r: Tensor, width: int, block_size: int
 
 
 def _by_rows(
-    job: Job, heads: int, width: int, device: torch.device, of: Callable[[Tensor], Tensor], of_whole: int | None = None
-) -> np.ndarray:
-    """[heads, r, width] fp16 of the job's rows, by `of` for a block of them at a time."""
-    rows_r = np.arange(len(job.tokens_T)) if job.rows_r is None else job.rows_r
+    query: AttentionQuery, heads: int, width: int, device: torch.device, of: Callable[[Tensor], Tensor],
+    of_whole: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """[heads, r, width] fp16 of the query's rows, by `of` for a block of them at a time."""
+    rows_r = np.arange(len(query.tokens_T)) if query.rows_r is None else query.rows_r
     table = np.empty((heads, len(rows_r), width), dtype=np.float16)
     step = max(1, BLOCK_ENTRIES // (heads * (of_whole or width)))
     for start in range(0, len(rows_r), step):
@@ -113,12 +114,12 @@ def _by_rows(
     return table
 
 
-def _finite(states: Tensor, part: str, job: Job) -> Tensor:
+def _finite(states: Tensor, part: str, query: AttentionQuery) -> Tensor:
     if not torch.isfinite(states).all():
         fits = states.dtype != torch.float16
         what = "is not finite" if fits else "does not fit float16: ask for states with dtype int8"
         raise EngineError(
-            f"the teacher's {part} of layer {job.spec.layer} {what}, or its weights overflow at this sequence",
-            field=part, request_id=job.request_id, retryable=False,
+            f"the teacher's {part} of layer {query.spec.layer} {what}, or its weights overflow at this sequence",
+            field=part, retryable=False,
         )  # fmt: skip
     return states

@@ -8,11 +8,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from attention_service import openapi
-from attention_service.asking import read_attention, reply_to
+from attention_service.requests import read_attention
 from attention_service.service import AttentionService
 from serving import replies
-from serving.asking import progress_interval
 from serving.openapi import ASKING, POSTING, errors
+from serving.requests import progress_interval
 from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
 from teacher_proto.attention import AttentionInfo
@@ -41,13 +41,11 @@ Service = Annotated[AttentionService, Depends(service_of)]
 async def post_attention(request: Request, student: Student, service: Service) -> Response:
     """The attention of one layer over token sequences: states, relations between them, or maps."""
     service.require_started()
-    asked, as_json = await read_attention(request, student, service)
-    reply, write = reply_to(asked, service), replies.document if as_json else replies.stream
-
+    reply = await read_attention(request, student, service)
     every_s = progress_interval(request)
 
     async def work(outlet: Outlet) -> None:
-        await write(reply, service, outlet, every_s)
+        await replies.write(reply, service, outlet, every_s)
 
     return RacedResponse(work)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from attention_service.job import Job
 from attention_service.settings import AttentionSettings
 from serving.batches import Batches
+from serving.engine import Job
 from serving.startup import stage
-from teacher_proto.attention import AttentionLimits, AttentionShape
+from teacher_proto.attention import AttentionLimits, AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client import TeacherClient
 from teacher_proto.errors import StillhouseError
@@ -38,7 +38,7 @@ class AttentionEngine:
         self._settings = settings
         self._teacher: TeacherIdentity | None = None
         self._model: AttentionModel | None = None
-        self._batches: Batches[Job, AttentionTargets] = Batches(
+        self._batches: Batches[AttentionQuery, AttentionTargets] = Batches(
             "attention engine", self._compute, settings.max_batch_tokens
         )
 
@@ -53,7 +53,7 @@ class AttentionEngine:
     def tokens_computed(self) -> int:
         return self._batches.tokens_computed
 
-    async def score(self, job: Job) -> AttentionTargets:
+    async def score(self, job: Job[AttentionQuery]) -> AttentionTargets:
         """The attention of a job. A job that is cancelled while it waits is never computed."""
         return await self._batches.answer(job)
 
@@ -65,9 +65,9 @@ class AttentionEngine:
         await self._batches.close()
         self._model = None
 
-    def _compute(self, jobs: Sequence[Job]) -> list[AttentionTargets]:
+    def _compute(self, queries: Sequence[AttentionQuery]) -> list[AttentionTargets]:
         assert self._model is not None
-        return self._model.attend(jobs)
+        return self._model.attend(queries)
 
     async def _ask_teacher(self, url: str) -> TeacherIdentity:
         key = self._settings.beside_key

@@ -16,9 +16,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from attention_service.answers import make_answer
-from attention_service.job import Job
 from attention_service.tap import Attended, Tap
-from teacher_proto.attention import AttentionShape
+from teacher_proto.attention import AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.hardware import choose_dtype, emulation_warning
 from teacher_proto.hf_model import padded, pick_device
@@ -55,10 +54,11 @@ class AttentionModel:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @torch.inference_mode()
-    def attend(self, jobs: Sequence[Job]) -> list[AttentionTargets]:
-        """The record of each job, from one forward pass over all. EngineError for numbers that are not finite."""
-        taken = self._attend([job.tokens_T for job in jobs], {job.spec.layer for job in jobs})
-        return [make_answer(job, taken[job.spec.layer], place) for place, job in enumerate(jobs)]
+    def attend(self, queries: Sequence[AttentionQuery]) -> list[AttentionTargets]:
+        """The record of each query, from one forward pass over all. EngineError for numbers that are not finite."""
+        layers = {query.spec.layer for query in queries}
+        taken = self._attend([query.tokens_T for query in queries], layers)
+        return [make_answer(query, taken[query.spec.layer], place) for place, query in enumerate(queries)]
 
     def _attend(self, sequences: Sequence[np.ndarray], layers: set[int]) -> dict[int, Attended]:
         inputs = padded(sequences, self.device)

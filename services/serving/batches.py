@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serving.engine import AnswerT, JobT
+from serving.engine import AnswerT, Job, QueryT
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 
 # A batch takes sequences at least this long in parts of its longest, so that little of it is padding.
@@ -21,24 +21,24 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class _Waiting(Generic[JobT, AnswerT]):
-    job: JobT
+class _Waiting(Generic[QueryT, AnswerT]):
+    job: Job[QueryT]
     answer: asyncio.Future[AnswerT]
 
 
-class Batches(Generic[JobT, AnswerT]):
+class Batches(Generic[QueryT, AnswerT]):
     """`compute` makes the answers of a batch, in its order. `max_tokens` bounds a batch, padding included; a longer
     job goes alone. `tokens_computed` counts those of all jobs that went through `compute`. Every method but `compute`
     runs in the event loop's thread."""
 
-    def __init__(self, name: str, compute: Callable[[Sequence[JobT]], Sequence[AnswerT]], max_tokens: int):
+    def __init__(self, name: str, compute: Callable[[Sequence[QueryT]], Sequence[AnswerT]], max_tokens: int):
         self._name = name
         self._compute_batch = compute
         self._max_tokens = max_tokens
         self.tokens_computed = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name.replace(" ", "-"))
-        self._waiting: list[_Waiting[JobT, AnswerT]] = []
-        self._open: set[_Waiting[JobT, AnswerT]] = set()
+        self._waiting: list[_Waiting[QueryT, AnswerT]] = []
+        self._open: set[_Waiting[QueryT, AnswerT]] = set()
         self._pump: asyncio.Task[None] | None = None
         self._death: str | None = "it has not been started"
 
@@ -48,7 +48,7 @@ class Batches(Generic[JobT, AnswerT]):
         self._death = None
         return loaded
 
-    async def answer(self, job: JobT) -> AnswerT:
+    async def answer(self, job: Job[QueryT]) -> AnswerT:
         """The answer to a job. EngineError where it failed, EngineMemoryError where memory ran out at it."""
         self.check()
         waiting = _Waiting(job, asyncio.get_running_loop().create_future())
@@ -76,32 +76,32 @@ class Batches(Generic[JobT, AnswerT]):
         while batch := self._next_batch():
             await self._compute(batch)
 
-    def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
+    def _next_batch(self) -> list[_Waiting[QueryT, AnswerT]]:
         """The job that waits longest, urgent ones first, and others of like length up to the batch's tokens."""
         self._waiting = [waiting for waiting in self._waiting if not waiting.answer.done()]
         self._waiting.sort(key=lambda waiting: not waiting.job.urgent)
-        batch: list[_Waiting[JobT, AnswerT]] = []
-        left: list[_Waiting[JobT, AnswerT]] = []
+        batch: list[_Waiting[QueryT, AnswerT]] = []
+        left: list[_Waiting[QueryT, AnswerT]] = []
         for waiting in self._waiting:
-            lengths = [other.job.num_tokens for other in (*batch, waiting)]
+            lengths = [other.job.query.num_tokens for other in (*batch, waiting)]
             alike = min(lengths) >= _LEAST_LENGTH * max(lengths)
             fits = max(lengths) * len(lengths) <= self._max_tokens
             (batch if not batch or (alike and fits) else left).append(waiting)
         self._waiting = left
         return batch
 
-    async def _compute(self, batch: list[_Waiting[JobT, AnswerT]]) -> None:
-        jobs = [waiting.job for waiting in batch]
-        self.tokens_computed += sum(job.num_tokens for job in jobs)
+    async def _compute(self, batch: list[_Waiting[QueryT, AnswerT]]) -> None:
+        queries = [waiting.job.query for waiting in batch]
+        self.tokens_computed += sum(query.num_tokens for query in queries)
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute_batch, jobs)
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute_batch, queries)
         except (EngineError, RuntimeError, IndexError, ValueError, MemoryError) as error:
             if len(batch) > 1:
                 for waiting in batch:
                     await self._compute([waiting])
                 return
             if not batch[0].answer.done():
-                batch[0].answer.set_exception(_failure(error, jobs[0].request_id))
+                batch[0].answer.set_exception(_failure(error, batch[0].job.request_id))
             return
         for waiting, answer in zip(batch, answers, strict=True):
             if not waiting.answer.done():
@@ -122,6 +122,7 @@ class Batches(Generic[JobT, AnswerT]):
 def _failure(error: Exception, request_id: str) -> EngineError:
     """An engine's own error as it is; torch's say by their type or their words that memory ran out."""
     if isinstance(error, EngineError):
+        error.request_id = error.request_id or request_id
         return error
     import torch
 

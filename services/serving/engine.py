@@ -1,28 +1,30 @@
-"""What an engine is to the parts of a service that both have: something that starts, answers jobs, lives and dies."""
+"""What an engine is to the parts of a service that both have: something that starts, answers jobs, lives and dies.
+
+A `Job` is a query on its way through a service. Made by the services' `requests.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
 
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.request_checks import SequenceLimits
 
 
-class AnyJob(Protocol):
-    """One checked sequence. `num_tokens` is what it weighs in a queue; jobs of equal `key` have equal answers; an
-    `urgent` one is computed before all that are not, a `fresh` one is computed whatever is at hand."""
+class AnyQuery(Protocol):
+    """What is asked about one sequence. `num_tokens` is what it weighs in a queue; queries of equal `key` have equal
+    answers."""
 
+    @property
+    def tokens_T(self) -> np.ndarray: ...
     @property
     def num_tokens(self) -> int: ...
     @property
     def key(self) -> Hashable: ...
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def urgent(self) -> bool: ...
-    @property
-    def fresh(self) -> bool: ...
 
 
 class AnyAnswer(Protocol):
@@ -32,8 +34,19 @@ class AnyAnswer(Protocol):
     def nbytes(self) -> int: ...
 
 
-JobT = TypeVar("JobT", bound=AnyJob)
+QueryT = TypeVar("QueryT", bound=AnyQuery)
 AnswerT = TypeVar("AnswerT", bound=AnyAnswer)
+
+
+@dataclass(frozen=True, eq=False)
+class Job(Generic[QueryT]):
+    """A checked query to compute, with the id that names it in errors. `urgent`: ahead of all that is not, which is for
+    control traffic. `fresh`: computed, whatever answer is at hand."""
+
+    query: QueryT
+    request_id: str
+    urgent: bool = False
+    fresh: bool = False
 
 
 class AnyEngine(Protocol):

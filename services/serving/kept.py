@@ -1,4 +1,4 @@
-"""What is kept for a while in case somebody asks for it, within bounds of bytes and of time. Used by `answers.py`."""
+"""What is kept for a while in case somebody asks for it, within bounds of bytes and of time. Used by `coalescer.py`."""
 
 from __future__ import annotations
 

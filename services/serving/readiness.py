@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from serving.answers import Answers
+from serving.coalescer import Coalescer
 from serving.fair import FairQueue
 from serving.rate import Rate
 from teacher_proto.errors import OverloadedError, StillhouseError
@@ -31,11 +31,11 @@ class Readiness:
     """`probe` runs a token through the engine; `within_s` is how long a busy engine may be silent."""
 
     def __init__(
-        self, probe: Callable[[], Awaitable[None]], answers: Answers[Any, Any], queue: FairQueue, rate: Rate,
+        self, probe: Callable[[], Awaitable[None]], coalescer: Coalescer[Any, Any], queue: FairQueue, rate: Rate,
         within_s: float,
     ):  # fmt: skip
         self._run_probe = probe
-        self._answers = answers
+        self._coalescer = coalescer
         self._queue = queue
         self._rate = rate
         self._within_s = within_s
@@ -57,7 +57,7 @@ class Readiness:
     async def check(self) -> None:
         """Return if the engine computes. OverloadedError where it is stuck, the probe's own error where it fails."""
         now = time.monotonic()
-        if now - self._answers.last_success < _FRESH_S:
+        if now - self._coalescer.last_success < _FRESH_S:
             return
         if self._queue.running:
             silent_s = self._silent_s(now)
@@ -74,7 +74,7 @@ class Readiness:
         """Seconds since the engine, which has work, answered anything; 0 where it has none."""
         if not self._queue.running or self._busy_since is None:
             return 0.0
-        return now - max(self._busy_since, self._answers.last_success)
+        return now - max(self._busy_since, self._coalescer.last_success)
 
     def _allowed_s(self) -> float:
         rate = self._rate.tokens_per_second
@@ -88,7 +88,7 @@ class Readiness:
 
     async def _succeed(self) -> None:
         await self._run_probe()
-        self._answers.last_success = time.monotonic()
+        self._coalescer.last_success = time.monotonic()
 
 
 def _note_failure(probe: asyncio.Task[None]) -> None:

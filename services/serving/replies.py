@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from serving.admission import Admission, Permit
-from serving.answers import Answers
-from serving.engine import AnswerT, JobT
+from serving.coalescer import Coalescer
+from serving.engine import AnswerT, Job, QueryT
 from serving.metrics import Metrics
 from serving.rate import Rate
 from serving.streams import Outlet
@@ -27,27 +27,35 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Reply(Generic[JobT, AnswerT]):
-    """What one request is answered with: the permit that it needs, a job a sequence, and how an answer is written.
+class Work(Generic[QueryT]):
+    """What one checked request makes a service do: a job a sequence, on a student's account, once `permit` is given."""
 
-    `header` is the first message, `encode` makes a message of (index, answer), `document` the JSON of all answers.
+    request_id: str
+    student: str
+    permit: Permit
+    jobs: Sequence[Job[QueryT]]
+
+
+@dataclass(frozen=True)
+class Reply(Generic[QueryT, AnswerT]):
+    """A request's work, and how its answers are written: `header` is the first message, `encode` makes a message of
+    (index, answer), `document` the JSON of all answers, which is what is sent where `as_json`.
     """
 
-    permit: Permit
-    jobs: Sequence[JobT]
-    student: str
+    work: Work[QueryT]
     header: bytes
     encode: Callable[[int, AnswerT], bytes]
     document: Callable[[Mapping[int, AnswerT | StillhouseError]], bytes]
+    as_json: bool = False
 
 
-class AnyService(Protocol[JobT, AnswerT]):
+class AnyService(Protocol[QueryT, AnswerT]):
     """What of a service an answer goes through."""
 
     @property
     def admission(self) -> Admission: ...
     @property
-    def answers(self) -> Answers[JobT, AnswerT]: ...
+    def coalescer(self) -> Coalescer[QueryT, AnswerT]: ...
     @property
     def metrics(self) -> Metrics: ...
     @property
@@ -55,20 +63,20 @@ class AnyService(Protocol[JobT, AnswerT]):
 
 
 async def outcomes(
-    jobs: Sequence[JobT], student: str, answers: Answers[JobT, AnswerT], metrics: Metrics
+    work: Work[QueryT], service: AnyService[QueryT, AnswerT]
 ) -> AsyncGenerator[tuple[int, AnswerT | StillhouseError]]:
     """(index, answer or error) of every job, as they finish. Leaving the iterator cancels what is left."""
     finished: asyncio.Queue[asyncio.Task[AnswerT]] = asyncio.Queue()
     running: dict[asyncio.Task[AnswerT], int] = {}
     try:
-        for index, job in enumerate(jobs):
-            task = asyncio.create_task(answers.answer(job, student))
+        for index, job in enumerate(work.jobs):
+            task = asyncio.create_task(service.coalescer.answer(job, work.student))
             running[task] = index
             task.add_done_callback(finished.put_nowait)
         while running:
             task = await finished.get()
             index = running.pop(task)
-            yield index, _outcome(task, student, metrics)
+            yield index, _outcome(task, work.student, service.metrics)
     finally:
         for task in running:
             task.cancel()
@@ -83,8 +91,18 @@ def _outcome(task: asyncio.Task[AnswerT], student: str, metrics: Metrics) -> Ans
         return error
 
 
-async def stream(
-    reply: Reply[JobT, AnswerT], service: AnyService[JobT, AnswerT], outlet: Outlet, every_s: float | None = None
+async def write(
+    reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
+) -> None:
+    """Write the answer in the form that was asked for. `every_s`: see `_stream`."""
+    if reply.as_json:
+        await _document(reply, service, outlet)
+    else:
+        await _stream(reply, service, outlet, every_s)
+
+
+async def _stream(
+    reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
 ) -> None:
     """Write the answer as WIRE.md has it, once it is admitted. The status waits for a first success: if every sequence
     fails, the first error is raised and becomes the status. With `every_s` it waits for no longer than that: progress
@@ -93,8 +111,8 @@ async def stream(
     try:
         async with AsyncExitStack() as stack:
             told = every_s is not None
-            await out.telling(stack.enter_async_context(service.admission.admit(reply.permit, told=told)))
-            results = outcomes(reply.jobs, reply.student, service.answers, service.metrics)
+            await out.telling(stack.enter_async_context(service.admission.admit(reply.work.permit, told=told)))
+            results = outcomes(reply.work, service)
             await stack.enter_async_context(aclosing(results))
             while (result := await out.telling(anext(results, None))) is not None:
                 await out.write(*result)
@@ -105,19 +123,19 @@ async def stream(
         await outlet.write(wire.encode_failure(None, error), last=True)
 
 
-class _Stream(Generic[JobT, AnswerT]):
+class _Stream(Generic[QueryT, AnswerT]):
     """One answer on its way out: what of it is written, and what its client is told while nothing is."""
 
     def __init__(
-        self, reply: Reply[JobT, AnswerT], service: AnyService[JobT, AnswerT], outlet: Outlet, every_s: float | None
+        self, reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
     ):
         self._reply = reply
         self._service = service
         self._outlet = outlet
         self._every_s = every_s
         self._held: list[tuple[int, StillhouseError]] = []
-        self._keys = {i: job.key for i, job in enumerate(reply.jobs)} if every_s is not None else {}
-        self._tokens = sum(job.num_tokens for job in reply.jobs)
+        self._keys = {i: job.query.key for i, job in enumerate(reply.work.jobs)} if every_s is not None else {}
+        self._tokens = sum(job.query.num_tokens for job in reply.work.jobs)
         self._tokens_done = 0
 
     async def telling(self, result: Awaitable[T]) -> T:
@@ -137,8 +155,8 @@ class _Stream(Generic[JobT, AnswerT]):
                 await asyncio.gather(task, return_exceptions=True)
 
     async def _tell(self) -> None:
-        answers, admission = self._service.answers, self._service.admission
-        ahead = answers.tokens_ahead(self._keys.values()) + admission.tokens_before(self._reply.permit)
+        coalescer, admission = self._service.coalescer, self._service.admission
+        ahead = coalescer.tokens_ahead(self._keys.values()) + admission.tokens_before(self._reply.work.permit)
         progress = Progress(self._tokens_done, self._tokens, ahead, self._service.rate.tokens_per_second)
         await self._start()
         await self._outlet.write(wire.encode_progress(progress))
@@ -153,13 +171,13 @@ class _Stream(Generic[JobT, AnswerT]):
 
     async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
         """Write an answer or an error; errors are held back until there is something else to say."""
-        job = self._reply.jobs[index]
-        self._tokens_done += job.num_tokens
+        job = self._reply.work.jobs[index]
+        self._tokens_done += job.query.num_tokens
         self._keys.pop(index, None)
         if not isinstance(outcome, StillhouseError):
             started = time.perf_counter()
             message = self._reply.encode(index, outcome)
-            self._service.metrics.encode_seconds.labels(self._reply.student).inc(time.perf_counter() - started)
+            self._service.metrics.encode_seconds.labels(self._reply.work.student).inc(time.perf_counter() - started)
         elif self._outlet.started:
             message = wire.encode_failure(index, outcome)
         else:
@@ -172,15 +190,13 @@ class _Stream(Generic[JobT, AnswerT]):
         """The end message. The first error is raised if nothing was written but errors."""
         if not self._outlet.started:
             raise self._held[0][1]
-        await self._outlet.write(wire.encode_end(len(self._reply.jobs)), last=True)
+        await self._outlet.write(wire.encode_end(len(self._reply.work.jobs)), last=True)
 
 
-async def document(
-    reply: Reply[JobT, AnswerT], service: AnyService[JobT, AnswerT], outlet: Outlet, every_s: float | None = None
-) -> None:
+async def _document(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet) -> None:
     """Write the answer as one JSON document, without progress. If every sequence fails, the first error is raised."""
-    async with service.admission.admit(reply.permit):
-        results = outcomes(reply.jobs, reply.student, service.answers, service.metrics)
+    async with service.admission.admit(reply.work.permit):
+        results = outcomes(reply.work, service)
         async with aclosing(results):
             found = {index: outcome async for index, outcome in results}
         errors = [answer for answer in found.values() if isinstance(answer, StillhouseError)]

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from serving.asking import max_body
 from serving.bodies import BodyGuard, BodyLimits
 from serving.context import RequestContext
 from serving.error_table import install_error_table
@@ -20,6 +19,7 @@ from serving.keys import require_student
 from serving.metrics import MEDIA_TYPE
 from serving.openapi import ASKING, METRICS_ANSWER, Health, errors
 from serving.pages import page
+from serving.requests import max_body
 from serving.service import Service
 from serving.status import StatusBody
 

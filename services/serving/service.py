@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
 from serving.admission import Admission
-from serving.answers import Answers, AnswerStore
+from serving.coalescer import AnswerStore, Coalescer
 from serving.control import ControlLane
-from serving.engine import AnswerT, AnyEngine, JobT
+from serving.engine import AnswerT, AnyEngine, Job, QueryT
 from serving.fair import FairQueue
 from serving.keys import Keys
 from serving.metrics import Metrics
@@ -28,7 +28,7 @@ EngineT = TypeVar("EngineT", bound=AnyEngine)
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 
 
-class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
+class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
     """`serving.process.Backend` around an engine. `on_death` is told of a dead engine by whoever meets it first.
 
     A subclass says what is asked of the engine to prove itself (`readiness_job`), and which answers only a broken
@@ -39,7 +39,7 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
 
     def __init__(
         self, engine: EngineT, settings: SettingsT, keys: Keys | None = None,
-        store: AnswerStore[JobT, AnswerT] | None = None,
+        store: AnswerStore[QueryT, AnswerT] | None = None,
     ):  # fmt: skip
         self.engine = engine
         self.settings = settings
@@ -49,11 +49,11 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         self.rate = Rate(at_most=self.queue.rate_at_most)
         self.admission = Admission(settings.capacity, shared=self.keys.required, rate=self.rate, unit=self.unit)
         self.control = ControlLane()
-        self.answers: Answers[JobT, AnswerT] = Answers(
+        self.coalescer: Coalescer[QueryT, AnswerT] = Coalescer(
             engine.score, self.check_sound, self.queue, self.rate, self.metrics, self._died, store,
             keep_s=settings.keep_time, keep_bytes=settings.keep_bytes,
         )  # fmt: skip
-        self.readiness = Readiness(self._run_a_token, self.answers, self.queue, self.rate, settings.ready_time)
+        self.readiness = Readiness(self._run_a_token, self.coalescer, self.queue, self.rate, settings.ready_time)
         self.on_death: Callable[[EngineDeadError], None] = lambda error: None
         self.started = False
         self._death: EngineDeadError | None = None
@@ -62,7 +62,7 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         self._add_gauges()
 
     @abstractmethod
-    def readiness_job(self) -> JobT:
+    def readiness_job(self) -> Job[QueryT]:
         """A job of one token."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         """What the longest sequence may cost, which an empty service lets in whatever its capacity is."""
 
     @abstractmethod
-    def check_sound(self, job: JobT, answer: AnswerT) -> None:
+    def check_sound(self, query: QueryT, answer: AnswerT) -> None:
         """EngineError for an answer that only a broken model computes."""
 
     async def start(self) -> None:
@@ -91,13 +91,13 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
 
     def drain(self, reason: str) -> None:
         self.admission.close(reason)
-        self.answers.drain()
+        self.coalescer.drain()
 
     async def drained(self) -> None:
         await self.admission.empty.wait()
 
     def abort(self, error: StillhouseError) -> None:
-        self.answers.abort(error)
+        self.coalescer.abort(error)
 
     async def close(self) -> None:
         for task in self._keeping:
@@ -160,7 +160,7 @@ class Service(ABC, Generic[EngineT, SettingsT, JobT, AnswerT]):
         gauge("engine_tokens", "Tokens in the engine", lambda: self.queue.running)
         gauge("engine_window_tokens", "Tokens that the engine may be handed", lambda: self.queue.window)
         gauge("engine_tokens_computed", "Tokens that went through the model", lambda: self.engine.tokens_computed)
-        gauge("unread_bytes", "Answers kept whose askers had left", lambda: self.answers.unread_bytes)
-        gauge("in_flight_sequences", "Different sequences on their way", lambda: self.answers.in_flight)
+        gauge("unread_bytes", "Answers kept whose askers had left", lambda: self.coalescer.unread_bytes)
+        gauge("in_flight_sequences", "Different sequences on their way", lambda: self.coalescer.in_flight)
         gauge("tokens_per_second", "Rate of the engine, measured of late", lambda: self.rate.tokens_per_second)
         gauge("ready", "1 when requests are let in", lambda: float(self.started and not self.admission.closed))

@@ -1,7 +1,7 @@
 """The routes of the teacher service beside the common ones. `create_app(service)` is a whole ASGI application.
 
-Every route but the probes depends on `require_student`. What a route needs beyond its HTTP is in `asking.py`,
-`replies.py`, `completions.py`, `service.py` and `serving`.
+Every route but the probes depends on `require_student`. What a route needs beyond its HTTP is in `requests.py`,
+`completions.py`, `service.py` and `serving`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from serving import replies
-from serving.asking import progress_interval, read_json
 from serving.openapi import ASKING, POSTING, errors
+from serving.requests import progress_interval, read_json
 from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import completions, openapi
-from teacher_service.asking import read_targets
 from teacher_service.head_reply import send_head
-from teacher_service.replies import reply_to
+from teacher_service.requests import read_targets
 from teacher_service.service import TeacherService
 
 router = keyed_router()
@@ -47,13 +46,11 @@ Service = Annotated[TeacherService, Depends(service_of)]
 async def post_targets(request: Request, student: Student, service: Service) -> Response:
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
-    asked, as_json = await read_targets(request, student, service)
-    reply, write = reply_to(asked, service), replies.document if as_json else replies.stream
-
+    reply = await read_targets(request, student, service)
     every_s = progress_interval(request)
 
     async def work(outlet: Outlet) -> None:
-        await write(reply, service, outlet, every_s)
+        await replies.write(reply, service, outlet, every_s)
 
     return RacedResponse(work)
 
@@ -70,9 +67,9 @@ async def post_completions(request: Request, student: Student, service: Service)
 
     async def work(outlet: Outlet) -> None:
         text, pieces = await service.text()
-        asked = await completions.asked_of(completion, service, text, student, request.state.request_id)
-        async with service.admission.admit(service.permit(asked)):
-            await completions.answer(completion, asked, service, text, pieces, outlet)
+        scoring = await completions.work_of(completion, service, text, student, request.state.request_id)
+        async with service.admission.admit(scoring.permit):
+            await completions.answer(completion, scoring, service, text, pieces, outlet)
 
     return RacedResponse(work)
 

@@ -17,14 +17,14 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
-from serving.replies import JSON_WEIGHT, outcomes
+from serving.replies import JSON_WEIGHT, Work, outcomes
 from serving.streams import Outlet
 from teacher_proto.errors import NotFoundError, OutOfRangeError, StillhouseError
 from teacher_proto.request_checks import within
-from teacher_proto.requests import TargetsRequest, check_request
+from teacher_proto.requests import Query, TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
-from teacher_service.asked import Asked
 from teacher_service.completion_json import next_token_logprobs, openai_logprobs, prompt_logprobs
+from teacher_service.requests import work_of as work_of_targets
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
@@ -98,10 +98,10 @@ def parse_completion(body: dict[str, Any], service: TeacherService) -> Completio
     return request
 
 
-async def asked_of(
+async def work_of(
     request: CompletionRequest, service: TeacherService, text: Text, student: str, request_id: str
-) -> Asked:
-    """The request as one of ours. OutOfRangeError where a prompt, or what it would be answered with, is too long."""
+) -> Work[Query]:
+    """The request as one for targets. OutOfRangeError where a prompt, or its answer, would be too long."""
     prompt = request.prompt
     prompts: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
     if prompts and isinstance(prompts[0], str):
@@ -119,35 +119,39 @@ async def asked_of(
             error.message.replace("sequences", "prompt"), field=(error.field or "").replace("sequences", "prompt"),
             got=error.got, limit=error.limit,
         ) from None  # fmt: skip
-    asked = Asked(targets, student, request_id, weight=JSON_WEIGHT)
-    cost = targets.num_tokens * (asked.values_per_token(service.hidden_width) + 1)
-    if cost > (most := service.admission.max_cost):
+    work = work_of_targets(targets, request_id, student, service, weight=JSON_WEIGHT)
+    if (cost := work.permit.cost) > (most := service.admission.max_cost):
         raise OutOfRangeError(
             f"prompt: {targets.num_tokens} tokens of {top_k} logprobs cost {cost} as JSON, of at most {most}; "
             "ask for fewer at a time, or POST /v1/targets in msgpack", field="prompt", got=cost, limit=most,
         )  # fmt: skip
-    return asked
+    return work
 
 
 async def answer(
-    request: CompletionRequest, asked: Asked, service: TeacherService, text: Text, pieces: JsonPieces, outlet: Outlet
+    request: CompletionRequest,
+    work: Work[Query],
+    service: TeacherService,
+    text: Text,
+    pieces: JsonPieces,
+    outlet: Outlet,
 ) -> None:
     """Write the completion. The first sequence that fails fails the request, as vLLM has it."""
     choices: dict[int, list[bytes]] = {}
-    results = outcomes(asked.jobs(), asked.student, service.answers, service.metrics)
+    results = outcomes(work, service)
     async with aclosing(results):
         async for index, outcome in results:
             if isinstance(outcome, StillhouseError):
                 raise outcome
             started = time.perf_counter()
-            tokens_T = asked.request.sequences[index]
+            tokens_T = work.jobs[index].query.tokens_T
             choices[index] = await asyncio.to_thread(_choice, index, tokens_T, outcome, request, text, pieces)
-            service.metrics.encode_seconds.labels(asked.student).inc(time.perf_counter() - started)
-    prompt_tokens = asked.request.num_tokens
+            service.metrics.encode_seconds.labels(work.student).inc(time.perf_counter() - started)
+    prompt_tokens = sum(job.query.num_tokens for job in work.jobs)
     written = len(choices) * (request.max_tokens or 0)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written}
     head = {
-        "id": f"cmpl-{asked.request_id}", "object": "text_completion", "created": int(time.time()),
+        "id": f"cmpl-{work.request_id}", "object": "text_completion", "created": int(time.time()),
         "model": service.engine.identity.semantic.model, "system_fingerprint": service.engine.identity.fingerprint,
         "usage": usage,
     }  # fmt: skip

@@ -5,43 +5,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
+from serving.engine import Job
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.requests import Kind, Limits, TargetSpec
+from teacher_proto.requests import Kind, Limits, Query
 from teacher_proto.targets import TokenTargets
 
 if TYPE_CHECKING:
     from teacher_service.head_file import HeadFile
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One checked sequence to score: token ids [T], the rows [start, stop) wanted, what is wanted of them. `urgent`:
-    ahead of all that is not, which is for control traffic. `fresh`: computed, whatever answer is at hand."""
-
-    tokens_T: np.ndarray
-    rows: tuple[int, int]
-    spec: TargetSpec
-    request_id: str
-    gather_ids_RG: np.ndarray | None = None
-    urgent: bool = False
-    fresh: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens_T)
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for jobs with equal answers: token ids, rows, what is asked of them."""
-        gathered = b"" if self.gather_ids_RG is None else hashlib.sha256(self.gather_ids_RG.tobytes()).digest()
-        return hashlib.sha256(self.tokens_T.tobytes()).digest(), self.rows, self.spec, gathered
 
 
 class Engine(Protocol):
@@ -62,7 +34,7 @@ class Engine(Protocol):
         """Load the model. ValueError with what to do if it can't be served."""
         ...
 
-    async def score(self, job: Job) -> TokenTargets:
+    async def score(self, job: Job[Query]) -> TokenTargets:
         """The targets of a job that `check_request` has passed. EngineError, or EngineDeadError if none can come."""
         ...
 

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from serving.engine import Job
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, InvalidTargetsError
 from teacher_proto.info import TeacherInfo
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.stopping import finishing
 from teacher_proto.store import TargetStore
 from teacher_proto.store_entry import sequence_key
 from teacher_proto.store_writer import StoreWriter
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_service.engine import Engine, Job
+from teacher_service.engine import Engine
 from teacher_service.fill_data import Piece
 
 log = structlog.get_logger("stillhouse.fill")
@@ -101,7 +102,7 @@ class _Run:
         try:
             while (missing := await asyncio.to_thread(self._next_missing, pieces)) is not None:
                 job, num_bytes = missing
-                running[asyncio.create_task(self._score(job, num_bytes))] = len(job.tokens_T)
+                running[asyncio.create_task(self._score(job, num_bytes))] = job.query.num_tokens
                 while sum(running.values()) >= window:
                     await _finish_one(running)
             while running:
@@ -111,7 +112,7 @@ class _Run:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    def _next_missing(self, pieces: Iterator[Piece]) -> tuple[Job, int] | None:
+    def _next_missing(self, pieces: Iterator[Piece]) -> tuple[Job[Query], int] | None:
         """The next sequence that the store cannot answer and that is not on its way, with the bytes of data behind it
         alone.
         """
@@ -123,50 +124,44 @@ class _Run:
         for piece in pieces:
             num_bytes, self._bytes_read = piece.bytes_read - self._bytes_read, piece.bytes_read
             number = self.report.scored + self.report.skipped
-            job = Job(piece.tokens_T, (0, len(piece.tokens_T)), self._spec, f"fill-{number}")
+            query = Query(piece.tokens_T, (0, len(piece.tokens_T)), self._spec)
             key = sequence_key(self._info.fingerprint, piece.tokens_T)
-            if key not in self._on_way and not self._store.has(self._info.fingerprint, job):
+            if key not in self._on_way and not self._store.has(self._info.fingerprint, query):
                 self._on_way.add(key)
-                return job, num_bytes
+                return Job(query, f"fill-{number}"), num_bytes
             self.report.skipped += 1
             self.report.bytes_done += num_bytes
             self._on_progress(self.report)
         return None
 
-    async def _score(self, job: Job, num_bytes: int) -> None:
+    async def _score(self, job: Job[Query], num_bytes: int) -> None:
         try:
             targets = await self._answer(job)
-            await self._keep(job, targets)
+            await self._keep(job.query, targets)
             self.report.scored += 1
-            self.report.tokens += len(job.tokens_T)
+            self.report.tokens += job.query.num_tokens
         except EngineDeadError:
             raise
         except (EngineError, InvalidTargetsError) as error:
             self.report.failed += 1
-            self.report.failures = [*self.report.failures, f"{len(job.tokens_T)} tokens: {error}"][:10]
-            log.warning("sequence failed", tokens=len(job.tokens_T), error=str(error))
+            self.report.failures = [*self.report.failures, f"{job.query.num_tokens} tokens: {error}"][:10]
+            log.warning("sequence failed", tokens=job.query.num_tokens, error=str(error))
         finally:
-            self._settling.append(sequence_key(self._info.fingerprint, job.tokens_T))
+            self._settling.append(sequence_key(self._info.fingerprint, job.query.tokens_T))
             self.report.bytes_done += num_bytes
             self._on_progress(self.report)
 
-    async def _answer(self, job: Job) -> TokenTargets:
+    async def _answer(self, job: Job[Query]) -> TokenTargets:
         """Checked targets; what did not fit the device beside others is tried once more by itself."""
         targets = await self._beside_others(job)
         if targets is None:
             async with self._alone:
                 await self._idle.wait()
                 targets = await self._engine.score(job)
-        spec = job.spec
-        check_targets(
-            targets, kinds=spec.kinds, rows=job.rows, top_k=spec.top_k, num_temperatures=len(spec.temperatures),
-            vocab_size=self._info.limits.vocab_size, sequence_length=len(job.tokens_T),
-            temperatures=spec.temperatures, num_samples=spec.num_samples or None, hidden_dtype=spec.hidden_dtype,
-            tokens_T=job.tokens_T,
-        )  # fmt: skip
+        check_targets(targets, job.query, self._info.limits.vocab_size)
         return targets
 
-    async def _beside_others(self, job: Job) -> TokenTargets | None:
+    async def _beside_others(self, job: Job[Query]) -> TokenTargets | None:
         """Targets, or None where the device was too small for all at once. Nobody starts while one is tried alone."""
         async with self._alone:
             self._computing += 1
@@ -180,13 +175,13 @@ class _Run:
             if not self._computing:
                 self._idle.set()
 
-    async def _keep(self, job: Job, targets: TokenTargets) -> None:
+    async def _keep(self, query: Query, targets: TokenTargets) -> None:
         """Hand over to the writer; the disk's pace is ours where it is the slower one."""
         fingerprint = self._info.fingerprint
-        if not self.writer.add(fingerprint, job, targets):
+        if not self.writer.add(fingerprint, query, targets):
             await asyncio.to_thread(self.writer.flush)
-            if not self.writer.add(fingerprint, job, targets):
-                await asyncio.to_thread(self._store.put, fingerprint, job, targets)
+            if not self.writer.add(fingerprint, query, targets):
+                await asyncio.to_thread(self._store.put, fingerprint, query, targets)
 
 
 async def _close(writer: StoreWriter) -> None:

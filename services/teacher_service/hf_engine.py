@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.batches import Batches
+from serving.engine import Job
 from serving.startup import stage
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.model_files import find_model
 from teacher_proto.packed import layout_of
-from teacher_proto.requests import KINDS, Kind, Limits
+from teacher_proto.requests import KINDS, Kind, Limits, Query
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 from teacher_service.head_file import HeadFile
 from teacher_service.reading import read_rows
 
@@ -54,7 +54,7 @@ class HfEngine:
         self._dtype, self._device = dtype, device
         self._max_model_len, self._max_top_k = max_model_len, max_top_k
         self._model: HfModel | None = None
-        self._batches: Batches[Job, np.ndarray] = Batches("transformers engine", self._compute, max_batch_tokens)
+        self._batches: Batches[Query, np.ndarray] = Batches("transformers engine", self._compute, max_batch_tokens)
 
     async def start(self) -> None:
         """Load the model. ValueError if transformers can't load it, or its head is not one that we know."""
@@ -76,15 +76,15 @@ class HfEngine:
             self.identity = model.identity()
         self._model = model
 
-    def _compute(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def _compute(self, queries: Sequence[Query]) -> list[np.ndarray]:
         assert self._model is not None
-        return self._model.score(jobs)
+        return self._model.score(queries)
 
-    async def score(self, job: Job) -> TokenTargets:
+    async def score(self, job: Job[Query]) -> TokenTargets:
         """The targets of a job. A job that is cancelled while it waits is never computed."""
         await self.check()
         assert self._model is not None
-        layout = layout_of(job, self._model.vocab_size, self._model.hidden_size)
+        layout = layout_of(job.query, self._model.vocab_size, self._model.hidden_size)
         return read_rows(await self._batches.answer(job), job, layout)
 
     async def check(self) -> None:

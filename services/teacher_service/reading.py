@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from serving.engine import Job
 from teacher_proto.errors import EngineError
 from teacher_proto.packed import RowLayout, unpack_rows
+from teacher_proto.requests import Query
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 
 
-def read_rows(packed_RB: np.ndarray, job: Job, layout: RowLayout) -> TokenTargets:
+def read_rows(packed_RB: np.ndarray, job: Job[Query], layout: RowLayout) -> TokenTargets:
     """The record of a job's packed rows. EngineError if rows are missing or a number is not finite.
 
     NaN spreads through a sequence's attention, so the first bad row is named for orientation, not as the culprit.
     """
-    start, stop = job.rows
+    query = job.query
+    start, stop = query.rows
     if packed_RB.shape != (stop - start, layout.row_bytes):
         raise EngineError(
             f"{job.request_id}: the engine answered {list(packed_RB.shape)} bytes for rows [{start}, {stop}) of "
@@ -32,7 +34,7 @@ def read_rows(packed_RB: np.ndarray, job: Job, layout: RowLayout) -> TokenTarget
         if column is None:
             continue
         bad_R = ~np.isfinite(column.reshape(stop - start, -1)).all(axis=1)
-        if name == "next_logprob" and stop == len(job.tokens_T):
+        if name == "next_logprob" and stop == query.num_tokens:
             bad_R[-1] = False  # the last row has no next token
         if bad_R.any():
             row = start + int(bad_R.argmax())
@@ -46,18 +48,18 @@ def read_rows(packed_RB: np.ndarray, job: Job, layout: RowLayout) -> TokenTarget
     return targets
 
 
-def check_sound(job: Job, targets: TokenTargets) -> None:
+def check_sound(query: Query, targets: TokenTargets) -> None:
     """Refuse what a broken model computes: NaN and infinity reach `lse` or `next_logprob` of their row.
 
     EngineError, not retryable. The client checks the whole record; this is cheap enough for every answer.
     """
-    if targets.start != job.rows[0] or targets.num_rows != job.rows[1] - job.rows[0]:
-        raise EngineError(f"the engine answered {targets.num_rows} rows from {targets.start}, not {job.rows}")
+    if targets.start != query.rows[0] or targets.num_rows != query.rows[1] - query.rows[0]:
+        raise EngineError(f"the engine answered {targets.num_rows} rows from {targets.start}, not {query.rows}")
     scored_R = targets.lse if targets.lse is not None else targets.next_logprob
     if scored_R is None:
         return
     finite_R = np.isfinite(scored_R)
-    if targets.lse is None and job.rows[1] == len(job.tokens_T):
+    if targets.lse is None and query.rows[1] == query.num_tokens:
         finite_R = finite_R[:-1]
     if not finite_R.all():
         row = int(np.flatnonzero(~finite_R)[0]) + targets.start

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from serving.engine import Job
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 from teacher_proto.head import HeadScaling
 from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, digest
-from teacher_proto.requests import KINDS, Kind, Limits
+from teacher_proto.requests import KINDS, Kind, Limits, Query
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 from teacher_service.head_file import HeadFile, HeadTensor
 from teacher_service.scripted_device import ScriptedDevice
 from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
@@ -111,62 +111,62 @@ class ScriptedEngine:
         weight = HeadTensor("F32", weight_VD.shape, lambda start, stop: weight_VD[start:stop].tobytes())
         return HeadFile({"weight": weight}, HeadScaling())
 
-    async def score(self, job: Job) -> TokenTargets:
+    async def score(self, job: Job[Query]) -> TokenTargets:
         self.jobs_started += 1
-        self.tokens_running += len(job.tokens_T)
+        self.tokens_running += job.query.num_tokens
         try:
             await self._follow_script(job)
-            targets = await self._compute(job)
+            targets = await self._compute(job.query)
             await self.check()
         except asyncio.CancelledError:
             self.jobs_aborted += 1
             raise
         finally:
-            self.tokens_running -= len(job.tokens_T)
+            self.tokens_running -= job.query.num_tokens
         self.jobs_finished += 1
         return targets
 
-    async def _follow_script(self, job: Job) -> None:
+    async def _follow_script(self, job: Job[Query]) -> None:
         script = self.script
-        if _holds(job, script.die_token):
+        if _holds(job.query, script.die_token):
             self.die(f"it met token {script.die_token}")
         await self.check()
-        if _holds(job, script.poison_token):
+        if _holds(job.query, script.poison_token):
             raise EngineError(f"the scripted engine cannot bear token {script.poison_token}")
         too_many = script.oom_above_tokens is not None and self.tokens_running > script.oom_above_tokens
-        if too_many or _holds(job, script.oom_token):
+        if too_many or _holds(job.query, script.oom_token):
             raise EngineMemoryError(f"out of memory with {self.tokens_running} tokens being computed")
-        if _holds(job, script.stuck_token):
+        if _holds(job.query, script.stuck_token):
             self.hang()
-        if self._stuck or _holds(job, script.hang_token):
+        if self._stuck or _holds(job.query, script.hang_token):
             await asyncio.Event().wait()
         if script.delay_s:
             await asyncio.sleep(script.delay_s)
         if self._device is None:
-            self.tokens_computed += len(job.tokens_T)
+            self.tokens_computed += job.query.num_tokens
         else:
-            await self._device.compute(len(job.tokens_T), job.urgent, self._count)
+            await self._device.compute(job.query.num_tokens, job.urgent, self._count)
 
     def _count(self, tokens: int) -> None:
         self.tokens_computed += tokens
 
-    async def _compute(self, job: Job) -> TokenTargets:
-        elements = (job.rows[1] - job.rows[0]) * self.script.vocab_size
+    async def _compute(self, query: Query) -> TokenTargets:
+        elements = (query.rows[1] - query.rows[0]) * self.script.vocab_size
         if elements <= _IN_LOOP_ELEMENTS:
-            return self._targets(job)
-        return await asyncio.to_thread(self._targets, job)
+            return self._targets(query)
+        return await asyncio.to_thread(self._targets, query)
 
-    def _targets(self, job: Job) -> TokenTargets:
-        hidden_TD = np.roll(scripted_hidden(job.tokens_T), self.script.shift, axis=0)
+    def _targets(self, query: Query) -> TokenTargets:
+        hidden_TD = np.roll(scripted_hidden(query.tokens_T), self.script.shift, axis=0)
         head_VD = scripted_head(self.script.vocab_size)
         targets = reduce_sequence(
-            job.tokens_T, hidden_TD, head_VD, job.rows, job.spec, job.gather_ids_RG, self.script.noise
+            query.tokens_T, hidden_TD, head_VD, query.rows, query.spec, query.gather_ids_RG, self.script.noise
         )
         return _CORRUPT[self.script.corrupt](targets) if self.script.corrupt else targets
 
 
-def _holds(job: Job, token: int | None) -> bool:
-    return token is not None and bool((job.tokens_T == token).any())
+def _holds(query: Query, token: int | None) -> bool:
+    return token is not None and bool((query.tokens_T == token).any())
 
 
 def _identity(model: str, script: Script) -> TeacherIdentity:

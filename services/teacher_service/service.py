@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.admission import Permit
+from serving.engine import Job
 from serving.keys import Keys
 from serving.service import Service
 from teacher_proto.canary import canary_request
 from teacher_proto.info import TeacherInfo
 from teacher_proto.model_files import ModelFolder, find_model
-from teacher_proto.requests import TargetSpec, TargetsRequest
+from teacher_proto.requests import Query, TargetSpec, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_service.asked import Asked
-from teacher_service.engine import Engine, Job
+from teacher_service.engine import Engine
 from teacher_service.head_file import HeadShelf, ServedHead
 from teacher_service.reading import check_sound
 from teacher_service.scripted_model import WIDTH as SCRIPTED_WIDTH
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _HIDDEN_WIDTH = 4096
 
 
-class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
+class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
     """A `Service` of targets."""
 
     def __init__(
@@ -51,15 +50,16 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
                 self.metrics.gauge(f"store_{name}", f"The target store's {name}", partial(_store_value, store, name))
             self.metrics.gauge("store_dropped", "Answers not written since too many waited", lambda: store.dropped)
 
-    def readiness_job(self) -> Job:
-        return Job(np.zeros(1, dtype=np.int64), (0, 1), TargetSpec(kinds=("score",)), "readiness", urgent=True)
+    def readiness_job(self) -> Job[Query]:
+        query = Query(np.zeros(1, dtype=np.int64), (0, 1), TargetSpec(kinds=("score",)))
+        return Job(query, "readiness", urgent=True)
 
     def cost_of_longest(self) -> int:
         limits = self.engine.limits
         return limits.max_sequence_length * (limits.max_top_k + self.hidden_width + 1)
 
-    def check_sound(self, job: Job, answer: TokenTargets) -> None:
-        check_sound(job, answer)
+    def check_sound(self, query: Query, answer: TokenTargets) -> None:
+        check_sound(query, answer)
 
     async def _after_load(self) -> None:
         self._folder = await asyncio.to_thread(_model_folder, self.settings)
@@ -94,12 +94,6 @@ class TeacherService(Service[Engine, TeacherSettings, Job, TokenTargets]):
         ours = {tokens_T.tobytes() for tokens_T in canary.sequences}
         theirs = [tokens_T.tobytes() for tokens_T in request.sequences]
         return len(theirs) <= len(ours) and ours.issuperset(theirs)
-
-    def permit(self, asked: Asked) -> Permit:
-        """What the request is to be let in with."""
-        if asked.urgent:
-            return Permit(asked.student, 0, 0)
-        return Permit.of(asked.student, asked.request.num_tokens, asked.values_per_token(self.hidden_width))
 
     async def text(self) -> tuple[Text, JsonPieces]:
         """The model's tokenizer and the pieces of JSON made of its vocabulary, read when first asked for."""

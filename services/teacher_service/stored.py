@@ -1,6 +1,6 @@
 """The target store as the answer pipeline sees it: read without blocking the event loop, written behind its back.
 
-Made by `service.py` where `--store` is given; `answers.py` asks it first and tells it what the engine computed.
+Made by `service.py` where `--store` is given; `coalescer.py` asks it first and tells it what the engine computed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import Query
 from teacher_proto.store import StoreStats, TargetStore
 from teacher_proto.store_writer import StoreWriter
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 
 _READERS = 4
 
@@ -32,13 +32,15 @@ class StoredAnswers:
         self._fingerprint = info.fingerprint
         await asyncio.get_running_loop().run_in_executor(self._readers, self._store.remember, info)
 
-    async def get(self, job: Job) -> TokenTargets | None:
+    async def get(self, query: Query) -> TokenTargets | None:
         assert self._fingerprint, "the store is asked once the teacher is known"
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._store.get, self._fingerprint, job)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._readers, self._store.get, self._fingerprint, query
+        )
 
-    def put(self, job: Job, targets: TokenTargets) -> bool:
+    def put(self, query: Query, targets: TokenTargets) -> bool:
         """Have an answer written, in a moment; False where too much waits already: it is dropped and counted."""
-        return self._writer.add(self._fingerprint, job, targets)
+        return self._writer.add(self._fingerprint, query, targets)
 
     @property
     def dropped(self) -> int:

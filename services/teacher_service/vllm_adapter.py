@@ -72,7 +72,7 @@ def adapted(name: str, pooler: type[TargetsPooler]) -> type:
 class TargetsPooler(Pooler):
     """Packed rows of each request's wanted positions, gathered over the steps of a chunked prefill.
 
-    `PoolingParams.extra_kwargs` is what `vllm_messages.ask` made.
+    `PoolingParams.extra_kwargs` is what `vllm_messages.arguments` made.
     """
 
     def __init__(

@@ -16,20 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from serving.engine import Job
 from serving.startup import stage
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import ModelFolder, find_model, hash_files, identify
 from teacher_proto.packed import layout_of
 from teacher_proto.reduction import sample_key
-from teacher_proto.requests import KINDS, Kind, Limits, TargetSpec
+from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 from teacher_service.head_file import HeadFile
 from teacher_service.reading import read_rows
 from teacher_service.vllm_identity import deciding_variables
 from teacher_service.vllm_link import EngineGone, EngineProcess, JobFailed
-from teacher_service.vllm_messages import ask
+from teacher_service.vllm_messages import arguments
 from teacher_service.vllm_process import Order
 
 log = logging.getLogger("stillhouse.vllm")
@@ -139,7 +139,7 @@ class VllmEngine:
         try:
             scaling = HeadScaling(description["soft_cap"], description["scale"])
             head = CheckpointHead(folder.weight_files, self.limits.vocab_size, scaling)
-            targets = await self.score(Job(tokens_T, (0, _PROBE_LENGTH), spec, "head-probe"))
+            targets = await self.score(Job(Query(tokens_T, (0, _PROBE_LENGTH), spec), "head-probe"))
             await asyncio.to_thread(head.check, targets)
         except EngineError as error:
             raise ValueError(f"{folder.name} can't be served: {error}") from error
@@ -153,18 +153,20 @@ class VllmEngine:
         """Read from the checkpoint. Only where `hidden` is among the kinds."""
         return self._head.file()
 
-    async def score(self, job: Job) -> TokenTargets:
+    async def score(self, job: Job[Query]) -> TokenTargets:
         """The targets of a job. EngineError for this job, EngineDeadError where no other can be answered either."""
-        layout = layout_of(job, self.limits.vocab_size, self._hidden_size)
-        key = sample_key(job.spec.seed, job.tokens_T) if "sampled" in job.spec.kinds else 0
-        asked = ask(job.spec, job.rows, job.gather_ids_RG, key)
+        query = job.query
+        layout = layout_of(query, self.limits.vocab_size, self._hidden_size)
+        key = sample_key(query.spec.seed, query.tokens_T) if "sampled" in query.spec.kinds else 0
         try:
-            packed_RB = await self._process.ask(next(self._numbers), job.tokens_T, asked, 0 if job.urgent else 1)
+            packed_RB = await self._process.ask(
+                next(self._numbers), query.tokens_T, arguments(query, key), 0 if job.urgent else 1
+            )
         except EngineGone as error:
             raise EngineDeadError(str(error), request_id=job.request_id) from None
         except JobFailed as error:
             raise EngineError(f"vLLM failed at this sequence: {error}", request_id=job.request_id) from None
-        self.tokens_computed += job.num_tokens
+        self.tokens_computed += query.num_tokens
         return read_rows(packed_RB, job, layout)
 
     async def check(self) -> None:

@@ -12,22 +12,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import msgpack
-import numpy as np
 
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 
 SPEC_FIELDS = tuple(TargetSpec.__dataclass_fields__)
 
 
-def ask(
-    spec: TargetSpec, rows: tuple[int, int], gather_ids_RG: np.ndarray | None = None, sample_key: int = 0
-) -> dict[str, Any]:
-    """`extra_kwargs` of a request: plain values and bytes, which vLLM's own messages carry."""
-    asked: dict[str, Any] = {name: getattr(spec, name) for name in SPEC_FIELDS}
-    asked |= {"rows": rows, "sample_key": sample_key}
-    if gather_ids_RG is not None and "gather" in spec.kinds:
-        asked |= {"gather_width": gather_ids_RG.shape[1], "gather_ids": gather_ids_RG.astype("<i4").tobytes()}
-    return asked
+def arguments(query: Query, sample_key: int = 0) -> dict[str, Any]:
+    """A query beside its tokens, as `extra_kwargs` of a vLLM request: plain values and bytes, which vLLM's own messages
+    carry."""
+    plain: dict[str, Any] = {name: getattr(query.spec, name) for name in SPEC_FIELDS}
+    plain |= {"rows": query.rows, "sample_key": sample_key}
+    if query.gather_width and query.gather_ids_RG is not None:
+        plain |= {"gather_width": query.gather_width, "gather_ids": query.gather_ids_RG.astype("<i4").tobytes()}
+    return plain
 
 
 def send(connection: Connection, *message: Any) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from teacher_proto.requests import TargetSpec
+from serving.engine import Job
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 
 TEMPERATURES = (1.0, 2.0, 5.0)
 
@@ -43,8 +43,10 @@ def sequences_of(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list
     return [random.integers(0, vocab_size, length) for length in lengths]
 
 
-def job(tokens_T: np.ndarray, spec: TargetSpec, rows: tuple[int, int] | None = None, **fields: object) -> Job:
-    return Job(tokens_T, rows or (0, len(tokens_T)), spec, "test", **fields)  # type: ignore[arg-type]
+def job(tokens_T: np.ndarray, spec: TargetSpec, rows: tuple[int, int] | None = None, ids_RG: np.ndarray | None = None,
+        **fields: bool) -> Job[Query]:  # fmt: skip
+    """`fields` are `urgent` and `fresh`."""
+    return Job(Query(tokens_T, rows or (0, len(tokens_T)), spec, ids_RG), "test", **fields)
 
 
 def assert_top_k(targets: TokenTargets, logits_RV: np.ndarray, within: float = 1e-4) -> None:

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from teacher_proto import hf_model
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 from teacher_proto.head import HeadScaling
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Job
 from teacher_service.hf_engine import HfEngine
 from tests.contract.engine_cases import job, sequences_of
 
@@ -36,16 +35,16 @@ async def engine(tiny_llama: Path) -> AsyncIterator[HfEngine]:
     await engine.close()
 
 
-def watch(engine: HfEngine, fail: Callable[[Sequence[Job]], None] = lambda jobs: None) -> list[list[int]]:
+def watch(engine: HfEngine, fail: Callable[[Sequence[Query]], None] = lambda queries: None) -> list[list[int]]:
     """Lengths of each batch that the engine computes from now on; `fail` may raise for one."""
     assert engine._model is not None
     batches: list[list[int]] = []
     score = engine._model.score
 
-    def watched(jobs: Sequence[Job]) -> list[np.ndarray]:
-        batches.append([len(one.tokens_T) for one in jobs])
-        fail(jobs)
-        return score(jobs)
+    def watched(queries: Sequence[Query]) -> list[np.ndarray]:
+        batches.append([len(one.tokens_T) for one in queries])
+        fail(queries)
+        return score(queries)
 
     engine._model.score = watched  # type: ignore[method-assign]
     return batches
@@ -83,8 +82,8 @@ async def test_a_job_cancelled_while_it_waits_is_never_computed(engine: HfEngine
 
 
 async def test_one_bad_job_fails_alone(engine: HfEngine) -> None:
-    def fail(jobs: Sequence[Job]) -> None:
-        if any((one.tokens_T == POISON).any() for one in jobs):
+    def fail(queries: Sequence[Query]) -> None:
+        if any((one.tokens_T == POISON).any() for one in queries):
             raise RuntimeError("this token is poison")
 
     watch(engine, fail)
@@ -98,7 +97,7 @@ async def test_one_bad_job_fails_alone(engine: HfEngine) -> None:
 
 
 async def test_out_of_memory_says_so(engine: HfEngine) -> None:
-    def fail(jobs: Sequence[Job]) -> None:
+    def fail(queries: Sequence[Query]) -> None:
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
     watch(engine, fail)
@@ -119,7 +118,7 @@ async def test_closing_ends_what_waits_and_what_comes(engine: HfEngine) -> None:
 
 
 async def test_an_unforeseen_failure_kills_the_engine_and_hangs_nobody(engine: HfEngine) -> None:
-    def fail(jobs: Sequence[Job]) -> None:
+    def fail(queries: Sequence[Query]) -> None:
         raise KeyError("a fault of ours")
 
     watch(engine, fail)

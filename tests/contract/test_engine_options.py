@@ -8,9 +8,9 @@ import httpx
 import numpy as np
 import pytest
 
+from serving.engine import Job
 from teacher_proto.identity import compare_fingerprints
-from teacher_proto.requests import TargetSpec
-from teacher_service.engine import Job
+from teacher_proto.requests import Query, TargetSpec
 from teacher_service.vllm_engine import VllmEngine
 from tests.teacher_process import TeacherProcess
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 async def test_another_rope_is_another_teacher(vllm_engine: VllmEngine, tiny_llama: Path) -> None:
     tokens_T = np.arange(40) * 7 % 512
-    plain = await vllm_engine.score(Job(tokens_T, (0, 40), TargetSpec(("score",)), "plain"))
+    plain = await vllm_engine.score(Job(Query(tokens_T, (0, 40), TargetSpec(("score",))), "plain"))
     rope = '{"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}'
     with TeacherProcess(str(tiny_llama), "--engine", "vllm", "--hf-overrides", rope) as teacher:
         body = {"sequences": [tokens_T.tolist()], "kinds": ["score"], "top_k": 0}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets
 from teacher_service.engine import Engine
 from tests.contract.engine_cases import (
@@ -50,8 +50,7 @@ async def test_top_k_score_and_temperatures_are_the_model_s(engine: Engine, tiny
         assert_top_k(targets, logits_TV)
         assert_temperatures(targets.log_z, logits_TV)
         assert_next(targets, tokens_T, logits_TV)
-        check_targets(targets, kinds=TOP_K.kinds, rows=(0, len(tokens_T)), top_k=64, num_temperatures=3,
-                      vocab_size=512, sequence_length=len(tokens_T))  # fmt: skip
+        check_targets(targets, Query(tokens_T, (0, len(tokens_T)), TOP_K), 512)
 
 
 async def test_exact_probabilities_at_every_temperature(engine: Engine, tiny_llama: Path) -> None:
@@ -77,8 +76,8 @@ async def test_rows_are_the_slice_of_the_whole(engine: Engine) -> None:
     gather_TG = np.random.default_rng(0).integers(0, 512, (300, 7))
     spec = TargetSpec(kinds=("top_k", "score", "gather", "sampled", "hidden"), top_k=8, temperatures=(2.0,),
                       num_samples=20, seed=5, hidden_dtype="float16")  # fmt: skip
-    whole = await engine.score(job(tokens_T, spec, gather_ids_RG=gather_TG))
-    parts = await score_all(engine, [job(tokens_T, spec, cut, gather_ids_RG=gather_TG[slice(*cut)]) for cut in cuts])
+    whole = await engine.score(job(tokens_T, spec, ids_RG=gather_TG))
+    parts = await score_all(engine, [job(tokens_T, spec, cut, ids_RG=gather_TG[slice(*cut)]) for cut in cuts])
     for cut, part in zip(cuts, parts, strict=True):
         expected = whole.narrow(*cut).tensors()
         assert part.start == cut[0] and set(part.tensors()) == set(expected)
@@ -98,7 +97,7 @@ async def test_gather_answers_the_ids_of_each_row(engine: Engine, tiny_llama: Pa
     sequences = sequences_of([50, 7, 200], 512, seed=5)
     ids = [np.random.default_rng(i).integers(0, 512, (len(s), 5 + i)) for i, s in enumerate(sequences)]
     spec = TargetSpec(kinds=("gather",), temperatures=TEMPERATURES)
-    answers = await score_all(engine, [job(s, spec, gather_ids_RG=g) for s, g in zip(sequences, ids, strict=True)])
+    answers = await score_all(engine, [job(s, spec, ids_RG=g) for s, g in zip(sequences, ids, strict=True)])
     for logits_TV, ids_RG, targets in zip(reference_logits(tiny_llama, sequences), ids, answers, strict=True):
         truth = np.take_along_axis(log_softmax(logits_TV), ids_RG, axis=1)
         assert targets.gather_logprobs is not None and targets.lse is not None

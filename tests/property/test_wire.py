@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 
 from teacher_proto.errors import RequestError, WireError
 from teacher_proto.requests import KINDS, Limits, TargetsRequest, check_request, parse_request
-from teacher_proto.targets import TENSORS, TokenTargets, check_answer, id_dtype
+from teacher_proto.targets import TENSORS, TokenTargets, check_targets, id_dtype
 from teacher_proto.wire import (
     ResponseDecoder,
     Targets,
@@ -94,7 +94,7 @@ def test_true_answers_survive_and_pass_every_check(request: TargetsRequest, piec
     assert [m.index for m in answers] == list(range(len(request.sequences)))
     for message in answers:
         assert same_bits(message.targets, make_record(request, message.index))
-        check_answer(message.targets, request, message.index, 300)
+        check_targets(message.targets, request.query(message.index), 300)
         json.dumps(json_message(message), allow_nan=False)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from teacher_proto.packed import RowLayout, unpack_rows
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
 
 pytestmark = pytest.mark.vllm
@@ -26,7 +26,7 @@ class Steps:
         from vllm.v1.pool.metadata import PoolingStates
 
         from teacher_service.vllm_adapter import TASK, TargetsPooler
-        from teacher_service.vllm_messages import ask
+        from teacher_service.vllm_messages import arguments
 
         generator = torch.Generator().manual_seed(0)
         self.weight_VD = torch.randn((V, D), generator=generator)
@@ -37,8 +37,10 @@ class Steps:
         self.products: list[int] = []
         self.pooler = TargetsPooler(self._logits, V, D)
         self.params = [
-            PoolingParams(task=TASK, extra_kwargs=ask(spec, cut, gather[slice(*cut)], sample_key=i))
-            for i, (spec, cut, gather) in enumerate(zip(specs, self.rows, self.gather, strict=True))
+            PoolingParams(task=TASK, extra_kwargs=arguments(Query(tokens_T, cut, spec, gather[slice(*cut)]), i))
+            for i, (tokens_T, spec, cut, gather) in enumerate(
+                zip(sequences, specs, self.rows, self.gather, strict=True)
+            )
         ]
         self.states = [PoolingStates() for _ in sequences]
 
@@ -145,10 +147,10 @@ def test_a_rank_without_logits_returns_nothing_and_lives() -> None:
 def test_what_is_asked_survives_vllm_s_own_messages() -> None:
     import msgspec
 
-    from teacher_service.vllm_messages import ask
+    from teacher_service.vllm_messages import arguments
 
     key = -(2**63)
-    asked: dict[str, Any] = ask(EVERYTHING, (3, 9), np.arange(24).reshape(6, 4), key)
+    asked: dict[str, Any] = arguments(Query(np.arange(12), (3, 9), EVERYTHING, np.arange(24).reshape(6, 4)), key)
     back = msgspec.msgpack.decode(msgspec.msgpack.encode(asked))
     assert back["sample_key"] == key and back["gather_ids"] == np.arange(24, dtype="<i4").tobytes()
     steps = Steps(sequences(12), [EVERYTHING], [(3, 9)])

@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attention_service.job import Job
 from attention_service.model import MODEL_TYPES, AttentionModel
 from teacher_proto import hardware
-from teacher_proto.attention import AttentionSpec
+from teacher_proto.attention import AttentionQuery, AttentionSpec
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.errors import EngineError
 from teacher_proto.model_files import find_model
@@ -37,8 +36,8 @@ def sequences(*lengths: int) -> list[np.ndarray]:
 
 
 def ask(model: AttentionModel, *tokens: np.ndarray, rows: Any = None, **spec: Any) -> list[AttentionTargets]:
-    wanted = AttentionSpec(**({"kind": "states", "layer": LAST} | spec))
-    return model.attend([Job(one, wanted, "r", None if rows is None else rows[i]) for i, one in enumerate(tokens)])
+    asked = AttentionSpec(**({"kind": "states", "layer": LAST} | spec))
+    return model.attend([AttentionQuery(one, asked, None if rows is None else rows[i]) for i, one in enumerate(tokens)])
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -104,10 +103,10 @@ def test_a_batch_of_mixed_lengths_is_answered_as_each_alone(qwen3: tuple[Attenti
 def test_one_pass_serves_several_layers(qwen3: tuple[AttentionModel, Any]) -> None:
     model, _ = qwen3
     (tokens_T,) = sequences(9)
-    jobs = [Job(tokens_T, AttentionSpec("states", layer), "r") for layer in (2, 0, 1)]
-    for job, answer in zip(jobs, model.attend(jobs), strict=True):
-        (alone,) = model.attend([job])
-        assert answer.layer == job.spec.layer
+    queries = [AttentionQuery(tokens_T, AttentionSpec("states", layer)) for layer in (2, 0, 1)]
+    for query, answer in zip(queries, model.attend(queries), strict=True):
+        (alone,) = model.attend([query])
+        assert answer.layer == query.spec.layer
         np.testing.assert_allclose(answer.query, alone.query, atol=2e-3)
 
 

@@ -89,7 +89,7 @@ def test_records_come_back_bit_for_bit_and_pass_their_checks(request_: Attention
     assert (header.layer, header.kind, header.num_layers) == (spec.layer, spec.kind, 7)
     assert end.num_sequences == 2
     for message in records:
-        check_attention(message.targets, request_, message.index, SHAPE)
+        check_attention(message.targets, request_.query(message.index, SHAPE.num_layers), SHAPE)
         assert same_bits(message.targets, make_record(request_, message.index))
         sent = {n: a for n, a in message.targets.tensors().items() if n != "rows" and not n.endswith("scale")}
         assert sum(a.size for a in sent.values()) == answer_entries(request_, message.index, SHAPE)
@@ -123,7 +123,7 @@ def test_golden_answers_of_version_1_decode_to_what_they_did(name: str) -> None:
     parts = [encode_attention_header(header), *(encode_attention(m.index, m.targets) for m in records)]
     assert b"".join([*parts, wire.encode_end(2)]) == body
     for message in records:
-        check_attention(message.targets, request, message.index, SHAPE)
+        check_attention(message.targets, request.query(message.index, SHAPE.num_layers), SHAPE)
     assert encode_request(request) == (GOLDEN / f"{name}.request.msgpack").read_bytes()
 
 
@@ -214,11 +214,10 @@ def _set(place: Any, value: Any) -> Callable[[np.ndarray], None]:
     ],
 )
 def test_records_that_cannot_be_are_refused(name: str, spoil: Callable[..., Any], message: str) -> None:
-    request = REQUESTS[name]
-    good = make_record(request, 0)
-    check_attention(good, request, 0, SHAPE)
+    good, query = make_record(REQUESTS[name], 0), REQUESTS[name].query(0, SHAPE.num_layers)
+    check_attention(good, query, SHAPE)
     with pytest.raises(InvalidTargetsError, match=message):
-        check_attention(spoil(good), request, 0, SHAPE)
+        check_attention(spoil(good), query, SHAPE)
 
 
 class Service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacher_proto.requests import KINDS, Kind, TargetSpec
+from teacher_proto.requests import KINDS, Kind, Query, TargetSpec
 from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import Ask, asked_entries, entry_key
+from teacher_proto.store_entry import asked_entries, entry_key, split
 from teacher_proto.store_writer import StoreWriter
-from teacher_proto.targets import TokenTargets
+from teacher_proto.targets import TokenTargets, check_targets
 from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 from tests.unit.proto.fake_teacher import Replica, same_bits
+from tests.unit.proto.records import all_kinds, make_record
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "store_v1"
 VOCAB = 300
 FINGERPRINT = "5e1f.c0de"
 
@@ -29,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[TargetStore]:
         yield store
 
 
-def ask(length: int = 12, rows: tuple[int, int] | None = None, seed: int = 0, vocab: int = VOCAB, **spec: Any) -> Ask:
+def ask(length: int = 12, rows: tuple[int, int] | None = None, seed: int = 0, vocab: int = VOCAB, **spec: Any) -> Query:
     rng = np.random.default_rng([seed, length])
     tokens_T = rng.integers(0, vocab, length)
     kinds: tuple[Kind, ...] = spec.pop("kinds", ("top_k",))
@@ -44,20 +47,20 @@ def ask(length: int = 12, rows: tuple[int, int] | None = None, seed: int = 0, vo
         defaults |= {"hidden_dtype": "int8"}
     rows = rows or (0, length)
     gather = rng.integers(0, vocab, (length, 3))[rows[0] : rows[1]] if "gather" in kinds else None
-    return Ask(tokens_T, rows, TargetSpec(kinds=kinds, **(defaults | spec)), gather)
+    return Query(tokens_T, rows, TargetSpec(kinds=kinds, **(defaults | spec)), gather)
 
 
-def truth(asked: Ask, vocab: int = VOCAB) -> TokenTargets:
+def truth(asked: Query, vocab: int = VOCAB) -> TokenTargets:
     head, hidden = scripted_head(vocab), scripted_hidden(asked.tokens_T)
     return reduce_sequence(asked.tokens_T, hidden, head, asked.rows, asked.spec, asked.gather_ids_RG)
 
 
-def put(store: TargetStore, *asked: Ask) -> None:
+def put(store: TargetStore, *asked: Query) -> None:
     for one in asked:
         store.put(FINGERPRINT, one, truth(one))
 
 
-def check(store: TargetStore, asked: Ask, vocab: int = VOCAB) -> None:
+def check(store: TargetStore, asked: Query, vocab: int = VOCAB) -> None:
     """The store answers, and with the bits of a teacher that was asked for exactly this."""
     answer = store.get(FINGERPRINT, asked)
     assert answer is not None
@@ -75,6 +78,23 @@ def test_what_went_in_comes_out_bit_for_bit(store: TargetStore, kinds: tuple[Kin
     check(store, asked, vocab)
     assert store.has(FINGERPRINT, asked)
     assert (store.stats().hits, store.stats().misses) == (1, 1)
+
+
+@pytest.mark.parametrize(("vocab", "hidden_dtype"), [(300, "int8"), (70_000, "float16")])
+def test_what_an_earlier_version_stored_is_found_again(tmp_path: Path, vocab: int, hidden_dtype: str) -> None:
+    """`store_v1` was written before queries were one record: keys, descriptions and bytes are those of then."""
+    (tmp_path / "data.mdb").write_bytes(lzma.decompress((GOLDEN / "data.mdb.xz").read_bytes()))
+    request = all_kinds(vocab, hidden_dtype)
+    with TargetStore(tmp_path, 2**20, readonly=True) as store:
+        described = {entry_key(entry) for entry, _ in store.entries()}
+        assert len(described) == 16
+        for index, query in enumerate(request.queries()):
+            stored, expected = store.get(FINGERPRINT, query), make_record(request, index, vocab)
+            assert stored is not None and {entry_key(e) for e, _ in split(FINGERPRINT, query, stored)} < described
+            check_targets(stored, query, vocab)
+            np.testing.assert_array_equal(stored.ids, expected.ids)
+            np.testing.assert_allclose(stored.log_z, expected.log_z, atol=1e-4)
+        assert (store.stats().damaged, store.stats().misses) == (0, 0)
 
 
 LESS = {
@@ -234,7 +254,7 @@ def test_a_smaller_limit_is_kept_to_from_then_on(tmp_path: Path) -> None:
         check(store, ask(seed=1000, length=300, top_k=30))
 
 
-def spoil(store: TargetStore, asked: Ask, at: int) -> None:
+def spoil(store: TargetStore, asked: Query, at: int) -> None:
     """Change a byte of the stored bytes themselves."""
     with store._shelf.env.begin(write=True) as txn:
         key = entry_key(next(iter(asked_entries(FINGERPRINT, asked))))

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from teacher_proto.info import TeacherInfo
-from teacher_proto.requests import KINDS
+from teacher_proto.requests import KINDS, Query
 from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import Ask
 from teacher_proto.store_parquet import SEALED, Packed, export_parquet
 from teacher_proto.store_parquet_read import import_parquet
 from tests.unit.proto.fake_teacher import Replica, same_bits
@@ -28,12 +27,12 @@ FINGERPRINT = INFO.fingerprint
 WIDE = ask(kinds=("top_k", "sampled"), vocab=70_000, seed=11)
 
 
-def put(store: TargetStore, *asked: Ask) -> None:
+def put(store: TargetStore, *asked: Query) -> None:
     for one in asked:
         store.put(FINGERPRINT, one, truth(one))
 
 
-def check(store: TargetStore, asked: Ask, vocab: int = VOCAB) -> None:
+def check(store: TargetStore, asked: Query, vocab: int = VOCAB) -> None:
     answer = store.get(FINGERPRINT, asked)
     assert answer is not None and same_bits(answer, truth(asked, vocab))
 

@@ -12,7 +12,7 @@ import pytest
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.target_checks import MASS_TOLERANCE
-from teacher_proto.targets import TokenTargets, check_answer, check_targets
+from teacher_proto.targets import TokenTargets, check_targets
 from tests.unit.proto.records import all_kinds, make_record, make_request
 
 REQUEST = all_kinds()
@@ -68,41 +68,41 @@ FAULTS: dict[str, tuple[Callable[[TokenTargets], TokenTargets], str]] = {
 
 
 def test_the_record_is_good_before_it_is_spoilt() -> None:
-    check_answer(RECORD, REQUEST, 0, 300)
+    check_targets(RECORD, REQUEST.query(0), 300)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_cannot_be_is_refused_with_tensor_and_row(name: str) -> None:
     spoil, message = FAULTS[name]
     with pytest.raises(InvalidTargetsError, match=message):
-        check_answer(spoil(RECORD), REQUEST, 0, 300)
+        check_targets(spoil(RECORD), REQUEST.query(0), 300)
 
 
 def test_a_tensor_nobody_asked_for_is_refused() -> None:
     with pytest.raises(InvalidTargetsError, match="were asked for"):
-        check_answer(RECORD, REQUEST.model_copy(update={"kinds": ("top_k",)}), 0, 300)
+        check_targets(RECORD, REQUEST.model_copy(update={"kinds": ("top_k",)}).query(0), 300)
 
 
 def test_the_answer_for_other_tokens_is_noticed() -> None:
     request = make_request(lengths=(200, 200), top_k=20)
-    check_answer(make_record(request, 0), request, 0, 300)
+    check_targets(make_record(request, 0), request.query(0), 300)
     with pytest.raises(InvalidTargetsError, match="not the logprob of the sequence's next token"):
-        check_answer(make_record(request, 1), request, 0, 300)
+        check_targets(make_record(request, 1), request.query(0), 300)
 
 
 def test_two_byte_ids_are_refused_where_the_vocabulary_needs_three() -> None:
     request = make_request(70_000)
     record = make_record(request, 0, 70_000)
-    check_answer(record, request, 0, 70_000)
+    check_targets(record, request.query(0), 70_000)
     with pytest.raises(InvalidTargetsError, match="too narrow"):
-        check_answer(replace(record, ids=record.ids.astype(np.uint16)), request, 0, 70_000)
+        check_targets(replace(record, ids=record.ids.astype(np.uint16)), request.query(0), 70_000)
 
 
 def test_rows_in_the_middle_have_their_next_logprob_and_the_last_has_none() -> None:
     request = make_request(lengths=(6,), rows=((2, 4),))
-    check_answer(make_record(request), request, 0, 300)
+    check_targets(make_record(request), request.query(0), 300)
     last = make_request(lengths=(6,), rows=((5, 6),))
-    check_answer(make_record(last), last, 0, 300)
+    check_targets(make_record(last), last.query(0), 300)
 
 
 def test_slices_of_a_good_record_are_good() -> None:
@@ -110,7 +110,7 @@ def test_slices_of_a_good_record_are_good() -> None:
         rows = ((start, stop), (0, 3))
         gather = tuple(g[a:b] for g, (a, b) in zip(REQUEST.gather_ids, rows, strict=True))
         request = REQUEST.model_copy(update={"rows": rows, "gather_ids": gather})
-        check_answer(RECORD.narrow(start, stop), request, 0, 300)
+        check_targets(RECORD.narrow(start, stop), request.query(0), 300)
 
 
 def flat(
@@ -136,7 +136,7 @@ def test_uniform_teachers_are_never_refused(vocab_size: int) -> None:
     """All K probabilities round the same way: the worst that fp16 does to a sum."""
     for top_k in {1, min(vocab_size, 256), vocab_size}:
         request, record = flat(np.full((4, vocab_size), 1 / vocab_size), top_k, (1.0, 0.001, 0.7, 5.0, 1000.0))
-        check_answer(record, request, 0, vocab_size)
+        check_targets(record, request.query(0), vocab_size)
 
 
 def test_a_hundred_thousand_valid_rows_are_never_refused() -> None:
@@ -145,18 +145,16 @@ def test_a_hundred_thousand_valid_rows_are_never_refused() -> None:
         logits_RV = rng.normal(0, scale, (2000, 40))
         probabilities = np.exp(logits_RV - np.logaddexp.reduce(logits_RV, axis=1)[:, None])
         request, record = flat(probabilities.clip(1e-300), 20, (1.0, 0.5, 2.0, 5.0))
-        check_answer(record, request, 0, 40)
+        check_targets(record, request.query(0), 40)
 
 
 def test_the_tolerance_is_what_rounding_can_do_and_not_more() -> None:
     assert MASS_TOLERANCE <= 2.0**-8
 
 
-def test_checks_stay_at_the_sizes_that_are_given() -> None:
-    check_targets(
-        RECORD, kinds=REQUEST.kinds, rows=(0, 6), top_k=5, num_temperatures=3, vocab_size=300, sequence_length=6
-    )
+def test_checks_stay_at_the_sizes_that_are_asked_for() -> None:
+    query = REQUEST.query(0)
+    assert (query.rows, query.spec.top_k, len(query.spec.temperatures)) == ((0, 6), 5, 3)
+    check_targets(RECORD, query, 300)
     with pytest.raises(InvalidTargetsError, match="log_z has shape"):
-        check_targets(
-            RECORD, kinds=REQUEST.kinds, rows=(0, 6), top_k=5, num_temperatures=2, vocab_size=300, sequence_length=6
-        )
+        check_targets(RECORD, replace(query, spec=replace(query.spec, temperatures=(1.0, 2.0))), 300)

@@ -23,7 +23,7 @@ from teacher_proto.errors import (
     WireError,
 )
 from teacher_proto.requests import Limits, TargetsRequest, parse_request
-from teacher_proto.targets import TENSORS, check_answer
+from teacher_proto.targets import TENSORS, check_targets
 from teacher_proto.wire import End, Failure, Header, Message, Progress, ResponseDecoder, Targets
 from teacher_proto.wire_json import json_message
 from tests.unit.proto.fake_teacher import same_bits
@@ -66,7 +66,7 @@ def test_specification_shows_the_bytes_of_a_request_and_its_answer() -> None:
     assert wire.encode_request(request) == request_bytes == (GOLDEN / "example_request.msgpack").read_bytes()
     header, targets, end = decode(answer_bytes)
     assert isinstance(header, Header) and isinstance(targets, Targets) and isinstance(end, End)
-    check_answer(targets.targets, request, 0, header.vocab_size)
+    check_targets(targets.targets, request.query(0), header.vocab_size)
     assert b"".join(encode(m, 4) for m in (header, targets, end)) == answer_bytes
     assert answer_bytes == (GOLDEN / "example_answer.msgpack").read_bytes()
 
@@ -98,7 +98,7 @@ def test_golden_answers_of_version_1_decode_to_what_they_did(path: Path) -> None
     )
     for message in messages:
         if isinstance(message, Targets):
-            check_answer(message.targets, request, message.index, vocab_size)
+            check_targets(message.targets, request.query(message.index), vocab_size)
 
 
 def test_there_are_golden_answers() -> None:
@@ -113,7 +113,7 @@ def test_answers_come_back_bit_for_bit_however_they_are_cut(vocab_size: int, hid
     assert header == make_header(request, vocab_size) and end == End(2)
     for answer in answers:
         assert same_bits(answer.targets, make_record(request, answer.index, vocab_size))
-        check_answer(answer.targets, request, answer.index, vocab_size)
+        check_targets(answer.targets, request.query(answer.index), vocab_size)
 
 
 def test_any_msgpack_library_reads_an_answer() -> None:
@@ -204,7 +204,7 @@ def test_every_flipped_bit_of_four_kilobytes_is_noticed() -> None:
             try:
                 messages = decode(bytes(spoilt))
                 for message in messages[1:-1]:
-                    check_answer(message.targets, request, message.index, 300)
+                    check_targets(message.targets, request.query(message.index), 300)
             except (WireError, InvalidTargetsError):
                 continue
             assert messages[0] != header, f"bit {bit} of byte {at} went through"

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from serving.engine import Job
 from teacher_proto.errors import EngineDeadError
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.store import TargetStore
 from teacher_service import fill as fill_module
-from teacher_service.engine import Job
 from teacher_service.fill import FillReport, fill
 from teacher_service.fill_data import Cutting, Piece, find_files, read_pieces
 from teacher_service.scripted_engine import Script, ScriptedEngine
@@ -38,8 +38,8 @@ def pieces(*numbers: int) -> Iterator[Piece]:
     return iter([Piece(np.arange(n, n + 5), n) for n in numbers])
 
 
-def job(number: int) -> Job:
-    return Job(np.arange(number, number + 5), (0, 5), SPEC, "test")
+def query(number: int) -> Query:
+    return Query(np.arange(number, number + 5), (0, 5), SPEC)
 
 
 async def run(store: TargetStore, what: Iterator[Piece], **script: Any) -> tuple[FillReport, ScriptedEngine]:
@@ -53,8 +53,8 @@ async def test_a_filled_store_holds_what_the_engine_answers_bit_for_bit(store: T
     assert (report.scored, report.skipped, report.failed, report.lost) == (50, 0, 0, 0) and report.tokens == 250
     assert [info.identity for info in store.teachers()] == [engine.identity]
     for number in range(50):
-        stored = store.get(engine.identity.fingerprint, job(number))
-        assert stored is not None and same_bits(stored, await engine.score(job(number)))
+        stored = store.get(engine.identity.fingerprint, query(number))
+        assert stored is not None and same_bits(stored, await engine.score(Job(query(number), "test")))
 
 
 async def test_what_is_there_and_what_comes_twice_is_scored_once(
@@ -69,7 +69,7 @@ async def test_what_is_there_and_what_comes_twice_is_scored_once(
 async def test_a_sequence_that_the_engine_cannot_bear_costs_only_itself(store: TargetStore) -> None:
     report, engine = await run(store, pieces(*range(0, 60, 6)), poison_token=14)
     assert (report.scored, report.failed) == (9, 1) and "cannot bear token 14" in report.failures[0]
-    assert store.get(engine.identity.fingerprint, job(12)) is None
+    assert store.get(engine.identity.fingerprint, query(12)) is None
 
 
 @pytest.mark.parametrize("corrupt", ["nan", "unsorted", "duplicate_id", "mass"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from teacher_proto.requests import TargetSpec
+from serving.engine import Job
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import check_targets
-from teacher_service.engine import Job
 from teacher_service.scripted_engine import Script, ScriptedEngine
 from teacher_service.scripted_model import encode_hidden, scripted_head, scripted_hidden, scripted_logits
 
@@ -25,7 +25,7 @@ def log_softmax(logits_RV: np.ndarray) -> np.ndarray:
 
 
 async def score(spec: TargetSpec, rows: tuple[int, int] = (0, 90), gather: np.ndarray | None = None):  # type: ignore[no-untyped-def]
-    return await ScriptedEngine().score(Job(TOKENS, rows, spec, "r", gather))
+    return await ScriptedEngine().score(Job(Query(TOKENS, rows, spec, gather), "r"))
 
 
 def test_rows_depend_on_what_came_before_and_on_nothing_after() -> None:
@@ -116,8 +116,7 @@ async def test_rows_are_a_slice_of_the_whole_in_every_kind() -> None:
     whole, part = await score(spec), await score(spec, (30, 71))
     for name, array in whole.narrow(30, 71).tensors().items():
         assert np.array_equal(array, getattr(part, name), equal_nan=array.dtype.kind == "f"), name
-    check_targets(part, kinds=spec.kinds, rows=(30, 71), top_k=16, num_temperatures=1, vocab_size=VOCAB,
-                  sequence_length=90)  # fmt: skip
+    check_targets(part, Query(TOKENS, (30, 71), spec), VOCAB)
 
 
 def test_the_head_file_gives_the_logits_back() -> None:
@@ -141,7 +140,7 @@ async def test_every_field_of_the_identity_can_be_another() -> None:
 
 async def test_the_device_serves_at_the_rate_that_the_script_gives() -> None:
     engine = ScriptedEngine(Script(tokens_per_second=1000))
-    job = Job(TOKENS, (0, 1), TargetSpec(("score",)), "r")
+    job = Job(Query(TOKENS, (0, 1), TargetSpec(("score",))), "r")
     started = asyncio.get_running_loop().time()
     await asyncio.gather(*(engine.score(job) for _ in range(5)))
     assert asyncio.get_running_loop().time() - started >= 5 * 0.09

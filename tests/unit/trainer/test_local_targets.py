@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from serving.engine import Job
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings.teacher import TeacherSettings
@@ -23,7 +24,6 @@ from student_trainer.targets.questions import questions
 from teacher_proto import hardware
 from teacher_proto.errors import OutOfRangeError, WrongTeacherError
 from teacher_proto.requests import KINDS
-from teacher_service.engine import Job
 from teacher_service.hf_engine import HfEngine
 from tests.models import VOCAB_SIZE, save_tiny_llama
 
@@ -68,7 +68,7 @@ def test_it_is_who_the_service_is_and_answers_every_kind_as_it_does(settings: Te
         await engine.start()
         asked = questions(batch, ASK, VOCAB_SIZE, gathered(batch))
         try:
-            jobs = [Job(q.tokens_T, q.rows, q.spec, "test", q.gather_ids_RG) for _, q in asked]
+            jobs = [Job(query, "test") for _, query in asked]
             return engine.identity.fingerprint, [await engine.score(job) for job in jobs]
         finally:
             await engine.close()

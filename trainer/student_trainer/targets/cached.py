@@ -17,9 +17,10 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
-from student_trainer.targets.questions import Question, Questions, answers, gathered_ids, questions
+from student_trainer.targets.questions import Questions, answers, gathered_ids, questions
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import Query
 from teacher_proto.store import TargetStore
 from teacher_proto.store_writer import StoreWriter
 from teacher_proto.targets import TokenTargets
@@ -126,7 +127,7 @@ class CachedTargets:
             + (f"teacher {wanted} is not among them" if wanted else "say whose with teacher.fingerprint=FINGERPRINT")
         )
 
-    def _read(self, fingerprint: str, asked: list[Question]) -> list[TokenTargets | None]:
+    def _read(self, fingerprint: str, asked: list[Query]) -> list[TokenTargets | None]:
         return [self._store.get(fingerprint, question) for question in asked]
 
     async def _open_behind(self) -> None:

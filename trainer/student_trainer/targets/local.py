@@ -20,12 +20,12 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
-from student_trainer.targets.questions import Question, answers, check, questions
+from student_trainer.targets.questions import answers, questions
 from teacher_proto.canary import canary_request, read_canary
 from teacher_proto.info import TeacherInfo
 from teacher_proto.packed import layout_of, unpack_rows
-from teacher_proto.requests import KINDS
-from teacher_proto.targets import TokenTargets
+from teacher_proto.requests import KINDS, Query
+from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -122,13 +122,10 @@ class LocalTargets:
         )
         self._expected.check_identity(info, "the local teacher")
         if (request := canary_request(info)) is not None:
-            asked = [
-                Question(tokens_T, request.row_range(i), request.spec) for i, tokens_T in enumerate(request.sequences)
-            ]
-            self._expected.check_canary(read_canary(self._score(asked)), info, "the local teacher")
+            self._expected.check_canary(read_canary(self._score(request.queries())), info, "the local teacher")
         return info
 
-    def _score(self, asked: list[Question], progress: _Progress | None = None) -> list[TokenTargets]:
+    def _score(self, asked: list[Query], progress: _Progress | None = None) -> list[TokenTargets]:
         """The answers in order. InvalidTargetsError for what cannot be a distribution: the model overflowed."""
         assert self._model is not None
         progress = progress or _Progress(0)
@@ -140,7 +137,7 @@ class LocalTargets:
             for index, packed_RB in zip(group, packed, strict=True):
                 layout = layout_of(asked[index], model.vocab_size, model.hidden_size)
                 given[index] = unpack_rows(packed_RB, asked[index].rows[0], layout)
-                check(asked[index], given[index], model.vocab_size)
+                check_targets(given[index], asked[index], model.vocab_size)
                 progress.tokens_done += len(asked[index].tokens_T)
         return [given[index] for index in range(len(asked))]
 
@@ -159,7 +156,7 @@ def _dtype_of(saved: Mapping[str, Any] | None) -> str:
     return str(identity["semantic"]["dtype"]) if identity else "auto"
 
 
-def alike(asked: list[Question], max_tokens: int) -> list[list[int]]:
+def alike(asked: list[Query], max_tokens: int) -> list[list[int]]:
     """Places of documents that share a forward pass: longest first, of like length, `max_tokens` with the padding."""
     groups: list[list[int]] = []
     lengths = [len(question.tokens_T) for question in asked]

@@ -14,11 +14,11 @@ import numpy as np
 from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.targets.protocol import Ask, GatherIds
 from teacher_proto.errors import OutOfRangeError, PoisonBatchError
-from teacher_proto.store_entry import Ask as Question
-from teacher_proto.targets import TokenTargets, check_targets
+from teacher_proto.requests import Query
+from teacher_proto.targets import TokenTargets
 
 T = TypeVar("T")
-Questions = list[tuple[int, Question]]  # each with the place of its document in the batch
+Questions = list[tuple[int, Query]]  # each with the place of its document in the batch
 
 
 def questions(batch: Batch, ask: Ask, vocab_size: int, gather_ids: GatherIds | None = None) -> Questions:
@@ -39,7 +39,7 @@ def questions(batch: Batch, ask: Ask, vocab_size: int, gather_ids: GatherIds | N
         rows = counted_rows(batch, document)
         if rows is not None:
             gathered = None if gather_ids is None else gather_ids[place]
-            asked.append((place, Question(tokens_T.astype(np.int64), rows, ask, gathered)))
+            asked.append((place, Query(tokens_T.astype(np.int64), rows, ask, gathered)))
     return asked
 
 
@@ -63,22 +63,11 @@ def with_documents(error: PoisonBatchError, batch: Batch) -> PoisonBatchError:
     return type(error)(message, field=error.field, request=error.request, reasons=error.reasons)
 
 
-def gathered_ids(asked: Sequence[Question]) -> list[np.ndarray] | None:
-    """The ids of kind `gather` of all these questions; None where it is not asked."""
-    ids = [question.gather_ids_RG for question in asked if question.gather_ids_RG is not None]
+def gathered_ids(asked: Sequence[Query]) -> list[np.ndarray] | None:
+    """The ids of kind `gather` of all these queries; None where it is not asked."""
+    ids = [query.gather_ids_RG for query in asked if query.gather_ids_RG is not None]
     assert len(ids) in (0, len(asked))
     return ids or None
-
-
-def check(question: Question, targets: TokenTargets, vocab_size: int) -> None:
-    """InvalidTargetsError if that cannot be the answer."""
-    spec, gathered = question.spec, question.gather_ids_RG
-    check_targets(
-        targets, kinds=spec.kinds, rows=question.rows, top_k=spec.top_k, num_temperatures=len(spec.temperatures),
-        vocab_size=vocab_size, sequence_length=len(question.tokens_T), temperatures=spec.temperatures,
-        num_gather=gathered.shape[1] if gathered is not None and "gather" in spec.kinds else None,
-        num_samples=spec.num_samples or None, hidden_dtype=spec.hidden_dtype, tokens_T=question.tokens_T,
-    )  # fmt: skip
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

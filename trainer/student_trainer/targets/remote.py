@@ -18,7 +18,7 @@ from student_trainer.settings import TeacherSettings
 from student_trainer.targets.admission import Admits
 from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
-from student_trainer.targets.questions import Question, answers, gathered_ids, questions, with_documents
+from student_trainer.targets.questions import answers, questions, with_documents
 from teacher_proto.client import TeacherClient
 from teacher_proto.dialect import InfoT
 from teacher_proto.errors import PoisonBatchError, StillhouseError, TeacherUnavailableError
@@ -63,7 +63,9 @@ class RemoteTargets:
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
         client = self.client
         asked = questions(batch, ask, self._limits.vocab_size, gather_ids)
-        request = _request([question for _, question in asked], ask)
+        if not asked:
+            return BatchTargets(answers(batch, asked, []), ask, self._fingerprint)
+        request = TargetsRequest.of(query for _, query in asked)
         given: dict[int, TokenTargets] = {}
         try:
             answered = await retry_until(
@@ -112,7 +114,3 @@ async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: flo
                 raise TeacherUnavailableError(error.message) from error
             logger.warning("no %s yet, waiting %.0f s more: %s", whom, left_s, error)
             patience_s = min(say_every_s, left_s)
-
-
-def _request(group: list[Question], ask: Ask) -> TargetsRequest:
-    return TargetsRequest.of(ask, [q.tokens_T for q in group], [q.rows for q in group], gathered_ids(group))

@@ -18,14 +18,14 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from serving.engine import AnswerT, JobT
+from serving.engine import AnswerT, Job, QueryT
 from serving.fair import FairQueue, Ticket
 from serving.kept import Kept
 from serving.metrics import Metrics
 from serving.rate import Rate
 from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseError
 
-log = structlog.get_logger("stillhouse.answers")
+log = structlog.get_logger("stillhouse.coalescer")
 _SETTLING_S = 1.0
 RECENT_BYTES = 64 * 2**20
 _IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
@@ -34,11 +34,11 @@ _IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
 _PACE_S = 1.5
 _LEAST_PACE = 256  # a step costs something of its own
 _STEP_TOKENS = 2048
-StoredJobT = TypeVar("StoredJobT", contravariant=True)
+StoredQueryT = TypeVar("StoredQueryT", contravariant=True)
 
 
 @dataclass(eq=False)
-class _InFlight(Generic[AnswerT]):
+class InFlight(Generic[AnswerT]):
     """A sequence that is computed or was, how many wait for it, and what ends it if nobody asks for it again."""
 
     ticket: Ticket
@@ -49,17 +49,17 @@ class _InFlight(Generic[AnswerT]):
     given_up: asyncio.TimerHandle | None = None
 
 
-class AnswerStore(Protocol[StoredJobT, AnswerT]):
+class AnswerStore(Protocol[StoredQueryT, AnswerT]):
     """Where answers are kept and found again."""
 
-    async def get(self, job: StoredJobT) -> AnswerT | None: ...
+    async def get(self, query: StoredQueryT) -> AnswerT | None: ...
 
-    def put(self, job: StoredJobT, answer: AnswerT) -> bool:
+    def put(self, query: StoredQueryT, answer: AnswerT) -> bool:
         """Whether it will be found there, in a moment."""
         ...
 
 
-class Answers(Generic[JobT, AnswerT]):
+class Coalescer(Generic[QueryT, AnswerT]):
     """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
 
     `check` raises an EngineError for an answer that only a broken model computes. Work that nobody waits for is kept
@@ -67,9 +67,9 @@ class Answers(Generic[JobT, AnswerT]):
     """
 
     def __init__(
-        self, score: Callable[[JobT], Awaitable[AnswerT]], check: Callable[[JobT, AnswerT], None],
+        self, score: Callable[[Job[QueryT]], Awaitable[AnswerT]], check: Callable[[QueryT, AnswerT], None],
         queue: FairQueue, rate: Rate, metrics: Metrics,
-        on_death: Callable[[EngineDeadError], None], store: AnswerStore[JobT, AnswerT] | None = None,
+        on_death: Callable[[EngineDeadError], None], store: AnswerStore[QueryT, AnswerT] | None = None,
         *, keep_s: float = 600.0, keep_bytes: int = 256 * 2**20,
     ):  # fmt: skip
         self._engine_score = score
@@ -80,7 +80,7 @@ class Answers(Generic[JobT, AnswerT]):
         self._on_death = on_death
         self._store = store
         self._keep_s = keep_s
-        self._in_flight: dict[Hashable, _InFlight[AnswerT]] = {}
+        self._in_flight: dict[Hashable, InFlight[AnswerT]] = {}
         self._fresh: set[asyncio.Task[AnswerT]] = set()
         self._recent = Kept(RECENT_BYTES, keep_s, self._forget_key)
         self._unread = Kept(keep_bytes, keep_s, self._forget_key)
@@ -103,13 +103,13 @@ class Answers(Generic[JobT, AnswerT]):
         tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
         return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
 
-    async def answer(self, job: JobT, student: str) -> AnswerT:
+    async def answer(self, job: Job[QueryT], student: str) -> AnswerT:
         """The answer to a job that was admitted. EngineError if the engine failed at it."""
         self._check_open()
         if job.fresh:
             return await self._answer_fresh(job, student)
-        if self._store is not None and job.key not in self._in_flight:
-            stored = await self._store.get(job)
+        if self._store is not None and job.query.key not in self._in_flight:
+            stored = await self._store.get(job.query)
             if stored is not None:
                 self._count(job, student, "store")
                 return stored
@@ -129,7 +129,7 @@ class Answers(Generic[JobT, AnswerT]):
         self._count(job, student, source)
         return answer
 
-    def _left(self, one: _InFlight[AnswerT], student: str) -> None:
+    def _left(self, one: InFlight[AnswerT], student: str) -> None:
         """Nobody waits for it any more: what never began is dropped, what did has so long to be asked for again."""
         if one.ticket.waiting or self._draining:
             one.task.cancel()
@@ -137,8 +137,8 @@ class Answers(Generic[JobT, AnswerT]):
         self._metrics.outlived.labels(student).inc()
         one.given_up = asyncio.get_running_loop().call_later(self._keep_s, one.task.cancel)
 
-    async def _answer_fresh(self, job: JobT, student: str) -> AnswerT:
-        ticket = Ticket(job.num_tokens)
+    async def _answer_fresh(self, job: Job[QueryT], student: str) -> AnswerT:
+        ticket = Ticket(job.query.num_tokens)
         task = asyncio.create_task(self._score(job, student, ticket))
         self._fresh.add(task)
         task.add_done_callback(self._fresh.discard)
@@ -161,8 +161,8 @@ class Answers(Generic[JobT, AnswerT]):
         if self._aborted is not None:
             raise self._aborted
 
-    def _count(self, job: JobT, student: str, source: str) -> None:
-        self._metrics.tokens.labels(student, source).inc(job.num_tokens)
+    def _count(self, job: Job[QueryT], student: str, source: str) -> None:
+        self._metrics.tokens.labels(student, source).inc(job.query.num_tokens)
         self._metrics.sequences.labels(student, source).inc()
 
     def drain(self) -> None:
@@ -178,9 +178,9 @@ class Answers(Generic[JobT, AnswerT]):
         for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
             task.cancel()
 
-    def _board(self, job: JobT, student: str) -> tuple[_InFlight[AnswerT], str]:
+    def _board(self, job: Job[QueryT], student: str) -> tuple[InFlight[AnswerT], str]:
         """What is in flight for a job, and `coalesced` if it was there before, else `engine`."""
-        key = job.key
+        key = job.query.key
         one = self._in_flight.get(key)
         if one is not None and not one.task.cancelling():
             if one.given_up is not None:
@@ -193,14 +193,14 @@ class Answers(Generic[JobT, AnswerT]):
                 one.students.add(student)
                 self._queue.join(student, one.ticket)
             return one, "coalesced"
-        ticket = Ticket(job.num_tokens)
+        ticket = Ticket(job.query.num_tokens)
         task = asyncio.create_task(self._score(job, student, ticket))
-        one = self._in_flight[key] = _InFlight(ticket, task, {student})
+        one = self._in_flight[key] = InFlight(ticket, task, {student})
         task.add_done_callback(lambda _: self._land(key, one))
         self._queue.join(student, ticket)
         return one, "engine"
 
-    def _land(self, key: Hashable, one: _InFlight[AnswerT]) -> None:
+    def _land(self, key: Hashable, one: InFlight[AnswerT]) -> None:
         self._queue.leave(one.ticket)
         if one.given_up is not None:
             one.given_up.cancel()
@@ -213,14 +213,14 @@ class Answers(Generic[JobT, AnswerT]):
             kept = self._recent if one.waiters else self._unread
             kept.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
 
-    def _forget(self, key: Hashable, one: _InFlight[AnswerT]) -> None:
+    def _forget(self, key: Hashable, one: InFlight[AnswerT]) -> None:
         if self._in_flight.get(key) is one:
             del self._in_flight[key]
 
     def _forget_key(self, key: Hashable) -> None:
         self._in_flight.pop(key, None)
 
-    async def _score(self, job: JobT, student: str, ticket: Ticket) -> AnswerT:
+    async def _score(self, job: Job[QueryT], student: str, ticket: Ticket) -> AnswerT:
         queued = time.monotonic()
         async with self._queue.turn(ticket):
             started = time.monotonic()
@@ -237,16 +237,16 @@ class Answers(Generic[JobT, AnswerT]):
             except EngineMemoryError:
                 self._queue.halve(ticket)
                 self._metrics.out_of_memory.inc()
-                log.warning("engine out of memory", tokens=job.num_tokens, window=self._queue.window)
+                log.warning("engine out of memory", tokens=job.query.num_tokens, window=self._queue.window)
                 raise
             finally:
                 self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
-        self._check_answer(job, answer)
+        self._check_answer(job.query, answer)
         if self._store is not None and not job.fresh:
-            self._in_flight[job.key].stored = self._store.put(job, answer)
+            self._in_flight[job.query.key].stored = self._store.put(job.query, answer)
         self._queue.recover()
         self.last_success = time.monotonic()
-        self._rate.count(job.num_tokens, self._queue.busy_s())
+        self._rate.count(job.query.num_tokens, self._queue.busy_s())
         self._queue.pace = self._pace()
         return answer
 

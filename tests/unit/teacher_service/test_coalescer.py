@@ -10,30 +10,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import answers as answers_module
-from serving.answers import Answers
+from serving import coalescer as coalescer_module
+from serving.coalescer import Coalescer
+from serving.engine import Job
 from serving.fair import FairQueue
 from serving.metrics import Metrics
 from serving.rate import Rate
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
-from teacher_proto.requests import TargetSpec
-from teacher_service.engine import Job
+from teacher_proto.requests import Query, TargetSpec
+from teacher_proto.targets import TokenTargets
 from teacher_service.reading import check_sound
 from teacher_service.scripted_engine import Script, ScriptedEngine
 
 SPEC = TargetSpec(("top_k",), 8, (2.0,))
 
 
-def job(*tokens: int, spec: TargetSpec = SPEC, rows: tuple[int, int] | None = None) -> Job:
-    return Job(np.array(tokens, dtype=np.int64), rows or (0, len(tokens)), spec, "r")
+def job(*tokens: int, spec: TargetSpec = SPEC, rows: tuple[int, int] | None = None,
+        ids_RG: np.ndarray | None = None) -> Job[Query]:  # fmt: skip
+    return Job(Query(np.array(tokens, dtype=np.int64), rows or (0, len(tokens)), spec, ids_RG), "r")
 
 
 def make(
     script: Script | None = None, window: int = 10_000, **bounds: Any
-) -> tuple[Answers, ScriptedEngine, list[EngineDeadError]]:
+) -> tuple[Coalescer[Query, TokenTargets], ScriptedEngine, list[EngineDeadError]]:
     engine, deaths = ScriptedEngine(script), []
     queue = FairQueue(window)
-    answers = Answers(engine.score, check_sound, queue, Rate(), Metrics(), deaths.append, **bounds)
+    answers = Coalescer(engine.score, check_sound, queue, Rate(), Metrics(), deaths.append, **bounds)
     return answers, engine, deaths
 
 
@@ -54,9 +56,9 @@ async def test_identical_sequences_in_flight_are_computed_once_and_answered_to_a
     "other",
     [job(1, 2, 4), job(1, 2), job(1, 2, 3, rows=(1, 3)), job(1, 2, 3, spec=replace(SPEC, top_k=9)),
      job(1, 2, 3, spec=replace(SPEC, temperatures=(3.0,))), job(1, 2, 3, spec=TargetSpec(("score",))),
-     replace(job(1, 2, 3, spec=TargetSpec(("gather",))), gather_ids_RG=np.array([[1], [2], [3]]))],
+     job(1, 2, 3, spec=TargetSpec(("gather",)), ids_RG=np.array([[1], [2], [3]]))],
 )  # fmt: skip
-async def test_what_differs_in_anything_is_not_coalesced(other: Job) -> None:
+async def test_what_differs_in_anything_is_not_coalesced(other: Job[Query]) -> None:
     answers, engine, _ = make(Script(delay_s=0.02))
     await asyncio.gather(answers.answer(job(1, 2, 3), "a"), answers.answer(other, "a"))
     assert engine.jobs_started == 2
@@ -65,7 +67,7 @@ async def test_what_differs_in_anything_is_not_coalesced(other: Job) -> None:
 async def test_gathers_of_different_ids_are_not_coalesced() -> None:
     answers, engine, _ = make(Script(delay_s=0.02))
     spec = TargetSpec(("gather",))
-    jobs = [replace(job(1, spec=spec), gather_ids_RG=np.array([[i]])) for i in (5, 6, 5)]
+    jobs = [job(1, spec=spec, ids_RG=np.array([[i]])) for i in (5, 6, 5)]
     first, second, third = await asyncio.gather(*(answers.answer(one, "a") for one in jobs))
     assert engine.jobs_started == 2 and third is first
     assert first.gather_logprobs != second.gather_logprobs
@@ -74,7 +76,7 @@ async def test_gathers_of_different_ids_are_not_coalesced() -> None:
 async def test_who_asks_later_is_answered_from_bounded_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(answers_module, "RECENT_BYTES", 20_000)  # four short answers
+    monkeypatch.setattr(coalescer_module, "RECENT_BYTES", 20_000)  # four short answers
     answers, engine, _ = make()
     first = await answers.answer(job(1, 2, 3), "a")
     assert await answers.answer(job(1, 2, 3), "b") is first and engine.jobs_started == 1
@@ -169,7 +171,7 @@ async def test_an_urgent_job_goes_past_those_that_wait_and_ends_with_its_client(
     await until(lambda: engine.jobs_started == 2)
     urgent = replace(job(5, 6, 7), fresh=True, urgent=True)
     assert (await answers.answer(urgent, "b")).num_rows == 3 and answers._queue.running == 4
-    hung = asyncio.create_task(answers.answer(replace(urgent, tokens_T=np.array([1])), "b"))
+    hung = asyncio.create_task(answers.answer(replace(job(1), fresh=True, urgent=True), "b"))
     await until(lambda: engine.jobs_started == 4)
     hung.cancel()
     await until(lambda: engine.jobs_aborted == 1)
