@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from teacher_proto import hardware, reduction
 from teacher_proto.packed import RowLayout, count_draws, unpack_rows
 from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key, uniform_noise
-from teacher_proto.requests import TargetSpec
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.top_k import top_k
 
@@ -78,8 +78,8 @@ def test_every_column_is_what_dense_float64_says(vocab_size: int, dtype: torch.d
         log_z = torch.logsumexp(logits.double() / t, dim=1) - lse / t
         np.testing.assert_allclose(targets.log_z[:, i], log_z, atol=2e-6)
     assert np.isnan(targets.next_logprob[-1]) and targets.log_z[0, 0] == 0 and not np.signbit(targets.log_z[0, 0])
-    check_targets(targets, kinds=ALL.kinds, rows=(0, n), top_k=16, num_temperatures=4, vocab_size=vocab_size,
-                  sequence_length=n)  # fmt: skip
+    tokens_T = np.append(0, asked.next_ids_N[:-1].numpy())
+    check_targets(targets, Query(tokens_T, (0, n), ALL, asked.gather_ids_NG.numpy()), vocab_size)
 
 
 @given(
