@@ -148,9 +148,10 @@ def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.targets.background import EventThread
-    from student_trainer.targets.protocol import Ask
+    from student_trainer.targets.queries import queries_of
     from student_trainer.targets.remote import RemoteTargets
     from teacher_proto.client import TeacherClient
+    from teacher_proto.requests import TargetSpec
     from teacher_proto.targets import tensors_of
 
     settings = compose_arguments(arguments)
@@ -161,17 +162,17 @@ def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
         batches.append(batch)
     held_out = [batch for name in source.names for batch in source.held_out(name)]
     source.close()
-    ask = Ask(("top_k", "sampled", "hidden"), top_k=64, num_samples=50, hidden_dtype="float16")
-    sums: dict[str, float] = dict.fromkeys(ask.kinds, 0.0)
+    spec = TargetSpec(("top_k", "sampled", "hidden"), top_k=64, num_samples=50, hidden_dtype="float16")
+    sums: dict[str, float] = dict.fromkeys(spec.kinds, 0.0)
     rows = 0
     with EventThread() as thread:
         teacher = RemoteTargets(lambda: TeacherClient(url), (url,), settings.teacher)
         thread.call(teacher.open())
         for batch in (*batches, *held_out):
-            for answer in thread.call(teacher.fetch(batch, ask)).documents:
+            for answer in thread.call(teacher.fetch(batch, queries_of(batch, spec))).documents:
                 if answer is not None:
                     rows += answer.num_rows
-                    for kind in ask.kinds:
+                    for kind in spec.kinds:
                         arrays = answer.tensors()
                         sums[kind] += sum(arrays[name].nbytes for name in tensors_of((kind,)) if name in arrays)
         thread.call(teacher.close())

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from benchmarks.report import report
-from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.targets.protocol import Ask, GatherIds
+from student_trainer.targets.protocol import Queries
+from student_trainer.targets.queries import spec_of
 from teacher_proto.hardware import auto_dtype
 from teacher_proto.targets import TokenTargets
 from tests.models import save_tiny_llama
@@ -101,12 +102,9 @@ class RandomTargets(ScriptedTargets):
         logits = np.sort(draw.normal(size=TOP_K) * 2)[::-1]
         self._logprobs_K = (logits - np.log(np.exp(logits).sum()) - 0.1).astype(np.float16)
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        answers: list[TokenTargets | None] = []
-        for document in batch.documents:
-            rows = counted_rows(batch, document)
-            answers.append(None if rows is None else self._answer(*rows, len_=document.stop - document.start))
-        return BatchTargets(tuple(answers), ask, self.engine.identity.fingerprint)
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+        answers = [None if query is None else self._answer(*query.rows, len_=query.num_tokens) for query in queries]
+        return BatchTargets(tuple(answers), spec_of(queries), self.engine.identity.fingerprint)
 
     def _answer(self, start: int, stop: int, len_: int) -> TokenTargets:
         count = stop - start

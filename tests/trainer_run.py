@@ -21,14 +21,13 @@ import numpy as np
 import torch
 
 from serving.engine import Job
-from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.checkpoint import files
-from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
+from student_trainer.targets.protocol import Queries, TeacherCard
+from student_trainer.targets.queries import spec_of
 from teacher_proto.identity import tokenizer_sha256
 from teacher_proto.parent import end_spawned_with_parent
-from teacher_proto.requests import Query
-from teacher_proto.targets import TokenTargets
 from teacher_proto.waiting import Waiting
 from teacher_service.scripted_engine import Script, ScriptedEngine
 from teacher_service.scripted_model import scripted_logits
@@ -214,18 +213,11 @@ class ScriptedTargets:
             max_top_k=limits.max_top_k, kinds=self.engine.kinds, identity=identity.model_dump(mode="json"),
         )  # fmt: skip
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         self.fetched.append(batch.number)
         await asyncio.sleep(self._delay(batch.number))
-        answers: list[TokenTargets | None] = []
-        for place, document in enumerate(batch.documents):
-            rows = counted_rows(batch, document)
-            tokens_T = batch.tokens_BT[document.row, document.start : document.stop]
-            ids_RG = None if gather_ids is None else gather_ids[place]
-            answers.append(
-                None if rows is None else await self.engine.score(Job(Query(tokens_T, rows, ask, ids_RG), "test"))
-            )
-        return BatchTargets(tuple(answers), ask, self.engine.identity.fingerprint)
+        answers = [None if query is None else await self.engine.score(Job(query, "test")) for query in queries]
+        return BatchTargets(tuple(answers), spec_of(queries), self.engine.identity.fingerprint)
 
     def outage(self) -> str:
         return ""

@@ -54,8 +54,9 @@ from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.prefetch import Prefetch, Stream
-from student_trainer.targets.protocol import Ask, ask_for
+from student_trainer.targets.protocol import spec_for
 from student_trainer.targets.student_support import StudentSupport
+from teacher_proto.requests import TargetSpec
 from teacher_proto.stages import stage
 from teacher_proto.stopping import StopSignals
 
@@ -251,7 +252,7 @@ def _prefetch(
         parted = cut(batch, targets, student.reader, seed, rows=rows, head=parts.head, keep_empty=not ranks.alone)
         return tuple(micro.to(student.device) for micro in parted)
 
-    asked = {kind: _ask(settings, weighting.terms) for kind, weighting in losses.items()}
+    asked = {kind: _spec(settings, weighting.terms) for kind, weighting in losses.items()}
     targets = parts.teacher.targets if parts.teacher else None
     if targets is not None and parts.attention is not None:
         targets = BesideTokens(targets, parts.attention)
@@ -259,11 +260,11 @@ def _prefetch(
     return stack.enter_context(Prefetch(stream, targets, asked, thread, prepare, guard.refuse, settings.prefetch))
 
 
-def _ask(settings: Settings, terms: Sequence[Term]) -> Ask | None:
+def _spec(settings: Settings, terms: Sequence[Term]) -> TargetSpec | None:
     """What is asked about a batch for these terms: nothing, without one that reads targets; evaluation still asks."""
     if not Needs.of(terms).kinds:
         return None
-    return ask_for(terms, settings.teacher.top_k, settings.distillation)
+    return spec_for(terms, settings.teacher.top_k, settings.distillation)
 
 
 def _sampler(student: Student, tokenizer: Any, at_once: int | None = None) -> GenerateSampler:
@@ -290,11 +291,11 @@ def _samples(settings: Settings, parts: Parts, ranks: Ranks) -> SampleWriter:
 
 def _evaluator(settings: Settings, parts: Parts, folder: RunFolder, thread: EventThread, ranks: Ranks) -> Evaluator:
     batches = _held_out(settings, parts)
-    ask = Ask(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
+    spec = TargetSpec(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
     if settings.evaluation.kl == "full":
-        ask = replace(ask, kinds=("top_k", "hidden"), hidden_dtype="float16")
+        spec = replace(spec, kinds=("top_k", "hidden"), hidden_dtype="float16")
     targets = parts.teacher.targets if parts.teacher else None
-    held_out = fetch_held_out(batches, targets, thread, ask, parts.describe_waiting)
+    held_out = fetch_held_out(batches, targets, thread, spec, parts.describe_waiting)
     decode: Callable[[int], str] = lambda token: str(parts.tokenizer.decode([token]))  # noqa: E731
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",

@@ -18,7 +18,7 @@ from student_trainer.data.classification import LabelWords, one_set_of_words
 from student_trainer.data.loader import BatchSource
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.data import DataSettings, SourceSettings
-from student_trainer.targets.protocol import Ask, GatherIds
+from student_trainer.targets.protocol import Queries
 from tests.models import save_tiny_llama, tiny_tokenizer
 from tests.trainer_run import ScriptedTargets, lines_of, run_here
 
@@ -86,10 +86,11 @@ def test_a_run_learns_the_classes_and_tells_its_accuracy(tmp_path: Path) -> None
 class Listening(ScriptedTargets):
     """Keeps the ids at which the teacher was asked, and what it answered."""
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        answer = await super().fetch(batch, ask, gather_ids)
-        if gather_ids is not None:
-            self.heard = (gather_ids, answer)
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+        answer = await super().fetch(batch, queries)
+        asked = [query.gather_ids_RG for query in queries if query is not None and query.gather_width]
+        if asked:
+            self.heard = (asked, answer)
         return answer
 
 

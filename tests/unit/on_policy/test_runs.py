@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer import loop
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.protocol import Queries
 from teacher_service.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, random_delays, run_here, trace_of
@@ -30,9 +30,9 @@ class Watching(ScriptedTargets):
         super().__init__(**options)
         self.batches: dict[int, Batch] = {}
 
-    async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         self.batches[batch.number] = batch
-        return await super().fetch(batch, ask)
+        return await super().fetch(batch, queries)
 
 
 def test_every_second_batch_is_the_students_own(straight: Path) -> None:

@@ -19,16 +19,16 @@ from student_trainer.batch.micro_batch import MicroBatch, cut
 from student_trainer.batch.view import Reader, View, ViewSeed
 from student_trainer.losses import head_loss, token_term
 from student_trainer.students.causal import CausalReader
-from student_trainer.targets.protocol import Ask
-from student_trainer.targets.questions import questions
-from student_trainer.targets.student_support import ids_by_document
+from student_trainer.targets.queries import queries_of
+from student_trainer.targets.student_support import queries_at
 from student_trainer.targets.teacher_head import read_head
 from teacher_proto.errors import InvalidTargetsError
+from teacher_proto.requests import TargetSpec
 from teacher_service.scripted_model import scripted_head, scripted_hidden
 from tests.trainer_run import ScriptedTargets
 
 V = 64
-ASK = Ask(("top_k",), 16, (2.0,))
+ASK = TargetSpec(("top_k",), 16, (2.0,))
 
 
 def batch_of(*rows: list[int], seq_len: int = 24, masks: dict[tuple[int, int], list[bool]] | None = None) -> Batch:
@@ -44,8 +44,8 @@ def batch_of(*rows: list[int], seq_len: int = 24, masks: dict[tuple[int, int], l
     return build_batch(0, placed, seq_len, 0, ("x", "y"))
 
 
-def targets_of(batch: Batch, ask: Ask = ASK) -> BatchTargets:
-    return asyncio.run(ScriptedTargets({"vocab_size": V}).fetch(batch, ask))
+def targets_of(batch: Batch, ask: TargetSpec = ASK) -> BatchTargets:
+    return asyncio.run(ScriptedTargets({"vocab_size": V}).fetch(batch, queries_of(batch, ask)))
 
 
 class InPlaceReader(CausalReader):
@@ -142,14 +142,18 @@ def test_rows_that_do_not_count_are_not_asked_for() -> None:
 
 def test_a_teacher_is_asked_the_same_about_a_document_packed_alone_and_padded() -> None:
     together = BATCHES["masked"]
-    asked = {together.documents[place].key: question for place, question in questions(together, ASK, V)}
+    asked = {
+        document.key: query
+        for document, query in zip(together.documents, queries_of(together, ASK), strict=True)
+        if query is not None
+    }
     for document in together.documents:
         tokens_T = together.tokens_BT[document.row, document.start : document.stop]
         counts = MASKS.get(tuple(int(part) for part in document.key.split(":")[1:]))
         placed = Placed(0, document.key, tokens_T, None if counts is None else np.array(counts))
         for seq_len in (len(tokens_T), 24):
             alone = build_batch(0, [[placed]], seq_len, 0, ("x", "y"))
-            found = dict(questions(alone, ASK, V)).get(0)
+            (found,) = queries_of(alone, ASK)
             expected = asked.get(document.key)
             assert (found is None) == (expected is None)
             if found is not None and expected is not None:
@@ -169,7 +173,7 @@ def test_micro_batches_without_a_label_are_left_out() -> None:
     assert [part.first_row for part in parts] == [1]
 
 
-SAMPLED = Ask(("top_k", "sampled", "hidden"), 16, num_samples=9, seed=3, hidden_dtype="float16")
+SAMPLED = TargetSpec(("top_k", "sampled", "hidden"), 16, num_samples=9, seed=3, hidden_dtype="float16")
 
 
 def columns_by_label(batch: Batch, targets: BatchTargets) -> list[tuple[list[int], list[int], np.ndarray]]:
@@ -217,14 +221,18 @@ def test_hidden_states_are_read_in_each_of_their_dtypes() -> None:
 def test_the_ids_of_the_student_go_to_the_documents_that_they_belong_to() -> None:
     batch = BATCHES["masked"]
     ids_NG = np.arange(int(batch.loss_mask_BT.sum()))[:, None] + np.array([[100, 1000]])
-    asked = ids_by_document(batch, ids_NG)
+    asked = queries_at(batch, ids_NG)
     labels = 0
-    for d, ids_RG in zip(batch.documents, asked, strict=True):
-        start, stop = counted_rows(batch, d) or (0, 0)
-        assert len(ids_RG) == stop - start
+    for d, query in zip(batch.documents, asked, strict=True):
+        assert (None if query is None else query.rows) == counted_rows(batch, d)
+        if query is None:
+            continue
+        (start, stop), ids_RG = query.rows, query.gather_ids_RG
+        assert ids_RG is not None and len(ids_RG) == stop - start
         counted_R = batch.loss_mask_BT[d.row, d.start + start : d.start + stop]
         assert ids_RG[counted_R][:, 0].tolist() == list(range(labels + 100, labels + 100 + counted_R.sum()))
         labels += int(counted_R.sum())
+    assert labels == len(ids_NG)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 7.0])

@@ -24,9 +24,9 @@ from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.causal import CausalReader
-from student_trainer.targets.protocol import Ask
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.relations import QKV, relations
+from teacher_proto.requests import TargetSpec
 from tests.models import save_tiny_llama
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, trace_of
 from tests.unit.trainer.test_align import batch_of
@@ -142,7 +142,7 @@ def packed(teacher: StatesHere, *lengths: list[int]) -> tuple[Batch, tuple[Atten
 
 
 def micro_of(batch: Batch, attention: tuple[AttentionTargets, ...]) -> MicroBatch:
-    targets = BatchTargets((None,) * len(batch.documents), Ask((), 0), "", attention)
+    targets = BatchTargets((None,) * len(batch.documents), TargetSpec(()), "", attention)
     (micro,) = cut(batch, targets, CausalReader(), ViewSeed(0))
     return micro
 

@@ -15,13 +15,14 @@ import pytest
 
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.cached import CachedTargets, MissingTargetsError
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.queries import queries_of
 from teacher_proto.errors import NotFoundError, WrongTeacherError
+from teacher_proto.requests import TargetSpec
 from teacher_proto.store import TargetStore
 from tests.trainer_run import ScriptedTargets, teacher_script
 from tests.unit.trainer.test_align import batch_of
 
-ASK = Ask(("top_k",), 8, (2.0,))
+ASK = TargetSpec(("top_k",), 8, (2.0,))
 BATCH, OTHER = batch_of([7, 12, 1], [24]), batch_of([9, 11])
 
 
@@ -38,7 +39,7 @@ def run(targets: CachedTargets, work: Callable[[], Coroutine[Any, Any, Any]]) ->
 def fetch_all(targets: CachedTargets, *batches: Any) -> list[BatchTargets]:
     async def work() -> list[BatchTargets]:
         await targets.open()
-        return [await targets.fetch(batch, ASK) for batch in batches]
+        return [await targets.fetch(batch, queries_of(batch, ASK)) for batch in batches]
 
     return run(targets, work)
 
@@ -52,7 +53,7 @@ def assert_same(one: BatchTargets, other: BatchTargets) -> None:
 
 
 def test_what_is_missing_is_asked_for_once_and_kept(tmp_path: Path) -> None:
-    truth = asyncio.run(ScriptedTargets().fetch(BATCH, ASK))
+    truth = asyncio.run(ScriptedTargets().fetch(BATCH, queries_of(BATCH, ASK)))
     behind = ScriptedTargets()
     with TargetStore(tmp_path) as store:
         cached = CachedTargets(store, None, behind)

@@ -9,14 +9,14 @@ import torch
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.supports import read_support, with_tail
 from student_trainer.targets.ensemble import MixedTargets, mix, share_draws
-from student_trainer.targets.protocol import Ask
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.scripted_model import reduce_logits
 
 V, T, K = 97, 40, 12
 TEMPERATURES = (2.0, 5.0)
 WEIGHTS = (0.7, 0.3)
-ASK = Ask(("top_k", "score", "gather", "sampled"), K, TEMPERATURES, num_samples=1000)
+ASK = TargetSpec(("top_k", "score", "gather", "sampled"), K, TEMPERATURES, num_samples=1000)
 
 
 def dense(seed: int, sharpness: float) -> np.ndarray:
@@ -34,7 +34,7 @@ GATHER = np.stack([np.random.default_rng(8).choice(V, 5, replace=False) for _ in
 LOGITS = (dense(1, 2.0), dense(1, 2.0) + dense(2, 1.0))
 
 
-def answer(logits_TV: np.ndarray, ask: Ask, seed: int) -> TokenTargets:
+def answer(logits_TV: np.ndarray, ask: TargetSpec, seed: int) -> TokenTargets:
     seeds = np.random.default_rng(seed).integers(0, 2**63, T).astype(np.uint64)
     tensors = reduce_logits(logits_TV, np.append(TOKENS, -1)[1:], ask, GATHER, seeds)
     sizes = tensors.pop("sampled_counts_R")
@@ -45,7 +45,7 @@ def answer(logits_TV: np.ndarray, ask: Ask, seed: int) -> TokenTargets:
 def mixed() -> MixedTargets:
     asks = share_draws(ASK, WEIGHTS)
     answers = [answer(logits, ask, seed) for seed, (logits, ask) in enumerate(zip(LOGITS, asks, strict=True))]
-    return mix(answers, WEIGHTS, ASK, TOKENS)
+    return mix(answers, WEIGHTS, Query(TOKENS, (0, len(TOKENS)), ASK))
 
 
 def truth(temperature: float) -> np.ndarray:
@@ -126,9 +126,9 @@ def test_losses_read_a_distribution_whose_tail_holds_all_that_is_short(mixed: Mi
 
 
 def test_two_times_the_same_teacher_is_that_teacher() -> None:
-    ask = Ask(("top_k",), K, TEMPERATURES)
+    ask = TargetSpec(("top_k",), K, TEMPERATURES)
     single = answer(LOGITS[0], ASK, 0)
-    twice = mix([single, single], (0.5, 0.5), ask, TOKENS)
+    twice = mix([single, single], (0.5, 0.5), Query(TOKENS, (0, len(TOKENS)), ask))
     np.testing.assert_allclose(twice.logprobs, single.logprobs, atol=4e-3)
     # The row's own next token is known in fp32, so it may change places with one that fp16 makes its equal.
     assert (twice.ids == single.ids).mean() > 0.99
@@ -136,4 +136,4 @@ def test_two_times_the_same_teacher_is_that_teacher() -> None:
 
 def test_too_few_draws_for_all_are_refused() -> None:
     with pytest.raises(ValueError, match=r"distillation\.samples is 2"):
-        share_draws(Ask(("sampled",), num_samples=2), (0.9, 0.05, 0.05))
+        share_draws(TargetSpec(("sampled",), num_samples=2), (0.9, 0.05, 0.05))

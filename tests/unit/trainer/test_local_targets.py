@@ -19,15 +19,15 @@ from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings.teacher import TeacherSettings
 from student_trainer.targets.local import LocalTargets
-from student_trainer.targets.protocol import Ask, TeacherCard
-from student_trainer.targets.questions import questions
+from student_trainer.targets.protocol import TeacherCard
+from student_trainer.targets.queries import queries_of
 from teacher_proto import hardware
 from teacher_proto.errors import OutOfRangeError, WrongTeacherError
-from teacher_proto.requests import KINDS
+from teacher_proto.requests import KINDS, TargetSpec
 from teacher_service.hf_engine import HfEngine
 from tests.models import VOCAB_SIZE, save_tiny_llama
 
-ASK = Ask(KINDS, 16, (2.0,), num_samples=20, sample_temperature=1.0, seed=3, hidden_dtype="float16")
+ASK = TargetSpec(KINDS, 16, (2.0,), num_samples=20, sample_temperature=1.0, seed=3, hidden_dtype="float16")
 
 
 def batch_of(*lengths: int, seed: int = 0) -> Batch:
@@ -46,7 +46,8 @@ def fetch(targets: LocalTargets, *batches: Batch) -> list[BatchTargets]:
     async def run() -> list[BatchTargets]:
         await targets.open()
         try:
-            return await asyncio.gather(*(targets.fetch(batch, ASK, gathered(batch)) for batch in batches))
+            asked = [queries_of(batch, ASK, gathered(batch)) for batch in batches]
+            return await asyncio.gather(*map(targets.fetch, batches, asked))
         finally:
             await targets.close()
 
@@ -66,9 +67,9 @@ def test_it_is_who_the_service_is_and_answers_every_kind_as_it_does(settings: Te
     async def ask_engine() -> tuple[str, list[object]]:
         engine = HfEngine(settings.model, dtype="float32")
         await engine.start()
-        asked = questions(batch, ASK, VOCAB_SIZE, gathered(batch))
+        asked = queries_of(batch, ASK, gathered(batch))
         try:
-            jobs = [Job(query, "test") for _, query in asked]
+            jobs = [Job(query, "test") for query in asked if query is not None]
             return engine.identity.fingerprint, [await engine.score(job) for job in jobs]
         finally:
             await engine.close()
@@ -98,8 +99,9 @@ def test_its_head_makes_its_logits_of_its_hidden_states(settings: TeacherSetting
     async def run() -> tuple[BatchTargets, bytes]:
         targets = LocalTargets(settings)
         await targets.open()
+        batch = batch_of(50)
         try:
-            return await targets.fetch(batch_of(50), ASK, gathered(batch_of(50))), await targets.head()
+            return await targets.fetch(batch, queries_of(batch, ASK, gathered(batch))), await targets.head()
         finally:
             await targets.close()
 

@@ -20,7 +20,7 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
 from student_trainer.targets.guard import NonFiniteError
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.protocol import Queries
 from teacher_proto.errors import InvalidTargetsError, TeacherUnavailableError
 from teacher_proto.stopping import StopSignals
 from teacher_service.scripted_model import scripted_logits
@@ -186,8 +186,8 @@ class Spoiled(ScriptedTargets):
         super().__init__()
         self._number, self._spoil = number, spoil
 
-    async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
-        answer = await super().fetch(batch, ask)
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+        answer = await super().fetch(batch, queries)
         return self._spoil(answer) if batch.number == self._number else answer
 
 
@@ -277,10 +277,10 @@ def test_a_teacher_that_never_comes_back_ends_the_run_and_leaves_it_resumable(
     workshop: Workshop, straight: Path, tmp_path: Path
 ) -> None:
     class Gone(ScriptedTargets):
-        async def fetch(self, batch: Batch, ask: Ask) -> BatchTargets:
+        async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
             if batch.number >= 6:
                 raise TeacherUnavailableError("nobody answers")
-            return await super().fetch(batch, ask)
+            return await super().fetch(batch, queries)
 
     with pytest.raises(TeacherUnavailableError):
         run_here(workshop.settings(tmp_path), Gone())

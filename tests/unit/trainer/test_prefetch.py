@@ -17,17 +17,18 @@ from student_trainer.settings import PrefetchSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
 from student_trainer.targets.prefetch import Prefetch
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.protocol import Queries
+from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 from tests.trainer_run import random_delays
 
-ASK = Ask(("top_k",), 4)
+SPEC = TargetSpec(("top_k",), 4)
 
 
 class Numbered:
     """A batch of the data that is only its number."""
 
-    kind = "data"
+    kind, documents = "data", ()
 
     def __init__(self, number: int):
         self.number = number
@@ -41,7 +42,7 @@ class Counting:
         self.running = self.most = 0
         self.begun: list[int] = []
 
-    async def fetch(self, batch: Any, ask: Ask) -> BatchTargets:
+    async def fetch(self, batch: Any, queries: Queries) -> BatchTargets:
         self.begun.append(batch.number)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -49,7 +50,7 @@ class Counting:
             await asyncio.sleep(self._delay(batch.number))
             if batch.number == self._fail_at:
                 raise ValueError(f"batch {batch.number} cannot be had")
-            return BatchTargets((), ask, "")
+            return BatchTargets((), SPEC, "")
         finally:
             self.running -= 1
 
@@ -74,7 +75,7 @@ def prefetch(
     return Prefetch(
         source or stream(),
         targets,
-        {"data": ASK},
+        {"data": SPEC},
         thread,
         lambda batch, answer: (batch.number,),
         None,
@@ -104,10 +105,10 @@ def test_no_more_than_depth_batches_are_under_way_beside_the_one_in_use(thread: 
 class Heavy(Counting):
     """Answers of a mebibyte each, after far longer than a step takes."""
 
-    async def fetch(self, batch: Any, ask: Ask) -> BatchTargets:
-        answered = await super().fetch(batch, ask)
+    async def fetch(self, batch: Any, queries: Queries) -> BatchTargets:
+        answered = await super().fetch(batch, queries)
         document = TokenTargets(0, lse=np.zeros(2**18, np.float32))
-        return BatchTargets((document,), answered.ask, answered.fingerprint)
+        return BatchTargets((document,), answered.spec, answered.fingerprint)
 
 
 @pytest.mark.parametrize("most", [1, 3, 6])
@@ -133,7 +134,7 @@ def test_what_becomes_of_targets_happens_off_the_main_thread(thread: EventThread
         return (batch.number,)
 
     settings = PrefetchSettings(depth=2)
-    with Prefetch(stream(), Counting(), {"data": ASK}, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
+    with Prefetch(stream(), Counting(), {"data": SPEC}, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
         for _ in range(5):
             ahead.next()
     assert threading.main_thread() not in names

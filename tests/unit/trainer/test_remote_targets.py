@@ -16,16 +16,17 @@ from student_trainer.cli.compose import compose
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.admission import Admits, check_admission
 from student_trainer.targets.patience import retry_until
-from student_trainer.targets.protocol import Ask, TeacherCard
+from student_trainer.targets.protocol import TeacherCard
+from student_trainer.targets.queries import queries_of
 from student_trainer.targets.remote import RemoteTargets
 from teacher_proto.client import TeacherClient
 from teacher_proto.errors import DeadlyRequestError, TeacherUnavailableError
-from teacher_proto.requests import Limits
+from teacher_proto.requests import Limits, TargetSpec
 from teacher_proto.retry import RetryPolicy
 from tests.unit.proto.fake_teacher import VOCAB, FakeClock, Replica, network, problem, spoil_body
 
 MARK = b"\xa4type\xa7targets"
-ASK = Ask(("top_k",), top_k=4)
+ASK = TargetSpec(("top_k",), top_k=4)
 
 
 def batch_of(*lengths: int, token: int | None = None) -> Batch:
@@ -83,7 +84,8 @@ async def test_records_that_came_before_a_deadline_are_not_asked_for_again() -> 
 
     targets._note = hear  # type: ignore[method-assign]
     teacher.faults += [cut_after(teacher, 3, leave), cut_after(teacher, 1, leave)]
-    answer = await targets.fetch(batch_of(5, 9, 30, 12, 7, 8), ASK)
+    batch = batch_of(5, 9, 30, 12, 7, 8)
+    answer = await targets.fetch(batch, queries_of(batch, ASK))
     await targets.close()
     assert all(document is not None for document in answer.documents)
     asked = [len(tokens_T) for post in teacher.posts for tokens_T in post.sequences]
@@ -134,7 +136,7 @@ async def test_a_document_that_the_engine_dies_of_is_named_with_its_tokens() -> 
     with pytest.raises(
         DeadlyRequestError, match=r"document a:2: the engine dies of one sequence of 12 tokens"
     ) as caught:
-        await targets.fetch(batch, ASK)
+        await targets.fetch(batch, queries_of(batch, ASK))
     await targets.close()
     assert str(batch.tokens_BT[2, 0]) in str(caught.value) and "299" in str(caught.value)
     # All at once, the others alone, and this one alone twice.

@@ -11,13 +11,14 @@ import pytest
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.queries import queries_of
 from student_trainer.targets.sanity import check_alignment
 from teacher_proto.errors import InvalidTargetsError
+from teacher_proto.requests import TargetSpec
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import ScriptedTargets, write_documents
 
-ASK = Ask(("top_k",), 16)
+ASK = TargetSpec(("top_k",), 16)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def noise(rows: int) -> Batch:
     return build_batch(0, placed, 64, 0, ("x",))
 
 
-def answer(batch: Batch, ask: Ask = ASK, **script: object) -> BatchTargets:
-    return asyncio.run(ScriptedTargets({"vocab_size": VOCAB_SIZE, **script}).fetch(batch, ask))
+def answer(batch: Batch, ask: TargetSpec = ASK, **script: object) -> BatchTargets:
+    return asyncio.run(ScriptedTargets({"vocab_size": VOCAB_SIZE, **script}).fetch(batch, queries_of(batch, ask)))
 
 
 @pytest.mark.parametrize("top_k", [1, 16, 512])
 def test_a_sound_teacher_passes(text: Batch, top_k: int) -> None:
-    check_alignment(text, answer(text, Ask(("top_k",), top_k)), VOCAB_SIZE)
+    check_alignment(text, answer(text, TargetSpec(("top_k",), top_k)), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])

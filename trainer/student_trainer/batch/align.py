@@ -26,7 +26,7 @@ from teacher_proto.targets import TokenTargets
 
 
 def teacher_rows(
-    batch: Batch, answers: Sequence[TokenTargets | None], ask: TargetSpec, head: TeacherHead | None
+    batch: Batch, answers: Sequence[TokenTargets | None], spec: TargetSpec, head: TeacherHead | None
 ) -> TeacherRows | None:
     """Rows of the batch's counted positions, in their order; documents come in that order. None where there are none.
 
@@ -52,7 +52,7 @@ def teacher_rows(
         head = None
     tensors = {_FIELDS[name]: own_tensor(array, _DTYPES.get(name)) for name, array in arrays.items()}
     return TeacherRows(
-        **tensors, temperatures=ask.temperatures, sampled_temperature=ask.sample_temperature, teacher_head=head
+        **tensors, temperatures=spec.temperatures, sampled_temperature=spec.sample_temperature, teacher_head=head
     )
 
 

@@ -15,13 +15,13 @@ assert TEMPERED not in TENSORS
 
 @dataclass(frozen=True, eq=False)
 class BatchTargets:
-    """A teacher's answer to a batch: by document, None where no row of it counts. `ask` is what was asked.
+    """A teacher's answer to a batch: by document, None where no row of it counts. `spec` is what was asked.
 
     `attention`: states of every document, where they were asked for beside.
     """
 
     documents: tuple[TokenTargets | None, ...]
-    ask: TargetSpec
+    spec: TargetSpec
     fingerprint: str
     attention: tuple[AttentionTargets, ...] | None = None
 

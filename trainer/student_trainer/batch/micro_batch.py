@@ -80,8 +80,8 @@ def _micro_batches(
     documents_C = torch.from_numpy(_document_of_each(part, row_C, column_C))
     teacher_C, states = None, None
     if targets is not None:
-        if targets.ask.kinds:
-            teacher_C = teacher_rows(part, targets.documents[documents], targets.ask, head)
+        if targets.spec.kinds:
+            teacher_C = teacher_rows(part, targets.documents[documents], targets.spec, head)
         if targets.attention is not None:
             states = targets.attention[documents]
     made = []

@@ -22,7 +22,8 @@ from student_trainer.losses.terms import Needs, Term, TokenTerm
 from student_trainer.rollouts.prompts import prompts_of
 from student_trainer.settings import Settings
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.protocol import ask_for
+from student_trainer.targets.protocol import spec_for
+from student_trainer.targets.queries import queries_of
 from teacher_proto.stages import DISPLAY, stage
 
 # float32 weights, gradients, and the two moments of AdamW; Muon keeps one, so this is an upper bound.
@@ -114,10 +115,10 @@ def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread
         yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
     if parts.teacher is None or not Needs.of(terms).kinds:
         return
-    ask = ask_for(terms, settings.teacher.top_k, settings.distillation)
+    spec = spec_for(terms, settings.teacher.top_k, settings.distillation)
     with stage("targets of batch 0", note=parts.describe_waiting):
-        answered = thread.call(parts.teacher.targets.fetch(batch, ask))
-    yield "targets", f"{', '.join(ask.kinds)} with K = {ask.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
+        answered = thread.call(parts.teacher.targets.fetch(batch, queries_of(batch, spec)))
+    yield "targets", f"{', '.join(spec.kinds)} with K = {spec.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
 
 
 def _memory(settings: Settings, parts: Parts, batch: Batch) -> Iterator[tuple[str, str]]:

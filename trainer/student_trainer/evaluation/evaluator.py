@@ -30,7 +30,9 @@ from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import EvaluationSettings
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.protocol import Ask, Targets
+from student_trainer.targets.protocol import Targets
+from student_trainer.targets.queries import queries_of
+from teacher_proto.requests import TargetSpec
 from teacher_proto.stages import stage
 
 CROSS_ENTROPY = token_term("cross_entropy", "cross_entropy")
@@ -58,7 +60,7 @@ class HeldOut:
 
 
 def fetch_held_out(
-    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, ask: Ask,
+    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, spec: TargetSpec,
     waiting: Callable[[], str] = str,
 ) -> HeldOut:  # fmt: skip
     """Ask the teacher for all of them, side by side; the first failure is raised. `waiting` says how far they are."""
@@ -69,7 +71,7 @@ def fetch_held_out(
     with stage("held-out targets", len(ordered), "batches", note=waiting, paced=False) as doing:
 
         async def fetch(batch: Batch) -> BatchTargets:
-            answer = await targets.fetch(batch, ask)
+            answer = await targets.fetch(batch, queries_of(batch, spec))
             doing.done += 1
             return answer
 

@@ -67,7 +67,7 @@ def _student_guesses(
         p_NV = torch.softmax(student.logits(micro.to(student.device)), -1)
         top = p_NV.topk(GUESSES)
         for place, p_K, ids_K in zip(
-            places[micro.view.counted_N], top.values.tolist(), top.indices.tolist(), strict=True
+            places[micro.view.counted_N.numpy()], top.values.tolist(), top.indices.tolist(), strict=True
         ):
             guesses[int(place)] = [[decode(i), round(p, 4)] for i, p in zip(ids_K, p_K, strict=True)]
     return guesses

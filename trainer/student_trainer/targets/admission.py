@@ -4,42 +4,14 @@ before anything is asked; the client splits what is more than one sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from student_trainer.losses.kinds import all_terms
 from student_trainer.losses.terms import Needs
-from teacher_proto.client import HIDDEN_WIDTH
-from teacher_proto.info import TeacherInfo
+from student_trainer.settings import Settings
+from student_trainer.targets.protocol import Admits, TeacherCard
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.splitting import FIXED_BYTES
-
-if TYPE_CHECKING:
-    from student_trainer.settings import Settings
-    from student_trainer.targets.protocol import TeacherCard
-
-
-@dataclass(frozen=True)
-class Admits:
-    """A service's limits for one request: ids a row of kind `gather`, tokens, bytes of a body, cost in tokens x
-    (numbers answered a token + 1), None where it doesn't say; numbers of a hidden state."""
-
-    max_gather: int
-    max_request_tokens: int
-    max_body_bytes: int
-    max_cost: int | None
-    hidden_width: int
-
-    @classmethod
-    def of(cls, info: TeacherInfo) -> Admits:
-        limits = info.limits
-        return cls(
-            max_gather=limits.max_gather, max_request_tokens=limits.max_request_tokens,
-            max_body_bytes=limits.max_body_bytes, max_cost=limits.max_cost,
-            hidden_width=info.hidden_width or HIDDEN_WIDTH,
-        )  # fmt: skip
 
 
 def check_admission(settings: Settings, card: TeacherCard) -> None:

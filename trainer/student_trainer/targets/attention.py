@@ -20,11 +20,11 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs, StatesTerm
 from student_trainer.settings import Settings, TeacherSettings
-from student_trainer.targets.background import EventThread
+from student_trainer.targets.background import EventThread, gather
 from student_trainer.targets.open import Teacher
 from student_trainer.targets.patience import retry_until
-from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
-from student_trainer.targets.questions import together, with_documents
+from student_trainer.targets.protocol import Queries, Targets, TeacherCard
+from student_trainer.targets.queries import with_documents
 from student_trainer.targets.remote import reach
 from teacher_proto.attention import AttentionInfo, AttentionRequest, attention_cost, check_attention_request
 from teacher_proto.attention_client import AttentionClient
@@ -32,12 +32,13 @@ from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.errors import OutOfRangeError, PoisonBatchError, TeacherUnavailableError
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.relations import layer_index
+from teacher_proto.requests import TargetSpec
 from teacher_proto.retry import RetryPolicy
 from teacher_proto.splitting import FIXED_BYTES, check_alone
 from teacher_proto.waiting import Waiting
 
 # Asked of the teacher where only its attention is learnt from.
-NO_TOKENS = Ask(kinds=(), top_k=0)
+NO_TOKENS = TargetSpec(kinds=())
 
 
 class AttentionSource:
@@ -128,16 +129,16 @@ class BesideTokens:
     async def head(self) -> bytes:
         return await self._tokens.head()
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         if batch.kind != "data":
-            return await self._tokens.fetch(batch, ask, gather_ids)
-        if ask == NO_TOKENS:
-            return BatchTargets((None,) * len(batch.documents), ask, "", await self._attention.fetch(batch))
+            return await self._tokens.fetch(batch, queries)
+        if all(query is None for query in queries):
+            return BatchTargets((None,) * len(queries), NO_TOKENS, "", await self._attention.fetch(batch))
         calls: tuple[Coroutine[Any, Any, Any], ...] = (
-            self._tokens.fetch(batch, ask, gather_ids),
+            self._tokens.fetch(batch, queries),
             self._attention.fetch(batch),
         )
-        tokens, attention = await together(calls)
+        tokens, attention = await gather(calls)
         with_attention: BatchTargets = replace(tokens, attention=attention)
         return with_attention
 

@@ -16,8 +16,8 @@ from typing import Any
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
-from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
-from student_trainer.targets.questions import Questions, answers, gathered_ids, questions
+from student_trainer.targets.protocol import Queries, Targets, TeacherCard
+from student_trainer.targets.queries import asked_of, by_document, spec_of
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query
@@ -69,21 +69,21 @@ class CachedTargets:
         beyond = ("gather", "hidden") if self._behind is None else ()
         return replace(card, kinds=tuple(kind for kind in card.kinds if kind not in beyond))
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         assert self._info is not None, "open() comes before fetch()"
         fingerprint = self._info.fingerprint
-        asked = questions(batch, ask, self._info.limits.vocab_size, gather_ids)
-        found = await self._run(self._read, fingerprint, [question for _, question in asked])
-        missing = [index for index, targets in enumerate(found) if targets is None]
-        self.hits += len(asked) - len(missing)
-        self.misses += len(missing)
-        if missing:
+        asked = asked_of(batch, queries, self._info.limits.vocab_size)
+        found = by_document(queries, await self._run(self._read, fingerprint, asked))
+        missing = [None if answer is not None else query for query, answer in zip(queries, found, strict=True)]
+        misses = sum(query is not None for query in missing)
+        self.hits += len(asked) - misses
+        self.misses += misses
+        if misses:
             if self._behind is None:
-                raise MissingTargetsError(self._explain(batch, asked, missing, ask))
-            given = await self._fetch_behind(batch, ask, [asked[index] for index in missing])
-            for index, targets in zip(missing, given, strict=True):
-                found[index] = targets
-        return BatchTargets(answers(batch, asked, found), ask, fingerprint)
+                raise MissingTargetsError(self._explain(batch, missing, len(asked)))
+            given = await self._fetch_behind(batch, missing)
+            found = tuple(theirs if ours is None else ours for ours, theirs in zip(found, given, strict=True))
+        return BatchTargets(found, spec_of(queries), fingerprint)
 
     async def head(self) -> bytes:
         if self._behind is None:
@@ -128,7 +128,7 @@ class CachedTargets:
         )
 
     def _read(self, fingerprint: str, asked: list[Query]) -> list[TokenTargets | None]:
-        return [self._store.get(fingerprint, question) for question in asked]
+        return [self._store.get(fingerprint, query) for query in asked]
 
     async def _open_behind(self) -> None:
         """Reach the teacher behind the store, once, when it is first needed. WrongTeacherError if it is another."""
@@ -144,27 +144,25 @@ class CachedTargets:
                 field="fingerprint", got=self._behind_card.fingerprint, limit=self._info.fingerprint,
             )  # fmt: skip
 
-    async def _fetch_behind(self, batch: Batch, ask: Ask, asked: Questions) -> list[TokenTargets]:
+    async def _fetch_behind(self, batch: Batch, missing: Queries) -> tuple[TokenTargets | None, ...]:
         """The answers of the teacher behind the store, on their way to the disk."""
         assert self._behind is not None and self._writer is not None and self._info is not None
         await self._open_behind()
-        documents = tuple(batch.documents[place] for place, _ in asked)
-        gathered = gathered_ids([question for _, question in asked])
-        targets = await self._behind.fetch(replace(batch, documents=documents), ask, gathered)
-        given = [answer for answer in targets.documents if answer is not None]
-        for (_, question), answer in zip(asked, given, strict=True):
-            self._writer.add(self._info.fingerprint, question, answer)
+        given = (await self._behind.fetch(batch, missing)).documents
+        for query, answer in zip(missing, given, strict=True):
+            if query is not None and answer is not None:
+                self._writer.add(self._info.fingerprint, query, answer)
         return given
 
-    def _explain(self, batch: Batch, asked: Questions, missing: list[int], ask: Ask) -> str:
+    def _explain(self, batch: Batch, missing: Queries, asked: int) -> str:
         assert self._info is not None
-        path, model = self._store.path, self._info.identity.semantic.model
-        keys = ", ".join(batch.documents[asked[index][0]].key for index in missing[:3])
-        temperatures = f" --temperatures {','.join(f'{t:g}' for t in ask.temperatures)}" if ask.temperatures else ""
+        path, model, spec = self._store.path, self._info.identity.semantic.model, spec_of(missing)
+        lacking = [document.key for document, query in zip(batch.documents, missing, strict=True) if query is not None]
+        temperatures = f" --temperatures {','.join(f'{t:g}' for t in spec.temperatures)}" if spec.temperatures else ""
         return (
-            f"the target store at {path} lacks {len(missing)} of the {len(asked)} documents of batch {batch.number} "
-            f"(first {keys}) as {model} answers {', '.join(ask.kinds)}, {self.misses} documents so far. Write the "
-            "run's documents with `stillhouse-train sequences FILE.jsonl SETTINGS...`, have them scored with "
-            f"`stillhouse-teacher fill MODEL FILE.jsonl --store {path} --kinds {','.join(ask.kinds)} "
-            f"--top-k {ask.top_k}{temperatures}`, or have a teacher asked for them with teacher.on_miss=remote"
+            f"the target store at {path} lacks {len(lacking)} of the {asked} documents of batch {batch.number} "
+            f"(first {', '.join(lacking[:3])}) as {model} answers {', '.join(spec.kinds)}, {self.misses} documents so "
+            "far. Write the run's documents with `stillhouse-train sequences FILE.jsonl SETTINGS...`, have them scored "
+            f"with `stillhouse-teacher fill MODEL FILE.jsonl --store {path} --kinds {','.join(spec.kinds)} "
+            f"--top-k {spec.top_k}{temperatures}`, or have a teacher asked for them with teacher.on_miss=remote"
         )

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from student_trainer.batch.batch_targets import TEMPERED
-from student_trainer.targets.protocol import Ask
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
 
 LEAST = np.finfo(np.float32).tiny
@@ -44,43 +44,43 @@ class MixedTargets(TokenTargets):
         return super().tensors() | tempered
 
 
-def mix(answers: Sequence[TokenTargets], weights: Sequence[float], ask: Ask, tokens_T: np.ndarray) -> MixedTargets:
+def mix(answers: Sequence[TokenTargets], weights: Sequence[float], query: Query) -> MixedTargets:
     """The ensemble's record of one document out of its teachers', which are of the same rows."""
-    start, num_rows = answers[0].start, answers[0].num_rows
+    start, num_rows, spec = answers[0].start, answers[0].num_rows, query.spec
     assert all((answer.start, answer.num_rows) == (start, num_rows) for answer in answers)
     tensors: dict[str, np.ndarray] = {}
-    if {"top_k", "score"} & set(ask.kinds):
+    if {"top_k", "score"} & set(spec.kinds):
         logprobs = [answer.next_logprob for answer in answers]
         tensors["next_logprob"] = _log_mean([x for x in logprobs if x is not None], weights)
-    if "top_k" in ask.kinds:
-        next_R = np.append(tokens_T, -1)[start + 1 : start + num_rows + 1]
-        tensors |= _mix_top_k(answers, weights, ask, next_R)
-    if "gather" in ask.kinds:
+    if "top_k" in spec.kinds:
+        next_R = np.append(query.tokens_T, -1)[start + 1 : start + num_rows + 1]
+        tensors |= _mix_top_k(answers, weights, spec, next_R)
+    if "gather" in spec.kinds:
         gathered = [answer.gather_logprobs for answer in answers]
         tensors["gather_logprobs"] = _log_mean([x for x in gathered if x is not None], weights)
-    if "sampled" in ask.kinds:
+    if "sampled" in spec.kinds:
         tensors |= _mix_draws(answers, num_rows)
     return MixedTargets(start, **tensors)
 
 
-def share_draws(ask: Ask, weights: Sequence[float]) -> list[Ask]:
+def share_draws(spec: TargetSpec, weights: Sequence[float]) -> list[TargetSpec]:
     """What each teacher is asked: the same, but for its share of the draws under a seed of its own."""
-    if "sampled" not in ask.kinds:
-        return [ask] * len(weights)
-    quota = np.array(weights) * ask.num_samples
+    if "sampled" not in spec.kinds:
+        return [spec] * len(weights)
+    quota = np.array(weights) * spec.num_samples
     counts = np.floor(quota).astype(int)
-    for index in np.argsort(counts - quota, kind="stable")[: ask.num_samples - counts.sum()]:
+    for index in np.argsort(counts - quota, kind="stable")[: spec.num_samples - counts.sum()]:
         counts[index] += 1
     if not counts.all():
         raise ValueError(
-            f"distillation.samples is {ask.num_samples}, too few for {len(weights)} teachers by weight: the least must "
-            f"draw once at least, and has {min(weights):.3g} of them"
+            f"distillation.samples is {spec.num_samples}, too few for {len(weights)} teachers by weight: the least "
+            f"must draw once at least, and has {min(weights):.3g} of them"
         )
-    return [replace(ask, num_samples=int(count), seed=ask.seed + index) for index, count in enumerate(counts)]
+    return [replace(spec, num_samples=int(count), seed=spec.seed + index) for index, count in enumerate(counts)]
 
 
 def _mix_top_k(
-    answers: Sequence[TokenTargets], weights: Sequence[float], ask: Ask, next_R: np.ndarray
+    answers: Sequence[TokenTargets], weights: Sequence[float], spec: TargetSpec, next_R: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The K likeliest of the union, and their logprobs at 1 and at each temperature.
 
@@ -90,8 +90,8 @@ def _mix_top_k(
     for answer, weight in zip(answers, weights, strict=True):
         assert answer.ids is not None and answer.next_logprob is not None
         columns.append(answer.ids.astype(np.int64))
-        probabilities.append(weight * _at_temperatures(answer, answer.logprobs, ask))
-        exact.append(weight * _at_temperatures(answer, answer.next_logprob[:, None], ask))
+        probabilities.append(weight * _at_temperatures(answer, answer.logprobs, spec))
+        exact.append(weight * _at_temperatures(answer, answer.next_logprob[:, None], spec))
     has_next_R1 = (next_R >= 0)[:, None]
     own_R1 = np.where(has_next_R1, next_R[:, None], columns[0][:, :1])
     ids_RC = np.concatenate([*columns, own_R1], 1)
@@ -99,7 +99,7 @@ def _mix_top_k(
     # The next token's probability is known of every teacher, so what some of them list of it is not counted again.
     listed_RCS[(ids_RC[:, :-1] == own_R1) & has_next_R1] = 0.0
     own_R1S = np.where(has_next_R1[:, :, None], np.nan_to_num(sum(exact)), 0.0)
-    ids_RK, mixed_RKS = _largest_sums(ids_RC, np.concatenate([listed_RCS, own_R1S], 1), ask.top_k)
+    ids_RK, mixed_RKS = _largest_sums(ids_RC, np.concatenate([listed_RCS, own_R1S], 1), spec.top_k)
     logprobs_RKS = np.log(np.maximum(mixed_RKS, LEAST)).astype(np.float32)
     return {
         "ids": ids_RK.astype(np.int32),
@@ -108,12 +108,12 @@ def _mix_top_k(
     }
 
 
-def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, ask: Ask) -> np.ndarray:
+def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, spec: TargetSpec) -> np.ndarray:
     """Probabilities [R, C, 1 + T] at temperature 1 and at each that was asked for."""
     assert logprobs_RC is not None
     wide_RC = logprobs_RC.astype(np.float64)
     softened = [wide_RC]
-    for index, temperature in enumerate(ask.temperatures):
+    for index, temperature in enumerate(spec.temperatures):
         assert answer.log_z is not None
         softened.append(wide_RC / temperature - answer.log_z[:, index, None])
     return np.exp(np.stack(softened, -1))

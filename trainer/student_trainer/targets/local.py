@@ -19,8 +19,8 @@ import torch
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
-from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
-from student_trainer.targets.questions import answers, questions
+from student_trainer.targets.protocol import Queries, TeacherCard
+from student_trainer.targets.queries import asked_of, by_document, spec_of
 from teacher_proto.canary import canary_request, read_canary
 from teacher_proto.info import TeacherInfo
 from teacher_proto.packed import layout_of, unpack_rows
@@ -66,16 +66,16 @@ class LocalTargets:
         self._info = await self._run(self._load)
         return TeacherCard.of(self._info, self._expected.canary)
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         assert self._info is not None, "open() comes before fetch()"
-        asked = questions(batch, ask, self._info.limits.vocab_size, gather_ids)
-        progress = _Progress(sum(len(question.tokens_T) for _, question in asked))
+        asked = asked_of(batch, queries, self._info.limits.vocab_size)
+        progress = _Progress(sum(query.num_tokens for query in asked))
         self._under_way.add(progress)
         try:
-            given = await self._run(self._score, [question for _, question in asked], progress)
+            given = await self._run(self._score, asked, progress)
         finally:
             self._under_way.discard(progress)
-        return BatchTargets(answers(batch, asked, given), ask, self._info.fingerprint)
+        return BatchTargets(by_document(queries, given), spec_of(queries), self._info.fingerprint)
 
     async def head(self) -> bytes:
         return await self._run(self._head)
@@ -159,7 +159,7 @@ def _dtype_of(saved: Mapping[str, Any] | None) -> str:
 def alike(asked: list[Query], max_tokens: int) -> list[list[int]]:
     """Places of documents that share a forward pass: longest first, of like length, `max_tokens` with the padding."""
     groups: list[list[int]] = []
-    lengths = [len(question.tokens_T) for question in asked]
+    lengths = [query.num_tokens for query in asked]
     for index in sorted(range(len(asked)), key=lambda index: (-lengths[index], index)):
         longest = lengths[groups[-1][0]] if groups else 0
         fits = bool(groups) and longest * (len(groups[-1]) + 1) <= max_tokens

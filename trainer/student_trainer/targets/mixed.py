@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.targets.background import gather
 from student_trainer.targets.ensemble import mix, share_draws
-from student_trainer.targets.protocol import Ask, GatherIds, Targets, TeacherCard
-from student_trainer.targets.questions import together
+from student_trainer.targets.protocol import Queries, Targets, TeacherCard
+from student_trainer.targets.queries import spec_of
 from teacher_proto.errors import NotFoundError
 from teacher_proto.identity import digest
 from teacher_proto.requests import KINDS, Kind
@@ -41,13 +42,13 @@ class _Several:
         self._fingerprint = ""
 
     async def open(self) -> TeacherCard:
-        opened = await together(member.targets.open() for member in self._members)
+        opened = await gather(member.targets.open() for member in self._members)
         cards = {member.name: card for member, card in zip(self._members, opened, strict=True)}
         card = as_one(cards, self._kinds(cards), self._description())
         self._fingerprint = card.fingerprint
         return card
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         raise NotImplementedError
 
     async def head(self) -> bytes:
@@ -81,13 +82,13 @@ class Ensemble(_Several):
         total = sum(member.weight for member in members)
         self._weights = [member.weight / total for member in members]
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        given = await together(
-            member.targets.fetch(batch, asked, gather_ids)
-            for member, asked in zip(self._members, share_draws(ask, self._weights), strict=True)
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+        given = await gather(
+            member.targets.fetch(batch, [None if query is None else replace(query, spec=spec) for query in queries])
+            for member, spec in zip(self._members, share_draws(spec_of(queries), self._weights), strict=True)
         )
-        documents = await asyncio.to_thread(_mix_all, batch, given, self._weights, ask)
-        return BatchTargets(documents, ask, self._fingerprint)
+        documents = await asyncio.to_thread(_mix_all, queries, given, self._weights)
+        return BatchTargets(documents, spec_of(queries), self._fingerprint)
 
     def _description(self) -> list[Any]:
         return ["ensemble", self._weights]
@@ -100,23 +101,21 @@ class BySource(_Several):
         super().__init__(members)
         self._of = {source: index for index, member in enumerate(members) for source in member.sources}
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        groups: dict[int, list[int]] = {}
-        for place, document in enumerate(batch.documents):
-            if counted_rows(batch, document) is not None:
-                groups.setdefault(self._index(document.source), []).append(place)
-        parts = [
-            self._members[index].targets.fetch(
-                replace(batch, documents=tuple(batch.documents[place] for place in places)), ask,
-                None if gather_ids is None else [gather_ids[place] for place in places],
-            )
-            for index, places in groups.items()
-        ]  # fmt: skip
-        documents: list[TokenTargets | None] = [None] * len(batch.documents)
-        for places, targets in zip(groups.values(), await together(parts), strict=True):
-            for place, answer in zip(places, targets.documents, strict=True):
-                documents[place] = answer
-        return BatchTargets(tuple(documents), ask, self._fingerprint)
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+        teachers = [
+            None if query is None else self._index(document.source)
+            for document, query in zip(batch.documents, queries, strict=True)
+        ]
+        asked = sorted({teacher for teacher in teachers if teacher is not None})
+        given = await gather(
+            self._members[index].targets.fetch(batch, _only(queries, [teacher == index for teacher in teachers]))
+            for index in asked
+        )
+        of_teacher = dict(zip(asked, given, strict=True))
+        documents = tuple(
+            None if teacher is None else of_teacher[teacher].documents[place] for place, teacher in enumerate(teachers)
+        )
+        return BatchTargets(documents, spec_of(queries), self._fingerprint)
 
     def _index(self, source: str) -> int:
         if source not in self._of:
@@ -130,14 +129,17 @@ class BySource(_Several):
         return ["by_source", [sorted(member.sources) for member in self._members]]
 
 
+def _only(queries: Queries, chosen: Sequence[bool]) -> Queries:
+    return [query if is_chosen else None for query, is_chosen in zip(queries, chosen, strict=True)]
+
+
 def _mix_all(
-    batch: Batch, given: Sequence[BatchTargets], weights: Sequence[float], ask: Ask
+    queries: Queries, given: Sequence[BatchTargets], weights: Sequence[float]
 ) -> tuple[TokenTargets | None, ...]:
     documents: list[TokenTargets | None] = []
-    for place, document in enumerate(batch.documents):
+    for place, query in enumerate(queries):
         answers = [answer for targets in given if (answer := targets.documents[place]) is not None]
-        tokens_T = batch.tokens_BT[document.row, document.start : document.stop]
-        documents.append(mix(answers, weights, ask, tokens_T) if answers else None)
+        documents.append(None if query is None else mix(answers, weights, query))
     return tuple(documents)
 
 

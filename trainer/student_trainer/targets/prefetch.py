@@ -24,8 +24,10 @@ from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.depth import DepthControl
-from student_trainer.targets.protocol import Ask, Targets
+from student_trainer.targets.protocol import Targets
+from student_trainer.targets.queries import queries_of
 from teacher_proto.errors import InvalidTargetsError
+from teacher_proto.requests import TargetSpec
 
 POLL_S = 0.2
 
@@ -52,7 +54,7 @@ class Made:
 # A batch that is not written yet comes as its promise, and the ones behind it need not wait for it.
 Stream = Iterator[tuple[Batch | Future[Batch], MixtureState]]
 # What is asked about a batch of each kind; None: nothing.
-AskFor = Mapping[Kind, Ask | None]
+Asked = Mapping[Kind, TargetSpec | None]
 Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
 # Keeps a batch whose targets are no targets, and gives the error to raise.
 Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTargetsError]
@@ -62,7 +64,7 @@ class Prefetch:
     """Close it, or use it in a `with`. `targets` is None for a run without a teacher."""
 
     def __init__(
-        self, stream: Stream, targets: Targets | None, asked: AskFor, thread: EventThread, prepare: Prepare,
+        self, stream: Stream, targets: Targets | None, asked: Asked, thread: EventThread, prepare: Prepare,
         refuse: Refuse, settings: PrefetchSettings,
     ):  # fmt: skip
         self._stream, self._targets, self._asked = stream, targets, asked
@@ -162,8 +164,8 @@ class Prefetch:
         targets = None
         loop = asyncio.get_running_loop()
         try:
-            if self._targets is not None and (ask := self._asked[batch.kind]) is not None:
-                targets = await self._targets.fetch(batch, ask)
+            if self._targets is not None and (spec := self._asked[batch.kind]) is not None:
+                targets = await self._targets.fetch(batch, queries_of(batch, spec))
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
         except InvalidTargetsError as error:
             raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error

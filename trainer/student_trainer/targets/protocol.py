@@ -10,27 +10,42 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.terms import Needs, Term
-from student_trainer.targets.admission import Admits
 from teacher_proto.canary import Canary
+from teacher_proto.client import HIDDEN_WIDTH
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.info import TeacherInfo
-from teacher_proto.requests import KINDS, Kind, Limits
-from teacher_proto.requests import TargetSpec as Ask
+from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
 from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
     from student_trainer.settings import DistillationSettings
 
-__all__ = ["Ask", "GatherIds", "Targets", "TeacherCard", "ask_for"]
+# What is asked about a batch, by document: None of one about which nothing is asked; all of one spec.
+Queries = Sequence[Query | None]
 
-# What is asked of every row alike is an `Ask`; beside it, by document, the ids [R, G] at which kind `gather` wants the
-# teacher's logprobs, a row for each row asked for, so none for a document of which nothing is asked.
-GatherIds = Sequence[np.ndarray]
+
+@dataclass(frozen=True)
+class Admits:
+    """A service's limits for one request: ids a row of kind `gather`, tokens, bytes of a body, cost in tokens x
+    (numbers answered a token + 1), None where it doesn't say; numbers of a hidden state."""
+
+    max_gather: int
+    max_request_tokens: int
+    max_body_bytes: int
+    max_cost: int | None
+    hidden_width: int
+
+    @classmethod
+    def of(cls, info: TeacherInfo) -> Admits:
+        limits = info.limits
+        return cls(
+            max_gather=limits.max_gather, max_request_tokens=limits.max_request_tokens,
+            max_body_bytes=limits.max_body_bytes, max_cost=limits.max_cost,
+            hidden_width=info.hidden_width or HIDDEN_WIDTH,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,11 +97,9 @@ class Targets(Protocol):
         """Reach the teacher. A `StillhouseError` that says what to do if it can't be reached or is the wrong one."""
         ...
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
-        """The targets of every document of the batch. The answer depends on what is given and the teacher alone.
-
-        `gather_ids` goes with kind `gather`.
-        """
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+        """The answers to the queries about a batch's documents (`queries.queries_of`). They depend on what is given and
+        the teacher alone."""
         ...
 
     async def head(self) -> bytes:
@@ -104,7 +117,7 @@ class Targets(Protocol):
     async def close(self) -> None: ...
 
 
-def ask_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettings) -> Ask:
+def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettings) -> TargetSpec:
     """What these losses need of a teacher ahead of the step; top K at least, which the sanity check and the figures
     want. `gather` is not among it: its ids are known when the step begins (`student_support`), its `log_z` is top K's.
 
@@ -114,7 +127,7 @@ def ask_for(terms: Iterable[Term], top_k: int, distillation: DistillationSetting
     kinds, drawn = needs.ahead | {"top_k"}, sorted(needs.sampled_at)
     if len(drawn) > 1:
         raise ValueError(f"there are losses on samples at the temperatures {drawn}; give them all the same")
-    return Ask(
+    return TargetSpec(
         kinds=tuple(kind for kind in KINDS if kind in kinds),
         top_k=top_k,
         temperatures=tuple(sorted(needs.temperatures)),

@@ -15,10 +15,9 @@ from typing import Any
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings import TeacherSettings
-from student_trainer.targets.admission import Admits
 from student_trainer.targets.patience import retry_until
-from student_trainer.targets.protocol import Ask, GatherIds, TeacherCard
-from student_trainer.targets.questions import answers, questions, with_documents
+from student_trainer.targets.protocol import Admits, Queries, TeacherCard
+from student_trainer.targets.queries import asked_of, by_document, spec_of, with_documents
 from teacher_proto.client import TeacherClient
 from teacher_proto.dialect import InfoT
 from teacher_proto.errors import PoisonBatchError, StillhouseError, TeacherUnavailableError
@@ -57,15 +56,15 @@ class RemoteTargets:
         self._limits, self._fingerprint = info.limits, info.fingerprint
         return replace(TeacherCard.of(info, self.client.canary), admits=Admits.of(info))
 
-    async def fetch(self, batch: Batch, ask: Ask, gather_ids: GatherIds | None = None) -> BatchTargets:
+    async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         """What has come is kept however often the rest must be asked for again. TeacherUnavailableError after
         `teacher.give_up_after_s` without a teacher."""
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
         client = self.client
-        asked = questions(batch, ask, self._limits.vocab_size, gather_ids)
+        asked = asked_of(batch, queries, self._limits.vocab_size)
         if not asked:
-            return BatchTargets(answers(batch, asked, []), ask, self._fingerprint)
-        request = TargetsRequest.of(query for _, query in asked)
+            return BatchTargets((None,) * len(queries), spec_of(queries), self._fingerprint)
+        request = TargetsRequest.of(asked)
         given: dict[int, TokenTargets] = {}
         try:
             answered = await retry_until(
@@ -74,7 +73,7 @@ class RemoteTargets:
             )  # fmt: skip
         except PoisonBatchError as error:
             raise with_documents(error, batch) from error
-        return BatchTargets(answers(batch, asked, answered), ask, self._fingerprint)
+        return BatchTargets(by_document(queries, answered), spec_of(queries), self._fingerprint)
 
     def _note(self, reason: str) -> None:
         self._reason = reason

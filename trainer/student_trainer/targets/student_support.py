@@ -25,9 +25,11 @@ from student_trainer.losses.student_support import student_top_ids
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.prefetch import POLL_S, Ready
-from student_trainer.targets.protocol import Ask, GatherIds, Targets
+from student_trainer.targets.protocol import Queries, Targets
+from student_trainer.targets.queries import queries_of
+from teacher_proto.requests import TargetSpec
 
-ASK = Ask(("gather",))
+SPEC = TargetSpec(("gather",))
 
 
 class StudentSupport:
@@ -44,7 +46,7 @@ class StudentSupport:
         placed = [_by_position(micro, ids_NG, part) for micro, ids_NG, part in zip(counting, ids, parts, strict=True)]
         asked = time.monotonic()
         futures = [
-            self._thread.submit(self._targets.fetch(part, ASK, ids_by_document(part, ids_CG)))
+            self._thread.submit(self._targets.fetch(part, queries_at(part, ids_CG)))
             for part, ids_CG in zip(parts, placed, strict=True)
         ]
         try:
@@ -100,8 +102,8 @@ def _slots(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
     return counted_N, slot_N
 
 
-def ids_by_document(part: Batch, ids_CG: np.ndarray) -> GatherIds:
-    """Ids of the rows that count, cut to what is asked of each document; a row in between that doesn't gets any."""
+def queries_at(part: Batch, ids_CG: np.ndarray) -> Queries:
+    """What is asked at the ids of the positions that count; a row in between that doesn't gets any."""
     asked = []
     first = 0
     for document in part.documents:
@@ -112,7 +114,7 @@ def ids_by_document(part: Batch, ids_CG: np.ndarray) -> GatherIds:
         first += int(counted_R.sum())
         asked.append(ids_RG)
     assert first == len(ids_CG), (first, len(ids_CG))
-    return asked
+    return queries_of(part, SPEC, asked)
 
 
 def _with_gathered(micro: MicroBatch, ids_NG: Tensor, part: Batch, answer: BatchTargets) -> MicroBatch:
