@@ -24,10 +24,11 @@ from student_trainer import exit_codes, randomness
 from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.terms import Needs
 from student_trainer.losses.weighting import gradient_shares
+from student_trainer.ranks import full_tensor
 from student_trainer.reporting.step_metrics import StepMetrics
 from student_trainer.rollouts.rollouts import concat
 from student_trainer.state import TrainState
-from student_trainer.students.sharding import Unsharded, full_tensor
+from student_trainer.students.sharding import Unsharded
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.stages import EVERY_S, stage
 

@@ -20,6 +20,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from student_trainer.device import choose_device, use_device
 from student_trainer.settings import Settings
@@ -153,6 +154,19 @@ def _exchange(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
 
 def _gone(error: RuntimeError) -> RankError:
     return RankError(f"another rank is gone ({str(error).strip().splitlines()[0]}); this one ends with it")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself, or gathered from its shards; then all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values`, which every rank has whole, on the device of `tensor` and sharded as it is; nothing is sent."""
+    values = values.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return values
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from student_trainer.data.documents import Source
-from student_trainer.data.sources import open_source
+from student_trainer.data.loader import open_source
 from student_trainer.settings.data import SourceSettings
 
 TEXTS = [f'document {i} – with ümlauts, "quotes" and\na second line' for i in range(300)]

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from student_trainer.optim.sharded_muon import ShardedMuon
-from student_trainer.students.sharding import like, whole
+from student_trainer.optim.muon_clip import ShardedMuon
+from student_trainer.ranks import full_tensor, like
 from tests.ranks_run import become
 from tests.teacher_process import free_port
 from tests.trainer_run import FORKS
@@ -43,8 +43,8 @@ def step_sharded(rank: int, port: int, settings: dict[str, float], out: str) -> 
         for parameter, gradient in zip(model.parameters(), gradients(step), strict=True):
             parameter.grad = like(parameter, gradient)
         muon.step()
-    weights = [whole(parameter.detach()).clone() for parameter in model.parameters()]
-    momenta = [whole(muon.state[parameter]["momentum_buffer"]).clone() for parameter in model.parameters()]
+    weights = [full_tensor(parameter.detach()).clone() for parameter in model.parameters()]
+    momenta = [full_tensor(muon.state[parameter]["momentum_buffer"]).clone() for parameter in model.parameters()]
     if rank == 0:
         torch.save((weights, momenta), out)
     dist.destroy_process_group()

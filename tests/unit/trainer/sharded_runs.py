@@ -16,11 +16,11 @@ import torch.distributed as dist
 from student_trainer.checkpoint.checkpoints import Checkpoints
 from student_trainer.data.mixture import Cursor, MixtureState, SourceState
 from student_trainer.optim.optimizer import Optimizer, build_optimizer
-from student_trainer.ranks import ALONE, Ranks
+from student_trainer.ranks import ALONE, Ranks, full_tensor, like
 from student_trainer.settings import CheckpointSettings, OptimSettings, StudentSettings
 from student_trainer.state import TrainState
 from student_trainer.students.load import quantised_student
-from student_trainer.students.sharding import full_tensor, like, shard
+from student_trainer.students.sharding import shard
 from student_trainer.students.student import Student
 from tests.ranks_run import become
 from tests.teacher_process import free_port

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from student_trainer import cpu_memory
+from student_trainer import device
 
 COUNT = """
 import resource, torch
@@ -36,4 +36,4 @@ def test_arrays_of_a_step_are_made_of_the_pages_of_the_last() -> None:
 
 def test_another_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert not cpu_memory.keep_freed_memory()
+    assert not device.keep_freed_memory()

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,21 +25,30 @@ from student_trainer.checkpoint.files import DamagedError, Snapshot
 from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.checkpoint.sharded import ShardedWriter
 from student_trainer.data.mixture import MixtureState
-from student_trainer.ranks import ALONE, RankError, Ranks
+from student_trainer.ranks import ALONE, RankError, Ranks, like
 from student_trainer.settings import CheckpointSettings
 from student_trainer.state import TrainState
-from student_trainer.students.sharding import like
 from teacher_proto.stages import stage
 from teacher_proto.stopping import finishing
 from teacher_proto.wire import VERSION as WIRE_VERSION
 
-if TYPE_CHECKING:
-    from student_trainer.optim.optimizer import Optimizer
-    from student_trainer.students.student import Student
-
 logger = logging.getLogger(__name__)
 LATEST = "latest"
 ROLLOUTS = "written"  # the file's name
+
+
+class HasTensors(Protocol):
+    """Of a student: its latent weights and buffers by name."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+class HasState(Protocol):
+    """Of an optimizer: every tensor that the next step depends on."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class Checkpoints:
@@ -66,7 +75,7 @@ class Checkpoints:
         return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
 
     def save(
-        self, state: TrainState, student: Student, optimizer: Optimizer, rollouts: Mapping[str, Tensor] | None = None,
+        self, state: TrainState, student: HasTensors, optimizer: HasState, rollouts: Mapping[str, Tensor] | None = None,
         balance: Mapping[str, Any] | None = None, random: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
@@ -175,7 +184,7 @@ def newest(root: Path) -> Snapshot | None:
     return None
 
 
-def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> TrainState:
+def restore(snapshot: Snapshot, student: HasTensors, optimizer: HasState) -> TrainState:
     """Put a run back to where it was saved. What its mixture policy had learnt is left to who knows the policy."""
     restore_student(snapshot, student)
     optimizer.load(snapshot.tensors["optimizer"])
@@ -183,7 +192,7 @@ def restore(snapshot: Snapshot, student: Student, optimizer: Optimizer) -> Train
     return TrainState(snapshot.step, int(snapshot.state["tokens"]), MixtureState.from_json(snapshot.state["mixture"]))
 
 
-def restore_student(snapshot: Snapshot, student: Student) -> None:
+def restore_student(snapshot: Snapshot, student: HasTensors) -> None:
     """The saved weights and buffers alone. ValueError if they are those of another student."""
     ours = student.tensors()
     saved = snapshot.tensors["model"]

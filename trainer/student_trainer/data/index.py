@@ -1,6 +1,6 @@
 """Files into one Arrow file that is memory-mapped afterwards: any document in microseconds, none held in memory.
 
-Called by `sources` for files that are not streamed. The name of the Arrow file is a hash of what it was made from, so
+Called by `random_access` for files that are not streamed. The Arrow file's name is a hash of what it was made from, so
 a changed file is indexed anew and an unchanged one opens at once.
 """
 

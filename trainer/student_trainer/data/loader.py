@@ -14,15 +14,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.batch.batch import Batch, build_batch
+from student_trainer.data.documents import Source
 from student_trainer.data.draw import Draws, Start, documents_in_use, fetch_in_use
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.held_out import held_out_batches
 from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
 from student_trainer.data.packing import MODES
-from student_trainer.data.random_access import BLOCK_CHARACTERS
-from student_trainer.data.sources import open_source
+from student_trainer.data.random_access import BLOCK_CHARACTERS, OPENERS, RandomAccessSource
+from student_trainer.data.streamed import StreamedSource, open_shards
 from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id, plain_backend
-from student_trainer.settings.data import DataSettings
+from student_trainer.settings.data import DataSettings, SourceSettings
 
 CHARACTERS_A_TOKEN = 4
 
@@ -149,3 +150,11 @@ class BatchSource:
         for feed in self._feeds:
             feed.close()
         self._pool.shutdown(cancel_futures=True)
+
+
+def open_source(name: str, settings: SourceSettings, seed: int, cache_folder: str | None) -> Source:
+    """The source that its settings describe. ValueError for whatever is missing, empty or not what they say."""
+    if settings.streaming:
+        shards, content = open_shards(name, settings, cache_folder)
+        return StreamedSource(name, settings, shards, content, seed)
+    return RandomAccessSource(name, settings, OPENERS[settings.kind](name, settings, cache_folder), seed, cache_folder)

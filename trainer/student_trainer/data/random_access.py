@@ -1,6 +1,6 @@
 """Sources whose every document can be had at once: indexed files, data sets on the disk, texts in the settings.
 
-Opened by `sources`. All are memory-mapped Arrow through `datasets`; the order of an epoch is computed, not kept.
+Opened by `loader`. All are memory-mapped Arrow through `datasets`; the order of an epoch is computed, not kept.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Sources read in order as they come, without an index on the local disk: large or remote files, and hub data sets.
 
-Opened by `sources`. A place in a stream is two integers, shard and document within it. Shards (the files, or the data
+Opened by `loader`. A place in a stream is two integers, shard and document within it. Shards (the files, or the data
 set's own shards) are shuffled each epoch, and documents within windows of `shuffle_window`; going back to a place means
 opening its shard and passing over what lies before the window, which Parquet does by row groups and others by reading.
 """

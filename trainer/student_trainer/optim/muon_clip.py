@@ -9,14 +9,16 @@ large as AdamW's, so both take the same rates and decays. A student that was pre
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from student_trainer.optim.adamw import build_adamw
 from student_trainer.optim.groups import ParameterGroup, slots
-from student_trainer.optim.sharded_muon import ShardedMuon
 from student_trainer.settings import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -55,3 +57,65 @@ def _parted(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, list[Para
             log.warning("AdamW steps what is no plain matrix: %s", ", ".join(stacked.parameters))
             rest.append(stacked)
     return hidden, rest
+
+
+class ShardedMuon(torch.optim.Muon):
+    """torch's update over shards, each orthogonal matrix found by one rank for all. Takes torch.optim.Muon's arguments,
+    and parameters that are sharded over one mesh (FSDP2). All ranks call `step`.
+
+    Newton-Schulz needs a matrix whole. As many matrices as there are ranks are taken at a time: each is gathered in
+    bfloat16, in which the iteration runs; rank i makes the i-th orthogonal and hands its shards out. Momentum, decay
+    and step stay sharded. Every element goes through the operations of torch.optim.Muon, so the update is the same, bit
+    by bit.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        assert closure is None, "the loop has the loss"
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            ranks = parameters[0].device_mesh.size() if parameters else 1
+            for first in range(0, len(parameters), ranks):
+                some = parameters[first : first + ranks]
+                updates = _orthogonal([self._direction(parameter, group) for parameter in some], group)
+                for parameter, update in zip(some, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    # match_rms_adamw: an update about as large as AdamW's.
+                    parameter.add_(update, alpha=-(group["lr"] * (0.2 * math.sqrt(max(parameter.shape)))))
+
+    def _direction(self, parameter: DTensor, group: dict[str, Any]) -> DTensor:
+        """The momentum, moved on by the gradient, as the step wants it."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(parameter.grad, 1 - group["momentum"])
+        return parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+
+def _orthogonal(matrices: list[DTensor], group: dict[str, Any]) -> list[DTensor]:
+    """Each matrix's orthogonal one in bfloat16, sharded as it is; at most as many as there are ranks."""
+    mesh = matrices[0].device_mesh
+    wholes = [matrix.bfloat16().full_tensor() for matrix in matrices]
+    rank = mesh.get_local_rank()
+    if rank < len(wholes):
+        wholes[rank] = newton_schulz(wholes[rank], group["ns_coefficients"], group["ns_steps"], group["eps"])
+    # On the other ranks the whole matrix only lends its shape.
+    return [
+        distribute_tensor(whole, mesh, matrix.placements, src_data_rank=owner)
+        for owner, (whole, matrix) in enumerate(zip(wholes, matrices, strict=True))
+    ]
+
+
+def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The nearest orthogonal matrix, roughly, by Jordan's quintic iteration (kellerjordan.github.io/posts/muon):
+    X <- aX + (bA + cA^2) X with A = X X^T, from X of norm 1, on the shorter side.
+    """
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).contiguous()

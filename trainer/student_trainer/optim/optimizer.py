@@ -20,8 +20,8 @@ from student_trainer.optim.groups import ParameterGroup, parameter_groups
 from student_trainer.optim.muon_clip import build_muon_clip
 from student_trainer.optim.qk_clip import ClipReport, QKClip
 from student_trainer.optim.schedule import rate_factor
+from student_trainer.ranks import like
 from student_trainer.settings import OptimSettings
-from student_trainer.students.sharding import like
 
 
 @dataclass(frozen=True, eq=False)

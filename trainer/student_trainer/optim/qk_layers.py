@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from student_trainer.ranks import full_tensor, like
 from student_trainer.students.quant_linear import quantiser_of
-from student_trainer.students.sharding import full_tensor, like
 
 # The names that architectures give to the norms of query and key.
 QK_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"), ("q_layernorm", "k_layernorm"))

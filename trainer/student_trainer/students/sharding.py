@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from student_trainer.ranks import Ranks
+from student_trainer.ranks import Ranks, full_tensor
 from student_trainer.students.causal import decoder_layers
 from student_trainer.students.student import Student
 
@@ -70,16 +69,3 @@ class Unsharded:
         shards = self._learning.tensors()
         for name, tensor in self.student.tensors().items():
             tensor.copy_(full_tensor(shards[name]))
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or gathered from its shards; then all ranks must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, values: Tensor) -> Tensor:
-    """`values`, which every rank has whole, on the device of `tensor` and sharded as it is; nothing is sent."""
-    values = values.to(tensor.device)
-    if not isinstance(tensor, DTensor):
-        return values
-    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
