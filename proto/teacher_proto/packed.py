@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from teacher_proto.requests import HiddenDtype, Query, TargetSpec
-from teacher_proto.targets import TENSORS, TokenTargets, id_dtype, tensors_of
+from teacher_proto.requests import Query, TargetSpec
+from teacher_proto.targets import HIDDEN_DTYPES, TENSORS, TokenTargets, id_dtype, tensors_of
 
-_HIDDEN_FORMATS: dict[HiddenDtype, str] = {"float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+# Not in a row as it is packed, but counted out of its draws (`count_draws`).
+_MADE_OF_DRAWS = ("sampled_offsets", "sampled_counts")
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,20 @@ class RowLayout:
     @property
     def dtype(self) -> np.dtype:
         """The numpy record of one row, without gaps. Ids are uint16, or three bytes where V needs them."""
-        spec, ids = self.spec, id_dtype(self.vocab_size)
-        hidden = _HIDDEN_FORMATS[spec.hidden_dtype or "float16"]
-        columns: dict[str, tuple[str, tuple[int, ...]]] = {
-            "ids": (ids, (spec.top_k,)),
-            "logprobs": ("<f2", (spec.top_k,)),
-            "lse": ("<f4", ()),
-            "next_logprob": ("<f4", ()),
-            "log_z": ("<f4", (len(spec.temperatures),)),
-            "gather_logprobs": ("<f2", (self.gather_width,)),
-            "sampled_ids": (ids, (spec.num_samples,)),
-            "hidden": (hidden, (self.hidden_size,)),
-            "hidden_scale": ("<f4", ()),
-        }
-        asked = [name for name in tensors_of(spec.kinds) if name in columns]
-        if spec.hidden_dtype != "int8":
-            asked = [name for name in asked if name != "hidden_scale"]
+        spec = self.spec
+        sizes = {"K": spec.top_k, "T": len(spec.temperatures), "G": self.gather_width, "M": spec.num_samples,
+                 "D": self.hidden_size}  # fmt: skip
         fields: list[Any] = []
-        for name in asked:
-            kind, shape = columns[name]
+        for name in tensors_of(spec.kinds):
+            if name in _MADE_OF_DRAWS or (name == "hidden_scale" and spec.hidden_dtype != "int8"):
+                continue
+            # A row's own part of each axis: the draws of one row are num_samples.
+            shape = tuple(sizes[axis] for axis in TENSORS[name].axes if axis != "R")
+            kind = TENSORS[name].dtypes[0]
+            if name in ("ids", "sampled_ids"):
+                kind = id_dtype(self.vocab_size)
+            elif name == "hidden":
+                kind = HIDDEN_DTYPES[spec.hidden_dtype or "float16"]
             fields.append((name, "u1", (*shape, 3)) if kind == "u3" else (name, kind, shape))
         return np.dtype(fields)
 

@@ -159,9 +159,7 @@ class ScriptedEngine:
     def _targets(self, query: Query) -> TokenTargets:
         hidden_TD = np.roll(scripted_hidden(query.tokens_T), self.script.shift, axis=0)
         head_VD = scripted_head(self.script.vocab_size)
-        targets = reduce_sequence(
-            query.tokens_T, hidden_TD, head_VD, query.rows, query.spec, query.gather_ids_RG, self.script.noise
-        )
+        targets = reduce_sequence(query, hidden_TD, head_VD, self.script.noise)
         return _CORRUPT[self.script.corrupt](targets) if self.script.corrupt else targets
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from teacher_proto.requests import HiddenDtype, TargetSpec
+from teacher_proto.requests import HiddenDtype, Query, TargetSpec
 from teacher_proto.targets import TokenTargets, tensors_of
 
 WIDTH = 32
@@ -63,12 +63,9 @@ def scripted_logits(tokens_T: np.ndarray, vocab_size: int) -> np.ndarray:
     return (scripted_hidden(tokens_T) @ scripted_head(vocab_size).T).astype(np.float32)
 
 
-def reduce_sequence(
-    tokens_T: np.ndarray, hidden_TD: np.ndarray, head_VD: np.ndarray, rows: tuple[int, int], spec: TargetSpec,
-    gather_ids_RG: np.ndarray | None = None, noise: float = 0.0,
-) -> TokenTargets:  # fmt: skip
-    """The targets of rows [start, stop), reduced in chunks of rows. `noise` is the standard deviation on logits."""
-    start, stop = rows
+def reduce_sequence(query: Query, hidden_TD: np.ndarray, head_VD: np.ndarray, noise: float = 0.0) -> TokenTargets:
+    """The answer to a query, reduced in chunks of rows. `noise` is the standard deviation on logits."""
+    (start, stop), tokens_T, spec = query.rows, query.tokens_T, query.spec
     step = max(1, _ROW_CHUNK_ELEMENTS // len(head_VD))
     seeds_T = prefix_hashes(tokens_T)
     parts = []
@@ -78,7 +75,7 @@ def reduce_sequence(
         if noise:
             logits_RV += np.random.default_rng([a, len(tokens_T)]).normal(0, noise, logits_RV.shape).astype(np.float32)
         following_R = np.append(tokens_T, -1)[a + 1 : b + 1]
-        gather = None if gather_ids_RG is None else gather_ids_RG[a - start : b - start]
+        gather = None if query.gather_ids_RG is None else query.gather_ids_RG[a - start : b - start]
         parts.append(reduce_logits(logits_RV, following_R, spec, gather, seeds_T[a:b]))
     tensors = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "sampled_counts_R"}
     if "sampled" in spec.kinds:

@@ -82,9 +82,8 @@ def identity(**changes: Any) -> TeacherIdentity:
 def truth(request: TargetsRequest, index: int, noise: float = 0.0) -> TokenTargets:
     """What a healthy teacher answers."""
     tokens_T = request.sequences[index]
-    gather = request.gather_ids[index] if request.gather_ids is not None else None
     hidden, head = scripted_hidden(tokens_T), scripted_head(VOCAB)
-    return reduce_sequence(tokens_T, hidden, head, request.row_range(index), request.spec, gather, noise)
+    return reduce_sequence(request.query(index), hidden, head, noise)
 
 
 class Replica:

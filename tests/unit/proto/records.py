@@ -30,10 +30,8 @@ def all_kinds(vocab_size: int = 300, hidden_dtype: str = "int8", lengths: tuple[
 
 
 def make_record(request: TargetsRequest, index: int = 0, vocab_size: int = 300) -> TokenTargets:
-    tokens_T = request.sequences[index]
-    gather = request.gather_ids[index] if request.gather_ids is not None else None
-    hidden_TD, head_VD = scripted_hidden(tokens_T), scripted_head(vocab_size)
-    return reduce_sequence(tokens_T, hidden_TD, head_VD, request.row_range(index), request.spec, gather)
+    query = request.query(index)
+    return reduce_sequence(query, scripted_hidden(query.tokens_T), scripted_head(vocab_size))
 
 
 def make_header(request: TargetsRequest, vocab_size: int = 300, request_id: str = "test") -> Header:

@@ -52,7 +52,7 @@ def ask(length: int = 12, rows: tuple[int, int] | None = None, seed: int = 0, vo
 
 def truth(asked: Query, vocab: int = VOCAB) -> TokenTargets:
     head, hidden = scripted_head(vocab), scripted_hidden(asked.tokens_T)
-    return reduce_sequence(asked.tokens_T, hidden, head, asked.rows, asked.spec, asked.gather_ids_RG)
+    return reduce_sequence(asked, hidden, head)
 
 
 def put(store: TargetStore, *asked: Query) -> None:
