@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 VOCAB_SIZE = 512
 _TEXT = "The still takes a wash and gives a spirit; def run(self, x): return [x * 2 for _ in range(10)]\n"
@@ -54,4 +64,48 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
     torch.manual_seed(seed)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tiny_tokenizer(min(VOCAB_SIZE, config.vocab_size)).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_wrapper(folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A random language model beside a vision tower, with a tokenizer and no image processor: V=512, 2 layers, H=64.
+
+    `family` is gemma3 (whose head is tied), mistral3 or qwen3_vl.
+    """
+    text: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
+        "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
+    layers: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config: Any
+    model: Any
+    torch.manual_seed(seed)
+    if family == "gemma3":
+        text |= {"query_pre_attn_scalar": 32, "sliding_window": 16}
+        text |= {"layer_types": ["sliding_attention", "full_attention"]}
+        config = Gemma3Config(
+            text_config=text, vision_config=tower | layers, mm_tokens_per_image=4, image_token_index=500,
+            boi_token_index=501, eoi_token_index=502,
+        )  # fmt: skip
+        model = Gemma3ForConditionalGeneration(config)
+    elif family == "mistral3":
+        text |= {"model_type": "mistral", "sliding_window": None}
+        vision = tower | layers | {"model_type": "pixtral", "head_dim": 16}
+        config = Mistral3Config(
+            text_config=text, vision_config=vision, image_token_index=500, tie_word_embeddings=False
+        )
+        model = Mistral3ForConditionalGeneration(config)
+    else:
+        sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        vision = tower | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        config = Qwen3VLConfig(
+            text_config=text | {"rope_parameters": sections}, vision_config=vision, image_token_id=500,
+            video_token_id=501, vision_start_token_id=502, vision_end_token_id=503, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = Qwen3VLForConditionalGeneration(config)
+    model.to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,39 @@ def runs_triton(device: str | torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
         return False
     return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
+def pick_device(name: str) -> str:
+    """The device of that name, or what "auto" means: a CUDA device where there is one."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str | torch.device) -> str:
+    """What an identity calls `device`: a GPU's product name, "cpu" for any CPU."""
+    import torch
+
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def sums_in_float32(device_type: str) -> bool:
+    """Whether torch gives products of bfloat16 matrices in float32 there, as `mm` and `addmm` with `out_dtype` do: on a
+    GPU in a torch that has them, on no CPU. Asked once, by trying; elsewhere callers convert what they multiply.
+    """
+    import torch
+
+    low = torch.ones((16, 16), dtype=torch.bfloat16, device=device_type)
+    try:
+        product = torch.mm(low, low, out_dtype=torch.float32)
+        torch.addmm(product, low, low, out_dtype=torch.float32)
+    except (TypeError, NotImplementedError):  # a torch, or a device, without
+        return False
+    return True
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

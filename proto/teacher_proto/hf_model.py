@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-from teacher_proto.hardware import choose_dtype, emulation_warning
+from teacher_proto import hardware
+from teacher_proto.hardware import choose_dtype, emulation_warning, pick_device
 from teacher_proto.head import HeadScaling, scaling_of
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import ModelFolder, hash_files, identify
@@ -43,24 +44,28 @@ class HfModel:
         if warning := emulation_warning(chosen, self.device):
             log.warning("%s: %s", folder.name, warning)
         model = _load(folder, chosen).to(self.device)
-        self._model = model
-        self._body = model.base_model
+        config = model.config.get_text_config()
+        # Of a wrapper with a vision tower the language model.
+        self._body = model.base_model if config is model.config else model.get_decoder()
         self._head = model.get_output_embeddings()
         if self._head is None or self._body is model:
             raise ValueError(f"{folder.name}: a {type(model).__name__} has no output head that transformers names")
-        config = model.config.get_text_config()
+        _check_head(self._head, folder.name)
         self._scaling = scaling_of(config.to_dict())
         self.dtype: torch.dtype = model.dtype
         self.attention: str = getattr(model.config, "_attn_implementation", None) or "eager"
         self.vocab_size: int = self._head.weight.shape[0]
         self.hidden_size: int = self._head.weight.shape[1]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._compare_with_own_logits(folder.name)
+        self._widens = self.dtype in (torch.bfloat16, torch.float16) and hardware.sums_in_float32(self.device.type)
+        # Body and head are all that is kept of it.
+        self._compare_with_logits_of(model, folder.name)
 
     def identity(self) -> TeacherIdentity:
         """Who this teacher is. Hashes the weights where nobody has yet."""
+        device = self.device_name + (", head in float32" if self._widens else "")
         numeric = NumericIdentity(
-            engine="transformers", engine_version=transformers.__version__, device=self.device_name, parallel="1",
+            engine="transformers", engine_version=transformers.__version__, device=device, parallel="1",
             attention_backend=self.attention,
         )  # fmt: skip
         quantization = (self._folder.config.get("quantization_config") or {}).get("quant_method")
@@ -80,7 +85,7 @@ class HfModel:
 
     @property
     def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return hardware.device_name(self.device)
 
     @property
     def scaling(self) -> HeadScaling:
@@ -92,7 +97,12 @@ class HfModel:
         return {"weight": self._head.weight} | ({} if bias is None else {"bias": bias})
 
     def compute_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        return self._scaling(self._head(hidden_ND))
+        """Logits [N, V] in the model's dtype, or in float32 where the device sums in it and gives it for nothing."""
+        if not self._widens:
+            return self._scaling(self._head(hidden_ND))
+        product_NV = torch.mm(hidden_ND, self._head.weight.t(), out_dtype=torch.float32)
+        bias = getattr(self._head, "bias", None)
+        return self._scaling(product_NV if bias is None else product_NV.add_(bias))
 
     @torch.inference_mode()
     def score(self, queries: Sequence[Query]) -> list[np.ndarray]:
@@ -120,11 +130,11 @@ class HfModel:
         return [output.last_hidden_state[i, : len(tokens_T)] for i, tokens_T in enumerate(sequences)]
 
     @torch.inference_mode()
-    def _compare_with_own_logits(self, name: str) -> None:
-        """Our road to the logits against the model's own, on a few tokens."""
+    def _compare_with_logits_of(self, model: Any, name: str) -> None:
+        """Our way to the logits against the model's own, on a few tokens."""
         tokens_T = np.arange(_PROBE_LENGTH) * 7919 % self.vocab_size
         ours_TV = self.compute_logits(self._hidden_states([tokens_T])[0]).float()
-        theirs = self._model(input_ids=torch.tensor(tokens_T, device=self.device)[None], use_cache=False).logits
+        theirs = model(input_ids=torch.tensor(tokens_T, device=self.device)[None], use_cache=False).logits
         off = (ours_TV - theirs[0].float()).abs().max().item()
         allowed = _PROBE_TOLERANCE.get(self.dtype, 2e-2) * max(1.0, theirs.abs().max().item())
         if not off <= allowed:
@@ -150,16 +160,29 @@ def padded(sequences: Sequence[np.ndarray], device: torch.device) -> dict[str, t
 def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """ValueError with the first line of what transformers says."""
     transformers.utils.logging.disable_progress_bar()  # among a service's log it is no line of ours
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        config = transformers.AutoConfig.from_pretrained(folder.path, **local)
+        # Some language models beside a vision tower are among the causal ones, others only among these.
+        wrapped = type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        wrapped = wrapped and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kind = transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
+        return kind.from_pretrained(folder.path, dtype=dtype, use_safetensors=True, **local).eval()
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"transformers cannot load {folder.name}: {reason}") from error
 
 
-def pick_device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _check_head(head: Any, name: str) -> None:
+    """ValueError for a head that is no matrix of plain numbers: its shape is not the vocabulary's, nor can it be given
+    out."""
+    weight = getattr(head, "weight", None)
+    what = "no weight"
+    if isinstance(weight, torch.Tensor):
+        if weight.ndim == 2 and weight.is_floating_point() and weight.element_size() > 1:
+            return
+        what = f"a weight of {weight.dtype} {tuple(weight.shape)}"
+    raise ValueError(
+        f"{name}: its output head, a {type(head).__name__}, has {what}: a quantised head is not served by the hf "
+        "engine. Leave lm_head out of the quantisation, or serve the checkpoint with vLLM"
+    )

@@ -19,8 +19,8 @@ from attention_service.answers import make_answer
 from attention_service.tap import Attended, Tap
 from teacher_proto.attention import AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.hardware import choose_dtype, emulation_warning
-from teacher_proto.hf_model import padded, pick_device
+from teacher_proto.hardware import choose_dtype, device_name, emulation_warning, pick_device
+from teacher_proto.hf_model import padded
 from teacher_proto.model_files import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class AttentionModel:
 
     @property
     def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return device_name(self.device)
 
     @torch.inference_mode()
     def attend(self, queries: Sequence[AttentionQuery]) -> list[AttentionTargets]:

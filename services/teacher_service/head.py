@@ -11,13 +11,31 @@ from teacher_proto.head import HeadScaling
 from teacher_proto.targets import TokenTargets
 from teacher_service.head_file import HeadFile, HeadTensor
 
-_WEIGHT_NAMES = ("lm_head.weight", "output.weight", "embed_out.weight")
-_EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+_WEIGHT_NAMES = ("lm_head.weight", "output.weight", "embed_out.weight", "language_model.lm_head.weight")
+_EMBEDDING_NAMES = (
+    "model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
+    # of a language model beside a vision tower: today's name, and the one before
+    "model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
+)  # fmt: skip
 # Of the largest logit: bf16 rounds by 2**-9 of it, and sums in another order.
 _HEAD_TOLERANCE = 0.02
 
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def quantised_head(weight_files: list[Path]) -> str | None:
+    """The tensor that tells of a quantised output head in a checkpoint: packed values or scales, or a weight that is
+    none of plain numbers. None for a plain head, and where there is none of its own."""
+    for path in weight_files:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                stem, _, part = name.rpartition(".")
+                if f"{stem}.weight" not in _WEIGHT_NAMES:
+                    continue
+                if part not in ("weight", "bias") or file.get_slice(name).get_dtype() not in _NAMES.values():
+                    return str(name)
+    return None
 
 
 def head_tensor(tensor: torch.Tensor) -> HeadTensor:

@@ -9,7 +9,7 @@ An exception in a pooler ends the engine, so requests are checked before they co
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from teacher_proto.packed import RowLayout
 from teacher_proto.requests import TargetSpec
 from teacher_proto.slices import Slice, reduce_slices
 from teacher_service.vllm_messages import SPEC_FIELDS
+from teacher_service.vllm_wrappers import weights_of
 
 TASK = "token_classify"
 # What a model calls once its weights are there; `vllm_process.py` sets it, in its own process.
@@ -55,9 +56,10 @@ def adapted(name: str, pooler: type[TargetsPooler]) -> type:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         model = vllm_config.model_config
         self.pooler = pooler(self.compute_logits, model.get_vocab_size(), model.get_hidden_size())
+        self._checkpoint_config = model.hf_config
 
-    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = base.load_weights(self, *args, **kwargs)
+    def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]], **kwargs: Any) -> Any:
+        loaded = base.load_weights(self, weights_of(self._checkpoint_config, weights), **kwargs)
         if on_weights is not None:
             on_weights()
         return loaded

@@ -44,7 +44,7 @@ class VllmEngine:
     `dtype`, `quantization`, `max_model_len`, `gpu_memory_utilization`, the parallel sizes and `vllm_args` are vLLM's
     own options and pass through, but `dtype` "auto" is the checkpoint's own where the hardware computes in it, else
     float32. `head_dtype` is that of the logits' product: "auto" is float32 on a GPU, where it costs nothing, and the
-    model's on a CPU; a head that is itself quantised needs "model". `kv_cache_bytes` bounds the cache on a CPU (1 GiB
+    model's on a CPU and where the head is itself quantised. `kv_cache_bytes` bounds the cache on a CPU (1 GiB
     if None). `kinds` is without `hidden` where the checkpoint's head can't stand for vLLM's.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from teacher_proto.hardware import choose_dtype, emulation_warning
 from teacher_proto.model_files import ModelFolder
+from teacher_service.vllm_wrappers import TextConfig, text_architecture
 
 log = logging.getLogger("stillhouse.vllm")
 _ADAPTER = "teacher_service.vllm_adapter"
@@ -67,14 +68,15 @@ def engine_arguments(
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    if head_dtype == "auto":
-        head_dtype = "model" if on_cpu else "float32"
+    head_dtype = _head_dtype(folder, head_dtype, on_cpu)
     fixed = {
         "model": str(folder.path),
         "runner": "pooling",
         "trust_remote_code": False,
         # Token ids come from the client, and `check_request` has held them to the vocabulary.
         "skip_tokenizer_init": True,
+        # Nothing but text is scored. Without this the tower is loaded, and its processor asks for a tokenizer.
+        "language_model_only": True,
         # Scoring needs the hidden state of every position, so it reads no prefix cache.
         "enable_prefix_caching": False,
         "worker_extension_cls": "teacher_service.vllm_worker.TargetsWorker",
@@ -96,12 +98,28 @@ def engine_arguments(
         "use_tqdm_on_load": False,
     }
     chosen = {name: value for name, value in options.items() if value not in (None, "auto")}
-    overrides = {"hf_overrides": {"head_dtype": head_dtype, **vllm_args.get("hf_overrides", {})}}
-    arguments = defaults | chosen | dict(vllm_args) | overrides | fixed
+    overrides = {"head_dtype": head_dtype, **vllm_args.get("hf_overrides", {})}
+    inner = text_architecture(folder)
+    told = {"hf_overrides": overrides if inner is None else TextConfig(inner, overrides)}
+    arguments = defaults | chosen | dict(vllm_args) | told | fixed
     arguments |= _adapt(folder, alone=in_one_process(arguments))
     if on_cpu:
         _warn_of_emulation(folder, arguments["dtype"])
     return arguments
+
+
+def _head_dtype(folder: ModelFolder, asked: str, on_cpu: bool) -> str:
+    """vLLM's `head_dtype`. On a GPU a product in float32 costs nothing, but vLLM has none for a quantised head."""
+    from teacher_service.head import quantised_head
+
+    quantised = None if asked == "model" else quantised_head(folder.weight_files)
+    if asked == "float32" and quantised:
+        raise ValueError(
+            f"head_dtype float32 needs a plain output head, and {folder.name} has {quantised}: leave head_dtype at auto"
+        )
+    if asked != "auto":
+        return asked
+    return "model" if on_cpu or quantised else "float32"
 
 
 def _auto_dtype(folder: ModelFolder, on_cpu: bool) -> str:
@@ -154,7 +172,8 @@ def adapted_class(folder: ModelFolder, adapter: str = _ADAPTER) -> dict[str, str
     """vLLM's `model_class_overrides` for this model: its architecture, as module `adapter` adapts it."""
     from vllm.model_executor.models import ModelRegistry
 
-    architectures = folder.config.get("architectures") or []
+    inner = text_architecture(folder)
+    architectures = [inner] if inner else folder.config.get("architectures") or []
     if not architectures:
         raise ValueError(f"{folder.name}: config.json names no architecture; vLLM can't tell what to load")
     known = [name for name in architectures if name in ModelRegistry.models]

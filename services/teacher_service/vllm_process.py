@@ -27,6 +27,7 @@ from teacher_proto.parent import end_spawned_with_parent
 from teacher_service.vllm_identity import deciding_options, length_option
 from teacher_service.vllm_messages import receive, send
 from teacher_service.vllm_options import engine_arguments, in_one_process, prepare_environment
+from teacher_service.vllm_wrappers import missing
 
 EXIT_REFUSED, EXIT_DIED = 2, 70
 
@@ -60,7 +61,7 @@ def _serve(connection: Connection, order: Order) -> int:
     try:
         engine = _load(connection, order)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-        send(connection, "refused", _reason(error))
+        send(connection, "refused", _reason(error, order.folder))
         return EXIT_REFUSED
     send(connection, "ready", _facts(engine, order))
     inbox: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
@@ -176,8 +177,10 @@ def _add(engine: Any, connection: Connection, number: int, tokens: bytes, asked:
         send(connection, "failed", number, str(error))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, folder: ModelFolder) -> str:
     """What an error says, without pydantic's frame around it."""
+    if isinstance(error, ImportError) and (told := missing(folder, error)):
+        return told
     if isinstance(error, ValidationError):
         return "; ".join(one["msg"] for one in error.errors(include_url=False))
     return str(error)

@@ -15,7 +15,10 @@ class TargetsWorker:
         """Attention backends in use, and how logits follow from the head's product (soft cap, scale)."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
-        processor = getattr(self.get_model(), "logits_processor", None)
+        model = self.get_model()
+        processor = getattr(model, "logits_processor", None)
+        if processor is None and hasattr(model, "get_language_model"):  # beside a vision tower
+            processor = getattr(model.get_language_model(), "logits_processor", None)
         return {
             "attention_backends": sorted(backends),
             "soft_cap": getattr(processor, "soft_cap", None),

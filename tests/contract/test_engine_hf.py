@@ -15,7 +15,7 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
-from teacher_proto import hf_model
+from teacher_proto import hardware, hf_model
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 from teacher_proto.head import HeadScaling
 from teacher_proto.requests import Query, TargetSpec
@@ -151,6 +151,38 @@ async def test_a_head_that_does_more_is_refused(tiny_llama: Path, monkeypatch: p
     monkeypatch.setattr(hf_model, "scaling_of", lambda config: HeadScaling(scale=2.0))
     with pytest.raises(ValueError, match="can't be served by the hf engine"):
         await HfEngine(str(tiny_llama)).start()
+
+
+async def test_a_quantised_head_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = hf_model._load
+
+    def quantised(*arguments: Any) -> Any:
+        model = load(*arguments)
+        weight = model.lm_head.weight.data.to(torch.int8)
+        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return model
+
+    monkeypatch.setattr(hf_model, "_load", quantised)
+    with pytest.raises(ValueError, match=r"a Linear, has a weight of torch.int8 \(512, 64\): a quantised head"):
+        await HfEngine(str(tiny_llama)).start()
+
+
+async def test_logits_are_float32_where_a_device_sums_in_it(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU's product: bf16 in, float32 out. Without it logits are rounded to bf16."""
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    hidden_ND = torch.randn(30, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for wide in (True, False):
+        monkeypatch.setattr(hardware, "sums_in_float32", lambda device, answer=wide: answer)
+        engine = HfEngine(str(tiny_llama), dtype="bfloat16")
+        await engine.start()
+        assert engine._model is not None
+        logits_NV = engine._model.compute_logits(hidden_ND)
+        exact_NV = hidden_ND.float() @ engine._model.head()["weight"].float().T
+        torch.testing.assert_close(logits_NV.float(), exact_NV, rtol=1e-6 if wide else 2**-8, atol=1e-5)
+        assert logits_NV.dtype == (torch.float32 if wide else torch.bfloat16)
+        assert engine.identity.numeric.device == ("cpu, head in float32" if wide else "cpu")
+        assert (await engine.score(job(np.arange(30), TOP_K))).num_rows == 30
+        await engine.close()
 
 
 @pytest.mark.parametrize(

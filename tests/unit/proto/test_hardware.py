@@ -161,3 +161,36 @@ def test_triton_s_kernels_run_on_nvidia_s_gpus_from_ampere_on(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name if installed else None)
     assert hardware.runs_triton(device) is runs
+
+
+def test_this_cpu_gives_no_product_of_bfloat16_in_float32() -> None:
+    hardware.sums_in_float32.cache_clear()
+    assert hardware.sums_in_float32("cpu") is False
+
+
+@pytest.mark.parametrize(("error", "sums"), [(None, True), (TypeError, False), (NotImplementedError, False)])
+@pytest.mark.parametrize("lacking", ["mm", "addmm"])
+def test_products_in_float32_are_found_by_trying(
+    monkeypatch: pytest.MonkeyPatch, lacking: str, error: type[Exception] | None, sums: bool
+) -> None:
+    """A torch that has them on this device; one before 2.8, whose functions know no `out_dtype`; one that has not."""
+
+    def product(*matrices: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return matrices[-1].to(out_dtype)
+
+    def lacks(*matrices: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        raise error("no such product") if error else AssertionError
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, lacks if error and name == lacking else product)
+    hardware.sums_in_float32.cache_clear()
+    assert hardware.sums_in_float32("cpu") is sums
+    hardware.sums_in_float32.cache_clear()
+
+
+@pytest.mark.parametrize(("there", "auto"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool, auto: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device.index}")
+    assert hardware.pick_device("auto") == auto and hardware.pick_device("cuda:1") == "cuda:1"
+    assert hardware.device_name("cuda:1") == "a GPU, 1" and hardware.device_name("cpu") == "cpu"

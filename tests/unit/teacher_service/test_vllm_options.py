@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from teacher_proto import hardware
 from teacher_proto.model_files import ModelFolder
 from teacher_service.vllm_options import engine_arguments
+from teacher_service.vllm_wrappers import TextConfig
 
 AMPERE, TURING = [torch.bfloat16, torch.float16, torch.float32], [torch.float16, torch.float32]
 
@@ -50,11 +52,12 @@ def vllm(monkeypatch: pytest.MonkeyPatch):
 
 
 def arguments(own: str = "bfloat16", vllm_args: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    quantised = options.pop("quantised", False)
+    quantised, path = options.pop("quantised", False), options.pop("path", Path("/model"))
+    head_dtype = options.pop("head_dtype", "auto")
     config = {"architectures": ["LlamaForCausalLM"], "dtype": own}
     config |= {"quantization_config": {"quant_method": "awq"}} if quantised else {}
-    folder = ModelFolder(Path("/model"), "a model", "local", config)
-    return engine_arguments(folder, {"dtype": "auto", **options}, vllm_args or {}, "auto")
+    folder = ModelFolder(path, "a model", "local", config)
+    return engine_arguments(folder, {"dtype": "auto", **options}, vllm_args or {}, head_dtype)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,45 @@ def test_where_it_is_loaded_elsewhere_vllm_is_given_its_name(vllm, monkeypatch: 
     assert arguments(**sizes)["model_class_overrides"] == named and not registry.registered
 
 
-@pytest.mark.parametrize("name", ["runner", "model_class_overrides", "data_parallel_size"])
+@pytest.mark.parametrize(
+    ("head", "auto"),
+    [
+        ({"weight": torch.ones(4, 2, dtype=torch.bfloat16)}, "float32"),
+        ({"weight": torch.ones(4, 2, dtype=torch.bfloat16), "bias": torch.ones(4)}, "float32"),
+        ({"weight": torch.ones(4, 2).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1)}, "model"),
+        ({"qweight": torch.ones(4, 2, dtype=torch.int32), "scales": torch.ones(1)}, "model"),
+        ({"weight": torch.ones(4, 2, dtype=torch.uint8)}, "model"),
+    ],
+)
+def test_a_quantised_head_is_multiplied_in_the_model_s_dtype(vllm, tmp_path: Path, head, auto: str) -> None:
+    tensors = {"model.embed_tokens.weight": torch.ones(4, 2), "model.layers.0.q_proj.qweight": torch.ones(2).int()}
+    save_file(tensors | {f"lm_head.{name}": tensor for name, tensor in head.items()}, tmp_path / "model.safetensors")
+    vllm(AMPERE)
+    assert arguments(path=tmp_path)["hf_overrides"] == {"head_dtype": auto}
+    assert arguments(path=tmp_path, head_dtype="model")["hf_overrides"] == {"head_dtype": "model"}
+    if auto == "float32":
+        assert arguments(path=tmp_path, head_dtype="float32")["hf_overrides"] == {"head_dtype": "float32"}
+    else:
+        with pytest.raises(ValueError, match=r"needs a plain output head, and a model has lm_head\..*at auto"):
+            arguments(path=tmp_path, head_dtype="float32")
+    vllm()
+    assert arguments(path=tmp_path)["hf_overrides"] == {"head_dtype": "model"}
+
+
+def test_of_a_wrapper_the_language_model_is_loaded(vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm()
+    assert arguments()["language_model_only"] is True
+    registry = vllm()
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {"model_type": "pixtral"}}
+    config |= {"text_config": {"model_type": "mistral", "dtype": "bfloat16"}}
+    monkeypatch.setitem(Registry.models, "MistralForCausalLM", Registry.models["LlamaForCausalLM"])
+    folder = ModelFolder(Path("/model"), "a wrapper", "local", config)
+    given = engine_arguments(folder, {}, {"hf_overrides": {"rope_theta": 5.0}}, "auto")
+    assert registry.registered == {"MistralForCausalLM": "the adapted class"}
+    assert given["hf_overrides"] == TextConfig("MistralForCausalLM", {"head_dtype": "model", "rope_theta": 5.0})
+
+
+@pytest.mark.parametrize("name", ["runner", "language_model_only", "model_class_overrides", "data_parallel_size"])
 def test_what_only_the_service_can_set_is_refused(vllm, name: str) -> None:
     vllm()
     with pytest.raises(ValueError, match=f"vLLM's {name} can't be set"):

@@ -1,0 +1,99 @@
+"""Language models beside a vision tower: how vLLM serves the language model, and nothing else of the checkpoint.
+
+Used by `vllm_options.py`, and by `vllm_adapter.py` inside vLLM.
+
+vLLM's classes for such models import transformers' image processors, which need torchvision: no CPU installation of
+ours has it. The language models in TEXT_ARCHITECTURES are plain ones under longer names, so vLLM is given its own class
+for those, with their part of config.json and of the weights; of the tower nothing is imported, read or kept. Any other
+wrapper is vLLM's own class for it with `language_model_only`, and where that needs torchvision, `missing` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from teacher_proto.model_files import ModelFolder
+
+# By the `model_type` of the language model's part of config.json.
+TEXT_ARCHITECTURES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
+}
+# The names of these weights: as a checkpoint of today has them, and as one of transformers before 4.52.
+_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("lm_head.", "lm_head."),
+)
+_WRAPPED = "stillhouse_wrapped"
+
+
+def text_architecture(folder: ModelFolder) -> str | None:
+    """vLLM's architecture for the language model in this wrapper; None for any other model.
+
+    Names in the config of a quantised checkpoint are the wrapper's, so such a one is left to vLLM's own class.
+    """
+    text = folder.config.get("text_config") or {}
+    if not is_wrapper(folder) or folder.config.get("quantization_config"):
+        return None
+    return TEXT_ARCHITECTURES.get(text.get("model_type", ""))
+
+
+def is_wrapper(folder: ModelFolder) -> bool:
+    return bool(folder.config.get("text_config")) and bool(folder.config.get("vision_config"))
+
+
+def missing(folder: ModelFolder, error: ImportError) -> str | None:
+    """What to tell where vLLM's class for a wrapper can't be imported; None where the error is another."""
+    if not is_wrapper(folder) or error.name is None or error.name.partition(".")[0] != "torchvision":
+        return None
+    architecture = ", ".join(folder.config.get("architectures") or ["?"])
+    return (
+        f"vLLM's class for {architecture} imports image processors, which need torchvision, and it is not installed: "
+        "install the torchvision that belongs to this torch. Without it the language models of these wrappers are "
+        f"served, where they are not quantised: {', '.join(TEXT_ARCHITECTURES)}"
+    )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """vLLM's `hf_overrides` for a wrapper: its language model's part of the config, with `overrides` in it.
+
+    Overrides under `text_config` are that part's own, as they are where vLLM is given the wrapper.
+    """
+
+    architecture: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, config: Any) -> Any:
+        text = config.get_text_config()
+        tied = getattr(config, "tie_word_embeddings", None)
+        if tied is not None:
+            text.tie_word_embeddings = tied
+        # The three coordinates of a token of text are one and the same, which makes this the plain rotation.
+        rope = dict(getattr(text, "rope_parameters", None) or {})
+        for name in ("mrope_section", "mrope_interleaved"):
+            rope.pop(name, None)
+        if rope:
+            text.rope_parameters = rope
+        given = dict(self.overrides)
+        text.update({**given, **given.pop("text_config", {})})
+        text.update({"architectures": [self.architecture], _WRAPPED: True})
+        return text
+
+
+def weights_of(config: Any, weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """A checkpoint's weights under the names that the model of `config` has for them; of a wrapper's the language
+    model's."""
+    if not getattr(config, _WRAPPED, False):
+        yield from weights
+        return
+    for name, weight in weights:
+        for prefix, replacement in _PREFIXES:
+            if name.startswith(prefix):
+                yield replacement + name.removeprefix(prefix), weight
+                break
