@@ -23,6 +23,7 @@ PACKAGES = {
     "trainer/student_trainer/batch": "a batch, and the teacher's rows beside it",
     "trainer/student_trainer/data": "from sources to packed batches",
     "trainer/student_trainer/losses": "pure functions, a file a family",
+    "trainer/student_trainer/losses/fused": "the head between its products, as Triton kernels for GPUs",
     "trainer/student_trainer/students": "what learns",
     "trainer/student_trainer/targets": "where targets come from, and how they come ahead of time",
     "trainer/student_trainer/rollouts": "text that the student writes and learns from",

@@ -271,3 +271,14 @@ def test_a_tail_that_rounding_has_swallowed_does_not_make_reverse_kl_infinite() 
     p_NB, q_NB = (dense.bucketed(z_NV.softmax(-1), ids_NG, "bucket") for z_NV in (teacher_NV, student_NV))
     exact_N = dense.divergence(term, p_NB, q_NB)
     torch.testing.assert_close(got.per_term["kd"][swallowed_N], exact_N[swallowed_N], rtol=0, atol=0.012)
+
+
+def test_a_label_that_only_the_student_has_is_learnt_beside_distillation() -> None:
+    """A softmax over the shared ids has no logit of such a label, and no use of one."""
+    hidden_ND, weight_VD = torch.randn(6, 8, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
+    labels_N = torch.tensor([39, 32, 3, 38, 5, 31])
+    teacher = dense.rows_of(torch.randn(6, 32, dtype=torch.float64), 5)
+    terms = [token_term("ce", "cross_entropy", 1.0), token_term("kd", "top_k_kl", 1.0)]
+    loss = head_loss(hidden_ND, weight_VD, labels_N, teacher, terms, shared_vocab=32)
+    expected_N = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="none")
+    torch.testing.assert_close(loss.per_term["ce"], expected_N)

@@ -1,13 +1,15 @@
 """The walk over a call's rows: a chunk of rows for the matrix products, and within it blocks for everything else.
 
 Called by `head`. On a CPU a chunk must be tall, or the products are slow, and a block small enough for the caches, or
-each pass over the logits waits for memory. On a GPU the block only bounds the temporary arrays.
+each pass over the logits waits for memory. On a GPU a chunk goes through the kernels of `fused` as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +20,7 @@ from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.losses.terms import TeacherTerm, TokenTerm
 
-CPU_BLOCK_ELEMENTS = 2**21
-GPU_BLOCK_ELEMENTS = 2**25
+BLOCK_ELEMENTS = 2**21
 CPU_CHUNK_ELEMENTS = 2**24
 GPU_CHUNK_ELEMENTS = 2**27
 
@@ -69,18 +70,97 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
         outcome.weight_VD.zero_()
     height = min(job.chunk_rows, max(1, len(rows_M)))
     z_CV = torch.empty(height, len(weight_VD), dtype=head.accumulator, device=hidden_ND.device)
-    teacher_CW = z_CV.new_empty(height, job.shared) if teacher_head is not None else None
+    teacher_CW: Tensor | None = None
+    if teacher_head is not None:
+        teacher_CW = z_CV.new_empty(height, job.shared, dtype=teacher_head.accumulator)
+    between: Between = _Blocks(job, head, teacher_head, outcome)
+    if kernels_serve(hidden_ND.device):
+        between = _Kernels(job, head, teacher_head, outcome, rows_M, height)
     for number, rows_C in enumerate(rows_M.split(height)):
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
         head.project(hidden_CD, z_CV[: len(rows_C)])
         if teacher_head is not None and teacher_CW is not None:
             _project_teacher(job, teacher_head, rows_C, teacher_CW[: len(rows_C)])
+        gradient_CV = between.run(
+            number * height, rows_C, z_CV[: len(rows_C)], None if teacher_CW is None else teacher_CW[: len(rows_C)]
+        )
+        if gradient_CV is not None:
+            _push_back(head, outcome, rows_C, hidden_CD, gradient_CV, begin=number == 0)
+    between.finish(rows_M)
+    return outcome
+
+
+def kernels_serve(device: torch.device) -> bool:
+    """Whether Triton's kernels compute what lies between the products. Tests force both sides on a CPU."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+class Between(Protocol):
+    """What is done between the products of a chunk."""
+
+    def run(self, start: int, rows_C: Tensor, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+        """Products of rows `rows_C`, the first of which is row `start` of those that count, to values in the outcome.
+        Returns the gradient by the products, if one is wanted; `z_CV` may be written over.
+        """
+        ...
+
+    def finish(self, rows_M: Tensor) -> None:
+        """Called when all chunks are done."""
+        ...
+
+
+class _Kernels:
+    """By the kernels of `fused`: one launch for the values of a chunk, one for its gradient."""
+
+    def __init__(
+        self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome, rows_M: Tensor,
+        height: int,
+    ):  # fmt: skip
+        from student_trainer.losses.fused.launch import FusedTerms
+
+        self._outcome = outcome
+        self._terms = FusedTerms(
+            job.passes, job.terms, head, teacher_head, job.labels_N[rows_M],
+            torch.stack([job.counted[term.name][rows_M] for term in job.terms]),
+            None if job.teacher is None else job.teacher.select(rows_M), job.shared,
+            None if job.weights_N is None else job.weights_N[rows_M],
+        )  # fmt: skip
+        self._out_CV: Tensor | None = None
+        if job.wants_grad and head.back_dtype != head.accumulator:
+            self._out_CV = torch.empty(height, len(head.weight_VD), dtype=head.back_dtype, device=rows_M.device)
+        self._wants_grad = job.wants_grad
+        self._top1_M = torch.empty_like(rows_M) if job.want_top1 else None
+
+    def run(self, start: int, rows_C: Tensor, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+        out_CV: Tensor | None = None
+        if self._wants_grad:
+            out_CV = z_CV if self._out_CV is None else self._out_CV[: len(rows_C)]
+        top1_C = None if self._top1_M is None else self._top1_M[start : start + len(rows_C)]
+        self._terms.run(start, z_CV, teacher_CW, out_CV, top1_C)
+        return out_CV
+
+    def finish(self, rows_M: Tensor) -> None:
+        self._outcome.values_MN[:, rows_M] = self._terms.values_MR
+        if self._top1_M is not None:
+            self._outcome.top1_N[rows_M] = self._top1_M
+
+
+class _Blocks:
+    """By torch's operations, block by block: the reference."""
+
+    def __init__(self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome):
+        self._job, self._head, self._teacher_head, self._outcome = job, head, teacher_head, outcome
+
+    def run(self, start: int, rows_C: Tensor, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+        if teacher_CW is not None and self._teacher_head is not None:
+            self._teacher_head.cap_(teacher_CW)
         for block in _blocks(len(rows_C), z_CV):
             teacher_BW = None if teacher_CW is None else teacher_CW[block]
-            _run_block(job, head, rows_C[block], z_CV[block], teacher_BW, outcome)
-        if job.wants_grad:
-            _push_back(head, outcome, rows_C, hidden_CD, z_CV[: len(rows_C)], begin=number == 0)
-    return outcome
+            _run_block(self._job, self._head, rows_C[block], z_CV[block], teacher_BW, self._outcome)
+        return z_CV if self._job.wants_grad else None
+
+    def finish(self, rows_M: Tensor) -> None:
+        """Every block has written its own."""
 
 
 def _run_block(
@@ -127,7 +207,7 @@ def _push_back(
     head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor, *, begin: bool
 ) -> None:
     if outcome.bias_V is not None:
-        outcome.bias_V.add_(gradient_CV.sum(0))
+        outcome.bias_V.add_(gradient_CV.sum(0, dtype=outcome.bias_V.dtype))
     gradient_CV = gradient_CV.to(head.back_dtype)
     if outcome.hidden_ND is not None:
         outcome.hidden_ND[rows_C] = head.back_to_hidden(gradient_CV).to(outcome.hidden_ND.dtype)
@@ -155,8 +235,7 @@ def _empty(
 
 
 def _blocks(height: int, z_CV: Tensor) -> Iterator[slice]:
-    elements = GPU_BLOCK_ELEMENTS if z_CV.is_cuda else CPU_BLOCK_ELEMENTS
-    step = max(1, elements // z_CV.shape[1])
+    step = max(1, BLOCK_ELEMENTS // z_CV.shape[1])
     for start in range(0, height, step):
         yield slice(start, min(height, start + step))
 
@@ -183,4 +262,3 @@ def _project_teacher(job: Job, head: HeadProjection, rows_C: Tensor, out_CW: Ten
     counted_N = next(job.counted[term.name] for term in job.terms if _compares_vocabularies(term))
     hidden_CE = torch.where(counted_N[rows_C, None], hidden_CE, 0.0)
     head.project(hidden_CE, out_CW)
-    head.cap_(out_CW)

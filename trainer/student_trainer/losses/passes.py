@@ -104,8 +104,9 @@ def run_pass(
     if _is_dense(job.support):
         return _dense_pass(job, z_NW, block, wants_grad)
     overwrite = overwrite and wants_grad and z_NW.shape == z_NV.shape
+    # Of the whole vocabulary: a label may lie beyond the ids that a pass without label terms is about.
     label_N1 = block.labels_N.clamp_min(0)[:, None]
-    z_label_N = z_NW.gather(1, label_N1)[:, 0]
+    z_label_N = z_NV.gather(1, label_N1)[:, 0]
     support, z_NK = _take_out(job, z_NW, block)
     swept = sweep_in(z_NW, job.temperature)
     nothing_N = torch.zeros_like(swept.lse_N)
@@ -117,7 +118,7 @@ def run_pass(
     gradient_NW = None
     if wants_grad:
         row_N = push.spread_N if student is None else push.spread_N * student.log_tail_N.exp() + push.tail_N
-        gradient_NW = sweep_out(swept, z_NW, job.temperature, row_N / job.temperature, overwrite=overwrite)
+        gradient_NW = sweep_out(swept, z_NW, row_N / job.temperature, overwrite=overwrite)
         if student is not None and push.at_NK is not None:
             gradient_NW.scatter_add_(1, student.support.ids_NK, push.at_NK / job.temperature)
         if job.label_terms:

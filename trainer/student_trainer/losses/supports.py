@@ -74,11 +74,16 @@ def with_tail(support: SupportRows, width: int) -> Tensor:
     Where rounding has pushed the sum past one the buckets are scaled back, so that a student equal to the teacher
     stands at a minimum and not on a slope.
     """
+    log_tail_N, log_mass_N = tail_of(support, width)
+    return torch.cat([support.logprobs_NK, log_tail_N[:, None]], 1) - log_mass_N[:, None]
+
+
+def tail_of(support: SupportRows, width: int) -> tuple[Tensor, Tensor]:
+    """(logprob [N] of all that the support does not name, logarithm [N] of that and the support's mass together)."""
     mass_N = torch.where(support.live_NK, support.logprobs_NK.exp(), 0.0).sum(-1)
     tail_N = (1.0 - mass_N - support.outside_N).clamp_min(TAIL_FLOOR)
     tail_N = torch.minimum(tail_N, support.most_N * (width - support.live_NK.sum(-1)))
-    log_tail_N = tail_N.log().clamp_min(LOG_FLOOR)
-    return torch.cat([support.logprobs_NK, log_tail_N[:, None]], 1) - (mass_N + tail_N).log()[:, None]
+    return tail_N.log().clamp_min(LOG_FLOOR), (mass_N + tail_N).log()
 
 
 def renormalised(logprobs_NK: Tensor, live_NK: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""The divergences of `losses.divergences` as Triton functions of one bucket. Called by `normalise` and `gradient`.
+
+Each gives (value, slope) as it is said there, before the sum over buckets. A test holds the two lists of kinds
+together, and every kind's numbers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The kinds known here.
+KINDS = ("top_k_kl", "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "sampled")
+
+
+@triton.jit
+def log_add_exp(a, b):
+    """log(exp a + exp b)."""
+    top = tl.maximum(a, b)
+    x = tl.exp(tl.minimum(a, b) - top)
+    # log(1 + x) to the last digits of a small x: what 1 + x lost is given back as a factor.
+    y = 1.0 + x
+    return top + tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def divergence(log_p, log_q, KIND: tl.constexpr, LOG_A: tl.constexpr, LOG_1_A: tl.constexpr, A: tl.constexpr):
+    """(value, slope) bucket by bucket, p the teacher. `A`: jsd's beta or a skewed divergence's alpha, with log A and
+    log(1 - A).
+    """
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    if KIND == "top_k_kl" or KIND == "forward_kl":
+        value = p * (log_p - log_q)
+        slope = -p
+    elif KIND == "reverse_kl":
+        value = q * (log_q - log_p)
+        slope = value
+    elif KIND == "jsd":
+        log_m = log_add_exp(log_p + LOG_A, log_q + LOG_1_A)
+        slope = (1.0 - A) * q * (log_q - log_m)
+        value = A * p * (log_p - log_m) + slope
+    elif KIND == "skewed_kl":
+        log_m = log_add_exp(log_p + LOG_A, log_q + LOG_1_A)
+        value = p * (log_p - log_m)
+        slope = -(1.0 - A) * tl.exp(log_p + log_q - log_m)
+    elif KIND == "skewed_reverse_kl":
+        gap = log_q - log_add_exp(log_q + LOG_A, log_p + LOG_1_A)
+        value = q * gap
+        slope = q * (gap + 1.0 - A * tl.exp(gap))
+    elif KIND == "tvd":
+        value = 0.5 * tl.abs(q - p)
+        slope = 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+    else:
+        tl.static_assert(KIND == "sampled", "a kind without a kernel")
+        value = -p * log_q
+        slope = -p
+    return value, slope

@@ -1,0 +1,231 @@
+"""The kernels of one call of `head.head_loss`: what they read is laid out once, and each chunk launches them. Used by
+`chunks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from student_trainer.batch.teacher_rows import TeacherRows
+from student_trainer.losses.fused.gradient import compare, gradient
+from student_trainer.losses.fused.normalise import normalise
+from student_trainer.losses.passes import Pass
+from student_trainer.losses.projection import HeadProjection
+from student_trainer.losses.supports import SUPPORTS, read_support, tail_of
+from student_trainer.losses.terms import TeacherTerm, TokenTerm
+
+# Logits that a program of a kernel reads at a time, and the warps that share them.
+BLOCK, WARPS = 4096, 8
+
+
+@dataclass(frozen=True)
+class Support:
+    """One support as `normalise` reads it: [R, K] ids, -1 where none stands, and by softmax that uses it [tables, R, K]
+    logprobs and [tables, 2, R] the tail's. `at_RK`: the gradient at the ids, which the kernel leaves there.
+    """
+
+    ids_RK: Tensor
+    logprobs_PRK: Tensor
+    tails_P2R: Tensor
+    at_RK: Tensor
+
+
+class FusedTerms:
+    """All terms of a call over its R rows that count, chunk after chunk. `values_MR`: by term, in nats.
+
+    `counted_MR` says which rows count for which term, `weights_R` by what each row is multiplied
+    in the total. A head's softcap, scale and bias are those of its projection.
+    """
+
+    def __init__(
+        self, passes: Sequence[Pass], terms: Sequence[TokenTerm], head: HeadProjection,
+        teacher_head: HeadProjection | None, labels_R: Tensor, counted_MR: Tensor, teacher: TeacherRows | None,
+        shared: int, weights_R: Tensor | None,
+    ):  # fmt: skip
+        self._head, self._teacher_head = head, teacher_head
+        self._rows, self._vocab, self._shared = len(labels_R), len(head.weight_VD), shared
+        self._labels_R = labels_R.clamp(0, self._vocab - 1)
+        self._counted_MR = counted_MR
+        index = {term.name: number for number, term in enumerate(terms)}
+        dense = [name for name, support in SUPPORTS.items() if support.student == "vocabulary"]
+        self._sparse = [each for each in passes if each.support not in dense]
+        self._names = list(dict.fromkeys(each.support for each in self._sparse if each.support is not None))
+        self._supports = [self._support(name, teacher, index) for name in self._names]
+        self._dense = [each for each in passes if each.support in dense]
+        self._dense_terms = tuple(
+            (term.kind, number, index[term.name], term.squared, *_mixture(term))
+            for number, each in enumerate(self._dense)
+            for term in each.terms
+        )
+        self._weights_MR = torch.stack(
+            [row_R * (term.coefficient * term.squared)
+             for row_R, term in zip(counted_MR.to(head.accumulator), terms, strict=True)]
+        )  # fmt: skip
+        if weights_R is not None:
+            self._weights_MR *= weights_R.to(head.accumulator)
+        self._index = index
+        self._values_MR = torch.zeros_like(self._weights_MR)
+        self._rest_SR = self._weights_MR.new_zeros(max(1, len(self._sparse)), self._rows)
+        self._row_SR = torch.zeros_like(self._rest_SR)
+        self._at_label_R = self._weights_MR.new_zeros(self._rows)
+
+    @property
+    def values_MR(self) -> Tensor:
+        return torch.where(self._counted_MR, self._values_MR, 0.0)
+
+    def run(
+        self, start: int, z_CV: Tensor, teacher_CW: Tensor | None, out_CV: Tensor | None, top1_C: Tensor | None
+    ) -> None:
+        """Products `z_CV` of the rows from `start` on to values, and to the gradient by them in `out_CV`, which may be
+        `z_CV`. `teacher_CW`: the products of the teacher's head. `top1_C`: takes the most likely ids.
+        """
+        for number in range(max(1, len(self._supports))):
+            if self._sparse or top1_C is not None:
+                self._normalise(number, start, z_CV, top1_C if number == 0 else None)
+        lse_DR, totals_MR = self._compare(start, z_CV, teacher_CW) if self._dense else (z_CV, z_CV)
+        if out_CV is not None:
+            self._gradient(start, z_CV, teacher_CW, out_CV, lse_DR, totals_MR)
+
+    def _support(self, name: str, teacher: TeacherRows | None, index: dict[str, int]) -> Support:
+        assert teacher is not None
+        logprobs, tails = [], []
+        ids_RK: Tensor | None = None
+        for each in self._of(name):
+            counted_R = self._counted_MR[[index[term.name] for term in each.terms]].any(0)
+            rows = read_support(teacher, name, each.temperature, each.width, counted_R)
+            ids_RK = torch.where(rows.live_NK, rows.ids_NK, -1 if ids_RK is None else ids_RK)
+            logprobs.append(rows.logprobs_NK.to(self._head.accumulator))
+            tails.append(torch.stack(tail_of(rows, each.width)).to(self._head.accumulator))
+        assert ids_RK is not None
+        return Support(ids_RK.to(torch.int32), torch.stack(logprobs), torch.stack(tails), torch.zeros_like(logprobs[0]))
+
+    def _of(self, name: str | None) -> list[Pass]:
+        return [each for each in self._sparse if each.support == name]
+
+    def _normalise(self, number: int, start: int, z_CV: Tensor, top1_C: Tensor | None) -> None:
+        """The softmaxes of a support; with the first one, or without any, those that have none as well."""
+        name = self._names[number] if self._names else None
+        own = self._of(name)
+        chosen = own + (self._of(None) if number == 0 and name is not None else [])
+        if name is None:
+            softmaxes = [(1.0 / each.temperature, self._wide(each), -1, self._sparse.index(each)) for each in chosen]
+            ids_CK, at_CK, logprobs_PCK, tails_P2C, width = self._labels_R, z_CV, z_CV, z_CV, 0
+        else:
+            support = self._supports[number]
+            softmaxes = [
+                (1.0 / each.temperature, self._wide(each), table if each.support else -1, self._sparse.index(each))
+                for table, each in enumerate(chosen)
+            ]
+            ids_CK, at_CK, width = support.ids_RK[start:], support.at_RK[start:], support.ids_RK.shape[1]
+            logprobs_PCK, tails_P2C = support.logprobs_PRK[:, start:], support.tails_P2R[:, :, start:]
+        terms = [
+            (
+                term.kind,
+                number_,
+                self._index[term.name],
+                _form(term),
+                term.squared,
+                *_mixture(term),
+                softmaxes[number_][2],
+            )
+            for number_, each in enumerate(chosen)
+            for term in (*each.terms, *each.label_terms)
+        ]
+        constants = self._constants()
+        normalise[(len(z_CV),)](
+            z_CV, z_CV.stride(0), constants.pop("bias_ptr"), self._labels_R[start:], ids_CK, logprobs_PCK, tails_P2C,
+            self._weights_MR[:, start:], self._values_MR[:, start:], self._rest_SR[:, start:], self._row_SR[:, start:],
+            at_CK, self._at_label_R[start:], z_CV if top1_C is None else top1_C,
+            self._rows, width, self._vocab, self._shared, SOFTMAXES=tuple(softmaxes), TERMS=tuple(terms),
+            WANT_TOP=top1_C is not None, HAS_LABEL=any(each.label_terms for each in chosen),
+            S_PAD=_padded(len(softmaxes), 1), K_PAD=_padded(width, 16), **constants, **_launch(),
+        )  # fmt: skip
+
+    def _compare(self, start: int, z_CV: Tensor, teacher_CW: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert teacher_CW is not None
+        lse_DR = self._rest_SR.new_empty(2 * len(self._dense), self._rows)
+        totals_MR = self._rest_SR.new_empty(len(self._dense_terms), self._rows)
+        constants = self._constants() | self._teacher_constants()
+        compare[(len(z_CV),)](
+            z_CV, z_CV.stride(0), constants.pop("bias_ptr"), teacher_CW, teacher_CW.stride(0),
+            constants.pop("teacher_bias_ptr"), self._weights_MR[:, start:], self._values_MR[:, start:],
+            lse_DR[:, start:], totals_MR[:, start:], self._rows, self._shared, TEMPERATURES=self._temperatures(),
+            TERMS=self._dense_terms, S_PAD=_padded(len(self._dense), 1), M_PAD=_padded(len(self._dense_terms), 1),
+            **constants, **_launch(),
+        )  # fmt: skip
+        return lse_DR, totals_MR
+
+    def _gradient(
+        self, start: int, z_CV: Tensor, teacher_CW: Tensor | None, out_CV: Tensor, lse_DR: Tensor, totals_MR: Tensor
+    ) -> None:
+        softmaxes = tuple(
+            (1.0 / each.temperature, self._wide(each), self._names.index(each.support) if each.support else -1)
+            for each in self._sparse
+        )
+        groups: list[Any] = []
+        for support in self._supports:
+            groups += [support.ids_RK[start:], support.at_RK[start:], support.ids_RK.shape[1]]
+        groups += [self._labels_R, self._rest_SR, 0] * (3 - len(self._supports))
+        constants = self._constants() | self._teacher_constants()
+        teacher = z_CV if teacher_CW is None else teacher_CW
+        gradient[(len(z_CV),)](
+            z_CV, z_CV.stride(0), out_CV, out_CV.stride(0), constants.pop("bias_ptr"), self._labels_R[start:],
+            self._at_label_R[start:], *groups, self._rest_SR[:, start:], self._row_SR[:, start:],
+            self._weights_MR[:, start:], teacher, teacher.stride(0), constants.pop("teacher_bias_ptr"),
+            lse_DR[:, start:] if self._dense else lse_DR, totals_MR[:, start:] if self._dense else totals_MR,
+            self._rows, self._vocab, self._shared, SOFTMAXES=softmaxes,
+            GROUPS=tuple(_padded(support.ids_RK.shape[1], 16) for support in self._supports),
+            DENSE=self._dense_terms, TEMPERATURES=self._temperatures(), **constants, **_launch(),
+        )  # fmt: skip
+
+    def _temperatures(self) -> tuple[tuple[float], ...]:
+        return tuple((1.0 / each.temperature,) for each in self._dense)
+
+    def _wide(self, each: Pass) -> int:
+        return int(each.width == self._vocab)
+
+    def _constants(self) -> dict[str, Any]:
+        return {"bias_ptr": _bias(self._head, self._labels_R), "HEAD": _head(self._head)}
+
+    def _teacher_constants(self) -> dict[str, Any]:
+        head = self._teacher_head or self._head
+        return {"teacher_bias_ptr": _bias(head, self._labels_R), "TEACHER": _head(head)}
+
+
+def _head(head: HeadProjection) -> tuple[int, float, float]:
+    """HEAD of `normalise.to_logits`."""
+    return int(head.bias_V is not None), float(head.scale), 0.0 if head.softcap is None else float(head.softcap)
+
+
+def _bias(head: HeadProjection, unused: Tensor) -> Tensor:
+    return unused if head.bias_V is None else head.bias_V
+
+
+def _form(term: TokenTerm) -> str:
+    """How `normalise` computes a term: of the label, on the ids alone, with the rest as a bucket, given the ids."""
+    if not isinstance(term, TeacherTerm):
+        return "label"
+    if SUPPORTS[term.support].student == "ids":
+        return "plain"
+    return "renormalise" if term.renormalises else "bucket"
+
+
+def _mixture(term: TokenTerm) -> tuple[float, float, float]:
+    """(log A, log(1 - A), A) for the share that a mixture of the two distributions has; any, where there is none."""
+    share = getattr(term.settings, "beta" if term.kind == "jsd" else "alpha", 0.5)
+    return math.log(share), math.log1p(-share), share
+
+
+def _padded(count: int, least: int) -> int:
+    return max(least, triton.next_power_of_2(max(1, count)))
+
+
+def _launch() -> dict[str, int]:
+    return {"BLOCK": BLOCK, "num_warps": WARPS}
