@@ -25,6 +25,8 @@ PACKAGES = {
     "trainer/student_trainer/losses": "pure functions, a file a family",
     "trainer/student_trainer/losses/fused": "the head between its products, as Triton kernels for GPUs",
     "trainer/student_trainer/students": "what learns",
+    "trainer/student_trainer/students/quantisers": "weights in few bits, a file a quantiser",
+    "trainer/student_trainer/students/adapters": "what is trained in place of all weights, a file an adapter",
     "trainer/student_trainer/targets": "where targets come from, and how they come ahead of time",
     "trainer/student_trainer/rollouts": "text that the student writes and learns from",
     "trainer/student_trainer/optim": "how gradients become updates",

@@ -250,6 +250,7 @@ BESIDE = {  # what a rank does with the whole student beside the passes that all
     "writes, gathers, balances": (*OWN_TEXT, "on_policy.terms.jsd.support=gather", BALANCED),
     "lora": ("student.lora.rank=4",),
     "ternary": ("student=bitnet", "student.quantisation.warmup_steps=4", UNCLIPPED),  # a bit more flips a weight
+    "lora on ternary": ("student=bitnet", "student.lora.rank=4", UNCLIPPED),
 }
 
 

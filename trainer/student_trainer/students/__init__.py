@@ -1,4 +1,4 @@
-"""What learns: Hugging Face causal models, plain or ternary, whole or in shards.
+"""What learns: an architecture, a quantiser and an adapter of a Hugging Face causal model, on one rank or in shards.
 
-Read `student.py` first.
+May import settings, batch and losses. Open `student.py` first: what the loop knows of it; then `load.py`.
 """

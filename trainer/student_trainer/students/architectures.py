@@ -1,4 +1,4 @@
-"""How a loaded model becomes a student: a line for each architecture. Called by `load` and `bitnet_student`.
+"""How a loaded model becomes a student: a line for each architecture. Called by `load`.
 
 An architecture says how the student reads a batch, and how the model computes hidden states of what it reads. It is
 given the model after its weights have been loaded, converted and adapted, so it goes with every quantiser and adapter.
