@@ -24,7 +24,7 @@ COLUMNS = ("tokens", "cross_entropy", "kl", "agreed")
 class DocumentFigures:
     """Sums over the tokens of one held-out document that count, in nats; `kl`, `agreed` are None without a teacher.
 
-    `tokens` is what divides them. In a view whose labels have weights, nats and tokens are summed with those.
+    `tokens` is what divides them. In a view whose labels have weights, all are sums of those.
     """
 
     source: str
@@ -32,7 +32,7 @@ class DocumentFigures:
     tokens: float
     cross_entropy: float
     kl: float | None
-    agreed: int | None
+    agreed: float | None
 
 
 class DocumentSums:
@@ -52,7 +52,7 @@ class DocumentSums:
         weights_N = zeros_N + 1 if micro.view.weights_N is None else micro.view.weights_N
         values_4N = torch.stack([
             weights_N, weights_N * loss.per_term["cross_entropy"], weights_N * loss.per_term.get("kl", zeros_N),
-            zeros_N if agrees_N is None else agrees_N,
+            zeros_N if agrees_N is None else weights_N * agrees_N,
         ]).double()  # fmt: skip
         sums_4D = values_4N.new_zeros(len(COLUMNS), len(keys)).index_add_(1, micro.documents_N, values_4N)
         self._parts.append((keys, sums_4D))
@@ -71,8 +71,16 @@ class DocumentSums:
         return [self._of(key, dict(zip(COLUMNS, together[key].tolist(), strict=True))) for key in sorted(together)]
 
     def _of(self, key: str, sums: Mapping[str, float]) -> DocumentFigures:
-        tokens = int(sums["tokens"]) if sums["tokens"].is_integer() else sums["tokens"]
         return DocumentFigures(
-            self._source, key, tokens, sums["cross_entropy"], sums["kl"] if self._has_teacher else None,
-            int(sums["agreed"]) if self._has_teacher else None,
-        )  # fmt: skip
+            source=self._source,
+            document=key,
+            tokens=_number(sums["tokens"]),
+            cross_entropy=sums["cross_entropy"],
+            kl=sums["kl"] if self._has_teacher else None,
+            agreed=_number(sums["agreed"]) if self._has_teacher else None,
+        )
+
+
+def _number(value: float) -> float:
+    """As a whole number where it is one."""
+    return int(value) if value.is_integer() else value

@@ -146,8 +146,9 @@ class Evaluator:
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
         sums = LossSums(terms, batches[0].source_names)
         documents = DocumentSums(name, has_teacher)
-        tokens = 0  # labels, whatever they weigh
-        hits_2 = torch.zeros(2, dtype=torch.long, device=student.device)  # that agree, that are correct
+        tokens = 0
+        # Weights of the labels that agree, of those that are right, and of all: on the device until the end.
+        hits_3 = torch.zeros(3, dtype=torch.float64, device=student.device)
         classes = self._classes.get(name)
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
@@ -160,20 +161,19 @@ class Evaluator:
                     sums.add(loss, micro)
                     tokens += len(micro.view.labels_N)
                     agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.view.labels_N) else None
-                    if agrees_N is not None:
-                        hits_2[0] += agrees_N.sum()
                     documents.add(batch, micro, loss, agrees_N)
-                    if classes:
-                        hits_2[1] += _correct(student, micro, classes)
+                    hits_3[0] += 0 if agrees_N is None else _weight(micro, agrees_N)
+                    hits_3[1] += _weight(micro, _correct(student, micro, classes)) if classes else 0
+                    hits_3[2] += _weight(micro, torch.ones_like(micro.view.labels_N))
                 done()
         means = sums.metrics(ranks=self._ranks).terms
-        agreed, correct, tokens = map(self._ranks.total, (*hits_2.tolist(), tokens))
+        agreed, correct, weight = self._ranks.add_up(hits_3.cpu()).tolist()
         figures: Figures = {
             "cross_entropy": means["cross_entropy"],
             "kl": means["kl"] if has_teacher else None,
-            "agreement": agreed / tokens if has_teacher and tokens else None,
-            "tokens": tokens,
-            **({"accuracy": correct / tokens} if classes and tokens else {}),
+            "agreement": agreed / weight if has_teacher and weight else None,
+            "tokens": self._ranks.total(tokens),
+            **({"accuracy": correct / weight} if classes and weight else {}),
         }
         return figures, documents.figures(self._ranks)
 
@@ -196,7 +196,14 @@ def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:
     return top1_N == micro.teacher.ids_NK[:, 0]
 
 
+def _weight(micro: MicroBatch, chosen_N: torch.Tensor) -> torch.Tensor:
+    """What the chosen labels weigh together: their number, where labels have no weights."""
+    weights_N = micro.view.weights_N
+    return chosen_N.sum() if weights_N is None else (chosen_N * weights_N.double()).sum()
+
+
 def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> torch.Tensor:
+    """[N] bool: where the likeliest of the classes' words is the right one."""
     words_C = torch.tensor(classes, device=student.device)
     said_N = words_C[student.logits(micro)[:, words_C].argmax(1)]
-    return (said_N == micro.view.labels_N).sum()
+    return said_N == micro.view.labels_N
