@@ -74,6 +74,7 @@ def adapted(name: str, pooler: type[TargetsPooler]) -> type:
 class TargetsPooler(Pooler):
     """Packed rows of each request's wanted positions, gathered over the steps of a chunked prefill.
 
+    A request whose first step lies behind its first row, since vLLM found that in its prefix cache, gets no rows.
     `PoolingParams.extra_kwargs` is what `vllm_messages.arguments` made.
     """
 
@@ -101,12 +102,11 @@ class TargetsPooler(Pooler):
         each = zip(hidden_states.split(counts), counts, ends, pooling_metadata.get_prompt_token_ids_cpu(), strict=True)
         for i, (hidden_ND, count, end, tokens_T) in enumerate(each):
             begin = end - count
-            if begin == 0:
-                caches[i].clear()  # the first step of a request, perhaps once more after a preemption
             asked = pooling_metadata.pooling_params[i].extra_kwargs or {}
             first, last = asked.get("rows", (0, len(tokens_T)))
-            start, stop = max(first, begin), min(last, end)
-            if start < stop:
+            # A preempted request begins anew, with rows that are here; one that reads the prefix cache begins late.
+            start, stop = first + sum(map(len, caches[i])), min(last, end)
+            if begin <= start < stop:  # else rows are missing that lie in the cache, and `vllm_process.py` asks again
                 ids_NG = _gather_ids(asked, start, stop)
                 wanted = Slice(start, stop, hidden_ND[start - begin : stop - begin], tokens_T, ids_NG,
                                asked.get("sample_key", 0))  # fmt: skip

@@ -159,14 +159,16 @@ class VllmEngine:
         layout = layout_of(query, self.limits.vocab_size, self._hidden_size)
         key = sample_key(query.spec.seed, query.tokens_T) if "sampled" in query.spec.kinds else 0
         try:
-            packed_RB = await self._process.ask(
-                next(self._numbers), query.tokens_T, arguments(query, key), 0 if job.urgent else 1
-            )
+            packed_RB, computed = await self._process.ask(
+                next(self._numbers), query.tokens_T, arguments(query, key), priority=0 if job.urgent else 1,
+                # Tokens before the first row need no hidden state, and prompts are shared by rollouts.
+                reads_cache=query.rows[0] > 0 and not job.fresh,
+            )  # fmt: skip
         except EngineGone as error:
             raise EngineDeadError(str(error), request_id=job.request_id) from None
         except JobFailed as error:
             raise EngineError(f"vLLM failed at this sequence: {error}", request_id=job.request_id) from None
-        self.tokens_computed += query.num_tokens
+        self.tokens_computed += computed
         return read_rows(packed_RB, job, layout)
 
     async def check(self) -> None:

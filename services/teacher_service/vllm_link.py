@@ -38,7 +38,7 @@ class EngineProcess:
         self._connection: Connection | None = None
         self._writer = ThreadPoolExecutor(1, "vllm-writer")
         self._facts: asyncio.Future[dict[str, Any]] | None = None
-        self._answers: dict[int, asyncio.Future[np.ndarray]] = {}
+        self._answers: dict[int, asyncio.Future[tuple[np.ndarray, int]]] = {}
         self._gone = "the vLLM engine is not running"
         self._closing = False
 
@@ -58,12 +58,15 @@ class EngineProcess:
         self._reader.start()
         return await self._facts
 
-    async def ask(self, number: int, tokens_T: np.ndarray, asked: dict[str, Any], priority: int) -> np.ndarray:
-        """Packed rows [R, bytes] uint8 of a job of this number; a lower `priority` goes first. EngineGone, or JobFailed
-        where only this one has none."""
+    async def ask(
+        self, number: int, tokens_T: np.ndarray, asked: dict[str, Any], *, priority: int, reads_cache: bool
+    ) -> tuple[np.ndarray, int]:
+        """Packed rows [R, bytes] uint8 of a job of this number, and the tokens that were computed for them: fewer than
+        it has where it `reads_cache`. A lower `priority` goes first. EngineGone, or JobFailed where only this one has
+        no answer."""
         self.check()
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._send("job", number, tokens_T.astype("<i4").tobytes(), asked, priority)
+        self._send("job", number, tokens_T.astype("<i4").tobytes(), asked, priority, reads_cache)
         try:
             return await answer
         finally:
@@ -114,7 +117,7 @@ class EngineProcess:
                 message = receive(connection)
                 if message[0] == "answer":
                     rows = np.frombuffer(connection.recv_bytes(), dtype=np.uint8)
-                    message = [*message[:2], rows.reshape(message[2:])]
+                    message = [*message[:2], (rows.reshape(message[3:]), message[2])]
                 loop.call_soon_threadsafe(self._on_message, *message)
         except (EOFError, OSError):
             loop.call_soon_threadsafe(self._on_end, GONE)

@@ -1,9 +1,9 @@
 """What the service and its vLLM process say to each other: msgpack over a pipe, each message a list that begins with
 its name. Used by `vllm_link.py` on the service's side, by `vllm_process.py` and `vllm_adapter.py` on the other.
 
-To the engine: `job NUMBER TOKENS ASKED PRIORITY`, `abort NUMBER`, `close`. From it: `stage WHAT SECONDS`, `ready
-FACTS`, `refused REASON`, `answer NUMBER ROWS BYTES_A_ROW` with the bytes themselves as a message of their own behind
-it, `failed NUMBER REASON`. Importing this imports nothing of vLLM, nor torch.
+To the engine: `job NUMBER TOKENS ASKED PRIORITY READS_CACHE`, `abort NUMBER`, `close`. From it: `stage WHAT SECONDS`,
+`ready FACTS`, `refused REASON`, `answer NUMBER TOKENS_COMPUTED ROWS BYTES_A_ROW` with the bytes themselves as a message
+of their own behind it, `failed NUMBER REASON`. Importing this imports nothing of vLLM, nor torch.
 """
 
 from __future__ import annotations

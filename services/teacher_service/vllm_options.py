@@ -20,6 +20,9 @@ log = logging.getLogger("stillhouse.vllm")
 _ADAPTER = "teacher_service.vllm_adapter"
 _TRANSFORMERS_MODEL = "vllm.model_executor.models.transformers.TransformersForCausalLM"
 _CPU_KV_CACHE_BYTES = 2**30
+# CUDA graphs are of steps of up to 512 tokens, as decoding makes them, and take memory and minutes at the start; a step
+# that scores has thousands.
+_COMPILATION = {"cudagraph_mode": "NONE"}
 
 
 def prepare_environment() -> None:
@@ -77,8 +80,6 @@ def engine_arguments(
         "skip_tokenizer_init": True,
         # Nothing but text is scored. Without this the tower is loaded, and its processor asks for a tokenizer.
         "language_model_only": True,
-        # Scoring needs the hidden state of every position, so it reads no prefix cache.
-        "enable_prefix_caching": False,
         "worker_extension_cls": "teacher_service.vllm_worker.TargetsWorker",
     }
     if taken := {*fixed, "model_class_overrides", "data_parallel_size"} & vllm_args.keys():
@@ -102,6 +103,7 @@ def engine_arguments(
     inner = text_architecture(folder)
     told = {"hf_overrides": overrides if inner is None else TextConfig(inner, overrides)}
     arguments = defaults | chosen | dict(vllm_args) | told | fixed
+    arguments["compilation_config"] = _COMPILATION | vllm_args.get("compilation_config", {})
     arguments |= _adapt(folder, alone=in_one_process(arguments))
     if on_cpu:
         _warn_of_emulation(folder, arguments["dtype"])

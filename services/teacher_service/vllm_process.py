@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -137,23 +137,62 @@ def _fill(connection: Connection, inbox: queue.SimpleQueue[list[Any] | None]) ->
 
 def _answer(engine: Any, connection: Connection, inbox: queue.SimpleQueue[list[Any] | None]) -> None:
     """Step the engine while it has jobs, until `close` comes or nobody is there any more."""
+    jobs: dict[int, EngineJob] = {}
     while True:
         for message in _take(inbox, wait=not engine.has_unfinished_requests()):
             if message is None or message[0] == "close":
                 return
             if message[0] == "abort":
-                engine.abort_request([str(message[1])])
+                job = jobs.pop(message[1], None)
+                if job is not None:
+                    engine.abort_request([job.request_id])
             else:
-                _add(engine, connection, *message[1:])
+                _add(engine, connection, jobs, EngineJob(*message[1:]))
         if not engine.has_unfinished_requests():
             continue
         for output in engine.step():
-            if output.error is not None:
-                send(connection, "failed", int(output.request_id), str(output.error))
-                continue
-            rows_RB = output.outputs.data.numpy()
-            send(connection, "answer", int(output.request_id), *rows_RB.shape)
-            connection.send_bytes(np.ascontiguousarray(rows_RB).data.cast("B") if rows_RB.size else b"")
+            job = jobs.pop(int(output.request_id.partition("-")[0]), None)
+            if job is not None:
+                _hand_over(engine, connection, jobs, job, output)
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """A job as the service sends it; `computed` are the tokens that vLLM has computed for it so far."""
+
+    number: int
+    tokens: bytes
+    asked: dict[str, Any]
+    priority: int
+    reads_cache: bool
+    computed: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """vLLM's name for it; another one when it is asked a second time."""
+        return f"{self.number}-{self.computed}"
+
+    @property
+    def num_rows(self) -> int:
+        start, stop = self.asked["rows"]
+        return int(stop - start)
+
+
+def _hand_over(engine: Any, connection: Connection, jobs: dict[int, EngineJob], job: EngineJob, output: Any) -> None:
+    """Send the service what came of a job; or ask again without the prefix cache, where that held rows of the answer.
+
+    vLLM takes as much from its cache as it finds there, and has no hidden states of that.
+    """
+    if output.error is not None:
+        send(connection, "failed", job.number, str(output.error))
+        return
+    rows_RB = output.outputs.data.numpy()
+    computed = job.computed + len(job.tokens) // 4 - (output.num_cached_tokens or 0)
+    if job.reads_cache and len(rows_RB) < job.num_rows:
+        _add(engine, connection, jobs, replace(job, reads_cache=False, computed=computed))
+        return
+    send(connection, "answer", job.number, computed, *rows_RB.shape)
+    connection.send_bytes(np.ascontiguousarray(rows_RB).data.cast("B") if rows_RB.size else b"")
 
 
 def _take(inbox: queue.SimpleQueue[list[Any] | None], wait: bool) -> Iterator[list[Any] | None]:
@@ -164,17 +203,20 @@ def _take(inbox: queue.SimpleQueue[list[Any] | None], wait: bool) -> Iterator[li
         yield inbox.get()
 
 
-def _add(engine: Any, connection: Connection, number: int, tokens: bytes, asked: dict[str, Any], priority: int) -> None:
+def _add(engine: Any, connection: Connection, jobs: dict[int, EngineJob], job: EngineJob) -> None:
     from vllm import PoolingParams
     from vllm.inputs import tokens_input
 
     from teacher_service.vllm_adapter import TASK
 
-    prompt = tokens_input(np.frombuffer(tokens, dtype="<i4").tolist())
+    prompt = tokens_input(np.frombuffer(job.tokens, dtype="<i4").tolist())
+    params = PoolingParams(task=TASK, extra_kwargs=job.asked, skip_reading_prefix_cache=not job.reads_cache)
     try:
-        engine.add_request(str(number), prompt, PoolingParams(task=TASK, extra_kwargs=asked), priority=priority)
+        engine.add_request(job.request_id, prompt, params, priority=job.priority)
     except ValueError as error:
-        send(connection, "failed", number, str(error))
+        send(connection, "failed", job.number, str(error))
+    else:
+        jobs[job.number] = job
 
 
 def _reason(error: Exception, folder: ModelFolder) -> str:

@@ -158,6 +158,24 @@ def test_of_a_wrapper_the_language_model_is_loaded(vllm, monkeypatch: pytest.Mon
     assert given["hf_overrides"] == TextConfig("MistralForCausalLM", {"head_dtype": "model", "rope_theta": 5.0})
 
 
+@pytest.mark.parametrize("gpu", [None, AMPERE])
+def test_no_graphs_are_captured_unless_the_user_wants_them(vllm, gpu) -> None:
+    vllm(gpu)
+    assert arguments()["compilation_config"] == {"cudagraph_mode": "NONE"}
+    given = arguments(vllm_args={"compilation_config": {"mode": 0}})["compilation_config"]
+    assert given == {"cudagraph_mode": "NONE", "mode": 0}
+    wanted = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    assert arguments(vllm_args=wanted)["compilation_config"] == {"cudagraph_mode": "PIECEWISE"}
+
+
+def test_vllm_knows_the_options_that_turn_graphs_off_and_leave_the_prefix_cache_to_it(vllm) -> None:
+    config = pytest.importorskip("vllm.config.compilation")
+    assert config.CompilationConfig(cudagraph_mode="NONE").cudagraph_mode == config.CUDAGraphMode.NONE
+    vllm()
+    assert "enable_prefix_caching" not in arguments()
+    assert arguments(vllm_args={"enable_prefix_caching": False})["enable_prefix_caching"] is False
+
+
 @pytest.mark.parametrize("name", ["runner", "language_model_only", "model_class_overrides", "data_parallel_size"])
 def test_what_only_the_service_can_set_is_refused(vllm, name: str) -> None:
     vllm()
