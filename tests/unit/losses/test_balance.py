@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from student_trainer.losses import TeacherRows, head_loss, token_term
 from student_trainer.losses.balance import GradientBalance, gradient_norms, term_gradient_norms
-from student_trainer.losses.weighting import Weighting, gradient_shares
-from student_trainer.losses.weights import weight_at
+from student_trainer.losses.weighting import Weighting, gradient_shares, weight_at
 
 TERMS = (
     token_term("cross_entropy", "cross_entropy", coefficient=0.3),

@@ -176,19 +176,17 @@ class Captured:
 
 @dataclass(frozen=True)
 class StatesTerm(Term):
-    """A term that compares states of a forward pass."""
+    """A term that compares states of a forward pass: the final hidden rows, or what else it wants captured."""
 
-    @abstractmethod
     def check_student(self, config: Any) -> None:
         """ValueError where a student with this `config` has not what the term needs."""
 
-    @abstractmethod
     def check_teacher(self, widths: Mapping[str, int]) -> None:
-        """ValueError where the teacher's states, whose query, key and value are so wide, will not do."""
+        """ValueError where the states of the layers that it needs, whose query, key and value are so wide, won't do."""
 
-    @abstractmethod
     def capture(self, config: Any) -> Capture:
-        """What it wants kept of the student's forward pass."""
+        """What it wants kept of the student's forward pass beside the final hidden rows."""
+        return Capture()
 
     @abstractmethod
     def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:

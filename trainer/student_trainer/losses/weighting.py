@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from student_trainer.losses.balance import GradientBalance
 from student_trainer.losses.terms import Term
-from student_trainer.losses.weights import weight_at
 
 Points = Sequence[tuple[int, float]]
 
@@ -72,3 +72,18 @@ def gradient_shares(terms: Sequence[Term], norms: Mapping[str, float]) -> dict[s
     pulls = {term.name: abs(term.coefficient) * norms[term.name] for term in terms if term.name in norms}
     whole = sum(pulls.values())
     return {name: pull / whole for name, pull in pulls.items()} if whole > 0 else {}
+
+
+def weight_at(points: Sequence[tuple[int, float]], step: int) -> float:
+    """Straight lines through the points (step, weight); the first weight before them, the last one after.
+
+    ValueError unless there are points, in the order of their steps.
+    """
+    if not points or any(a[0] >= b[0] for a, b in pairwise(points)):
+        raise ValueError(f"weights by step: got {list(points)}, expected points (step, weight) of rising steps")
+    if step <= points[0][0]:
+        return points[0][1]
+    for (start, before), (stop, after) in pairwise(points):
+        if step < stop:
+            return before + (after - before) * (step - start) / (stop - start)
+    return points[-1][1]

@@ -66,9 +66,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        self.distillation.by_name()  # refuses none at all, and two of one name
-        asking = [name for name, term in self.distillation.terms.items() if term.needs_teacher]
-        asking += ["attention relations"] if self.distillation.attention.active else []
+        asking = [name for name, term in self.distillation.by_name().items() if term.needs_teacher]
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
         warmup = self.student.quantisation.warmup_steps

@@ -22,6 +22,7 @@ class AttentionSettings(Section):
     """
 
     kind: ClassVar[str] = "attention_relations"
+    needs_teacher: ClassVar[bool] = True
 
     coefficient: float | None = Field(None, ge=0, description="of the reduction in the guide; null: no such term")
     form: Literal["official", "paper", "minilm"] = Field(

@@ -51,7 +51,13 @@ class AttentionSource:
         seq_len: int,
     ):  # fmt: skip
         self._make_client, self._terms, self._waiting = make_client, terms, waiting
-        ((self._layer, self._dtype),) = Needs.of(terms).layers
+        layers = Needs.of(terms).layers
+        if len(layers) != 1:
+            raise ValueError(
+                f"{', '.join(term.name for term in terms)} need the teacher's states {len(layers)} times over, "
+                "of one layer and in one dtype is what is asked: give them the same layer and transport"
+            )
+        ((self._layer, self._dtype),) = layers
         self._seq_len = seq_len
         self._client: AttentionClient | None = None
         self._info: AttentionInfo | None = None
