@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, Olmo2Config, Phi3Config
 
 from student_trainer.optim.qk_clip import ClipReport, QKClip
+from student_trainer.students.adapters.low_rank import LowRank
 from student_trainer.students.quant_linear import quant_linears
+from student_trainer.students.quantisers.bitnet import BitNet
 from tests.unit.students.tiny import convert_to_bitnet, spread_weights, ternary_codes, tiny_ids, tiny_model
 
 TINY = {
@@ -224,3 +226,20 @@ def test_logits_that_are_not_finite_stop_it_before_it_scales(value: float) -> No
 def test_settings_out_of_range_are_refused(tau: float, alpha: float) -> None:
     with pytest.raises(ValueError, match="qk_clip: got"):
         QKClip(tiny_model("llama"), tau, alpha)
+
+
+def test_what_a_quantiser_or_an_adapter_leaves_nothing_to_scale_is_warned_of() -> None:
+    class Fixed(BitNet):
+        name = "fixed"
+        qk_clip = "nothing"
+
+    fixed, corrected = convert_to_bitnet(one_layer("llama")), convert_to_bitnet(one_layer("llama"))
+    fixed.model.layers[0].self_attn.k_proj.weight_quantiser = Fixed()
+    corrected.model.layers[0].self_attn.k_proj.correction = LowRank(64, 32, 2, 2, torch.empty(0))
+    for model, reason in ((fixed, "fixed, has no scale that could be clipped"), (corrected, "an adapter adds to them")):
+        with pytest.warns(UserWarning, match=reason):
+            clip = QKClip(model, tau=1e-3)
+        untouched = copy.deepcopy(model.state_dict())
+        seen(clip, model)
+        assert clip.apply().clipped_heads == 0
+        assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.bitnet import AutoBitLinear
 
+from student_trainer.students.adapters.low_rank import LowRank
 from student_trainer.students.quant_linear import (
     QuantLinear,
     quant_linears,
@@ -20,7 +21,7 @@ from student_trainer.students.quant_linear import (
     warmup_blend,
 )
 from student_trainer.students.quantisers.activations import int8_activations
-from student_trainer.students.quantisers.bitnet import BITNET
+from student_trainer.students.quantisers.bitnet import BITNET, BitNet
 from tests.unit.students.tiny import (
     VOCAB,
     convert_to_bitnet,
@@ -259,3 +260,45 @@ def train(model: nn.Module, steps: int, warmup_steps: int | None = None) -> None
 def loss_of(model: nn.Module) -> float:
     ids_BT = sequences(10_000)
     return model(ids_BT, labels=ids_BT).loss.item()
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.4, 1.0])
+def test_a_correction_is_of_the_normed_input_that_is_not_rounded(blend: float) -> None:
+    """y = W(blend) a(x) + b + (alpha / r) B A x in float64, x behind SubLN; the correction has its gradient."""
+    torch.manual_seed(0)
+    layer = ternary_linear(64, 48, sub_norm_eps=1e-6, correction=LowRank(64, 48, 3, 6, torch.empty(0)))
+    nn.init.uniform_(layer.rms_norm.weight, 0.5, 1.5)
+    layer.quantisation_blend.fill_(blend)
+    input_ND = torch.randn(10, 64)
+    plain_NO = layer(input_ND)
+    layer.correction.lora_B.weight.data.normal_()
+    output_NO, gradient_NO = layer(input_ND), torch.randn(10, 48)
+    output_NO.backward(gradient_NO)
+    exact_ND = input_ND.double()
+    normed_ND = exact_ND * (exact_ND.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * layer.rms_norm.weight.double()
+    a_RD, b_OR = (each.weight.detach().double() for each in (layer.correction.lora_A, layer.correction.lora_B))
+    added_NO = 2.0 * normed_ND @ a_RD.T @ b_OR.T
+    torch.testing.assert_close((output_NO - plain_NO).double(), added_NO.detach(), rtol=1e-4, atol=1e-4)
+    expected_OR = 2.0 * gradient_NO.double().T @ (normed_ND @ a_RD.T)
+    gradient_OR = layer.correction.lora_B.weight.grad.double()
+    torch.testing.assert_close(gradient_OR, expected_OR.detach(), rtol=1e-4, atol=1e-4)
+    layer.correction = None
+    assert torch.equal(layer(input_ND), plain_NO)
+
+
+def test_what_a_quantiser_learns_beside_the_weight_is_a_parameter_of_the_layer() -> None:
+    class Scaled(BitNet):
+        def learnt(self, layer: nn.Linear) -> dict[str, torch.Tensor]:
+            if layer.in_features % 2:
+                raise ValueError("an odd width")
+            return {"weight_step": torch.full((layer.out_features, 1), 2.0)}
+
+        def weight(self, layer: nn.Linear, blend_: torch.Tensor) -> torch.Tensor:
+            return super().weight(layer, blend_) * layer.weight_step
+
+    layer = QuantLinear(8, 6, weight_quantiser=Scaled())
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias", "weight_step"]
+    layer(torch.ones(1, 8)).sum().backward()
+    assert layer.weight_step.grad.shape == (6, 1) and bool(layer.weight_step.grad.any())
+    with pytest.raises(ValueError, match="odd width"):
+        QuantLinear(7, 6, weight_quantiser=Scaled())

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from student_trainer import loop
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
-from student_trainer.settings import StudentSettings
+from student_trainer.settings import LoRASettings, StudentSettings
+from student_trainer.students.load import merged
 from student_trainer.students.quant_linear import quant_linears, quantisation_blend
+from student_trainer.students.student import Student
 from teacher_proto.stopping import StopSignals
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, steps_of, trace_of, train
 from tests.unit.students.tiny import tiny_model
@@ -83,7 +85,7 @@ def test_one_stage_follows_another_by_a_path(workshop: Workshop, stage2: Path, t
 
 def test_a_full_precision_run_can_be_made_ternary(workshop: Workshop, straight: Path) -> None:
     plain = load_student(StudentSettings(checkpoint_path=str(straight)), CPU)
-    ternary = load_student(StudentSettings(kind="bitnet", checkpoint_path=str(straight)), CPU)
+    ternary = load_student(StudentSettings(quantiser="bitnet", checkpoint_path=str(straight)), CPU)
     assert len(list(quant_linears(ternary.model))) == 7 and quantisation_blend(ternary.model) == 1.0
     ours, theirs = ternary.tensors(), plain.tensors()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -103,9 +105,9 @@ def test_what_a_run_left_must_fit_what_is_asked(stage2: Path, workshop: Workshop
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.yaml").write_text("{}")
     with pytest.raises(ValueError, match=r"saved no checkpoint yet"):
-        load_student(StudentSettings(kind="bitnet", checkpoint_path=str(tmp_path / "run")), CPU)
+        load_student(StudentSettings(quantiser="bitnet", checkpoint_path=str(tmp_path / "run")), CPU)
     with pytest.raises(ValueError, match=r"student.checkpoint_path=/nowhere"):
-        load_student(StudentSettings(kind="bitnet", checkpoint_path="/nowhere"), CPU)
+        load_student(StudentSettings(quantiser="bitnet", checkpoint_path="/nowhere"), CPU)
     with pytest.raises(ValueError, match="would never be quantised in full"):
         compose(workshop.settings(tmp_path, "student=bitnet", "student.bitnet.warmup_steps=12"))
 
@@ -116,7 +118,7 @@ def test_transformers_own_bitnet_checkpoints_are_students(tmp_path: Path, quanti
     if quantised:
         model.config.quantization_config = {"quant_method": "bitnet", "quantization_mode": "online"}
     model.save_pretrained(tmp_path)
-    student = load_student(StudentSettings(kind="bitnet", checkpoint_path=str(tmp_path)), CPU)
+    student = load_student(StudentSettings(quantiser="bitnet", checkpoint_path=str(tmp_path)), CPU)
     assert len(list(quant_linears(student.model))) == 14 and quantisation_blend(student.model) == 1.0
 
 
@@ -136,3 +138,65 @@ def test_muon_clip_trains_ternary_layers_through_the_front_door(workshop: Worksh
 def test_settings_of_a_ternary_student_warn_beside_another(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="student.quantisation.sub_norm has no effect: student.quantiser is none"):
         compose(workshop.settings(tmp_path, "student.bitnet.sub_norm=all"))
+
+
+LORA = ("student=bitnet", "student.lora.rank=3", "student.lora.alpha=6", "optim.learning_rate=3e-2")
+
+
+@pytest.fixture(scope="module")
+def adapted(workshop: Workshop, stage2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA on the ternary student of an earlier run."""
+    root = tmp_path_factory.mktemp("adapted")
+    arguments = workshop.settings(root, *LORA, f"student.checkpoint_path={stage2}")
+    assert run_here(arguments, ScriptedTargets()) == loop.DONE
+    return root / "run"
+
+
+def loaded(path: Path, **more: object) -> Student:
+    return load_student(StudentSettings(quantiser="bitnet", checkpoint_path=str(path), **more), CPU)
+
+
+def test_lora_on_a_ternary_student_trains_its_additions_alone(stage2: Path, adapted: Path) -> None:
+    base, after = loaded(stage2).tensors(), loaded(adapted)
+    assert all(torch.equal(after.tensors()[name], tensor) for name, tensor in base.items())
+    additions = {name for name, parameter in after.model.named_parameters() if parameter.requires_grad}
+    assert len(additions) == 2 * 7 and all(".correction.lora_" in name for name in additions)
+    assert all(bool(after.tensors()[name].any()) for name in additions)
+    lines = lines_of(adapted)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert quantisation_blend(after.model) == 1.0
+
+
+def test_a_run_after_a_lora_run_goes_on_with_its_additions_and_no_others(
+    workshop: Workshop, adapted: Path, tmp_path: Path
+) -> None:
+    arguments = workshop.settings(tmp_path, "student=bitnet", f"student.checkpoint_path={adapted}", "run.steps=1")
+    assert run_here(arguments, ScriptedTargets()) == loop.DONE
+    before, after = loaded(adapted).tensors(), loaded(tmp_path / "run").tensors()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if ".correction.lora_" in name
+    }
+    again = LoRASettings(rank=3, alpha=6)
+    for path in (adapted, tmp_path / "run"):  # the second has them from the first
+        assert loaded(path, lora=again).adapted is not None
+        with pytest.raises(ValueError, match=r"trained an adapter lora with .*rank=3.*, asked for is .*rank=5"):
+            loaded(path, lora=LoRASettings(rank=5))
+    with pytest.raises(ValueError, match="can't be added into a weight that is quantised with bitnet"):
+        merged(loaded(adapted))
+
+
+def test_a_lora_run_that_is_made_ternary_may_have_lora_again(workshop: Workshop, tmp_path: Path) -> None:
+    arguments = workshop.settings(tmp_path, "student.lora.rank=4", "run.steps=2", "optim.learning_rate=3e-2")
+    assert run_here(arguments, ScriptedTargets()) == loop.DONE
+    plain = merged(load_student(StudentSettings(checkpoint_path=str(tmp_path / "run")), CPU)).state_dict()
+    ternary = loaded(tmp_path / "run", lora=LoRASettings(rank=2))
+    assert all(torch.equal(ternary.tensors()[name], tensor) for name, tensor in plain.items())
+    assert {len(tensor) for name, tensor in ternary.tensors().items() if name.endswith("lora_A.weight")} == {2}
+
+
+def test_targets_of_lora_on_a_ternary_student_are_chosen_by_name(workshop: Workshop, stage2: Path) -> None:
+    student = loaded(stage2, lora=LoRASettings(rank=2, targets=("q_proj", "mlp.down_proj")))
+    names = {name for name, layer in quant_linears(student.model) if layer.correction is not None}
+    assert names == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
+    with pytest.raises(ValueError, match=r"student\.lora\.targets: no quantised linear is called w_pack or proj"):
+        loaded(stage2, lora=LoRASettings(rank=2, targets=("w_pack", "proj")))

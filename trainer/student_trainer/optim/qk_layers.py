@@ -67,10 +67,12 @@ def plan_layer(module: Any) -> Layer:
         raise ValueError(
             f"query and key have {rows[0]} and {rows[1]} rows, expected {group} times {module.head_dim} to one"
         )
-    allowed = {quantiser_of(side.module).qk_clip for side in (query, key)}
-    if not norms and "nothing" in allowed:
-        raise ValueError(f"their quantiser, {quantiser_of(query.module).name}, has no scale that could be clipped")
-    return Layer(query, key, group if norms or allowed == {"rows"} else None)
+    quantisers = [] if norms else [quantiser_of(side.module) for side in (query, key)]
+    for quantiser in quantisers:
+        if quantiser.qk_clip == "nothing":
+            raise ValueError(f"their quantiser, {quantiser.name}, has no scale that could be clipped")
+    by_head = all(quantiser.qk_clip == "rows" for quantiser in quantisers)
+    return Layer(query, key, group if by_head else None)
 
 
 def _norms(module: Any) -> tuple[Side, Side] | None:

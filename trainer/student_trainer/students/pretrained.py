@@ -16,8 +16,7 @@ from torch import Tensor
 from student_trainer.students.adapters.low_rank import FOLDER, put_corrections, read_peft, train_corrections_alone
 from student_trainer.students.quant_linear import BLEND, quantise, quantise_as
 from student_trainer.students.quantisers import QUANTISERS
-from student_trainer.students.quantisers.quantiser import SubNorm
-from student_trainer.students.quantisers.record import Record, read_record
+from student_trainer.students.quantisers.record import Record, SubNorm, read_record
 
 Task = Literal["causal", "classification"]
 

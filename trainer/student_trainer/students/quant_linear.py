@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.students.quantisers.activations import ACTIVATIONS, ActivationQuantiser
 from student_trainer.students.quantisers.none import NONE
-from student_trainer.students.quantisers.quantiser import Quantiser, SubNorm
-from student_trainer.students.quantisers.record import Record, write_record
+from student_trainer.students.quantisers.quantiser import Quantiser
+from student_trainer.students.quantisers.record import Record, SubNorm, write_record
 
 # What `sub_norm="output"` puts a norm before: the two linears that write into the residual stream.
 OUTPUT_LINEARS = ("o_proj", "down_proj")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from student_trainer.students.quantisers.activations import SMALLEST_SCALE
-from student_trainer.students.quantisers.quantiser import Quantiser, SubNorm
-from student_trainer.students.quantisers.record import Record
+from student_trainer.students.quantisers.quantiser import Quantiser
+from student_trainer.students.quantisers.record import Record, SubNorm
 
 
 def inverse_scale(weight_OI: Tensor) -> Tensor:

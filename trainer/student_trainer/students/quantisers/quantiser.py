@@ -7,15 +7,11 @@ scaled) and `export` (what may be packed, and how).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from student_trainer.students.quantisers.record import Record
-
-# An RMSNorm ahead of the linears that write into the residual stream, ahead of every one, or nowhere.
-SubNorm = Literal["output", "all", "none"]
+from student_trainer.students.quantisers.record import Record, SubNorm
 
 
 class Quantiser(ABC):

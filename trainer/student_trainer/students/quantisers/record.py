@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from student_trainer.students.quantisers.activations import ACTIVATIONS
-from student_trainer.students.quantisers.quantiser import SubNorm
+
+# An RMSNorm ahead of the linears that write into the residual stream, ahead of every one, or nowhere.
+SubNorm = Literal["output", "all", "none"]
 
 ENTRY = "student_quantisation"
 VERSION = 1
