@@ -20,12 +20,13 @@ from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.metrics import LossSums
 from student_trainer.students.causal import CausalReader
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.queries import queries_of
 from student_trainer.targets.student_support import _by_position, _slots
+from teacher_proto.requests import TargetSpec
 from tests.trainer_run import ScriptedTargets
 
 V = 64
-ASK = Ask(("top_k", "sampled"), 16, num_samples=5, seed=1)
+SPEC = TargetSpec(("top_k", "sampled"), 16, num_samples=5, seed=1)
 SEED = ViewSeed(0)
 
 
@@ -62,7 +63,7 @@ BATCH = batch_of([5, 4, 2], [12], [1, 3])
 
 
 def targets_of(batch: Batch) -> BatchTargets:
-    return asyncio.run(ScriptedTargets({"vocab_size": V}).fetch(batch, ASK))
+    return asyncio.run(ScriptedTargets({"vocab_size": V}).fetch(batch, queries_of(batch, SPEC)))
 
 
 @pytest.mark.parametrize("places", [(0, 3, 8), (8, 3, 0), (4, 4, 1, 4), (19,)])

@@ -22,9 +22,10 @@ from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.losses import head_loss, token_term
 from student_trainer.settings import StudentSettings
 from student_trainer.students import architectures
-from student_trainer.students.load import load_student
+from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
-from student_trainer.targets.protocol import Ask
+from student_trainer.targets.queries import queries_of
+from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.scripted_model import scripted_head, scripted_hidden
 from tests.block_diffusion import MASK, TOYS, BlockDiffusionReader
@@ -33,7 +34,7 @@ from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, 
 
 SEED = ViewSeed(5)
 READERS = {"in place": BlockDiffusionReader(), "shifted": BlockDiffusionReader(shift=True, weighted=False)}
-ASK = Ask(("top_k",), 16)
+SPEC = TargetSpec(("top_k",), 16)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def batch_of(*rows: list[int], seq_len: int = 24, number: int = 3, prompt: int =
 
 
 def targets_of(batch: Batch) -> BatchTargets:
-    return asyncio.run(ScriptedTargets({"vocab_size": VOCAB_SIZE}).fetch(batch, ASK))
+    return asyncio.run(ScriptedTargets({"vocab_size": VOCAB_SIZE}).fetch(batch, queries_of(batch, SPEC)))
 
 
 BATCH = batch_of([7, 12, 5], [24], [3, 9], [10], prompt=2)
@@ -153,7 +154,7 @@ def test_the_divergence_at_masked_tokens_is_that_of_the_reference(shift: bool, t
         start=0, ids=order_TK.astype(np.int32),
         logprobs=np.take_along_axis(logprobs_TV[:3], order_TK, 1).astype(np.float32),
     )  # fmt: skip
-    first, _ = cut(batch, BatchTargets((answer,), Ask(("top_k",), 2), ""), MaskedAt(shift=shift), SEED)
+    first, _ = cut(batch, BatchTargets((answer,), TargetSpec(("top_k",), 2), ""), MaskedAt(shift=shift), SEED)
     noisy_TV = torch.tensor(STUDENT, dtype=torch.float64)
     hidden_ND = torch.cat([noisy_TV, torch.full((4, 5), torch.nan, dtype=torch.float64)])[first.view.rows_N]
     term = token_term("kl", "top_k_kl", 1.0, tail=tail)
@@ -166,7 +167,7 @@ def test_the_divergence_at_masked_tokens_is_that_of_the_reference(shift: bool, t
 
 def student_of(workshop: Workshop, name: str = "toy_in_place") -> Student:
     settings = StudentSettings(checkpoint_path=str(workshop.student), compute="float32", architecture=name)
-    return load_student(settings, torch.device("cpu"))
+    return student_from_model(settings, torch.device("cpu"))
 
 
 def test_a_noisy_row_sees_its_own_block_and_what_is_clean_before_it(workshop: Workshop) -> None:

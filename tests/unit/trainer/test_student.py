@@ -24,7 +24,6 @@ from transformers import (
 
 from student_trainer.batch.view import CausalDocuments
 from student_trainer.settings import StudentSettings
-from student_trainer.students.architectures import wrap
 from student_trainer.students.attention_mask import dense_mask
 from student_trainer.students.causal import wrap_causal
 from student_trainer.students.student import Student
@@ -135,9 +134,3 @@ def test_a_student_that_is_not_there_is_said_in_one_line(path: str) -> None:
     with pytest.raises(ValueError, match=r"student\.checkpoint_path") as caught:
         student_from_model(StudentSettings(checkpoint_path=path), torch.device("cpu"))
     assert "\n" not in str(caught.value)
-
-
-def test_an_architecture_that_is_not_known_is_refused_with_those_that_are() -> None:
-    settings = StudentSettings(checkpoint_path="x", architecture="retentive")
-    with pytest.raises(ValueError, match=r"student\.architecture is retentive, expected one of: causal"):
-        wrap(AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]), "sdpa", settings)

@@ -15,11 +15,3 @@ from student_trainer.students.student import Student
 
 # By `student.architecture`: (model on its device, "flex" or "sdpa", settings) to the student.
 ARCHITECTURES: dict[str, Callable[[Any, str, StudentSettings], Student]] = {"causal": wrap_causal}
-
-
-def wrap(model: Any, attention: str, settings: StudentSettings) -> Student:
-    """The model as a student of `settings.architecture`. ValueError for one that is not known, or not the model's."""
-    if settings.architecture not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ValueError(f"student.architecture is {settings.architecture}, expected one of: {known}")
-    return ARCHITECTURES[settings.architecture](model, attention, settings)

@@ -15,7 +15,7 @@ import torch
 from student_trainer.settings import StudentSettings
 from student_trainer.students.adapters import ADAPTERS
 from student_trainer.students.adapters.low_rank import corrections
-from student_trainer.students.architectures import ARCHITECTURES, wrap
+from student_trainer.students.architectures import ARCHITECTURES
 from student_trainer.students.causal import attention_for
 from student_trainer.students.pretrained import load_quantised, refuse_quantised
 from student_trainer.students.quant_linear import is_quantised, quantise, set_quantisation_blend
@@ -76,7 +76,7 @@ def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None
         # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum moves logits by
         # per cents.
         set_quantisation_blend(model, 0.0)
-    student = wrap(model, attention_for(settings, model.device), settings)
+    student = ARCHITECTURES[settings.architecture](model, attention_for(settings, model.device), settings)
     student.warmup_steps, student.adapted = settings.quantisation.warmup_steps, adapted
     student.before_step(0)
     return student
