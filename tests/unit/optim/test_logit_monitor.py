@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from student_trainer.batch.view import CausalDocuments
 from student_trainer.optim import logit_tiles
 from student_trainer.optim.logit_monitor import LogitMonitor
 from student_trainer.optim.logit_tiles import Visibility, largest_logits
@@ -23,7 +24,7 @@ POSITIONS_BT = torch.tensor([[*range(9), *range(11), 0, 0, 0, 0], [*range(2), *r
 
 
 def decode(model: Any, rows: slice = slice(0, ROWS), attention: str = "sdpa") -> Tensor:
-    seen = dense_mask(DOCUMENTS_BT[rows])
+    seen = dense_mask(CausalDocuments(DOCUMENTS_BT[rows]))
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min) if attention == "eager" else seen
     out = model.model(
         input_ids=tiny_ids(ROWS, LENGTH)[rows], attention_mask=mask, position_ids=POSITIONS_BT[rows], use_cache=False
@@ -82,7 +83,7 @@ def test_padding_counts_only_where_it_is_not_said_to_be_padding() -> None:
     for valid in (None, documents_BT >= 0):
         monitor = LogitMonitor(model)
         with monitor.watch(valid):
-            model.model(input_ids=ids_BT, attention_mask=dense_mask(documents_BT), use_cache=False)
+            model.model(input_ids=ids_BT, attention_mask=dense_mask(CausalDocuments(documents_BT)), use_cache=False)
         found.append(monitor.largest()[0])
     alone = LogitMonitor(model)
     with alone.watch():
@@ -150,7 +151,7 @@ def test_every_form_of_mask_and_size_of_tile_gives_the_same(
     query, key = states()
     length = query.shape[2]
     documents_BT = torch.tensor([[0] * 13 + [1] * 30 + [2] * 7, [0] * 40 + [1] * 9 + [-1]])
-    seen = dense_mask(documents_BT)
+    seen = dense_mask(CausalDocuments(documents_BT))
     mask: Any = seen
     causal = True
     if form == "none":
@@ -162,10 +163,10 @@ def test_every_form_of_mask_and_size_of_tile_gives_the_same(
     elif form == "by head":
         mask = seen = seen & (torch.rand(2, 4, length, length, generator=torch.Generator().manual_seed(3)) < 0.5)
     elif form == "blocks":
-        mask = block_mask(documents_BT)
+        mask = block_mask(CausalDocuments(documents_BT))
     elif form == "window":
-        seen = dense_mask(documents_BT, 5)
-        mask = block_mask(documents_BT, 5)
+        seen = dense_mask(CausalDocuments(documents_BT), 5)
+        mask = block_mask(CausalDocuments(documents_BT), 5)
     found = largest_logits(query, key, Visibility(mask, causal, None, length, query.device), 0.5)
     torch.testing.assert_close(found.tolist(), [0.5 * x for x in looped(query, key, seen)], rtol=1e-5, atol=1e-6)
 

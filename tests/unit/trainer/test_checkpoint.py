@@ -48,7 +48,7 @@ class Tied(nn.Module):
 def made(seed: int) -> tuple[Student, Any]:
     torch.manual_seed(seed)
     model = Tied()
-    student = Student(model, None, model.head)  # type: ignore[arg-type]
+    student = Student(model, None, None, model.head)  # type: ignore[arg-type]
     return student, build_optimizer(OptimSettings(), model, model.head, 100)
 
 

@@ -241,7 +241,7 @@ def memory(name: str) -> int:
 def large(ranks: Ranks) -> tuple[Student, Optimizer]:
     """29M parameters."""
     model = tiny_model("llama", hidden_size=1024, intermediate_size=2048, vocab_size=8192, head_dim=256)
-    student = Student(model, None, model.lm_head)  # type: ignore[arg-type]
+    student = Student(model, None, None, model.lm_head)  # type: ignore[arg-type]
     shard(student, ranks)
     return student, build_optimizer(OptimSettings(), model, model.lm_head, 100)
 
