@@ -251,6 +251,23 @@ def test_bf16_hidden_states_and_head_get_a_gradient_in_bf16(monkeypatch: pytest.
 def test_kernels_know_the_kinds_and_constants_of_the_reference() -> None:
     from student_trainer.losses.fused import normalise
 
-    assert set(divergences.KINDS) == set(DIVERGENCES)
-    assert set(LABEL_LOSSES) == {"cross_entropy"}
+    assert set(divergences.KINDS) == {*KINDS, "top_k_kl", "sampled"} <= set(DIVERGENCES)
+    assert set(divergences.LABEL_KINDS) == {"cross_entropy"} <= set(LABEL_LOSSES)
     assert normalise.HOLE.value == HOLE and normalise.LOG_FLOOR.value == LOG_FLOOR
+
+
+@pytest.mark.parametrize(("unknown", "names"), [("tvd", "KINDS"), ("cross_entropy", "LABEL_KINDS")])
+def test_a_call_with_a_kind_that_has_no_kernel_goes_by_the_reference(
+    unknown: str, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernels(*_: Any) -> None:
+        raise AssertionError("the kernels were asked")
+
+    monkeypatch.setattr(divergences, names, tuple(k for k in getattr(divergences, names) if k != unknown))
+    monkeypatch.setattr(chunks, "_Kernels", no_kernels)
+    x = inputs()
+    (_, theirs), (_, ours) = both(x, [token_term("x", unknown), token_term("kl", "top_k_kl")], monkeypatch)
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want)
+    with pytest.raises(AssertionError, match="were asked"):
+        both(x, [token_term("jsd", "jsd")], monkeypatch)

@@ -6,7 +6,7 @@ each pass over the logits waits for memory. On a GPU a chunk goes through the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
@@ -74,7 +74,7 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
     if teacher_head is not None:
         teacher_CW = z_CV.new_empty(height, job.shared, dtype=teacher_head.accumulator)
     between: Between = _Blocks(job, head, teacher_head, outcome)
-    if kernels_serve(hidden_ND.device):
+    if kernels_serve(hidden_ND.device) and _have_kernels(job.terms):
         between = _Kernels(job, head, teacher_head, outcome, rows_M, height)
     for number, rows_C in enumerate(rows_M.split(height)):
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
@@ -93,6 +93,13 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
 def kernels_serve(device: torch.device) -> bool:
     """Whether Triton's kernels compute what lies between the products. Tests force both sides on a CPU."""
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+def _have_kernels(terms: Sequence[TokenTerm]) -> bool:
+    """Whether the kernels know every kind among the terms; a kind is complete without one."""
+    from student_trainer.losses.fused.divergences import KINDS, LABEL_KINDS  # bring Triton
+
+    return all(term.kind in (*KINDS, *LABEL_KINDS) for term in terms)
 
 
 class Between(Protocol):

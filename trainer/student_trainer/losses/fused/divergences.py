@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The kinds known here.
+# The kinds known here; a call with any other goes by torch's operations.
 KINDS = ("top_k_kl", "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "sampled")
+LABEL_KINDS = ("cross_entropy",)
 
 
 @triton.jit
