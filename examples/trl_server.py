@@ -2,8 +2,8 @@
 
     python examples/trl_server.py http://localhost:8000 HuggingFaceTB/SmolLM2-135M --steps 2
 
-Written for trl 1.16. TRL's loss reads the teacher at temperature 1: leave `temperature` there, or train with
-`stillhouse-train`, which knows the teacher's normaliser at any other.
+Written for trl 1.16. Its client sends `temperature` along, at which this teacher answers exactly; stock vLLM passes it
+over, and the loss compares a softened student with a teacher that is not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
             loss_top_k=16,
             loss_add_tail=True,
             beta=0.0,
-            temperature=1.0,
+            temperature=2.0,
             max_completion_length=16,
             per_device_train_batch_size=2,
             max_steps=options.steps,

@@ -1,7 +1,7 @@
 """The routes of the teacher service beside the common ones. `create_app(service)` is a whole ASGI application.
 
 Every route but the probes depends on `require_student`. What a route needs beyond its HTTP is in `requests.py`,
-`completions.py`, `service.py` and `serving`.
+`compat`, `service.py` and `serving`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from serving.requests import progress_interval, read_json
 from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
-from teacher_service import completions, openapi
+from teacher_service import openapi
+from teacher_service.compat import completions
 from teacher_service.head_reply import send_head
 from teacher_service.requests import read_targets
 from teacher_service.service import TeacherService
@@ -61,15 +62,17 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
 )  # fmt: skip
 async def post_completions(request: Request, student: Student, service: Service) -> Response:
     """Score prompts in vLLM's JSON shape: `prompt_logprobs`, or `echo` with `logprobs`."""
-    service.require_started()
-    fields = await read_json(request, service.engine.limits)
+    with completions.retried_by_clients():
+        service.require_started()
+        fields = await read_json(request, service.engine.limits)
     completion = completions.parse_completion(fields, service)
 
     async def work(outlet: Outlet) -> None:
-        text, pieces = await service.text()
-        scoring = await completions.work_of(completion, service, text, student, request.state.request_id)
-        async with service.admission.admit(scoring.permit):
-            await completions.answer(completion, scoring, service, text, pieces, outlet)
+        with completions.retried_by_clients():
+            text, pieces = await service.text()
+            scoring = await completions.work_of(completion, service, text, student, request.state.request_id)
+            async with service.admission.admit(scoring.permit):
+                await completions.answer(completion, scoring, service, text, pieces, outlet)
 
     return RacedResponse(work)
 

@@ -13,7 +13,7 @@ from serving.openapi import TENSOR, describe_app, list_of, whole
 from teacher_proto import wire
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.targets import TENSORS
-from teacher_service.completions import CompletionRequest
+from teacher_service.compat.completion_fields import NEUTRAL, WITHOUT_EFFECT, CompletionRequest
 
 _DESCRIPTION = """One teacher, many students: POST token ids, get for every position what a student needs to imitate
 the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request
@@ -114,4 +114,10 @@ def _targets_body(limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
 
 def _completions_body() -> dict[str, Any]:
     example = {"prompt": [1, 2, 3], "max_tokens": 0, "prompt_logprobs": 2}
-    return {wire.JSON: {"schema": CompletionRequest.model_json_schema(), "example": example}}
+    schema = CompletionRequest.model_json_schema()
+    ignored = {field: {"description": why} for why, fields in WITHOUT_EFFECT.items() for field in fields}
+    neutral = {
+        field: {"enum": [*values, None], "description": "others are refused"} for field, values in NEUTRAL.items()
+    }
+    schema |= {"properties": schema["properties"] | ignored | neutral, "additionalProperties": False}
+    return {wire.JSON: {"schema": schema, "example": example}}

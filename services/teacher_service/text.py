@@ -87,19 +87,20 @@ class Turns:
 
 class JsonPieces:
     """Pieces of JSON by token id and by fp16 bits, so that an answer is a join of pointers and no number is formatted
-    twice. Arrays of bytes objects: `entries` [V] ends where a logprob follows, `half` [65536] is that logprob."""
+    twice. Arrays of bytes objects: `entries` [V] begins with a comma and ends where a logprob follows, `half` [65536]
+    is that logprob."""
 
     def __init__(self, text: Text):
         quoted = [json.dumps(string) for string in text.strings()] if text.available else ["null"] * text.vocab_size
-        self.entries = _objects(f'"{i}":{{"decoded_token":{quoted[i]},"logprob":' for i in range(text.vocab_size))
+        self.entries = _objects(f',"{i}":{{"decoded_token":{quoted[i]},"logprob":' for i in range(text.vocab_size))
         with np.errstate(all="ignore"):
             halves = np.arange(65_536, dtype=np.uint16).view(np.float16).astype(np.float64)
         # Five digits tell all fp16 numbers apart. vLLM writes -9999 for minus infinity, which JSON has not.
         self.half = _objects(f"{value:.5g}" if np.isfinite(value) else "-9999.0" for value in halves.tolist())
 
     def ranks(self, top_k: int) -> np.ndarray:
-        """What follows each of K logprobs: its rank, and the comma before the next entry."""
-        return _objects(f',"rank":{k + 1}}}{"," if k + 1 < top_k else ""}' for k in range(top_k))
+        """What follows each of K logprobs: its rank."""
+        return _objects(f',"rank":{k + 1}}}' for k in range(top_k))
 
 
 def _objects(strings: object) -> np.ndarray:

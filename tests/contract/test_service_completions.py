@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from teacher_service.compat.completion_fields import NEUTRAL, WITHOUT_EFFECT, CompletionRequest
 from teacher_service.scripted_model import scripted_logits
 from tests.chaos.crowd import lag_of
 from tests.teacher_process import TeacherProcess
@@ -35,13 +37,20 @@ def lettered(tiny_llama: Path) -> Iterator[TeacherProcess]:
 
 
 def complete(teacher: TeacherProcess, **fields: Any) -> dict[str, Any]:
-    response = httpx.post(f"{teacher.url}/v1/completions", json={"max_tokens": 0} | fields, timeout=60)
+    """`max_tokens` is 0 unless it is given; ... leaves it out."""
+    response = httpx.post(
+        f"{teacher.url}/v1/completions", json=without_ellipsis({"max_tokens": 0} | fields), timeout=60
+    )
     assert response.status_code == 200, response.text
     return response.json()
 
 
-def logprobs_of(tokens: list[int]) -> np.ndarray:
-    logits = scripted_logits(np.array(tokens), VOCAB).astype(np.float64)
+def without_ellipsis(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not ...}
+
+
+def logprobs_of(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+    logits = scripted_logits(np.array(tokens), VOCAB).astype(np.float64) / temperature
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
@@ -59,8 +68,11 @@ def test_prompt_logprobs_hold_the_most_likely_and_the_token_that_came(teacher: T
             assert value["logprob"] == pytest.approx(row[int(token)], rel=2e-3, abs=1e-3)
             rank = int((row > row[int(token)]).sum()) + 1
             assert value["rank"] == min(rank, top_k + 1)
-        if IDS[position] not in best:
-            assert next(iter(entry)) == str(IDS[position])
+        # The token that came stands first, the others by rank.
+        others = [token for token in best.tolist() if token != IDS[position]]
+        assert list(map(int, entry)) == [IDS[position], *others]
+        came = next(iter(entry.values()))["logprob"]
+        assert came == pytest.approx(row[IDS[position]], abs=1e-4), "in fp32, whether it is among the K or not"
     assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
 
 
@@ -111,10 +123,50 @@ def test_several_prompts_give_choices_in_their_order(teacher: TeacherProcess) ->
     assert [len(choice["prompt_logprobs"]) for choice in choices] == [len(prompt) for prompt in prompts]
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 5])
+@pytest.mark.parametrize("top_k", [0, 1, 8, 64])
+def test_prompt_logprobs_are_exact_at_the_temperature_that_is_asked_for(
+    teacher: TeacherProcess, temperature: float, top_k: int
+) -> None:
+    listed = complete(teacher, prompt=IDS, prompt_logprobs=top_k, temperature=temperature)["choices"][0][
+        "prompt_logprobs"
+    ]
+    truth = logprobs_of(IDS, temperature)
+    for position in range(1, len(IDS)):
+        row, entry = truth[position - 1], listed[position]
+        best = np.argsort(-row, kind="stable")[:top_k]
+        assert set(map(int, entry)) == {*best.tolist(), IDS[position]}
+        for token, value in entry.items():
+            # A logprob comes in fp16, at temperature 1 and again at this one.
+            assert value["logprob"] == pytest.approx(row[int(token)], rel=4e-3, abs=4e-3)
+        assert next(iter(entry.values()))["logprob"] == pytest.approx(row[IDS[position]], abs=1e-4)
+
+
+def test_temperatures_of_0_and_1_are_the_teachers_own_and_logprobs_have_none(teacher: TeacherProcess) -> None:
+    def answer(**fields: Any) -> Any:
+        choice = complete(teacher, prompt=IDS, prompt_logprobs=4, echo=True, logprobs=4, **fields)["choices"][0]
+        return choice["prompt_logprobs"], choice["logprobs"]
+
+    own = answer()
+    assert answer(temperature=0) == answer(temperature=1.0) == answer(temperature=None) == own
+    listed, logprobs = answer(temperature=3.0)
+    assert logprobs == own[1] and listed != own[0]
+
+
+def test_a_scored_prompt_needs_no_max_tokens_and_flags_are_numbers_as_vllm_reads_them(teacher: TeacherProcess) -> None:
+    asked = complete(teacher, prompt=IDS, prompt_logprobs=3)["choices"]
+    assert complete(teacher, prompt=IDS, prompt_logprobs=3, max_tokens=...)["choices"] == asked
+    echoed = complete(teacher, prompt=IDS, echo=True, logprobs=1)["choices"]
+    assert complete(teacher, prompt=IDS, echo=True, logprobs=True, max_tokens=...)["choices"] == echoed
+
+
 def test_what_clients_of_vllm_send_along_is_passed_over(teacher: TeacherProcess) -> None:
-    for extra in ({"temperature": 0.7, "top_p": 0.9, "seed": 1, "user": "me"}, {"detokenize": False, "n": 1},
-                  {"model": "scripted", "stream": False, "stop": None, "ignore_eos": True}):  # fmt: skip
-        complete(teacher, prompt=IDS, prompt_logprobs=1, **extra)
+    plain = complete(teacher, prompt=IDS, prompt_logprobs=1, max_tokens=1)["choices"]
+    for extra in ({"top_p": 0.9, "seed": 1, "user": "me"}, {"detokenize": False, "n": 1},
+                  {"model": "scripted", "stream": False, "stop": None, "ignore_eos": True},
+                  {"sampling_params": {"max_tokens": 0}, "max_new_tokens": 0, "top_logprobs": 20}):  # fmt: skip
+        assert complete(teacher, prompt=IDS, prompt_logprobs=1, max_tokens=1, **extra)["choices"] == plain
+    complete(teacher, prompt=IDS, prompt_logprobs=1, temperature=0.7, top_p=0.9, seed=1, user="me")
 
 
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -132,13 +184,21 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "an id beyond the vocabulary": ({"prompt": [1, 512]}, 422, "prompt.0"),
     "a negative id": ({"prompt": [-1]}, 422, "prompt"),
     "another model": ({"model": "gpt-4"}, 404, "model"),
+    "sampling by leaving it to vLLM": ({"max_tokens": ..., "prompt_logprobs": ...}, 422, "max_tokens"),
+    "a field of nobody's": ({"promt_logprobs": 1}, 422, "promt_logprobs"),
+    "a penalty": ({"repetition_penalty": 1.2}, 422, "repetition_penalty"),
+    "a flag for a count": ({"n": True}, 422, "n"),
+    "a negative temperature": ({"temperature": -1}, 422, "temperature"),
+    "a temperature near nought": ({"temperature": 1e-6}, 422, "temperature"),
+    "a flag for a temperature": ({"temperature": True}, 422, "temperature"),
+    "parameters within parameters": ({"sampling_params": {"max_tokens": 99}}, 422, "sampling_params"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_heeded_is_refused_by_name(teacher: TeacherProcess, name: str) -> None:
     fields, status, field = BAD[name]
-    body = {"prompt": IDS, "max_tokens": 0, "prompt_logprobs": 1} | fields
+    body = without_ellipsis({"prompt": IDS, "max_tokens": 0, "prompt_logprobs": 1} | fields)
     response = httpx.post(f"{teacher.url}/v1/completions", json=body)
     assert (response.status_code, response.json()["field"]) == (status, field)
 
@@ -170,6 +230,31 @@ def test_text_prompts_and_decoded_tokens_come_from_the_models_tokenizer(
         for token, value in entry.items():
             assert value["decoded_token"].strip() == tokenizer.decode([int(token)], skip_special_tokens=False).strip()
     assert "".join(choice["logprobs"]["tokens"]).strip() == choice["text"].strip()
+
+
+def test_the_documentation_says_of_every_field_what_becomes_of_it() -> None:
+    """Each row of the table in docs/api.md against the tables of the code."""
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    said = {name: becomes for names, becomes in rows for name in re.findall(r"`(\w+)`", names)}
+    expected = dict.fromkeys(CompletionRequest.model_fields, "read")
+    expected |= {name: "without effect" for names in WITHOUT_EFFECT.values() for name in names}
+    expected |= dict.fromkeys(NEUTRAL, "refused with 422, unless")
+    assert len(expected) == len(CompletionRequest.model_fields) + sum(map(len, WITHOUT_EFFECT.values())) + len(NEUTRAL)
+    for name, start in expected.items():
+        assert said[name].strip().startswith(start), name
+
+
+@pytest.mark.vllm
+def test_every_field_of_vllms_request_is_known() -> None:
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest as Theirs
+
+    ignored = {name for names in WITHOUT_EFFECT.values() for name in names}
+    assert set(Theirs.model_fields) <= {*CompletionRequest.model_fields, *ignored, *NEUTRAL}
+    for name, neutral in NEUTRAL.items():
+        field = Theirs.model_fields.get(name)
+        default = None if field is None else field.get_default(call_default_factory=True)
+        assert default is None or default in neutral, f"{name} is neutral at what vLLM takes it for"
 
 
 @pytest.mark.vllm

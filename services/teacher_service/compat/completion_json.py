@@ -1,14 +1,15 @@
 """Targets as vLLM's JSON, in pieces of bytes: `prompt_logprobs` and OpenAI's `logprobs`. CPU work, run in a thread.
 
 Entry t of `prompt_logprobs` is about token t given those before it, so it is row t - 1 of our targets; entry 0 is
-null. It holds the K most likely tokens by rank and the token that came, first if it is not among them. A token that is
-not among the K has rank K + 1: how far below it lies is not known.
+null. It holds the token that came, first as vLLM has it, and the K most likely by rank. A token that is not among the K
+has rank K + 1: how far below it lies is not known.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,22 +41,40 @@ def _entries(
     came_R, logprob_R = tokens_T[start + 1 : stop + 1], targets.next_logprob[start:stop]
     if not top_k:
         return b"".join(
-            b",{" + pieces.entries[token] + b'%.6g,"rank":null}}' % max(value, _LOWEST)
+            b",{" + pieces.entries[token][1:] + b'%.6g,"rank":null}}' % max(value, _LOWEST)
             for token, value in zip(came_R.tolist(), logprob_R.tolist(), strict=True)
         )
     assert targets.ids is not None and targets.logprobs is not None
     ids_RK = targets.ids[start:stop, :top_k]
     parts = np.empty((stop - start, 3 * top_k + 2), dtype=object)
-    parts[:, 0] = b",{"
     parts[:, 1:-1:3] = pieces.entries[ids_RK]
     parts[:, 2:-1:3] = pieces.half[np.ascontiguousarray(targets.logprobs[start:stop, :top_k]).view(np.uint16)]
     parts[:, 3:-1:3] = pieces.ranks(top_k)[None, :]
     parts[:, -1] = b"}"
-    outside = ~(ids_RK == came_R[:, None]).any(axis=1)
-    for row in np.flatnonzero(outside).tolist():
-        entry = pieces.entries[came_R[row]]
-        parts[row, 0] = b',{%b%.6g,"rank":%d},' % (entry, max(float(logprob_R[row]), _LOWEST), top_k + 1)
+    ranks_R = np.full(stop - start, top_k + 1)
+    inside, places = np.nonzero(ids_RK == came_R[:, None])
+    ranks_R[inside] = places + 1
+    for slot in (1, 2, 3):  # it stands before the others, and but once
+        parts[inside, 3 * places + slot] = b""
+    for row, (token, value, rank) in enumerate(zip(came_R.tolist(), logprob_R.tolist(), ranks_R.tolist(), strict=True)):
+        parts[row, 0] = b',{%b%.6g,"rank":%d}' % (pieces.entries[token][1:], max(value, _LOWEST), rank)
     return b"".join(parts.ravel().tolist())
+
+
+def at_temperature(targets: TokenTargets, temperature: float | None) -> TokenTargets:
+    """The record with its logprobs at the one temperature that was asked for; as it is for None.
+
+    log p(v; T) = log p(v) / T - log_z(T), for the K in fp16 as they are at temperature 1.
+    """
+    if temperature is None:
+        return targets
+    assert targets.log_z is not None and targets.logprobs is not None and targets.next_logprob is not None
+    log_z_R1 = targets.log_z[:, :1]
+    logprobs_RK = targets.logprobs.astype(np.float32) / temperature - log_z_R1
+    return replace(
+        targets, logprobs=np.minimum(logprobs_RK, 0).clip(np.finfo(np.float16).min).astype(np.float16),
+        next_logprob=np.minimum(targets.next_logprob / np.float32(temperature) - log_z_R1[:, 0], 0), log_z=None,
+    )  # fmt: skip
 
 
 def openai_logprobs(

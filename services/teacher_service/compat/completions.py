@@ -1,8 +1,7 @@
-"""The compatible face: `POST /v1/completions` and `GET /v1/models` in vLLM's JSON, for trainers that speak to vLLM.
+"""`POST /v1/completions` and `GET /v1/models` in vLLM's JSON, for trainers that speak to vLLM. Used by `app.py`.
 
 A teacher scores and does not write: `max_tokens` is 0, or 1 for clients that must ask for one, which is answered with
-the most likely token. Fields that cannot change a score are passed over, as vLLM's clients send many; those that would
-are refused by name.
+the most likely token. What becomes of every other field is in `completion_fields.py`.
 """
 
 from __future__ import annotations
@@ -10,91 +9,57 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from serving.replies import JSON_WEIGHT, Work, outcomes
 from serving.streams import Outlet
-from teacher_proto.errors import NotFoundError, OutOfRangeError, StillhouseError
+from teacher_proto.errors import NotFoundError, OutOfRangeError, OverloadedError, StillhouseError
 from teacher_proto.request_checks import within
 from teacher_proto.requests import Query, TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
-from teacher_service.completion_json import next_token_logprobs, openai_logprobs, prompt_logprobs
+from teacher_service.compat.completion_fields import CompletionRequest, read_completion
+from teacher_service.compat.completion_json import (
+    at_temperature,
+    next_token_logprobs,
+    openai_logprobs,
+    prompt_logprobs,
+)
 from teacher_service.requests import work_of as work_of_targets
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
-Ids = list[Annotated[StrictInt, Field(ge=0)]]
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "stream": (False,), "suffix": ("",), "use_beam_search": (False,), "logit_bias": ({},),
-    "prompt_embeds": ([],), "truncate_prompt_tokens": (), "logprob_token_ids": ([],), "allowed_token_ids": (),
-    "structured_outputs": (), "response_format": ({"type": "text"},), "guided_json": (), "guided_regex": (),
-    "bad_words": ([],), "min_tokens": (0, 1),
-}  # fmt: skip
+_RETRIED_STATUSES = (500, 502, 503)
 
 
-class CompletionRequest(BaseModel):
-    """What is read of vLLM's completion request. `prompt` is text or token ids, one or several of either."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    model: str | None = None
-    prompt: Ids | list[Ids] | str | list[str]
-    max_tokens: StrictInt | None = Field(
-        16, description="0, or 1 for the most likely next token; sampling is not served"
-    )
-    prompt_logprobs: StrictInt | None = None
-    logprobs: StrictInt | None = None
-    echo: StrictBool | None = False
-    add_special_tokens: StrictBool = True
-    return_token_ids: StrictBool | None = None
-    return_tokens_as_token_ids: StrictBool | None = None
-
-    @property
-    def top_k(self) -> int:
-        """The K that the engine is asked for: 1 at least where a token is to be written."""
-        asked = [self.prompt_logprobs or 0, self.logprobs or 0, 1 if self.max_tokens else 0]
-        return max(asked)
+@contextmanager
+def retried_by_clients() -> Iterator[None]:
+    """What is to be asked again is answered 503: TRL's client asks again after 500, 502 and 503, and after no other
+    status, such as the 429 of a client that has its share in flight."""
+    try:
+        yield
+    except StillhouseError as error:
+        if not error.retryable or error.status in _RETRIED_STATUSES:
+            raise
+        raise OverloadedError(
+            error.message, field=error.field, got=error.got, limit=error.limit, retry_after=error.retry_after
+        ) from error
 
 
 def parse_completion(body: dict[str, Any], service: TeacherService) -> CompletionRequest:
     """A request that this teacher can answer. OutOfRangeError or NotFoundError names the field that it can't."""
-    try:
-        request = CompletionRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "body"
-        got = repr(first["input"])[:80]
-        raise OutOfRangeError(f"{field}: {first['msg']} (got {got})", field=field, got=got) from None
+    limits = service.engine.limits
+    request = read_completion(body, min(limits.max_top_k, limits.vocab_size))
     names = {service.engine.identity.semantic.model, service.settings.model}
     if request.model is not None and request.model not in names:
         raise NotFoundError(
             f"the model {request.model!r} is not served here, {service.engine.identity.semantic.model!r} is",
             field="model", got=request.model, limit=sorted(names),
         )  # fmt: skip
-    for field, neutral in _NEUTRAL.items():
-        value = (request.model_extra or {}).get(field)
-        if value is not None and value not in neutral:
-            raise OutOfRangeError(
-                f"{field}: this teacher scores prompts and does not sample, so it can't heed {field}", field=field,
-                got=repr(value)[:80], limit=list(neutral),
-            )  # fmt: skip
-    if request.max_tokens is None or not 0 <= request.max_tokens <= 1:
-        raise OutOfRangeError(
-            f"max_tokens: got {request.max_tokens}, expected 0 or 1: this teacher scores prompts, and writes at most "
-            "the most likely next token", field="max_tokens", got=request.max_tokens, limit=1,
-        )  # fmt: skip
-    largest = min(service.engine.limits.max_top_k, service.engine.limits.vocab_size)
-    for field in ("prompt_logprobs", "logprobs"):
-        value = getattr(request, field)
-        if value is not None and not 0 <= value <= largest:
-            raise OutOfRangeError(
-                f"{field}: got {value}, expected 0 to {largest}", field=field, got=value, limit=largest
-            )
     return request
 
 
@@ -109,16 +74,19 @@ async def work_of(
         sequences = await service.tokenising.run(student, partial(text.encode, prompts, request.add_special_tokens))
     else:
         sequences = prompts
-    top_k = request.top_k
-    kinds = ("top_k",) if top_k else ("score",)
-    targets = TargetsRequest(sequences=tuple(sequences), kinds=kinds, top_k=top_k or 1)
+    top_k, temperature = request.top_k, request.scoring_temperature
+    targets = TargetsRequest(
+        sequences=tuple(sequences), kinds=("top_k",) if top_k else ("score",), top_k=top_k or 1,
+        temperatures=() if temperature is None or not request.lists_prompt else (temperature,),
+    )  # fmt: skip
     try:
         check_request(targets, service.engine.limits, service.engine.kinds)
     except OutOfRangeError as error:
-        raise OutOfRangeError(
-            error.message.replace("sequences", "prompt"), field=(error.field or "").replace("sequences", "prompt"),
-            got=error.got, limit=error.limit,
-        ) from None  # fmt: skip
+        theirs = {"sequences": "prompt", "temperatures.0": "temperature"}
+        message, field = error.message, error.field or ""
+        for ours, name in theirs.items():
+            message, field = message.replace(ours, name), field.replace(ours, name)
+        raise OutOfRangeError(message, field=field, got=error.got, limit=error.limit) from None
     work = work_of_targets(targets, request_id, student, service, weight=JSON_WEIGHT)
     if (cost := work.permit.cost) > (most := service.admission.max_cost):
         raise OutOfRangeError(
@@ -187,8 +155,8 @@ def _choice(
     elif request.logprobs is not None and generated is not None:
         logprobs = next_token_logprobs(targets, generated, request.logprobs, text, as_ids)
     top_k = request.prompt_logprobs if request.prompt_logprobs is not None else request.logprobs
-    if request.prompt_logprobs is not None or (request.echo and request.logprobs is not None):
-        listed = prompt_logprobs(tokens_T, targets, top_k or 0, pieces)
+    if request.lists_prompt:
+        listed = prompt_logprobs(tokens_T, at_temperature(targets, request.scoring_temperature), top_k or 0, pieces)
     start = json.dumps(fields).encode()[:-1] + b', "logprobs": '
     return [start, *logprobs, b', "prompt_logprobs": ', *listed, b"}"]
 

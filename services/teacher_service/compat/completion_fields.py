@@ -1,0 +1,134 @@
+"""What becomes of each field of vLLM's completion request: read, without effect here, or refused unless it is neutral.
+
+Used by `completions.py`; the tables are in docs/api.md too, and a test holds the two together. The fields are those of
+vLLM 0.32 (`vllm.entrypoints.openai.completion.protocol`), and what axolotl and TRL send beside them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
+
+from teacher_proto.errors import OutOfRangeError
+
+# Fields that change neither a score nor the most likely token, and why; their values are not looked at.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "how a token would be drawn; the one that is written is the most likely": ("seed", "top_p", "top_k", "min_p"),
+    "when writing ends; one token is written at most": (
+        "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "length_penalty",
+    ),
+    "how written text is shown; special tokens are always shown": (
+        "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stream_options", "stream_interval",
+    ),
+    "whom a request belongs to; the key says that here": ("user", "request_id", "session_id", "priority"),
+    "how vLLM keeps its cache, or answers other routes": (
+        "cache_salt", "truncation_side", "return_token_offsets", "mm_payload", "return_mm_kwargs",
+        "routed_experts_prompt_start",
+    ),
+    "of chat completions, sent along by axolotl; `prompt_logprobs` is read": ("top_logprobs",),
+}  # fmt: skip
+
+# Fields that would change an answer in a way that is not served, each with the values that change nothing. None always
+# changes nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "stream": (False,), "suffix": ("",), "use_beam_search": (False,), "logit_bias": ({},),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_tokens": (0, 1),
+    "bad_words": ([],), "allowed_token_ids": (), "logprob_token_ids": ([],), "truncate_prompt_tokens": (),
+    "prompt_embeds": ([],), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (),
+    "guided_regex": (), "watermarking": (False,), "repetition_detection": (), "thinking_token_budget": (-1,),
+    "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "max_new_tokens": (0, 1),
+    "sampling_params": ({}, {"max_tokens": 0}, {"max_tokens": 1}),
+}  # fmt: skip
+
+Ids = list[Annotated[StrictInt, Field(ge=0)]]
+
+
+def _as_number(value: Any) -> Any:
+    """vLLM reads `true` as 1, and axolotl sends it."""
+    return int(value) if isinstance(value, bool) else value
+
+
+class CompletionRequest(BaseModel):
+    """What is read of vLLM's completion request. `prompt` is text or token ids, one or several of either."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str | None = None
+    prompt: Ids | list[Ids] | str | list[str]
+    max_tokens: StrictInt | None = Field(
+        None, description="0, or 1 for the most likely next token; 0 where it is left out and the prompt is scored"
+    )
+    prompt_logprobs: StrictInt | None = None
+    logprobs: Annotated[StrictInt | None, BeforeValidator(_as_number)] = None
+    echo: StrictBool | None = False
+    temperature: StrictFloat | StrictInt | None = Field(
+        None, ge=0, description="of `prompt_logprobs`; 0 and 1 are the teacher's own"
+    )
+    add_special_tokens: StrictBool = True
+    return_token_ids: StrictBool | None = None
+    return_tokens_as_token_ids: StrictBool | None = None
+
+    @property
+    def scoring_temperature(self) -> float | None:
+        """The temperature that `prompt_logprobs` are at; None for the teacher's own, as 0 and 1 are."""
+        return None if self.temperature in (None, 0, 1) else self.temperature
+
+    @property
+    def lists_prompt(self) -> bool:
+        """Whether `prompt_logprobs` are answered: where they are asked for, or the prompt is echoed with logprobs."""
+        return self.prompt_logprobs is not None or bool(self.echo and self.logprobs is not None)
+
+    @property
+    def top_k(self) -> int:
+        """The K that the engine is asked for: 1 at least where a token is to be written, or a temperature is asked."""
+        tempered = self.scoring_temperature is not None and self.lists_prompt
+        return max(self.prompt_logprobs or 0, self.logprobs or 0, 1 if self.max_tokens or tempered else 0)
+
+
+def read_completion(body: dict[str, Any], max_top_k: int) -> CompletionRequest:
+    """A request in which every field is heeded or changes nothing. OutOfRangeError names the one that is neither."""
+    try:
+        request = CompletionRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "body"
+        got = repr(first["input"])[:80]
+        raise OutOfRangeError(f"{field}: {first['msg']} (got {got})", field=field, got=got) from None
+    for field, value in (request.model_extra or {}).items():
+        _check_extra(field, value)
+    if "max_tokens" not in body and (request.prompt_logprobs is not None or request.echo):
+        request = request.model_copy(update={"max_tokens": 0})
+    if request.max_tokens is None or not 0 <= request.max_tokens <= 1:
+        got_tokens = body.get("max_tokens", "nothing, which is 16")
+        raise OutOfRangeError(
+            f"max_tokens: got {got_tokens}, expected 0 or 1: this teacher scores prompts, and writes at most "
+            "the most likely next token", field="max_tokens", got=request.max_tokens, limit=1,
+        )  # fmt: skip
+    for field in ("prompt_logprobs", "logprobs"):
+        value = getattr(request, field)
+        if value is not None and not 0 <= value <= max_top_k:
+            raise OutOfRangeError(
+                f"{field}: got {value}, expected 0 to {max_top_k}", field=field, got=value, limit=max_top_k
+            )
+    return request
+
+
+_IGNORED = frozenset(field for fields in WITHOUT_EFFECT.values() for field in fields)
+
+
+def _check_extra(field: str, value: Any) -> None:
+    """OutOfRangeError unless the field has no effect here, or this value of it has none."""
+    if field in _IGNORED or value is None:
+        return
+    if field not in NEUTRAL:
+        raise OutOfRangeError(
+            f"{field[:80]}: no field of vLLM's completion request, so nothing would come of it: leave it out",
+            field=field[:80], got=repr(value)[:80],
+        )  # fmt: skip
+    # True == 1 in Python, and is no number of samples.
+    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[field]):
+        raise OutOfRangeError(
+            f"{field}: this teacher scores prompts and does not sample, so it can't heed {field}", field=field,
+            got=repr(value)[:80], limit=list(NEUTRAL[field]),
+        )  # fmt: skip
