@@ -232,7 +232,7 @@ def _rollouts(
             "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
             "give the tokenizer an eos_token, or set on_policy.share=0"
         )
-    if not student.reader.autoregressive:
+    if not student.autoregressive:
         raise ValueError(
             f"on_policy: a student of architecture {settings.student.architecture} does not write from left to right; "
             "set on_policy.share=0"
@@ -249,7 +249,7 @@ def _prefetch(
     student, seed, rows = parts.student, ViewSeed(settings.run.seed), settings.optim.micro_batch_rows
 
     def prepare(batch: Batch, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:
-        parted = cut(batch, targets, student.reader, seed, rows=rows, head=parts.head, keep_empty=not ranks.alone)
+        parted = cut(batch, targets, student, seed, rows=rows, head=parts.head, keep_empty=not ranks.alone)
         return tuple(micro.to(student.device) for micro in parted)
 
     asked = {kind: _spec(settings, weighting.terms) for kind, weighting in losses.items()}
@@ -281,7 +281,7 @@ def _samples(settings: Settings, parts: Parts, ranks: Ranks) -> SampleWriter:
     if not ranks.alone and settings.evaluation.every and settings.evaluation.samples:
         logger.warning("evaluation.samples has no effect: a student in shards on several ranks can't write yet")
     decode: Callable[[Sequence[int]], str] = lambda ids: str(parts.tokenizer.decode(ids))  # noqa: E731
-    writes = parts.student.reader.autoregressive
+    writes = parts.student.autoregressive
     if not writes and settings.evaluation.every and settings.evaluation.samples:
         architecture = settings.student.architecture
         logger.warning("evaluation.samples has no effect: architecture %s does not write left to right", architecture)

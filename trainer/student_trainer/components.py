@@ -25,11 +25,11 @@ from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import Settings
 from student_trainer.students.load import check_cell
 from student_trainer.students.student import Student
-from student_trainer.students.vocabulary import agree_on_vocabulary
 from student_trainer.targets.attention import AttentionSource, open_attention
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
 from student_trainer.targets.teacher_head import read_head
+from student_trainer.targets.vocabulary import agree_on_vocabulary
 from teacher_proto.stages import stage
 from teacher_proto.waiting import Waiting
 

@@ -20,11 +20,17 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch, cut
 from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.losses import head_loss, token_term
+from student_trainer.losses.attention_relations import attention_relations
+from student_trainer.losses.kinds import term_of
 from student_trainer.settings import StudentSettings
+from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students import architectures
+from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
 from student_trainer.targets.queries import queries_of
+from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.relations import QKV
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.scripted_model import scripted_head, scripted_hidden
@@ -215,10 +221,10 @@ def test_loss_and_gradient_are_those_of_the_formula_however_the_batch_is_cut(wor
             total += float(loss.detach())
         return total, [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
 
-    whole = cut(BATCH, targets, student.reader, SEED)
+    whole = cut(BATCH, targets, student, SEED)
     total, gradients = of(whole)
     for rows in (1, 2):
-        other, others = of(cut(BATCH, targets, student.reader, SEED, rows=rows))
+        other, others = of(cut(BATCH, targets, student, SEED, rows=rows))
         assert other == pytest.approx(total, rel=1e-5)
         for one, two in zip(gradients, others, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
@@ -286,3 +292,44 @@ def test_a_student_that_does_not_write_is_not_let_write(workshop: Workshop, tmp_
     )
     with pytest.raises(ValueError, match="architecture toy_in_place does not write from left to right"):
         run_here(arguments, ScriptedTargets())
+
+
+def test_states_are_compared_at_the_clean_half_and_weighed_by_label(workshop: Workshop) -> None:
+    """Only there does a position hold what the teacher saw, and only there are there as many as the teacher has."""
+    student = student_of(workshop)
+    relation = term_of("attention", AttentionSettings(coefficient=3.0, relation_heads=8))
+    states = [teacher_states(d.stop - d.start) for d in BATCH.documents]
+    targets = replace(targets_of(BATCH), attention=tuple(states))
+    for micro in cut(BATCH, targets, student, SEED, rows=2):
+        terms = (token_term("ce", "cross_entropy", 1.0), relation)
+        loss, plain = student.loss(micro, terms, None), student.loss(micro, terms[:1], None)
+        with AttentionStates(student.model, 0) as watched:
+            student.hidden(micro)
+        taken, width = watched.take(), BATCH.tokens_BT.shape[1]
+        documents = [d for d in BATCH.documents if micro.first_row <= d.row < micro.first_row + micro.rows]
+        values = []
+        for document, target in zip(BATCH.documents, states, strict=True):
+            if document in documents:
+                row, span = document.row - micro.first_row, slice(width + document.start, width + document.stop)
+                ours = QKV(*(part[row : row + 1, span] for part in taken))
+                theirs = QKV(*(torch.from_numpy(getattr(target, part))[None] for part in QKV._fields))
+                alone = attention_relations(ours, theirs, form="official", relation_heads=8)
+                values.append(float(alone.total.detach()) / alone.count)
+        expected_N = torch.tensor(values)[micro.documents_N]
+        torch.testing.assert_close(loss.per_term["attention"], expected_N, rtol=1e-4, atol=1e-7)
+        assert micro.view.weights_N is not None
+        added = float((loss.total - plain.total).detach())
+        assert added == pytest.approx(3.0 * float(micro.view.weights_N @ expected_N), rel=1e-3)
+
+
+def teacher_states(length: int) -> AttentionTargets:
+    draw = np.random.default_rng(length)
+    query, key, value = (draw.normal(size=(length, 2, 32)).astype(np.float16) for _ in range(3))
+    return AttentionTargets("states", 0, query=query, key=key, value=value)
+
+
+def test_qk_clip_sees_the_logits_of_both_halves(workshop: Workshop, tmp_path: Path) -> None:
+    muon = ("optim=muon_clip", "optim.qk_clip.tau=0.05", "run.steps=3", "student.architecture=toy_in_place")
+    assert run_here(workshop.settings(tmp_path, *muon), ScriptedTargets()) == loop.DONE
+    lines = lines_of(tmp_path / "run")
+    assert any(line["attention/clipped_heads"] for line in lines), lines

@@ -62,7 +62,7 @@ def student(tmp_path: Path) -> Student:
 
 
 def micro_of(student: Student) -> MicroBatch:
-    (micro,) = cut(batch_of([9, 14], [20]), None, student.reader, ViewSeed(0))
+    (micro,) = cut(batch_of([9, 14], [20]), None, student, ViewSeed(0))
     return micro
 
 

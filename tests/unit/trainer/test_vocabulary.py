@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from student_trainer.settings import TeacherSettings
-from student_trainer.students.vocabulary import agree_on_vocabulary, matching_prefix, shared_vocabulary
 from student_trainer.targets.protocol import TeacherCard
+from student_trainer.targets.vocabulary import agree_on_vocabulary, matching_prefix, shared_vocabulary
 from teacher_proto.identity import tokenizer_sha256
 from tests.models import tiny_tokenizer
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import TEMPERED
@@ -80,13 +79,9 @@ def hidden_numbers(hidden_RD: np.ndarray, scale_R: np.ndarray | None) -> np.ndar
     return hidden_RD
 
 
-def teacher_attention(states: Sequence[AttentionTargets], view: View, documents_N: Tensor) -> TeacherAttention:
+def teacher_attention(states: Sequence[AttentionTargets], view: View) -> TeacherAttention:
     """States of each of the batch's documents, for the positions of the view that hold their tokens as they are."""
-    return TeacherAttention(
-        documents=tuple(map(_states, states)),
-        document_ids_BT=view.attention.clean_documents_BT.numpy(),
-        document_N=documents_N,
-    )
+    return TeacherAttention(tuple(map(_states, states)), view.attention.clean_documents_BT.numpy())
 
 
 def _states(targets: AttentionTargets) -> QKV:

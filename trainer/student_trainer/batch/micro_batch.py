@@ -100,7 +100,7 @@ def _micro_batches(
                 teacher=teacher,
                 first_row=first_row,
                 rows=len(part.tokens_BT),
-                attention=None if states is None else teacher_attention(states, view, documents_N),
+                attention=None if states is None else teacher_attention(states, view),
             )
         )
     return made

@@ -140,12 +140,12 @@ class TeacherRows:
 class TeacherAttention:
     """The teacher's side of a micro batch: its documents, rows first and then from left to right.
 
-    `document_ids_BT` stays on the CPU, where documents are told apart; `document_N` is the document of each label.
+    `document_ids_BT`: the document of each position of the view whose state is to be like the teacher's, -1 elsewhere.
+    It stays on the CPU, where documents are told apart.
     """
 
     documents: tuple[QKV, ...]
     document_ids_BT: np.ndarray
-    document_N: Tensor
 
     def to(self, device: torch.device) -> TeacherAttention:
         documents = tuple(QKV(*(moved(part, device) for part in document)) for document in self.documents)

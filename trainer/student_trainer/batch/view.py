@@ -116,7 +116,7 @@ class View:
 
 
 class Reader(Protocol):
-    """An architecture's way to read."""
+    """An architecture's way to read; a student has one, and is one."""
 
     @property
     def autoregressive(self) -> bool:

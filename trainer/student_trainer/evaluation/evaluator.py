@@ -137,7 +137,7 @@ class Evaluator:
             self._passage_file.write_text(json.dumps(make_passage(student, batch, targets, self._decode, self._seed)))
         elif self._ranks.total(0):
             # The student is whole for rank 0 only while the others have it whole too.
-            for micro in cut(batch.rows(0, 1), None, student.reader, self._seed, keep_empty=True):
+            for micro in cut(batch.rows(0, 1), None, student, self._seed, keep_empty=True):
                 student.logits(micro.to(student.device))
 
     def _figures(self, student: Student, name: str, done: Callable[[], None]) -> tuple[Figures, list[DocumentFigures]]:
@@ -153,7 +153,7 @@ class Evaluator:
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
                 for micro in cut(
-                    batch, answer, student.reader, self._seed, rows=self._micro_rows, head=self._head,
+                    batch, answer, student, self._seed, rows=self._micro_rows, head=self._head,
                     keep_empty=not self._ranks.alone,
                 ):  # fmt: skip
                     micro = micro.to(student.device)

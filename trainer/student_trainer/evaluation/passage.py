@@ -63,7 +63,7 @@ def _student_guesses(
     alone = replace(row, loss_mask_BT=mask_BT)
     places = np.flatnonzero(mask_BT[0]) - first.start
     guesses: dict[int, list[list[Any]]] = {}
-    for micro in cut(alone, None, student.reader, seed, keep_empty=True):
+    for micro in cut(alone, None, student, seed, keep_empty=True):
         p_NV = torch.softmax(student.logits(micro.to(student.device)), -1)
         top = p_NV.topk(GUESSES)
         for place, p_K, ids_K in zip(

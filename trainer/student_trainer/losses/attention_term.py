@@ -57,7 +57,7 @@ class AttentionTerm(StatesTerm):
             relation_heads=self.settings.relation_heads, document_ids_BT=teacher.document_ids_BT,
         )  # fmt: skip
         counts_D = loss.per_document_D.new_tensor(loss.counts_D)
-        return (loss.per_document_D / counts_D)[teacher.document_N]
+        return (loss.per_document_D / counts_D)[micro.documents_N]
 
 
 def check_relation_heads(relation_heads: int, widths: Mapping[str, int], whose: str) -> None:

@@ -80,6 +80,11 @@ class Student:
         """How the student reads the rows of a batch: see `batch.view`."""
         return self.reader.views(batch, seed)
 
+    @property
+    def autoregressive(self) -> bool:
+        """Whether it can write from left to right."""
+        return self.reader.autoregressive
+
     def before_step(self, number: int) -> None:
         """What follows the step count (from 0) rather than a gradient: the warm-up of a quantised student.
 
