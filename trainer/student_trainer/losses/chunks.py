@@ -40,6 +40,7 @@ class Job:
     chunk_rows: int
     want_top1: bool
     wants_grad: bool
+    compute: torch.dtype
     weights_N: Tensor | None = None
 
 
@@ -62,7 +63,7 @@ def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, ...]) -> Outcome:
     """Values, and the gradients by (hidden, weight, bias) that `needs` names, over all rows that count for any term."""
-    head = HeadProjection(weight_VD, bias_V, job.softcap, job.scale, hidden_ND.dtype)
+    head = HeadProjection(weight_VD, bias_V, job.softcap, job.scale, hidden_ND.dtype, job.compute)
     teacher_head = _teacher_projection(job)
     outcome = _empty(job, head, hidden_ND, weight_VD, bias_V, needs)
     rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
@@ -255,7 +256,7 @@ def _teacher_projection(job: Job) -> HeadProjection | None:
     head, hidden_NE = job.teacher.teacher_head, job.teacher.teacher_hidden_NE
     assert head is not None and hidden_NE is not None
     bias_W = None if head.bias_V is None else head.bias_V[: job.shared]
-    return HeadProjection(head.weight_VE[: job.shared], bias_W, head.softcap, head.scale, hidden_NE.dtype)
+    return HeadProjection(head.weight_VE[: job.shared], bias_W, head.softcap, head.scale, hidden_NE.dtype, job.compute)
 
 
 def _compares_vocabularies(term: TokenTerm) -> bool:

@@ -76,6 +76,7 @@ def head_loss(
     weights_N: Tensor | None = None,
     chunk_rows: int | None = None,
     want_top1: bool = False,
+    compute: torch.dtype = torch.float32,
 ) -> HeadLoss:
     """The sum of all terms over N rows, with its gradient.
 
@@ -87,6 +88,7 @@ def head_loss(
     `weights_N`: what the values of each row, and with them its gradient, are multiplied by in `total`; None: by 1.
     `chunk_rows`: rows whose logits exist at a time; the default keeps a chunk near 64 MiB on a CPU, 512 MiB on a GPU.
     Values and gradients do not depend on it beyond rounding. Under `torch.no_grad()` no gradient is made.
+    `compute`: the dtype that the student computes in; at bfloat16 the products take bf16 factors, as `projection` says.
     `total` can be differentiated once: its backward pass consumes the gradient that was made here.
     Raises ValueError where shapes disagree, a name comes twice, a term needs targets that `teacher` has not, or the
     teacher names ids that the student has not and `shared_vocab` was not given.
@@ -114,6 +116,7 @@ def head_loss(
         chunk_rows=chunk_rows or default_chunk_rows(vocab_size, hidden_ND.device),
         want_top1=want_top1,
         wants_grad=torch.is_grad_enabled() and bool(tracked),
+        compute=compute,
         weights_N=weights_N,
     )
     total, values_MN, top1_N = _HeadLoss.apply(hidden_ND, head_weight_VD, head_bias_V, job)
@@ -126,8 +129,9 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: Job) -> tuple[Tensor, ...]:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             outcome = walk(job, hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
-            coefficients_M = outcome.values_MN.new_tensor([term.coefficient for term in job.terms])
             values_MN = outcome.values_MN
+            coefficients_M = torch.tensor([term.coefficient for term in job.terms], dtype=values_MN.dtype)
+            coefficients_M = coefficients_M.to(values_MN.device, non_blocking=True)
             sums_M = values_MN.sum(1) if job.weights_N is None else values_MN @ job.weights_N.to(values_MN.dtype)
             total = coefficients_M @ sums_M
         weight_grad, bias_grad = outcome.weight_VD, outcome.bias_V

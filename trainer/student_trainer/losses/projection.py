@@ -1,34 +1,62 @@
 """The head's matrix products: hidden states to logits, and the gradient by logits back to hidden states and weights.
 
-Called by `chunks`. Logits are never rounded to bf16. On a GPU bf16 inputs are multiplied as bf16 and the sums kept in
-float32. A CPU has no such product, so there logits of bf16 inputs are made in float32, at twice the time of bf16, and
-only the two products of the backward pass run in bf16: a chunk's share of the weight's gradient is rounded to bf16, the
-sum over chunks is float32. All else runs in float32; float64 stays float64.
+Called by `chunks`. Logits are never rounded to bf16, whatever they are made of. Where hidden states are bf16, or the
+student computes in it, and the device does too:
+
+    on a GPU    all three products take bf16 factors and add up in float32. So hidden states and weights are rounded to
+                bf16 on their way in, and the gradient by the logits once.
+    on a CPU    no product of bf16 factors has a float32 result. Logits are made in float32, from factors that are not
+                rounded; the two products of the backward pass run in bf16: the gradient by the logits and both factors
+                are rounded, and so is the gradient of the hidden states and a chunk's share of the weight's. The sum
+                over chunks is float32.
+
+All else runs in float32; float64 stays float64.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-# Ids whose share of the weight's gradient exists in bf16 at a time on a CPU.
+from teacher_proto.hardware import computes_bfloat16
+
+# Ids whose share of the weight's gradient exists at a time, where it can't be added up in place.
 SLICE = 2**14
+
+
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether bf16 factors have a product in float32. Tests force both sides on a CPU."""
+    return device.type == "cuda"
+
+
+@cache
+def adds_into_float32(device: torch.device) -> bool:
+    """Whether a product of bf16 factors can be added to a float32 sum; torch 2.9 wants the sum in bf16. It is tried."""
+    factor = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class HeadProjection:
     """A head with its weights in the dtype that the products run in; the weight is converted once a call, not a chunk.
 
     logits = cap(scale * (hidden @ weight.T + bias)) with cap(z) = softcap * tanh(z / softcap).
+    `hidden`: the dtype of the hidden states; `compute`: that in which the student computes.
     """
 
     def __init__(
-        self, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, scale: float, hidden: torch.dtype
-    ) -> None:
+        self, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, scale: float, hidden: torch.dtype,
+        compute: torch.dtype = torch.float32,
+    ):  # fmt: skip
         wide = torch.promote_types(torch.promote_types(hidden, weight_VD.dtype), torch.float32)
-        low = hidden == torch.bfloat16 and weight_VD.dtype != torch.float64
-        self.fused = low and weight_VD.is_cuda
+        low = wide == torch.float32 and torch.bfloat16 in (hidden, compute) and computes_bfloat16(weight_VD.device)
+        self.fused = low and multiplies_into_float32(weight_VD.device)
         self.dtype = torch.bfloat16 if self.fused else wide
         self.back_dtype = torch.bfloat16 if low else wide
         self.accumulator = wide
@@ -82,12 +110,12 @@ class HeadProjection:
                 torch.mm(gradient_NV.t(), hidden_ND, out=total_VD)
             else:
                 total_VD.addmm_(gradient_NV.t(), hidden_ND)
-        elif self.fused:
-            if begin:
-                torch.mm(gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
-            else:
-                torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
+        elif self.fused and begin:
+            torch.mm(gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
+        elif self.fused and adds_into_float32(total_VD.device):
+            torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
         else:
+            wide = {"out_dtype": torch.float32} if self.fused else {}
             for total_vD, gradient_Nv in zip(total_VD.split(SLICE), gradient_NV.split(SLICE, 1), strict=True):
-                product_vD = gradient_Nv.t() @ hidden_ND
+                product_vD = torch.mm(gradient_Nv.t(), hidden_ND, **wide)
                 total_vD.copy_(product_vD) if begin else total_vD.add_(product_vD)

@@ -22,16 +22,18 @@ def student_top_ids(
     head_bias_V: Tensor | None = None,
     shared_vocab: int | None = None,
     chunk_rows: int | None = None,
+    compute: torch.dtype = torch.float32,
 ) -> Tensor:
     """Ids [N, k] (int64) of the student's k largest logits, largest first, among the first `shared_vocab` ids.
 
-    Soft cap and scale keep the order of logits and are not asked for. Raises ValueError if k is more than there is.
+    `compute`: the dtype that the student computes in, see `projection`. Soft cap and scale keep the order of logits and
+    are not asked for. Raises ValueError if k is more than there is.
     """
     width = len(head_weight_VD) if shared_vocab is None else shared_vocab
     if not 0 < k <= width:
         raise ValueError(f"got k {k}, expected 1 to {width}")
     bias_W = None if head_bias_V is None else head_bias_V[:width]
-    head = HeadProjection(head_weight_VD[:width], bias_W, None, 1.0, hidden_ND.dtype)
+    head = HeadProjection(head_weight_VD[:width], bias_W, None, 1.0, hidden_ND.dtype, compute)
     height = min(chunk_rows or default_chunk_rows(width, hidden_ND.device), max(1, len(hidden_ND)))
     z_CW = torch.empty(height, width, dtype=head.accumulator, device=hidden_ND.device)
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)

@@ -123,7 +123,7 @@ class Student:
                 hidden_ND, head.weight_VD, micro.view.labels_N, micro.teacher, of_tokens,
                 head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
                 shared_vocab=self.shared_vocab, weights_N=micro.view.weights_N, chunk_rows=chunk_rows,
-                want_top1=want_top1,
+                want_top1=want_top1, compute=self.compute,
             )  # fmt: skip
         for term in terms:
             if isinstance(term, StatesTerm):

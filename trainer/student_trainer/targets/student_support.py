@@ -74,7 +74,7 @@ class StudentSupport:
             with torch.no_grad():
                 return student_top_ids(
                     student.hidden(micro), head.weight_VD, self._k,
-                    head_bias_V=head.bias_V, shared_vocab=student.shared_vocab,
+                    head_bias_V=head.bias_V, shared_vocab=student.shared_vocab, compute=student.compute,
                 )  # fmt: skip
         finally:
             student.model.train(was_training)
