@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class TeacherRows:
     several teachers' probabilities mixed at each. Then every probability is at most the truth, and there is no log_z.
     `valid_N`: False where the teacher has no row (padding, alignment's edge); what stands there is never used.
     `gather_*`: logprobs at ids which the student chose. `sampled_*`: row n drew `sampled_ids[o[n]:o[n+1]]`, each
-    `sampled_counts` times, from the teacher at `sampled_temperature`.
+    `sampled_counts` times, from the teacher at `sampled_temperature`. `sampled_width`: the most distinct ids that any
+    row drew, where that is known without asking a device.
     `teacher_hidden_NE`: final hidden states after the last norm, with the `teacher_head` that turns them into logits.
     """
 
@@ -73,12 +75,13 @@ class TeacherRows:
     sampled_ids: Tensor | None = None
     sampled_counts: Tensor | None = None
     sampled_temperature: float = 1.0
+    sampled_width: int | None = None
     teacher_hidden_NE: Tensor | None = None
     teacher_head: TeacherHead | None = None
 
     def select(self, index: Tensor | slice) -> TeacherRows:
         """The rows that `index` (positions, a mask or a slice) names, in its order."""
-        changes: dict[str, Tensor] = {}
+        changes: dict[str, Any] = {}
         for name in _ROW_FIELDS:
             value = getattr(self, name)
             if value is not None:
@@ -89,8 +92,11 @@ class TeacherRows:
 
     def to(self, device: torch.device | str) -> TeacherRows:
         """The same rows on `device`; the head moves too."""
-        head = self.teacher_head
-        return to_device(self, device, teacher_head=None if head is None else to_device(head, device))
+        head, width = self.teacher_head, self.sampled_width
+        if width is None and self.sampled_offsets is not None and self.sampled_offsets.device.type == "cpu":
+            width = self._most_drawn()
+        head = None if head is None else to_device(head, device)
+        return to_device(self, device, teacher_head=head, sampled_width=width)
 
     def log_z_at(self, temperature: float) -> Tensor | None:
         """log_z [N] at `temperature`; None at 1, where it is zero by definition. ValueError if it was not asked for."""
@@ -113,7 +119,7 @@ class TeacherRows:
         """(ids_NU, counts_NU) with U the most distinct ids that any row drew; count 0 marks the padding."""
         assert self.sampled_offsets is not None and self.sampled_ids is not None and self.sampled_counts is not None
         lengths_N = self.sampled_offsets[1:] - self.sampled_offsets[:-1]
-        width = max(1, int(lengths_N.max())) if len(lengths_N) else 1
+        width = max(1, self._most_drawn() if self.sampled_width is None else self.sampled_width)
         slot_U = torch.arange(width, device=lengths_N.device)
         live_NU = slot_U < lengths_N[:, None]
         position_NU = (self.sampled_offsets[:-1, None] + slot_U).clamp_(max=max(0, len(self.sampled_ids) - 1)).long()
@@ -121,7 +127,11 @@ class TeacherRows:
             return torch.zeros_like(position_NU), torch.zeros_like(position_NU)
         return self.sampled_ids.long()[position_NU], torch.where(live_NU, self.sampled_counts.long()[position_NU], 0)
 
-    def _select_sampled(self, index: Tensor | slice) -> dict[str, Tensor]:
+    def _most_drawn(self) -> int:
+        assert self.sampled_offsets is not None
+        return int(self.sampled_offsets.diff().max()) if len(self.sampled_offsets) > 1 else 0
+
+    def _select_sampled(self, index: Tensor | slice) -> dict[str, Any]:
         assert self.sampled_offsets is not None and self.sampled_ids is not None and self.sampled_counts is not None
         starts = self.sampled_offsets[:-1][index].long()
         lengths = self.sampled_offsets[1:][index].long() - starts
@@ -133,6 +143,7 @@ class TeacherRows:
             "sampled_offsets": offsets,
             "sampled_ids": self.sampled_ids[position],
             "sampled_counts": self.sampled_counts[position],
+            "sampled_width": None,
         }
 
 

@@ -1,7 +1,7 @@
-"""What a call of `head.head_loss` must satisfy, checked before any product is made. Called by `head`.
+"""What a call of `head.head_loss` must satisfy. Called by `head`, and by `metrics` for what was put off.
 
-What is known without looking into a tensor is refused at once. The rest are *doubts*, which `settle` reads all
-together, so that a GPU is waited for once.
+What is known without looking into a tensor is refused at once. The rest are deferred checks: a GPU is waited for once
+for all of them, at the end of a call or of a step. Until then what is wrong does no harm: no id reaches beyond a row.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from student_trainer.losses.terms import TeacherTerm, TokenTerm
 IGNORED = -100
 
 # A scalar that is True where something is wrong, and the words for it.
-Doubt = tuple[Tensor, Callable[[], str]]
+DeferredCheck = tuple[Tensor, Callable[[], str]]
 
 
-def settle(doubts: Sequence[Doubt]) -> None:
-    """ValueError with the words of the first doubt that holds."""
-    if doubts:
-        flags = torch.stack([wrong for wrong, _ in doubts]).tolist()
-        for wrong, (_, words) in zip(flags, doubts, strict=True):
-            if wrong:
-                raise ValueError(words())
+def raise_failed(checks: Sequence[DeferredCheck], flags: Sequence[float] | None = None) -> None:
+    """ValueError with the words of the first check that failed. `flags`: what `flags_of` gave, as numbers."""
+    if flags is None:
+        flags = flags_of(checks).tolist() if checks else []
+    for wrong, (_, words) in zip(flags, checks, strict=True):
+        if wrong:
+            raise ValueError(words())
+
+
+def flags_of(checks: Sequence[DeferredCheck]) -> Tensor:
+    """Booleans on the device, one for each of one or more checks."""
+    return torch.stack([wrong for wrong, _ in checks])
 
 
 def check_shapes(
@@ -48,7 +53,7 @@ def check_shapes(
         raise ValueError(f"got losses named {names}, expected at least one, and each name once")
 
 
-def doubt_labels(labels_N: Tensor, vocab_size: int) -> Iterator[Doubt]:
+def check_labels(labels_N: Tensor, vocab_size: int) -> Iterator[DeferredCheck]:
     """A label that is neither ignored nor an id of the student."""
     wrong_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= vocab_size))
 
@@ -79,8 +84,8 @@ def rows_that_count(term: TokenTerm, labels_N: Tensor, teacher: TeacherRows | No
 
 def check_targets(
     term: TokenTerm, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None
-) -> Iterator[Doubt]:  # fmt: skip
-    """ValueError if the term needs what `teacher` has not; doubts about NaN, and about ids of `limit` or more."""
+) -> Iterator[DeferredCheck]:  # fmt: skip
+    """ValueError if the term needs what `teacher` has not; deferred checks for NaN and ids from `limit` on."""
     if not isinstance(term, TeacherTerm):
         return
     support = SUPPORTS[term.support]
@@ -97,7 +102,7 @@ def check_targets(
 
 def _check_ids(
     term: TeacherTerm, support: Support, teacher: TeacherRows, counted_N: Tensor, limit: int | None
-) -> Iterator[Doubt]:
+) -> Iterator[DeferredCheck]:
     ids_NK, logprobs_NK = (getattr(teacher, name) for name in support.fields)
     tempered = support.largest and teacher.tempered_at(term.temperature) is not None
     log_z_N = None if tempered else teacher.log_z_at(term.temperature)
@@ -118,10 +123,12 @@ def _check_ids(
         twice_N = (used_NK.sort(-1).values.diff(dim=-1) == 0).any(-1) & counted_N
         words = f"loss '{term.name}': an id comes twice on a row of gather_ids, expected distinct ids"
         yield twice_N.any(), lambda: words
-    yield _doubt_range(term, used_NK, limit)
+    yield _check_range(term, used_NK, limit)
 
 
-def _check_sampled(term: TeacherTerm, teacher: TeacherRows, counted_N: Tensor, limit: int | None) -> Iterator[Doubt]:
+def _check_sampled(
+    term: TeacherTerm, teacher: TeacherRows, counted_N: Tensor, limit: int | None
+) -> Iterator[DeferredCheck]:
     assert teacher.sampled_offsets is not None and teacher.sampled_ids is not None
     if len(teacher.sampled_offsets) != len(counted_N) + 1:
         raise ValueError(
@@ -133,10 +140,10 @@ def _check_sampled(term: TeacherTerm, teacher: TeacherRows, counted_N: Tensor, l
             f"{teacher.sampled_temperature}; ask for samples at the same temperature"
         )
     if teacher.sampled_ids.numel():
-        yield _doubt_range(term, teacher.sampled_ids.long(), limit)
+        yield _check_range(term, teacher.sampled_ids.long(), limit)
 
 
-def _doubt_range(term: TeacherTerm, ids: Tensor, limit: int | None) -> Doubt:
+def _check_range(term: TeacherTerm, ids: Tensor, limit: int | None) -> DeferredCheck:
     least, largest = ids.aminmax()
 
     def words() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from student_trainer.losses.passes import Block, Pass, run_pass
 from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.losses.terms import TeacherTerm, TokenTerm
+
+# Rows of a call: positions, or all from one on.
+Rows: TypeAlias = Tensor | slice
 
 BLOCK_ELEMENTS = 2**21
 CPU_CHUNK_ELEMENTS = 2**24
@@ -41,6 +44,7 @@ class Job:
     want_top1: bool
     wants_grad: bool
     compute: torch.dtype
+    every_row: bool = False
     weights_N: Tensor | None = None
 
 
@@ -66,10 +70,14 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
     head = HeadProjection(weight_VD, bias_V, job.softcap, job.scale, hidden_ND.dtype, job.compute)
     teacher_head = _teacher_projection(job)
     outcome = _empty(job, head, hidden_ND, weight_VD, bias_V, needs)
-    rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
-    if outcome.weight_VD is not None and not len(rows_M):
+    # All rows as a slice, or those that count: a GPU has to be waited for to know how many they are.
+    rows_M: Rows = slice(0, len(hidden_ND))
+    if not job.every_row:
+        rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
+    count = len(hidden_ND) if isinstance(rows_M, slice) else len(rows_M)
+    if outcome.weight_VD is not None and not count:
         outcome.weight_VD.zero_()
-    height = min(job.chunk_rows, max(1, len(rows_M)))
+    height = min(job.chunk_rows, max(1, count))
     z_CV = torch.empty(height, len(weight_VD), dtype=head.accumulator, device=hidden_ND.device)
     teacher_CW: Tensor | None = None
     if teacher_head is not None:
@@ -77,18 +85,26 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
     between: Between = _Blocks(job, head, teacher_head, outcome)
     if kernels_serve(hidden_ND.device) and _have_kernels(job.terms):
         between = _Kernels(job, head, teacher_head, outcome, rows_M, height)
-    for number, rows_C in enumerate(rows_M.split(height)):
+    for start in range(0, count, height):
+        chunk = slice(start, min(count, start + height))
+        rows_C, z_cV = within(rows_M, chunk), z_CV[: chunk.stop - start]
+        teacher_cW = None if teacher_CW is None else teacher_CW[: chunk.stop - start]
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
-        head.project(hidden_CD, z_CV[: len(rows_C)])
-        if teacher_head is not None and teacher_CW is not None:
-            _project_teacher(job, teacher_head, rows_C, teacher_CW[: len(rows_C)])
-        gradient_CV = between.run(
-            number * height, rows_C, z_CV[: len(rows_C)], None if teacher_CW is None else teacher_CW[: len(rows_C)]
-        )
+        head.project(hidden_CD, z_cV)
+        if teacher_head is not None and teacher_cW is not None:
+            _project_teacher(job, teacher_head, rows_C, teacher_cW)
+        gradient_CV = between.run(start, rows_C, z_cV, teacher_cW)
         if gradient_CV is not None:
-            _push_back(head, outcome, rows_C, hidden_CD, gradient_CV, begin=number == 0)
+            _push_back(head, outcome, rows_C, hidden_CD, gradient_CV, begin=start == 0)
     between.finish(rows_M)
     return outcome
+
+
+def within(rows: Rows, part: slice) -> Rows:
+    """Of some rows those at the places `part`."""
+    if isinstance(rows, slice):
+        return slice(rows.start + part.start, rows.start + part.stop)
+    return rows[part]
 
 
 def kernels_serve(device: torch.device) -> bool:
@@ -106,13 +122,13 @@ def _have_kernels(terms: Sequence[TokenTerm]) -> bool:
 class Between(Protocol):
     """What is done between the products of a chunk."""
 
-    def run(self, start: int, rows_C: Tensor, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+    def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
         """Products of rows `rows_C`, the first of which is row `start` of those that count, to values in the outcome.
         Returns the gradient by the products, if one is wanted; `z_CV` may be written over.
         """
         ...
 
-    def finish(self, rows_M: Tensor) -> None:
+    def finish(self, rows_M: Rows) -> None:
         """Called when all chunks are done."""
         ...
 
@@ -121,7 +137,7 @@ class _Kernels:
     """By the kernels of `fused`: one launch for the values of a chunk, one for its gradient."""
 
     def __init__(
-        self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome, rows_M: Tensor,
+        self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome, rows_M: Rows,
         height: int,
     ):  # fmt: skip
         from student_trainer.losses.fused.launch import FusedTerms
@@ -130,24 +146,24 @@ class _Kernels:
         self._terms = FusedTerms(
             job.passes, job.terms, head, teacher_head, job.labels_N[rows_M],
             torch.stack([job.counted[term.name][rows_M] for term in job.terms]),
-            None if job.teacher is None else job.teacher.select(rows_M), job.shared,
+            job.teacher if job.teacher is None or job.every_row else job.teacher.select(rows_M), job.shared,
             None if job.weights_N is None else job.weights_N[rows_M],
         )  # fmt: skip
         self._out_CV: Tensor | None = None
         if job.wants_grad and head.back_dtype != head.accumulator:
-            self._out_CV = torch.empty(height, len(head.weight_VD), dtype=head.back_dtype, device=rows_M.device)
+            self._out_CV = torch.empty(height, len(head.weight_VD), dtype=head.back_dtype, device=job.labels_N.device)
         self._wants_grad = job.wants_grad
-        self._top1_M = torch.empty_like(rows_M) if job.want_top1 else None
+        self._top1_M = torch.empty_like(job.labels_N[rows_M]) if job.want_top1 else None
 
-    def run(self, start: int, rows_C: Tensor, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+    def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
         out_CV: Tensor | None = None
         if self._wants_grad:
-            out_CV = z_CV if self._out_CV is None else self._out_CV[: len(rows_C)]
-        top1_C = None if self._top1_M is None else self._top1_M[start : start + len(rows_C)]
+            out_CV = z_CV if self._out_CV is None else self._out_CV[: len(z_CV)]
+        top1_C = None if self._top1_M is None else self._top1_M[start : start + len(z_CV)]
         self._terms.run(start, z_CV, teacher_CW, out_CV, top1_C)
         return out_CV
 
-    def finish(self, rows_M: Tensor) -> None:
+    def finish(self, rows_M: Rows) -> None:
         self._outcome.values_MN[:, rows_M] = self._terms.values_MR
         if self._top1_M is not None:
             self._outcome.top1_N[rows_M] = self._top1_M
@@ -159,20 +175,20 @@ class _Blocks:
     def __init__(self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome):
         self._job, self._head, self._teacher_head, self._outcome = job, head, teacher_head, outcome
 
-    def run(self, start: int, rows_C: Tensor, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+    def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
         if teacher_CW is not None and self._teacher_head is not None:
             self._teacher_head.cap_(teacher_CW)
-        for block in _blocks(len(rows_C), z_CV):
+        for block in _blocks(len(z_CV), z_CV):
             teacher_BW = None if teacher_CW is None else teacher_CW[block]
-            _run_block(self._job, self._head, rows_C[block], z_CV[block], teacher_BW, self._outcome)
+            _run_block(self._job, self._head, within(rows_C, block), z_CV[block], teacher_BW, self._outcome)
         return z_CV if self._job.wants_grad else None
 
-    def finish(self, rows_M: Tensor) -> None:
+    def finish(self, rows_M: Rows) -> None:
         """Every block has written its own."""
 
 
 def _run_block(
-    job: Job, head: HeadProjection, rows_B: Tensor, z_BV: Tensor, teacher_BW: Tensor | None, outcome: Outcome
+    job: Job, head: HeadProjection, rows_B: Rows, z_BV: Tensor, teacher_BW: Tensor | None, outcome: Outcome
 ) -> None:
     """Products in `z_BV` to values in `outcome`, and (with a gradient) to the gradient by the products, in place."""
     head.cap_(z_BV)
@@ -212,7 +228,7 @@ def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Te
 
 
 def _push_back(
-    head: HeadProjection, outcome: Outcome, rows_C: Tensor, hidden_CD: Tensor, gradient_CV: Tensor, *, begin: bool
+    head: HeadProjection, outcome: Outcome, rows_C: Rows, hidden_CD: Tensor, gradient_CV: Tensor, *, begin: bool
 ) -> None:
     if outcome.bias_V is not None:
         outcome.bias_V.add_(gradient_CV.sum(0, dtype=outcome.bias_V.dtype))
@@ -263,10 +279,10 @@ def _compares_vocabularies(term: TokenTerm) -> bool:
     return isinstance(term, TeacherTerm) and SUPPORTS[term.support].student == "vocabulary"
 
 
-def _project_teacher(job: Job, head: HeadProjection, rows_C: Tensor, out_CW: Tensor) -> None:
+def _project_teacher(job: Job, head: HeadProjection, rows_C: Rows, out_CW: Tensor) -> None:
     assert job.teacher is not None and job.teacher.teacher_hidden_NE is not None
     hidden_CE = job.teacher.teacher_hidden_NE[rows_C].to(head.dtype)
     # What stands on rows without a teacher may be anything, and NaN times a weight of zero is NaN.
     counted_N = next(job.counted[term.name] for term in job.terms if _compares_vocabularies(term))
-    hidden_CE = torch.where(counted_N[rows_C, None], hidden_CE, 0.0)
+    hidden_CE = torch.where(counted_N[rows_C][:, None], hidden_CE, 0.0)
     head.project(hidden_CE, out_CW)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.checks import (
+    DeferredCheck,
+    check_labels,
     check_shapes,
     check_targets,
-    doubt_labels,
+    raise_failed,
     rows_that_count,
-    settle,
     shared_width,
 )
 from student_trainer.losses.chunks import Job, default_chunk_rows, walk
@@ -40,13 +41,14 @@ class HeadLoss:
 
     `per_term`: name -> [N] float32, unweighted values in nats (T^2 included where the term says so), 0 on rows that do
     not count. `counted`: name -> [N] bool, the rows that count. `top1_N`: the student's most likely ids, on request;
-    -1 on rows that count for no term.
+    -1 on rows that count for no term. `deferred`: what was not checked, on request; see `checks.raise_failed`.
     """
 
     total: Tensor
     per_term: dict[str, Tensor]
     counted: dict[str, Tensor]
     top1_N: Tensor | None = None
+    deferred: tuple[DeferredCheck, ...] = ()
 
     def plus(self, term: Term, values_N: Tensor, weights_N: Tensor | None = None) -> HeadLoss:
         """With a term whose values were computed elsewhere, one for each of the rows; `weights_N` as in `head_loss`."""
@@ -77,6 +79,8 @@ def head_loss(
     chunk_rows: int | None = None,
     want_top1: bool = False,
     compute: torch.dtype = torch.float32,
+    every_row: bool = False,
+    defer: bool = False,
 ) -> HeadLoss:
     """The sum of all terms over N rows, with its gradient.
 
@@ -89,6 +93,8 @@ def head_loss(
     `chunk_rows`: rows whose logits exist at a time; the default keeps a chunk near 64 MiB on a CPU, 512 MiB on a GPU.
     Values and gradients do not depend on it beyond rounding. Under `torch.no_grad()` no gradient is made.
     `compute`: the dtype that the student computes in; at bfloat16 the products take bf16 factors, as `projection` says.
+    `every_row`: whether all rows count for some term, as the caller knows; else the device is asked which do.
+    `defer`: leave the checks that look into tensors, in `deferred`, to the caller. With both, no device is waited for.
     `total` can be differentiated once: its backward pass consumes the gradient that was made here.
     Raises ValueError where shapes disagree, a name comes twice, a term needs targets that `teacher` has not, or the
     teacher names ids that the student has not and `shared_vocab` was not given.
@@ -99,10 +105,11 @@ def head_loss(
         raise ValueError(f"got chunk_rows {chunk_rows}, expected 1 or more")
     shared = shared_width(shared_vocab, vocab_size)
     counted = {term.name: rows_that_count(term, labels_N, teacher) for term in terms}
-    doubts = list(doubt_labels(labels_N, vocab_size))
+    checks = list(check_labels(labels_N, vocab_size))
     for term in terms:
-        doubts += check_targets(term, teacher, counted[term.name], vocab_size if shared_vocab is None else None)
-    settle(doubts)
+        checks += check_targets(term, teacher, counted[term.name], vocab_size if shared_vocab is None else None)
+    if not defer:
+        raise_failed(checks)
     tracked = [x for x in (hidden_ND, head_weight_VD, head_bias_V) if x is not None and x.requires_grad]
     job = Job(
         labels_N=labels_N,
@@ -117,11 +124,12 @@ def head_loss(
         want_top1=want_top1,
         wants_grad=torch.is_grad_enabled() and bool(tracked),
         compute=compute,
+        every_row=every_row,
         weights_N=weights_N,
     )
     total, values_MN, top1_N = _HeadLoss.apply(hidden_ND, head_weight_VD, head_bias_V, job)
     per_term = {term.name: values_MN[index] for index, term in enumerate(terms)}
-    return HeadLoss(total, per_term, counted, top1_N if want_top1 else None)
+    return HeadLoss(total, per_term, counted, top1_N if want_top1 else None, tuple(checks) if defer else ())
 
 
 class _HeadLoss(torch.autograd.Function):

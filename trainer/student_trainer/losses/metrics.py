@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.losses.checks import DeferredCheck, flags_of, raise_failed
 from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
 from student_trainer.ranks import ALONE, Ranks
@@ -59,11 +60,13 @@ class LossSums:
         self._terms, self._sources = tuple(terms), tuple(sources)
         self._tokens = 0
         self._sums: list[Tensor] = []  # [terms, 3, sources]: weighted sums, weights, and counts
+        self._deferred: list[DeferredCheck] = []
         self.per_term: list[dict[str, Tensor]] = []
 
     def add(self, loss: HeadLoss, micro: MicroBatch) -> None:
         self._tokens += micro.view.count
         weights_N = micro.view.weights_N
+        self._deferred += loss.deferred
         self.per_term.append(loss.per_term)
         width = len(self._sources)
         parts = []
@@ -77,12 +80,18 @@ class LossSums:
         self._sums.append(torch.stack(parts))
 
     def metrics(self, grad_norm: Tensor | None = None, ranks: Ranks = ALONE) -> LossMetrics:
-        """Those of all ranks together, which all must call. The one place where a step waits for the device, once."""
+        """Those of all ranks together, which all must call. The one place where a step waits for the device, once.
+
+        ValueError for what the losses left unchecked and is wrong.
+        """
         tokens = ranks.total(self._tokens)
         shape = len(self._terms), 3, len(self._sources)
         summed = ranks.add_up(torch.stack(self._sums).sum(0)) if self._sums else torch.zeros(shape, dtype=torch.float64)
         norm = torch.zeros(1) if grad_norm is None else grad_norm.detach().reshape(1)
-        *flat, norm_value = torch.cat([summed.flatten(), norm.to(summed)]).tolist()
+        flags = flags_of(self._deferred) if self._deferred else norm[:0]
+        *flat, norm_value = torch.cat([flags.to(summed), summed.flatten(), norm.to(summed)]).tolist()
+        raise_failed(self._deferred, flat[: len(flags)])
+        flat = flat[len(flags) :]
         terms, weighted = {}, {}
         by_source: dict[str, dict[str, float]] = {}
         width = len(self._sources)

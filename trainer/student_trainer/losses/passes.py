@@ -105,7 +105,7 @@ def run_pass(
         return _dense_pass(job, z_NW, block, wants_grad)
     overwrite = overwrite and wants_grad and z_NW.shape == z_NV.shape
     # Of the whole vocabulary: a label may lie beyond the ids that a pass without label terms is about.
-    label_N1 = block.labels_N.clamp_min(0)[:, None]
+    label_N1 = block.labels_N.clamp(0, z_NV.shape[1] - 1)[:, None]
     z_label_N = z_NV.gather(1, label_N1)[:, 0]
     support, z_NK = _take_out(job, z_NW, block)
     swept = sweep_in(z_NW, job.temperature)

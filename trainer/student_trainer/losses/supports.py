@@ -50,7 +50,7 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
     assert chosen.read is not None, "a whole vocabulary names no ids"
     ids_NK, logprobs_NK = chosen.read(rows, temperature)
     named_NK = counted_N[:, None] & (logprobs_NK > LOG_FLOOR)
-    live_NK = named_NK & (ids_NK < width)
+    live_NK = named_NK & (ids_NK >= 0) & (ids_NK < width)
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
     least_N = torch.where(counted_N[:, None], logprobs_NK, LOG_FLOOR).amin(-1)
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)

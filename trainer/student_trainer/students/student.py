@@ -108,14 +108,17 @@ class Student:
         """The fields of a HeadLoss: FSDP looks for tensors in plain containers."""
         with capturing(self.model, self.capture(terms)) as captured:
             hidden_ND = self.hidden(micro)
-        loss = self.loss_of(captured(hidden_ND), self.head, micro, terms, chunk_rows, want_top1)
-        return loss.total, loss.per_term, loss.counted, loss.top1_N
+        loss = self.loss_of(captured(hidden_ND), self.head, micro, terms, chunk_rows, want_top1, defer=True)
+        return loss.total, loss.per_term, loss.counted, loss.top1_N, loss.deferred
 
     def loss_of(
         self, captured: Captured, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
-        want_top1: bool = False,
+        want_top1: bool = False, defer: bool = False,
     ) -> HeadLoss:  # fmt: skip
-        """The loss of a micro batch from its hidden rows, and what else was kept of its forward pass."""
+        """The loss of a micro batch from its hidden rows, and what else was kept of its forward pass.
+
+        `defer` as in `head_loss`.
+        """
         hidden_ND = captured.hidden_ND
         loss = HeadLoss(hidden_ND.new_zeros((), dtype=torch.float32), {}, {})
         if of_tokens := [term for term in terms if isinstance(term, TokenTerm)]:
@@ -123,7 +126,8 @@ class Student:
                 hidden_ND, head.weight_VD, micro.view.labels_N, micro.teacher, of_tokens,
                 head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
                 shared_vocab=self.shared_vocab, weights_N=micro.view.weights_N, chunk_rows=chunk_rows,
-                want_top1=want_top1, compute=self.compute,
+                want_top1=want_top1, compute=self.compute, defer=defer,
+                every_row=micro.teacher is None or micro.teacher.valid_N is None,  # a view lists labels that count
             )  # fmt: skip
         for term in terms:
             if isinstance(term, StatesTerm):

@@ -98,7 +98,7 @@ class FusedTerms:
         logprobs, tails = [], []
         ids_RK: Tensor | None = None
         for each in self._of(name):
-            counted_R = self._counted_MR[[index[term.name] for term in each.terms]].any(0)
+            counted_R = torch.stack([self._counted_MR[index[term.name]] for term in each.terms]).any(0)
             rows = read_support(teacher, name, each.temperature, each.width, counted_R)
             ids_RK = torch.where(rows.live_NK, rows.ids_NK, -1 if ids_RK is None else ids_RK)
             logprobs.append(rows.logprobs_NK.to(self._head.accumulator))
