@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from student_trainer.settings import StudentSettings
-from student_trainer.students.adapters import ADAPTERS
+from student_trainer.students.adapters.adapter import Adapter
+from student_trainer.students.adapters.lora import LORA
 from student_trainer.students.adapters.low_rank import corrections
+from student_trainer.students.adapters.none import NO_ADAPTER
 from student_trainer.students.architectures import ARCHITECTURES
 from student_trainer.students.causal import attention_for
 from student_trainer.students.pretrained import load_quantised, refuse_quantised
@@ -22,6 +24,8 @@ from student_trainer.students.quant_linear import is_quantised, quantise, set_qu
 from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.students.student import Student
 
+# By `student.adapter`. ARCHITECTURES and QUANTISERS are dicts like it, where their own users find them.
+ADAPTERS: Mapping[str, Adapter] = {"none": NO_ADAPTER, "lora": LORA}
 # (architecture, quantiser, adapter), "*" for any of them, to the reason why such a student makes no sense.
 REFUSED: Mapping[tuple[str, str, str], str] = {}
 

@@ -1,4 +1,4 @@
-"""What the trainer knows of an adapter. A file of this package each, listed in its `__init__`.
+"""What the trainer knows of an adapter. A file of this package each, listed in `load.ADAPTERS`.
 
 An adapter changes a loaded, quantised model in place, before an architecture makes a student of it; what it adds are
 parameters of the model, so checkpoints, ranks and optimizers need not know of it.

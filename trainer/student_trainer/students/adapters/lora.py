@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): low-rank additions to a frozen student are trained. One of `ADAPTERS`.
+"""LoRA (arXiv 2106.09685): low-rank additions to a frozen student are trained. One of `load.ADAPTERS`.
 
 Plain linears are wrapped by peft, in place, so the model stays the model that it was, with more parameters. A quantised
 linear takes its addition as its correction, in full precision, of the input that its own is rounded from: as QLoRA has

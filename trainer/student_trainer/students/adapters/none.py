@@ -1,4 +1,4 @@
-"""No adapter: all weights are trained. One of `ADAPTERS`."""
+"""No adapter: all weights are trained. One of `load.ADAPTERS`."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class NoAdapter(Adapter):
         """The model as it is."""
 
 
-NONE = NoAdapter()
+NO_ADAPTER = NoAdapter()
