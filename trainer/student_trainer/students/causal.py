@@ -18,7 +18,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.tensors import own_tensor
 from student_trainer.batch.view import Attention, CausalDocuments, Reader, View, ViewSeed
 from student_trainer.settings import StudentSettings
-from student_trainer.students.attention_mask import block_mask, dense_mask
+from student_trainer.students.attention_mask import BLOCK, block_mask, dense_mask
 from student_trainer.students.compute import compute_dtype
 from student_trainer.students.student import Student
 
@@ -40,7 +40,9 @@ class DecoderBody:
     window: dict[str, int | None] | int | None
 
     def __call__(self, input_ids_BT: Tensor, position_ids_BT: Tensor, attention: Attention) -> Tensor:
-        make = block_mask if self.kernel == "flex" else dense_mask
+        # Within a block there is nothing to skip, and nothing that would be worth a compilation.
+        flexible = self.kernel == "flex" and input_ids_BT.shape[1] >= BLOCK
+        make = block_mask if flexible else dense_mask
         mask: Any
         if isinstance(self.window, dict):
             mask = {kind: make(attention, window) for kind, window in self.window.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from student_trainer.settings import StudentSettings
+from student_trainer.students import flex
 from student_trainer.students.adapters.adapter import Adapter
 from student_trainer.students.adapters.lora import LORA
 from student_trainer.students.adapters.low_rank import corrections
@@ -97,7 +98,7 @@ def _load_model(settings: StudentSettings, attention: str) -> Any:
 
     transformers_logging.disable_progress_bar()
     path, wanted = settings.checkpoint_path, settings.quantisation
-    implementation = "flex_attention" if attention == "flex" else "sdpa"
+    implementation = flex.IMPLEMENTATION if attention == "flex" else "sdpa"
     try:
         if settings.quantiser == "none":
             refuse_quantised(path, settings.revision)

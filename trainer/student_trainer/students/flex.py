@@ -1,0 +1,53 @@
+"""Flex attention for a view's block masks, SDPA for every other forward pass of the same model. Used by `load`.
+
+Registered with transformers as `IMPLEMENTATION`. Flex attention is compiled, and compiled again for other kinds of
+shapes; a head that is checked on four tokens, and text that is written token by token, are not worth it. So the mask
+decides: a `BlockMask`, which `attention_mask` makes of a packed row, is attended by flex attention, and a dense mask,
+which transformers makes for this implementation as for SDPA, by SDPA.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+IMPLEMENTATION = "stillhouse_flex"
+# What SDPA would leave out without a word.
+BEYOND_SDPA = ("softcap", "s_aux")
+
+
+def attend(
+    module: Any, query_BHTd: Tensor, key_BKTd: Tensor, value_BKTd: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """Attention [B, T, H, d] of one layer and, from some, its weights, as transformers calls for it."""
+    if isinstance(attention_mask, BlockMask):
+        # Under autocast rotary embeddings leave query and key in float32 beside a value in bfloat16. SDPA casts them;
+        # flex attention does from torch 2.13 on, and refuses before.
+        dtype = value_BKTd.dtype
+        return flex_attention_forward(
+            module, query_BHTd.to(dtype), key_BKTd.to(dtype), value_BKTd, attention_mask, **kwargs
+        )
+    if all(kwargs.get(name) is None for name in BEYOND_SDPA):
+        return sdpa_attention_forward(module, query_BHTd, key_BKTd, value_BKTd, attention_mask, **kwargs)
+    # The model's own: it adds its mask to the scores.
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    added = torch.where(attention_mask, 0.0, torch.finfo(query_BHTd.dtype).min).to(query_BHTd.dtype)
+    return eager(module, query_BHTd, key_BKTd, value_BKTd, added, **kwargs)
+
+
+def dense_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """SDPA's mask, which says by itself what is causal: a layer with a soft cap has no other way to know."""
+    mask: Tensor | None = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
+    return mask
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, dense_mask)
