@@ -1,4 +1,4 @@
-"""A toy block-diffusion student, plugged in as any architecture would be: a reader, and a line in the dict.
+"""A toy block-diffusion student, plugged in as any architecture would be: by a reader, and a line in a dict.
 
 Each batch is read twice, in views of twice its width: noisy tokens beside clean ones, the second view masking what the
 first one showed. It stands in for what an architecture of `students/` would hold, so that tests show that all else
@@ -17,7 +17,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.tensors import own_tensor
 from student_trainer.batch.view import NEVER, OrderedDocuments, View, ViewSeed
 from student_trainer.settings import StudentSettings
-from student_trainer.students import architectures
+from student_trainer.students import load
 from student_trainer.students.causal import wrap_decoder
 from student_trainer.students.student import Student
 from tests.models import VOCAB_SIZE
@@ -106,5 +106,5 @@ TOYS = {"toy_in_place": in_place, "toy_shifted": shifted}
 
 
 def plug_in(rank: int = 0) -> None:
-    """What a line in `architectures` would do, in a process of its own."""
-    architectures.ARCHITECTURES.update(TOYS)
+    """What a line of `load` would do, in a process of its own."""
+    load.ARCHITECTURES.update(TOYS)

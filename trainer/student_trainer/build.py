@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from student_trainer import randomness
+from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints

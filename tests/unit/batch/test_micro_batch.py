@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.batch.micro_batch import cut
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.batch.tensors import moved, to_device
 from student_trainer.batch.view import CausalDocuments, View, ViewSeed

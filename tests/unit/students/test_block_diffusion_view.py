@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from student_trainer import loop
+from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.losses import head_loss, token_term
 from student_trainer.losses.attention_relations import attention_relations
 from student_trainer.losses.kinds import term_of
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
-from student_trainer.students import architectures
+from student_trainer.students import load
 from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
@@ -51,7 +52,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(autouse=True)
 def plugged_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, wrap in TOYS.items():
-        monkeypatch.setitem(architectures.ARCHITECTURES, name, wrap)
+        monkeypatch.setitem(load.ARCHITECTURES, name, wrap)
     yield
 
 

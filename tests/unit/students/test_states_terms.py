@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.align import cut
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import ViewSeed
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.losses import token_term

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer import components as building
 from student_trainer import loop
+from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import ViewSeed
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose

@@ -25,8 +25,7 @@ from student_trainer.export.export import EXPORTS
 from student_trainer.settings import LoRASettings, StudentSettings
 from student_trainer.students import load
 from student_trainer.students.adapters.low_rank import corrections
-from student_trainer.students.architectures import ARCHITECTURES
-from student_trainer.students.load import ADAPTERS, check_cell
+from student_trainer.students.load import ADAPTERS, ARCHITECTURES, check_cell
 from student_trainer.students.pretrained import load_quantised
 from student_trainer.students.quant_linear import quant_linears
 from student_trainer.students.quantisers import QUANTISERS

@@ -1,4 +1,4 @@
-"""A batch on its way from the data to the losses: packed rows, and the teacher's rows beside them.
+"""A batch on its way from the data to the losses: packed rows, a student's views, the teacher's rows.
 
-Imports settings and `teacher_proto` alone. Read `batch.py` first, then `align.py`.
+Imports `teacher_proto` alone. Read `batch.py` first, then `view.py` and `align.py`.
 """

@@ -1,8 +1,11 @@
-"""What a teacher said of a batch's documents, as tensors: a row for each position that counts. Called by `micro_batch`.
+"""A batch cut into micro batches, every label with its teacher's row. The one way to show a batch to a student.
 
-The teacher's row t of a document is its distribution of token t+1, and so is the counted position t of the batch: rows
-are given in the order of the counted positions, by row and then by column. Which of the student's rows learns from one
-is for the student to say, in its views.
+    cut(batch, targets, student, seed, rows=4)
+
+Called for a step by way of `prefetch`, and by the evaluation. The teacher's row t of a document is its distribution of
+token t+1, and so is the counted position t of the batch: teacher rows are made in the order of the counted positions,
+by row and then by column, and a view's `counted_N` picks them. Which of its own rows learns from one, a student's views
+say.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import numpy as np
 import torch
 
 from student_trainer.batch.batch import Batch
-from student_trainer.batch.batch_targets import TEMPERED
+from student_trainer.batch.batch_targets import TEMPERED, BatchTargets
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.teacher_rows import TeacherAttention, TeacherHead, TeacherRows
 from student_trainer.batch.tensors import own_tensor
-from student_trainer.batch.view import View
+from student_trainer.batch.view import Reader, View, ViewSeed
 from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.relations import QKV
@@ -24,7 +28,77 @@ from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 
 
-def teacher_rows(
+def cut(
+    batch: Batch, targets: BatchTargets | None, reader: Reader, seed: ViewSeed, *, rows: int | None = None,
+    head: TeacherHead | None = None, keep_empty: bool = False,
+) -> tuple[MicroBatch, ...]:  # fmt: skip
+    """The batch's views, of at most `rows` rows each, on the CPU. Those that add nothing to the count of labels are
+    left out, if not `keep_empty`: ranks that gather parameters together must all make as many passes.
+
+    `head` is the teacher's, already on its device, for targets of kind `hidden`.
+    InvalidTargetsError for a number of the teacher's that is not finite where it would be learnt from.
+    """
+    size = rows or len(batch.tokens_BT)
+    parts: list[MicroBatch] = []
+    for first in range(0, len(batch.tokens_BT), size):
+        stop = min(first + size, len(batch.tokens_BT))
+        parts += _micro_batches(
+            batch.rows(first, stop), targets, reader, seed, first, _between(batch, first, stop), head
+        )
+    return tuple(part for part in parts if keep_empty or part.view.count)
+
+
+def _between(batch: Batch, first: int, stop: int) -> slice:
+    """Where the documents of the rows [first, stop) stand among those of the batch, which come by row."""
+    rows_M = [document.row for document in batch.documents]
+    return slice(int(np.searchsorted(rows_M, first)), int(np.searchsorted(rows_M, stop)))
+
+
+def _micro_batches(
+    part: Batch, targets: BatchTargets | None, reader: Reader, seed: ViewSeed, first_row: int, documents: slice,
+    head: TeacherHead | None,
+) -> list[MicroBatch]:  # fmt: skip
+    """The views of some rows, each with what belongs to its labels; `documents`: theirs among those of `targets`."""
+    row_C, column_C = part.counted()
+    sources_C = torch.from_numpy(part.source_ids_BT[row_C, column_C].astype(np.int64))
+    documents_C = torch.from_numpy(_document_of_each(part, row_C, column_C))
+    teacher_C, states = None, None
+    if targets is not None:
+        if targets.spec.kinds:
+            teacher_C = _teacher_rows(part, targets.documents[documents], targets.spec, head)
+        if targets.attention is not None:
+            states = targets.attention[documents]
+    made = []
+    for view in reader.views(part, seed):
+        # Every counted position in its order is the common case, and nothing is copied for it.
+        in_order = torch.equal(view.counted_N, torch.arange(len(row_C)))
+        documents_N = documents_C if in_order else documents_C[view.counted_N]
+        teacher = teacher_C
+        if teacher is not None and not in_order:
+            teacher = teacher.select(view.counted_N) if len(documents_N) else None
+        made.append(
+            MicroBatch(
+                view=view,
+                sources_N=sources_C if in_order else sources_C[view.counted_N],
+                documents_N=documents_N,
+                teacher=teacher,
+                first_row=first_row,
+                rows=len(part.tokens_BT),
+                attention=None if states is None else _teacher_attention(states, view),
+            )
+        )
+    return made
+
+
+def _document_of_each(part: Batch, row_C: np.ndarray, column_C: np.ndarray) -> np.ndarray:
+    """[C] int64: the place among `part.documents` of each counted position's document."""
+    place_BT = np.full(part.tokens_BT.shape, -1, np.int64)
+    for place, document in enumerate(part.documents):
+        place_BT[document.row, document.start : document.stop] = place
+    return place_BT[row_C, column_C]
+
+
+def _teacher_rows(
     batch: Batch, answers: Sequence[TokenTargets | None], spec: TargetSpec, head: TeacherHead | None
 ) -> TeacherRows | None:
     """Rows of the batch's counted positions, in their order; documents come in that order. None where there are none.
@@ -79,7 +153,7 @@ def hidden_numbers(hidden_RD: np.ndarray, scale_R: np.ndarray | None) -> np.ndar
     return hidden_RD
 
 
-def teacher_attention(states: Sequence[AttentionTargets], view: View) -> TeacherAttention:
+def _teacher_attention(states: Sequence[AttentionTargets], view: View) -> TeacherAttention:
     """States of each of the batch's documents, for the positions of the view that hold their tokens as they are."""
     return TeacherAttention(tuple(map(_states, states)), view.attention.clean_documents_BT.numpy())
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.batch.micro_batch import MicroBatch, cut
+from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import ViewSeed
 from student_trainer.evaluation.documents import DocumentFigures, DocumentSums

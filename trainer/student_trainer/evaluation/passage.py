@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.batch.micro_batch import cut
 from student_trainer.batch.view import ViewSeed
 from student_trainer.students.student import Student
 

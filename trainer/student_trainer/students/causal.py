@@ -1,5 +1,4 @@
-"""A student out of any Hugging Face causal language model. Named in
-`architectures`.
+"""A student out of any Hugging Face causal language model. Named by `load`.
 
 The decoder runs on packed rows with attention and positions that stop at document edges; the head is handed to
 `head_loss` as a weight, so that no logits of a whole batch exist.

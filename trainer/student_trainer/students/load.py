@@ -7,7 +7,7 @@ everything but the cells that REFUSED names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from student_trainer.students.adapters.adapter import Adapter
 from student_trainer.students.adapters.lora import LORA
 from student_trainer.students.adapters.low_rank import corrections
 from student_trainer.students.adapters.none import NO_ADAPTER
-from student_trainer.students.architectures import ARCHITECTURES
-from student_trainer.students.causal import attention_for
+from student_trainer.students.causal import attention_for, wrap_causal
 from student_trainer.students.pretrained import load_quantised, refuse_quantised
 from student_trainer.students.quant_linear import is_quantised, quantise, set_quantisation_blend
 from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.students.student import Student
 
-# By `student.adapter`. ARCHITECTURES and QUANTISERS are dicts like it, where their own users find them.
+# By `student.architecture`: how the student reads a batch, and how its model computes hidden states of that. Given the
+# model (loaded, quantised and adapted, on its device), "flex" or "sdpa", and the settings.
+ARCHITECTURES: dict[str, Callable[[Any, str, StudentSettings], Student]] = {"causal": wrap_causal}
+# By `student.adapter`. QUANTISERS is a dict like it, where its own users find it.
 ADAPTERS: Mapping[str, Adapter] = {"none": NO_ADAPTER, "lora": LORA}
 # (architecture, quantiser, adapter), "*" for any of them, to the reason why such a student makes no sense.
 REFUSED: Mapping[tuple[str, str, str], str] = {}

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
@@ -34,21 +34,16 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A batch to train on. `state` is the mixture's after it, `waited_s` how long the step stood still for it."""
+    """A batch to train on. `state` is the mixture's after it; `latency_s`: from the first request for its targets until
+    all was there, `waited_s`: how long the step stood still for it.
+    """
 
     batch: Batch
     state: MixtureState
     targets: BatchTargets | None
     micro: tuple[MicroBatch, ...]
+    latency_s: float = 0.0
     waited_s: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What the background made of a batch, and how long that took from the first request on."""
-
-    ready: Ready
-    latency_s: float
 
 
 # A batch that is not written yet comes as its promise, and the ones behind it need not wait for it.
@@ -73,8 +68,8 @@ class Prefetch:
         self._room = threading.Condition()
         self._calls = 0
         self._started = 0
-        self._made: deque[Future[Made]] = deque()
-        self._under_way: set[Future[Made]] = set()
+        self._made: deque[Future[Ready]] = deque()
+        self._under_way: set[Future[Ready]] = set()
         self._closed = False
         self._last_handover: float | None = None
         self._reader = threading.Thread(target=self._read, name="prefetch", daemon=True)
@@ -89,7 +84,7 @@ class Prefetch:
         with self._room:
             self._calls += 1
             self._room.notify_all()
-        future: Future[Made] | None = None
+        future: Future[Ready] | None = None
         while future is None or not future.done():
             if future is None:
                 future = self._head()
@@ -97,14 +92,13 @@ class Prefetch:
                 wait([future], timeout=POLL_S)
             if future is None or not future.done():
                 while_waiting(time.monotonic() - asked)
-        made = future.result()
+        ready = future.result()
         now = time.monotonic()
         waited_s = now - asked
         busy_s = asked - self._last_handover if self._last_handover is not None else None
         self._last_handover = now
-        ready = made.ready
-        self.control.observe(made.latency_s, busy_s, ready.targets.nbytes if ready.targets else 0)
-        return Ready(ready.batch, ready.state, ready.targets, ready.micro, waited_s)
+        self.control.observe(ready.latency_s, busy_s, ready.targets.nbytes if ready.targets else 0)
+        return replace(ready, waited_s=waited_s)
 
     def close(self) -> None:
         """Stop reading and cancel what is under way. Safe to call twice."""
@@ -121,7 +115,7 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _head(self) -> Future[Made] | None:
+    def _head(self) -> Future[Ready] | None:
         """The oldest batch under way; None if the reader has not come to it within the poll's time."""
         with self._room:
             if not self._made:
@@ -134,7 +128,7 @@ class Prefetch:
             try:
                 batch, state = next(self._stream)
             except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
-                failed: Future[Made] = Future()
+                failed: Future[Ready] = Future()
                 failed.set_exception(error)
                 self._append(failed)
                 return
@@ -148,7 +142,7 @@ class Prefetch:
             self._started += 1
             return not self._closed
 
-    def _append(self, future: Future[Made]) -> None:
+    def _append(self, future: Future[Ready]) -> None:
         with self._room:
             self._made.append(future)
             self._under_way.add(future)
@@ -158,7 +152,7 @@ class Prefetch:
         if closed:
             future.cancel()
 
-    async def _make(self, item: Batch | Future[Batch], state: MixtureState) -> Made:
+    async def _make(self, item: Batch | Future[Batch], state: MixtureState) -> Ready:
         batch = await asyncio.wrap_future(item) if isinstance(item, Future) else item
         start = time.monotonic()
         targets = None
@@ -169,4 +163,4 @@ class Prefetch:
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
         except InvalidTargetsError as error:
             raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error
-        return Made(Ready(batch, state, targets, micro), time.monotonic() - start)
+        return Ready(batch, state, targets, micro, time.monotonic() - start)
