@@ -161,3 +161,14 @@ def test_what_is_on_its_device_stays_as_it_is() -> None:
     attention = CausalDocuments(torch.zeros(1, 4, dtype=torch.int32))
     assert to_device(attention, "cpu") is attention
     assert to_device(attention, "meta").document_ids_BT.is_meta
+
+
+def test_a_micro_batch_moves_whole_but_for_what_is_told_apart_on_the_cpu() -> None:
+    (micro,) = cut(BATCH, targets_of(BATCH), Picking(places=(4, 1), weights=(1.0, 2.0)), SEED)
+    there = micro.to(torch.device("meta"))
+    left = [
+        name for name, tensor in vars(there.view).items() if isinstance(tensor, torch.Tensor) and not tensor.is_meta
+    ]
+    assert left == ["counted_N"]
+    assert there.view.attention.document_ids_BT.is_meta and there.sources_N.is_meta and there.documents_N.is_meta
+    assert there.teacher is not None and there.teacher.ids_NK is not None and there.teacher.ids_NK.is_meta

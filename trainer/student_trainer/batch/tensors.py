@@ -20,14 +20,14 @@ def own_tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def to_device(record: Record, device: torch.device | str, **changes: Any) -> Record:
-    """The dataclass with its tensors on `device`, and with the changes given for fields that are no tensors.
+    """The dataclass with its tensors on `device`, but for the fields that are given in `changes`.
 
     Where a copy could be waited for, to a GPU, it is made from pinned memory and isn't.
     """
     device = torch.device(device)
     for field in fields(record):  # type: ignore[arg-type]
         value = getattr(record, field.name)
-        if isinstance(value, Tensor) and value.device != device:
+        if field.name not in changes and isinstance(value, Tensor) and value.device != device:
             changes[field.name] = moved(value, device)
     return replace(record, **changes) if changes else record  # type: ignore[type-var]
 

@@ -91,7 +91,8 @@ class View:
     """What one forward pass reads, and what is learnt from it. T is the view's own width.
 
     `rows_N`: the student's row of each label in the flattened [B * T]. `counted_N`: which of the batch's counted
-    positions, by row and then by position, each label is; it may leave some out, and name one twice.
+    positions, by row and then by position, each label is; it may leave some out, and name one twice. It stays on the
+    CPU, where positions are told apart.
     `weights_N`: what each label weighs in the loss; None: 1.
     `chosen_from`: how many positions the labels were chosen from, where the loss is to be divided by those (labels that
     weigh 1 / their chance); None: the loss is divided by the number of labels.
@@ -112,7 +113,7 @@ class View:
         return len(self.labels_N) if self.chosen_from is None else self.chosen_from
 
     def to(self, device: torch.device) -> View:
-        return to_device(self, device, attention=self.attention.to(device))
+        return to_device(self, device, attention=self.attention.to(device), counted_N=self.counted_N)
 
 
 class Reader(Protocol):

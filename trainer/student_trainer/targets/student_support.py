@@ -94,7 +94,7 @@ def _by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarray:
 
 def _slots(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
     """Of each label its counted position, and how many labels before it have the same."""
-    counted_N = micro.view.counted_N.cpu().numpy()
+    counted_N = micro.view.counted_N.numpy()
     order_N = np.argsort(counted_N, kind="stable")
     sorted_N = counted_N[order_N]
     slot_N = np.empty_like(counted_N)
