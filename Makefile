@@ -8,6 +8,7 @@
 #   make tree         write README's tree out of the modules' first lines
 #   make docs         build the documentation into site/
 #   make audit        look up known vulnerabilities of what is installed
+#   make gpu-check    does everything work on this machine's GPU, and how fast? docs/gpu.md
 #   make bench-NAME   run benchmarks/NAME.py; figures in runs/bench/NAME.json
 
 PYTHON ?= python3
@@ -31,10 +32,10 @@ export TOKENIZERS_PARALLELISM ?= true
 # Without compiled files every start of a process compiles thousands of modules anew: vLLM's imports take twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo bitdistill test test-slow check format tree docs audit clean $(BENCHMARKS)
+.PHONY: help install demo bitdistill test test-slow check format tree docs audit gpu-check clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,12s/^# \{0,3\}//p' Makefile
+	@sed -n '3,13s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
@@ -72,6 +73,10 @@ docs: $(VENV)/.installed-dev
 
 audit: $(VENV)/.installed-dev
 	$(BIN)/pip-audit --skip-editable
+
+# By the Python that holds torch: on a GPU box, not one with the CPU build that `make install` makes.
+gpu-check:
+	@deploy/gpu_check $(ARGS)
 
 $(BENCHMARKS): bench-%: $(VENV)/.installed-dev
 	$(BIN)/python -m demo.prepare

@@ -1,0 +1,114 @@
+"""The teacher's reduction of logits to records on the device, against float64 on the CPU; and its time.
+
+Reads the public `reduce_rows`, which chooses the kernels by the device.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from deploy.gpu_checks.report import Options, Report
+from teacher_proto.packed import RowLayout, unpack_rows
+from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key
+from teacher_proto.requests import TargetSpec
+
+TEMPERATURES = (1.0, 2.0, 5.0, 0.5)
+SPEC = TargetSpec(kinds=("top_k", "score", "gather", "sampled", "hidden"), top_k=64, temperatures=TEMPERATURES,
+                  num_samples=16, seed=1, hidden_dtype="float16")  # fmt: skip
+GATHERED = 5
+
+
+def run(report: Report, options: Options) -> None:
+    # More rows than the head makes logits of at a time; a vocabulary beyond 16 bits, and one that no tile divides.
+    shapes = ((37, 1000), (5, 70_001)) if options.tiny else ((37, 1000), (1030, 70_001), (300, 151_936))
+    for n, vocab_size in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{n} rows of {vocab_size:,} logits in {str(dtype).removeprefix('torch.')}"
+            generator = torch.Generator().manual_seed(n + vocab_size)
+            logits_NV = (torch.randn((n, vocab_size), generator=generator) * 3 + 7).to(dtype)
+            _compare(report, name, logits_NV, options.device)
+
+
+def _compare(report: Report, name: str, logits_NV: torch.Tensor, device: str) -> None:
+    n, vocab_size = logits_NV.shape
+    generator = torch.Generator().manual_seed(0)
+    rows = Rows(
+        next_ids_N=torch.cat([torch.randint(vocab_size, (n - 1,), generator=generator), torch.tensor([NO_TOKEN])]),
+        gather_ids_NG=torch.randint(vocab_size, (n, GATHERED), generator=generator),
+        sample_keys_N=torch.full((n,), sample_key(1, np.arange(n))),
+        positions_N=torch.arange(n),
+    )
+    layout = RowLayout(SPEC, vocab_size, GATHERED, 1)
+    there = logits_NV.to(device)
+    moved = Rows(*(part if part is None else part.to(device) for part in vars(rows).values()))
+    hidden_ND = torch.arange(n, device=device)[:, None].float()
+
+    def reduced() -> bytes:
+        packed = reduce_rows(hidden_ND, lambda h_nD: there[h_nD[:, 0].long()], moved, layout)
+        assert packed is not None
+        return packed.cpu().numpy().tobytes()
+
+    first = reduced()
+    report.check(f"{name}: twice the same bytes", first == reduced())
+    packed_NB = np.frombuffer(first, np.uint8).reshape(n, layout.row_bytes).copy()
+    record = unpack_rows(packed_NB, 0, layout)
+    some = torch.tensor(sorted({*range(min(n, 12)), *range(max(0, n - 12), n)}))
+    z_NV = logits_NV[some].double()
+    lse_N = z_NV.logsumexp(-1)
+    log_p_NV = z_NV - lse_N[:, None]
+    ids_NK = torch.from_numpy(record.ids.astype(np.int64))[some]
+    report.check(f"{name}: top-{SPEC.top_k} ids", torch.equal(z_NV.gather(1, ids_NK), z_NV.topk(SPEC.top_k).values))
+    named = {
+        "top-K logprobs": (record.logprobs, log_p_NV.gather(1, ids_NK), 2e-3),
+        "lse": (record.lse, lse_N, 1e-5),
+        "log_z": (record.log_z, torch.stack([(z_NV / t).logsumexp(-1) - lse_N / t for t in TEMPERATURES], 1), 1e-5),
+        "gathered logprobs": (record.gather_logprobs, log_p_NV.gather(1, rows.gather_ids_NG[some]), 2e-3),
+    }
+    assert rows.next_ids_N is not None
+    next_N = rows.next_ids_N[some].clamp(min=0)
+    true_N = log_p_NV.gather(1, next_N[:, None])[:, 0].masked_fill(rows.next_ids_N[some] == NO_TOKEN, torch.nan)
+    named["next token's logprob"] = (record.next_logprob, true_N, 1e-5)
+    for what, (ours, truth, bound) in named.items():
+        ours_N = torch.from_numpy(np.asarray(ours, np.float64))[some]
+        same_gaps = torch.equal(ours_N.isnan(), truth.isnan())
+        error = ((ours_N - truth).abs() / truth.abs().clamp(min=1.0)).nan_to_num(0.0).max()
+        report.close(f"{name}: {what}", float(error) if same_gaps else float("nan"), bound)
+
+
+def speed(report: Report, options: Options) -> None:
+    """1,024 rows at the vocabulary of Qwen3, from logits that are there."""
+    n, vocab_size, rounds = (8, 5000, 2) if options.tiny else (1024, 151_936, 20)
+    spec = TargetSpec(kinds=("top_k",), top_k=64, temperatures=(1.0, 2.0, 5.0))
+    layout = RowLayout(spec, vocab_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits_NV = torch.randn((n, vocab_size), device=options.device).to(dtype)
+        hidden_ND = torch.zeros((n, 1), device=options.device)
+        rows = Rows(next_ids_N=torch.zeros(n, dtype=torch.int64, device=options.device))
+
+        def once(logits_NV: torch.Tensor = logits_NV, hidden_ND: torch.Tensor = hidden_ND, rows: Rows = rows) -> None:
+            reduce_rows(hidden_ND, lambda _: logits_NV, rows, layout)
+
+        taken_s = least_seconds(once, rounds, options.device)
+        name = f"reduction of {n:,} rows of {vocab_size:,} in {str(dtype).removeprefix('torch.')}, T = 1, 2, 5, top-64"
+        report.figure(name, taken_s * 1e3, "ms", "" if options.tiny else "at most 0.5")
+        size = logits_NV.nbytes / taken_s
+        report.figure("  its logits a second", size / 1e9, "GB/s")
+
+
+def least_seconds(once: object, rounds: int, device: str) -> float:
+    """The least time of a call, after two that warm it up."""
+    assert callable(once)
+    times = []
+    for number in range(rounds + 2):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        once()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:
+            times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,82 @@
+"""Wheels for a box without a network: `--wheels` collects them where there is one, `--install` unpacks them there.
+
+Needs nothing but Python; pip where it collects. The box must have torch, transformers, Triton, numpy, pyarrow, pandas,
+httpx, msgpack, fsspec and rich itself: they are not collected.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+# What proto, services and trainer import that a box with torch and transformers may lack: with all that they need, ...
+WITH_NEEDS = ("pydantic", "pydantic-settings", "fastapi", "starlette", "uvicorn", "httptools", "structlog", "lmdb")
+# ... and by themselves, since the box has their large needs (pyarrow, pandas, torch), named here with the small ones.
+ALONE = ("hydra-core", "omegaconf", "antlr4-python3-runtime==4.9.*", "datasets", "dill", "multiprocess", "liger-kernel")
+CONSTRAINTS = Path(__file__).resolve().parent.parent.parent / "constraints.txt"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
+             "manylinux_2_5_x86_64", "manylinux1_x86_64")  # fmt: skip
+
+
+def collect(folder: Path, python: str | None) -> int:
+    """The exit code: 1 if one of them is not to be had, after all others were tried."""
+    version = python or f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", version]
+    target += [part for platform in PLATFORMS for part in ("--platform", platform)]
+    together = [_pinned(name) for name in WITH_NEEDS]
+    missing = together if _run([*pip, "download", "--dest", str(folder), *target, *together]) else []
+    for name in map(_pinned, ALONE):
+        download = [*pip, "download", "--no-deps", "--dest", str(folder), *target, name]
+        # One is there as source alone; it is pure Python, so a wheel that is built here fits there.
+        build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), name]
+        if _run(download, quietly=True) and _run(build):
+            missing.append(name)
+    found = sorted(folder.glob("*.whl"))
+    size = sum(wheel.stat().st_size for wheel in found)
+    print(f"{folder}: {len(found)} wheels for Python {version}, {size / 1e6:.1f} MB")
+    if missing:
+        print(f"not to be had: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _run(command: list[str], quietly: bool = False) -> int:
+    return subprocess.run(command, stderr=subprocess.DEVNULL if quietly else None, check=False).returncode
+
+
+def _pinned(wanted: str) -> str:
+    """With the version that constraints.txt names, where it names one."""
+    for line in CONSTRAINTS.read_text().splitlines():
+        name, _, version = line.partition("==")
+        if _plain(name) == _plain(wanted) and version:
+            return f"{wanted}=={version.split(';')[0].split()[0]}"
+    return wanted
+
+
+def unpack(folder: Path, site: Path) -> None:
+    """Unpack into `site` what this Python has not in that version; a wheel is a zip file of what is imported."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise SystemExit(f"gpu_check: no wheels in {folder}; `deploy/gpu_check --wheels {folder}` collects them")
+    site.mkdir(parents=True, exist_ok=True)
+    for wheel in wheels:
+        name, version = wheel.name.split("-")[:2]
+        try:
+            there = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            there = None
+        if there == version:
+            print(f"{name} {version} is there")
+            continue
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        print(f"{name} {version}, unpacked into {site}" + (f", stands in for {there}" if there else ""))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
