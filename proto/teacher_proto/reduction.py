@@ -64,6 +64,11 @@ def sample_key(seed: int, tokens_T: np.ndarray) -> int:
     return int.from_bytes(state.digest()[:8], "little", signed=True)
 
 
+def chunk_rows(device: torch.device) -> int:
+    """Rows that go through the head at a time."""
+    return HEAD_ROWS.get(device.type, HEAD_ROWS_ACCELERATOR)
+
+
 # --- on the device ---------------------------------------------------------------------------------------------
 
 
@@ -81,7 +86,7 @@ def reduce_rows(
     import torch
 
     device = hidden_ND.device
-    head_rows = HEAD_ROWS.get(device.type, HEAD_ROWS_ACCELERATOR)
+    head_rows = chunk_rows(device)
     packed_NB = torch.empty((len(hidden_ND), layout.row_bytes), dtype=torch.uint8, device=device)
     one_pass = hardware.runs_triton(device)
     workspace: Workspace | None = None

@@ -33,13 +33,17 @@ class Slice:
 
 
 def reduce_slices(
-    slices: Sequence[Slice], compute_logits: Callable[[torch.Tensor], torch.Tensor | None], layout: RowLayout
+    slices: Sequence[Slice],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+    layout: RowLayout,
+    reduce: Callable[..., torch.Tensor | None] = reduce_rows,
 ) -> list[torch.Tensor] | None:
-    """Packed rows of each slice; all have one layout. None where `compute_logits` gives none."""
+    """Packed rows of each slice; all have one layout. None where `reduce`, which is or does as `reduce_rows`, gives
+    none."""
     import torch
 
     hidden_ND = slices[0].hidden_ND if len(slices) == 1 else torch.cat([s.hidden_ND for s in slices])
-    packed_NB = reduce_rows(hidden_ND, compute_logits, _rows(layout.spec, slices, hidden_ND.device), layout)
+    packed_NB = reduce(hidden_ND, compute_logits, _rows(layout.spec, slices, hidden_ND.device), layout)
     return None if packed_NB is None else list(packed_NB.split([s.stop - s.start for s in slices]))
 
 

@@ -20,9 +20,11 @@ from vllm.model_executor.layers.pooler import Pooler, PoolingParamsUpdate
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from teacher_proto.packed import RowLayout
+from teacher_proto.reduction import reduce_rows
 from teacher_proto.requests import TargetSpec
 from teacher_proto.slices import Slice, reduce_slices
 from teacher_service.vllm_messages import SPEC_FIELDS
+from teacher_service.vllm_ranks import SharedHead, shared_head
 from teacher_service.vllm_wrappers import weights_of
 
 TASK = "token_classify"
@@ -55,7 +57,8 @@ def adapted(name: str, pooler: type[TargetsPooler]) -> type:
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         model = vllm_config.model_config
-        self.pooler = pooler(self.compute_logits, model.get_vocab_size(), model.get_hidden_size())
+        shared = shared_head(self, model.get_vocab_size())
+        self.pooler = pooler(self.compute_logits, model.get_vocab_size(), model.get_hidden_size(), shared)
         self._checkpoint_config = model.hf_config
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]], **kwargs: Any) -> Any:
@@ -79,10 +82,16 @@ class TargetsPooler(Pooler):
     """
 
     def __init__(
-        self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], vocab_size: int, hidden_size: int
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+        vocab_size: int,
+        hidden_size: int,
+        shared: SharedHead | None = None,
     ):
         super().__init__()
         self.compute_logits = compute_logits
+        self._shared = shared
+        self._reduce: Callable[..., torch.Tensor | None] | None = None if shared else reduce_rows
         self._vocab_size = vocab_size
         self._hidden_size = hidden_size
 
@@ -111,12 +120,28 @@ class TargetsPooler(Pooler):
                 wanted = Slice(start, stop, hidden_ND[start - begin : stop - begin], tokens_T, ids_NG,
                                asked.get("sample_key", 0))  # fmt: skip
                 groups.setdefault(self._layout(asked), []).append((i, wanted))
+        self.settle(hidden_states)
+        reduce = self._reduce
+        assert reduce is not None
         for layout, members in groups.items():
-            packed = reduce_slices([wanted for _, wanted in members], self.compute_logits, layout)
-            for (i, _), part in zip(members, packed or (), strict=False):  # none on a rank that only helps
+            packed = reduce_slices([wanted for _, wanted in members], self.compute_logits, layout, reduce)
+            # A rank that only helps has rows without bytes: every rank must know which rows are done.
+            empty = [torch.empty((wanted.stop - wanted.start, 0), dtype=torch.uint8) for _, wanted in members]
+            for (i, _), part in zip(members, packed or empty, strict=True):
                 caches[i].append(part)
         return [_take(cache) if done else None
                 for cache, done in zip(caches, cursor.get_finished_mask(), strict=True)]  # fmt: skip
+
+    def settle(self, like_ND: torch.Tensor) -> bool:
+        """Whether the ranks of the head share its rows; found out once, by all of them in the same call.
+
+        `like` has the hidden states' width, dtype and device.
+        """
+        if self._reduce is None:
+            assert self._shared is not None
+            agree = self._shared.agrees_with(self.compute_logits, like_ND)
+            self._reduce = self._shared.reduce_rows if agree else reduce_rows
+        return self._reduce is not reduce_rows
 
     def _layout(self, asked: Mapping[str, Any]) -> RowLayout:
         spec = TargetSpec(**{name: _tuple(asked[name]) for name in SPEC_FIELDS}) if asked else _PROFILE

@@ -100,6 +100,7 @@ class VllmEngine:
             # Both take seconds, and beside the other process there is a core for it.
             reading = asyncio.create_task(asyncio.to_thread(_read_beside, folder))
             facts = await self._load(folder)
+            _tell_of_ranks(facts)
             self._introduce(folder, await reading, facts)
             with stage("first pass"):
                 await self._find_head(folder, facts)
@@ -181,6 +182,14 @@ class VllmEngine:
     async def close(self) -> None:
         """End the engine process; safe to call twice. Jobs still running end with EngineDeadError."""
         await self._process.close()
+
+
+def _tell_of_ranks(facts: Mapping[str, Any]) -> None:
+    if facts["shares_rows"]:
+        log.info("the head's ranks share its rows: %s", facts["parallel"])
+    elif not facts["parallel"].startswith("tp=1 "):
+        log.warning("%s, and each rank reduces all logits: this model's head is not one that ranks can share",
+                    facts["parallel"])  # fmt: skip
 
 
 def _read_beside(folder: ModelFolder) -> dict[str, str]:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class TargetsWorker:
     """Mixed into vLLM's worker class; the names must not meet any of its own."""
 
     def stillhouse_describe(self: Any) -> dict[str, Any]:
-        """Attention backends in use, and how logits follow from the head's product (soft cap, scale)."""
+        """Attention backends in use, how logits follow from the head's product (soft cap, scale), and
+        whether ranks share its rows."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
-        model = self.get_model()
+        model, config = self.get_model(), self.vllm_config.model_config
         processor = getattr(model, "logits_processor", None)
         if processor is None and hasattr(model, "get_language_model"):  # beside a vision tower
             processor = getattr(model.get_language_model(), "logits_processor", None)
@@ -23,4 +26,7 @@ class TargetsWorker:
             "attention_backends": sorted(backends),
             "soft_cap": getattr(processor, "soft_cap", None),
             "scale": getattr(processor, "scale", 1.0),
+            "shares_rows": model.pooler.settle(
+                torch.empty((0, config.get_hidden_size()), dtype=config.dtype, device=self.device)
+            ),
         }
