@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,28 @@ def test_sequence_logprobs_are_the_teachers_at_the_temperature_asked_for(
         assert [token for (token,) in answer["actual_token_ids"][n]] == tokens[start:]
         actual_R = truth_RV[np.arange(len(truth_RV)), tokens[start:]]
         np.testing.assert_allclose(np.array(answer["actual_logprobs"][n])[:, 0], actual_R, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+async def test_async_distillations_scorer_reads_every_candidate_and_the_token_that_came(
+    teacher: TeacherProcess, temperature: float
+) -> None:
+    """The worker's own method, without the process and the dataset around it."""
+    import aiohttp
+    from trl.experimental.async_distillation.async_rollout_worker import _AsyncRolloutLoop
+
+    loop = object.__new__(_AsyncRolloutLoop)
+    loop.teacher_temperature, loop.teacher_top_k, loop.request_timeout = temperature, 8, 30.0
+    loop._counters = collections.Counter()
+    tokens, start = SEQUENCES[2], 10
+    async with aiohttp.ClientSession() as loop.session:
+        ids, logprobs = await loop._score_with_teacher(tokens[:start], tokens[start:], teacher.url, teacher.model)
+    truth_RV = truth_of(tokens, temperature)[start - 1 : -1]
+    assert len(ids) == len(logprobs) == len(tokens) - start
+    for row_V, came, ids_K, logprobs_K in zip(truth_RV, tokens[start:], ids, logprobs, strict=True):
+        best = np.argsort(-row_V, kind="stable")[:8].tolist()
+        assert ids_K == (best if came in best else [*best, came]), "by rank, the token that came at the end"
+        np.testing.assert_allclose(logprobs_K, row_V[ids_K], rtol=4e-3, atol=4e-3)
 
 
 def test_a_client_beyond_its_share_asks_again_and_is_answered(client_class: Any) -> None:

@@ -97,7 +97,8 @@ def openai_logprobs(
             # The last row has no next token: what is written after it is the most likely one.
             value = logprobs_RK[row][0] if np.isnan(came) else max(round(came, 6), _LOWEST)
             values.append(value)
-            listed = top if token in top else {token: value} | top
+            # First and with the very same number as above: lm-eval takes it for greedy if it is the largest listed.
+            listed = {token: value} | {i: lp for i, lp in top.items() if i != token}
             tops.append(_json({name(i): listed_value for i, listed_value in listed.items()}))
     return _object([name(token) for token in tokens], values, tops)
 
