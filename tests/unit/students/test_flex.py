@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from student_trainer.batch.view import CausalDocuments
+from student_trainer.batch.view import CausalDocuments, OrderedDocuments
 from student_trainer.rollouts.sampler import GenerateSampler
 from student_trainer.settings import StudentSettings
 from student_trainer.students import flex
 from student_trainer.students.causal import wrap_causal
 from student_trainer.students.student import Student
+from tests.block_diffusion import noisy_beside_clean
 from tests.unit.students.tiny import tiny_model
 
 LENGTH = 200
@@ -96,6 +97,27 @@ def test_packed_rows_attend_as_with_the_models_own_attention_and_compile_once(ge
         with torch.compiler.set_stance("fail_on_recompile"):
             found = hidden(ours, second)
         torch.testing.assert_close(found, expected(second), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_noisy_and_clean_halves_attend_as_with_the_dense_mask_and_compile_once() -> None:
+    """A view of another kind than packed rows, in blocks: rows of twice the width, and ids of four kinds."""
+
+    def halves(seed: int) -> tuple[Tensor, Tensor, OrderedDocuments]:
+        tokens_BT, _, causal = rows(seed)
+        documents_BT = causal.document_ids_BT
+        new_BT = torch.cat([torch.ones(2, 1, dtype=torch.bool), documents_BT.diff(dim=1) != 0], 1)
+        place_T = torch.arange(LENGTH)
+        places_BT = place_T - torch.where(new_BT, place_T, 0).cummax(1).values
+        attention = noisy_beside_clean(documents_BT.numpy(), places_BT.int().numpy(), 8)
+        return torch.cat([tokens_BT.flip(1), tokens_BT], 1), places_BT.repeat(1, 2), attention
+
+    ours, theirs = student_of(flex.IMPLEMENTATION, "flex"), student_of("sdpa", "sdpa")
+    first, second = halves(1), halves(2)
+    torch.testing.assert_close(hidden(ours, first), hidden(theirs, first), rtol=1e-4, atol=1e-4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = hidden(ours, second)
+    torch.testing.assert_close(found, hidden(theirs, second), rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler
