@@ -1,7 +1,7 @@
 """The head's matrix products: hidden states to logits, and the gradient by logits back to hidden states and weights.
 
-Called by `chunks`. Logits are never rounded to bf16, whatever they are made of. Where hidden states are bf16, or the
-student computes in it, and the device does too:
+Called by `chunks`. Logits are never rounded to bf16, whatever they are made of. Where the student computes in bf16, or
+hidden states are bf16 and the device computes in it:
 
     on a GPU    all three products take bf16 factors and add up in float32. So hidden states and weights are rounded to
                 bf16 on their way in, and the gradient by the logits once.
@@ -55,7 +55,9 @@ class HeadProjection:
         compute: torch.dtype = torch.float32,
     ):  # fmt: skip
         wide = torch.promote_types(torch.promote_types(hidden, weight_VD.dtype), torch.float32)
-        low = wide == torch.float32 and torch.bfloat16 in (hidden, compute) and computes_bfloat16(weight_VD.device)
+        # What the student computes in is not asked of the hardware again: a run goes on elsewhere as it began.
+        low = compute == torch.bfloat16 or (hidden == torch.bfloat16 and computes_bfloat16(weight_VD.device))
+        low = low and wide == torch.float32
         self.fused = low and multiplies_into_float32(weight_VD.device)
         self.dtype = torch.bfloat16 if self.fused else wide
         self.back_dtype = torch.bfloat16 if low else wide
