@@ -34,9 +34,9 @@ from student_trainer.device import choose_device
 from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
 from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
-from student_trainer.losses.kinds import all_terms, weighting_of
+from student_trainer.losses.kinds import all_terms
 from student_trainer.losses.terms import Needs, Term
-from student_trainer.losses.weighting import Weighting
+from student_trainer.losses.weighting import Weighting, weighting_of
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.reporting.logs import RunLog, forget_after

@@ -16,9 +16,9 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.batch.tensors import moved, to_device
 from student_trainer.batch.view import CausalDocuments, View, ViewSeed
-from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.metrics import LossSums
+from student_trainer.losses.values import HeadLoss
 from student_trainer.students.causal import CausalReader
 from student_trainer.targets.queries import queries_of
 from student_trainer.targets.student_support import _by_position, _slots

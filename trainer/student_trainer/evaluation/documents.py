@@ -7,32 +7,17 @@ spread of their differences over documents. They go to `documents.jsonl`, a line
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.losses.head import HeadLoss
+from student_trainer.evaluation.records import DocumentFigures
+from student_trainer.losses.values import HeadLoss
 from student_trainer.ranks import Ranks
 
 COLUMNS = ("tokens", "cross_entropy", "kl", "agreed")
-
-
-@dataclass(frozen=True)
-class DocumentFigures:
-    """Sums over the tokens of one held-out document that count, in nats; `kl`, `agreed` are None without a teacher.
-
-    `tokens` is what divides them. In a view whose labels have weights, all are sums of those.
-    """
-
-    source: str
-    document: str
-    tokens: float
-    cross_entropy: float
-    kl: float | None
-    agreed: float | None
 
 
 class DocumentSums:

@@ -22,8 +22,9 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import ViewSeed
-from student_trainer.evaluation.documents import DocumentFigures, DocumentSums
+from student_trainer.evaluation.documents import DocumentSums
 from student_trainer.evaluation.passage import can_be_shown, make_passage
+from student_trainer.evaluation.records import DocumentFigures, Evaluation, Figures
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.terms import TokenTerm
@@ -41,15 +42,6 @@ KL: dict[str, TokenTerm] = {
     "top_k": token_term("kl", "top_k_kl"),
     "full": token_term("kl", "forward_kl", support="full"),
 }
-Figures = dict[str, float | int | None]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures by source, and the sums of every held-out document that they are made of."""
-
-    by_source: Mapping[str, Figures]
-    documents: Sequence[DocumentFigures]
 
 
 @dataclass(frozen=True, eq=False)

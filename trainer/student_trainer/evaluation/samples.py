@@ -11,22 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from student_trainer.batch.batch import Batch
+from student_trainer.evaluation.records import SampledText
 from student_trainer.rollouts.prompts import beginnings
 from student_trainer.rollouts.sampler import Sampler
 from student_trainer.settings import EvaluationSettings
 from teacher_proto.stages import stage
-
-
-@dataclass(frozen=True)
-class SampledText:
-    """One prompt, what the student wrote after it, and what the document says there."""
-
-    source: str
-    document: str
-    prompt: str
-    written: str
-    ended: bool
-    instead: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,9 @@ what the teacher said, row by row.
 """
 
 from student_trainer.batch.teacher_rows import TeacherHead, TeacherRows
-from student_trainer.losses.head import HeadLoss, head_loss
+from student_trainer.losses.head import head_loss
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.terms import TeacherTerm, Term, TokenTerm
+from student_trainer.losses.values import HeadLoss
 
 __all__ = ["HeadLoss", "TeacherHead", "TeacherRows", "TeacherTerm", "Term", "TokenTerm", "head_loss", "token_term"]

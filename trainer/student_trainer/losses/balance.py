@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
+from student_trainer.losses.values import HeadLoss
 
 # A term's gradient may vanish; its coefficient must not overflow.
 LARGEST = 1e6

@@ -13,7 +13,6 @@ pass only scales it. That costs the three matrix products of plain cross-entropy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.checks import (
-    DeferredCheck,
     check_labels,
     check_shapes,
     check_targets,
@@ -31,37 +29,8 @@ from student_trainer.losses.checks import (
 )
 from student_trainer.losses.chunks import Job, default_chunk_rows, walk
 from student_trainer.losses.passes import plan_passes
-from student_trainer.losses.terms import Term, TokenTerm
-
-
-@dataclass(frozen=True)
-class HeadLoss:
-    """`total`: sum over terms and rows of coefficient * weight of the row * value; its gradient reaches hidden states,
-    weight and bias.
-
-    `per_term`: name -> [N] float32, unweighted values in nats (T^2 included where the term says so), 0 on rows that do
-    not count. `counted`: name -> [N] bool, the rows that count. `top1_N`: the student's most likely ids, on request;
-    -1 on rows that count for no term. `deferred`: what was not checked, on request; see `checks.raise_failed`.
-    """
-
-    total: Tensor
-    per_term: dict[str, Tensor]
-    counted: dict[str, Tensor]
-    top1_N: Tensor | None = None
-    deferred: tuple[DeferredCheck, ...] = ()
-
-    def plus(self, term: Term, values_N: Tensor, weights_N: Tensor | None = None) -> HeadLoss:
-        """With a term whose values were computed elsewhere, one for each of the rows; `weights_N` as in `head_loss`."""
-        return replace(
-            self,
-            total=self.total + term.coefficient * (values_N.sum() if weights_N is None else values_N @ weights_N),
-            per_term=self.per_term | {term.name: values_N.detach()},
-            counted=self.counted | {term.name: torch.ones_like(values_N, dtype=torch.bool)},
-        )
-
-    def count(self, name: str) -> Tensor:
-        """How many rows counted for the term `name`: a scalar tensor."""
-        return self.counted[name].sum()
+from student_trainer.losses.terms import TokenTerm
+from student_trainer.losses.values import HeadLoss
 
 
 def head_loss(

@@ -5,16 +5,13 @@ A kind has its settings in `settings.terms`; a token's loss its formula in `dive
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from student_trainer.losses.attention_term import AttentionTerm
-from student_trainer.losses.balance import GradientBalance
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
 from student_trainer.losses.terms import LabelTerm, TeacherTerm, Term, TokenTerm
-from student_trainer.losses.weighting import Weighting
 from student_trainer.settings import DistillationSettings, OnPolicySettings, Settings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.settings.terms import Named, Terms, TermSettings
@@ -50,19 +47,3 @@ def all_terms(settings: Settings) -> tuple[Term, ...]:
     """Every loss of the run, those on the student's own text included."""
     on_policy = settings.on_policy
     return terms_of(settings.distillation) + (terms_of(on_policy) if on_policy.active else ())
-
-
-def weighting_of(settings: DistillationSettings | OnPolicySettings) -> Weighting:
-    """The terms with what changes their coefficients; only those on the data's text are balanced."""
-    balance = _balance(settings) if isinstance(settings, DistillationSettings) else None
-    terms = terms_of(settings)
-    schedules = {term.name: term.settings.schedule for term in terms if term.settings.schedule is not None}
-    return Weighting(terms, schedules, balance)
-
-
-def _balance(settings: DistillationSettings) -> GradientBalance | None:
-    balance: Mapping[str, float] = settings.balance.shares
-    if not balance:
-        return None
-    reference = settings.balance.reference or next(iter(balance))
-    return GradientBalance(balance, reference, settings.balance.ema, settings.balance.every)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.checks import DeferredCheck, flags_of, raise_failed
-from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.terms import Term
+from student_trainer.losses.values import HeadLoss
 from student_trainer.ranks import ALONE, Ranks
 
 

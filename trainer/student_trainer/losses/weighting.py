@@ -10,7 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 from student_trainer.losses.balance import GradientBalance
+from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Term
+from student_trainer.settings import DistillationSettings, OnPolicySettings
 
 Points = Sequence[tuple[int, float]]
 
@@ -87,3 +89,19 @@ def weight_at(points: Sequence[tuple[int, float]], step: int) -> float:
         if step < stop:
             return before + (after - before) * (step - start) / (stop - start)
     return points[-1][1]
+
+
+def weighting_of(settings: DistillationSettings | OnPolicySettings) -> Weighting:
+    """The terms with what changes their coefficients; only those on the data's text are balanced."""
+    balance = _balance(settings) if isinstance(settings, DistillationSettings) else None
+    terms = terms_of(settings)
+    schedules = {term.name: term.settings.schedule for term in terms if term.settings.schedule is not None}
+    return Weighting(terms, schedules, balance)
+
+
+def _balance(settings: DistillationSettings) -> GradientBalance | None:
+    balance: Mapping[str, float] = settings.balance.shares
+    if not balance:
+        return None
+    reference = settings.balance.reference or next(iter(balance))
+    return GradientBalance(balance, reference, settings.balance.ema, settings.balance.every)

@@ -19,8 +19,7 @@ from student_trainer.reporting.progress import Progress
 from student_trainer.reporting.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
-    from student_trainer.evaluation.evaluator import Evaluation
-    from student_trainer.evaluation.samples import SampledText
+    from student_trainer.evaluation.records import Evaluation, SampledText
     from student_trainer.reporting.trackers import Tracker
     from student_trainer.state import TrainState
 

@@ -16,7 +16,7 @@ from teacher_proto.stages import DISPLAY, EVERY_S
 from teacher_proto.waiting import duration
 
 if TYPE_CHECKING:
-    from student_trainer.evaluation.evaluator import Figures
+    from student_trainer.evaluation.records import Figures
 
 SMOOTHING = 0.9
 LINES_A_RUN = 20

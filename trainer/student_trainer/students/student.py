@@ -16,9 +16,10 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import Attention, Reader, View, ViewSeed
 from student_trainer.losses.balance import gradient_norms, term_gradient_norms
-from student_trainer.losses.head import HeadLoss, head_loss
+from student_trainer.losses.head import head_loss
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.terms import Capture, Captured, StatesTerm, Term, TokenTerm
+from student_trainer.losses.values import HeadLoss
 from student_trainer.settings import StudentSettings
 from student_trainer.students.capture import capturing, check_capture, parameters_behind
 from student_trainer.students.quant_linear import is_quantised, set_quantisation_blend, warmup_blend
