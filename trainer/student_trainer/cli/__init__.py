@@ -1,4 +1,4 @@
 """The commands of `stillhouse-train` beside training, and how settings are composed of YAML and overrides.
 
-Imports everything else; nothing but `main` imports it. Read `compose.py` first.
+May import everything but `main.py`, which alone imports it. Open `compose.py` first.
 """

@@ -1,4 +1,5 @@
-"""Data of a run: sources, mixture, packing. `settings` is light; `loader` is where the rest is put together.
+"""From sources to packed batches: documents, tokens, rows, and the mixture with the policies that decide its weights.
 
-`main` builds a `loader.BatchSource`; the loop reads a `stream.BatchStream`; `evaluator` asks for `held_out` batches.
+May import settings and batch. Open `loader.py` first: batch n out of (settings, mixture state, n); `stream.py` makes
+them ahead on a thread.
 """

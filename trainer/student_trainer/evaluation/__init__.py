@@ -1,4 +1,4 @@
 """Held-out figures, and texts that the student continues, to be read.
 
-Read `evaluator.py` first.
+May import targets, rollouts and what lies below them. Open `evaluator.py` first.
 """

@@ -1,4 +1,4 @@
 """A trained student in the formats of those who run it: Hugging Face, BitNet, GGUF.
 
-Imports students and checkpoints. Read `export.py` first.
+May import students and what lies below them. Open `export.py` first.
 """

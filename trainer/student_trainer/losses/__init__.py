@@ -1,4 +1,4 @@
-"""Losses of the student. May import `settings` and `batch`. Open `terms` first: what a loss is to all others.
+"""Losses of the student. May import settings and batch. Open `terms.py` first: what a loss is to all others.
 
 `head_loss` computes all losses of tokens from hidden states; `token_term` makes one by its settings, `TeacherRows` is
 what the teacher said, row by row.

@@ -1,4 +1,4 @@
 """How gradients become updates: AdamW, Muon with QK-clip, their groups and schedules.
 
-Read `optimizer.py` first.
+May import students and what lies below them. Open `optimizer.py` first.
 """

@@ -1,7 +1,8 @@
 """What a run is, as frozen records: the one definition of every setting, its default and its meaning.
 
-A file a section. Made by `compose` out of YAML and overrides, read by everything. Nothing here imports torch. A name
-that is not here stops the start; `checkpoint/resume.py` says which of these a resumed run may change.
+May import nothing else of the trainer, and no torch. Open `run.py` first: a section like all others, each in a file.
+Made by `compose` out of YAML and overrides, read by everything. A name that is not here stops the start;
+`checkpoint.resume` says which of these a resumed run may change.
 """
 
 from __future__ import annotations
