@@ -113,7 +113,7 @@ def _facts(engine: Any, order: Order) -> dict[str, Any]:
     semantic, numeric = deciding_options(order.vllm_args, defaults)
     return described | {
         "version": vllm.__version__,
-        "device": current_platform.get_device_name() or current_platform.device_type,
+        "device": current_platform.get_device_name(),
         "parallel": f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}",
         "dtype": str(model.dtype).removeprefix("torch."),
         "head_dtype": str(model.head_dtype).removeprefix("torch."),

@@ -109,6 +109,18 @@ def test_chunks_do_not_change_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(array, pieces.tensors()[name], err_msg=name)
 
 
+def test_the_chunks_of_an_accelerator_do_not_change_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = draw_logits(20, 900)
+    here, _ = record(logits)
+    for sizes in ("HEAD_ROWS", "FLOAT_BYTES"):
+        monkeypatch.setattr(reduction, sizes, {})  # none for this device, as for any but a CPU
+    monkeypatch.setattr(reduction, "HEAD_ROWS_ACCELERATOR", 9)
+    monkeypatch.setattr(reduction, "FLOAT_BYTES_ACCELERATOR", 4 * 5 * 928)
+    there, _ = record(logits)
+    for name, array in here.tensors().items():
+        np.testing.assert_array_equal(array, there.tensors()[name], err_msg=name)
+
+
 @pytest.mark.parametrize("asked", [(), (1.0,), (2.0,), (5.0, 2.0), (0.5,)])
 def test_a_figure_does_not_depend_on_what_else_is_asked_for(asked: tuple[float, ...]) -> None:
     """So that what a store holds answers, to the bit, whoever asks for less."""

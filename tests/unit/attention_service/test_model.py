@@ -196,6 +196,16 @@ def test_the_dtype_of_the_checkpoint_is_taken_where_it_is_computed_in(
         load(folder, dtype="int4")
 
 
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_dtype_that_is_emulated_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, computes: bool
+) -> None:
+    folder = save_tiny(tmp_path / "half", "qwen3", dtype=torch.bfloat16)
+    monkeypatch.setattr(hardware, "_computes", lambda dtype, device: dtype == torch.float32 or computes)
+    assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
+    assert ("bfloat16 is emulated" in caplog.text) is not computes
+
+
 def test_an_architecture_that_is_not_served_is_refused_by_its_name(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "other", "llama")
     config = json.loads((folder / "config.json").read_text())

@@ -194,3 +194,31 @@ def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device.index}")
     assert hardware.pick_device("auto") == auto and hardware.pick_device("cuda:1") == "cuda:1"
     assert hardware.device_name("cuda:1") == "a GPU, 1" and hardware.device_name("cpu") == "cpu"
+
+
+def test_a_gpu_that_emulates_is_named_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7))
+    monkeypatch.setattr(hardware, "_seconds", lambda dtype, device: 3.0 if dtype == torch.bfloat16 else 2.0)
+    warning = hardware.emulation_warning(torch.bfloat16, "cuda")
+    assert warning is not None and "bfloat16 is emulated on this cuda device and slow" in warning and "1.5" in warning
+
+
+def test_a_cpu_without_a_name_is_called_by_its_architecture(x86, monkeypatch: pytest.MonkeyPatch) -> None:
+    x86(avx512_bf16=True)
+    assert hardware.cpu_name().endswith(", AVX512, bfloat16")
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert hardware.cpu_name() == "x86_64, AVX512, bfloat16"
+
+
+def test_either_of_onednn_s_variables_holds_a_cpu_back(x86, monkeypatch: pytest.MonkeyPatch) -> None:
+    x86(avx512_bf16=True)
+    assert hardware.computes_bfloat16("cpu")
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    assert not hardware.computes_bfloat16("cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "ALL")
+    assert hardware.computes_bfloat16("cpu")

@@ -97,6 +97,7 @@ def test_a_value_that_must_be_given_is_asked_for_by_name() -> None:
         (["evaluation.samples=0", "evaluation.sample_tokens=3"], "evaluation.sample_tokens"),
         (["optim.schedule.kind=constant", "optim.schedule.floor=0.5"], "optim.schedule.floor"),
         (["distillation.samples=3"], "distillation.samples"),
+        (["run.device=cuda", "run.threads=3"], "run.threads"),
         (["distillation.gather_k=3"], "distillation.gather_k"),
         (["distillation.hidden_dtype=int8"], "distillation.hidden_dtype"),
         (["distillation.balance.every=3"], "distillation.balance.every"),
@@ -130,7 +131,7 @@ def test_settings_with_effect_do_not_warn() -> None:
                  "teacher.store_bytes=99999999", "teacher.deadline_s=3"])  # fmt: skip
         compose([*MINIMAL, "teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=/m",
                  "teacher.members.x.weight=2", "teacher.members.y.url=http://x:1"])  # fmt: skip
-        compose([*MINIMAL, "teacher.top_k=3", "prefetch.max_depth=9", "optim.schedule.kind=wsd",
+        compose([*MINIMAL, "run.threads=3", "teacher.top_k=3", "prefetch.max_depth=9", "optim.schedule.kind=wsd",
                  "optim.schedule.decay_steps=3", "distillation.terms.top_k_kl.temperature=2"])  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from student_trainer.losses.passes import Block, Pass, run_pass
 from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.losses.terms import TeacherTerm, TokenTerm
+from teacher_proto.hardware import runs_triton
 
 # Rows of a call: positions, or all from one on.
 Rows: TypeAlias = Tensor | slice
@@ -109,7 +109,7 @@ def within(rows: Rows, part: slice) -> Rows:
 
 def kernels_serve(device: torch.device) -> bool:
     """Whether Triton's kernels compute what lies between the products. Tests force both sides on a CPU."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return runs_triton(device)
 
 
 def _have_kernels(terms: Sequence[TokenTerm]) -> bool:
