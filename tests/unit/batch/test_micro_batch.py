@@ -21,7 +21,7 @@ from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.values import HeadLoss
 from student_trainer.students.causal import CausalReader
 from student_trainer.targets.queries import queries_of
-from student_trainer.targets.student_support import _by_position, _slots
+from student_trainer.targets.student_support import ids_by_position, slots_of
 from teacher_proto.requests import TargetSpec
 from tests.trainer_run import ScriptedTargets
 
@@ -125,11 +125,11 @@ def test_a_students_ids_are_asked_for_at_every_label_of_a_position() -> None:
     """A view may read a position in two ways; both labels' ids go into the one question about it, and come back."""
     (micro,) = cut(BATCH, targets_of(BATCH), Picking(places=(4, 1, 4)), SEED)
     ids_NG = torch.tensor([[40, 41], [10, 11], [42, 43]])
-    ids_CG = _by_position(micro, ids_NG, BATCH)
+    ids_CG = ids_by_position(micro, ids_NG, BATCH)
     assert ids_CG.shape == (int(BATCH.loss_mask_BT.sum()), 4)
     assert ids_CG[4].tolist() == [40, 41, 42, 43] and ids_CG[1].tolist() == [10, 11, 0, 0]
     assert not ids_CG[[0, 2, 3, *range(5, len(ids_CG))]].any()
-    assert np.array_equal(ids_CG.reshape(len(ids_CG), 2, 2)[_slots(micro)], ids_NG.numpy())
+    assert np.array_equal(ids_CG.reshape(len(ids_CG), 2, 2)[slots_of(micro)], ids_NG.numpy())
 
 
 class Elsewhere:

@@ -20,15 +20,20 @@ from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
+from student_trainer.data.mixture import MixtureState
 from student_trainer.losses import head_loss, token_term
 from student_trainer.losses.attention_relations import attention_relations
+from student_trainer.losses.head import HeadLoss
 from student_trainer.losses.kinds import term_of
+from student_trainer.losses.metrics import LossSums
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students import load
 from student_trainer.students.attention_states import AttentionStates
 from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
+from student_trainer.targets.guard import bad_tokens
+from student_trainer.targets.prefetch import Ready
 from student_trainer.targets.queries import queries_of
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.relations import QKV
@@ -321,6 +326,23 @@ def test_states_are_compared_at_the_clean_half_and_weighed_by_label(workshop: Wo
         assert micro.view.weights_N is not None
         added = float((loss.total - plain.total).detach())
         assert added == pytest.approx(3.0 * float(micro.view.weights_N @ expected_N), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_loss_that_is_not_finite_is_told_at_the_batchs_own_token(name: str) -> None:
+    """Not at the place in the view, whose rows are twice as wide; the position is that before the token, as for all."""
+    parts = cut(BATCH, None, READERS[name], SEED, rows=2)
+    sums = LossSums((token_term("ce", "cross_entropy", 1.0),), BATCH.source_names)
+    values = [torch.zeros(len(part.view.labels_N)) for part in parts]
+    values[3][2] = torch.nan  # the second view of the last two rows
+    for part, value_N in zip(parts, values, strict=True):
+        counted_N = torch.ones_like(value_N, dtype=torch.bool)
+        sums.add(HeadLoss(torch.zeros(()), {"ce": value_N}, {"ce": counted_N}), part)
+    row, token = divmod(int(parts[3].view.rows_N[2]), 2 * BATCH.tokens_BT.shape[1])
+    token -= 0 if READERS[name].shift else 1
+    document = next(d for d in BATCH.documents if d.row == row + 2 and d.start <= token < d.stop)
+    told = bad_tokens(sums, Ready(BATCH, MixtureState(0, ()), None, parts))
+    assert told == f"ce is nan in source {document.source}, document {document.key}, row {row + 2} token {token}"
 
 
 def teacher_states(length: int) -> AttentionTargets:

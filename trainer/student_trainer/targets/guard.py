@@ -81,7 +81,7 @@ class TargetGuard:
         """NonFiniteError with step, source and documents if a figure of this step is NaN or infinite."""
         if losses.finite:
             return
-        where = _bad_tokens(sums, ready) or _bad_parameters(student)
+        where = bad_tokens(sums, ready) or _bad_parameters(student)
         if not self._ranks.alone:
             where = f"on rank {self._ranks.rank} of {self._ranks.world}, {where}"
         keys = ", ".join(document.key for document in ready.batch.documents[:8])
@@ -93,7 +93,7 @@ class TargetGuard:
         raise NonFiniteError(f"{message}. Batch and targets are in {folder}")
 
 
-def _bad_tokens(sums: LossSums, ready: Ready) -> str:
+def bad_tokens(sums: LossSums, ready: Ready) -> str:
     """The first token whose loss is not finite, by term, source and document; empty if all are."""
     for values, micro in zip(sums.per_term, ready.micro, strict=True):
         for name, value_N in values.items():

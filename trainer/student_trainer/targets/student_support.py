@@ -43,7 +43,9 @@ class StudentSupport:
         counting = [micro for micro in ready.micro if len(micro.view.labels_N)]
         parts = [ready.batch.rows(micro.first_row, micro.first_row + micro.rows) for micro in counting]
         ids = [self._ids(student, micro) for micro in counting]
-        placed = [_by_position(micro, ids_NG, part) for micro, ids_NG, part in zip(counting, ids, parts, strict=True)]
+        placed = [
+            ids_by_position(micro, ids_NG, part) for micro, ids_NG, part in zip(counting, ids, parts, strict=True)
+        ]
         asked = time.monotonic()
         futures = [
             self._thread.submit(self._targets.fetch(part, queries_at(part, ids_CG)))
@@ -80,19 +82,19 @@ class StudentSupport:
             student.model.train(was_training)
 
 
-def _by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarray:
+def ids_by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarray:
     """The labels' ids by counted position [C, S * G]; one that no label of the view stands for gets any.
 
     S is how many labels one position has at most, which is 1 but in a view that reads it in several ways.
     """
-    counted_N, slot_N = _slots(micro)
+    counted_N, slot_N = slots_of(micro)
     shape = int(part.loss_mask_BT.sum()), int(slot_N.max()) + 1, ids_NG.shape[1]
     ids_CSG = np.zeros(shape, np.int64)
     ids_CSG[counted_N, slot_N] = ids_NG.cpu().numpy()
     return ids_CSG.reshape(len(ids_CSG), -1)
 
 
-def _slots(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
+def slots_of(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
     """Of each label its counted position, and how many labels before it have the same."""
     counted_N = micro.view.counted_N.numpy()
     order_N = np.argsort(counted_N, kind="stable")
@@ -127,5 +129,5 @@ def _with_gathered(micro: MicroBatch, ids_NG: Tensor, part: Batch, answer: Batch
     assert micro.teacher is not None
     logprobs_CG = np.concatenate(logprobs)
     logprobs_CSG = logprobs_CG.reshape(len(logprobs_CG), -1, ids_NG.shape[1])
-    logprobs_NG = torch.from_numpy(logprobs_CSG[_slots(micro)]).to(ids_NG.device)
+    logprobs_NG = torch.from_numpy(logprobs_CSG[slots_of(micro)]).to(ids_NG.device)
     return replace(micro, teacher=replace(micro.teacher, gather_ids_NG=ids_NG, gather_logprobs_NG=logprobs_NG))
