@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from student_trainer import loop
 from student_trainer.batch.align import cut
@@ -20,6 +21,9 @@ from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
+from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.checkpoint.earlier_run import load_student
+from student_trainer.cli.export import main as export
 from student_trainer.data.mixture import MixtureState
 from student_trainer.losses import head_loss, token_term
 from student_trainer.losses.attention_relations import attention_relations
@@ -272,6 +276,28 @@ def test_a_run_learns_evaluates_and_resumes_to_the_same_bits(workshop: Workshop,
     assert run_here(part, ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "part" / "run") == trace_of(whole)
     assert final_files(tmp_path / "part" / "run", 4) == final_files(whole, 4)
+
+
+def test_a_run_that_read_from_left_to_right_is_gone_on_with_and_exported(workshop: Workshop, tmp_path: Path) -> None:
+    """One stage follows another by a path, whatever reads: the second begins with the weights of the first."""
+    assert run_here(workshop.settings(tmp_path / "first", "run.steps=2"), ScriptedTargets()) == loop.DONE
+    first = tmp_path / "first" / "run"
+    given = {"checkpoint_path": str(first), "compute": "float32"}
+    read, reads = (
+        load_student(StudentSettings(**given, architecture=name), torch.device("cpu"))
+        for name in ("causal", "toy_in_place")
+    )
+    assert read.autoregressive and not reads.autoregressive
+    assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in reads.tensors().items())
+    # The tokenizer is that of the model which the first stage began with.
+    second = workshop.settings(tmp_path / "second", "student.architecture=toy_in_place", "run.steps=2")
+    assert run_here([*second, f"student.checkpoint_path={first}"], ScriptedTargets()) == loop.DONE
+    run, out = tmp_path / "second" / "run", tmp_path / "exported"
+    assert export([str(run), "--format", "hf", "--out", str(out)]) == 0
+    trained = checkpoint.newest(run / "checkpoints")
+    assert trained is not None and trained.step == 2
+    exported = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in trained.tensors["model"].items())
 
 
 def test_the_cut_into_micro_batches_changes_rounding_alone(workshop: Workshop, tmp_path: Path) -> None:
