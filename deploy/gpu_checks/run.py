@@ -45,15 +45,15 @@ class Section:
 SECTIONS = (
     Section("reduction", "teacher's logits to records, against float64 on the CPU", ".reduction", 35),
     Section("head", "fused head and losses, values and gradients, against float64 on the CPU", ".head", 70),
-    Section("step", "the trainer's steps with flex attention against SDPA", ".step", 50),
+    Section("step", "the trainer's steps with flex attention against SDPA", ".step", 60),
     Section("resume", "a run killed and resumed against one that nothing disturbed, bit for bit", ".resume", 65),
     Section("teacher", "the teacher over HTTP against transformers", ".serving", 40, function="teacher"),
     Section("attention", "the attention service over HTTP against transformers", ".serving", 35, function="attention"),
     Section("vllm", "the same teacher by vLLM, where it is installed", ".serving", 110, function="vllm"),
     Section("reduction_speed", "the reduction's time", ".reduction", 15, counts=False, function="speed"),
     Section("head_speed", "the fused head's time and memory, Liger's, cross-entropy's", ".head_speed", 50, False),
-    Section("step_0.6B", "speed and memory of a training step, Qwen3 0.6B", ".step_speed", 50, False, "small"),
-    Section("step_1.7B", "the same of Qwen3 1.7B", ".step_speed", 60, False, "large"),
+    Section("step_0.6B", "speed and memory of a training step, Qwen3 0.6B", ".step_speed", 90, False, "small"),
+    Section("step_1.7B", "the same of Qwen3 1.7B", ".step_speed", 90, False, "large"),
 )  # fmt: skip
 
 

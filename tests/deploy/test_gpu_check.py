@@ -36,7 +36,18 @@ def test_all_of_it_on_a_cpu_at_tiny_shapes(tmp_path: Path) -> None:
         section.name: "left out" if section.name in left_out else "passed" for section in run.SECTIONS
     }
     checks = [line["check"] for line in sections["head"]["checks"]]
-    for part in ("float32", "bfloat16", "jsd", "tvd", "sampled", "gather", "full", "T=5", "renormalise"):
+    for part in (
+        "float32",
+        "bfloat16",
+        "jsd",
+        "tvd",
+        "sampled",
+        "float32 computed in bfloat16",
+        "gather",
+        "full",
+        "T=5",
+        "renormalise",
+    ):
         assert any(part in check for check in checks), part
     assert any("bytes" in line["check"] for line in sections["reduction"]["checks"])
     assert any("resumed at step 3" in line["check"] or "resumed at step 6" in line["check"]
@@ -89,9 +100,9 @@ def test_figures_alone_fail_nothing_and_no_time_left_is_not_a_pass(tmp_path: Pat
     assert card_of(tmp_path / "b")["sections"]["sound"]["state"] == "out of time"
 
 
-def test_the_whole_fits_eight_minutes() -> None:
-    """With vLLM's section, and without it where it is not installed."""
-    assert sum(section.budget_s for section in run.SECTIONS if section.name != "vllm") <= 8 * 60
+def test_correctness_leaves_time_for_figures() -> None:
+    """Of eight minutes, which end whatever is still to do."""
+    assert sum(section.budget_s for section in run.SECTIONS if section.counts and section.name != "vllm") <= 5.5 * 60
     # Correctness comes first.
     counts = [section.counts for section in run.SECTIONS]
     assert counts == sorted(counts, reverse=True)
