@@ -114,7 +114,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
                 self._count(job, student, "store")
                 return stored
             self._check_open()
-        one, source = self._board(job, student)
+        one, source = self._join(job, student)
         one.waiters += 1
         try:
             answer = await asyncio.shield(one.task)
@@ -178,7 +178,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
             task.cancel()
 
-    def _board(self, job: Job[QueryT], student: str) -> tuple[InFlight[AnswerT], str]:
+    def _join(self, job: Job[QueryT], student: str) -> tuple[InFlight[AnswerT], str]:
         """What is in flight for a job, and `coalesced` if it was there before, else `engine`."""
         key = job.query.key
         one = self._in_flight.get(key)
@@ -196,11 +196,11 @@ class Coalescer(Generic[QueryT, AnswerT]):
         ticket = Ticket(job.query.num_tokens)
         task = asyncio.create_task(self._score(job, student, ticket))
         one = self._in_flight[key] = InFlight(ticket, task, {student})
-        task.add_done_callback(lambda _: self._land(key, one))
+        task.add_done_callback(lambda _: self._finished(key, one))
         self._queue.join(student, ticket)
         return one, "engine"
 
-    def _land(self, key: Hashable, one: InFlight[AnswerT]) -> None:
+    def _finished(self, key: Hashable, one: InFlight[AnswerT]) -> None:
         self._queue.leave(one.ticket)
         if one.given_up is not None:
             one.given_up.cancel()
