@@ -10,10 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, head_loss, token_term
-from student_trainer.losses.kinds import TERMS
+from student_trainer.losses.kinds import TERMS, term_of
 from student_trainer.losses.student_support import student_top_ids
 from student_trainer.losses.supports import SUPPORTS
+from student_trainer.losses.terms import Needs
+from student_trainer.settings import TeacherSettings
+from student_trainer.settings.attention import AttentionSettings
 from student_trainer.settings.terms import KINDS, TermSettings
+from student_trainer.targets.attention import AttentionSource
 from teacher_proto.requests import KINDS as REQUEST_KINDS
 from tests.unit.losses import dense
 
@@ -258,6 +262,32 @@ def test_every_kind_has_settings_a_class_and_a_formula() -> None:
     fields = {field.name for field in dataclasses.fields(TeacherRows)}
     assert all(set(support.fields) <= fields for support in SUPPORTS.values())
     assert {support.kind for support in SUPPORTS.values()} <= set(REQUEST_KINDS)
+
+
+def test_what_several_terms_need_of_a_teacher_adds_up() -> None:
+    """Normalisers where probabilities on given ids are softened, hidden states need none; gather is asked for late."""
+    attention = term_of("attention", AttentionSettings(coefficient=1.0, layer=0.5, transport="int8"))
+    terms = [
+        CE,
+        token_term("kl", "forward_kl", temperature=2.0),
+        token_term("one", "tvd"),
+        token_term("drawn", "sampled", temperature=3.0),
+        token_term("whole", "jsd", temperature=4.0, support="full"),
+        attention,
+    ]
+    needs = Needs.of(terms)
+    assert needs.kinds == needs.ahead == {"top_k", "sampled", "hidden"} and not needs.late
+    assert needs.temperatures == {2.0} and needs.sampled_at == {3.0} and needs.layers == {(0.5, "int8")}
+    needs = Needs.of([*terms, token_term("own", "reverse_kl", temperature=5.0, support="gather")])
+    assert needs.late == {"gather"} and needs.ahead == {"top_k", "sampled", "hidden"}
+    assert needs.temperatures == {2.0, 5.0}
+    assert Needs.of([CE]) == Needs() and not Needs.of([attention]).kinds
+
+
+def test_states_of_two_layers_at_a_time_are_refused() -> None:
+    terms = [term_of(f"at_{layer}", AttentionSettings(coefficient=1.0, layer=layer)) for layer in (0, 1)]
+    with pytest.raises(ValueError, match="at_0, at_1 need the teacher's states 2 times over"):
+        AttentionSource(lambda: None, terms, TeacherSettings(), 16)  # type: ignore[arg-type, return-value]
 
 
 def _literals(settings: type[TermSettings], field: str) -> tuple[str, ...]:

@@ -75,8 +75,12 @@ class DivergenceSettings(TemperedSettings):
     pressed; "renormalise" compares the two distributions given that the token is in the support.
     """
 
-    support: Literal["top_k", "gather", "full"] = "top_k"
-    tail: Literal["bucket", "renormalise"] = "bucket"
+    support: Literal["top_k", "gather", "full"] = Field(
+        "top_k", description="ids compared: the teacher's top K, the student's (gather), all (full)"
+    )
+    tail: Literal["bucket", "renormalise"] = Field(
+        "bucket", description="mass outside the support: one more bucket, or left out of account"
+    )
 
     def without_effect(self) -> list[str]:
         unused = ["tail"] if self.support == "full" and self.tail != "bucket" else []
