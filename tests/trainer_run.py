@@ -238,8 +238,7 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     """A whole run in this process; `targets` stand in for the teacher at the URL."""
     import torch
 
-    from student_trainer import components as parts
-    from student_trainer import loop
+    from student_trainer import components, loop
     from student_trainer.build import build
     from student_trainer.cli.compose import compose
     from student_trainer.targets.open import Teacher
@@ -250,14 +249,14 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     def open_here(settings: Any, thread: Any, stack: ExitStack, saved: Any = None) -> Teacher:
         return Teacher(thread.call(targets.open()), targets)
 
-    real = parts.open_teacher
+    real = components.open_teacher
     if targets is not None:
-        parts.open_teacher = open_here
+        components.open_teacher = open_here
     try:
         with ExitStack() as stack:
             return loop.train(build(compose(arguments), StopSignals(), stack))
     finally:
-        parts.open_teacher = real
+        components.open_teacher = real
         torch.set_num_threads(threads)
 
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Components:
     """What a run and a check of one have in common."""
 
     teacher: Teacher | None
@@ -67,9 +67,9 @@ class Parts:
         )
 
 
-def build_parts(
+def build_components(
     settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
-) -> Parts:
+) -> Components:
     """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
     check_cell(settings.student)
     device = choose_device(settings.run, ranks.local)
@@ -107,7 +107,7 @@ def build_parts(
     if teacher is not None and Needs.of(terms_of(settings.distillation)).layers:
         with stage("connecting to the attention service"):
             attention = open_attention(settings, teacher, thread, stack)
-    return Parts(teacher, tokenizer, source, student, head, attention)
+    return Components(teacher, tokenizer, source, student, head, attention)
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

@@ -123,13 +123,6 @@ class Run:
         self.losses = {**self.losses, ready.batch.kind: weighting.take_in(norms)}
         return norms
 
-    def write(self) -> float | None:
-        """Let the student write the batch that is due, if it writes any. Returns the seconds that took."""
-        if self.rollouts is None:
-            return None
-        with stage("the student writes", closing=False):
-            return self.rollouts.write(self.state.step, self.signals.check)
-
     def evaluate(self) -> None:
         """Held-out figures, and what the student writes, to the log: both or, where a signal comes, neither."""
         with self.interruptible():
@@ -162,9 +155,6 @@ class Run:
         logger.warning("run.time_limit_s=%g is over: the run ends at step %d of %d", limit, self.state.step, steps)
         return True
 
-    def begin_update(self) -> None:
-        self.before = Before(randomness.capture(), self.losses)
-
     def save(self) -> None:
         """Save the run as the last update left it, in the background; `checkpoints.finish` waits for it."""
         rollouts = concat(self.ranks.gather(self.rollouts.pending(self.state.step))) if self.rollouts else {}
@@ -189,11 +179,7 @@ class Run:
         """What happens while a step stands still for its targets."""
         self.signals.check()
         with self.signals.holding():
-            self.guard.watch(waited_s, self.save if self.ranks.alone else self.cannot_save)
-
-    def cannot_save(self) -> None:
-        """Saving takes all ranks, and the others wait for this one."""
-        logger.warning("the run is saved, by all ranks, when the wait ends or teacher.give_up_after_s has passed")
+            self.guard.watch(waited_s, self.save if self.ranks.alone else None)
 
 
 def train(run: Run, started: float | None = None) -> int:
@@ -231,10 +217,10 @@ def advance(run: Run, steps: int, started: float) -> int:
     """One update with all that follows it. Returns the last step: `steps`, or this one where the time is over."""
     began = time.monotonic()
     run.unsharded.refresh()
-    run.begin_update()
+    run.before = Before(randomness.capture(), run.losses)
     with run.ranks.sync_errors(), run.interruptible():
         run.signals.check()
-        wrote_s = run.write()
+        wrote_s = run.rollouts.write(run.state.step, run.signals.check) if run.rollouts is not None else None
         with stage(f"waiting for the targets of step {run.state.step + 1}", note=run.waiting, closing=False):
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)

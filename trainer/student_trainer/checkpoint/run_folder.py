@@ -1,4 +1,5 @@
-"""The folder of one run, named by its id; who works in it, and the rubbish of those who were killed. Used by `build`.
+"""The folder of one run, named by its id: who works in it, the rubbish of those who were killed, and the checkpoint to
+go on from. Used by `build`.
 
 runs/ID/settings.yaml  metrics.jsonl  evaluation.jsonl  passage.json  checkpoints/  dumps/
 """
@@ -16,7 +17,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from student_trainer.settings import RunSettings
+import yaml
+
+from student_trainer.checkpoint.checkpoints import newest, newest_step
+from student_trainer.checkpoint.files import Snapshot, replace_text
+from student_trainer.checkpoint.remote import RemoteCheckpoints
+from student_trainer.checkpoint.resume import check_changes
+from student_trainer.ranks import Ranks
+from student_trainer.settings import RunSettings, Settings
+from student_trainer.settings.redact import public
+from student_trainer.students.compute import as_begun
+from teacher_proto.stages import stage
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.yaml"
@@ -94,3 +105,68 @@ def sweep(folder: RunFolder) -> list[str]:
     if swept:
         logger.info("removed what killed processes had left in %s: %s", folder.path, ", ".join(swept))
     return swept
+
+
+def open_folder(settings: Settings, ranks: Ranks, stack: ExitStack) -> RunFolder:
+    """The run's folder, chosen by rank 0 for all, taken and cleared. Before any rank reads it or downloads into it."""
+    run_id = ""
+    with ranks.sync_errors():
+        if ranks.first:
+            run_id = choose_folder(settings.run, has_copies=settings.checkpoint.url is not None).id
+    folder = folder_of(settings.run, ranks.from_first(run_id))
+    with ranks.sync_errors():
+        # On every disk that one lies on.
+        if ranks.local == 0 and take(folder, stack):
+            sweep(folder)
+        elif ranks.first:
+            logger.warning(
+                "ANOTHER PROCESS THAT STILL RUNS HAS %s: if it trains the same run, end one of the two", folder.path
+            )
+    return folder
+
+
+def find_earlier(
+    settings: Settings, folder: RunFolder, ranks: Ranks, remote: RemoteCheckpoints | None
+) -> Snapshot | None:
+    """The checkpoint to go on from, here or remote, if there is one and the settings want and allow it."""
+    with ranks.sync_errors():
+        if remote is not None and ranks.local == 0:
+            with stage(f"looking for a later checkpoint in {remote.url}"):
+                _fetch_later(settings, folder, remote, str(ranks.rank))
+    if settings.run.resume == "never":
+        return None
+    with ranks.sync_errors(), stage("reading the newest checkpoint"):
+        snapshot = newest(folder.checkpoints)
+    step = -1 if snapshot is None else snapshot.step
+    if ranks.largest(step) != -ranks.largest(-step):
+        raise ValueError(
+            f"the ranks do not find the same checkpoint in {folder.checkpoints}: put run.root on a file system that "
+            "they share"
+        )
+    if snapshot is not None:
+        check_changes(snapshot.state["settings"], as_begun(settings, snapshot.state["settings"]))
+    elif settings.run.resume == "require":
+        raise ValueError(f"{folder.checkpoints} holds no checkpoint, and run.resume is require")
+    return snapshot
+
+
+def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoints, name: str) -> None:
+    """A checkpoint that only the store has, or has later than this disk, into the run's folder."""
+    if settings.run.resume == "never":
+        if remote.steps():
+            raise ValueError(f"{remote.url} holds a run, and run.resume is never: choose another run.id, or remove it")
+        return
+    here = newest_step(folder.checkpoints)
+    try:
+        remote.pull(folder.checkpoints, here, name)
+    except OSError as error:
+        if here < 0:
+            raise
+        logger.error("%s IS NOT ASKED FOR A LATER CHECKPOINT: %s. The run goes on from its own disk", remote.url, error)
+
+
+def write_settings(settings: Settings, folder: RunFolder) -> None:
+    """Beside the checkpoints, for who looks at the run and for a run that goes on from its student."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
+    replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(public(settings), sort_keys=False))

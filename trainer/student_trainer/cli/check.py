@@ -15,7 +15,7 @@ from rich.table import Table
 
 from student_trainer.batch.batch import Batch
 from student_trainer.cli.compose import compose_arguments
-from student_trainer.components import Parts, build_parts
+from student_trainer.components import Components, build_components
 from student_trainer.losses.chunks import default_chunk_rows
 from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs, Term, TokenTerm
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str]) -> int:
     table = Table("", "what would run", title="stillhouse-train check", show_header=False, title_justify="left")
     with ExitStack() as stack:
         thread = stack.enter_context(EventThread())
-        parts = build_parts(settings, thread, stack)
+        components = build_components(settings, thread, stack)
         with stage("making batch 0"):
-            batch, _ = parts.source.batch(parts.source.initial_state(), 0)
+            batch, _ = components.source.batch(components.source.initial_state(), 0)
         for name, value in (
-            *_teacher(parts),
-            *_student(parts),
+            *_teacher(components),
+            *_student(components),
             *_batch(settings, batch),
             *_on_policy(settings, batch),
-            *_targets(settings, parts, batch, thread),
-            *_memory(settings, parts, batch),
+            *_targets(settings, components, batch, thread),
+            *_memory(settings, components, batch),
         ):
             table.add_row(name, value)
     DISPLAY.close()
@@ -55,22 +55,22 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _teacher(parts: Parts) -> Iterator[tuple[str, str]]:
-    if parts.teacher is None:
+def _teacher(components: Components) -> Iterator[tuple[str, str]]:
+    if components.teacher is None:
         yield "teacher", "none: the data's own next tokens alone"
         return
-    card = parts.teacher.card
+    card = components.teacher.card
     yield "teacher", f"{card.name}, fingerprint {card.fingerprint}"
     yield "", f"sequences of at most {card.max_sequence_length:,}, K at most {card.max_top_k}, {', '.join(card.kinds)}"
 
 
-def _student(parts: Parts) -> Iterator[tuple[str, str]]:
-    student = parts.student
+def _student(components: Components) -> Iterator[tuple[str, str]]:
+    student = components.student
     count = sum(parameter.numel() for parameter in student.model.parameters())
     dtype = str(student.compute).removeprefix("torch.")
     yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, in {dtype} on {student.device}"
-    if parts.teacher is not None:
-        shared, ours, theirs = student.shared_vocab, student.vocab_size, parts.teacher.card.vocab_size
+    if components.teacher is not None:
+        shared, ours, theirs = student.shared_vocab, student.vocab_size, components.teacher.card.vocab_size
         yield "vocabulary", f"{shared or ours:,} ids in common; student {ours:,}, teacher {theirs:,}; same tokenizer"
 
 
@@ -103,26 +103,28 @@ def _sum_of(terms: Sequence[Term]) -> str:
     )
 
 
-def _targets(settings: Settings, parts: Parts, batch: Batch, thread: EventThread) -> Iterator[tuple[str, str]]:
+def _targets(
+    settings: Settings, components: Components, batch: Batch, thread: EventThread
+) -> Iterator[tuple[str, str]]:
     terms = terms_of(settings.distillation)
     tokens = int((batch.document_ids_BT >= 0).sum())
-    if parts.attention is not None:
-        with stage("attention states of batch 0", note=parts.describe_waiting):
-            states = thread.call(parts.attention.fetch(batch))
+    if components.attention is not None:
+        with stage("attention states of batch 0", note=components.describe_waiting):
+            states = thread.call(components.attention.fetch(batch))
         size = sum(each.nbytes for each in states) / tokens
-        ours = ", ".join(map(str, sorted(parts.student.capture(terms).attention)))
+        ours = ", ".join(map(str, sorted(components.student.capture(terms).attention)))
         layers = f"the teacher's layer {states[0].layer}, the student's {ours}"
         yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
-    if parts.teacher is None or not Needs.of(terms).kinds:
+    if components.teacher is None or not Needs.of(terms).kinds:
         return
     spec = spec_for(terms, settings.teacher.top_k, settings.distillation)
-    with stage("targets of batch 0", note=parts.describe_waiting):
-        answered = thread.call(parts.teacher.targets.fetch(batch, queries_of(batch, spec)))
+    with stage("targets of batch 0", note=components.describe_waiting):
+        answered = thread.call(components.teacher.targets.fetch(batch, queries_of(batch, spec)))
     yield "targets", f"{', '.join(spec.kinds)} with K = {spec.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
 
 
-def _memory(settings: Settings, parts: Parts, batch: Batch) -> Iterator[tuple[str, str]]:
-    student = parts.student
+def _memory(settings: Settings, components: Components, batch: Batch) -> Iterator[tuple[str, str]]:
+    student = components.student
     count = sum(parameter.numel() for parameter in student.model.parameters())
     rows = settings.distillation.chunk_rows or default_chunk_rows(student.vocab_size, student.device)
     chunk = min(rows, batch.tokens_BT.size) * student.vocab_size * 4

@@ -27,6 +27,7 @@ from student_trainer.ranks import ALONE, Ranks
 from student_trainer.rollouts.prompts import Prompt, is_rollout, prompts_of, rollout_batch
 from student_trainer.rollouts.sampler import Sample, Sampler
 from student_trainer.settings import Settings
+from teacher_proto.stages import stage
 
 logger = logging.getLogger(__name__)
 Item = tuple[Batch | Future[Batch], MixtureState]
@@ -87,9 +88,10 @@ class RolloutStream:
             for number in [number for number in self._samples if number < step]:
                 del self._samples[number]
                 self._jobs.pop(number, None)
-        for number in range(step, min(step + self._settings.lag + 1, self._steps)):
-            if is_rollout(self._settings.share, self._seed, number):
-                self._write(number, meanwhile)
+        with stage("the student writes", closing=False):
+            for number in range(step, min(step + self._settings.lag + 1, self._steps)):
+                if is_rollout(self._settings.share, self._seed, number):
+                    self._write(number, meanwhile)
         return time.monotonic() - started
 
     def pending(self, step: int) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class TargetGuard:
         self._watch = OutageWatch(settings, reason)
         self._checked = settings.sanity == "off"
 
-    def watch(self, waited_s: float, save: Callable[[], None]) -> None:
+    def watch(self, waited_s: float, save: Callable[[], None] | None) -> None:
         """Called while a step waits."""
         self._watch(waited_s, save)
 

@@ -51,7 +51,9 @@ async def retry_until(
 
 @dataclass
 class OutageWatch:
-    """Called with the seconds that a step has waited, and how to save the run. `reason` tells what is known."""
+    """Called with the seconds that a step has waited, and how to save the run; None where that takes all ranks, and the
+    others wait for this one. `reason` tells what is known.
+    """
 
     settings: TeacherSettings
     reason: Callable[[], str]
@@ -59,7 +61,7 @@ class OutageWatch:
     _said: int = 0
     _saved: bool = False
 
-    def __call__(self, waited_s: float, save: Callable[[], None]) -> None:
+    def __call__(self, waited_s: float, save: Callable[[], None] | None) -> None:
         if waited_s < self._waited_s:
             self._said, self._saved = 0, False
         self._waited_s = waited_s
@@ -70,4 +72,9 @@ class OutageWatch:
                 logger.warning("NO TARGETS FOR %.0f s, TRAINING WAITS: %s", waited_s, reason)
         if waited_s >= self.settings.save_after_s and not self._saved:
             self._saved = True
-            save()
+            if save is not None:
+                save()
+            else:
+                logger.warning(
+                    "the run is saved, by all ranks, when the wait ends or teacher.give_up_after_s has passed"
+                )
