@@ -90,6 +90,8 @@ def shared_head(model: Any, vocab_size: int) -> SharedHead | None:
     """Of vLLM's model on this rank; None where it has one rank, or a head that is not what most models' are."""
     from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
+    if getattr(model, "logits_processor", None) is None and hasattr(model, "get_language_model"):
+        model = model.get_language_model()  # beside a vision tower
     processor, head = getattr(model, "logits_processor", None), getattr(model, "lm_head", None)
     if get_tensor_model_parallel_world_size() == 1 or processor is None or getattr(head, "tp_size", 1) == 1:
         return None

@@ -133,6 +133,10 @@ def test_a_figure_does_not_depend_on_what_else_is_asked_for(asked: tuple[float, 
     np.testing.assert_array_equal(more.log_z[:, [TEMPERATURES.index(t) for t in asked]], less.log_z)
 
 
+def test_a_gpu_takes_more_rows_through_the_head_at_a_time_than_a_cpu() -> None:
+    assert [reduction.chunk_rows(torch.device(name)) for name in ("cpu", "cuda", "cuda:3")] == [256, 1024, 1024]
+
+
 def test_nan_stays_nan_in_its_row_alone() -> None:
     logits = draw_logits(8, 520)
     clean, _ = record(logits)

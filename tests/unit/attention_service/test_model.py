@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from attention_service.model import MODEL_TYPES, AttentionModel
 from teacher_proto import hardware
@@ -19,6 +20,7 @@ from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.errors import EngineError
 from teacher_proto.model_files import find_model
 from teacher_proto.relations import FORMS, relations
+from tests.models import save_tiny_wrapper
 from tests.unit.attention_service.models import LAYERS, VOCAB, save_tiny
 from tests.unit.attention_service.reference import PARTS, load_whole, true_maps, true_states
 
@@ -204,6 +206,35 @@ def test_a_dtype_that_is_emulated_is_warned_of(
     monkeypatch.setattr(hardware, "_computes", lambda dtype, device: dtype == torch.float32 or computes)
     assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
     assert ("bfloat16 is emulated" in caplog.text) is not computes
+
+
+@pytest.mark.parametrize(
+    ("family", "plain"), [("gemma3", "gemma3_text"), ("mistral3", "mistral"), ("qwen3_vl", "qwen3")]
+)
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_of_a_wrapper_the_language_model_is_served(tmp_path: Path, family: str, plain: str, prefix: str) -> None:
+    """As the plain model of the same weights is, under both names that weights of wrappers have had."""
+    wrapper = save_tiny_wrapper(tmp_path / "wrapper", family)
+    saved = load_file(wrapper / "model.safetensors")
+    own = {name.removeprefix("language_model.").removeprefix("model."): tensor
+           for name, tensor in ((name.removeprefix("model."), tensor) for name, tensor in saved.items())
+           if name.startswith("language_model.")}  # fmt: skip
+    assert "layers.0.input_layernorm.weight" in own
+    towers = {name: tensor for name, tensor in saved.items() if "vis" in name}
+    save_file({prefix + name: tensor for name, tensor in own.items()} | towers, wrapper / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    text = AutoConfig.from_pretrained(wrapper).get_text_config().to_dict()
+    if plain == "qwen3":
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    del text["model_type"]
+    alone = AutoModelForCausalLM.from_config(AutoConfig.for_model(plain, **text))
+    alone.load_state_dict({f"model.{name}": tensor for name, tensor in own.items()}, strict=False)
+    alone.save_pretrained(tmp_path / "plain")
+    tokens = sequences(*LENGTHS)
+    ours, theirs = (ask(load(folder, layer=1), *tokens, layer=1) for folder in (wrapper, tmp_path / "plain"))
+    for a, b in zip(ours, theirs, strict=True):
+        for part in PARTS:
+            np.testing.assert_allclose(getattr(a, part), getattr(b, part), atol=1e-3, rtol=2**-10)
 
 
 def test_an_architecture_that_is_not_served_is_refused_by_its_name(tmp_path: Path) -> None:
