@@ -6,6 +6,7 @@ Reads the public `reduce_rows`, which chooses the kernels by the device.
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from deploy.gpu_checks.report import Options, Report
 from teacher_proto.packed import RowLayout, unpack_rows
 from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key
 from teacher_proto.requests import TargetSpec
+from teacher_proto.targets import TokenTargets
 
 TEMPERATURES = (1.0, 2.0, 5.0, 0.5)
 SPEC = TargetSpec(kinds=("top_k", "score", "gather", "sampled", "hidden"), top_k=64, temperatures=TEMPERATURES,
@@ -67,7 +69,14 @@ def _compare(report: Report, name: str, logits_NV: torch.Tensor, device: str) ->
         "log_z": (record.log_z, torch.stack([(z_NV / t).logsumexp(-1) - lse_N / t for t in TEMPERATURES], 1), 1e-5),
         "gathered logprobs": (record.gather_logprobs, log_p_NV.gather(1, rows.gather_ids_NG[some]), 2e-3),
     }
-    assert rows.next_ids_N is not None
+    here = reduce_rows(
+        some[:, None].float(), lambda h_nD: logits_NV[h_nD[:, 0].long()],
+        Rows(*(part if part is None else part[some] for part in vars(rows).values())), layout,
+    )  # fmt: skip
+    assert here is not None and rows.next_ids_N is not None
+    drawn = _same_draws(record, some.tolist(), unpack_rows(here.numpy(), 0, layout))
+    report.close(f"{name}: share of draws that are not the CPU's", 1 - drawn, 0.02)
+    report.check(f"{name}: hidden states", bool((record.hidden[:, 0] == np.arange(n)).all()))
     next_N = rows.next_ids_N[some].clamp(min=0)
     true_N = log_p_NV.gather(1, next_N[:, None])[:, 0].masked_fill(rows.next_ids_N[some] == NO_TOKEN, torch.nan)
     named["next token's logprob"] = (record.next_logprob, true_N, 1e-5)
@@ -76,6 +85,22 @@ def _compare(report: Report, name: str, logits_NV: torch.Tensor, device: str) ->
         same_gaps = torch.equal(ours_N.isnan(), truth.isnan())
         error = ((ours_N - truth).abs() / truth.abs().clamp(min=1.0)).nan_to_num(0.0).max()
         report.close(f"{name}: {what}", float(error) if same_gaps else float("nan"), bound)
+
+
+def _same_draws(record: TokenTargets, rows: list[int], reference: TokenTargets) -> float:
+    """The share of rows' draws that `reference`, which has these rows alone, has too. A draw turns on the last bit of a
+    logit where two ids are about as likely to be drawn.
+    """
+    common = 0
+    for place, row in enumerate(rows):
+        common += (_draws(record, row) & _draws(reference, place)).total()
+    return common / (len(rows) * SPEC.num_samples)
+
+
+def _draws(record: TokenTargets, row: int) -> Counter[int]:
+    assert record.sampled_offsets is not None and record.sampled_ids is not None and record.sampled_counts is not None
+    span = slice(int(record.sampled_offsets[row]), int(record.sampled_offsets[row + 1]))
+    return Counter(dict(zip(record.sampled_ids[span].tolist(), record.sampled_counts[span].tolist(), strict=True)))
 
 
 def speed(report: Report, options: Options) -> None:
