@@ -263,7 +263,8 @@ def test_a_call_with_a_kind_that_has_no_kernel_goes_by_the_reference(
     def no_kernels(*_: Any) -> None:
         raise AssertionError("the kernels were asked")
 
-    monkeypatch.setattr(divergences, names, tuple(k for k in getattr(divergences, names) if k != unknown))
+    known = getattr(divergences, names)
+    monkeypatch.setattr(divergences, names, {kind: number for number, kind in enumerate(known) if kind != unknown})
     monkeypatch.setattr(chunks, "_Kernels", no_kernels)
     x = inputs()
     (_, theirs), (_, ours) = both(x, [token_term("x", unknown), token_term("kl", "top_k_kl")], monkeypatch)

@@ -59,9 +59,13 @@ class Outcome:
     bias_V: Tensor | None = None
 
 
-def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows a chunk: few enough for the memory, never so few that the products turn into reading the head."""
-    elements = GPU_CHUNK_ELEMENTS if device.type == "cuda" else CPU_CHUNK_ELEMENTS
+def default_chunk_rows(vocab_size: int, device: torch.device, heads: int = 1) -> int:
+    """Rows a chunk: few enough for the memory, never so few that the products turn into reading the head.
+
+    On a GPU the logits of all `heads` (the student's, and the teacher's where whole vocabularies are compared) have
+    512 MiB together, the gradient half as much beside them. On a CPU a head has 64 MiB.
+    """
+    elements = GPU_CHUNK_ELEMENTS // heads if device.type == "cuda" else CPU_CHUNK_ELEMENTS
     return max(256, elements // vocab_size)
 
 

@@ -28,7 +28,7 @@ from student_trainer.losses.checks import (
     shared_width,
 )
 from student_trainer.losses.chunks import Job, default_chunk_rows, walk
-from student_trainer.losses.passes import plan_passes
+from student_trainer.losses.passes import is_dense, plan_passes
 from student_trainer.losses.terms import TokenTerm
 from student_trainer.losses.values import HeadLoss
 
@@ -80,16 +80,18 @@ def head_loss(
     if not defer:
         raise_failed(checks)
     tracked = [x for x in (hidden_ND, head_weight_VD, head_bias_V) if x is not None and x.requires_grad]
+    passes = plan_passes(terms, vocab_size, shared)
+    dense = any(is_dense(each.support) for each in passes)
     job = Job(
         labels_N=labels_N,
         teacher=teacher,
         terms=tuple(terms),
-        passes=plan_passes(terms, vocab_size, shared),
+        passes=passes,
         counted=counted,
         shared=shared,
         softcap=logit_softcap,
         scale=logit_scale,
-        chunk_rows=chunk_rows or default_chunk_rows(vocab_size, hidden_ND.device),
+        chunk_rows=chunk_rows or default_chunk_rows(vocab_size, hidden_ND.device, 2 if dense else 1),
         want_top1=want_top1,
         wants_grad=torch.is_grad_enabled() and bool(tracked),
         compute=compute,

@@ -78,7 +78,7 @@ def plan_passes(terms: Sequence[TokenTerm], vocab_size: int, shared_vocab: int) 
         if isinstance(term, TeacherTerm):
             groups.setdefault((term.temperature, shared_vocab, term.support), []).append(term)
     labels = tuple(term for term in terms if isinstance(term, LabelTerm))
-    host = next((key for key in groups if key[:2] == (1.0, vocab_size) and not _is_dense(key[2])), None)
+    host = next((key for key in groups if key[:2] == (1.0, vocab_size) and not is_dense(key[2])), None)
     if labels and host is None:
         host = (1.0, vocab_size, None)
         groups[host] = []
@@ -87,7 +87,7 @@ def plan_passes(terms: Sequence[TokenTerm], vocab_size: int, shared_vocab: int) 
     )
 
 
-def _is_dense(support: str | None) -> bool:
+def is_dense(support: str | None) -> bool:
     """Whether a pass compares whole vocabularies."""
     return support is not None and SUPPORTS[support].student == "vocabulary"
 
@@ -101,7 +101,7 @@ def run_pass(
     otherwise as before when the pass is done.
     """
     z_NW = z_NV[:, : job.width]
-    if _is_dense(job.support):
+    if is_dense(job.support):
         return _dense_pass(job, z_NW, block, wants_grad)
     overwrite = overwrite and wants_grad and z_NW.shape == z_NV.shape
     # Of the whole vocabulary: a label may lie beyond the ids that a pass without label terms is about.

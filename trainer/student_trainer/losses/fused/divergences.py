@@ -9,8 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The kinds known here; a call with any other goes by torch's operations.
-KINDS = ("top_k_kl", "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "sampled")
+# The kinds known here, by the number that kernels have for each, since Triton before 3.9 takes no words in a tuple; a
+# call with any other goes by torch's operations.
+KINDS = {
+    "top_k_kl": 0, "forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "skewed_reverse_kl": 4, "tvd": 5,
+    "sampled": 6,
+}  # fmt: skip
+FORWARD_KL, REVERSE_KL, JSD, SKEWED_KL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SKEWED_REVERSE_KL, TVD, SAMPLED = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 LABEL_KINDS = ("cross_entropy",)
 
 
@@ -31,29 +37,29 @@ def divergence(log_p, log_q, KIND: tl.constexpr, LOG_A: tl.constexpr, LOG_1_A: t
     """
     p = tl.exp(log_p)
     q = tl.exp(log_q)
-    if KIND == "top_k_kl" or KIND == "forward_kl":
+    if KIND == FORWARD_KL:
         value = p * (log_p - log_q)
         slope = -p
-    elif KIND == "reverse_kl":
+    elif KIND == REVERSE_KL:
         value = q * (log_q - log_p)
         slope = value
-    elif KIND == "jsd":
+    elif KIND == JSD:
         log_m = log_add_exp(log_p + LOG_A, log_q + LOG_1_A)
         slope = (1.0 - A) * q * (log_q - log_m)
         value = A * p * (log_p - log_m) + slope
-    elif KIND == "skewed_kl":
+    elif KIND == SKEWED_KL:
         log_m = log_add_exp(log_p + LOG_A, log_q + LOG_1_A)
         value = p * (log_p - log_m)
         slope = -(1.0 - A) * tl.exp(log_p + log_q - log_m)
-    elif KIND == "skewed_reverse_kl":
+    elif KIND == SKEWED_REVERSE_KL:
         gap = log_q - log_add_exp(log_q + LOG_A, log_p + LOG_1_A)
         value = q * gap
         slope = q * (gap + 1.0 - A * tl.exp(gap))
-    elif KIND == "tvd":
+    elif KIND == TVD:
         value = 0.5 * tl.abs(q - p)
         slope = 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
     else:
-        tl.static_assert(KIND == "sampled", "a kind without a kernel")
+        tl.static_assert(KIND == SAMPLED, "a kind without a kernel")
         value = -p * log_q
         slope = -p
     return value, slope

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from student_trainer.losses.fused.divergences import divergence
-from student_trainer.losses.fused.normalise import LOWEST, by_softmax, fold, to_logits
+from student_trainer.losses.fused.normalise import LOWEST, by_softmax, fold, kernel, to_logits
 
 ALL = tl.constexpr(-2)  # a group's number that stands for all groups
 
 
-@triton.jit
+@kernel
 def compare(
     z_ptr, z_stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, weights_ptr, values_ptr,
     lse_ptr, totals_ptr, rows, W,
@@ -138,7 +138,7 @@ def matched(ids, ids_ptr, at_ptr, K, row, otherwise):
     return otherwise
 
 
-@triton.jit
+@kernel
 def gradient(
     z_ptr, z_stride, out_ptr, out_stride, bias_ptr, labels_ptr, at_label_ptr,
     ids0_ptr, at0_ptr, K0, ids1_ptr, at1_ptr, K1, ids2_ptr, at2_ptr, K2,

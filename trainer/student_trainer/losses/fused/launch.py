@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
+from student_trainer.losses.fused.divergences import KINDS
 from student_trainer.losses.fused.gradient import compare, gradient
-from student_trainer.losses.fused.normalise import normalise
+from student_trainer.losses.fused.normalise import BUCKET, LABEL, PLAIN, RENORMALISE, normalise
 from student_trainer.losses.passes import Pass
 from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS, read_support, tail_of
@@ -60,7 +61,7 @@ class FusedTerms:
         self._supports = [self._support(name, teacher, index) for name in self._names]
         self._dense = [each for each in passes if each.support in dense]
         self._dense_terms = tuple(
-            (term.kind, number, index[term.name], term.squared, *_mixture(term))
+            (KINDS[term.kind], number, index[term.name], term.squared, *_mixture(term))
             for number, each in enumerate(self._dense)
             for term in each.terms
         )
@@ -127,7 +128,7 @@ class FusedTerms:
             logprobs_PCK, tails_P2C = support.logprobs_PRK[:, start:], support.tails_P2R[:, :, start:]
         terms = [
             (
-                term.kind,
+                KINDS.get(term.kind, 0),
                 number_,
                 self._index[term.name],
                 _form(term),
@@ -208,13 +209,13 @@ def _bias(head: HeadProjection, unused: Tensor) -> Tensor:
     return unused if head.bias_V is None else head.bias_V
 
 
-def _form(term: TokenTerm) -> str:
+def _form(term: TokenTerm) -> int:
     """How `normalise` computes a term: of the label, on the ids alone, with the rest as a bucket, given the ids."""
     if not isinstance(term, TeacherTerm):
-        return "label"
+        return int(LABEL.value)
     if SUPPORTS[term.support].student == "ids":
-        return "plain"
-    return "renormalise" if term.renormalises else "bucket"
+        return int(PLAIN.value)
+    return int(RENORMALISE.value if term.renormalises else BUCKET.value)
 
 
 def _mixture(term: TokenTerm) -> tuple[float, float, float]:

@@ -5,6 +5,9 @@ Launched by `launch`, one program a row. `passes` is the reference; its formulas
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -13,6 +16,9 @@ from student_trainer.losses.fused.divergences import divergence
 # The numbers of `sweeps.HOLE` and `supports.LOG_FLOOR`; a test holds them equal.
 HOLE = tl.constexpr(-1e20)
 LOG_FLOOR = tl.constexpr(-87.0)
+# How a term is computed: of the label, with the rest in a bucket, given that the token is in the support, or on the
+# support's ids alone.
+LABEL, BUCKET, RENORMALISE, PLAIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # Below every logit and every hole, and still finite: a running maximum begins here.
 LOWEST = tl.constexpr(-1e30)
 
@@ -106,29 +112,49 @@ def given(log_x_K, has):
 
 
 @triton.jit
-def on_support(log_p_K, log_q_K, has, log_p_tail, log_q_tail, log_mass, TERM: tl.constexpr):
-    """A term's (value, sum of slopes that is spread over the softmax, slopes at the ids, slope of the tail)."""
-    if TERM[3] == "renormalise":
+def on_support(log_p_K, log_q_K, has, log_p_tail, log_q_tail, log_mass, TERMS: tl.constexpr, M: tl.constexpr):
+    """Term M's (value, sum of slopes that is spread over the softmax, slopes at the ids, slope of the tail)."""
+    if TERMS[M][3] == RENORMALISE:
         log_p_K = given(log_p_K, has)
         log_q_K = given(log_q_K, has)
-    elif TERM[3] == "bucket":
+    elif TERMS[M][3] == BUCKET:
         log_p_K = tl.where(has, log_p_K - log_mass, LOG_FLOOR)
-    value_K, slope_K = divergence(log_p_K, log_q_K, TERM[0], TERM[5], TERM[6], TERM[7])
+    value_K, slope_K = divergence(log_p_K, log_q_K, TERMS[M][0], TERMS[M][5], TERMS[M][6], TERMS[M][7])
     slope_K = tl.where(has, slope_K, 0.0)
     value = tl.sum(tl.where(has, value_K, 0.0), 0)
     total = tl.sum(slope_K, 0)
     on_tail = total * 0.0
-    if TERM[3] == "renormalise":
+    if TERMS[M][3] == RENORMALISE:
         slope_K -= tl.where(has, tl.exp(log_q_K), 0.0) * total
         total = on_tail
-    elif TERM[3] == "bucket":
-        value_tail, on_tail = divergence(log_p_tail - log_mass, log_q_tail, TERM[0], TERM[5], TERM[6], TERM[7])
+    elif TERMS[M][3] == BUCKET:
+        value_tail, on_tail = divergence(
+            log_p_tail - log_mass, log_q_tail, TERMS[M][0], TERMS[M][5], TERMS[M][6], TERMS[M][7]
+        )
         value += value_tail
         total += on_tail
     return value, total, slope_K, on_tail
 
 
-@triton.jit
+# Of tables and counts that differ from one chunk to the next: no kernel is compiled for where they lie.
+UNALIGNED = (
+    "labels_ptr", "ids_ptr", "logprobs_ptr", "tails_ptr", "weights_ptr", "values_ptr", "rest_ptr", "row_ptr", "at_ptr",
+    "at_label_ptr", "top_ptr", "lse_ptr", "totals_ptr", "ids0_ptr", "at0_ptr", "ids1_ptr", "at1_ptr", "ids2_ptr",
+    "at2_ptr",
+)  # fmt: skip
+VARYING = ("rows", "K", "K0", "K1", "K2")
+
+
+def kernel(function: Any) -> Any:
+    """`triton.jit`, for whatever rows a chunk has."""
+    names = inspect.signature(function).parameters
+    return triton.jit(
+        do_not_specialize=[name for name in VARYING if name in names],
+        do_not_specialize_on_alignment=[name for name in UNALIGNED if name in names],
+    )(function)
+
+
+@kernel
 def normalise(
     z_ptr, z_stride, bias_ptr, labels_ptr, ids_ptr, logprobs_ptr, tails_ptr, weights_ptr,
     values_ptr, rest_ptr, row_ptr, at_ptr, at_label_ptr, top_ptr,
@@ -140,7 +166,7 @@ def normalise(
 
     SOFTMAXES: (1 / T, 1 if over all V ids else 0, which of the support's tables or -1 without support, which row of
     `rest` and `row`). TERMS: (kind, softmax, row of `weights` and `values`, form, T^2 or 1, log A, log(1 - A), A, its
-    softmax's table), form one of "label", "bucket", "renormalise", "plain". `ids`: [rows, K], -1 where nothing stands;
+    softmax's table), kind and form as numbers. `ids`: [rows, K], -1 where nothing stands;
     `logprobs`: [tables, rows, K], LOG_FLOOR where the table has no use of the id; `tails`: [tables, 2, rows], the
     tail's logprob and the logarithm of the whole mass. Out go, by softmax, `rest`, the normaliser without the support,
     and `row`, the gradient of a logit outside the support over its share of that; `at`: [rows, K], the gradient at the
@@ -193,7 +219,7 @@ def normalise(
     at_label = tl.full([], 0.0, DTYPE)
     for m in tl.static_range(len(TERMS)):
         weight = tl.load(weights_ptr + TERMS[m][2] * rows + row)
-        if TERMS[m][3] == "label":
+        if TERMS[m][3] == LABEL:
             value = tl.sum(tl.where(index == TERMS[m][1], lse, 0.0), 0) - label_x
             spread += tl.where(index == TERMS[m][1], weight, 0.0)
             at_label -= weight
@@ -203,7 +229,7 @@ def normalise(
                 log_p_K, pick(log_q, index, TERMS[m][1]), log_p_K > LOG_FLOOR,
                 tl.load(tails_ptr + TERMS[m][8] * 2 * rows + row),
                 tl.sum(tl.where(index == TERMS[m][1], log_tail, 0.0), 0),
-                tl.load(tails_ptr + (TERMS[m][8] * 2 + 1) * rows + row), TERMS[m],
+                tl.load(tails_ptr + (TERMS[m][8] * 2 + 1) * rows + row), TERMS, m,
             )  # fmt: skip
             spread -= tl.where(index == TERMS[m][1], weight * total, 0.0)
             on_tail += tl.where(index == TERMS[m][1], weight * slope_tail, 0.0)
