@@ -77,7 +77,9 @@ def combine(
     log_sums = tl.log(tl.where(total == 0.0, 1.0, total))  # 0 in lanes that nobody asked for alone
     log_sum = tl.sum(tl.where(lane == 0, log_sums, 0.0), axis=0)
     place = tl.load(places + lane)
-    log_z = log_sums - log_sum / tl.load(temperatures + lane)
+    temperature = tl.load(temperatures + lane)
+    # A GPU's division is off by up to 2 of a number's last places, and log_z at T = 1 is 0.
+    log_z = log_sums - tl.where(temperature == 1.0, log_sum, log_sum / temperature)
     tl.store(log_z_NT + row * columns + place, log_z, mask=place >= 0)
     tl.store(best_N + row, best)
     tl.store(log_sum_N + row, log_sum)
