@@ -23,6 +23,8 @@ from student_trainer.losses.kinds import all_terms, terms_of
 from student_trainer.losses.terms import Needs
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import Settings
+from student_trainer.students.diffusion import check_reading
+from student_trainer.students.diffusion_record import text_rows
 from student_trainer.students.load import check_cell
 from student_trainer.students.student import Student
 from student_trainer.targets.attention import AttentionSource, open_attention
@@ -100,8 +102,10 @@ def build_components(
         with stage("fetching the teacher's head"):
             head = read_head(thread.call(teacher.targets.head()), device)
     student = student or load_student(settings.student, device)
+    check_reading(student, tokenizer, settings.data.seq_len)
     if teacher is not None:
-        student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, student.vocab_size)
+        rows = text_rows(student.config, student.vocab_size)
+        student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, rows)
     student.check_terms(all_terms(settings))
     attention = None
     if teacher is not None and Needs.of(terms_of(settings.distillation)).layers:

@@ -130,6 +130,9 @@ RULES = (
         for name in ("alpha", "targets")
     ),
     Rule("student.lora.", lambda s: s.student.adapter_name != "none", "student.adapter is none"),
+    Rule(
+        "student.diffusion.", lambda s: s.student.architecture == "diffusion", "student.architecture is not diffusion"
+    ),
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.students.adapters.low_rank import Correction, corrections, put_corrections
+from student_trainer.students.diffusion_record import read_diffusion, write_diffusion
 from student_trainer.students.quant_linear import BLEND, quant_linears, quantise_as, quantiser_of
 from student_trainer.students.quantisers.none import NONE
 from student_trainer.students.quantisers.record import Record, read_record
@@ -156,7 +157,10 @@ def _architecture_config(config: Any) -> Any:
         "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
         "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "attention_dropout", "rope_parameters",
     )  # fmt: skip
-    return BitNetConfig(**{name: copy.deepcopy(getattr(config, name)) for name in names}, attention_bias=False)
+    made = BitNetConfig(**{name: copy.deepcopy(getattr(config, name)) for name in names}, attention_bias=False)
+    if (record := read_diffusion(config)) is not None:
+        write_diffusion(made, record)
+    return made
 
 
 def _sub_norm_gain(model: Any) -> float:

@@ -35,6 +35,7 @@ from student_trainer.export.bitnet import (
 from student_trainer.export.card import ModelCard, write_card
 from student_trainer.export.gguf import TernaryType, write_gguf
 from student_trainer.students.adapters.low_rank import FOLDER, corrections, write_peft
+from student_trainer.students.diffusion_record import read_diffusion
 from student_trainer.students.quant_linear import is_quantised, quant_linears, quantisation_blend, quantiser_of
 from student_trainer.students.quantisers.none import NONE
 from student_trainer.students.quantisers.quantiser import Quantiser
@@ -77,6 +78,11 @@ Needs transformers >= 5.16, accelerate and peft, and nothing else."""
 _BESIDE = (
     "What an adapter adds to this student is in the folder adapter, in full precision and in peft's format: added into "
     "the quantised weights it would change their codes. Without it the base is another model."
+)
+_BLOCKS = (
+    "A block-diffusion student: the entry diffusion of its config says its blocks, its mask token and which row "
+    "predicts a token. transformers alone computes its weights from left to right and fills in no blocks; nothing here "
+    "decodes with it yet; student.architecture=diffusion trains it on."
 )
 _COMPILES = (
     "On its first forward pass transformers compiles two small functions of its BitNet layers. On a CPU that takes a "
@@ -146,6 +152,8 @@ def export_gguf(
     what the architecture has no place for, and ValueError for a tokenizer that GGUF has no name for.
     """
     _check_finished(model, "gguf")
+    if read_diffusion(model.config) is not None:
+        raise CannotExpressError("llama.cpp's bitnet architecture", ["it reads from left to right, not by blocks"])
     file_name = f"{card.name.replace('/', '--')}.gguf"
     with _fresh_folder(folder) as unfinished:
         types = write_gguf(model, tokenizer, unfinished / file_name, card.name, ternary_type=ternary_type)
@@ -220,6 +228,8 @@ def _write_folder(
 
     kind, stands_alone, notes = report
     config = expression.config
+    if read_diffusion(config) is not None:
+        notes = (_BLOCKS, *notes)
     architecture = type(model).__name__ if config.model_type == model.config.model_type else "BitNetForCausalLM"
     config.architectures, config.dtype = [architecture], model.dtype
     with _fresh_folder(folder) as unfinished:

@@ -22,13 +22,14 @@ from student_trainer.settings.optim import (
 )
 from student_trainer.settings.run import CheckpointSettings, EvaluationSettings, LoggingSettings, RunSettings
 from student_trainer.settings.section import Section
-from student_trainer.settings.student import LoRASettings, QuantisationSettings, StudentSettings
+from student_trainer.settings.student import DiffusionSettings, LoRASettings, QuantisationSettings, StudentSettings
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
 from student_trainer.settings.terms import TermSettings
 
 __all__ = [
     "CheckpointSettings",
     "DataSettings",
+    "DiffusionSettings",
     "DistillationSettings",
     "EvaluationSettings",
     "GroupSettings",

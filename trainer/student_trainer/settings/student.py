@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from student_trainer.settings.section import Names, Positive, Section
 
-# What older trainers called them, whose settings are still read. `kind` was causal or bitnet.
+# What older trainers called them, whose settings are still read. `kind` was causal, bitnet or diffusion.
 OLD_NAMES = {"student.kind": "student.quantiser", "student.bitnet": "student.quantisation"}
 
 
@@ -34,10 +34,63 @@ class LoRASettings(Section):
     targets: Names = Field(("all-linear",), description="names of linear modules; all-linear: every one but the head")
 
 
+class DiffusionSettings(Section):
+    """How a student of architecture diffusion reads and learns. Null: as in the checkpoint if it is a diffusion model
+    already.
+    """
+
+    block_size: int | None = Field(None, ge=1, le=64, description="tokens filled in side by side; null: 16")
+    family: Literal["in_place", "token_shift"] | None = Field(
+        None, description="token t is predicted by row t, or by row t - 1; null: in_place"
+    )
+    clean_half: Literal["block_causal", "causal"] | None = Field(
+        None, description="a clean token sees its whole block, or as far as itself; null: block_causal"
+    )
+    mask_token_id: int | None = Field(None, ge=0, description="null: a new token behind the vocabulary")
+    mask_embedding: Literal["mean", "keep"] = Field(
+        "mean", description="of a causal model's mask token at first: the vocabulary's mean, or as the model has it"
+    )
+    masks: Literal["uniform", "position_dependent", "suffix"] = Field(
+        "uniform",
+        description="which tokens of a block are masked: each by the same chance, late ones rather, or the last ones",
+    )
+    complementary: bool | None = Field(
+        None, description="a second view masks what the first one shows; null: with uniform masks, unless weighed"
+    )
+    loss_weights: Literal["none", "1/t"] = Field(
+        "none", description="what a masked token weighs: 1, or 1 / the share of its block that is masked"
+    )
+
+    @property
+    def in_two_views(self) -> bool:
+        """`complementary`, or what null means."""
+        return (
+            self.masks == "uniform" and self.loss_weights == "none"
+            if self.complementary is None
+            else self.complementary
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DiffusionSettings:
+        if self.complementary and self.masks != "uniform":
+            raise ValueError(
+                f"student.diffusion.complementary is true, but the complement of {self.masks} masks shows what comes "
+                "late and masks what comes early: leave it out, or set student.diffusion.masks=uniform"
+            )
+        if self.complementary and self.loss_weights == "1/t":
+            raise ValueError(
+                "student.diffusion.complementary is true and loss_weights is 1/t: two complementary views have every "
+                "token learnt once already; set one of the two back"
+            )
+        return self
+
+
 class StudentSettings(Section):
     """The model that learns: an architecture, a quantiser and an adapter, each by its name."""
 
-    architecture: str = Field("causal", description="how it reads a text; causal: from left to right")
+    architecture: str = Field(
+        "causal", description="how it reads a text; causal: from left to right; diffusion: block by block"
+    )
     quantiser: str = Field("none", description="of its linear layers' weights; none: full precision; bitnet: ternary")
     adapter: str | None = Field(
         None, description="what is trained in place of all weights: none, lora; null: lora where lora.rank is given"
@@ -57,6 +110,7 @@ class StudentSettings(Section):
     compile: bool = Field(False, description="torch.compile each layer; on a CPU it takes a C++ compiler")
     lora: LoRASettings = LoRASettings()
     quantisation: QuantisationSettings = QuantisationSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
 
     @property
     def adapter_name(self) -> str:
@@ -86,7 +140,10 @@ def with_new_names(student: Mapping[str, Any]) -> dict[str, Any]:
     """The section with OLD_NAMES replaced; what has an old name was given by somebody, and wins over a default."""
     values = {name: value for name, value in student.items() if f"student.{name}" not in OLD_NAMES}
     if (kind := student.get("kind")) is not None:
-        values["quantiser"] = "none" if kind == "causal" else kind
+        if kind == "diffusion":
+            values["architecture"] = kind
+        else:
+            values["quantiser"] = "none" if kind == "causal" else kind
     if (bitnet := student.get("bitnet")) is not None:
         before = values.get("quantisation") or {}
         if isinstance(before, Mapping) and isinstance(bitnet, Mapping):

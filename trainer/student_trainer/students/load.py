@@ -19,6 +19,8 @@ from student_trainer.students.adapters.lora import LORA
 from student_trainer.students.adapters.low_rank import corrections
 from student_trainer.students.adapters.none import NO_ADAPTER
 from student_trainer.students.causal import attention_for, wrap_causal
+from student_trainer.students.diffusion import wrap_diffusion
+from student_trainer.students.diffusion_record import read_diffusion
 from student_trainer.students.pretrained import load_quantised, refuse_quantised
 from student_trainer.students.quant_linear import is_quantised, quantise, set_quantisation_blend
 from student_trainer.students.quantisers import QUANTISERS
@@ -26,7 +28,10 @@ from student_trainer.students.student import Student
 
 # By `student.architecture`: how the student reads a batch, and how its model computes hidden states of that. Given the
 # model (loaded, quantised and adapted, on its device), "flex" or "sdpa", and the settings.
-ARCHITECTURES: dict[str, Callable[[Any, str, StudentSettings], Student]] = {"causal": wrap_causal}
+ARCHITECTURES: dict[str, Callable[[Any, str, StudentSettings], Student]] = {
+    "causal": wrap_causal,
+    "diffusion": wrap_diffusion,
+}
 # By `student.adapter`. QUANTISERS is a dict like it, where its own users find it.
 ADAPTERS: Mapping[str, Adapter] = {"none": NO_ADAPTER, "lora": LORA}
 # (architecture, quantiser, adapter), "*" for any of them, to the reason why such a student makes no sense.
@@ -79,6 +84,11 @@ def adapt(model: Any, settings: StudentSettings) -> StudentSettings | None:
 
 def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None) -> Student:
     """A model as a student that stands at the beginning of its warm-up. `adapted`: what its adapter was made by."""
+    if settings.architecture == "causal" and read_diffusion(model.config, settings.checkpoint_path) is not None:
+        raise ValueError(
+            f"{settings.checkpoint_path} holds a block-diffusion student, student.architecture is causal: choose "
+            "student.architecture=diffusion"
+        )
     if is_quantised(model):
         # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum moves logits by
         # per cents.
