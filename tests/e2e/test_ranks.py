@@ -205,6 +205,36 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_message_says_so(
         assert "stillhouse-train: another rank is gone" in trainers[0].text and "Traceback" not in trainers[0].text
 
 
+def die_in_the_second_save(rank: int) -> None:
+    """Rank 1, when its second shard is written and not yet forced to the disk."""
+    if rank == 0:
+        return
+    from student_trainer.checkpoint import files
+
+    seal, sealed = files.seal, []
+
+    def dying(path: Path) -> dict[str, Any]:
+        sealed.append(path)
+        if len(sealed) == 2:
+            os.kill(os.getpid(), SIGKILL)
+        return seal(path)
+
+    files.seal = dying
+
+
+@pytest.mark.parametrize("pair", [ADAMW], ids=["adamw"], indirect=True)
+def test_ranks_go_on_from_the_checkpoint_before_the_one_that_a_rank_was_killed_in(
+    pair: tuple[Path, Path, tuple[str, ...]], workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    one, _, settings = pair
+    given = arguments(workshop, tmp_path, teacher, *settings)
+    assert train_ranks(2, given, tmp_path / "output", die_in_the_second_save) == [1, -SIGKILL]
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert kept is not None and kept.step == STEPS // 2 < steps_of(tmp_path / "run")[-1]
+    run_on(2, tmp_path, given)
+    assert_same(tmp_path / "run", one)
+
+
 def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(workshop: Workshop, tmp_path: Path) -> None:
     with TeacherProcess(script=teacher_script()) as teacher:
         given = arguments(
