@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer import loop
 from student_trainer.checkpoint.earlier_run import load_student
+from student_trainer.cli import check
 from student_trainer.cli.export import model_of
 from student_trainer.export.bitnet import CannotExpressError
 from student_trainer.export.card import ModelCard
@@ -51,21 +52,24 @@ def is_refused(cell: Cell) -> bool:
 
 
 SERVED = [cell for cell in ALL if not is_refused(cell)]
-QUANTISED = [cell for cell in SERVED if cell[1] != "none"]
 
 
 def run(workshop: Workshop, model: Path, root: Path, cell: Cell) -> Path:
     """Two updates on text alone, saved after each."""
+    assert run_here(arguments(workshop, model, root, cell)) == loop.DONE
+    return root / "run"
+
+
+def arguments(workshop: Workshop, model: Path, root: Path, cell: Cell) -> list[str]:
     architecture, quantiser, adapter = cell
-    arguments = workshop.settings(
+    given = workshop.settings(
         root, f"student.checkpoint_path={model}", f"student.architecture={architecture}", f"student.adapter={adapter}",
         f"student.quantiser={quantiser}", "teacher=none", "distillation=cross_entropy", "run.steps=2",
         "checkpoint.every=1", "optim.learning_rate=1e-2",
         *(() if adapter == "none" else ("student.lora.rank=3", "student.lora.alpha=6", "optim.learning_rate=1e-1")),
         *(() if quantiser == "none" else ("student.quantisation.warmup_steps=1",)),
     )  # fmt: skip
-    assert run_here([each for each in arguments if not each.startswith("teacher.")]) == loop.DONE
-    return root / "run"
+    return [each for each in given if not each.startswith("teacher.")]
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +227,14 @@ def test_a_name_that_is_in_no_dict_is_refused_with_those_that_are(part: str) -> 
         check_cell(StudentSettings(**{part: "thing"}))
     known = {"architecture": ARCHITECTURES, "quantiser": QUANTISERS, "adapter": ADAPTERS}[part]
     assert all(name in str(caught.value) for name in known)
+
+
+@pytest.mark.parametrize("cell", SERVED, ids="-".join)
+def test_check_says_which_student_would_be_trained(
+    workshop: Workshop, model: Path, tmp_path: Path, cell: Cell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main(arguments(workshop, model, tmp_path, cell)) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    architecture, quantiser, adapter = cell
+    bits = f"{QUANTISERS[quantiser].bits:g} bits a linear's weight"
+    assert f"architecture {architecture}, quantiser {quantiser}, adapter {adapter}: {bits}" in said

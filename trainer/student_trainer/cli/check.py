@@ -21,6 +21,7 @@ from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs, Term, TokenTerm
 from student_trainer.rollouts.prompts import prompts_of
 from student_trainer.settings import Settings
+from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import spec_for
 from student_trainer.targets.queries import queries_of
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             batch, _ = components.source.batch(components.source.initial_state(), 0)
         for name, value in (
             *_teacher(components),
-            *_student(components),
+            *_student(settings, components),
             *_batch(settings, batch),
             *_on_policy(settings, batch),
             *_targets(settings, components, batch, thread),
@@ -64,11 +65,14 @@ def _teacher(components: Components) -> Iterator[tuple[str, str]]:
     yield "", f"sequences of at most {card.max_sequence_length:,}, K at most {card.max_top_k}, {', '.join(card.kinds)}"
 
 
-def _student(components: Components) -> Iterator[tuple[str, str]]:
+def _student(settings: Settings, components: Components) -> Iterator[tuple[str, str]]:
     student = components.student
     count = sum(parameter.numel() for parameter in student.model.parameters())
+    trained = sum(parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad)
     dtype = str(student.compute).removeprefix("torch.")
     yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, in {dtype} on {student.device}"
+    bits = QUANTISERS[settings.student.quantiser].bits
+    yield "", f"{settings.student.cell}: {bits:g} bits a linear's weight, {trained / 1e6:,.1f} M parameters trained"
     if components.teacher is not None:
         shared, ours, theirs = student.shared_vocab, student.vocab_size, components.teacher.card.vocab_size
         yield "vocabulary", f"{shared or ours:,} ids in common; student {ours:,}, teacher {theirs:,}; same tokenizer"
