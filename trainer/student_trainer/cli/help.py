@@ -36,11 +36,12 @@ def settings_by_name(*sections: type[BaseModel], prefix: str = "") -> Iterator[t
     fields = {name: field for section in reversed(sections) for name, field in section.model_fields.items()}
     for name in dict.fromkeys(name for section in sections for name in section.model_fields):
         annotation = fields[name].annotation
-        members = sections_in(annotation) or [m for each in typing.get_args(annotation) for m in sections_in(each)]
+        own = sections_in(annotation)
+        members = own or [m for each in typing.get_args(annotation) for m in sections_in(each)]
         if not members:
             yield f"{prefix}{name}", fields[name]
         else:
-            family = "" if members == [annotation] else "NAME."
+            family = "" if own else "NAME."
             yield from settings_by_name(*members, prefix=f"{prefix}{name}.{family}")
 
 

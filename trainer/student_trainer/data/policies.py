@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 
 from student_trainer.data.mixture import normalised
 from student_trainer.ranks import ALONE, Ranks
-from student_trainer.settings.data import DataSettings, MixtureSettings
+from student_trainer.settings.data import DataSettings
 
 POLL_S = 0.2
 Weights = Mapping[str, float]  # by source; they need not sum to 1
@@ -73,8 +73,8 @@ class Static:
         return self
 
 
-# By `data.mixture.policy`: from the settings of the policy and the weights that the sources are given there.
-POLICIES: dict[str, Callable[[MixtureSettings, Weights], MixturePolicy]] = {
+# By `data.mixture.policy`: from the policy's own settings and the weights that the sources are given.
+POLICIES: dict[str, Callable[[Any, Weights], MixturePolicy]] = {
     "static": lambda settings, initial: Static(initial),
 }
 

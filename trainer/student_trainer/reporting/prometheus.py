@@ -29,6 +29,7 @@ LABELLED = {
     "loss": ("term_loss", "Mean of a loss term, nats a token", ("term",)),
     "weighted": ("term_weighted", "A loss term's share of the loss", ("term",)),
     "source": ("source", "Figures of a step by source of data", ("source", "figure")),
+    "mixture": ("mixture_weight", "Weight that the last batch was drawn by, where a policy changes it", ("source",)),
     "held_out": ("held_out", "The last evaluation, by source", ("source", "figure")),
 }
 

@@ -7,9 +7,9 @@ import math
 import re
 import string
 import warnings
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "documents"]
 Format = Literal["text", "chat", "tokens", "classification"]
@@ -180,8 +180,12 @@ class StaticMixture(MixtureSettings):
     policy: Literal["static"] = Field("static", description="who decides how much each source gives")
 
 
-# Several are told apart by name: Annotated[StaticMixture | OtherMixture, Field(discriminator="policy")].
-Mixture = StaticMixture
+def _static_by_default(value: Any) -> Any:
+    return {"policy": "static", **value} if isinstance(value, dict) else value
+
+
+# Several are told apart by name: Annotated[A | B, Field(discriminator="policy"), BeforeValidator(_static_by_default)].
+Mixture = Annotated[StaticMixture, BeforeValidator(_static_by_default)]
 
 
 class DataSettings(BaseModel):
