@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses.attention_relations import attention_relations
-from student_trainer.students.attention_states import AttentionStates
+from student_trainer.students.capture import AttentionStates
 from teacher_proto.relations import FORMS, QKV, relations
 from tests.unit.students.tiny import tiny_ids, tiny_model
 

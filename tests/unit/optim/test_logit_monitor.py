@@ -13,7 +13,7 @@ from student_trainer.optim import logit_tiles
 from student_trainer.optim.logit_monitor import LogitMonitor
 from student_trainer.optim.logit_tiles import Visibility, largest_logits
 from student_trainer.students.attention_mask import block_mask, dense_mask
-from student_trainer.students.attention_states import AttentionStates
+from student_trainer.students.capture import AttentionStates
 from tests.unit.optim import dense
 from tests.unit.students.tiny import convert_to_bitnet, tiny_ids, tiny_model
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from student_trainer.students.attention_states import AttentionStates
+from student_trainer.students.capture import AttentionStates
 from tests.unit.students.tiny import FAMILIES, VOCAB, convert_to_bitnet, tiny_ids, tiny_model
 
 

@@ -33,7 +33,7 @@ from student_trainer.losses.metrics import LossSums
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students import load
-from student_trainer.students.attention_states import AttentionStates
+from student_trainer.students.capture import AttentionStates
 from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
 from student_trainer.targets.guard import bad_tokens

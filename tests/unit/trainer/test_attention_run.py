@@ -23,7 +23,7 @@ from student_trainer.losses import Term, token_term
 from student_trainer.losses.kinds import term_of
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.attention import AttentionSettings
-from student_trainer.students.attention_states import AttentionStates
+from student_trainer.students.capture import AttentionStates
 from student_trainer.students.causal import CausalReader
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.relations import QKV, relations

@@ -15,8 +15,7 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.depth import DepthControl
-from student_trainer.targets.prefetch import Prefetch
+from student_trainer.targets.prefetch import DepthControl, Prefetch
 from student_trainer.targets.protocol import Queries
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets

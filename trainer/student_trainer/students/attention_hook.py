@@ -1,4 +1,4 @@
-"""A look at what attention layers are given, during the model's own forward pass. Used by `attention_states` and by
+"""A look at what attention layers are given, during the model's own forward pass. Used by `capture` and by
 `optim.logit_monitor`.
 
 Every attention layer of transformers hands its query and key (after RoPE and any QK-norm) and its raw value to a

@@ -6,12 +6,14 @@ Whatever it refuses is written to the run's `dumps` first, batch and targets, so
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +21,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import TeacherSettings
-from student_trainer.targets.dump import write_dump
+from student_trainer.settings.redact import redact
 from student_trainer.targets.patience import OutageWatch
 from student_trainer.targets.prefetch import Ready
 from student_trainer.targets.sanity import check_alignment
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from student_trainer.students.student import Student
 
 logger = logging.getLogger(__name__)
+DUMPED = ("tokens_BT", "position_ids_BT", "document_ids_BT", "loss_mask_BT", "source_ids_BT")  # of a batch
 
 
 class NonFiniteError(ArithmeticError):
@@ -122,3 +125,27 @@ def _bad_parameters(student: Student) -> str:
 def _shard(gradient: Tensor) -> Tensor:
     """This rank's part: the others may not be looking."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def write_dump(folder: Path, message: str, batch: Batch, targets: BatchTargets | None) -> Path:
+    """Write `about.json`, `batch.safetensors` and `targets.safetensors`, whose tensors are named `DOCUMENT.name`."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "message": redact(message),
+        "batch": batch.number,
+        "fingerprint": targets.fingerprint if targets else None,
+        "documents": [{**vars(document)} for document in batch.documents],
+    }
+    (folder / "about.json").write_text(json.dumps(about, indent=2))
+    save_file({name: np.ascontiguousarray(getattr(batch, name)) for name in DUMPED}, folder / "batch.safetensors")
+    if targets is not None:
+        tensors = {
+            f"{place}.{name}": np.ascontiguousarray(array)
+            for place, answer in enumerate(targets.documents)
+            if answer is not None
+            for name, array in answer.tensors().items()
+        }
+        save_file(tensors, folder / "targets.safetensors")
+    return folder

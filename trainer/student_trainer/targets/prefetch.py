@@ -10,6 +10,7 @@ is that of the stream whatever comes first, so a run's figures do not depend on 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -23,13 +24,13 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.settings import PrefetchSettings
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.depth import DepthControl
 from student_trainer.targets.protocol import Targets
 from student_trainer.targets.queries import queries_of
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import TargetSpec
 
 POLL_S = 0.2
+WINDOW, START = 64, 2  # batches by which depth `auto` goes, and where it begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,3 +165,36 @@ class Prefetch:
         except InvalidTargetsError as error:
             raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error
         return Ready(batch, state, targets, micro, time.monotonic() - start)
+
+
+class DepthControl:
+    """`depth` is the number of batches under way beside the one in use.
+
+    `auto` covers the latency that nine batches in ten stay below, plus one batch for jitter. A teacher that is short of
+    throughput answers later the more it is asked, so the depth stays within four times what the quickest answer of the
+    window needs; and within `max_bytes` of targets, by the largest batch so far.
+    """
+
+    def __init__(self, settings: PrefetchSettings):
+        self._settings = settings
+        self._latencies: deque[float] = deque(maxlen=WINDOW)
+        self._steps: deque[float] = deque(maxlen=WINDOW)
+        self._largest = 0
+        self.depth = START if settings.depth == "auto" else settings.depth
+
+    def observe(self, latency_s: float, step_s: float | None, nbytes: int) -> None:
+        """A batch was handed over: how long it took to make, how long the step before it worked, its bytes."""
+        self._latencies.append(latency_s)
+        self._largest = max(self._largest, nbytes)
+        if step_s is not None:
+            self._steps.append(step_s)
+        if self._settings.depth == "auto" and self._steps:
+            self.depth = self._wanted()
+
+    def _wanted(self) -> int:
+        step_s = max(sorted(self._steps)[len(self._steps) // 2], 1e-3)
+        latencies = sorted(self._latencies)
+        covering = math.ceil(latencies[int(0.9 * (len(latencies) - 1))] / step_s) + 1
+        unloaded = math.ceil(latencies[0] / step_s)
+        by_bytes = self._settings.max_bytes // self._largest if self._largest else self._settings.max_depth
+        return max(1, min(covering, 4 * unloaded + 1, by_bytes, self._settings.max_depth))
