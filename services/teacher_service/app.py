@@ -18,7 +18,8 @@ from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import openapi
-from teacher_service.compat import completions
+from teacher_service.compat import completions, sglang_generate
+from teacher_service.compat.asking import retried_by_clients
 from teacher_service.head_reply import send_head
 from teacher_service.requests import read_targets
 from teacher_service.service import TeacherService
@@ -62,17 +63,38 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
 )  # fmt: skip
 async def post_completions(request: Request, student: Student, service: Service) -> Response:
     """Score prompts in vLLM's JSON shape: `prompt_logprobs`, or `echo` with `logprobs`."""
-    with completions.retried_by_clients():
+    with retried_by_clients():
         service.require_started()
         fields = await read_json(request, service.engine.limits)
     completion = completions.parse_completion(fields, service)
 
     async def work(outlet: Outlet) -> None:
-        with completions.retried_by_clients():
+        with retried_by_clients():
             text, pieces = await service.text()
             scoring = await completions.work_of(completion, service, text, student, request.state.request_id)
             async with service.admission.admit(scoring.permit):
                 await completions.answer(completion, scoring, service, text, pieces, outlet)
+
+    return RacedResponse(work)
+
+
+@router.post(
+    "/generate", response_class=Response,
+    responses={**errors(*POSTING), 200: openapi.SGLANG_ANSWER},
+)  # fmt: skip
+async def post_generate(request: Request, student: Student, service: Service) -> Response:
+    """Score token ids in SGLang's JSON shape: `input_token_logprobs`, `input_top_logprobs`."""
+    with retried_by_clients():
+        service.require_started()
+        fields = await read_json(request, service.engine.limits)
+    generate = sglang_generate.parse_generate(fields, service)
+
+    async def work(outlet: Outlet) -> None:
+        with retried_by_clients():
+            scoring = sglang_generate.work_of(generate, service, student, request.state.request_id)
+            text, pieces = await service.text()
+            async with service.admission.admit(scoring.permit):
+                await sglang_generate.answer(generate, scoring, service, text, pieces, outlet)
 
     return RacedResponse(work)
 

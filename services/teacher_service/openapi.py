@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from serving.openapi import TENSOR, describe_app, list_of, whole
 from teacher_proto import wire
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.targets import TENSORS
-from teacher_service.compat.completion_fields import NEUTRAL, WITHOUT_EFFECT, CompletionRequest
+from teacher_service.compat import completion_fields, sglang_fields
+from teacher_service.compat.asking import Fields
 
 _DESCRIPTION = """One teacher, many students: POST token ids, get for every position what a student needs to imitate
 the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request
@@ -88,6 +90,15 @@ COMPLETIONS_ANSWER: dict[str, Any] = {
         }
     },
 }
+_GENERATED = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "output_ids": {"type": "array"}, "meta_info": {"type": "object"}},
+    "required": ["text", "output_ids", "meta_info"],
+}
+SGLANG_ANSWER: dict[str, Any] = {
+    "description": "SGLang's answer: `meta_info` with `input_token_logprobs`, in a list where several sequences came",
+    "content": {wire.JSON: {"schema": {"anyOf": [_GENERATED, {"type": "array", "items": _GENERATED}]}}},
+}
 _HEAD_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -100,7 +111,10 @@ HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 def describe(app: FastAPI, limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
     """The OpenAPI document of a teacher with these limits, made once."""
-    bodies = {"/v1/targets": _targets_body(limits, kinds), "/v1/completions": _completions_body()}
+    bodies = {
+        "/v1/targets": _targets_body(limits, kinds), "/v1/completions": _completions_body(),
+        "/generate": _sglang_body(),
+    }  # fmt: skip
     return describe_app(app, _DESCRIPTION, bodies)
 
 
@@ -114,10 +128,30 @@ def _targets_body(limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
 
 def _completions_body() -> dict[str, Any]:
     example = {"prompt": [1, 2, 3], "max_tokens": 0, "prompt_logprobs": 2}
-    schema = CompletionRequest.model_json_schema()
-    ignored = {field: {"description": why} for why, fields in WITHOUT_EFFECT.items() for field in fields}
-    neutral = {
-        field: {"enum": [*values, None], "description": "others are refused"} for field, values in NEUTRAL.items()
-    }
-    schema |= {"properties": schema["properties"] | ignored | neutral, "additionalProperties": False}
+    theirs = completion_fields
+    schema = _theirs(theirs.CompletionRequest, theirs.WITHOUT_EFFECT, theirs.NEUTRAL)
     return {wire.JSON: {"schema": schema, "example": example}}
+
+
+def _sglang_body() -> dict[str, Any]:
+    example = {
+        "input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 0}, "return_logprob": True,
+        "logprob_start_len": 0, "top_logprobs_num": 2,
+    }  # fmt: skip
+    theirs = sglang_fields
+    schema = _theirs(theirs.GenerateRequest, theirs.WITHOUT_EFFECT, theirs.NEUTRAL)
+    schema["properties"]["sampling_params"] = _theirs(
+        theirs.SamplingParams, theirs.SAMPLING_WITHOUT_EFFECT, theirs.SAMPLING_NEUTRAL
+    )
+    return {wire.JSON: {"schema": schema, "example": example}}
+
+
+def _theirs(kind: type[BaseModel], without_effect: Fields, neutral: Fields) -> dict[str, Any]:
+    """The schema of another server's body: the fields that are read, and what becomes of the others."""
+    schema = kind.model_json_schema()
+    schema.pop("$defs", None)
+    ignored = {field: {"description": why} for why, fields in without_effect.items() for field in fields}
+    refused = {
+        field: {"enum": [*values, None], "description": "others are refused"} for field, values in neutral.items()
+    }
+    return schema | {"properties": schema["properties"] | ignored | refused, "additionalProperties": False}

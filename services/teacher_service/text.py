@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -91,12 +92,27 @@ class JsonPieces:
     is that logprob."""
 
     def __init__(self, text: Text):
-        quoted = [json.dumps(string) for string in text.strings()] if text.available else ["null"] * text.vocab_size
+        self._text = text
+        quoted = self._quoted()
         self.entries = _objects(f',"{i}":{{"decoded_token":{quoted[i]},"logprob":' for i in range(text.vocab_size))
         with np.errstate(all="ignore"):
             halves = np.arange(65_536, dtype=np.uint16).view(np.float16).astype(np.float64)
         # Five digits tell all fp16 numbers apart. vLLM writes -9999 for minus infinity, which JSON has not.
         self.half = _objects(f"{value:.5g}" if np.isfinite(value) else "-9999.0" for value in halves.tolist())
+
+    def _quoted(self) -> list[str]:
+        text = self._text
+        return [json.dumps(string) for string in text.strings()] if text.available else ["null"] * text.vocab_size
+
+    @cached_property
+    def plain_ends(self) -> np.ndarray:
+        """What follows a logprob in a list of three, [V]: the id, and null for its text."""
+        return _objects(f",{i},null]" for i in range(self._text.vocab_size))
+
+    @cached_property
+    def named_ends(self) -> np.ndarray:
+        """What follows a logprob in a list of three, [V]: the id and its text."""
+        return _objects(f",{i},{string}]" for i, string in enumerate(self._quoted()))
 
     def ranks(self, top_k: int) -> np.ndarray:
         """What follows each of K logprobs: its rank."""

@@ -32,8 +32,8 @@ def api(teacher: TeacherProcess) -> schemathesis.BaseSchema:
 
 
 ROUTES = [
-    ("/v1/targets", "POST"), ("/v1/completions", "POST"), ("/v1/teacher", "GET"), ("/v1/head", "GET"),
-    ("/v1/models", "GET"), ("/v1/status", "GET"), ("/metrics", "GET"), ("/health/live", "GET"),
+    ("/v1/targets", "POST"), ("/v1/completions", "POST"), ("/generate", "POST"), ("/v1/teacher", "GET"),
+    ("/v1/head", "GET"), ("/v1/models", "GET"), ("/v1/status", "GET"), ("/metrics", "GET"), ("/health/live", "GET"),
     ("/health/ready", "GET"), ("/health", "GET"),
 ]  # fmt: skip
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from teacher_proto.errors import OutOfRangeError
+from teacher_service.compat.asking import Ids, check_extras, check_written, read_model
 
 # Fields that change neither a score nor the most likely token, and why; their values are not looked at.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -40,8 +41,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "max_new_tokens": (0, 1),
     "sampling_params": ({}, {"max_tokens": 0}, {"max_tokens": 1}),
 }  # fmt: skip
-
-Ids = list[Annotated[StrictInt, Field(ge=0)]]
 
 
 def _as_number(value: Any) -> Any:
@@ -88,23 +87,11 @@ class CompletionRequest(BaseModel):
 
 def read_completion(body: dict[str, Any], max_top_k: int) -> CompletionRequest:
     """A request in which every field is heeded or changes nothing. OutOfRangeError names the one that is neither."""
-    try:
-        request = CompletionRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "body"
-        got = repr(first["input"])[:80]
-        raise OutOfRangeError(f"{field}: {first['msg']} (got {got})", field=field, got=got) from None
-    for field, value in (request.model_extra or {}).items():
-        _check_extra(field, value)
+    request = read_model(CompletionRequest, body)
+    check_extras(request.model_extra, WITHOUT_EFFECT, NEUTRAL, "vLLM's completion request")
     if "max_tokens" not in body and (request.prompt_logprobs is not None or request.echo):
         request = request.model_copy(update={"max_tokens": 0})
-    if request.max_tokens is None or not 0 <= request.max_tokens <= 1:
-        got_tokens = body.get("max_tokens", "nothing, which is 16")
-        raise OutOfRangeError(
-            f"max_tokens: got {got_tokens}, expected 0 or 1: this teacher scores prompts, and writes at most "
-            "the most likely next token", field="max_tokens", got=request.max_tokens, limit=1,
-        )  # fmt: skip
+    check_written("max_tokens", body.get("max_tokens"), request.max_tokens, 16)
     for field in ("prompt_logprobs", "logprobs"):
         value = getattr(request, field)
         if value is not None and not 0 <= value <= max_top_k:
@@ -112,23 +99,3 @@ def read_completion(body: dict[str, Any], max_top_k: int) -> CompletionRequest:
                 f"{field}: got {value}, expected 0 to {max_top_k}", field=field, got=value, limit=max_top_k
             )
     return request
-
-
-_IGNORED = frozenset(field for fields in WITHOUT_EFFECT.values() for field in fields)
-
-
-def _check_extra(field: str, value: Any) -> None:
-    """OutOfRangeError unless the field has no effect here, or this value of it has none."""
-    if field in _IGNORED or value is None:
-        return
-    if field not in NEUTRAL:
-        raise OutOfRangeError(
-            f"{field[:80]}: no field of vLLM's completion request, so nothing would come of it: leave it out",
-            field=field[:80], got=repr(value)[:80],
-        )  # fmt: skip
-    # True == 1 in Python, and is no number of samples.
-    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[field]):
-        raise OutOfRangeError(
-            f"{field}: this teacher scores prompts and does not sample, so it can't heed {field}", field=field,
-            got=repr(value)[:80], limit=list(NEUTRAL[field]),
-        )  # fmt: skip

@@ -17,9 +17,9 @@ import numpy as np
 from teacher_proto.targets import TokenTargets
 from teacher_service.text import JsonPieces, Text
 
-_LOWEST = -9999.0
+LOWEST = -9999.0
 # Entries that are written in one go: a join of some thousand lets no other thread run for a millisecond.
-_PIECE_ENTRIES = 8192
+PIECE_ENTRIES = 8192
 _PIECE_ROWS = 64
 
 
@@ -28,7 +28,7 @@ def prompt_logprobs(tokens_T: np.ndarray, targets: TokenTargets, top_k: int, pie
     alone."""
     count = len(tokens_T) - 1
     assert targets.start == 0 and targets.next_logprob is not None
-    rows = max(1, _PIECE_ENTRIES // (top_k + 1))
+    rows = max(1, PIECE_ENTRIES // (top_k + 1))
     listed = [_entries(tokens_T, targets, top_k, pieces, i, min(i + rows, count)) for i in range(0, count, rows)]
     return [b"[null", *listed, b"]"]
 
@@ -41,7 +41,7 @@ def _entries(
     came_R, logprob_R = tokens_T[start + 1 : stop + 1], targets.next_logprob[start:stop]
     if not top_k:
         return b"".join(
-            b",{" + pieces.entries[token][1:] + b'%.6g,"rank":null}}' % max(value, _LOWEST)
+            b",{" + pieces.entries[token][1:] + b'%.6g,"rank":null}}' % max(value, LOWEST)
             for token, value in zip(came_R.tolist(), logprob_R.tolist(), strict=True)
         )
     assert targets.ids is not None and targets.logprobs is not None
@@ -57,24 +57,28 @@ def _entries(
     for slot in (1, 2, 3):  # it stands before the others, and but once
         parts[inside, 3 * places + slot] = b""
     for row, (token, value, rank) in enumerate(zip(came_R.tolist(), logprob_R.tolist(), ranks_R.tolist(), strict=True)):
-        parts[row, 0] = b',{%b%.6g,"rank":%d}' % (pieces.entries[token][1:], max(value, _LOWEST), rank)
+        parts[row, 0] = b',{%b%.6g,"rank":%d}' % (pieces.entries[token][1:], max(value, LOWEST), rank)
     return b"".join(parts.ravel().tolist())
 
 
 def at_temperature(targets: TokenTargets, temperature: float | None) -> TokenTargets:
     """The record with its logprobs at the one temperature that was asked for; as it is for None.
 
-    log p(v; T) = log p(v) / T - log_z(T), for the K in fp16 as they are at temperature 1.
+    log p(v; T) = log p(v) / T - log_z(T), for the K and the gathered ids in fp16 as they are at temperature 1.
     """
     if temperature is None:
         return targets
-    assert targets.log_z is not None and targets.logprobs is not None and targets.next_logprob is not None
+    assert targets.log_z is not None
     log_z_R1 = targets.log_z[:, :1]
-    logprobs_RK = targets.logprobs.astype(np.float32) / temperature - log_z_R1
-    return replace(
-        targets, logprobs=np.minimum(logprobs_RK, 0).clip(np.finfo(np.float16).min).astype(np.float16),
-        next_logprob=np.minimum(targets.next_logprob / np.float32(temperature) - log_z_R1[:, 0], 0), log_z=None,
-    )  # fmt: skip
+    changed: dict[str, Any] = {"log_z": None}
+    for name in ("logprobs", "gather_logprobs"):
+        if (logprobs_RC := getattr(targets, name)) is not None:
+            logprobs_RC = logprobs_RC.astype(np.float32) / temperature - log_z_R1
+            changed[name] = np.minimum(logprobs_RC, 0).clip(np.finfo(np.float16).min).astype(np.float16)
+    if targets.next_logprob is not None:
+        next_R = targets.next_logprob / np.float32(temperature) - log_z_R1[:, 0]
+        changed["next_logprob"] = np.minimum(next_R, 0)
+    return replace(targets, **changed)
 
 
 def openai_logprobs(
@@ -86,7 +90,7 @@ def openai_logprobs(
     values: list[float | None] = [None]
     tops = [b"null"]
     assert targets.next_logprob is not None
-    rows = max(1, _PIECE_ENTRIES // (top_k + 1))
+    rows = max(1, PIECE_ENTRIES // (top_k + 1))
     for start in range(0, len(tokens) - 1, rows):
         stop = min(start + rows, len(tokens) - 1)
         ids_RK = targets.ids[start:stop].tolist() if targets.ids is not None else [[]] * (stop - start)
@@ -95,7 +99,7 @@ def openai_logprobs(
             top = dict(zip(ids_RK[row][:top_k], logprobs_RK[row][:top_k], strict=True))
             came = float(targets.next_logprob[start + row])
             # The last row has no next token: what is written after it is the most likely one.
-            value = logprobs_RK[row][0] if np.isnan(came) else max(round(came, 6), _LOWEST)
+            value = logprobs_RK[row][0] if np.isnan(came) else max(round(came, 6), LOWEST)
             values.append(value)
             # First and with the very same number as above: lm-eval takes it for greedy if it is the largest listed.
             listed = {token: value} | {i: lp for i, lp in top.items() if i != token}
@@ -123,7 +127,7 @@ def _object(names: list[str], values: list[float | None], tops: list[bytes]) -> 
     fields = {"text_offset": offsets, "token_logprobs": values, "tokens": names}
     pieces = [b"{"]
     for field, items in fields.items():
-        blocks = (_json(items[i : i + _PIECE_ENTRIES])[1:-1] for i in range(0, len(items), _PIECE_ENTRIES))
+        blocks = (_json(items[i : i + PIECE_ENTRIES])[1:-1] for i in range(0, len(items), PIECE_ENTRIES))
         pieces += [b'"%b":[' % field.encode(), b",".join(blocks), b"],"]
     blocks_of_tops = [b",".join(tops[i : i + _PIECE_ROWS]) for i in range(0, len(tops), _PIECE_ROWS)]
     listed = [b"," + block if i else block for i, block in enumerate(blocks_of_tops)]
@@ -136,4 +140,4 @@ def _json(value: Any) -> bytes:
 
 def _rounded(logprobs_RK: np.ndarray) -> list[list[float]]:
     """fp16 numbers with the five digits that tell them apart."""
-    return np.maximum(np.round(logprobs_RK.astype(np.float64), 5), _LOWEST).tolist()
+    return np.maximum(np.round(logprobs_RK.astype(np.float64), 5), LOWEST).tolist()

@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from serving.replies import JSON_WEIGHT, Work, outcomes
+from serving.replies import Work, outcomes
 from serving.streams import Outlet
-from teacher_proto.errors import NotFoundError, OutOfRangeError, OverloadedError, StillhouseError
+from teacher_proto.errors import StillhouseError
 from teacher_proto.request_checks import within
-from teacher_proto.requests import Query, TargetsRequest, check_request
+from teacher_proto.requests import Query, TargetsRequest
 from teacher_proto.targets import TokenTargets
+from teacher_service.compat.asking import check_model, checked_work
 from teacher_service.compat.completion_fields import CompletionRequest, read_completion
 from teacher_service.compat.completion_json import (
     at_temperature,
@@ -29,37 +29,17 @@ from teacher_service.compat.completion_json import (
     openai_logprobs,
     prompt_logprobs,
 )
-from teacher_service.requests import work_of as work_of_targets
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
-_RETRIED_STATUSES = (500, 502, 503)
-
-
-@contextmanager
-def retried_by_clients() -> Iterator[None]:
-    """What is to be asked again is answered 503: TRL's client asks again after 500, 502 and 503, and after no other
-    status, such as the 429 of a client that has its share in flight."""
-    try:
-        yield
-    except StillhouseError as error:
-        if not error.retryable or error.status in _RETRIED_STATUSES:
-            raise
-        raise OverloadedError(
-            error.message, field=error.field, got=error.got, limit=error.limit, retry_after=error.retry_after
-        ) from error
+_OUR_NAMES = {"sequences": "prompt", "temperatures.0": "temperature"}
 
 
 def parse_completion(body: dict[str, Any], service: TeacherService) -> CompletionRequest:
     """A request that this teacher can answer. OutOfRangeError or NotFoundError names the field that it can't."""
     limits = service.engine.limits
     request = read_completion(body, min(limits.max_top_k, limits.vocab_size))
-    names = {service.engine.identity.semantic.model, service.settings.model}
-    if request.model is not None and request.model not in names:
-        raise NotFoundError(
-            f"the model {request.model!r} is not served here, {service.engine.identity.semantic.model!r} is",
-            field="model", got=request.model, limit=sorted(names),
-        )  # fmt: skip
+    check_model(request.model, service)
     return request
 
 
@@ -79,21 +59,7 @@ async def work_of(
         sequences=tuple(sequences), kinds=("top_k",) if top_k else ("score",), top_k=top_k or 1,
         temperatures=() if temperature is None or not request.lists_prompt else (temperature,),
     )  # fmt: skip
-    try:
-        check_request(targets, service.engine.limits, service.engine.kinds)
-    except OutOfRangeError as error:
-        theirs = {"sequences": "prompt", "temperatures.0": "temperature"}
-        message, field = error.message, error.field or ""
-        for ours, name in theirs.items():
-            message, field = message.replace(ours, name), field.replace(ours, name)
-        raise OutOfRangeError(message, field=field, got=error.got, limit=error.limit) from None
-    work = work_of_targets(targets, request_id, student, service, weight=JSON_WEIGHT)
-    if (cost := work.permit.cost) > (most := service.admission.max_cost):
-        raise OutOfRangeError(
-            f"prompt: {targets.num_tokens} tokens of {top_k} logprobs cost {cost} as JSON, of at most {most}; "
-            "ask for fewer at a time, or POST /v1/targets in msgpack", field="prompt", got=cost, limit=most,
-        )  # fmt: skip
-    return work
+    return checked_work(targets, _OUR_NAMES, service, student, request_id)
 
 
 async def answer(

@@ -1,0 +1,125 @@
+"""From another server's request to ours: the checks, the costs and the errors that every face has alike.
+
+Used by `completion_fields.py`, `completions.py`, `sglang_fields.py`, `sglang_generate.py` and `app.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, StrictInt, ValidationError
+
+from serving.replies import JSON_WEIGHT, Work
+from teacher_proto.errors import NotFoundError, OutOfRangeError, OverloadedError, StillhouseError
+from teacher_proto.requests import Query, TargetsRequest, check_request
+from teacher_service.requests import work_of
+from teacher_service.service import TeacherService
+
+Model = TypeVar("Model", bound=BaseModel)
+# What no tensor of ids can hold is refused before there is one.
+Ids = list[Annotated[StrictInt, Field(ge=0, lt=2**31)]]
+Fields = Mapping[str, tuple[Any, ...]]
+
+_RETRIED_STATUSES = (500, 502, 503)
+
+
+@contextmanager
+def retried_by_clients() -> Iterator[None]:
+    """What is to be asked again is answered 503: TRL's client asks again after 500, 502 and 503 alone, slime's after
+    5xx, and neither after the 429 of a client that has its share in flight."""
+    try:
+        yield
+    except StillhouseError as error:
+        if not error.retryable or error.status in _RETRIED_STATUSES:
+            raise
+        raise OverloadedError(
+            error.message, field=error.field, got=error.got, limit=error.limit, retry_after=error.retry_after
+        ) from error
+
+
+def read_model(kind: type[Model], body: Any) -> Model:
+    """The fields of a body that are read. OutOfRangeError names the one that is not what it should be."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "body"
+        if len(first["loc"]) > 1 and field == "sampling_params":
+            field = f"{field}.{first['loc'][1]}"
+        got = repr(first["input"])[:80]
+        raise OutOfRangeError(f"{field}: {first['msg']} (got {got})", field=field, got=got) from None
+
+
+def check_extras(
+    extras: Mapping[str, Any] | None, without_effect: Fields, neutral: Fields, whose: str, inside: str = ""
+) -> None:
+    """Hold the fields that are not read to what becomes of them. OutOfRangeError unless each has no effect here, or
+    its value has none. `without_effect`: reasons with the fields that they are of. `neutral`: fields with the values
+    that change nothing; None always changes nothing. `whose`: whose fields they are, in words. `inside`: what stands
+    before their names, `sampling_params.` or nothing."""
+    ignored = {field for fields in without_effect.values() for field in fields}
+    for name, value in (extras or {}).items():
+        field = f"{inside}{name[:80]}"
+        if name in ignored or value is None:
+            continue
+        if name not in neutral:
+            raise OutOfRangeError(
+                f"{field}: no field of {whose}, so nothing would come of it: leave it out", field=field,
+                got=repr(value)[:80],
+            )  # fmt: skip
+        # True == 1 in Python, and is no number of samples.
+        if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral[name]):
+            raise OutOfRangeError(
+                f"{field}: this teacher scores prompts and does not sample, so it can't heed {name}", field=field,
+                got=repr(value)[:80], limit=list(neutral[name]),
+            )  # fmt: skip
+
+
+def check_written(field: str, got: Any, count: int | None, otherwise: int) -> None:
+    """OutOfRangeError unless the number of tokens to write, which the body gives as `got`, is 0 or 1; their server
+    takes `otherwise` where it is left out."""
+    if count is None or not 0 <= count <= 1:
+        raise OutOfRangeError(
+            f"{field}: got {f'nothing, which is {otherwise}' if got is None else got}, expected 0 or 1: this teacher "
+            "scores prompts, and writes at most the most likely next token", field=field, got=count, limit=1,
+        )  # fmt: skip
+
+
+def check_model(model: str | None, service: TeacherService) -> None:
+    """NotFoundError where another model than the one that is served is named."""
+    names = {service.engine.identity.semantic.model, service.settings.model}
+    if model is not None and model not in names:
+        raise NotFoundError(
+            f"the model {model!r} is not served here, {service.engine.identity.semantic.model!r} is", field="model",
+            got=model, limit=sorted(names),
+        )  # fmt: skip
+
+
+def check_cost(field: str, num_tokens: int, values: int, service: TeacherService, weight: int = JSON_WEIGHT) -> None:
+    """OutOfRangeError where an answer of so many values a token could never be admitted."""
+    cost, most = num_tokens * weight * (values + 1), service.admission.max_cost
+    if cost > most:
+        raise OutOfRangeError(
+            f"{field}: {num_tokens} tokens of {values} logprobs cost {cost} as JSON, of at most {most}; "
+            "ask for fewer at a time, or POST /v1/targets in msgpack", field=field, got=cost, limit=most,
+        )  # fmt: skip
+
+
+def checked_work(
+    targets: TargetsRequest, names: Mapping[str, str], service: TeacherService, student: str, request_id: str,
+    weight: int = JSON_WEIGHT,
+) -> Work[Query]:  # fmt: skip
+    """The work of a request for targets that the teacher can answer. OutOfRangeError in their field's name, which
+    `names` gives for ours."""
+    try:
+        check_request(targets, service.engine.limits, service.engine.kinds)
+    except OutOfRangeError as error:
+        message, field = error.message, error.field or ""
+        for ours, theirs in names.items():
+            message, field = message.replace(ours, theirs), field.replace(ours, theirs)
+        raise OutOfRangeError(message, field=field, got=error.got, limit=error.limit) from None
+    values = targets.values_per_token(service.hidden_width)
+    check_cost(names["sequences"], targets.num_tokens, values, service, weight)
+    return work_of(targets, request_id, student, service, weight=weight)
