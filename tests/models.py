@@ -18,6 +18,8 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -70,7 +72,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
 def save_tiny_wrapper(folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A random language model beside a vision tower, with a tokenizer and no image processor: V=512, 2 layers, H=64.
 
-    `family` is gemma3 (whose head is tied), mistral3 or qwen3_vl.
+    `family` is gemma3 (whose head is tied), mistral3, ministral3, qwen2_5_vl or qwen3_vl.
     """
     text: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -90,13 +92,26 @@ def save_tiny_wrapper(folder: Path, family: str, *, seed: int = 0, dtype: torch.
             boi_token_index=501, eoi_token_index=502,
         )  # fmt: skip
         model = Gemma3ForConditionalGeneration(config)
-    elif family == "mistral3":
-        text |= {"model_type": "mistral", "sliding_window": None}
+    elif family in ("mistral3", "ministral3"):
+        text |= {"model_type": family.removesuffix("3") if family == "mistral3" else family, "sliding_window": None}
+        if family == "ministral3":
+            text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
+                                       "original_max_position_embeddings": 128}  # fmt: skip
         vision = tower | layers | {"model_type": "pixtral", "head_dim": 16}
         config = Mistral3Config(
             text_config=text, vision_config=vision, image_token_index=500, tie_word_embeddings=False
         )
         model = Mistral3ForConditionalGeneration(config)
+    elif family == "qwen2_5_vl":
+        sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+        vision = tower | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14}
+        del text["head_dim"]
+        config = Qwen2_5_VLConfig(
+            text_config=text | {"rope_parameters": sections}, vision_config=vision | {"fullatt_block_indexes": [0]},
+            image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        model = Qwen2_5_VLForConditionalGeneration(config)
     else:
         sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
         vision = tower | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14}

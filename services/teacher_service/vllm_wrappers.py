@@ -19,15 +19,18 @@ from teacher_proto.model_files import ModelFolder
 # By the `model_type` of the language model's part of config.json.
 TEXT_ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
-# The names of these weights: as a checkpoint of today has them, and as one of transformers before 4.52.
+# The names of these weights: as a checkpoint of today has them, as one of transformers before 4.52, and as the first
+# wrappers of Qwen's, which are plain names.
 _PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
-    ("lm_head.", "lm_head."),
+    *((name, name) for name in ("lm_head.", "model.embed_tokens.", "model.layers.", "model.norm.")),
 )
 _WRAPPED = "stillhouse_wrapped"
 
@@ -80,6 +83,10 @@ class TextConfig:
             rope.pop(name, None)
         if rope:
             text.rope_parameters = rope
+        if beta := rope.get("llama_4_scaling_beta"):
+            # Ministral 3's factor of queries at far positions, by the name that vLLM looks for.
+            far = rope["original_max_position_embeddings"]
+            text.llama_4_scaling = {"beta": beta, "original_max_position_embeddings": far}
         given = dict(self.overrides)
         text.update({**given, **given.pop("text_config", {})})
         text.update({"architectures": [self.architecture], _WRAPPED: True})

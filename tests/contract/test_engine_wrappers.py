@@ -19,7 +19,9 @@ from teacher_service.vllm_engine import VllmEngine
 from tests.contract.engine_cases import assert_next, assert_temperatures, assert_top_k, job, sequences_of
 from tests.models import save_tiny_wrapper
 
-FAMILIES = ("gemma3", "mistral3", "qwen3_vl")
+# Each starts vLLM once; the two that are much like another are left to the slow tests.
+FAMILIES = ("gemma3", "ministral3", "qwen3_vl",
+            *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral3", "qwen2_5_vl")))  # fmt: skip
 SPEC = TargetSpec(kinds=("top_k", "score", "hidden"), top_k=64, temperatures=(1.0, 2.0, 5.0), hidden_dtype="float16")
 
 

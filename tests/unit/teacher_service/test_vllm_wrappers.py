@@ -30,6 +30,8 @@ def folder(**config: Any) -> ModelFolder:
     [
         ({"text_config": {"model_type": "gemma3_text"}} | VISION, "Gemma3ForCausalLM"),
         ({"text_config": {"model_type": "mistral"}} | VISION, "MistralForCausalLM"),
+        ({"text_config": {"model_type": "ministral3"}} | VISION, "Ministral3ForCausalLM"),
+        ({"text_config": {"model_type": "qwen2_5_vl_text"}} | VISION, "Qwen2ForCausalLM"),
         ({"text_config": {"model_type": "qwen3_vl_text"}} | VISION, "Qwen3ForCausalLM"),
         ({"text_config": {"model_type": "gemma3_text"}, "quantization_config": {"quant_method": "awq"}} | VISION, None),
         ({"text_config": {"model_type": "something_text"}} | VISION, None),
@@ -50,7 +52,7 @@ def test_torchvision_is_named_where_a_wrapper_s_class_needs_it() -> None:
     assert missing(folder(model_type="llama"), lacking) is None
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral3", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "ministral3", "qwen2_5_vl", "qwen3_vl"])
 def test_config_and_weights_become_the_language_model_s(tmp_path: Path, family: str) -> None:
     path = save_tiny_wrapper(tmp_path / family, family)
     whole = AutoConfig.from_pretrained(path)
