@@ -245,7 +245,9 @@ def test_bf16_hidden_states_and_head_get_a_gradient_in_bf16(monkeypatch: pytest.
     for name, values_N in loss.per_term.items():
         torch.testing.assert_close(values_N.double(), want[0].per_term[name], rtol=2e-5, atol=2e-5)
     for got, exact in zip(torch.autograd.grad(loss.total, leaves), want[1], strict=True):
-        torch.testing.assert_close(got.double(), exact, rtol=0, atol=2**-7 * float(exact.abs().max()))
+        # Each number is rounded by 2^-9 of itself, three times at most; one whose parts cancel is off by theirs.
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=2**-5 * float(exact.abs().max()))
+        assert float((got.double() - exact).norm() / exact.norm()) < 2**-7
 
 
 def test_kernels_know_the_kinds_and_constants_of_the_reference() -> None:
