@@ -18,7 +18,7 @@ from serving.routes import Student, keyed_router, make_app
 from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import openapi
-from teacher_service.compat import completions, sglang_generate
+from teacher_service.compat import completions, sglang_generate, token_generate
 from teacher_service.compat.asking import retried_by_clients
 from teacher_service.head_reply import send_head
 from teacher_service.requests import read_targets
@@ -95,6 +95,27 @@ async def post_generate(request: Request, student: Student, service: Service) ->
             text, pieces = await service.text()
             async with service.admission.admit(scoring.permit):
                 await sglang_generate.answer(generate, scoring, service, text, pieces, outlet)
+
+    return RacedResponse(work)
+
+
+@router.post(
+    "/inference/v1/generate", response_class=Response,
+    responses={**errors(*POSTING, 404), 200: openapi.TOKENS_ANSWER},
+)  # fmt: skip
+async def post_tokens(request: Request, student: Student, service: Service) -> Response:
+    """Score token ids in vLLM's JSON shape: `prompt_logprobs`, or the logprobs of given ids as an array."""
+    with retried_by_clients():
+        service.require_started()
+        fields = await read_json(request, service.engine.limits)
+    asked = token_generate.parse_tokens(fields, service)
+
+    async def work(outlet: Outlet) -> None:
+        with retried_by_clients():
+            scoring = token_generate.work_of(asked, service, student, request.state.request_id)
+            _, pieces = await service.text()
+            async with service.admission.admit(scoring.permit):
+                await token_generate.answer(asked, scoring, service, pieces, outlet)
 
     return RacedResponse(work)
 

@@ -14,7 +14,7 @@ from serving.openapi import TENSOR, describe_app, list_of, whole
 from teacher_proto import wire
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.targets import TENSORS
-from teacher_service.compat import completion_fields, sglang_fields
+from teacher_service.compat import completion_fields, sglang_fields, token_fields
 from teacher_service.compat.asking import Fields
 
 _DESCRIPTION = """One teacher, many students: POST token ids, get for every position what a student needs to imitate
@@ -99,6 +99,22 @@ SGLANG_ANSWER: dict[str, Any] = {
     "description": "SGLang's answer: `meta_info` with `input_token_logprobs`, in a list where several sequences came",
     "content": {wire.JSON: {"schema": {"anyOf": [_GENERATED, {"type": "array", "items": _GENERATED}]}}},
 }
+TOKENS_ANSWER: dict[str, Any] = {
+    "description": "vLLM's answer: `prompt_logprobs`, and `prompt_token_id_logprobs` as an `.npy` in base64",
+    "content": {
+        wire.JSON: {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "request_id": {"type": "string"}, "choices": {"type": "array"},
+                    "prompt_logprobs": {"type": ["array", "null"]},
+                    "prompt_token_id_logprobs": {"type": ["string", "null"]},
+                },
+                "required": ["request_id", "choices", "prompt_logprobs", "prompt_token_id_logprobs"],
+            }
+        }
+    },
+}  # fmt: skip
 _HEAD_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -113,7 +129,7 @@ def describe(app: FastAPI, limits: Limits, kinds: tuple[Kind, ...]) -> dict[str,
     """The OpenAPI document of a teacher with these limits, made once."""
     bodies = {
         "/v1/targets": _targets_body(limits, kinds), "/v1/completions": _completions_body(),
-        "/generate": _sglang_body(),
+        "/generate": _sglang_body(), "/inference/v1/generate": _tokens_body(),
     }  # fmt: skip
     return describe_app(app, _DESCRIPTION, bodies)
 
@@ -144,6 +160,16 @@ def _sglang_body() -> dict[str, Any]:
         theirs.SamplingParams, theirs.SAMPLING_WITHOUT_EFFECT, theirs.SAMPLING_NEUTRAL
     )
     return {wire.JSON: {"schema": schema, "example": example}}
+
+
+def _tokens_body() -> dict[str, Any]:
+    params = {"max_tokens": 0, "prompt_logprob_token_ids": [[2, 5], [3, 9]]}
+    theirs = token_fields
+    schema = _theirs(theirs.TokenRequest, theirs.WITHOUT_EFFECT, theirs.NEUTRAL)
+    schema["properties"]["sampling_params"] = _theirs(
+        theirs.SamplingParams, theirs.SAMPLING_WITHOUT_EFFECT, theirs.SAMPLING_NEUTRAL
+    )
+    return {wire.JSON: {"schema": schema, "example": {"token_ids": [1, 2, 3], "sampling_params": params}}}
 
 
 def _theirs(kind: type[BaseModel], without_effect: Fields, neutral: Fields) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def api(teacher: TeacherProcess) -> schemathesis.BaseSchema:
 
 
 ROUTES = [
-    ("/v1/targets", "POST"), ("/v1/completions", "POST"), ("/generate", "POST"), ("/v1/teacher", "GET"),
+    ("/v1/targets", "POST"), ("/v1/completions", "POST"), ("/generate", "POST"), ("/inference/v1/generate", "POST"),
+    ("/v1/teacher", "GET"),
     ("/v1/head", "GET"), ("/v1/models", "GET"), ("/v1/status", "GET"), ("/metrics", "GET"), ("/health/live", "GET"),
     ("/health/ready", "GET"), ("/health", "GET"),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """From another server's request to ours: the checks, the costs and the errors that every face has alike.
 
-Used by `completion_fields.py`, `completions.py`, `sglang_fields.py`, `sglang_generate.py` and `app.py`.
+Used by all modules of this package that read a request or make its work, and by `app.py`.
 """
 
 from __future__ import annotations

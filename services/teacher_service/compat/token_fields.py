@@ -1,0 +1,119 @@
+"""What becomes of each field of vLLM's `/inference/v1/generate` request: read, without effect, or refused.
+
+Used by `token_generate.py`; the tables are in docs/api.md too, and a test holds the two together. The fields are those
+of vLLM 0.32 (`vllm.entrypoints.scale_out.token_in_token_out.protocol.GenerateRequest`, `vllm.SamplingParams`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+
+from teacher_proto.request_checks import refuse, within
+from teacher_proto.requests import Limits
+from teacher_service.compat.asking import Ids, check_extras, check_written, read_model
+
+# Fields that change neither a score nor the most likely token, and why; their values are not looked at.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "whom a request belongs to; the key says that here": ("request_id", "priority"),
+    "how vLLM keeps its cache, or what its renderer found": (
+        "cache_salt", "token_offsets", "stream_options", "reasoning_ended", "reasoning_parser_kwargs",
+    ),
+}  # fmt: skip
+SAMPLING_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "how a token would be drawn; the one that is written is the most likely": ("seed", "top_p", "top_k", "min_p"),
+    "when writing ends; one token is written at most": (
+        "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
+    ),
+    "how written text is shown; ids are answered": (
+        "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "output_kind",
+    ),
+    "how vLLM keeps its records": (
+        "flat_logprobs", "skip_clone", "skip_reading_prefix_cache", "output_text_buffer_length",
+        "routed_experts_prompt_start",
+    ),
+}  # fmt: skip
+# Fields that would change an answer in a way that is not served, each with the values that change nothing. None always
+# changes nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "features": (), "content_parts": ([],), "output_mode": ("tokens",), "stream": (False,), "kv_transfer_params": (),
+    "ec_transfer_params": (),
+}  # fmt: skip
+SAMPLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_tokens": (0, 1),
+    "watermarking": (False,), "logprob_token_ids": ([],), "structured_outputs": (), "logit_bias": ({},),
+    "allowed_token_ids": (), "extra_args": ({},), "bad_words": ([],), "thinking_token_budget": (-1,),
+    "repetition_detection": (), "trace_decode_token_ids": ([],),
+}  # fmt: skip
+
+# vLLM pads rows of ids with -1.
+_PADDED = list[Annotated[StrictInt, Field(ge=-1, lt=2**31)]]
+
+
+class SamplingParams(BaseModel):
+    """What is read of vLLM's sampling parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    max_tokens: StrictInt | None = Field(
+        None, description="0, or 1 for the most likely next token; 0 where it is left out and the prompt is scored"
+    )
+    temperature: StrictFloat | StrictInt | None = Field(
+        None, ge=0, description="of the prompt's logprobs; 0 and 1 are the teacher's own"
+    )
+    logprobs: StrictInt | None = None
+    prompt_logprobs: StrictInt | None = None
+    prompt_logprob_token_ids: list[_PADDED] | None = Field(
+        None, description="ids to score, a row for each token after `prompt_logprob_start`; -1 pads a row"
+    )
+    prompt_logprob_start: Annotated[StrictInt, Field(ge=0)] | None = None
+
+    @property
+    def scores(self) -> bool:
+        """Whether the prompt is scored."""
+        return self.prompt_logprobs is not None or self.prompt_logprob_token_ids is not None
+
+    @property
+    def scoring_temperature(self) -> float | None:
+        """The temperature that the prompt's logprobs are at; None for the teacher's own, as 0 and 1 are."""
+        return None if self.temperature in (None, 0, 1) or not self.scores else self.temperature
+
+
+class TokenRequest(BaseModel):
+    """What is read of vLLM's request. `token_ids` are those of one prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str | None = None
+    token_ids: Ids
+    sampling_params: SamplingParams
+    return_token_ids: StrictBool | None = None
+
+
+def read_tokens(body: dict[str, Any], limits: Limits) -> TokenRequest:
+    """A request in which every field is heeded or changes nothing. OutOfRangeError names the one that is neither."""
+    request = read_model(TokenRequest, body)
+    params, inside = request.sampling_params, "sampling_params."
+    check_extras(request.model_extra, WITHOUT_EFFECT, NEUTRAL, "vLLM's request")
+    check_extras(
+        params.model_extra, SAMPLING_WITHOUT_EFFECT, SAMPLING_NEUTRAL, "vLLM's sampling parameters", inside
+    )  # fmt: skip
+    given = params.max_tokens
+    check_written(f"{inside}max_tokens", given, 0 if given is None and params.scores else given, 16)
+    for field in ("logprobs", "prompt_logprobs"):
+        most = min(limits.max_top_k, limits.vocab_size)
+        within(f"{inside}{field}", getattr(params, field) or 0, 0, most, "logprobs")
+    rows, start, field = params.prompt_logprob_token_ids, params.prompt_logprob_start, f"{inside}prompt_logprob_start"
+    if rows is None:
+        if start is not None:
+            refuse(field, start, None, "none, unless prompt_logprob_token_ids come")
+        return request
+    count = max(len(request.token_ids) - 1 - (start or 0), 0)
+    field = f"{inside}prompt_logprob_token_ids"
+    if not rows or len(rows) != count:
+        refuse(field, len(rows), count, f"{count} rows, one for each token after prompt_logprob_start, at least one")
+    within(field, max(map(len, rows)), 1, limits.max_gather, "ids a row")
+    if (high := max(max(row, default=-1) for row in rows)) >= limits.vocab_size:
+        refuse(field, high, limits.vocab_size - 1, f"token ids from 0 to {limits.vocab_size - 1}, or -1")
+    return request
