@@ -305,15 +305,21 @@ def test_what_a_rank_does_beside_the_others_is_what_one_rank_does(
         assert_close(go_on(world, begun, tmp_path / f"on-{world}", workshop, teacher, given), one)
 
 
-@pytest.mark.parametrize("name", block_diffusion.TOYS)
+GATHER = ("distillation.terms.top_k_kl.support=gather", "distillation.terms.top_k_kl.kind=reverse_kl")
+VIEWS = {name: (f"student.architecture={name}", *GATHER) for name in block_diffusion.TOYS} | {
+    # A mask token more than two ranks can share alike.
+    "diffusion": ("student=diffusion", "student.diffusion.block_size=4", "distillation=tcs"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
 def test_a_student_with_views_of_its_own_is_one_student_on_two_ranks(
     workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, name: str
 ) -> None:
     """Two passes for each part of a batch, whose gradients ranks add up in another order: what rounding makes of that
     grows with the steps.
     """
-    given = (f"student.architecture={name}", "evaluation.samples=0", "distillation.terms.top_k_kl.support=gather",
-             "distillation.terms.top_k_kl.kind=reverse_kl")  # fmt: skip
+    given = (*VIEWS[name], "evaluation.samples=0")
     one, two = (
         run_on(world, tmp_path / str(world), arguments(workshop, tmp_path / str(world), teacher, *given),
                block_diffusion.plug_in)

@@ -52,7 +52,7 @@ def divergence(term: TokenTerm, p_NB: Tensor, q_NB: Tensor) -> Tensor:
     def kl(a_NB: Tensor, b_NB: Tensor) -> Tensor:
         return torch.where(a_NB > 0, a_NB * (a_NB.clamp_min(1e-300).log() - b_NB.clamp_min(1e-300).log()), 0.0).sum(-1)
 
-    if term.kind in ("top_k_kl", "forward_kl"):
+    if term.kind in ("top_k_kl", "tcs", "forward_kl"):
         return kl(p_NB, q_NB)
     if term.kind == "reverse_kl":
         return kl(q_NB, p_NB)

@@ -99,6 +99,8 @@ def all_kinds(support: str, temperature: float, squared: bool = True) -> list[To
     terms = [token_term("ce", "cross_entropy", 0.7)]
     if support == "sampled":
         return [*terms, token_term("s", "sampled", 1.3, temperature=temperature)]
+    if support == "top_k":
+        terms.append(token_term("tcs", "tcs", 0.4, temperature=temperature))
     tails = ("bucket",) if support == "full" else ("bucket", "renormalise")
     return terms + [
         dense.term_of(
@@ -253,7 +255,7 @@ def test_bf16_hidden_states_and_head_get_a_gradient_in_bf16(monkeypatch: pytest.
 def test_kernels_know_the_kinds_and_constants_of_the_reference() -> None:
     from student_trainer.losses.fused import normalise
 
-    assert set(divergences.KINDS) == {*KINDS, "top_k_kl", "sampled"} <= set(DIVERGENCES)
+    assert set(divergences.KINDS) == {*KINDS, "top_k_kl", "tcs", "sampled"} <= set(DIVERGENCES)
     assert set(divergences.LABEL_KINDS) == {"cross_entropy"} <= set(LABEL_LOSSES)
     assert normalise.HOLE.value == HOLE and normalise.LOG_FLOOR.value == LOG_FLOOR
 

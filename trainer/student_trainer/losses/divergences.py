@@ -91,6 +91,7 @@ def sampled_cross_entropy(log_p_NB: Tensor, log_q_NB: Tensor, settings: TermSett
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
     "top_k_kl": forward_kl,
     "forward_kl": forward_kl,
+    "tcs": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "skewed_kl": skewed_kl,

@@ -98,6 +98,15 @@ class TopKKLSettings(DivergenceSettings):
     support: Literal["top_k"] = "top_k"
 
 
+class TCSSettings(DivergenceSettings):
+    """Target concrete scores at masked tokens (TCSM, arXiv 2504.16431), by the teacher's causal rows: forward_kl on the
+    served top K, for students that fill in masked tokens. `tail` "renormalise" is the published form.
+    """
+
+    kind: Literal["tcs"] = "tcs"
+    support: Literal["top_k"] = "top_k"
+
+
 class ReverseKLSettings(DivergenceSettings):
     kind: Literal["reverse_kl"] = "reverse_kl"
 
@@ -135,6 +144,7 @@ TermOfKind = (
     CrossEntropySettings
     | ForwardKLSettings
     | TopKKLSettings
+    | TCSSettings
     | ReverseKLSettings
     | JSDSettings
     | SkewedKLSettings

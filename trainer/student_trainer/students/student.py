@@ -172,6 +172,11 @@ class Student:
     def check_terms(self, terms: Iterable[Term]) -> None:
         """ValueError for a term that needs what this student has not."""
         for term in terms:
+            if term.kind == "tcs" and self.autoregressive:
+                raise ValueError(
+                    f"the loss {term.name} (tcs) is on masked tokens, and this student masks none: it reads from left "
+                    "to right. Use top_k_kl, or student=diffusion"
+                )
             if isinstance(term, StatesTerm):
                 term.check_student(self.config)
                 check_capture(self.model, self.capture((term,)))

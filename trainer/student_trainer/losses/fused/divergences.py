@@ -12,8 +12,8 @@ import triton.language as tl
 # The kinds known here, by the number that kernels have for each, since Triton before 3.9 takes no words in a tuple; a
 # call with any other goes by torch's operations.
 KINDS = {
-    "top_k_kl": 0, "forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "skewed_reverse_kl": 4, "tvd": 5,
-    "sampled": 6,
+    "top_k_kl": 0, "forward_kl": 0, "tcs": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "skewed_reverse_kl": 4,
+    "tvd": 5, "sampled": 6,
 }  # fmt: skip
 FORWARD_KL, REVERSE_KL, JSD, SKEWED_KL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 SKEWED_REVERSE_KL, TVD, SAMPLED = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
