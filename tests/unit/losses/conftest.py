@@ -23,8 +23,8 @@ def fresh_seed() -> int:
 
 @pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels between the products, in several blocks of any vocabulary; on a CPU, Triton's interpreter runs them."""
+    """Kernels between the products, in blocks that are soon interpreted; on a CPU, Triton's interpreter runs them."""
     from student_trainer.losses.fused import launch
 
     monkeypatch.setattr(chunks, "kernels_serve", lambda device: True)
-    monkeypatch.setattr(launch, "BLOCK", 64)
+    monkeypatch.setattr(launch, "BLOCK", 256)

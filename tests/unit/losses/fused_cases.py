@@ -15,7 +15,7 @@ from torch import Tensor
 
 from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, TokenTerm, chunks, head_loss, token_term
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
-from student_trainer.losses.fused import divergences
+from student_trainer.losses.fused import divergences, launch
 from student_trainer.losses.supports import LOG_FLOOR
 from student_trainer.losses.sweeps import HOLE
 from tests.unit.losses import dense
@@ -23,6 +23,12 @@ from tests.unit.losses import dense
 ROWS, VOCAB, WIDTH, K, CHUNK = 9, 75, 6, 5, 4
 TEMPERATURES = (1.0, 2.0, 5.0)
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd")
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row of the vocabulary."""
+    monkeypatch.setattr(launch, "BLOCK", 64)
 
 
 def inputs(dtype: torch.dtype = torch.float64, spread: float = 2.0) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def interpreted(*files: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.timeout(900)  # a quarter of a minute, where nothing else runs
 def test_kernels_agree_with_the_reference() -> None:
     interpreted("fused_cases.py")
 
@@ -39,7 +40,7 @@ def test_kernels_agree_with_the_reference() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whatever_holds_of_the_reference_holds_of_the_kernels() -> None:
-    interpreted("test_head_loss.py", "test_divergences.py", "test_sampled.py", "test_rows_and_vocabularies.py")
+    interpreted("test_head_loss.py", "test_divergences.py", "test_rows_and_vocabularies.py")
 
 
 class HopperThatIsNotThere:
