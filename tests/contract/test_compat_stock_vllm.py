@@ -1,4 +1,4 @@
-"""Our `/v1/completions` against that of `vllm serve` itself, over the same model: every field that a trainer reads."""
+"""Our routes for vLLM's clients against those of `vllm serve` itself, over the same model, in what trainers read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def servers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """URLs of stock vLLM and of ours, and the model's name."""
     model, port = str(tiny_llama), free_port()
     arguments = ["serve", model, "--port", str(port), "--max-logprobs", "256", "--dtype", "float32", "--enforce-eager",
-                 "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**26)]  # fmt: skip
+                 "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**26), "--enable-scale-out"]  # fmt: skip
     environment = stock_environment(tmp_path_factory.mktemp("stub"))
     with (
         child(["vllm.entrypoints.cli.main", *arguments], environment) as process,
@@ -92,6 +92,37 @@ def test_echoed_logprobs_are_those_of_vllm(servers: tuple[str, str, str]) -> Non
             assert close(ours_, theirs_)
         for ours_, theirs_ in zip(got["top_logprobs"][1:], expected["top_logprobs"][1:], strict=True):
             assert ours_.keys() == theirs_.keys() and all(close(ours_[token], theirs_[token]) for token in ours_)
+
+
+def test_the_answer_to_token_ids_is_vllms(servers: tuple[str, str, str]) -> None:
+    """Without the logprobs of given ids, which vLLM's runner for CPUs does not have."""
+    stock, ours, model = servers
+    for prompt in PROMPTS:
+        params = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 1, "prompt_logprobs": 3, "logprobs": 2}
+        payload = {"model": model, "token_ids": prompt, "sampling_params": params, "return_token_ids": True}
+        answers = [httpx.post(f"{url}/inference/v1/generate", json=payload, timeout=120) for url in (stock, ours)]
+        theirs, mine = (answer.raise_for_status().json() for answer in answers)
+        assert set(mine) <= set(theirs), "no field is ours alone"
+        assert mine["usage"].items() <= theirs["usage"].items()
+        for name in ("output_mode", "prompt_token_ids", "prompt_token_id_logprobs"):
+            assert mine[name] == theirs[name], name
+        [choice], [expected] = mine["choices"], theirs["choices"]
+        assert {name: choice[name] for name in choice if name != "logprobs"} == {
+            name: expected[name] for name in choice if name != "logprobs"
+        }
+        [written], [truth] = choice["logprobs"]["content"], expected["logprobs"]["content"]
+        assert set(written) == set(truth) and written["token_id"] == truth["token_id"]
+        assert len(written["top_logprobs"]) == len(truth["top_logprobs"])
+        for got, told in zip([written, *written["top_logprobs"]], [truth, *truth["top_logprobs"]], strict=True):
+            assert got["rank"] == told["rank"] and close(got["logprob"], told["logprob"])
+        assert len(mine["prompt_logprobs"]) == len(theirs["prompt_logprobs"]) == len(prompt)
+        for token, entry, other in zip(
+            prompt[1:], mine["prompt_logprobs"][1:], theirs["prompt_logprobs"][1:], strict=True
+        ):
+            assert next(iter(entry)) == next(iter(other)) == str(token) and len(entry) == len(other)
+            assert abs(entry[str(token)]["logprob"] - other[str(token)]["logprob"]) <= WITHIN, "in fp32"
+            for values in zip(*(sorted(v["logprob"] for v in e.values()) for e in (entry, other)), strict=True):
+                assert close(*values)
 
 
 def test_the_list_of_models_is_read_alike(servers: tuple[str, str, str]) -> None:
