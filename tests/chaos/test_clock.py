@@ -14,6 +14,7 @@ WALL_CLOCK = re.compile(r"time\.time\(|datetime\.(?:now|utcnow|today)\(|time\.(?
 # Where the time of day is what is wanted: it is written down, and nothing is decided by it.
 STAMPS = {
     "services/teacher_service/compat/completions.py": "`created` of an answer",
+    "services/teacher_service/compat/token_generate.py": "`created` of an answer",
     "trainer/student_trainer/reporting/logs.py": "`time` of a line",
     "trainer/student_trainer/reporting/prometheus.py": "when the last step was",
     "trainer/student_trainer/checkpoint/run_folder.py": "a run's name",
