@@ -50,7 +50,7 @@ def main() -> None:
     whole.eval()
     batches = _batches(texts, options.sequences, options.length)
     tokens = options.sequences * options.length
-    seconds: dict[str, list[float]] = {"whole eager forward, output_attentions": []} | {kind: [] for kind in KINDS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in ("whole eager forward, output_attentions", *KINDS)}
     sizes: dict[str, float] = {}
     with _service() as url, SyncAttentionClient(url) as client:
         layer = client.teacher(60).shape.max_layer

@@ -17,12 +17,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.quality import mean, spread
 from benchmarks.report import report
 from demo.prepare import STUDENT, TEACHER, prepare
-from demo.processes import serve
+from demo.processes import Processes
+from demo.screen import Screen
 
 ROOT = Path("runs/bitdistill-ablation")
 STAGE2 = "stage2"
@@ -49,14 +48,14 @@ def main() -> int:
     options = parser.parse_args()
     prepare()
     ROOT.mkdir(parents=True, exist_ok=True)
-    console = Console()
     with ExitStack() as stack:
+        processes = stack.enter_context(Processes(Screen()))
         teacher = [str(TEACHER), "--engine", "hf", "--dtype", "float32", "--store", str(ROOT / "store")]
-        url = stack.enter_context(serve(console, "stillhouse-teacher", teacher, ROOT / "teacher.log"))
+        url = stack.enter_context(processes.serve("stillhouse-teacher", teacher, ROOT / "teacher.log"))
         options_beside = [str(TEACHER), "--dtype", "float32"]
-        attention = stack.enter_context(serve(console, "stillhouse-attention", options_beside, ROOT / "attention.log"))
-        beside = [f"teacher.attention_url={attention}"]
-        settings = [*common(options), f"teacher.url={url}"]
+        attention = stack.enter_context(processes.serve("stillhouse-attention", options_beside, ROOT / "attention.log"))
+        beside = [f"teacher.attention_url={attention()}"]
+        settings = [*common(options), f"teacher.url={url()}"]
         learn(STAGE2, [
             *settings, "recipe=bitnet_pretraining", "teacher=remote", f"student.checkpoint_path={STUDENT}",
             f"run.steps={options.pretraining_steps}",

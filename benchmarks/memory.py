@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ async def ours(model: Path, tokens: list[int], args: argparse.Namespace) -> list
             await client.targets(TargetsRequest(sequences=[tokens[:2048]], top_k=1))
             for top_k in args.top_k:
                 request = TargetsRequest(sequences=[tokens], top_k=top_k, temperatures=(2.0, 5.0))
-                took = await growth(process.pid, lambda request=request: client.targets(request))
+                took = await growth(process.pid, partial(client.targets, request))
                 rows.append({"server": "stillhouse", "K": top_k, "GiB": took / 2**30})
     return rows
 
@@ -93,7 +94,7 @@ async def stock(model: Path, tokens: list[int], args: argparse.Namespace) -> lis
 
             await ask(tokens[:2048], 1)
             for top_k in args.top_k:
-                took = await growth(process.pid, lambda top_k=top_k: ask(tokens, top_k))
+                took = await growth(process.pid, partial(ask, tokens, top_k))
                 rows.append({"server": "stock vLLM", "K": top_k, "GiB": took / 2**30})
     return rows
 

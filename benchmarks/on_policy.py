@@ -67,7 +67,7 @@ def main() -> None:
     if not TEACHER.is_dir():
         made = save_model(FOLDER / "teacher-raw", layers=4, width=128)
         alone = ("teacher=none", "distillation=cross_entropy", "data.rows=16", "data.seq_len=129")
-        train("teacher-run", made, options.teacher_steps, *alone).model.save_pretrained(TEACHER)  # type: ignore[operator]
+        train("teacher-run", made, options.teacher_steps, *alone).model.save_pretrained(TEACHER)
         tokenizer().save_pretrained(TEACHER)
     measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     with TeacherProcess(str(TEACHER), "--engine", "hf", "--dtype", "float32", wait=False) as teacher:
@@ -76,7 +76,7 @@ def main() -> None:
         if not STUDENT.is_dir():
             made = save_model(FOLDER / "student-raw", layers=2, width=64)
             student = train("student-run", made, options.student_steps, url, *DATA)
-            student.model.save_pretrained(STUDENT)  # type: ignore[operator]
+            student.model.save_pretrained(STUDENT)
             tokenizer().save_pretrained(STUDENT)
         for seed in range(options.seeds):
             for arm, settings in ARMS.items():

@@ -71,7 +71,7 @@ def measure(run: Run, start_s: float) -> StudentSpeed:
     while seconds < MEASURE_S:
         ready = run.prefetch.next(run.while_waiting)
         began = time.monotonic()
-        tokens += loop.step(run, ready).tokens
+        tokens += loop.step(run, ready).losses.tokens
         seconds += time.monotonic() - began
     began = time.monotonic()
     evaluated = sum(document.tokens for document in run.evaluator.evaluate(run.student).documents)
