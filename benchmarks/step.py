@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def settings_of(options: argparse.Namespace, steps: int, url: str) -> list[str]:
     return [
         "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={options.seq_len}", f"data.rows={options.rows}",
         f"run.root={ROOT}", f"run.steps={steps}", "run.resume=never", f"student.checkpoint_path={STUDENT}",
+        "student.compute=float32",
         f"teacher.url={url}", "teacher.top_k=64", "optim.learning_rate=1e-4", "optim.schedule.kind=constant",
         "evaluation.every=0", "checkpoint.every=0", "logging.wandb=off", "logging.progress=off",
     ]  # fmt: skip
@@ -104,6 +106,7 @@ def rows_of(settings: list[str], steps: int) -> np.ndarray:
 
 def our_steps(settings: list[str], name: str) -> list[float]:
     """A run as a process; seconds of its counted steps, as its metrics.jsonl says."""
+    shutil.rmtree(ROOT / name, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "stillhouse-train"), *settings, f"run.id={name}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (ROOT / name / "metrics.jsonl").read_text().splitlines()
