@@ -19,7 +19,7 @@ from serving.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import openapi
 from teacher_service.compat import completions, sglang_generate, token_generate
-from teacher_service.compat.asking import retried_by_clients
+from teacher_service.compat.requests import retried_by_clients
 from teacher_service.head_reply import send_head
 from teacher_service.requests import read_targets
 from teacher_service.service import TeacherService

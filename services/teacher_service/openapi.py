@@ -15,7 +15,7 @@ from teacher_proto import wire
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.targets import TENSORS
 from teacher_service.compat import completion_fields, sglang_fields, token_fields
-from teacher_service.compat.asking import Fields
+from teacher_service.compat.requests import Fields
 
 _DESCRIPTION = """One teacher, many students: POST token ids, get for every position what a student needs to imitate
 the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request

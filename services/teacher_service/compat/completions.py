@@ -6,22 +6,18 @@ the most likely token. What becomes of every other field is in `completion_field
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from serving.replies import Work, outcomes
+from serving.replies import Work
 from serving.streams import Outlet
-from teacher_proto.errors import StillhouseError
 from teacher_proto.request_checks import within
 from teacher_proto.requests import Query, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_service.compat.asking import check_model, checked_work
 from teacher_service.compat.completion_fields import CompletionRequest, read_completion
 from teacher_service.compat.completion_json import (
     at_temperature,
@@ -29,6 +25,8 @@ from teacher_service.compat.completion_json import (
     openai_logprobs,
     prompt_logprobs,
 )
+from teacher_service.compat.requests import check_model, checked_work
+from teacher_service.compat.writing import encoded, write_items
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
@@ -70,17 +68,12 @@ async def answer(
     pieces: JsonPieces,
     outlet: Outlet,
 ) -> None:
-    """Write the completion. The first sequence that fails fails the request, as vLLM has it."""
-    choices: dict[int, list[bytes]] = {}
-    results = outcomes(work, service)
-    async with aclosing(results):
-        async for index, outcome in results:
-            if isinstance(outcome, StillhouseError):
-                raise outcome
-            started = time.perf_counter()
-            tokens_T = work.jobs[index].query.tokens_T
-            choices[index] = await asyncio.to_thread(_choice, index, tokens_T, outcome, request, text, pieces)
-            service.metrics.encode_seconds.labels(work.student).inc(time.perf_counter() - started)
+    """Write the completion."""
+
+    def choice(index: int, query: Query, targets: TokenTargets) -> list[bytes]:
+        return _choice(index, query.tokens_T, targets, request, text, pieces)
+
+    choices = await encoded(work, service, choice)
     prompt_tokens = sum(job.query.num_tokens for job in work.jobs)
     written = len(choices) * (request.max_tokens or 0)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written}
@@ -91,12 +84,7 @@ async def answer(
     }  # fmt: skip
     await outlet.start("application/json")
     await outlet.write(json.dumps(head).encode()[:-1] + b', "choices": [')
-    for index in range(len(choices)):
-        pieces_of_it = choices.pop(index)
-        pieces_of_it[0] = (b"," if index else b"") + pieces_of_it[0]
-        for piece in pieces_of_it:
-            await outlet.write(piece)
-        del pieces_of_it
+    await write_items(choices, outlet)
     await outlet.write(b"]}", last=True)
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from teacher_proto.errors import OutOfRangeError
 from teacher_proto.request_checks import within
-from teacher_service.compat.asking import Ids, check_extras, check_written, read_model
+from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
 
 # Fields that change neither a score nor the most likely token, and why; their values are not looked at.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {

@@ -7,24 +7,22 @@ first has no logprob, as SGLang has it.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import time
-from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 
-from serving.replies import JSON_WEIGHT, Work, outcomes
+from serving.replies import JSON_WEIGHT, Work
 from serving.streams import Outlet
-from teacher_proto.errors import StillhouseError
 from teacher_proto.request_checks import within
 from teacher_proto.requests import Kind, Query, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_service.compat.asking import check_cost, checked_work
 from teacher_service.compat.completion_json import LOWEST, PIECE_ENTRIES, at_temperature
+from teacher_service.compat.requests import check_cost, checked_work
 from teacher_service.compat.sglang_fields import GenerateRequest, read_generate
+from teacher_service.compat.writing import encoded, write_items
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
 
@@ -67,26 +65,17 @@ def work_of(request: GenerateRequest, service: TeacherService, student: str, req
 async def answer(
     request: GenerateRequest, work: Work[Query], service: TeacherService, text: Text, pieces: JsonPieces, outlet: Outlet
 ) -> None:
-    """Write the answer: an object, or for several sequences a list. The first sequence that fails fails the request."""
-    started_at, found = time.perf_counter(), dict[int, list[bytes]]()
+    """Write the answer: an object, or for several sequences a list."""
+    started = time.perf_counter()
     writer = _Writer(request, service.engine.identity.fingerprint, work.request_id, text, pieces)
-    results = outcomes(work, service)
-    async with aclosing(results):
-        async for index, outcome in results:
-            if isinstance(outcome, StillhouseError):
-                raise outcome
-            started = time.perf_counter()
-            query = work.jobs[index].query
-            found[index] = await asyncio.to_thread(writer.item, index, query, outcome, started - started_at)
-            service.metrics.encode_seconds.labels(work.student).inc(time.perf_counter() - started)
+
+    def item(index: int, query: Query, targets: TokenTargets) -> list[bytes]:
+        return writer.item(index, query, targets, time.perf_counter() - started)
+
+    found = await encoded(work, service, item)
     await outlet.start("application/json")
     await outlet.write(b"[" if request.batched else b"")
-    for index in range(len(found)):
-        item = found.pop(index)
-        item[0] = (b"," if index else b"") + item[0]
-        for piece in item:
-            await outlet.write(piece)
-        del item
+    await write_items(found, outlet)
     await outlet.write(b"]" if request.batched else b"", last=True)
 
 

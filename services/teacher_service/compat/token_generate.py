@@ -7,24 +7,22 @@ through kind `gather`, and out as the bytes of an `.npy` in base64.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
 import time
-from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 
-from serving.replies import JSON_WEIGHT, Work, outcomes
+from serving.replies import JSON_WEIGHT, Work
 from serving.streams import Outlet
-from teacher_proto.errors import StillhouseError
 from teacher_proto.requests import Kind, Query, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_service.compat.asking import check_cost, check_model, checked_work
 from teacher_service.compat.completion_json import LOWEST, at_temperature, prompt_logprobs
+from teacher_service.compat.requests import check_cost, check_model, checked_work
 from teacher_service.compat.token_fields import SamplingParams, TokenRequest, read_tokens
+from teacher_service.compat.writing import encoded
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces
 
@@ -79,14 +77,11 @@ async def answer(
     request: TokenRequest, work: Work[Query], service: TeacherService, pieces: JsonPieces, outlet: Outlet
 ) -> None:
     """Write the answer about the one prompt."""
-    results = outcomes(work, service)
-    async with aclosing(results):
-        async for _, outcome in results:
-            if isinstance(outcome, StillhouseError):
-                raise outcome
-            started = time.perf_counter()
-            body = await asyncio.to_thread(_body, request, work, outcome, service, pieces)
-            service.metrics.encode_seconds.labels(work.student).inc(time.perf_counter() - started)
+
+    def body_of(index: int, query: Query, targets: TokenTargets) -> list[bytes]:
+        return _body(request, work, targets, service, pieces)
+
+    body = (await encoded(work, service, body_of))[0]
     await outlet.start("application/json")
     for piece in body[:-1]:
         await outlet.write(piece)
