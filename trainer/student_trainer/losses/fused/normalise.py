@@ -63,6 +63,23 @@ def pick(table, index, s):
 
 
 @triton.jit
+def add_block(
+    z_row, bias_ptr, start, stop, inverse, largest, sums, top_id, HEAD: tl.constexpr, WANT_TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(largest, sums, top_id) with the block of logits from `start` on added, as far as there are any before `stop`."""
+    columns = start + tl.arange(0, BLOCK)
+    raw = tl.load(z_row + columns, mask=columns < stop, other=0.0)
+    x = to_logits(raw, columns, columns < stop, bias_ptr, HEAD)
+    x = tl.where(columns < stop, x, float("-inf"))
+    if WANT_TOP:
+        block_top, block_id = tl.max(x, 0, return_indices=True)
+        top_id = tl.where(block_top > largest, start + block_id, top_id)
+    largest, sums = fold(x, largest, sums, inverse)
+    return largest, sums, top_id
+
+
+@triton.jit
 def sweep(
     z_row, bias_ptr, W, V, inverse, wide, HEAD: tl.constexpr, WANT_TOP: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -72,24 +89,14 @@ def sweep(
     largest = tl.full([], LOWEST, DTYPE)
     sums = tl.zeros([inverse.shape[0], BLOCK], DTYPE)
     for start in range(0, W, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        raw = tl.load(z_row + columns, mask=columns < W, other=0.0)
-        x = to_logits(raw, columns, columns < W, bias_ptr, HEAD)
-        x = tl.where(columns < W, x, float("-inf"))
-        if WANT_TOP:
-            block_top, block_id = tl.max(x, 0, return_indices=True)
-            top_id = tl.where(block_top > largest, start + block_id, top_id)
-        largest, sums = fold(x, largest, sums, inverse)
+        largest, sums, top_id = add_block(
+            z_row, bias_ptr, start, W, inverse, largest, sums, top_id, HEAD, WANT_TOP, BLOCK
+        )
     narrow = largest * inverse + tl.log(tl.sum(sums, 1))
     for start in range(W, V, BLOCK):  # ids that only the label's softmax knows
-        columns = start + tl.arange(0, BLOCK)
-        raw = tl.load(z_row + columns, mask=columns < V, other=0.0)
-        x = to_logits(raw, columns, columns < V, bias_ptr, HEAD)
-        x = tl.where(columns < V, x, float("-inf"))
-        if WANT_TOP:
-            block_top, block_id = tl.max(x, 0, return_indices=True)
-            top_id = tl.where(block_top > largest, start + block_id, top_id)
-        largest, sums = fold(x, largest, sums, inverse)
+        largest, sums, top_id = add_block(
+            z_row, bias_ptr, start, V, inverse, largest, sums, top_id, HEAD, WANT_TOP, BLOCK
+        )
     return tl.where(wide > 0.0, largest * inverse + tl.log(tl.sum(sums, 1)), narrow), largest, top_id
 
 
