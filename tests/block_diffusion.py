@@ -7,6 +7,7 @@ takes such a student as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +109,19 @@ TOYS = {"toy_in_place": in_place, "toy_shifted": shifted}
 def plug_in(rank: int = 0) -> None:
     """What a line of `load` would do, in a process of its own."""
     load.ARCHITECTURES.update(TOYS)
+
+
+def moved_by(student: Student, view: View) -> Iterator[torch.Tensor]:
+    """For each input of the view's first row, by the model's own forward pass: which rows [T] compute something else
+    when it is another id.
+    """
+
+    def hidden(ids_BT: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return student.body(ids_BT, view.position_ids_BT, view.attention)[0]
+
+    before_TD = hidden(view.input_ids_BT)
+    for key in range(view.input_ids_BT.shape[1]):
+        changed_BT = view.input_ids_BT.clone()
+        changed_BT[0, key] = (changed_BT[0, key] + 1) % 60
+        yield (hidden(changed_BT) - before_TD).abs().amax(-1) > 1e-6

@@ -11,10 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_service.scripted_model import scripted_logits
+from tests.contract.faces import VOCAB, truth_of
 from tests.teacher_process import TeacherProcess
 
-VOCAB, TOP_K = 512, 8
+TOP_K = 8
 RNG = np.random.default_rng(1)
 SEQUENCES = [RNG.integers(0, VOCAB, length).tolist() for length in (12, 2, 30)]
 
@@ -23,11 +23,6 @@ SEQUENCES = [RNG.integers(0, VOCAB, length).tolist() for length in (12, 2, 30)]
 def teacher() -> Iterator[TeacherProcess]:
     with TeacherProcess() as process:
         yield process
-
-
-def truth_of(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
-    logits_TV = scripted_logits(np.array(tokens), VOCAB).astype(np.float64) / temperature
-    return logits_TV - np.logaddexp.reduce(logits_TV, axis=1)[:, None]
 
 
 def post(teacher: TeacherProcess, payload: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from teacher_service.compat import sglang_fields
-from teacher_service.scripted_model import scripted_logits
 from teacher_service.text import JsonPieces, Text
+from tests.contract.faces import VOCAB, came_of, documented, expected, truth_of
 from tests.teacher_process import TeacherProcess
 
-VOCAB, TOP_K = 512, 8
+TOP_K = 8
 RNG = np.random.default_rng(1)
 SEQUENCES = [RNG.integers(0, VOCAB, length).tolist() for length in (12, 2, 30)]
 IDS = SEQUENCES[0]
@@ -33,11 +32,6 @@ HALF = {"rtol": 2e-3, "atol": 2e-3}
 def teacher() -> Iterator[TeacherProcess]:
     with TeacherProcess() as process:
         yield process
-
-
-def truth_of(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
-    logits_TV = scripted_logits(np.array(tokens), VOCAB).astype(np.float64) / temperature
-    return logits_TV - np.logaddexp.reduce(logits_TV, axis=1)[:, None]
 
 
 def ask(teacher: TeacherProcess, payload: dict[str, Any]) -> httpx.Response:
@@ -55,11 +49,6 @@ def scored(**fields: Any) -> dict[str, Any]:
     return {
         "input_ids": IDS, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0,
     } | fields  # fmt: skip
-
-
-def came_of(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
-    """log p of tokens 1, 2, ... given those before."""
-    return truth_of(tokens, temperature)[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 @pytest.mark.parametrize(
@@ -228,15 +217,11 @@ def test_an_answer_that_could_never_be_admitted_is_refused(teacher: TeacherProce
 
 def test_the_documentation_says_of_every_field_what_becomes_of_it() -> None:
     """Each row of the table in docs/api.md against the tables of the code."""
-    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
-    section = page.partition("## POST /generate")[2].partition("\n## ")[0]
-    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
-    said = {name: becomes.strip() for names, becomes in rows for name in re.findall(r"`(\w+)`", names)}
+    said = documented("/generate")
     theirs = sglang_fields
     ignored = [*theirs.WITHOUT_EFFECT.values(), *theirs.SAMPLING_WITHOUT_EFFECT.values()]
-    expected = dict.fromkeys([*theirs.GenerateRequest.model_fields, *theirs.SamplingParams.model_fields], "read")
-    expected |= {name: "without effect" for names in ignored for name in names}
-    expected |= dict.fromkeys([*theirs.NEUTRAL, *theirs.SAMPLING_NEUTRAL], "refused with 422, unless")
-    assert said.keys() == expected.keys()
-    for name, start in expected.items():
+    read = [*theirs.GenerateRequest.model_fields, *theirs.SamplingParams.model_fields]
+    begins = expected(read, ignored, [*theirs.NEUTRAL, *theirs.SAMPLING_NEUTRAL])
+    assert said.keys() == begins.keys()
+    for name, start in begins.items():
         assert said[name].startswith(start), name

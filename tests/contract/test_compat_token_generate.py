@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,10 +14,9 @@ import numpy as np
 import pytest
 
 from teacher_service.compat import token_fields
-from teacher_service.scripted_model import scripted_logits
+from tests.contract.faces import VOCAB, came_of, documented, expected, truth_of
 from tests.teacher_process import TeacherProcess
 
-VOCAB = 512
 RNG = np.random.default_rng(1)
 IDS = RNG.integers(0, VOCAB, 20).tolist()
 # Those of given ids come in fp16, at temperature 1 and again at another.
@@ -30,16 +27,6 @@ HALF = {"rtol": 2e-3, "atol": 2e-3}
 def teacher() -> Iterator[TeacherProcess]:
     with TeacherProcess() as process:
         yield process
-
-
-def truth_of(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
-    logits_TV = scripted_logits(np.array(tokens), VOCAB).astype(np.float64) / temperature
-    return logits_TV - np.logaddexp.reduce(logits_TV, axis=1)[:, None]
-
-
-def came_of(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
-    """log p of tokens 1, 2, ... given those before."""
-    return truth_of(tokens, temperature)[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def ask(teacher: TeacherProcess, payload: dict[str, Any]) -> httpx.Response:
@@ -185,17 +172,13 @@ def test_what_cannot_be_had_is_refused_by_name(
 
 def test_the_documentation_says_of_every_field_what_becomes_of_it() -> None:
     """Each row of the table in docs/api.md against the tables of the code."""
-    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
-    section = page.partition("## POST /inference/v1/generate")[2].partition("\n## ")[0]
-    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
-    said = {name: becomes.strip() for names, becomes in rows for name in re.findall(r"`(\w+)`", names)}
+    said = documented("/inference/v1/generate")
     theirs = token_fields
     ignored = [*theirs.WITHOUT_EFFECT.values(), *theirs.SAMPLING_WITHOUT_EFFECT.values()]
-    expected = dict.fromkeys([*theirs.TokenRequest.model_fields, *theirs.SamplingParams.model_fields], "read")
-    expected |= {name: "without effect" for names in ignored for name in names}
-    expected |= dict.fromkeys([*theirs.NEUTRAL, *theirs.SAMPLING_NEUTRAL], "refused with 422, unless")
-    assert said.keys() == expected.keys()
-    for name, start in expected.items():
+    read = [*theirs.TokenRequest.model_fields, *theirs.SamplingParams.model_fields]
+    begins = expected(read, ignored, [*theirs.NEUTRAL, *theirs.SAMPLING_NEUTRAL])
+    assert said.keys() == begins.keys()
+    for name, start in begins.items():
         assert said[name].startswith(start), name
 
 

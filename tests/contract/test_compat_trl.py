@@ -12,12 +12,12 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_service.scripted_model import scripted_logits
+from tests.contract.faces import VOCAB, truth_of
 from tests.teacher_process import TeacherProcess
 
 # TRL's client imports vLLM's.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore:TRL currently supports")]
-VOCAB, KEY = 512, "0123456789abcdef"
+KEY = "0123456789abcdef"
 RNG = np.random.default_rng(0)
 SEQUENCES = [RNG.integers(0, VOCAB, length).tolist() for length in (12, 5, 30)]
 PROMPT_LENGTHS = [4, 2, 29]
@@ -34,12 +34,6 @@ def client_class() -> Any:
 def teacher() -> Iterator[TeacherProcess]:
     with TeacherProcess() as process:
         yield process
-
-
-def truth_of(tokens: list[int], temperature: float) -> np.ndarray:
-    """log-softmax of the logits at a temperature, [T, V] float64."""
-    logits_TV = scripted_logits(np.array(tokens), VOCAB).astype(np.float64) / temperature
-    return logits_TV - np.logaddexp.reduce(logits_TV, axis=1)[:, None]
 
 
 @pytest.mark.parametrize("chunk_size", [0, 1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 from teacher_service.compat.completion_fields import NEUTRAL, WITHOUT_EFFECT, CompletionRequest
 from teacher_service.scripted_model import scripted_logits
 from tests.chaos.crowd import lag_of
+from tests.contract.faces import documented, expected
 from tests.teacher_process import TeacherProcess
 
 VOCAB = 512
@@ -234,16 +234,11 @@ def test_text_prompts_and_decoded_tokens_come_from_the_models_tokenizer(
 
 def test_the_documentation_says_of_every_field_what_becomes_of_it() -> None:
     """Each row of the table in docs/api.md against the tables of the code."""
-    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    text = page.partition("## POST /v1/completions")[2].partition("\n## ")[0]
-    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
-    said = {name: becomes for names, becomes in rows for name in re.findall(r"`(\w+)`", names)}
-    expected = dict.fromkeys(CompletionRequest.model_fields, "read")
-    expected |= {name: "without effect" for names in WITHOUT_EFFECT.values() for name in names}
-    expected |= dict.fromkeys(NEUTRAL, "refused with 422, unless")
-    assert len(expected) == len(CompletionRequest.model_fields) + sum(map(len, WITHOUT_EFFECT.values())) + len(NEUTRAL)
-    for name, start in expected.items():
-        assert said[name].strip().startswith(start), name
+    said = documented("/v1/completions")
+    begins = expected(CompletionRequest.model_fields, WITHOUT_EFFECT.values(), NEUTRAL)
+    assert len(begins) == len(CompletionRequest.model_fields) + sum(map(len, WITHOUT_EFFECT.values())) + len(NEUTRAL)
+    for name, start in begins.items():
+        assert said[name].startswith(start), name
 
 
 @pytest.mark.vllm

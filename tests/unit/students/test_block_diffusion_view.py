@@ -44,7 +44,7 @@ from teacher_proto.relations import QKV
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.scripted_model import scripted_head, scripted_hidden
-from tests.block_diffusion import MASK, TOYS, BlockDiffusionReader
+from tests.block_diffusion import MASK, TOYS, BlockDiffusionReader, moved_by
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, trace_of
 
@@ -190,18 +190,8 @@ def test_a_noisy_row_sees_its_own_block_and_what_is_clean_before_it(workshop: Wo
     """By the model's own forward pass: which of the row's inputs change what it computes."""
     student = student_of(workshop)
     batch = batch_of([11, 9], seq_len=20)
-    view = student.views(batch, SEED)[0]
-    width = 20
-
-    def hidden(ids_BT: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return student.body(ids_BT, view.position_ids_BT, view.attention)[0]
-
-    before_TD = hidden(view.input_ids_BT)
-    for key in range(2 * width):
-        changed_BT = view.input_ids_BT.clone()
-        changed_BT[0, key] = (changed_BT[0, key] + 1) % 60
-        moved_T = (hidden(changed_BT) - before_TD).abs().amax(-1) > 1e-6
+    view, width = student.views(batch, SEED)[0], 20
+    for key, moved_T in enumerate(moved_by(student, view)):
         key_half, key_place = divmod(key, width)
         for query in range(2 * width):
             half, place = divmod(query, width)

@@ -25,6 +25,7 @@ from student_trainer.students.diffusion import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord, read_diffusion, text_rows
 from student_trainer.students.student import Student
 from teacher_proto.identity import tokenizer_sha256
+from tests.block_diffusion import moved_by
 from tests.models import VOCAB_SIZE, save_tiny_llama
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, teacher_script, trace_of
 
@@ -174,16 +175,7 @@ def test_nothing_leaks_into_the_noisy_half(workshop: Workshop, clean_half: str) 
     student = student_of(workshop.student, clean_half=clean_half)
     batch = batch_of([11, 9], seq_len=20)
     view, width = student.views(batch, SEED)[0], 20
-
-    def hidden(ids_BT: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return student.body(ids_BT, view.position_ids_BT, view.attention)[0]
-
-    before_TD = hidden(view.input_ids_BT)
-    for key in range(2 * width):
-        changed_BT = view.input_ids_BT.clone()
-        changed_BT[0, key] = (changed_BT[0, key] + 1) % 60
-        moved_T = (hidden(changed_BT) - before_TD).abs().amax(-1) > 1e-6
+    for key, moved_T in enumerate(moved_by(student, view)):
         key_clean, key_place = divmod(key, width)
         for query in range(2 * width):
             clean, place = divmod(query, width)
