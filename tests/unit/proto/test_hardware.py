@@ -168,7 +168,9 @@ def test_this_cpu_gives_no_product_of_bfloat16_in_float32() -> None:
     assert hardware.sums_in_float32("cpu") is False
 
 
-@pytest.mark.parametrize(("error", "sums"), [(None, True), (TypeError, False), (NotImplementedError, False)])
+@pytest.mark.parametrize(
+    ("error", "sums"), [(None, True), (TypeError, False), (NotImplementedError, False), (RuntimeError, False)]
+)
 @pytest.mark.parametrize("lacking", ["mm", "addmm"])
 def test_products_in_float32_are_found_by_trying(
     monkeypatch: pytest.MonkeyPatch, lacking: str, error: type[Exception] | None, sums: bool
