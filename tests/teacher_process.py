@@ -89,7 +89,8 @@ class ServiceProcess:
         match = READY.match(line)
         assert match, f"the service ended before it was ready:\n{self.log}"
         self.url, self.model, self.fingerprint = match.groups()
-        self.host, port = self.url.rpartition("//")[2].split(":")
+        host, port = str(self.url).rpartition("//")[2].split(":")
+        self.host: str = host
         self.port = int(port)
 
     @property
@@ -120,7 +121,9 @@ class ServiceProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 

@@ -247,6 +247,7 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     threads = torch.get_num_threads()
 
     def open_here(settings: Any, thread: Any, stack: ExitStack, saved: Any = None) -> Teacher:
+        assert targets is not None
         return Teacher(thread.call(targets.open()), targets)
 
     real = components.open_teacher
