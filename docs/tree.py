@@ -1,6 +1,8 @@
-"""Write the tree of the house into README.md, a line a file, out of the first sentence of each module.
+"""Write the tree of the packages into README.md and, a line a file, into docs/architecture.md.
 
-make tree          tests/unit/test_readme.py holds README.md to it
+make tree          tests/unit/test_readme.py holds both to it
+
+A file's line is the first sentence of its module.
 """
 
 from __future__ import annotations
@@ -37,28 +39,36 @@ PACKAGES = {
     "trainer/student_trainer/export": "a student for those who run it",
     "trainer/student_trainer/cli": "commands beside training, and the settings' composition",
     "benchmarks": "a script a figure: `make bench-NAME`",
-    "demo": "`make demo`",
+    "demo": "`make demo`, `make bitdistill`",
 }
 
 
-def tree() -> str:
-    """The block between the markers, as Markdown."""
-    lines = ["```"]
+def packages() -> str:
+    """The block of README.md, as Markdown: a line a package."""
+    return "\n".join(["```", *(f"{package + '/':<46}{about}" for package, about in PACKAGES.items()), "```\n"])
+
+
+def files() -> str:
+    """The block of docs/architecture.md, as Markdown: a line a file."""
+    lines = ["```text"]
     for package, about in PACKAGES.items():
-        files = sorted(path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py")
-        if files:
+        modules = sorted(path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py")
+        if modules:
             lines.append(f"{package + '/':<34}{about}")
-            lines += [f"  {path.name:<26}{_first_sentence(path)}" for path in files]
+            lines += [f"  {path.name:<26}{_first_sentence(path)}" for path in modules]
     return "\n".join([*lines, "```\n"])
 
 
-def with_tree(readme: str) -> str:
-    """A README's text with its tree made anew. ValueError without the markers."""
-    before, begin, rest = readme.partition(BEGIN)
+PAGES = {"README.md": packages, "docs/architecture.md": files}
+
+
+def with_tree(page: str, text: str) -> str:
+    """The text of one of `PAGES` with its tree made anew. ValueError without the markers."""
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN.strip()!r} and {END.strip()!r}")
-    return before + BEGIN + tree() + END + after
+        raise ValueError(f"{page} lacks the lines {BEGIN.strip()!r} and {END.strip()!r}")
+    return before + BEGIN + PAGES[page]() + END + after
 
 
 def _first_sentence(path: Path) -> str:
@@ -69,6 +79,7 @@ def _first_sentence(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tree(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(with_tree(page, path.read_text(encoding="utf-8")), encoding="utf-8")
     sys.exit(0)

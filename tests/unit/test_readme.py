@@ -1,15 +1,32 @@
-"""README.md against the tree that it describes."""
+"""README.md and docs/architecture.md against the tree that they describe."""
 
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_tree_is_as_the_modules_say() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_tree_is_as_the_packages_and_modules_say(page: str) -> None:
     spec = importlib.util.spec_from_file_location("readme_tree", ROOT / "docs" / "tree.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == module.with_tree(readme), "run `make tree`"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text == module.with_tree(page, text), "run `make tree`"
+
+
+def test_every_package_with_modules_is_in_the_tree() -> None:
+    spec = importlib.util.spec_from_file_location("readme_tree", ROOT / "docs" / "tree.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    homes = {
+        path.parent.relative_to(ROOT)
+        for top in ("proto", "services", "trainer", "benchmarks", "demo")
+        for path in (ROOT / top).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert {str(home) for home in homes} == set(module.PACKAGES)
