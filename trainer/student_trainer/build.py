@@ -19,6 +19,7 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints
+from student_trainer.checkpoint.earlier_run import recognised
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.checkpoint.resume import check_student
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it can't be."""
+    settings = recognised(settings)
     ranks = open_ranks(settings, stack)
     folder = open_folder(settings, ranks, stack)
     remote = RemoteCheckpoints(settings.checkpoint, folder.id) if settings.checkpoint.url else None

@@ -7,6 +7,7 @@ of its newest checkpoint. So one stage of training follows another by a path.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import torch
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.run_folder import SETTINGS_FILE
-from student_trainer.settings import StudentSettings
+from student_trainer.settings import Settings, StudentSettings
+from student_trainer.settings.student import AUTO
+from student_trainer.students.folder import kind_of
 from student_trainer.students.load import adapt, begin, check_cell, merged, quantised_student, student_from_model
 from student_trainer.students.quantisers.record import read_record
 from student_trainer.students.student import Student
 from teacher_proto.stages import stage
+
+log = logging.getLogger(__name__)
 
 
 def load_student(settings: StudentSettings, device: torch.device) -> Student:
@@ -45,6 +50,31 @@ def _load_student(settings: StudentSettings, device: torch.device) -> Student:
         return quantised_student(merged(student), settings)
     _check_structure(student, settings)
     return begin(student.model, settings, _adapted(student, settings))
+
+
+def recognised(settings: Settings) -> Settings:
+    """The settings with the student that its folder holds, where they leave architecture or quantiser to that.
+
+    ValueError where there is nothing to look into.
+    """
+    student = settings.student
+    if AUTO not in (student.architecture, student.quantiser):
+        return settings
+    if not (path := student.checkpoint_path):
+        raise ValueError("student.type=auto looks into student.checkpoint_path: give it, a folder or hub name")
+    try:
+        if (snapshot := earlier_run(path)) is not None:
+            before = settings_of(snapshot)
+            architecture, quantiser, words = before.architecture, before.quantiser, f"a run's student of {before.cell}"
+        else:
+            architecture, quantiser, words = kind_of(path, student.revision, student.diffusion)
+    except OSError as error:
+        raise ValueError(f"student.checkpoint_path={path}: {str(error).strip().splitlines()[0]}") from None
+    found = {"architecture": architecture, "quantiser": quantiser}
+    changes = {name: value for name, value in found.items() if getattr(student, name) == AUTO}
+    taken = " ".join(f"student.{name}={value}" for name, value in changes.items())
+    log.info("student.type=auto: %s is %s: %s", path, words, taken)
+    return settings.model_copy(update={"student": student.model_copy(update=changes)})
 
 
 def earlier_run(path: str) -> Snapshot | None:

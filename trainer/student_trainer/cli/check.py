@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from student_trainer.batch.batch import Batch
+from student_trainer.checkpoint.earlier_run import recognised
 from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import Components, build_components
 from student_trainer.losses.chunks import default_chunk_rows
@@ -33,7 +34,7 @@ BYTES_A_PARAMETER = 16
 
 def main(arguments: Sequence[str]) -> int:
     """Print the findings. ValueError or StillhouseError, as the run itself would, if it can't be run."""
-    settings = compose_arguments(arguments)
+    settings = recognised(compose_arguments(arguments))
     if DISPLAY.shown != "off":
         DISPLAY.shown = settings.logging.progress
     table = Table("", "what would run", title="stillhouse-train check", show_header=False, title_justify="left")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from student_trainer.losses.kinds import all_terms
 from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings, TeacherSettings
+from student_trainer.settings.student import AUTO
 from student_trainer.settings.teacher import MemberSettings
 from teacher_proto.requests import Kind
 
@@ -131,7 +132,9 @@ RULES = (
     ),
     Rule("student.lora.", lambda s: s.student.adapter_name != "none", "student.adapter is none"),
     Rule(
-        "student.diffusion.", lambda s: s.student.architecture == "diffusion", "student.architecture is not diffusion"
+        "student.diffusion.",
+        lambda s: s.student.architecture in ("diffusion", AUTO),
+        "student.architecture is not diffusion",
     ),
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),

@@ -10,7 +10,18 @@ from pydantic import Field, model_validator
 from student_trainer.settings.section import Names, Positive, Section
 
 # What older trainers called them, whose settings are still read. `kind` was causal, bitnet or diffusion.
-OLD_NAMES = {"student.kind": "student.quantiser", "student.bitnet": "student.quantisation"}
+# `type` is another trainer's, see TYPES.
+OLD_NAMES = {
+    "student.kind": "student.quantiser", "student.bitnet": "student.quantisation",
+    "student.type": "student.architecture",
+}  # fmt: skip
+AUTO = "auto"  # of architecture and quantiser: what the folder holds
+TYPES = {
+    "causal": {"architecture": "causal", "quantiser": "none"},
+    "bitnet": {"quantiser": "bitnet"},
+    "dlm": {"architecture": "diffusion"},
+    "auto": {"architecture": AUTO, "quantiser": AUTO},
+}
 
 
 class QuantisationSettings(Section):
@@ -89,9 +100,13 @@ class StudentSettings(Section):
     """The model that learns: an architecture, a quantiser and an adapter, each by its name."""
 
     architecture: str = Field(
-        "causal", description="how it reads a text; causal: from left to right; diffusion: block by block"
+        "causal",
+        description="how it reads a text; causal: left to right; diffusion: block by block; auto: as in the folder",
     )
-    quantiser: str = Field("none", description="of its linear layers' weights; none: full precision; bitnet: ternary")
+    quantiser: str = Field(
+        "none",
+        description="of its linear layers' weights; none: full precision; bitnet: ternary; auto: as in the folder",
+    )
     adapter: str | None = Field(
         None, description="what is trained in place of all weights: none, lora; null: lora where lora.rank is given"
     )
@@ -144,6 +159,10 @@ def with_new_names(student: Mapping[str, Any]) -> dict[str, Any]:
             values["architecture"] = kind
         else:
             values["quantiser"] = "none" if kind == "causal" else kind
+    if (given := student.get("type")) is not None:
+        if given not in TYPES:
+            raise ValueError(f"student.type is {given}, expected one of: {', '.join(TYPES)}")
+        values |= TYPES[given]
     if (bitnet := student.get("bitnet")) is not None:
         before = values.get("quantisation") or {}
         if isinstance(before, Mapping) and isinstance(bitnet, Mapping):

@@ -21,6 +21,7 @@ from student_trainer.students.adapters.none import NO_ADAPTER
 from student_trainer.students.causal import attention_for, wrap_causal
 from student_trainer.students.diffusion import wrap_diffusion
 from student_trainer.students.diffusion_record import read_diffusion
+from student_trainer.students.folder import read_config
 from student_trainer.students.pretrained import load_quantised, refuse_quantised
 from student_trainer.students.quant_linear import is_quantised, quantise, set_quantisation_blend
 from student_trainer.students.quantisers import QUANTISERS
@@ -112,15 +113,16 @@ def _load_model(settings: StudentSettings, attention: str) -> Any:
     path, wanted = settings.checkpoint_path, settings.quantisation
     implementation = flex.IMPLEMENTATION if attention == "flex" else "sdpa"
     try:
+        config = read_config(path, settings.revision, settings.diffusion)
         if settings.quantiser == "none":
-            refuse_quantised(path, settings.revision)
+            refuse_quantised(config, path)
             return AutoModelForCausalLM.from_pretrained(
-                path, revision=settings.revision, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
-                attn_implementation=implementation,
+                path, config=config, revision=settings.revision, dtype=torch.float32, trust_remote_code=False,
+                use_safetensors=True, attn_implementation=implementation,
             )  # fmt: skip
         return load_quantised(
             path, settings.quantiser, revision=settings.revision, sub_norm=wanted.sub_norm, eps=wanted.eps,
-            quantise_activations=wanted.quantise_activations, attn_implementation=implementation,
+            quantise_activations=wanted.quantise_activations, attn_implementation=implementation, config=config,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(f"student.checkpoint_path={path}: {str(error).strip().splitlines()[0]}") from None

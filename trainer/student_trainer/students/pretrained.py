@@ -27,6 +27,7 @@ def load_quantised(
     path: str, quantiser: str | None = None, *, revision: str | None = None, sub_norm: SubNorm | None = None,
     eps: float | None = None, quantise_activations: bool | None = None, task: Task = "causal",
     num_labels: int | None = None, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa",
+    config: Any = None,
 ) -> Any:  # fmt: skip
     """A model whose decoder is quantised and whose latent weights come from `path` (a folder or a hub name).
 
@@ -34,12 +35,13 @@ def load_quantised(
     another value is an error. Otherwise None means the defaults of `quantise`. `task` "classification" puts a head of
     `num_labels` classes on the decoder; a head that the checkpoint lacks is initialised at random.
     An adapter that was exported beside its base is put into it, the base frozen, as it was trained.
+    `config`: that of the checkpoint, where it was read already.
     Raises ValueError for packed or otherwise quantised checkpoints and for settings that contradict the checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    record = _recorded(config, path)
+    config = config or AutoConfig.from_pretrained(path, revision=revision)
+    record = recorded(config, path)
     if task == "classification":
         if num_labels is None:
             raise ValueError("task 'classification' needs num_labels")
@@ -61,11 +63,9 @@ def load_quantised(
     return model
 
 
-def refuse_quantised(path: str, revision: str | None) -> None:
+def refuse_quantised(config: Any, path: str) -> None:
     """ValueError where `path` holds one of our quantised students: as a plain model it would be another function."""
-    from transformers import AutoConfig
-
-    record = read_record(AutoConfig.from_pretrained(path, revision=revision), path)
+    record = read_record(config, path)
     if record is not None:
         raise ValueError(
             f"it holds a student quantised with {record.quantiser}, student.quantiser is none: choose "
@@ -84,7 +84,7 @@ def _check_asked(
             raise ValueError(f"{path} was trained with {name}={trained}, got {value}; leave it out")
 
 
-def _recorded(config: Any, path: str) -> Record | None:
+def recorded(config: Any, path: str) -> Record | None:
     """How the checkpoint is quantised, None for full precision. Takes `quantization_config` off the config."""
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
