@@ -57,7 +57,8 @@ def main() -> int:
         beside = [f"teacher.attention_url={attention()}"]
         settings = [*common(options), f"teacher.url={url()}"]
         learn(STAGE2, [
-            *settings, "recipe=bitnet_pretraining", "teacher=remote", f"student.checkpoint_path={STUDENT}",
+            *settings, "recipe=bitnet_pretraining", "optim=adamw", "teacher=remote",
+            f"student.checkpoint_path={STUDENT}",
             f"run.steps={options.pretraining_steps}",
             f"student.quantisation.warmup_steps={options.pretraining_steps // 2}",
             f"evaluation.every={options.pretraining_steps}", "run.seed=100",
@@ -68,7 +69,7 @@ def main() -> int:
                 asks, loss = ARMS[arm]
                 place = [f"student.checkpoint_path={ROOT / STAGE2}", f"run.seed={seed}", f"run.steps={options.steps}"]
                 learn(name_of(arm, seed), [
-                    *settings, "recipe=bitdistill", *loss, *(beside if asks else []), *place,
+                    *settings, "recipe=bitdistill", "optim=adamw", *loss, *(beside if asks else []), *place,
                     f"evaluation.every={options.steps}", f"optim.learning_rate={options.learning_rate}",
                 ])  # fmt: skip
     write_table(options)

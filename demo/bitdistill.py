@@ -104,7 +104,8 @@ def common() -> list[str]:
 def measured_run() -> list[str]:
     """Settings of the run whose first steps are measured: stage 2, without a teacher to evaluate with."""
     return [
-        *common(), "recipe=bitnet_pretraining", "teacher=none", "run.id=measured", f"student.checkpoint_path={TEACHER}",
+        *common(), "recipe=bitnet_pretraining", "optim=adamw", "teacher=none", "run.id=measured",
+        f"student.checkpoint_path={TEACHER}",
         "data.held_out_rows=1", "evaluation.every=1", "evaluation.samples=0", "logging.progress=off",
     ]  # fmt: skip
 
@@ -122,13 +123,14 @@ def arm_settings(teacher: Teacher, attention_url: str, plan: Plan, index: int) -
     if name == STAGE2:
         # With the teacher at hand, held-out KL and agreement are measured in stage 2 too.
         return [
-            *settings, "recipe=bitnet_pretraining", "teacher=remote", "run.seed=0", "optim.learning_rate=1e-3",
-            f"student.checkpoint_path={TEACHER}", f"student.quantisation.warmup_steps={plan.steps // 2}",
+            *settings, "recipe=bitnet_pretraining", "optim=adamw", "teacher=remote", "run.seed=0",
+            "optim.learning_rate=1e-3", f"student.checkpoint_path={TEACHER}",
+            f"student.quantisation.warmup_steps={plan.steps // 2}",
         ]  # fmt: skip
     # Adam's first steps are of the full rate whatever the gradient; at stage 2's they undo what it learnt.
     settings += [
-        "recipe=bitdistill", "run.seed=1", "optim.learning_rate=3e-4", f"student.checkpoint_path={RUNS / STAGE2}",
-        *LOSSES[name],
+        "recipe=bitdistill", "optim=adamw", "run.seed=1", "optim.learning_rate=3e-4",
+        f"student.checkpoint_path={RUNS / STAGE2}", *LOSSES[name],
     ]  # fmt: skip
     return [*settings, f"teacher.attention_url={attention_url}"] if name == DISTILLED else settings
 

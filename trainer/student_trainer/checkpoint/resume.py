@@ -51,6 +51,9 @@ ANSWERS: dict[str, Answer] = {
     "teacher": "free",  # who answers, by which way: the identity itself is compared, unless `may_change` allows another
     "teacher.top_k": "fixed",
     "distillation": "fixed",
+    **dict.fromkeys(  # names of the presets: the terms, which are fixed, hold the values
+        ("distillation.lambda_logits", "distillation.gamma_attention", "distillation.temperature"), "free"
+    ),
     "distillation.chunk_rows": "numeric",
     "on_policy": "fixed",
     "on_policy.sequences_at_once": "numeric",

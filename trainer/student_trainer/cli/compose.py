@@ -1,12 +1,14 @@
 """From YAML groups and overrides on the command line to `Settings`. Called by `main`.
 
-Hydra composes, pydantic checks. Every override is held against the settings first, so that a misspelt name stops with
-the nearest one; a setting that can have no effect warns.
+Hydra composes, pydantic checks. Names of older trainers become today's (`old_names`); every override is held against
+the settings first, so that a misspelt name stops with the nearest one; what is left open is chosen (`defaults`); a
+setting that can have no effect warns.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import types
 import typing
 import warnings
@@ -23,12 +25,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from student_trainer.cli.effects import without_effect
+from student_trainer.cli.defaults import choose_teacher, default_data, default_loss, keep_optimizer, unlike_recipe
+from student_trainer.cli.effects import PRESET_NAMES, names_without_effect, without_effect
 from student_trainer.cli.help import sections_in, settings_by_name
+from student_trainer.cli.old_names import renamed
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import remember
 from student_trainer.settings.student import OLD_NAMES
 
+logger = logging.getLogger(__name__)
 CONFIG = Path(__file__).parent.parent / "config"
 
 
@@ -43,26 +48,43 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
 
     ValueError with one clear sentence for a name or value that cannot be. Settings without effect warn.
     """
-    parsed = _parse(overrides)
+    parsed = _parse(renamed(_parse(overrides)))
+    given = {_with_new_name(override.key_or_group) for override in parsed}
     folders = [CONFIG, *([config_folder.resolve()] if config_folder else [])]
     arguments = [_checked(override, folders) for override in parsed]
     if config_folder is not None:
         if not config_folder.is_dir():
             raise ValueError(f"--config-folder {config_folder}: there is no such folder")
         arguments.append(f"hydra.searchpath=[file://{config_folder.resolve()}]")
+    plain, unread = _composed(arguments)
+    if chosen := [*default_data(plain, given), *default_loss(given, unread)]:
+        plain, unread = _composed([*arguments, *chosen])
+    keep_optimizer(plain, given)
+    if plain["teacher"]["kind"] == "auto":
+        # What is misspelt is told of before the hub is asked anything.
+        validated({**plain, "teacher": {**plain["teacher"], "kind": "remote"}})
+        choose_teacher(plain)
+    settings = validated(plain)
+    remember(settings)
+    for warning in (*without_effect(settings, given), *names_without_effect(given, unread)):
+        warnings.warn(warning, stacklevel=2)
+    if unlike := unlike_recipe(settings):
+        logger.info("%s", unlike)
+    return settings
+
+
+def _composed(arguments: list[str]) -> tuple[dict[str, Any], set[str]]:
+    """Plain containers, and the PRESET_NAMES that nothing in them refers to."""
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG)):
             composed = hydra_compose("config", overrides=arguments)
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        written = str(OmegaConf.to_container(composed, resolve=False))
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} must be given, as in {error.full_key}=VALUE") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"the settings cannot be composed: {' '.join(str(error).split())}") from None
-    settings = validated(plain)
-    remember(settings)
-    for warning in without_effect(settings, {_with_new_name(override.key_or_group) for override in parsed}):
-        warnings.warn(warning, stacklevel=2)
-    return settings
+    return plain, {name for name in PRESET_NAMES if f"${{{name}}}" not in written}
 
 
 def split_config_folder(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -5,6 +5,7 @@ A table of rules, not a framework: the dotted name, when it acts, and why it doe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,6 +72,11 @@ def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: s
         return "teacher.mix is ensemble"
     return None
 
+
+# By these names a preset of `distillation` sets a field of its terms, through an interpolation.
+PRESET_NAMES = ("distillation.lambda_logits", "distillation.gamma_attention", "distillation.temperature")
+GAMMA = 1e5  # BitDistill's coefficient of the relations, with the official reduction
+FAR = 6  # orders of magnitude below it, from which on it is a slip rather than a choice
 
 RULES = (
     Rule("data.mixture.lag", lambda s: s.data.mixture.policy != "static", "data.mixture.policy is static"),
@@ -142,6 +148,24 @@ RULES = (
 )
 
 
+def names_without_effect(given: set[str], unread: set[str]) -> list[str]:
+    """One line for each of PRESET_NAMES that is given and that no term refers to."""
+    return [
+        f"{name} has no effect: no term of this choice of distillation reads it, or the term's own setting is given"
+        for name in sorted(given & unread)
+    ]
+
+
+def _far_too_weak(settings: Settings) -> list[str]:
+    gamma = settings.distillation.attention.coefficient
+    if not gamma or (orders := round(math.log10(GAMMA / gamma))) < FAR:
+        return []
+    return [
+        f"distillation.gamma_attention is {gamma:g}, {orders} orders of magnitude below the paper's {GAMMA:g}: the "
+        "attention term is without effect"
+    ]
+
+
 def without_effect(settings: Settings, given: set[str]) -> list[str]:
     """One line for each setting of `given` (dotted names) that changes nothing, and for each field of a loss term."""
     lines = []
@@ -171,4 +195,4 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
                 f"{section}.terms.{name}.{field} has no effect beside the other settings of a loss of kind {term.kind}"
                 for field in term.without_effect()
             ]
-    return lines
+    return lines + _far_too_weak(settings)

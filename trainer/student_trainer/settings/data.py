@@ -7,6 +7,7 @@ import math
 import re
 import string
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -66,6 +67,12 @@ class SourceSettings(BaseModel):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_words(cls, value: Any) -> Any:
+        """Hydra reads `{0: " no", 1: " yes"}` as numbers, and takes no quotes around a key."""
+        return {str(label): word for label, word in value.items()} if isinstance(value, Mapping) else value
 
     @field_validator("weight")
     @classmethod

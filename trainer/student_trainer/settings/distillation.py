@@ -26,8 +26,21 @@ class BalanceSettings(Section):
 
 
 class DistillationSettings(Section):
-    """The loss: its terms by name, and the relation term."""
+    """The loss: its terms by name, and the relation term.
 
+    `lambda_logits`, `gamma_attention` and `temperature` are names by which the presets set fields of their terms, by
+    Hydra's interpolation; the terms hold what is computed.
+    """
+
+    lambda_logits: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="in presets: coefficient of the loss on the teacher's logits"
+    )
+    gamma_attention: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="in presets: coefficient of the attention relations"
+    )
+    temperature: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="in presets: temperature of the loss on the teacher's logits"
+    )
     terms: Terms = Field(default_factory=lambda: Named(cross_entropy=CrossEntropySettings()))
     attention: AttentionSettings = AttentionSettings()
     balance: BalanceSettings = BalanceSettings()

@@ -1,0 +1,92 @@
+"""Settings by the names that older trainers gave them, as today's. Called by `compose` before anything is checked.
+
+Each old name becomes overrides with today's names, and one line of the log says which. A choice that the command line
+makes itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+
+logger = logging.getLogger(__name__)
+
+# Given the value, as it stands and as Hydra read it, and all old names of the command line with their values.
+Rename = Callable[[str, Any, Mapping[str, Any]], list[str]]
+OPTIMIZERS = {"muon": "muon_clip", "muonclip": "muon_clip", "muon_clip": "muon_clip", "adamw": "adamw"}
+
+
+def _served(old: Mapping[str, Any]) -> bool:
+    return bool(old.get("teacher.use_vllm", "teacher.vllm_url" in old))
+
+
+def _teacher_model(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    # One that is served says itself who it is.
+    return [] if _served(old) else ["teacher=local", f"teacher.model={text}"]
+
+
+def _use_vllm(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    if value:
+        return ["teacher=remote"]
+    return ["teacher=local" if "teacher.model_name" in old else "teacher=auto"]
+
+
+def _vllm_url(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    return ["teacher=remote", f"teacher.url={text}"] if _served(old) else []
+
+
+def _optimizer(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    if str(value).lower() not in OPTIMIZERS:
+        raise ValueError(f"optimizer.type={value}: expected one of {', '.join(OPTIMIZERS)}")
+    return [f"optim={OPTIMIZERS[str(value).lower()]}"]
+
+
+def _clipping(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    return [f"optim.qk_clip.tau={100.0 if value else 'null'}"]
+
+
+RENAMED: dict[str, Rename] = {
+    "teacher.model_name": _teacher_model,
+    "teacher.use_vllm": _use_vllm,
+    "teacher.vllm_url": _vllm_url,
+    "optimizer": _optimizer,
+    "optimizer.type": _optimizer,
+    "optimizer.enable_clipping": _clipping,
+    "optimizer.lr": lambda text, value, old: [f"optim.learning_rate={text}"],
+    "data.config_name": lambda text, value, old: [f"data={text}"],
+}
+SECTIONS = {"optimizer.": "optim."}  # whose other settings have the names that they had
+
+
+def renamed(overrides: Sequence[Override]) -> list[str]:
+    """The overrides with today's names alone. ValueError for a value that an old name never had."""
+    old = {each.key_or_group: each.value() for each in overrides if _rename_of(each.key_or_group) is not None}
+    kept = [str(each.input_line) for each in overrides if each.key_or_group not in old]
+    chosen = {each.key_or_group for each in overrides} - old.keys()
+    for override in overrides:
+        if (rename := _rename_of(override.key_or_group)) is None:
+            continue
+        text = str(override.input_line).partition("=")[2]
+        new = rename(text, override.value(), old)
+        new = [each for each in dict.fromkeys(new) if each.partition("=")[0] not in chosen]
+        kept += [each for each in new if each not in kept]
+        logger.info("%s is now called %s", override.input_line, " ".join(new) if new else _without_need(override))
+    return kept
+
+
+def _rename_of(name: str) -> Rename | None:
+    if name in RENAMED:
+        return RENAMED[name]
+    for before, now in SECTIONS.items():
+        if name.startswith(before):
+            return lambda text, value, old: [f"{now}{name.removeprefix(before)}={text}"]
+    return None
+
+
+def _without_need(override: Override) -> str:
+    if override.key_or_group == "teacher.model_name":
+        return "nothing: the teacher at teacher.url says who it is"
+    return "nothing beside the settings that are given"
