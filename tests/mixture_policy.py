@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from student_trainer.data import policies
+from student_trainer.data.policies import registry
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class ByLoss:
     seen: float = 0.0
     updates: int = 0
     varies = True
+    watches = ()
+    decision = None
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
         assert step == self.updates, "every update is observed once, in order"
@@ -36,4 +38,4 @@ class ByLoss:
 
 def install(rank: int = 0) -> None:
     """In the place of `static`, in this process."""
-    policies.POLICIES["static"] = lambda settings, initial: ByLoss()
+    registry.POLICIES["static"] = lambda settings, initial: ByLoss()

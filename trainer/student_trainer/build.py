@@ -26,7 +26,7 @@ from student_trainer.checkpoint.resume import check_student
 from student_trainer.checkpoint.run_folder import RunFolder, find_earlier, open_folder, write_settings
 from student_trainer.components import Components, build_components
 from student_trainer.data.classification import class_words, one_set_of_words
-from student_trainer.data.policies import BatchWeights, PolicyState
+from student_trainer.data.policies.decisions import BatchWeights, PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
 from student_trainer.device import choose_device
@@ -35,6 +35,7 @@ from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
 from student_trainer.losses.kinds import all_terms
 from student_trainer.losses.terms import Needs, Term
+from student_trainer.losses.watched import watched_terms
 from student_trainer.losses.weighting import Weighting, weighting_of
 from student_trainer.optim.optimizer import build_optimizer
 from student_trainer.ranks import Ranks, open_ranks
@@ -80,11 +81,12 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         check_student(snapshot.state.get("student"), identity, settings)
     unsharded = Unsharded(components.student, copied=not ranks.alone and _passes_alone(settings))
     shard(components.student, ranks)
-    losses = _losses(settings)
+    policy = PolicyState.of(settings.data)
+    losses = _losses(settings, policy.policy.watches)
     optimizer = build_optimizer(
         settings.optim, components.student.model, components.student.head_module, settings.run.steps
     )
-    state = TrainState(0, 0, components.source.initial_state(), PolicyState.of(settings.data))
+    state = TrainState(0, 0, components.source.initial_state(), policy)
     randomness.seed_everything(settings.run.seed)
     if snapshot is not None:
         policy = state.policy.restored(snapshot.step, snapshot.state.get("mixture_policy"))
@@ -119,9 +121,11 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     )  # fmt: skip
 
 
-def _losses(settings: Settings) -> dict[Kind, Weighting]:
-    """The terms on each kind of batch that the run has."""
-    losses: dict[Kind, Weighting] = {"data": weighting_of(settings.distillation)}
+def _losses(settings: Settings, watched: Sequence[str]) -> dict[Kind, Weighting]:
+    """The terms on each kind of batch that the run has; on the data's own, with what the mixture goes by."""
+    data = weighting_of(settings.distillation)
+    data = replace(data, watched=watched_terms(watched, settings.distillation.by_name()))
+    losses: dict[Kind, Weighting] = {"data": data}
     if settings.on_policy.active:
         losses["rollout"] = weighting_of(settings.on_policy)
     return losses
@@ -193,7 +197,7 @@ def _prefetch(
         parted = cut(batch, targets, student, seed, rows=rows, head=components.head, keep_empty=not ranks.alone)
         return tuple(micro.to(student.device) for micro in parted)
 
-    asked = {kind: _spec(settings, weighting.terms) for kind, weighting in losses.items()}
+    asked = {kind: _spec(settings, weighting.terms + weighting.watched) for kind, weighting in losses.items()}
     targets = components.teacher.targets if components.teacher else None
     if targets is not None and components.attention is not None:
         targets = BesideTokens(targets, components.attention)

@@ -35,7 +35,7 @@ from teacher_proto.stages import EVERY_S, stage
 if TYPE_CHECKING:
     from student_trainer.batch.batch import Kind
     from student_trainer.checkpoint.checkpoints import Checkpoints
-    from student_trainer.data.policies import BatchWeights
+    from student_trainer.data.policies.decisions import BatchWeights
     from student_trainer.evaluation.evaluator import Evaluator
     from student_trainer.evaluation.samples import SampleWriter
     from student_trainer.losses.terms import Term

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.policies import STATIC, PolicyState
+from student_trainer.data.policies.decisions import STATIC, PolicyState
 
 
 @dataclass(frozen=True)

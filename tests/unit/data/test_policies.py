@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.policies import STATIC, BatchWeights, PolicyState
+from student_trainer.data.policies.decisions import STATIC, BatchWeights, PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.settings.data import DataSettings
 from tests.mixture_policy import ByLoss

@@ -44,6 +44,11 @@ def _may_wait(settings: Settings) -> bool:
     )
 
 
+def _has_form(form: str) -> Callable[[Settings], bool]:
+    """Whether the mixture's policy, where it has forms, has this one."""
+    return lambda settings: getattr(settings.data.mixture, "form", form) == form
+
+
 def _depth_is_reached(settings: Settings) -> bool:
     """Whether as many batches can be in flight: what follows batch n + lag - 1 is not made before update n."""
     depth, mixture = settings.prefetch.depth, settings.data.mixture
@@ -80,6 +85,14 @@ FAR = 6  # orders of magnitude below it, from which on it is a slip rather than 
 
 RULES = (
     Rule("data.mixture.lag", lambda s: s.data.mixture.policy != "static", "data.mixture.policy is static"),
+    *(
+        Rule(f"data.mixture.{name}", _has_form("bounded"), "data.mixture.form is not bounded")
+        for name in ("kept", "start")
+    ),
+    *(
+        Rule(f"data.mixture.{name}", _has_form("exponentiated"), "data.mixture.form is not exponentiated")
+        for name in ("eta", "smoothing")
+    ),
     Rule("prefetch.depth", _depth_is_reached, "data.mixture.lag updates ahead no batch's weights are known"),
     *(
         Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")

@@ -16,7 +16,7 @@ from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import load_tokenizer
 from student_trainer.data.loader import BatchSource
-from student_trainer.data.policies import PolicyState
+from student_trainer.data.policies.decisions import PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.settings import Settings
 from teacher_proto.stages import stage

@@ -13,7 +13,7 @@ from typing import Self
 from student_trainer.batch.batch import Batch
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.policies import BatchWeights
+from student_trainer.data.policies.decisions import BatchWeights
 
 logger = logging.getLogger(__name__)
 WINDOW = 32  # batches over which waiting is measured

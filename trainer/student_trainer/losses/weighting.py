@@ -21,12 +21,14 @@ Points = Sequence[tuple[int, float]]
 class Weighting:
     """`terms` with the coefficients of the settings. `schedules`: by term, what its coefficient is multiplied by.
 
-    A term that is balanced has, in place of its own coefficient, its reference's times what `balance` says.
+    A term that is balanced has, in place of its own coefficient, its reference's times what `balance` says. `watched`:
+    terms of coefficient 0, for their figures.
     """
 
     terms: tuple[Term, ...]
     schedules: Mapping[str, Points] = field(default_factory=dict)
     balance: GradientBalance | None = None
+    watched: tuple[Term, ...] = ()
 
     @property
     def varies(self) -> bool:
@@ -38,9 +40,12 @@ class Weighting:
         if self.balance is not None:
             scale = own[self.balance.reference]
             own |= {name: scale * balanced for name, balanced in self.balance.coefficients().items()}
-        return tuple(
-            replace(term, coefficient=own[term.name] * weight_at(self.schedules.get(term.name, ((0, 1.0),)), step))
-            for term in self.terms
+        return (
+            tuple(
+                replace(term, coefficient=own[term.name] * weight_at(self.schedules.get(term.name, ((0, 1.0),)), step))
+                for term in self.terms
+            )
+            + self.watched
         )
 
     def due(self, step: int) -> bool:

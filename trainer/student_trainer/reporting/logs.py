@@ -42,6 +42,8 @@ class RunLog:
         line = step_line(state, metrics, seconds, prefetch_depth)
         self._write(METRICS, line)
         self._progress.step(state.step, metrics, seconds)
+        if (decision := state.policy.decision) is not None:
+            self._progress.decision(decision, state.policy.lag)
         for tracker in self._trackers:
             tracker.log(state.step, {key: value for key, value in line.items() if key not in ("step", "time")})
 
@@ -154,6 +156,7 @@ def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_
         "tokens": state.tokens,
         **metrics.losses.by_name(),
         **{f"mixture/{source}": weight for source, weight in metrics.mixture.items()},
+        **_decision(state),
         **{f"coefficient/{name}": value for name, value in metrics.coefficients.items()},
         **{f"gradient_share/{name}": value for name, value in metrics.gradient_shares.items()},
         "learning_rate": rates[0] if rates else None,
@@ -168,6 +171,17 @@ def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_
         "prefetch_depth": prefetch_depth,
         "time": time.time(),
     }
+
+
+def _decision(state: TrainState) -> dict[str, Any]:
+    """What the update led the mixture's policy to: weights from `lag` batches later on, and the reasons."""
+    decision = state.policy.decision
+    if decision is None:
+        return {}
+    decided: dict[str, Any] = {f"decided/{source}": weight for source, weight in decision.weights.items()}
+    for source, figures in decision.reasons.items():
+        decided |= {f"reason/{source}/{name}": value for name, value in figures.items()}
+    return decided | ({"decided_note": decision.note} if decision.note else {})
 
 
 def _rollout(metrics: StepMetrics) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from teacher_proto.stages import DISPLAY, EVERY_S
 from teacher_proto.waiting import duration
 
 if TYPE_CHECKING:
+    from student_trainer.data.policies.policy import Decision
     from student_trainer.evaluation.records import Figures
 
 SMOOTHING = 0.9
@@ -61,6 +62,17 @@ class Progress:
         for source, figures in by_source.items():
             parts = [f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)]
             DISPLAY.print(f"held out at step {step}, {source}: {'  '.join(parts)}")
+
+    def decision(self, decision: Decision, lag: int) -> None:
+        """What the mixture will be, and why."""
+        if self._quiet:
+            return
+        parts = []
+        for source, weight in decision.weights.items():
+            reasons = ", ".join(f"{name} {value:.4f}" for name, value in decision.reasons.get(source, {}).items())
+            parts.append(f"{source} {weight:.3f}{f' ({reasons})' if reasons else ''}")
+        note = f"; {decision.note}" if decision.note else ""
+        DISPLAY.print(f"mixture from step {decision.step + lag + 1} on: {', '.join(parts)}{note}")
 
     def line(self) -> str | None:
         """See `stages.Pinned`: steps that were made since the last line, ten seconds after it."""

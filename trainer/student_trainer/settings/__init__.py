@@ -71,6 +71,9 @@ class Settings(Section):
         asking = [name for name, term in self.distillation.by_name().items() if term.needs_teacher]
         if self.teacher.kind == "none" and asking:
             raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
+        mixture = self.data.mixture
+        if self.teacher.kind == "none" and mixture.needs_teacher:
+            raise ValueError(f"teacher.kind is none, but data.mixture.policy={mixture.policy} compares with a teacher")
         warmup = self.student.quantisation.warmup_steps
         if self.student.quantiser != "none" and warmup >= self.run.steps:
             raise ValueError(
@@ -88,6 +91,11 @@ class Settings(Section):
                 f"on_policy.share is {self.on_policy.share}, but there is no teacher to score what is written"
             )
         mixture = self.data.mixture
+        if mixture.policy != "static" and self.on_policy.share == 1:
+            raise ValueError(
+                f"on_policy.share is 1, so no batch is of the data, by which data.mixture.policy={mixture.policy} "
+                "goes: set policy static, or a smaller share"
+            )
         if mixture.policy != "static" and mixture.lag <= self.on_policy.lag:
             raise ValueError(
                 f"data.mixture.lag is {mixture.lag}, but what the student writes is prompted with a batch "

@@ -8,9 +8,11 @@ import re
 import string
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from student_trainer.settings.mixture import Mixture, StaticMixture
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "documents", "package"]
 Format = Literal["text", "chat", "tokens", "classification"]
@@ -176,29 +178,6 @@ class SourceSettings(BaseModel):
         return self.column or DEFAULT_COLUMN[self.format]
 
 
-class MixtureSettings(BaseModel):
-    """What every mixture policy has; see `data.policies`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    policy: str
-    lag: int = Field(32, ge=1, description="updates between what a policy observes and the batch that follows from it")
-
-
-class StaticMixture(MixtureSettings):
-    """The sources' own weights throughout."""
-
-    policy: Literal["static"] = Field("static", description="who decides how much each source gives")
-
-
-def _static_by_default(value: Any) -> Any:
-    return {"policy": "static", **value} if isinstance(value, dict) else value
-
-
-# Several are told apart by name: Annotated[A | B, Field(discriminator="policy"), BeforeValidator(_static_by_default)].
-Mixture = Annotated[StaticMixture, BeforeValidator(_static_by_default)]
-
-
 class DataSettings(BaseModel):
     """The mixture and the shape of a batch."""
 
@@ -225,3 +204,10 @@ class DataSettings(BaseModel):
     batches_ahead: int = Field(4, ge=1, description="batches made before they are asked for")
     held_out_rows: int = Field(16, ge=1, description="rows evaluated, a source")
     cache_folder: str | None = Field(None, description="where indexed sources lie; null: the cache of `datasets`")
+
+    @model_validator(mode="after")
+    def _names_sources(self) -> Self:
+        for name in self.mixture.named_sources:
+            if name not in self.sources:
+                raise ValueError(f"mixture names source {name!r}; the sources are {', '.join(self.sources) or 'none'}")
+        return self

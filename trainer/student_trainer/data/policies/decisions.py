@@ -1,82 +1,26 @@
-"""Mixture policies: who decides, from what a run's updates say, how much each source gives. `static` is the first.
-
-    update n -> policy.observe(n, losses) -> policy.weights(n) -> batch n + lag is drawn by them
+"""What policies decide, on its way: `PolicyState` is part of a run's state, `BatchWeights` hands it to the thread that
+makes batches.
 
 The lag is fixed, so a batch stays a function of (settings, mixture state, number), however many are made or asked for
 ahead. Where batch n + lag is wanted before update n is made, the thread that makes batches waits for it. Used by
-`loop`, which reports updates, and by `stream`, which asks for weights. A new policy is a class here, a line of
-POLICIES, and a record in `settings.data`.
+`loop`, which reports updates, and by `stream`, which asks for weights.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any
 
 from student_trainer.data.mixture import normalised
+from student_trainer.data.policies.policy import Decision, MixturePolicy, Static, Weights
+from student_trainer.data.policies.registry import POLICIES
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings.data import DataSettings
 
 POLL_S = 0.2
-Weights = Mapping[str, float]  # by source; they need not sum to 1
-
-
-class MixturePolicy(Protocol):
-    """A frozen record; what it has learnt of the run is its state."""
-
-    @property
-    def varies(self) -> bool:
-        """Whether weights ever change. Those of a policy that says no are never asked for."""
-        ...
-
-    def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
-        """The policy after update `step`, counted from 0.
-
-        metrics: losses of the update over all ranks, by their names in metrics.jsonl: "loss", "loss/TERM",
-        "source/NAME/TERM", "source/NAME/tokens", ... A source of which the batch had nothing has none.
-        """
-        ...
-
-    def weights(self, step: int) -> Weights:
-        """What batch `step` + lag is drawn by; asked for after update `step` is observed."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """All that `observe` has changed, as JSON holds it exactly."""
-        ...
-
-    def restored(self, state: Mapping[str, Any]) -> Self:
-        """With a state out of a checkpoint."""
-        ...
-
-
-@dataclass(frozen=True)
-class Static:
-    """The weights of the settings throughout."""
-
-    initial: Weights
-    varies = False
-
-    def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
-        return self
-
-    def weights(self, step: int) -> Weights:
-        return self.initial
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restored(self, state: Mapping[str, Any]) -> Self:
-        return self
-
-
-# By `data.mixture.policy`: from the policy's own settings and the weights that the sources are given.
-POLICIES: dict[str, Callable[[Any, Weights], MixturePolicy]] = {
-    "static": lambda settings, initial: Static(initial),
-}
 
 
 @dataclass(frozen=True)
@@ -106,6 +50,12 @@ class PolicyState:
         weights = normalised(json.loads(ranks.from_first(json.dumps(dict(policy.weights(self.step))))))
         decided = {number: weights for number, weights in self.decided.items() if number > self.step}
         return replace(self, policy=policy, step=self.step + 1, decided=decided | {self.step + self.lag: weights})
+
+    @property
+    def decision(self) -> Decision | None:
+        """What the last update led to, where it led to one."""
+        made = self.policy.decision
+        return made if made is not None and made.step == self.step - 1 else None
 
     def to_json(self) -> dict[str, Any] | None:
         """For a checkpoint, floats bit for bit; None where there is nothing to keep."""

@@ -1,0 +1,68 @@
+"""What all policies that change weights have: a decision every so many updates, within bounds. Used by each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from student_trainer.data.policies.policy import Decision, Weights
+from student_trainer.data.policies.updates import within
+from student_trainer.settings.mixture import AdaptiveMixture
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """`prior`: the weights of the settings, which sum to 1, of the sources that have one: a source of weight 0 is never
+    drawn, whatever is decided. `current`: those of the last decision.
+    """
+
+    settings: AdaptiveMixture
+    prior: Weights
+    unused: tuple[str, ...] = ()
+    current: Weights = field(default_factory=dict)
+    decision: Decision | None = None
+    varies = True
+    watches: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Any, initial: Weights) -> Self:
+        """Before the first update."""
+        prior = {name: weight for name, weight in initial.items() if weight > 0}
+        unused = tuple(name for name in initial if name not in prior)
+        return cls(settings=settings, prior=prior, unused=unused, current=prior)
+
+    def due(self, step: int) -> bool:
+        """Whether a decision follows update `step`."""
+        return (step + 1) % self.settings.update_interval == 0
+
+    def decide(
+        self, step: int, wanted: Weights, reasons: Mapping[str, Mapping[str, float]], note: str = "",
+        low: Weights | None = None, high: Weights | None = None,
+    ) -> Self:  # fmt: skip
+        """With `wanted` as the weights, within the bounds of the settings and, where they leave room, `low` and `high`.
+
+        A source gets at least `floor` of its own weight and at most `cap`, or its own weight where that is more.
+        """
+        least = {name: self.settings.floor * weight for name, weight in self.prior.items()}
+        most = {name: max(self.settings.cap, weight) for name, weight in self.prior.items()}
+        if low is not None and high is not None:
+            least = {name: min(max(least[name], low[name]), most[name]) for name in least}
+            most = {name: max(min(most[name], high[name]), least[name]) for name in most}
+        weights = within(wanted, least, most)
+        return replace(self, current=weights, decision=Decision(step, weights, reasons, note))
+
+    def weights(self, step: int) -> Weights:
+        return {**self.current, **dict.fromkeys(self.unused, 0.0)}
+
+    def state(self) -> dict[str, Any]:
+        return {"weights": dict(self.current)}
+
+    def restored(self, state: Mapping[str, Any]) -> Self:
+        """ValueError for weights of other sources."""
+        if state["weights"].keys() != self.prior.keys():
+            raise ValueError(
+                f"the mixture policy's state is of the sources {sorted(state['weights'])}, those with a weight are "
+                f"{sorted(self.prior)}; set them back, or begin a new run"
+            )
+        return replace(self, current={name: state["weights"][name] for name in self.prior})
