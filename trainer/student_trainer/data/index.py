@@ -44,7 +44,9 @@ def cache_root(folder: str | None) -> Path:
 
 
 def open_index(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
-    """The documents of a file source as a memory-mapped data set with the one column `document`."""
+    """The documents of a file source as a memory-mapped data set with the one column `document`, and `weight` where
+    the settings name one.
+    """
     files = find_files(settings)
     folder = cache_root(cache_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,8 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
         _sweep(folder, path.stem)
         content = _write(name, path, files, settings)
         dataset = datasets.Dataset.from_file(str(path))
-        keep(kept_at(dataset, folder), state_of([path]), content)
+        if settings.weight_column is None:  # else its weights are part of its content, which is hashed as it is opened
+            keep(kept_at(dataset, folder), state_of([path]), content)
     return dataset
 
 
@@ -70,6 +73,8 @@ def _sweep(folder: Path, ours: str) -> None:
 
 def _digest(files: list[DataFile], settings: SourceSettings) -> str:
     shape = {field: getattr(settings, field) for field in SHAPES_THE_INDEX}
+    if settings.weight_column is not None:
+        shape["weight_column"] = settings.weight_column
     made_from = [VERSION, shape, [(file.url, file.size, file.version) for file in files]]
     return hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 

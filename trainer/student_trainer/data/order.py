@@ -43,3 +43,9 @@ def shuffled(positions_N: np.ndarray, count: int, key: int) -> np.ndarray:
         values_N[outside_N] = _feistel(values_N[outside_N], half_bits, key)
         outside_N = values_N >= count
     return values_N.astype(np.int64)
+
+
+def hashed(count: int, key: int) -> np.ndarray:
+    """A number from [0, 1) for each of `range(count)`, float64."""
+    values_N = _mix(_mix(np.arange(count, dtype=np.uint64) ^ np.uint64(key)) ^ np.uint64(key))
+    return (values_N >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -17,12 +17,14 @@ from student_trainer.data.hub import load_hub
 from student_trainer.data.index import cache_root, open_index
 from student_trainer.data.order import key_of, shuffled
 from student_trainer.data.records import no_column, record_content
+from student_trainer.data.repeats import Repeats
 from student_trainer.data.sentiment import open_collection
 from student_trainer.settings.data import FILE_KINDS, SourceSettings
 
 BLOCK_CHARACTERS = 1 << 18  # about what a block holds, so that long documents come few at a time
 LARGEST_BLOCK = 512
 SAMPLED = 64
+WEIGHT = "weight"  # the column of an opened data set in which the weights are, whatever they are called in the data
 
 
 class RandomAccessSource:
@@ -35,6 +37,8 @@ class RandomAccessSource:
             raise ValueError(f"source {name!r} holds no documents; give data with at least one")
         self.name, self.settings, self.seed = name, settings, seed
         self._dataset = dataset
+        weights_N = np.asarray(dataset.with_format("numpy")[WEIGHT]) if settings.weight_column else None
+        self._repeats = None if weights_N is None else Repeats(weights_N, name, seed)
         sample_N = shuffled(np.arange(min(SAMPLED, len(dataset))), len(dataset), key_of("fingerprint"))
         sample = [canonical(content) for content in self._fetch(sample_N)]
         self.content = content_of(name, dataset, cache_root(cache_folder))
@@ -51,11 +55,12 @@ class RandomAccessSource:
 
     def read(self, epoch: int, shard: int, block: int) -> list[RawDocument]:
         """See `Source`."""
+        count = len(self) if self._repeats is None else self._repeats.count(epoch)
         start = block * self.block_size
-        indices_N = np.arange(start, max(start, min(start + self.block_size, len(self))))
-        if self.settings.shuffle and len(indices_N):
-            indices_N = shuffled(indices_N, len(self), key_of(self.seed, self.name, epoch, "order"))
-        return self._documents(indices_N)
+        places_N = np.arange(start, max(start, min(start + self.block_size, count)))
+        if self.settings.shuffle and len(places_N):
+            places_N = shuffled(places_N, count, key_of(self.seed, self.name, epoch, "order"))
+        return self._documents(places_N if self._repeats is None else self._repeats.documents(epoch, places_N))
 
     def scan(self) -> Iterator[list[RawDocument]]:
         """See `Source`."""
@@ -122,12 +127,15 @@ def _open_package(name: str, settings: SourceSettings, cache_folder: str | None)
 
 
 def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Dataset) -> datasets.Dataset:
-    columns = list(settings.columns)
+    if settings.weight_column in settings.columns:
+        raise ValueError(f"source {name!r}: weight_column {settings.weight_column!r} is a field of the documents too")
+    columns = [*settings.columns, *filter(None, (settings.weight_column,))]
     for column in columns:
         if column not in dataset.column_names:
             raise ValueError(no_column(f"source {name!r}", column, dataset.column_names))
     _check_type(name, settings, dataset.features[settings.column_name])
-    return dataset.select_columns(columns).with_format(None)
+    wanted = dataset.select_columns(columns).with_format(None)
+    return wanted.rename_column(settings.weight_column, WEIGHT) if settings.weight_column else wanted
 
 
 def _check_type(name: str, settings: SourceSettings, feature: Any) -> None:

@@ -1,7 +1,8 @@
 """Documents out of files: text, JSON lines and Parquet. Used by `index` and `streamed`.
 
 A reader takes a file, the source's settings and a first document, and yields tables with one column, `document`: the
-text, the conversation as JSON, or the token ids. Every complaint names the file and, for JSON lines, the line.
+text, the conversation as JSON, or the token ids; and of Parquet with `weight_column` a second, `weight`. Every
+complaint names the file and, for JSON lines, the line.
 """
 
 import io
@@ -78,7 +79,7 @@ def _read_jsonl(file: DataFile, settings: SourceSettings, start: int) -> Iterato
 
 
 def _read_parquet(file: DataFile, settings: SourceSettings, start: int) -> Iterator[pa.Table]:
-    columns = list(settings.columns)
+    columns = list(dict.fromkeys(filter(None, (*settings.columns, settings.weight_column))))
     with fsspec.open(file.url, "rb", **settings.storage_options) as binary:
         parquet = pa.parquet.ParquetFile(binary)
         for name in columns:
@@ -93,6 +94,17 @@ def _read_parquet(file: DataFile, settings: SourceSettings, start: int) -> Itera
 
 
 def _from_columns(batch: pa.RecordBatch, file: DataFile, settings: SourceSettings) -> pa.Table:
+    table = _documents_of(batch, file, settings)
+    if settings.weight_column is None:
+        return table
+    try:
+        return table.append_column("weight", batch.column(settings.weight_column).cast(pa.float64()))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        kind = batch.column(settings.weight_column).type
+        raise ValueError(f"{file.url}: column {settings.weight_column!r} is {kind}, expected numbers") from error
+
+
+def _documents_of(batch: pa.RecordBatch, file: DataFile, settings: SourceSettings) -> pa.Table:
     if settings.is_record:
         return _table([record_json(row, settings) for row in batch.to_pylist()], settings.format)
     column = batch.column(settings.column_name)

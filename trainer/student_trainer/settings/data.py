@@ -55,6 +55,10 @@ class SourceSettings(BaseModel):
     )
     encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
     weight: float = Field(1.0, ge=0, description="share of the tokens drawn, against the other sources' weights")
+    weight_column: str | None = Field(
+        None,
+        description="kind parquet or arrow: the field that says how often a document is read in an epoch, on average",
+    )
     held_out_fraction: float = Field(0.01, ge=0, le=1, description="share of documents kept for evaluation, by hash")
     shuffle: bool = True
     streaming: bool = Field(False, description="read in order as it comes, without an index on the local disk")
@@ -108,6 +112,8 @@ class SourceSettings(BaseModel):
             raise ValueError(f"a source of kind {self.kind!r} needs `{needed}`, which is empty")
         if self.kind in ("text", "documents") and self.format != "text":
             raise ValueError(f"kind {self.kind!r} holds plain text, got format {self.format!r}; use jsonl or parquet")
+        if self.weight_column and self.streaming:
+            raise ValueError("weight_column needs an index of the documents: set streaming to false")
         if self.kind == "package" and self.format not in ("text", "classification"):
             raise ValueError(f"kind package is read as format text or classification, got {self.format!r}")
         if self.weight > 0 and self.held_out_fraction == 1:
@@ -154,6 +160,7 @@ class SourceSettings(BaseModel):
             "split": self.kind in ("hub", "arrow", "package"),
             "column": self.kind not in ("text", "documents"),
             "tools_column": self.format == "chat",
+            "weight_column": self.kind in ("parquet", "arrow"),
             "document": self.kind == "text",
             "encoding_errors": self.kind in ("text", "jsonl"),
             "shuffle_window": self.streaming and self.shuffle,
