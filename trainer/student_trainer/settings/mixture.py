@@ -75,7 +75,13 @@ class DivergenceMixture(GapMixture):
     policy: Literal["divergence"] = "divergence"
 
 
-MixtureOfPolicy = StaticMixture | ExcessMixture | DivergenceMixture
+class AdoMixture(AdaptiveMixture):
+    """By a scaling law of each source's loss; it needs no teacher."""
+
+    policy: Literal["ado"] = "ado"
+
+
+MixtureOfPolicy = StaticMixture | ExcessMixture | DivergenceMixture | AdoMixture
 MIXTURES: dict[str, type[MixtureSettings]] = {
     each.model_fields["policy"].default: each for each in get_args(MixtureOfPolicy)
 }

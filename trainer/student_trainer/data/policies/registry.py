@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from student_trainer.data.policies.ado import Ado
 from student_trainer.data.policies.gap import Divergence, Excess
 from student_trainer.data.policies.policy import MixturePolicy, Static, Weights
 
@@ -15,4 +16,5 @@ POLICIES: dict[str, Callable[[Any, Weights], MixturePolicy]] = {
     "static": lambda settings, initial: Static(initial),
     "excess": Excess.of,
     "divergence": Divergence.of,
+    "ado": Ado.of,
 }

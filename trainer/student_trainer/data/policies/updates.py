@@ -19,6 +19,11 @@ def normed(weights: Weights) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
+def floored(weights: Weights, least: float) -> dict[str, float]:
+    """Each at least `least`, and normed again, which may bring it somewhat below."""
+    return normed({name: max(weight, least) for name, weight in weights.items()})
+
+
 def tilted(weights: Weights, exponents: Mapping[str, float]) -> dict[str, float]:
     """norm(w exp(x)), which no exponent is too large for."""
     largest = max(exponents[name] for name in weights)
