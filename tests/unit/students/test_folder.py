@@ -211,7 +211,7 @@ def test_auto_tells_the_three_apart_and_says_so(
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     assert run_here([*arguments, "run.steps=1"], ScriptedTargets()) == loop.DONE
     capsys.readouterr()
-    assert check([*arguments, "teacher=none"]) == 0
+    assert check([*arguments, "teacher=none", "distillation=cross_entropy"]) == 0
     assert "architecture diffusion, quantiser none" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"student\.type=auto looks into student\.checkpoint_path: give it"):
         recognised(compose(["student.type=auto"]))
