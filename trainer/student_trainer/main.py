@@ -4,7 +4,7 @@
     stillhouse-train check SETTINGS...     say what would run, without training
     stillhouse-train report RUN ...        make the page of a run
     stillhouse-train sequences FILE SETTINGS...   write a run's documents, for `stillhouse-teacher fill`
-    stillhouse-train export RUN --format hf|bitnet|gguf    write its student for transformers or llama.cpp
+    stillhouse-train export RUN --format hf|bitnet|gguf|sdar    write its student for transformers, llama.cpp, SGLang
 
 Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 start it again: stopped by a signal and saved,
 or nobody there who must answer. `exit_codes.py` says which error is which. SIGTERM and Ctrl-C are obeyed within 5 s at

@@ -1,4 +1,4 @@
-"""A finished run as files that others load: `stillhouse-train export RUN --format hf|bitnet|gguf`. Called by `main`.
+"""A finished run as files that others load: `stillhouse-train export RUN --format FORMAT`. Called by `main`.
 
 Rebuilds the student of the run's newest checkpoint, writes it with a model card, opens what was written with the
 software that it is for, and compares its logits with the student's. Exit code 1 where the two are not the same model.
@@ -26,6 +26,7 @@ from student_trainer.export.check import LogitsComparison, compare_logits, llama
 from student_trainer.export.export import EXPORTS, ExportReport
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.redact import public_tree
+from student_trainer.students.diffusion_record import read_diffusion
 from student_trainer.students.load import merged
 from student_trainer.students.pretrained import load_quantised
 from student_trainer.students.quant_linear import is_quantised
@@ -87,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--format", choices=list(EXPORTS), required=True,
-        help="hf: latent weights; bitnet: two bits a weight, for transformers; gguf: one file, for llama.cpp",
+        help="hf: latent weights; bitnet: two bits a weight, for transformers; gguf: one file, for llama.cpp; "
+        "sdar: a block-diffusion student, for SGLang",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="a folder that is not there yet (default: RUN/exports/FORMAT)")
     parser.add_argument("--name", help="the model's name on its card (default: the run's)")
@@ -185,6 +187,8 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
         theirs = [llama_cpp_logits(file, ids_T) for ids_T in ids_BT]
         kept = [logits_TV for logits_TV in theirs if logits_TV is not None]
         return ("llama.cpp", compare_logits(ours_BTV, np.stack(kept))) if kept else ("gguf", None)
+    if report.format == "sdar":
+        return "our own reading of SDAR's form", compare_logits(*_in_blocks(model, report.folder, ids_BT))
     if report.stands_alone:
         try:
             (theirs_BTV,) = transformers_logits([report.folder], ids_BT)
@@ -195,3 +199,19 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
         again = load_quantised(str(report.folder)).eval()
         theirs_BTV = again(torch.from_numpy(ids_BT), use_cache=False).logits.float().numpy()
     return "load_quantised", compare_logits(ours_BTV, theirs_BTV)
+
+
+def _in_blocks(model: Any, folder: Path, ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of a text read in blocks, by the model and by what was written of it, read as any folder of SDAR's."""
+    settings = StudentSettings(architecture="diffusion", checkpoint_path=str(folder), attention="sdpa")
+    again = load_student(settings, torch.device("cpu")).model.eval()
+    record = read_diffusion(again.config)
+    assert record is not None
+    block_T = torch.arange(ids_BT.shape[1]) // record.block_size
+    mask_BTT = (block_T[:, None] >= block_T[None, :])[None, None].expand(len(ids_BT), 1, -1, -1)
+    with torch.no_grad():
+        ours_BTV, theirs_BTV = (
+            each(torch.from_numpy(ids_BT), attention_mask=mask_BTT, use_cache=False).logits.float().numpy()
+            for each in (model.eval(), again)
+        )
+    return ours_BTV, theirs_BTV

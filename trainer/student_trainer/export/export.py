@@ -3,7 +3,8 @@
 - hf: latent weights, to be trained on or quantised while running; the weights as they are of a student that is not
   quantised, for which this is the only format;
 - bitnet: ternary weights, two bits each, which transformers loads with nothing of ours installed;
-- gguf: ternary weights, one file for llama.cpp.
+- gguf: ternary weights, one file for llama.cpp;
+- sdar: a block-diffusion student in the form that SGLang serves.
 
 A quantiser says which of them hold it. An adapter of a quantised student is written beside it, in peft's format.
 
@@ -34,6 +35,8 @@ from student_trainer.export.bitnet import (
 )
 from student_trainer.export.card import ModelCard, write_card
 from student_trainer.export.gguf import TernaryType, write_gguf
+from student_trainer.export.mask_token import with_mask_token
+from student_trainer.export.sdar import SAMPLER_FILE, check_sdar, write_sdar
 from student_trainer.students.adapters.low_rank import FOLDER, corrections, write_peft
 from student_trainer.students.diffusion_record import read_diffusion
 from student_trainer.students.quant_linear import is_quantised, quant_linears, quantisation_blend, quantiser_of
@@ -83,6 +86,17 @@ _BLOCKS = (
     "A block-diffusion student: the entry diffusion of its config says its blocks, its mask token and which row "
     "predicts a token. transformers alone computes its weights from left to right and fills in no blocks; nothing here "
     "decodes with it yet; student.architecture=diffusion trains it on."
+)
+_SERVE_SDAR = """```sh
+python -m sglang.launch_server --model-path FOLDER --trust-remote-code --dllm-algorithm LowConfidence \\
+    --dllm-algorithm-config FOLDER/{file} --max-running-requests 16
+```
+
+`--trust-remote-code` is for `configuration_sdar.py` of this folder. One GPU: no pipeline parallelism, no LoRA. Without
+`--max-running-requests` it serves one request at a time, and whatever temperature is asked for, it is greedy."""
+_SDAR_NOTE = (
+    "The files are held to SDAR's form as SGLang 0.5.23 reads it; they have not been served by SGLang here. In "
+    "transformers, `trust_remote_code` takes `modeling_sdar.py`: passes over whole texts, without generation."
 )
 _COMPILES = (
     "On its first forward pass transformers compiles two small functions of its BitNet layers. On a CPU that takes a "
@@ -167,7 +181,20 @@ def export_gguf(
     return ExportReport("gguf", folder, "bitnet", True, _size(folder), notes)
 
 
-EXPORTS: Mapping[str, Callable[..., ExportReport]] = {"hf": export_hf, "bitnet": export_bitnet, "gguf": export_gguf}
+def export_sdar(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
+    """Write a block-diffusion student in SDAR's form. Raises CannotExpressError with every reason why it can't be."""
+    record = check_sdar(model, tokenizer)
+    with _fresh_folder(folder) as unfinished:
+        write_sdar(model, tokenizer, unfinished, record)
+        what = "A block-diffusion model in SDAR's form: Qwen3's weights, which fill in masked tokens block by block."
+        write_card(card, unfinished / "README.md", library="transformers", what=what,
+                   loading=_SERVE_SDAR.format(file=SAMPLER_FILE), notes=(_SDAR_NOTE,), quantiser=NONE)  # fmt: skip
+    return ExportReport("sdar", folder, "SDARForCausalLM", True, _size(folder), (_SDAR_NOTE,))
+
+
+EXPORTS: Mapping[str, Callable[..., ExportReport]] = {
+    "hf": export_hf, "bitnet": export_bitnet, "gguf": export_gguf, "sdar": export_sdar
+}  # fmt: skip
 
 
 def quantiser_in(model: Any) -> Quantiser:
@@ -228,8 +255,11 @@ def _write_folder(
 
     kind, stands_alone, notes = report
     config = expression.config
-    if read_diffusion(config) is not None:
+    if (record := read_diffusion(config)) is not None:
         notes = (_BLOCKS, *notes)
+        if tokenizer is not None:
+            tokenizer, why = with_mask_token(tokenizer, record.mask_token_id)
+            notes = (*notes, f"Its tokenizer does not name the mask token: {why}.") if why else notes
     architecture = type(model).__name__ if config.model_type == model.config.model_type else "BitNetForCausalLM"
     config.architectures, config.dtype = [architecture], model.dtype
     with _fresh_folder(folder) as unfinished:

@@ -1,0 +1,120 @@
+"""A diffusion student as a folder of SDAR's form, which SGLang serves. Called by `export`.
+
+The form is Qwen3's keys and names of weights with blocks and a mask token. SGLang reads less of a folder than it seems
+to, and says nothing of what it misses, so whatever it would compute otherwise is refused here by its reason:
+
+- the architecture's name alone chooses the mask token, 151669, whatever the config says;
+- it always builds norms of queries and keys, and weights that are missing for them are not reported;
+- a head that is tied to the embeddings is looked for under its own name, so it is written out;
+- the base of the rotary positions is looked for as `rope_theta`, and 10,000 is taken where it stands elsewhere;
+- prompts are read a block at a time, each token seeing its whole block, and a token is predicted by its own row.
+
+`configuration_sdar.py` and `modeling_sdar.py` beside it are templates that are written into the folder. The first
+is what SGLang needs beside the weights; the second computes a pass over whole blocks, on any device.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from student_trainer.export.bitnet import CannotExpressError, latent_weights
+from student_trainer.export.mask_token import with_mask_token
+from student_trainer.students.adapters.low_rank import corrections
+from student_trainer.students.diffusion_record import DiffusionRecord, read_diffusion
+from student_trainer.students.quant_linear import is_quantised
+
+MASK = 151669
+BLOCK = 4  # SGLang's where nothing else is said
+THRESHOLD = 0.95
+SAMPLER_FILE = "sglang_low_confidence.yaml"
+TEMPLATES = ("configuration_sdar.py", "modeling_sdar.py")
+# Of Qwen3's config, what SDAR's has under the same name.
+KEPT = (
+    "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+    "initializer_range", "intermediate_size", "max_position_embeddings", "max_window_layers", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "sliding_window", "use_cache", "use_sliding_window",
+    "vocab_size",
+)  # fmt: skip
+
+
+def check_sdar(model: Any, tokenizer: Any) -> DiffusionRecord:
+    """What the student is. CannotExpressError with every reason why SGLang would compute something else."""
+    record, config = read_diffusion(model.config), model.config
+    if record is None:
+        raise CannotExpressError("SDAR's form", ["it reads from left to right, not by blocks"])
+    reasons = []
+    if is_quantised(model):
+        reasons.append("its weights are quantised while running")
+    elif corrections(model):
+        reasons.append("it has an adapter beside its weights")
+    if config.model_type != "qwen3":
+        reasons.append(f"it is a {config.model_type} model, not Qwen3's shape with norms of queries and keys")
+    elif set(config.layer_types or ()) - {"full_attention"} or config.use_sliding_window:
+        reasons.append("some of its layers see a window alone")
+    if (rope := _rope(config)).get("rope_type", "default") != "default":
+        reasons.append(f"its rotary positions are of type {rope['rope_type']}")
+    if record.family != "in_place":
+        reasons.append(f"student.diffusion.family is {record.family}, there a row predicts its own token")
+    if record.clean_half != "block_causal" and record.block_size > 1:
+        reasons.append(f"student.diffusion.clean_half is {record.clean_half}, there a prompt's token sees its block")
+    if record.mask_token_id != MASK:
+        reasons.append(
+            f"its mask token is {record.mask_token_id}, there {MASK}: student.diffusion.mask_token_id={MASK}"
+        )
+    elif tokenizer is not None and (why := with_mask_token(tokenizer, MASK)[1]):
+        reasons.append(f"its tokenizer cannot name the mask token: {why}")
+    if reasons:
+        raise CannotExpressError("SDAR's form", reasons)
+    return record
+
+
+def sdar_config(model: Any, record: DiffusionRecord) -> dict[str, Any]:
+    """config.json: SDAR's fields, and no other's."""
+    ours = model.config.to_dict()
+    config = {name: ours[name] for name in KEPT}
+    ends = config["eos_token_id"]
+    first = ends[0] if isinstance(ends, list) else ends
+    return {
+        "architectures": ["SDARForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel",
+            "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+        },
+        "model_type": "sdar",
+        **config,
+        "block_size": record.block_size,
+        "mask_token_id": record.mask_token_id,
+        "pad_token_id": first if model.config.pad_token_id is None else model.config.pad_token_id,
+        "rope_scaling": None,
+        "rope_theta": _rope(model.config)["rope_theta"],
+        "tie_word_embeddings": False,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def sdar_weights(model: Any) -> dict[str, Tensor]:
+    """Qwen3's names, with a head of its own whether it is tied or not."""
+    return {**latent_weights(model), "lm_head.weight": model.get_output_embeddings().weight.detach().clone()}
+
+
+def write_sdar(model: Any, tokenizer: Any, folder: Path, record: DiffusionRecord) -> None:
+    """All of the folder but its card."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict({name: tensor.contiguous() for name, tensor in sdar_weights(model).items()}, folder)
+    (folder / "config.json").write_text(json.dumps(sdar_config(model, record), indent=2))
+    for name in TEMPLATES:
+        (folder / name).write_text(Path(__file__).with_name(f"{name}.txt").read_text())
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        with_mask_token(tokenizer, record.mask_token_id)[0].save_pretrained(folder)
+    (folder / SAMPLER_FILE).write_text(f"threshold: {THRESHOLD}\nblock_size: {record.block_size}\n")
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return dict(getattr(config, "rope_parameters", None) or {})
