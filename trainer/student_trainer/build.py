@@ -42,8 +42,9 @@ from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.reporting.logs import RunLog, forget_after
 from student_trainer.reporting.progress import Progress
 from student_trainer.reporting.trackers import open_trackers
+from student_trainer.rollouts.block_sampler import sampler_of
 from student_trainer.rollouts.rollouts import RolloutStream
-from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
+from student_trainer.rollouts.sampler import Sampler, ends_of_text
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import public
 from student_trainer.state import TrainState
@@ -177,13 +178,13 @@ def _rollouts(
             "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
             "give the tokenizer an eos_token, or set on_policy.share=0"
         )
-    if not student.autoregressive:
+    sampler = _sampler(student, tokenizer, settings.on_policy.sequences_at_once)
+    if sampler is None:
         raise ValueError(
-            f"on_policy: a student of architecture {settings.student.architecture} does not write from left to right; "
-            "set on_policy.share=0"
+            f"on_policy: a student of architecture {settings.student.architecture} does not write from left to right, "
+            "and in no other way that is known here; set on_policy.share=0"
         )
     saved = snapshot.tensors.get(checkpoint.ROLLOUTS, {}) if snapshot is not None else {}
-    sampler = _sampler(student, tokenizer, settings.on_policy.sequences_at_once)
     return RolloutStream(batches, settings, sampler, pad_id(tokenizer), saved, ranks)
 
 
@@ -212,8 +213,8 @@ def _spec(settings: Settings, terms: Sequence[Term]) -> TargetSpec | None:
     return spec_for(terms, settings.teacher.top_k, settings.distillation)
 
 
-def _sampler(student: Student, tokenizer: Any, at_once: int | None = None) -> GenerateSampler:
-    return GenerateSampler(student, ends_of_text(student, tokenizer), pad_id(tokenizer), at_once)
+def _sampler(student: Student, tokenizer: Any, at_once: int | None = None) -> Sampler | None:
+    return sampler_of(student, ends_of_text(student, tokenizer), pad_id(tokenizer), at_once)
 
 
 def _held_out(settings: Settings, components: Components) -> dict[str, list[Batch]]:
@@ -226,12 +227,12 @@ def _samples(settings: Settings, components: Components, ranks: Ranks) -> Sample
     if not ranks.alone and settings.evaluation.every and settings.evaluation.samples:
         logger.warning("evaluation.samples has no effect: a student in shards on several ranks can't write yet")
     decode: Callable[[Sequence[int]], str] = lambda ids: str(components.tokenizer.decode(ids))  # noqa: E731
-    writes = components.student.autoregressive
-    if not writes and settings.evaluation.every and settings.evaluation.samples:
+    sampler = _sampler(components.student, components.tokenizer)
+    if sampler is None and settings.evaluation.every and settings.evaluation.samples:
         architecture = settings.student.architecture
         logger.warning("evaluation.samples has no effect: architecture %s does not write left to right", architecture)
-    held_out = _held_out(settings, components) if ranks.alone and writes else {}
-    return SampleWriter(settings.evaluation, held_out, _sampler(components.student, components.tokenizer), decode)
+    held_out = _held_out(settings, components) if ranks.alone and sampler else {}
+    return SampleWriter(settings.evaluation, held_out, sampler, decode)
 
 
 def _evaluator(

@@ -5,6 +5,7 @@
     stillhouse-train report RUN ...        make the page of a run
     stillhouse-train sequences FILE SETTINGS...   write a run's documents, for `stillhouse-teacher fill`
     stillhouse-train export RUN --format hf|bitnet|gguf|sdar    write its student for transformers, llama.cpp, SGLang
+    stillhouse-train generate FOLDER --prompt TEXT    let a run's student write, or an export's
 
 Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 start it again: stopped by a signal and saved,
 or nobody there who must answer. `exit_codes.py` says which error is which. SIGTERM and Ctrl-C are obeyed within 5 s at
@@ -37,6 +38,7 @@ from student_trainer.exit_codes import FAILED, USAGE, code_of
 SUBCOMMANDS = {
     "check": "student_trainer.cli.check",
     "export": "student_trainer.cli.export",
+    "generate": "student_trainer.cli.generate",
     "report": "student_trainer.reporting.report",
     "sequences": "student_trainer.cli.sequences",
 }

@@ -336,7 +336,6 @@ REFUSED = {
     "no room": (("student.diffusion.mask_token_id=600",), "embeddings of 512 tokens"),
     "a word": (("student.diffusion.mask_token_id=77",), r"mask token 77 is '.+' in its tokenizer, which texts hold"),
     "end of text": (("student.diffusion.mask_token_id=1",), "mask token 1 is '</s>', the beginning or end"),
-    "own text": (("on_policy=gkd", "on_policy.new_tokens=8"), "architecture diffusion does not write from left"),
     "block": (("student.diffusion.block_size=65",), "block_size"),
     "suffix": (
         ("student.diffusion.masks=suffix", "student.diffusion.complementary=true"), "the complement of suffix masks"

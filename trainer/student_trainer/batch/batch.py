@@ -37,11 +37,12 @@ class RolloutSums:
     tokens: int
     ended: int  # sequences that came to an end of their own
     logprob: float
+    passes: int = 0  # forward passes, of a student that writes several tokens with one; prefills aside
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "RolloutSums":
         """Those of all ranks together, by a function that adds numbers up over the ranks."""
-        sequences, tokens, ended, logprob = total(astuple(self))
-        return RolloutSums(int(sequences), int(tokens), int(ended), logprob)
+        sequences, tokens, ended, logprob, passes = total(astuple(self))
+        return RolloutSums(int(sequences), int(tokens), int(ended), logprob, int(passes))
 
     def means(self) -> dict[str, float]:
         """For metrics: sequences; tokens of one; share that ended; nats a token, minus which estimates the entropy."""
@@ -51,6 +52,7 @@ class RolloutSums:
             "mean_length": self.tokens * per_sequence,
             "ended": self.ended * per_sequence,
             "logprob": self.logprob * per_token,
+            **({"tokens_per_pass": self.tokens / self.passes} if self.passes else {}),
         }
 
 
@@ -71,6 +73,8 @@ class Batch:
     source_ids_BT: np.ndarray  # int16, into source_names
     first_row: int = 0
     rollout: RolloutSums | None = None  # of what the student wrote, where it did: prompts do not count then
+    # int32, of such a batch: at which of its writes a sequence got this token, from 1; 0: given, or written in order.
+    written_at_BT: np.ndarray | None = None
 
     @property
     def kind(self) -> Kind:
@@ -98,6 +102,7 @@ class Batch:
             document_ids_BT=self.document_ids_BT[start:stop],
             loss_mask_BT=self.loss_mask_BT[start:stop],
             source_ids_BT=self.source_ids_BT[start:stop],
+            written_at_BT=None if self.written_at_BT is None else self.written_at_BT[start:stop],
             documents=tuple(replace(d, row=d.row - start) for d in self.documents if start <= d.row < stop),
             first_row=self.first_row + start,
         )

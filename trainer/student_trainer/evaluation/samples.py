@@ -27,10 +27,10 @@ class _Prompt:
 
 
 class SampleWriter:
-    """`batches`: the held-out rows by source. `decode`: token ids as text."""
+    """`batches`: the held-out rows by source. `sampler`: None where the student can't write. `decode`: ids as text."""
 
     def __init__(
-        self, settings: EvaluationSettings, batches: Mapping[str, Sequence[Batch]], sampler: Sampler,
+        self, settings: EvaluationSettings, batches: Mapping[str, Sequence[Batch]], sampler: Sampler | None,
         decode: Callable[[Sequence[int]], str],
     ):  # fmt: skip
         self._new_tokens, self._sampler, self._decode = settings.sample_tokens, sampler, decode
@@ -42,7 +42,7 @@ class SampleWriter:
 
     def write(self) -> list[SampledText]:
         """By source, in the order of its held-out documents; empty where none was asked for or none has a beginning."""
-        if not self._prompts:
+        if not self._prompts or self._sampler is None:
             return []
         ids = [prompt.ids_N for prompt in self._prompts]
         with stage("writing samples", self._new_tokens, "tokens", closing=False) as doing:

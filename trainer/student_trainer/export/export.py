@@ -84,8 +84,8 @@ _BESIDE = (
 )
 _BLOCKS = (
     "A block-diffusion student: the entry diffusion of its config says its blocks, its mask token and which row "
-    "predicts a token. transformers alone computes its weights from left to right and fills in no blocks; nothing here "
-    "decodes with it yet; student.architecture=diffusion trains it on."
+    "predicts a token. transformers alone computes its weights from left to right and fills in no blocks: "
+    "`stillhouse-train generate` decodes with it, student.architecture=diffusion trains it on."
 )
 _SERVE_SDAR = """```sh
 python -m sglang.launch_server --model-path FOLDER --trust-remote-code --dllm-algorithm LowConfidence \\

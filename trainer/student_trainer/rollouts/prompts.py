@@ -87,13 +87,17 @@ def beginnings(batch: Batch, document: Document, prompt_tokens: int, new_tokens:
 def rollout_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sample], pad_id: int) -> Batch:
     """The batch that stands in the place of `batch`: each prompt with what the student wrote after it."""
     rows: list[list[Placed]] = [[] for _ in batch.tokens_BT]
+    written_at_BT = np.zeros(batch.tokens_BT.shape, np.int32)
     for prompt, sample in zip(prompts, samples, strict=True):
         counts_N = np.arange(len(prompt.ids_N) + len(sample.ids_N)) >= len(prompt.ids_N)
         ids_N = np.concatenate([prompt.ids_N, sample.ids_N])
+        start = sum(len(placed.ids_N) for placed in rows[prompt.row])
+        if sample.written_at_N is not None:
+            written_at_BT[prompt.row, start + len(prompt.ids_N) : start + len(ids_N)] = sample.written_at_N
         rows[prompt.row].append(Placed(prompt.source, prompt.key, ids_N, counts_N))
     sums = RolloutSums(
         len(samples), sum(len(sample.ids_N) for sample in samples), sum(sample.ended for sample in samples),
-        sum(sample.logprob for sample in samples),
+        sum(sample.logprob for sample in samples), sum(sample.passes.writing for sample in samples if sample.passes),
     )  # fmt: skip
     made = build_batch(batch.number, rows, batch.tokens_BT.shape[1], pad_id, batch.source_names, batch.first_row)
-    return replace(made, rollout=sums)
+    return replace(made, rollout=sums, written_at_BT=written_at_BT)

@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.data.mixture import MixtureState
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.rollouts.prompts import Prompt, is_rollout, prompts_of, rollout_batch
-from student_trainer.rollouts.sampler import Sample, Sampler
+from student_trainer.rollouts.sampler import Passes, Sample, Sampler
 from student_trainer.settings import Settings
 from teacher_proto.stages import stage
 
@@ -174,6 +175,12 @@ def _packed(samples: Mapping[int, list[RowSample]]) -> dict[str, Tensor]:
         tensors[f"{number}.lengths"] = torch.tensor([len(sample.ids_N) for sample in group])
         tensors[f"{number}.ended"] = torch.tensor([sample.ended for sample in group])
         tensors[f"{number}.logprobs"] = torch.tensor([sample.logprob for sample in group], dtype=torch.float64)
+        # Of a student that writes several tokens at a time.
+        written = [sample.written_at_N for sample in group if sample.written_at_N is not None]
+        passes = [astuple(sample.passes) for sample in group if sample.passes is not None]
+        if len(written) == len(passes) == len(group):
+            tensors[f"{number}.written_at"] = torch.from_numpy(np.concatenate(written))
+            tensors[f"{number}.passes"] = torch.tensor(passes)
     return tensors
 
 
@@ -185,6 +192,17 @@ def _unpacked(tensors: Mapping[str, Tensor], rows: range) -> dict[int, list[RowS
             tensors[f"{number}.{part}"].tolist() for part in ("rows", "lengths", "ended", "logprobs")
         )
         pieces = torch.split(tensors[f"{number}.tokens"], lengths)
-        every = zip(row, pieces, ended, logprobs, strict=True)
-        samples[number] = [(at, Sample(ids_N.numpy(), end, value)) for at, ids_N, end, value in every if at in rows]
+        every = zip(row, pieces, ended, logprobs, _ways(tensors, number, lengths), strict=True)
+        samples[number] = [
+            (at, Sample(ids_N.numpy(), end, value, *way)) for at, ids_N, end, value, way in every if at in rows
+        ]
     return samples
+
+
+def _ways(tensors: Mapping[str, Tensor], number: int, lengths: list[int]) -> list[tuple[Any, ...]]:
+    """By sample, when its tokens were written and with how many passes, where that is kept."""
+    if f"{number}.written_at" not in tensors:
+        return [()] * len(lengths)
+    written = torch.split(tensors[f"{number}.written_at"], lengths)
+    passes = [Passes(*counts) for counts in tensors[f"{number}.passes"].tolist()]
+    return [(at_N.numpy(), took) for at_N, took in zip(written, passes, strict=True)]

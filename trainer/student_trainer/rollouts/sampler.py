@@ -1,6 +1,7 @@
-"""The student writes: continuations of prompts, drawn from seeds. Used by `rollouts` and by `evaluator`.
+"""The student writes: continuations of prompts, drawn from seeds. Used by `rollouts` and by `evaluation.samples`.
 
-`Sampler` is the interface; `GenerateSampler` is transformers' own `generate` in this process. A server that is given
+`Sampler` is the interface; `GenerateSampler` is transformers' own `generate` in this process, `block_sampler` has that
+of students that fill in blocks. A server that is given
 the student's weights could stand behind the same interface.
 """
 
@@ -19,15 +20,36 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from student_trainer.students.student import Student
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes that one sequence took, as if nothing stood beside it: over what was given, over a block to write
+    tokens in it, and over a block that is written, for those that follow.
+    """
+
+    prefill: int = 0
+    denoising: int = 0
+    commit: int = 0
+
+    @property
+    def writing(self) -> int:
+        """All but the prefill: what tokens per forward pass are counted by."""
+        return self.denoising + self.commit
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One continuation. `ended`: its last token is an end of text. `logprob`: of all its tokens together, in nats, at
     temperature 1.
+
+    Of a student that writes several tokens at a time: `written_at_N`, at which of its writes each token was written,
+    counted from 1, and the `passes` that took.
     """
 
     ids_N: np.ndarray  # int32, at least one
     ended: bool
     logprob: float
+    written_at_N: np.ndarray | None = None  # int32
+    passes: Passes | None = None
 
 
 class Sampler(Protocol):
@@ -78,7 +100,7 @@ class GenerateSampler:
         lengths_P = torch.tensor([len(ids_N) for ids_N in prompts])
         mask_PT = (torch.arange(width) >= width - lengths_P[:, None]).long()
         model: Any = self._student.model
-        with _writing(self._student):
+        with writing(self._student):
             out_PT = model.generate(
                 input_ids=tokens_PT.to(device), attention_mask=mask_PT.to(device),
                 logits_processor=LogitsProcessorList([draw]),
@@ -123,7 +145,7 @@ class _Draw(LogitsProcessor):
 
 
 @contextmanager
-def _writing(student: Student) -> Iterator[None]:
+def writing(student: Student) -> Iterator[None]:
     """Evaluation mode, no gradients, the run's compute dtype, and none of the defaults that a checkpoint may bring for
     generation (a repetition penalty would make it another student's text).
     """

@@ -71,6 +71,9 @@ class DiffusionSettings(Section):
     loss_weights: Literal["none", "1/t"] = Field(
         "none", description="what a masked token weighs: 1, or 1 / the share of its block that is masked"
     )
+    threshold: float = Field(
+        0.9, gt=0, le=1, description="when it writes: tokens that are likelier are written side by side; 1: one by one"
+    )
 
     @property
     def in_two_views(self) -> bool:

@@ -50,6 +50,24 @@ class DecoderBody:
         out = self.decoder(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_ids_BT, use_cache=False)
         return out.last_hidden_state
 
+    def extend(self, input_ids_BQ: Tensor, position_ids_BQ: Tensor, sees_BQK: Tensor, cache: Any) -> Tensor:
+        """Hidden states [B, Q, D] of the last Q of K places, after those whose keys and values are in `cache`, a cache
+        of transformers' or None, which takes these in. A place stands as many columns behind another in all rows.
+        """
+        places_K = torch.arange(sees_BQK.shape[2], device=sees_BQK.device)
+        back_QK = places_K[-sees_BQK.shape[1] :, None] - places_K[None, :]
+
+        def masked(window: int | None) -> Tensor:
+            return (sees_BQK if window is None else sees_BQK & (back_QK < window))[:, None]
+
+        windows = self.window
+        mask: Any = {k: masked(w) for k, w in windows.items()} if isinstance(windows, dict) else masked(windows)
+        out = self.decoder(
+            input_ids=input_ids_BQ, attention_mask=mask, position_ids=position_ids_BQ, past_key_values=cache,
+            use_cache=cache is not None,
+        )  # fmt: skip
+        return out.last_hidden_state
+
 
 @dataclass(frozen=True)
 class CausalReader:

@@ -9,7 +9,7 @@ block, only where the data has tokens to learn. Blocks count from the start of e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.tensors import own_tensor
-from student_trainer.batch.view import NEVER, OrderedDocuments, View, ViewSeed
+from student_trainer.batch.view import EVALUATION, NEVER, OrderedDocuments, View, ViewSeed
 from student_trainer.settings import StudentSettings
 from student_trainer.students.causal import wrap_decoder
 from student_trainer.students.diffusion_record import DiffusionRecord, convert
 from student_trainer.students.student import Student
+from student_trainer.students.trajectory import left_to_write
 
 # The least chance of a token to be masked, p = (1 - LEAST) t + LEAST, as Fast-dLLM v2 has it.
 LEAST = 1e-3
@@ -38,15 +39,25 @@ class DiffusionReader:
     complementary: bool = True
     by_share: bool = False
     autoregressive: bool = False
+    threshold: float = 0.9  # how sure of a token it must be to write it beside others: see `rollouts.block_decoding`
 
     def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
-        """One view, or two of which the second masks what the first one showed. ValueError for a text that holds the
-        mask token.
+        """One view, or two of which the second masks what the first showed; of a text that the student wrote, a state
+        on its way there a block. Held-out text is masked alike for all students: uniform, in two views.
+        ValueError for a text that holds the mask token.
         """
+        if seed.purpose == EVALUATION and (self.masks, self.complementary, self.by_share) != ("uniform", True, False):
+            return replace(self, masks="uniform", complementary=True, by_share=False).views(batch, seed)
         self._refuse_masked_text(batch)
         maskable_BT = np.zeros(batch.tokens_BT.shape, bool)
         # The position that counts at column t is the prediction of token t + 1: that is the one to be masked.
         maskable_BT[:, 1:] = batch.loss_mask_BT[:, :-1]
+        if batch.written_at_BT is not None:
+            masked_BT = np.zeros(maskable_BT.shape, bool)
+            for row, (written_at_T, maskable_T) in enumerate(zip(batch.written_at_BT, maskable_BT, strict=True)):
+                chance_T = seed.generator(batch, row).random(len(maskable_T))
+                masked_BT[row] = left_to_write(written_at_T, maskable_T, self._blocks(batch, row), chance_T)
+            return (self._view(batch, masked_BT, None),)
         masked_BT, share_BT = self._noise(batch, maskable_BT, seed)
         views = (self._view(batch, masked_BT, share_BT),)
         return (*views, self._view(batch, maskable_BT & ~masked_BT, 1.0 - share_BT)) if self.complementary else views
@@ -57,11 +68,8 @@ class DiffusionReader:
         for row, maskable_T in enumerate(maskable_BT):
             # The same draws for every row, whatever it holds: the first of a block's places has the block's own.
             noise_T, chance_T = seed.generator(batch, row).random((2, len(maskable_T)))
-            place_T, document_T = batch.position_ids_BT[row], batch.document_ids_BT[row]
-            block_T = place_T // self.record.block_size
-            starts_T = np.r_[True, (np.diff(block_T) != 0) | (np.diff(document_T) != 0)]
-            ordinal_T = np.cumsum(starts_T) - 1
-            noise_T = noise_T[starts_T][ordinal_T]
+            place_T, ordinal_T = batch.position_ids_BT[row], self._blocks(batch, row)
+            noise_T = noise_T[np.r_[True, np.diff(ordinal_T) != 0]][ordinal_T]
             if self.masks == "uniform":
                 share_BT[row] = (1.0 - LEAST) * noise_T + LEAST
                 masked_BT[row] = maskable_T & (chance_T < share_BT[row])
@@ -74,6 +82,11 @@ class DiffusionReader:
             masked_BT[row, within_M], share_BT[row, within_M] = chosen_M, share_M
         return masked_BT, share_BT
 
+    def _blocks(self, batch: Batch, row: int) -> np.ndarray:
+        """[T]: the block of each place of the row, counted from 0 over all its documents."""
+        block_T, document_T = batch.position_ids_BT[row] // self.record.block_size, batch.document_ids_BT[row]
+        return np.cumsum(np.r_[False, (np.diff(block_T) != 0) | (np.diff(document_T) != 0)])
+
     def _late_places(self, place_M: np.ndarray, noise_M: np.ndarray, chance_M: np.ndarray) -> np.ndarray:
         """Keys of which the largest k are a draw without replacement, weights exp(beta (1 - t) i) at place i of the
         block (Gumbel); beta doubles the weight over a tenth of a block (Efficient-DLM, arXiv 2512.14067).
@@ -82,7 +95,8 @@ class DiffusionReader:
         gumbel_M = -np.log(-np.log(np.clip(chance_M, 1e-12, 1.0 - 1e-12)))
         return beta * (1.0 - noise_M) * place_M + gumbel_M
 
-    def _view(self, batch: Batch, masked_BT: np.ndarray, share_BT: np.ndarray) -> View:
+    def _view(self, batch: Batch, masked_BT: np.ndarray, share_BT: np.ndarray | None) -> View:
+        weighed = share_BT if self.by_share else None
         row_C, column_C = batch.counted()
         counted_N = np.flatnonzero(masked_BT[row_C, column_C + 1])
         row_N, column_N = row_C[counted_N], column_C[counted_N]
@@ -97,8 +111,8 @@ class DiffusionReader:
             rows_N=own_tensor(row_N * width + predicts_N, torch.int64),
             labels_N=own_tensor(batch.tokens_BT[row_N, column_N + 1], torch.int64),
             counted_N=own_tensor(counted_N, torch.int64),
-            weights_N=own_tensor(1.0 / share_BT[row_N, column_N + 1], torch.float32) if self.by_share else None,
-            chosen_from=len(row_C) if self.by_share else None,
+            weights_N=None if weighed is None else own_tensor(1.0 / weighed[row_N, column_N + 1], torch.float32),
+            chosen_from=None if weighed is None else len(row_C),
         )
 
     def _attention(self, batch: Batch) -> OrderedDocuments:
@@ -153,7 +167,7 @@ def wrap_diffusion(model: Any, attention: str, settings: StudentSettings) -> Stu
     wanted = settings.diffusion
     reader = DiffusionReader(
         record=convert(model, wanted), masks=wanted.masks, complementary=wanted.in_two_views,
-        by_share=wanted.loss_weights == "1/t",
+        by_share=wanted.loss_weights == "1/t", threshold=wanted.threshold,
     )  # fmt: skip
     return wrap_decoder(model, attention, settings, reader)
 

@@ -194,8 +194,12 @@ class Student:
         return logits_NV
 
     def _logits(self, micro: MicroBatch) -> Tensor:
+        return self.logits_of(self.hidden(micro))
+
+    def logits_of(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] fp32 of hidden rows, in the head's own dtype."""
         head = self.head
-        hidden_ND = self.hidden(micro).to(head.weight_VD.dtype)
+        hidden_ND = hidden_ND.to(head.weight_VD.dtype)
         z_NV = nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V).float() * head.scale
         return z_NV if head.softcap is None else head.softcap * torch.tanh(z_NV / head.softcap)
 

@@ -1,0 +1,159 @@
+"""What a student writes: `stillhouse-train generate FOLDER --prompt TEXT`. Called by `main`, and by scripts:
+
+    writer = Writer.load("runs/diffusion/exports/hf")
+    writer.write(["Once upon a time"], new_tokens=64)[0].text
+
+FOLDER is a run, or what it exported with `--format hf`. A block-diffusion student fills in block by block, several
+tokens with a forward pass; any other writes from left to right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from student_trainer.checkpoint.earlier_run import earlier_run, load_student, model_behind, settings_of
+from student_trainer.data.tokenise import pad_id
+from student_trainer.rollouts.block_sampler import sampler_of
+from student_trainer.rollouts.sampler import Passes, ends_of_text
+from student_trainer.settings import StudentSettings
+from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_record import read_diffusion
+from student_trainer.students.quantisers.record import read_record
+from student_trainer.students.student import Student
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written after a prompt. `ended`: by an end of text. `passes`: of a block-diffusion student."""
+
+    prompt: str
+    text: str
+    tokens: int
+    ended: bool
+    passes: Passes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A student and its tokenizer, ready to write."""
+
+    student: Student
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu", compute: str = "auto") -> Writer:
+        """Of a run's folder, or of an export. ValueError for a folder that holds no student."""
+        settings = _settings_in(str(folder)).model_copy(update={"compute": compute})
+        behind = model_behind(settings)
+        name = behind.tokenizer or behind.checkpoint_path
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
+        return cls(load_student(settings, torch.device(device)), tokenizer)
+
+    def write(
+        self, prompts: Sequence[str], *, new_tokens: int = 128, temperature: float = 0.0,
+        threshold: float | None = None, seed: int = 0, meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Written]:  # fmt: skip
+        """At most `new_tokens` tokens after each prompt, up to an end of text. Temperature 0 takes the likeliest ones,
+        and draws nothing. `threshold`: how sure a block-diffusion student must be of a token to write it beside others;
+        None: what its run was set to, 0.9 for an export.
+        """
+        ids = [np.array(self.tokenizer(prompt)["input_ids"], np.int32) for prompt in prompts]
+        for prompt, ids_N in zip(prompts, ids, strict=True):
+            if not len(ids_N):
+                raise ValueError(f"the prompt {prompt!r} has no tokens: give one that a text can go on from")
+        student = self._sure_above(threshold)
+        sampler = sampler_of(student, ends_of_text(student, self.tokenizer), pad_id(self.tokenizer))
+        assert sampler is not None, "whatever can be loaded can write"
+        seeds = [seed + row for row in range(len(ids))] if temperature > 0 else None
+        samples = sampler.sample(ids, seeds, new_tokens=new_tokens, temperature=temperature or 1.0, meanwhile=meanwhile)
+        return [
+            Written(prompt, self._text(sample.ids_N), len(sample.ids_N), sample.ended, sample.passes)
+            for prompt, sample in zip(prompts, samples, strict=True)
+        ]  # fmt: skip
+
+    def _text(self, ids_N: np.ndarray) -> str:
+        return str(self.tokenizer.decode(ids_N.tolist()))
+
+    def _sure_above(self, threshold: float | None) -> Student:
+        if threshold is None:
+            return self.student
+        if not isinstance(self.student.reader, DiffusionReader):
+            raise ValueError("--threshold is for block-diffusion students, and this one writes from left to right")
+        return replace(self.student, reader=replace(self.student.reader, threshold=threshold))
+
+
+def _settings_in(folder: str) -> StudentSettings:
+    """The settings by which the student in a folder is loaded."""
+    snapshot = earlier_run(folder)
+    if snapshot is not None:
+        trained = settings_of(snapshot)
+        return StudentSettings(
+            architecture=trained.architecture, quantiser=trained.quantiser, checkpoint_path=folder, attention="sdpa",
+            diffusion=trained.diffusion.model_copy(update={"mask_token_id": None, "family": None}),
+        )  # fmt: skip
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no student in {folder}: {str(error).strip().splitlines()[0]}") from None
+    record = read_record(config, folder)
+    return StudentSettings(
+        architecture="causal" if read_diffusion(config, folder) is None else "diffusion",
+        quantiser="none" if record is None else record.quantiser, checkpoint_path=folder, attention="sdpa",
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what is written after each prompt."""
+    options = _parser().parse_args(arguments)
+    writer = Writer.load(options.folder, options.device)
+    written = writer.write(
+        options.prompt, new_tokens=options.new_tokens, temperature=options.temperature, threshold=options.threshold,
+        seed=options.seed,
+    )  # fmt: skip
+    for one in written:
+        print(json.dumps(_as_json(one)) if options.json else _as_text(one))
+    return 0
+
+
+def _as_json(one: Written) -> dict[str, Any]:
+    return {**vars(one), "passes": None if one.passes is None else vars(one.passes)}
+
+
+def _as_text(one: Written) -> str:
+    lines = [f"{one.prompt} ▸ {one.text}"]
+    if one.passes is not None:
+        took = one.passes
+        rate = one.tokens / max(1, took.writing)
+        lines.append(
+            f"  {one.tokens} tokens, {rate:.2f} a forward pass: {took.denoising} over blocks "
+            f"to write in, {took.commit} over written ones; that over the prompt ({took.prefill}) does not count"
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stillhouse-train generate", description="Let a student write.")
+    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or its export of format hf")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--new-tokens", type=int, default=128, help="at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens (default)")
+    parser.add_argument(
+        "--threshold", type=float,
+        help="of a block-diffusion student: tokens that are likelier are written side by side; 1: one by one",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    return parser

@@ -1,0 +1,283 @@
+"""How a block-diffusion student fills in masked tokens: block by block, several at a time. Used by `block_sampler` and
+by `evaluation.infilling`.
+
+    given tokens before the first masked block     one pass, keys and values kept            (prefill)
+    a block, as long as it has masked tokens       one pass; the tokens surer than the threshold are written, or else
+                                                   the surest one                            (denoising)
+    a block that is whole, if another follows      one pass, keys and values kept            (commit)
+
+Blocks count from the first token of a sequence, as in training, and a pass shows the student what its noisy half shows:
+the block at hand, and what is clean before it. So a given remainder of a block is seen, from both sides, by the masked
+tokens beside it. With family token_shift a block's first token is read off the last row of the pass before it; at
+block size 1 that is autoregressive decoding, one pass a token.
+
+How sure a token is: its probability at temperature 1, among all ids that a text can hold. At temperature 0 it is the
+likeliest one, else it is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from student_trainer.rollouts.sampler import Passes, writing
+from student_trainer.students.causal import DecoderBody
+from student_trainer.students.diffusion_record import DiffusionRecord, text_rows
+from student_trainer.students.student import Student
+
+# Rows whose logits exist at a time.
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """A sequence without masked tokens. `written_at_N`: at which of its own writes each token was written, counted from
+    1; 0 for given ones. `logprob`: of the written tokens together, each when it was written, in nats at temperature 1.
+    `ended`: its last token is an end of text, and what was to follow is left out.
+    """
+
+    ids_N: np.ndarray  # int32
+    written_at_N: np.ndarray  # int32
+    logprob: float
+    ended: bool
+    passes: Passes
+
+    @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return int((self.written_at_N > 0).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDecoder:
+    """`ends`: the tokens that end a text. `cached`: keep keys and values of finished blocks; without, each pass reads
+    all before the block again, to the same effect.
+    """
+
+    student: Student
+    record: DiffusionRecord
+    ends: tuple[int, ...] = ()
+    threshold: float = 0.9
+    temperature: float = 0.0
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold: got {self.threshold}, expected a probability above 0, at most 1")
+        if self.temperature < 0.0:
+            raise ValueError(f"temperature: got {self.temperature}, expected 0 (the likeliest token) or more")
+
+    def fill_in(
+        self, sequences: Sequence[np.ndarray], draws: Sequence[np.random.Generator] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Filled]:  # fmt: skip
+        """The sequences, side by side, with a token for every mask token. What is drawn in one depends on its own
+        generator alone; without them, or at temperature 0, nothing is drawn. `meanwhile` is called before every pass.
+
+        ValueError for a sequence whose first token is not given: nothing stands before it to predict it by.
+        """
+        if not sequences:
+            return []
+        if self.temperature > 0 and draws is None:
+            raise ValueError(f"temperature is {self.temperature}, but no generators to draw from are given")
+        rows = _Rows.of(sequences, self.record)
+        with writing(self.student):
+            return _Filling(self, rows, draws if self.temperature > 0 else None, meanwhile).run()
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Sequences in columns, so that the first masked block of each begins at the same one; `pad_P` columns of whole
+    blocks stand before a shorter one. On the CPU.
+    """
+
+    size: int
+    first: int  # the first masked block
+    pad_P: np.ndarray
+    tokens_PC: np.ndarray  # int64
+    exists_PC: np.ndarray  # bool
+    masked_PC: np.ndarray  # bool
+
+    @classmethod
+    def of(cls, sequences: Sequence[np.ndarray], record: DiffusionRecord) -> _Rows:
+        size, mask = record.block_size, record.mask_token_id
+        for row, ids_N in enumerate(sequences):
+            if not len(ids_N) or ids_N[0] == mask:
+                raise ValueError(f"sequence {row}: its first token must be given, a student predicts from it")
+        blocks_P = np.array([_first(ids_N == mask) // size for ids_N in sequences])
+        first = int(blocks_P.max())
+        pad_P = (first - blocks_P) * size
+        width = max(-(-(len(ids_N) + pad) // size) * size for ids_N, pad in zip(sequences, pad_P, strict=True))
+        tokens_PC = np.zeros((len(sequences), width), np.int64)
+        exists_PC = np.zeros(tokens_PC.shape, bool)
+        for row, (ids_N, pad) in enumerate(zip(sequences, pad_P, strict=True)):
+            tokens_PC[row, pad : pad + len(ids_N)] = ids_N
+            exists_PC[row, pad : pad + len(ids_N)] = True
+        return cls(size, first, pad_P, tokens_PC, exists_PC, exists_PC & (tokens_PC == mask))
+
+    def places(self, start: int, stop: int) -> np.ndarray:
+        """[P, stop - start]: places in their sequences; 0 for padding."""
+        return np.maximum(np.arange(start, stop) - self.pad_P[:, None], 0)
+
+
+class _Filling:
+    """One call of `fill_in` under way."""
+
+    def __init__(
+        self, decoder: BlockDecoder, rows: _Rows, draws: Sequence[np.random.Generator] | None,
+        meanwhile: Callable[[], None],
+    ):  # fmt: skip
+        self.decoder, self.rows, self.draws, self.meanwhile = decoder, rows, draws, meanwhile
+        self.student, self.size = decoder.student, rows.size
+        self.shift = decoder.record.family == "token_shift"
+        self.cache: Any = DynamicCache() if decoder.cached else None
+        count = len(rows.tokens_PC)
+        self.written_at_PC = np.zeros(rows.tokens_PC.shape, np.int32)
+        self.writes_P = np.zeros(count, np.int32)
+        self.logprob_PC = np.zeros(rows.tokens_PC.shape)
+        self.end_P = np.full(count, -1)  # the column of the text's end
+        self.passes = [Passes() for _ in range(count)]
+        vocab = self.student.shared_vocab or text_rows(self.student.config, self.student.vocab_size)
+        self.vocab = min(vocab, self.student.vocab_size)
+
+    def run(self) -> list[Filled]:
+        rows, size = self.rows, self.size
+        last_PD = None  # of the pass before a block, its last row
+        if rows.first:
+            last_PD = self.forward(0, rows.first * size, clean=True, keep=True)[:, -1]
+            self.count("prefill", rows.exists_PC[:, : rows.first * size].any(axis=1))
+        blocks = rows.tokens_PC.shape[1] // size
+        for block in range(rows.first, blocks):
+            start, stop = block * size, (block + 1) * size
+            if self.shift and last_PD is not None:
+                at_PC = rows.masked_PC & (np.arange(rows.masked_PC.shape[1]) == start)
+                self.write(at_PC, last_PD[torch.from_numpy(at_PC.any(axis=1)).to(last_PD.device)])
+            while rows.masked_PC[:, start:stop].any():
+                self.denoise(start, stop)
+            following_P = rows.masked_PC[:, stop:].any(axis=1)
+            if not following_P.any():
+                break
+            last_PD = self.forward(start, stop, clean=True, keep=True)[:, -1]
+            self.count("commit", following_P)
+        return [self.filled(row) for row in range(len(rows.tokens_PC))]
+
+    def denoise(self, start: int, stop: int) -> None:
+        """One pass over a block, and what is sure enough of it written."""
+        masked_PS = self.rows.masked_PC[:, start:stop]
+        hidden_PSD = self.forward(start, stop, clean=False, keep=False)
+        self.count("denoising", masked_PS.any(axis=1))
+        if self.shift:
+            hidden_PSD = hidden_PSD.roll(1, 1)  # a block's first token is written before
+        at_PC = np.zeros_like(self.rows.masked_PC)
+        at_PC[:, start:stop] = masked_PS
+        self.write(at_PC, hidden_PSD[torch.from_numpy(masked_PS).to(hidden_PSD.device)])
+
+    def forward(self, start: int, stop: int, clean: bool, keep: bool) -> Tensor:
+        """Hidden states [P, stop - start, D] of these columns, `clean` or as a block with masked tokens in it."""
+        self.meanwhile()
+        student, rows, device = self.student, self.rows, self.student.device
+        first = start if self.cache is not None else 0
+        tokens_PQ = rows.tokens_PC[:, first:stop]
+        sees_PQK = self.sees(first, stop, noisy_from=stop if clean else start)
+        body = student.body
+        assert isinstance(body, DecoderBody)
+        hidden_PQD = body.extend(
+            torch.from_numpy(tokens_PQ).to(device), torch.from_numpy(rows.places(first, stop)).to(device),
+            torch.from_numpy(sees_PQK).to(device), self.cache,
+        )  # fmt: skip
+        if self.cache is not None and not keep:
+            self.cache.crop(start - stop)
+        return hidden_PQD[:, start - first :]
+
+    def sees(self, first: int, stop: int, noisy_from: int) -> np.ndarray:
+        """[P, Q, K] bool: which of the columns up to `stop` those from `first` on see. Padding sees padding."""
+        query_Q1, key_K = np.arange(first, stop)[:, None], np.arange(stop)
+        sees_QK = key_K // self.size <= query_Q1 // self.size
+        if self.decoder.record.clean_half == "causal":
+            sees_QK = np.where(query_Q1 < noisy_from, key_K <= query_Q1, sees_QK)
+        exists_PK = self.rows.exists_PC[:, :stop]
+        same_PQK = exists_PK[:, first:, None] == exists_PK[:, None, :]
+        own_QK = key_K == query_Q1
+        return same_PQK & (sees_QK | (own_QK & ~exists_PK[:, first:, None]))
+
+    def write(self, at_PC: np.ndarray, hidden_MD: Tensor) -> None:
+        """Tokens at some of the masked places `at_PC`, from the hidden rows that predict them, in their order: of each
+        sequence those that are sure enough, or the surest.
+        """
+        row_M, column_M = np.nonzero(at_PC)
+        if not len(row_M):
+            return
+        ids_M, logprob_M = self.choose(hidden_MD, self.uniforms(row_M, column_M))
+        chosen_M = logprob_M > np.log(self.decoder.threshold)
+        for row in np.unique(row_M):
+            of_row = np.flatnonzero(row_M == row)
+            if not chosen_M[of_row].any():
+                chosen_M[of_row[np.argmax(logprob_M[of_row])]] = True
+            self.writes_P[row] += 1
+        row_W, column_W = row_M[chosen_M], column_M[chosen_M]
+        self.rows.tokens_PC[row_W, column_W] = ids_M[chosen_M]
+        self.rows.masked_PC[row_W, column_W] = False
+        self.written_at_PC[row_W, column_W] = self.writes_P[row_W]
+        self.logprob_PC[row_W, column_W] = logprob_M[chosen_M]
+        for row in np.unique(row_W):
+            self.look_for_end(int(row))
+
+    def uniforms(self, row_M: np.ndarray, column_M: np.ndarray) -> np.ndarray | None:
+        """A number a place, from the generator of each sequence: a block's worth whatever is masked of it."""
+        if self.draws is None:
+            return None
+        drawn = {row: self.draws[row].random(self.size) for row in np.unique(row_M)}
+        return np.array([drawn[row][column % self.size] for row, column in zip(row_M, column_M, strict=True)])
+
+    def choose(self, hidden_MD: Tensor, uniform_M: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The token of each row, and its logprob at temperature 1."""
+        ids, logprobs = [], []
+        for first in range(0, len(hidden_MD), CHUNK_ROWS):
+            chunk = slice(first, first + CHUNK_ROWS)
+            z_MV = self.student.logits_of(hidden_MD[chunk])[:, : self.vocab]
+            if self.decoder.record.mask_token_id < self.vocab:
+                z_MV[:, self.decoder.record.mask_token_id] = -torch.inf
+            if uniform_M is None:
+                ids_M = z_MV.argmax(-1)
+            else:
+                mass_MV = torch.softmax(z_MV.double() / self.decoder.temperature, -1).cumsum(-1)
+                # Against the sum itself, which rounding keeps from being 1.
+                uniform_M1 = torch.from_numpy(uniform_M[chunk]).to(mass_MV)[:, None] * mass_MV[:, -1:]
+                ids_M = torch.searchsorted(mass_MV, uniform_M1, right=True)[:, 0].clamp_max(self.vocab - 1)
+            ids.append(ids_M)
+            logprobs.append(z_MV.gather(1, ids_M[:, None])[:, 0] - z_MV.logsumexp(-1))
+        return torch.cat(ids).cpu().numpy(), torch.cat(logprobs).double().cpu().numpy()
+
+    def look_for_end(self, row: int) -> None:
+        """End the text at its first end-of-text token, once nothing before it is masked."""
+        wrote_C = self.written_at_PC[row] > 0
+        ends = np.flatnonzero(wrote_C & np.isin(self.rows.tokens_PC[row], self.decoder.ends))
+        if len(ends) and not self.rows.masked_PC[row, : ends[0]].any():
+            self.end_P[row] = ends[0]
+            self.rows.masked_PC[row] = False
+
+    def count(self, kind: str, took_P: Any) -> None:
+        for row in np.flatnonzero(took_P):
+            before = self.passes[row]
+            self.passes[row] = replace(before, **{kind: getattr(before, kind) + 1})
+
+    def filled(self, row: int) -> Filled:
+        keep_C = self.rows.exists_PC[row].copy()
+        ended = self.end_P[row] >= 0
+        if ended:
+            keep_C[self.end_P[row] + 1 :] = False
+        return Filled(
+            self.rows.tokens_PC[row, keep_C].astype(np.int32), self.written_at_PC[row, keep_C],
+            float(self.logprob_PC[row, keep_C].sum()), bool(ended), self.passes[row],
+        )  # fmt: skip
+
+
+def _first(at_N: np.ndarray) -> int:
+    """The first place that is True; the last one where none is: then all is read, and nothing written."""
+    return int(at_N.argmax()) if at_N.any() else len(at_N) - 1
