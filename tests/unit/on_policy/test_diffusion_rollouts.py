@@ -30,8 +30,9 @@ from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, 
 RUN = (
     "student=diffusion", "student.diffusion.block_size=4", "student.diffusion.threshold=0.05",
     "student.quantiser=bitnet", "student.quantisation.warmup_steps=2", "run.steps=6", "checkpoint.every=3",
-    "evaluation.every=3", "evaluation.samples=1", "evaluation.sample_tokens=9", "distillation=tcs", "on_policy=reverse_kl",
-    "on_policy.share=0.5", "on_policy.prompt_tokens=6", "on_policy.new_tokens=10", "teacher.sanity=off",
+    "evaluation.every=3", "evaluation.samples=1", "evaluation.sample_tokens=9", "distillation=tcs",
+    "on_policy=reverse_kl", "on_policy.share=0.5", "on_policy.prompt_tokens=6", "on_policy.new_tokens=10",
+    "teacher.sanity=off",
 )  # fmt: skip
 
 
@@ -161,5 +162,5 @@ def test_a_causal_export_writes_too_and_has_no_threshold(tmp_path: Path) -> None
         writer.write(["The still"], threshold=0.5)
     with pytest.raises(ValueError, match="has no tokens"):
         writer.write([""])
-    with pytest.raises(ValueError, match="no student in"):
+    with pytest.raises(ValueError, match="nowhere"):
         Writer.load(tmp_path / "nowhere")

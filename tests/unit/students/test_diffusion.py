@@ -357,7 +357,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(workshop: Workshop, tmp_path
     other = tokenizer_sha256({0: "x", 1: "y"})
     script = teacher_script(identity={"semantic.tokenizer_sha256": other})
     with pytest.raises(ValueError, match="is not the teacher's"):
-        run_here(workshop.settings(tmp_path, *DIFFUSION), ScriptedTargets(script))
+        run_here(workshop.settings(tmp_path, *DIFFUSION, "teacher.kind=remote"), ScriptedTargets(script))
 
 
 def test_settings_of_it_warn_where_the_student_is_another(workshop: Workshop, tmp_path: Path) -> None:

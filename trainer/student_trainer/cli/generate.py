@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from student_trainer.checkpoint.earlier_run import earlier_run, load_student, model_behind, settings_of
+from student_trainer.checkpoint.earlier_run import earlier_run, load_student, model_behind, recognised, settings_of
 from student_trainer.data.tokenise import pad_id
 from student_trainer.rollouts.block_sampler import sampler_of
 from student_trainer.rollouts.sampler import Passes, ends_of_text
-from student_trainer.settings import StudentSettings
+from student_trainer.settings import DiffusionSettings, Settings, StudentSettings
+from student_trainer.settings.student import AUTO
 from student_trainer.students.diffusion import DiffusionReader
-from student_trainer.students.diffusion_record import read_diffusion
-from student_trainer.students.quantisers.record import read_record
 from student_trainer.students.student import Student
 
 
@@ -95,23 +94,14 @@ class Writer:
 
 
 def _settings_in(folder: str) -> StudentSettings:
-    """The settings by which the student in a folder is loaded."""
+    """The settings by which the student in a folder is loaded: what it is, and how sure a run has it be."""
     snapshot = earlier_run(folder)
-    if snapshot is not None:
-        trained = settings_of(snapshot)
-        return StudentSettings(
-            architecture=trained.architecture, quantiser=trained.quantiser, checkpoint_path=folder, attention="sdpa",
-            diffusion=trained.diffusion.model_copy(update={"mask_token_id": None, "family": None}),
-        )  # fmt: skip
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no student in {folder}: {str(error).strip().splitlines()[0]}") from None
-    record = read_record(config, folder)
-    return StudentSettings(
-        architecture="causal" if read_diffusion(config, folder) is None else "diffusion",
-        quantiser="none" if record is None else record.quantiser, checkpoint_path=folder, attention="sdpa",
+    sure = {} if snapshot is None else {"threshold": settings_of(snapshot).diffusion.threshold}
+    student = StudentSettings(
+        architecture=AUTO, quantiser=AUTO, checkpoint_path=folder, attention="sdpa",
+        diffusion=DiffusionSettings(**sure),
     )  # fmt: skip
+    return recognised(Settings(student=student)).student
 
 
 def main(arguments: Sequence[str]) -> int:
