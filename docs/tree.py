@@ -17,9 +17,11 @@ SENTENCE = re.compile(r".+?[.?](?=\s+[A-Z`])|.+")
 BEGIN, END = "<!-- tree: written by `make tree` -->\n", "<!-- end of tree -->\n"
 PACKAGES = {
     "proto/teacher_proto": "the contract and its client: numpy, msgpack, pydantic, httpx; never torch at import",
+    "proto/teacher_proto/dataset": "answers in Parquet shards, in any folder or bucket",
     "services/serving": "what both services stand on",
     "services/teacher_service": "FastAPI, and the engines behind it",
     "services/teacher_service/compat": "other servers' wire formats, a file a format",
+    "services/teacher_service/offline": "targets without a server: `fill`, `pack`, `dataset`",
     "services/attention_service": "FastAPI over an eager model that is cut off above the layer asked for",
     "trainer/student_trainer": "the trainer, a process of its own",
     "trainer/student_trainer/settings": "what a run is: the one definition of every setting, a file a section",

@@ -1,6 +1,7 @@
 """A target store as Parquet files: for sharing on a hub, reading with other tools, shrinking a store's file.
 
-`stillhouse-teacher pack export` calls it; `store_parquet_read.py` is the way back. One row is one entry of the store. A
+`stillhouse-teacher pack export` calls it; `store_parquet_read.py` is the way back; the shards of
+target datasets have the same columns. One row is one entry of the store. A
 tensor is a flat list, row-major, whose shape follows from `start`, `stop` and its length; `hidden` is its bytes, of
 `hidden_dtype`. A file names the teachers of its rows, and the sha256 of all of them. Needs pyarrow, on demand.
 """
@@ -112,7 +113,6 @@ def schema_of(teachers: Sequence[TeacherInfo]) -> pa.Schema:
 
 def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
     """Write one file, a group of rows at a time; the number of its entries."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     part, count, digest = path.with_suffix(".part"), 0, hashlib.sha256()
@@ -122,10 +122,8 @@ def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
                 pairs = list(group)
                 for pair in pairs:
                     digest.update(pack_entry(*pair))
-                rows = [_as_row(entry, targets) for entry, targets in pairs]
-                columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                count += len(rows)
+                writer.write_table(table_of([as_row(*pair) for pair in pairs], schema))
+                count += len(pairs)
             writer.add_key_value_metadata({ROWS_SHA256: digest.hexdigest()})
         part.rename(path)
     finally:
@@ -133,7 +131,16 @@ def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
     return count
 
 
-def _as_row(entry: Entry, targets: TokenTargets) -> dict[str, Any]:
+def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows by column name as a table."""
+    import pyarrow as pa
+
+    columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def as_row(entry: Entry, targets: TokenTargets) -> dict[str, Any]:
+    """An entry and its record as the values of `schema_of`'s columns."""
     row: dict[str, Any] = {name: getattr(entry, name) for name in SCALARS}
     row |= {"tokens": entry.tokens_T.astype(np.int32), "temperatures": list(entry.temperatures)}
     for name in TENSORS:

@@ -53,7 +53,7 @@ def import_parquet(
         for fingerprint in _fingerprints(file):
             store.remember(teachers[fingerprint])
         for batch in file.iter_batches(batch_size=64):
-            pairs = [_read_row(row, teachers) for row in _rows(batch)]
+            pairs = [read_row(row, teachers) for row in rows_of(batch)]
             good = [pair for pair in pairs if pair is not None]
             store.put_entries(good)
             read += len(pairs)
@@ -123,8 +123,8 @@ def _check_unchanged(path: Path) -> None:
     told = (file.metadata.metadata or {}).get(ROWS_SHA256.encode(), b"not there any more")
     digest = hashlib.sha256()
     for batch in file.iter_batches(batch_size=64):
-        for row in _rows(batch):
-            pair = _read_row(row, teachers)
+        for row in rows_of(batch):
+            pair = read_row(row, teachers)
             if pair is None:
                 raise ValueError(f"{path} was changed since it was written: a row is no answer. Nothing was imported")
             digest.update(pack_entry(*pair))
@@ -135,18 +135,23 @@ def _check_unchanged(path: Path) -> None:
         )
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     """The rows of a batch, lists as numpy arrays."""
     for i in range(batch.num_rows):
-        row: dict[str, Any] = {}
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            item = column[i]
-            is_list = name not in SCALARS and name != "hidden" and item.is_valid
-            row[name] = item.values.to_numpy(zero_copy_only=False) if is_list else item.as_py()
-        yield row
+        yield row_of(batch, i)
 
 
-def _read_row(row: dict[str, Any], teachers: dict[str, TeacherInfo]) -> Pair | None:
+def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any]:
+    """One row of a batch, lists as numpy arrays."""
+    row: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        item = column[i]
+        is_list = hasattr(item, "values") and item.is_valid
+        row[name] = item.values.to_numpy(zero_copy_only=False) if is_list else item.as_py()
+    return row
+
+
+def read_row(row: dict[str, Any], teachers: dict[str, TeacherInfo]) -> Pair | None:
     """The entry that a row holds, or None if it cannot be one."""
     try:
         if row["kind"] not in KINDS or not 0 <= row["start"] < row["stop"] <= len(row["tokens"]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.requests import Query
 from teacher_proto.store import TargetStore
 from teacher_proto.store_entry import Entry, split
@@ -19,7 +20,9 @@ from teacher_proto.targets import TokenTargets
 class StoreWriter:
     """Batches what comes within `delay_s` into one transaction. At most `max_pending_bytes` wait."""
 
-    def __init__(self, store: TargetStore, *, max_pending_bytes: int = 256 * 2**20, delay_s: float = 0.2):
+    def __init__(
+        self, store: TargetStore | TargetDataset, *, max_pending_bytes: int = 256 * 2**20, delay_s: float = 0.2
+    ):
         self.dropped = 0
         self._store = store
         self._max_pending_bytes = max_pending_bytes

@@ -1,0 +1,73 @@
+"""How a shard keeps the tensors of a row: as they are, or in fewer bytes. Called by `shards.py`; one object a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol
+
+from teacher_proto.dataset.manifest import Manifest
+from teacher_proto.store_entry import Entry
+from teacher_proto.store_parquet import Pair
+from teacher_proto.targets import TokenTargets
+
+
+class Codec(Protocol):
+    """`columns`: those beside the ones of every shard, name to Arrow type."""
+
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+
+    def learn(self, pairs: Iterable[Pair]) -> None:
+        """What the shard's first row group holds, before anything is encoded."""
+        ...
+
+    def encode(self, row: dict[str, Any], entry: Entry, targets: TokenTargets) -> dict[str, Any]:
+        """A row as it is written, out of the row that `as_row` makes."""
+        ...
+
+    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row that `as_row` made, or one near it."""
+        ...
+
+    def state(self) -> bytes:
+        """What a reader needs beside the row, for the footer."""
+        ...
+
+    def restore_state(self, state: bytes) -> None: ...
+
+    def errors(self) -> dict[str, float] | None:
+        """Of all rows so far: sums, and maxima under names that begin with `max_`; None where nothing is lost."""
+        ...
+
+
+class Lossless:
+    """Rows as they are; Parquet's own encodings and zstd make them smaller."""
+
+    columns: ClassVar[Mapping[str, str]] = {}
+
+    def learn(self, pairs: Iterable[Pair]) -> None:
+        del pairs
+
+    def encode(self, row: dict[str, Any], entry: Entry, targets: TokenTargets) -> dict[str, Any]:
+        del entry, targets
+        return row
+
+    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    def state(self) -> bytes:
+        return b""
+
+    def restore_state(self, state: bytes) -> None:
+        assert not state
+
+    def errors(self) -> None:
+        return None
+
+
+def codec_of(manifest: Manifest) -> Codec:
+    """The codec that a manifest names, fresh. ValueError for one that this version does not know."""
+    name = manifest.codec.get("name")
+    if name == "lossless":
+        return Lossless()
+    raise ValueError(f"the dataset's codec is {name!r}; this version reads lossless: update stillhouse")

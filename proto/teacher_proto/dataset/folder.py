@@ -1,0 +1,126 @@
+"""A folder on any fsspec URL, as datasets use one: objects that are there whole or not at all, and outages outlasted.
+
+On this disk an object is written under a temporary name and renamed; a bucket's objects appear when their upload is
+complete. Used by the rest of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# What another try does not change.
+_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError, TypeError)
+_LOCAL = ("file", "local")
+_LONGEST_PAUSE_S = 15.0
+
+
+def is_url(place: str) -> bool:
+    return "://" in place
+
+
+class Folder:
+    """`options` go to the file system. A request that fails is made again for `outage_s` seconds before its error
+    counts; ValueError where the URL names no file system that is installed.
+    """
+
+    def __init__(
+        self, url: str, options: Mapping[str, Any] | None = None, *, outage_s: float = 120.0,
+        sleep: Callable[[float], object] = time.sleep,
+    ):  # fmt: skip
+        try:
+            import fsspec
+        except ImportError:
+            raise ValueError("a target dataset needs fsspec and pyarrow: pip install 'stillhouse[dataset]'") from None
+        self.url, self._outage_s, self._sleep = url.rstrip("/"), outage_s, sleep
+        try:
+            self.fs, self._root = fsspec.core.url_to_fs(self.url, **(options or {}))
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"cannot open {url!r}: {error}. s3:// and gs:// need stillhouse[cloud]") from None
+        protocol = self.fs.protocol
+        self.local = (protocol if isinstance(protocol, str) else protocol[0]) in _LOCAL
+
+    def list(self, below: str) -> dict[str, int]:
+        """Names and sizes of the objects right below `below`; those that are being written are none."""
+
+        def listed() -> dict[str, int]:
+            self.fs.invalidate_cache()
+            try:
+                infos = self.fs.ls(self._path(below), detail=True)
+            except FileNotFoundError:
+                return {}
+            names = {info["name"].rsplit("/", 1)[-1]: info for info in infos if info["type"] == "file"}
+            return {name: int(info["size"]) for name, info in names.items() if name and not name.startswith(".")}
+
+        return self._try(f"listing {self.url}/{below}", listed)
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._try(f"reading {self.url}/{name}", lambda: self.fs.cat_file(self._path(name))))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop); fewer where the object ends before."""
+        return bytes(self._try(f"reading {self.url}/{name}", lambda: self._range(name, start, stop)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put an object in place of any of that name, whole or not at all."""
+        self._try(f"writing {self.url}/{name}", lambda: self._write(self._path(name), data))
+
+    def local_path(self, name: str) -> str:
+        assert self.local, "a bucket's objects have no path"
+        return self._path(name)
+
+    def remove(self, name: str) -> None:
+        self._try(f"removing {self.url}/{name}", lambda: self.fs.rm_file(self._path(name)))
+
+    def _range(self, name: str, start: int, stop: int) -> bytes:
+        try:
+            return self.fs.cat_file(self._path(name), start=start, end=stop)
+        except FileNotFoundError:
+            raise
+        except Exception:
+            # Object stores answer 416 to a range that lies beyond the end, each with an error of its own.
+            if start >= int(self.fs.info(self._path(name))["size"]):
+                return b""
+            raise
+
+    def _write(self, path: str, data: bytes) -> None:
+        if not self.local:
+            self.fs.pipe_file(path, data)
+            return
+        parent, _, name = path.rpartition("/")
+        part = f"{parent}/.{name}.{uuid.uuid4().hex}"
+        self.fs.makedirs(parent, exist_ok=True)
+        try:
+            self.fs.pipe_file(part, data)
+            self.fs.mv(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.fs.rm_file(part)
+            raise
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def _try(self, what: str, work: Callable[[], T]) -> T:
+        """`work` until it is done; its error where another try changes nothing or `outage_s` have passed."""
+        began, pause_s = time.monotonic(), 0.2
+        while True:
+            try:
+                return work()
+            except _FINAL:
+                raise
+            except Exception as error:  # each object store has errors of its own
+                lasted_s = time.monotonic() - began
+                if lasted_s >= self._outage_s:
+                    raise OSError(f"{what} has failed for {lasted_s:.0f} s: {type(error).__name__}: {error}") from error
+                log.warning("%s: %s: %s; once more in %.1f s", what, type(error).__name__, error, pause_s)
+                self._sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,186 @@
+"""Where a document's answers lie: index files, and their union in memory. Read and written by `dataset.py`.
+
+A file is a magic, the CRC-32 of all behind it, the length of a header, the header (zlib of JSON: what is known of each
+shard), padding to eight bytes, the first eight bytes of each document's `sequence_key` in ascending order (`<u8`), and
+for each the number of its row group (`<u4`), counted through all shards of the header. A key of eight bytes may name a
+document that is not there, once in 10^11 questions at 10^8 documents: a row says its own tokens, and is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"STLHIDX1"
+_HEAD = struct.Struct("<8sIQ")
+_MAX_PARTS = 16
+Shard = tuple["ShardNote", np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ShardNote:
+    """What an index says of one shard. `groups`: begin and length in bytes, and rows, of each row group. `footer` is
+    where the footer begins. `errors`, of a codec that loses something: sums over rows and maxima that it measured.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    footer: int
+    documents: int
+    rows: int
+    tokens: int
+    groups: tuple[tuple[int, int, int], ...]
+    errors: Mapping[str, float] | None = None
+
+
+def document_key(sequence_key: bytes) -> int:
+    return int.from_bytes(sequence_key[:8], "little")
+
+
+def encode_index(shards: Sequence[Shard]) -> bytes:
+    """An index file of shards, each with keys [n] and the number of its row group [n] for each of them."""
+    before = np.cumsum([0, *(len(note.groups) for note, _, _ in shards)])
+    keys = np.concatenate([keys for _, keys, _ in shards]).astype("<u8")
+    groups = np.concatenate([groups + first for (_, _, groups), first in zip(shards, before, strict=False)])
+    order = np.argsort(keys, kind="stable")
+    header = zlib.compress(json.dumps({"shards": [asdict(note) for note, _, _ in shards]}).encode())
+    padding = bytes(-(len(header) + _HEAD.size) % 8)
+    body = b"".join((header, padding, keys[order].tobytes(), groups[order].astype("<u4").tobytes()))
+    return _HEAD.pack(MAGIC, zlib.crc32(body), len(header)) + body
+
+
+class IndexFile:
+    """One index file, verified. `data` may be a memory map: then only what is looked up is read into memory.
+
+    ValueError that begins with `place` for one that is none or was cut short.
+    """
+
+    def __init__(self, data: Any, place: str):
+        view = memoryview(data).cast("B")
+        if len(view) < _HEAD.size or bytes(view[: len(MAGIC)]) != MAGIC:
+            raise ValueError(f"{place} is no index of a target dataset: `stillhouse-teacher dataset merge` makes one")
+        _, crc, size = _HEAD.unpack_from(view)
+        if zlib.crc32(view[_HEAD.size :]) != crc:
+            raise ValueError(f"{place} was cut short or changed: remove it and run `stillhouse-teacher dataset merge`")
+        notes = json.loads(zlib.decompress(view[_HEAD.size : _HEAD.size + size]))["shards"]
+        self.shards = [ShardNote(**{**note, "groups": tuple(map(tuple, note["groups"]))}) for note in notes]
+        begin = _HEAD.size + size + -(size + _HEAD.size) % 8
+        count = (len(view) - begin) // 12
+        self.keys = np.frombuffer(view, "<u8", count, begin)
+        self.groups = np.frombuffer(view, "<u4", count, begin + 8 * count)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One row group of one shard."""
+
+    shard: ShardNote
+    group: int
+
+
+class _Part:
+    """Sorted keys, the row group of each, and what those numbers mean."""
+
+    def __init__(self, keys: np.ndarray, groups: np.ndarray, notes: Sequence[ShardNote]):
+        self.keys, self.groups, self.notes = keys, groups, notes
+        self.begins = np.cumsum([0, *(len(note.groups) for note in notes)])
+
+    def places(self, key: int) -> Iterator[Place]:
+        at, wanted = int(np.searchsorted(self.keys, np.uint64(key))), np.uint64(key)
+        while at < len(self.keys) and self.keys[at] == wanted:
+            number = int(self.groups[at])
+            shard = int(np.searchsorted(self.begins, number, side="right")) - 1
+            yield Place(self.notes[shard], number - int(self.begins[shard]))
+            at += 1
+
+    def by_shard(self) -> Iterator[Shard]:
+        """Its shards one by one, as `encode_index` takes them."""
+        owner = np.searchsorted(self.begins, self.groups, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        cuts = np.searchsorted(owner[order], np.arange(len(self.notes) + 1))
+        for number, note in enumerate(self.notes):
+            mine = order[cuts[number] : cuts[number + 1]]
+            yield note, self.keys[mine], self.groups[mine].astype(np.int64) - int(self.begins[number])
+
+
+class Index:
+    """The union of index files. A shard that several of them hold counts once. Not thread-safe while it is added to."""
+
+    def __init__(self, files: Iterable[IndexFile] = ()):
+        self.shards: dict[str, ShardNote] = {}
+        self._parts: list[_Part] = []
+        for file in files:
+            self.add(file)
+
+    def add(self, file: IndexFile) -> None:
+        new = [note for note in file.shards if note.name not in self.shards]
+        if not new:
+            return
+        if len(new) == len(file.shards):
+            self._parts.append(_Part(file.keys, file.groups, file.shards))
+        else:
+            names = {note.name for note in new}
+            part = _Part(file.keys, file.groups, file.shards)
+            kept = IndexFile(encode_index([shard for shard in part.by_shard() if shard[0].name in names]), "memory")
+            self._parts.append(_Part(kept.keys, kept.groups, kept.shards))
+        self.shards.update({note.name: note for note in new})
+        if len(self._parts) > _MAX_PARTS:
+            self._concentrate()
+
+    def places(self, key: int) -> Iterator[Place]:
+        """Where rows with this key may lie."""
+        for part in self._parts:
+            yield from part.places(key)
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Whether each of `keys` [n] is there, as booleans [n]."""
+        found = np.zeros(len(keys), dtype=bool)
+        for part in self._parts:
+            at = np.minimum(np.searchsorted(part.keys, keys), len(part.keys) - 1)
+            found |= part.keys[at] == keys
+        return found
+
+    def by_shard(self) -> Iterator[Shard]:
+        """All shards, as `encode_index` takes them."""
+        for part in self._parts:
+            yield from part.by_shard()
+
+    def distinct(self) -> int:
+        """How many different documents there are."""
+        keys = np.sort(np.concatenate([part.keys for part in self._parts])) if self._parts else np.empty(0, np.uint64)
+        return int(np.count_nonzero(np.diff(keys))) + 1 if len(keys) else 0
+
+    def total(self, name: str) -> int:
+        return sum(getattr(note, name) for note in self.shards.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and places; those of a memory map are in memory only where they were looked up."""
+        return sum(part.keys.nbytes + part.groups.nbytes for part in self._parts)
+
+    def _concentrate(self) -> None:
+        """Many small parts become one, so that a look-up stays one search; the largest is left as it is."""
+        self._parts.sort(key=lambda part: len(part.keys))
+        *small, largest = self._parts
+        before = np.cumsum([0, *(part.begins[-1] for part in small)])
+        keys = np.concatenate([part.keys for part in small])
+        groups = np.concatenate([part.groups + first for part, first in zip(small, before, strict=False)])
+        order = np.argsort(keys, kind="stable")
+        notes = [note for part in small for note in part.notes]
+        self._parts = [_Part(keys[order], groups[order], notes), largest]
+
+
+def errors_of(notes: Iterable[ShardNote]) -> dict[str, Any]:
+    """Measured errors of all shards together: names that begin with `max_` are maxima, others sums."""
+    total: dict[str, float] = {}
+    for note in notes:
+        for name, value in (note.errors or {}).items():
+            total[name] = max(total.get(name, 0.0), value) if name.startswith("max_") else total.get(name, 0.0) + value
+    return total

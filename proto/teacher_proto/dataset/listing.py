@@ -1,0 +1,94 @@
+"""What lies in a dataset's folder: its index files read together, its shards, and whether the two agree.
+
+Used by `dataset.py` when it opens one, and by `check.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from teacher_proto.dataset.folder import Folder
+from teacher_proto.dataset.index import Index, IndexFile
+
+SHARDS, INDEX = "shards", "index"
+SHARD_PREFIX, SHARD_SUFFIX = "targets-", ".parquet"
+MERGED, INDEX_SUFFIX = "merged-", ".idx"
+
+
+def open_files(folder: Folder, cache: Path) -> Index:
+    """All index files together."""
+    for attempt in range(5):
+        names = folder.list(INDEX)
+        merged = sorted((name for name in names if name.startswith(MERGED)), key=lambda name: -names[name])
+        singles = [name for name in names if name.endswith(INDEX_SUFFIX) and not name.startswith(MERGED)]
+        try:
+            index = Index(_open_index(folder, name, cache) for name in merged)
+            for name in sorted(singles):
+                if name.removesuffix(INDEX_SUFFIX) + SHARD_SUFFIX not in index.shards:
+                    index.add(_open_index(folder, name, cache))
+        except FileNotFoundError:
+            # A merge that runs beside us has put a larger one in the place of this.
+            if attempt == 4:
+                raise
+        else:
+            return index
+    raise AssertionError
+
+
+def shards_there(folder: Folder) -> dict[str, int]:
+    """Names and sizes of the shards that lie there."""
+    return {
+        name: size
+        for name, size in folder.list(SHARDS).items()
+        if name.startswith(SHARD_PREFIX) and name.endswith(SHARD_SUFFIX)
+    }
+
+
+def read_index(folder: Folder, cache: Path) -> tuple[Index, list[str]]:
+    """The index, and the names of shards that it does not know. ValueError for shards that it knows and that are
+    missing or of another size.
+    """
+    index = open_files(folder, cache)
+    there = shards_there(folder)
+    if faults := faults_of(folder, index, there):
+        raise ValueError(faults[0] + (f" ({len(faults)} shards in all)" if len(faults) > 1 else ""))
+    return index, sorted(there.keys() - index.shards.keys())
+
+
+def _open_index(folder: Folder, name: str, cache: Path) -> IndexFile:
+    """A merged index of a bucket is kept on this disk and mapped, whatever its size."""
+    place = f"{folder.url}/{INDEX}/{name}"
+    if folder.local:
+        return IndexFile(np.memmap(folder.local_path(f"{INDEX}/{name}"), np.uint8, "r"), place)
+    if not name.startswith(MERGED):
+        return IndexFile(folder.read(f"{INDEX}/{name}"), place)
+    kept = cache / name
+    if not kept.exists():
+        part = kept.with_suffix(".part")
+        part.write_bytes(folder.read(f"{INDEX}/{name}"))
+        part.replace(kept)
+    return IndexFile(np.memmap(kept, np.uint8, "r"), place)
+
+
+def faults_of(folder: Folder, index: Index, there: Mapping[str, int]) -> list[str]:
+    """What is wrong with the shards that the index knows, by their names and sizes, each with what to do."""
+    again = (
+        f"remove its files below {folder.url}/{INDEX}, `{MERGED}` ones too, run `stillhouse-teacher dataset merge` and "
+        "fill again"
+    )
+    faults = []
+    for name, note in index.shards.items():
+        place, size = f"{folder.url}/{SHARDS}/{name}", there.get(name)
+        if size is None:
+            faults.append(f"{place} is missing, {note.tokens} tokens: put it back, or {again}")
+        elif size < note.bytes:
+            faults.append(f"{place} has {size} bytes of {note.bytes}, it was cut short: remove it, {again}")
+        elif size > note.bytes:
+            faults.append(
+                f"{place} has {size} bytes, its index says {note.bytes}: the index is older than its shard; remove the "
+                f"files below {folder.url}/{INDEX} and run `stillhouse-teacher dataset merge`"
+            )
+    return faults

@@ -1,0 +1,113 @@
+"""A dataset's manifest: whose answers it holds, what was asked about each document, and how answers are coded.
+
+It never changes: what grows, shards with their counts and checksums, stands in the index files. Its name is a digest of
+what it says, so that fillers which say the same write the same object, and those which don't are found out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from teacher_proto.dataset.folder import Folder
+from teacher_proto.errors import WireError
+from teacher_proto.identity import digest, flatten
+from teacher_proto.info import TeacherInfo, parse_info
+from teacher_proto.requests import KINDS, TargetSpec
+
+FORMAT = "stillhouse dataset 1"
+PREFIX, SUFFIX = "manifest-", ".json"
+LOSSLESS: Mapping[str, Any] = {"name": "lossless"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`codec` names the storage codec and its parameters. `versions`, of what began the dataset, are not compared."""
+
+    teacher: TeacherInfo
+    spec: TargetSpec
+    codec: Mapping[str, Any] = field(default_factory=lambda: dict(LOSSLESS))
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def says(self) -> dict[str, Any]:
+        """What makes a dataset another dataset."""
+        return {
+            "format": FORMAT, "teacher": self.teacher.identity.model_dump(mode="json"),
+            "query": json.loads(json.dumps(asdict(self.spec))), "codec": dict(self.codec),
+        }  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.says)[:16]
+
+    @property
+    def name(self) -> str:
+        return f"{PREFIX}{self.digest}{SUFFIX}"
+
+    def difference(self, other: Manifest) -> str:
+        """What two manifests say differently, in one line."""
+        ours, theirs = flatten(self.says), flatten(other.says)
+        return "; ".join(
+            f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        )
+
+    def encode(self) -> bytes:
+        tree = {
+            "format": FORMAT, "teacher": self.teacher.model_dump(mode="json"),
+            "tokenizer_sha256": self.teacher.identity.semantic.tokenizer_sha256, "query": asdict(self.spec),
+            "codec": dict(self.codec), "versions": dict(self.versions),
+        }  # fmt: skip
+        return json.dumps(tree, indent=2).encode() + b"\n"
+
+
+def find_manifest(folder: Folder) -> Manifest | None:
+    """The manifest of the dataset at `folder`, or None. ValueError for one that was changed, and for two."""
+    names = sorted(name for name in folder.list("") if name.startswith(PREFIX) and name.endswith(SUFFIX))
+    found = [_decode(folder.read(name), f"{folder.url}/{name}") for name in names]
+    for name, manifest in zip(names, found, strict=True):
+        if manifest.name != name:
+            raise ValueError(f"{folder.url}/{name} was changed since it was written: its digest is {manifest.digest}")
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder.url} has {len(found)} manifests, {' and '.join(names)}: answers to different questions were put "
+            f"into one folder ({found[0].difference(found[1])}). Keep each in a folder of its own: find the shards of "
+            "one by `dataset` in their footers, and move them with its manifest"
+        )
+    return found[0] if found else None
+
+
+def no_dataset(folder: Folder) -> ValueError:
+    return ValueError(f"there is no target dataset at {folder.url}: `stillhouse-teacher fill --output URL` makes one")
+
+
+def _decode(data: bytes, place: str) -> Manifest:
+    try:
+        tree = json.loads(data)
+        if tree["format"] != FORMAT:
+            raise ValueError(f"it is of the format {tree['format']!r}, {FORMAT!r} was expected")
+        query = tree["query"]
+        if set(query) != {one.name for one in fields(TargetSpec)} or not set(query["kinds"]) <= set(KINDS):
+            raise ValueError("its query is none")
+        spec = TargetSpec(**{**query, "kinds": tuple(query["kinds"]), "temperatures": tuple(query["temperatures"])})
+        return Manifest(parse_info(tree["teacher"]), spec, dict(tree["codec"]), dict(tree["versions"]))
+    except (ValueError, KeyError, TypeError, WireError) as error:
+        raise ValueError(f"{place} is no manifest of a target dataset: {type(error).__name__}: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages that write shards."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("stillhouse", "pyarrow", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

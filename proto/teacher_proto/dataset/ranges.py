@@ -1,0 +1,167 @@
+"""Row groups and footers of shards as bytes: fetched once, one range request each, kept in a bounded local folder.
+
+Used by `dataset.py`. In a folder on this disk nothing is kept. Groups behind the one that was asked for are fetched
+ahead on threads, for documents are mostly read in the order in which they were filled.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import threading
+import uuid
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from teacher_proto.dataset.folder import Folder
+from teacher_proto.dataset.index import Place, ShardNote
+
+FETCHERS = 4
+
+
+class Ranges:
+    """`requests` and `bytes_fetched` count what was asked of the bucket. Thread-safe; close it.
+
+    `cache`: where to keep what was fetched, a temporary folder where it is None; `cache_bytes` bounds it. `ahead`: how
+    many row groups are fetched beyond the one that is needed.
+    """
+
+    def __init__(self, folder: Folder, below: str, cache: Path | None, cache_bytes: int, ahead: int):
+        self._folder, self._below, self._bytes, self._ahead = folder, below, cache_bytes, ahead
+        self.requests = self.bytes_fetched = 0
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._temporary = None if cache is not None or folder.local else tempfile.TemporaryDirectory()
+        self.path = cache if cache is not None else Path(self._temporary.name if self._temporary else ".")
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "dataset-fetch") if ahead and not folder.local else None
+        if not folder.local:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._find_kept()
+
+    def file(self, place: Place) -> tuple[bytes, io.RawIOBase]:
+        """A shard's footer, and the shard as a file of which one row group is there. ValueError where it was cut."""
+        note, (begin, length, _) = place.shard, place.shard.groups[place.group]
+        footer = self._get(note, "footer", 0, note.footer, note.bytes)
+        group = self._get(note, "group", place.group, begin, begin + length)
+        self._fetch_ahead(place)
+        return footer, _Window(note.bytes, begin, group)
+
+    def close(self) -> None:
+        if self._fetchers is not None:
+            self._fetchers.shutdown(cancel_futures=True)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _fetch_ahead(self, place: Place) -> None:
+        if self._fetchers is None:
+            return
+        for group in range(place.group + 1, min(place.group + 1 + self._ahead, len(place.shard.groups))):
+            if self._kept_name(place.shard, "group", group) not in self._sizes:
+                begin, length, _ = place.shard.groups[group]
+                # What fails here is asked for again by who needs it, and fails there.
+                self._fetchers.submit(self._get, place.shard, "group", group, begin, begin + length)
+
+    def _kept_name(self, note: ShardNote, what: str, number: int) -> str:
+        return f"{note.sha256[:24]}-{what}-{number}"
+
+    def _get(self, note: ShardNote, what: str, number: int, begin: int, stop: int) -> bytes:
+        if self._folder.local:
+            return self._fetch(note, begin, stop)
+        name = self._kept_name(note, what, number)
+        with self._lock:
+            one = self._locks.setdefault(name, threading.Lock())
+        with one:
+            kept = self._read_kept(name, stop - begin)
+            if kept is None:
+                kept = self._fetch(note, begin, stop)
+                self._keep(name, kept)
+            return kept
+
+    def _fetch(self, note: ShardNote, begin: int, stop: int) -> bytes:
+        place = f"{self._below}/{note.name}"
+        try:
+            data = self._folder.read_range(place, begin, stop)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self._folder.url}/{place} is missing: the index names it with {note.tokens} tokens. Put it back, or "
+                f"remove its index file, run `stillhouse-teacher dataset merge`, and fill again"
+            ) from None
+        with self._lock:
+            self.requests += 1
+            self.bytes_fetched += len(data)
+        if len(data) != stop - begin:
+            raise ValueError(
+                f"{self._folder.url}/{place} was cut short: {stop - begin} bytes at {begin} were expected, {len(data)} "
+                "came. Remove it with its index file and run `stillhouse-teacher fill` again"
+            )
+        return data
+
+    def _read_kept(self, name: str, size: int) -> bytes | None:
+        try:
+            data = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        if len(data) != size:
+            return None
+        with self._lock:
+            if name in self._sizes:
+                self._sizes.move_to_end(name)
+        return data
+
+    def _keep(self, name: str, data: bytes) -> None:
+        part = self.path / f".{name}.{uuid.uuid4().hex}"
+        part.write_bytes(data)
+        part.replace(self.path / name)
+        with self._lock:
+            self._sizes[name] = len(data)
+            self._sizes.move_to_end(name)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Let the least recently used go; the newest stays, whatever its size."""
+        leaving = []
+        with self._lock:
+            total = sum(self._sizes.values())
+            while total > self._bytes and len(self._sizes) > 1:
+                oldest, size = self._sizes.popitem(last=False)
+                total -= size
+                leaving.append(oldest)
+        for old in leaving:
+            (self.path / old).unlink(missing_ok=True)
+
+    def _find_kept(self) -> None:
+        """What an earlier process left, the least recently used first."""
+        found = [path for path in self.path.iterdir() if path.is_file() and not path.name.startswith(".")]
+        for path in sorted(found, key=lambda path: path.stat().st_mtime):
+            if path.suffix == "":
+                self._sizes[path.name] = path.stat().st_size
+        self._make_room()
+
+
+class _Window(io.RawIOBase):
+    """A file of `size` bytes, of which those from `begin` are there; reading elsewhere is an error of ours."""
+
+    def __init__(self, size: int, begin: int, data: bytes):
+        self._size, self._begin, self._data, self._at = size, begin, data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        assert size >= 0, "a row group is read by its ranges"
+        at = self._at - self._begin
+        assert 0 <= at <= at + size <= len(self._data), f"bytes {self._at} to {self._at + size} were not fetched"
+        self._at += size
+        return self._data[at : at + size]
