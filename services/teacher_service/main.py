@@ -3,12 +3,14 @@
     stillhouse-teacher HuggingFaceTB/SmolLM2-135M-Instruct --port 8000
     stillhouse-teacher scripted --engine scripted --port 0
     stillhouse-teacher fill MODEL DATA --store FOLDER       score a data set into a target store, without a server
+    stillhouse-teacher fill MODEL DATA --output URL         the same into a target dataset, in any folder or bucket
     stillhouse-teacher pack export FOLDER PARQUET_FOLDER    a target store as Parquet files; `pack import` back
+    stillhouse-teacher dataset check | merge | stats URL    look after a target dataset
 
 On stdout comes one line, when requests can be answered:
 `stillhouse-teacher: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.
-Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died. `fill` and `pack` say theirs; both
-obey SIGTERM and Ctrl-C within 5 s and end with 75: start them again and they go on.
+Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died. `fill`, `pack` and `dataset` say
+theirs; they obey SIGTERM and Ctrl-C within 5 s and end with 75: start them again and they go on.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def _serve(arguments: list[str]) -> int:
 
 def _fill(arguments: list[str]) -> int:
     def command(signals: StopSignals) -> int:
-        from teacher_service.fill_command import fill_command
+        from teacher_service.offline.fill_command import fill_command
 
         return fill_command(arguments[1:], signals)
 
@@ -51,14 +53,23 @@ def _fill(arguments: list[str]) -> int:
 
 def _pack(arguments: list[str]) -> int:
     def command(signals: StopSignals) -> int:
-        from teacher_service.pack_command import pack_command
+        from teacher_service.offline.pack_command import pack_command
 
         return pack_command(arguments[1:])
 
     return stoppable("stillhouse-teacher pack", command)
 
 
-COMMANDS = {"fill": _fill, "pack": _pack}
+def _dataset(arguments: list[str]) -> int:
+    def command(signals: StopSignals) -> int:
+        from teacher_service.offline.dataset_command import dataset_command
+
+        return dataset_command(arguments[1:])
+
+    return stoppable("stillhouse-teacher dataset", command)
+
+
+COMMANDS = {"fill": _fill, "pack": _pack, "dataset": _dataset}
 
 
 if __name__ == "__main__":

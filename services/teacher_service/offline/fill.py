@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 import structlog
 
 from serving.engine import Job
-from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, InvalidTargetsError
+from teacher_proto.errors import EngineDeadError, EngineError, InvalidTargetsError
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.stopping import finishing
 from teacher_proto.store import TargetStore
 from teacher_proto.store_entry import sequence_key
 from teacher_proto.store_writer import StoreWriter
-from teacher_proto.targets import TokenTargets, check_targets
+from teacher_proto.targets import TokenTargets
 from teacher_service.engine import Engine
-from teacher_service.fill_data import Piece
+from teacher_service.offline.documents import Piece
+from teacher_service.offline.scoring import Scorer, info_of
 
 log = structlog.get_logger("stillhouse.fill")
 
@@ -62,9 +63,7 @@ async def fill(
     A sequence that the engine fails at is counted and passed over. EngineDeadError ends the run; what was scored
     until then is kept.
     """
-    info = TeacherInfo(
-        identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=engine.limits, kinds=engine.kinds
-    )
+    info = info_of(engine)
     store.remember(info)
     run, before = _Run(engine, store, spec, info, on_progress), store.stats()
     began = time.monotonic()
@@ -85,16 +84,13 @@ class _Run:
     ):  # fmt: skip
         self.report = FillReport()
         self.writer = StoreWriter(store)
-        self._engine = engine
+        self._scorer = Scorer(engine)
         self._store = store
         self._spec = spec
         self._info = info
         self._on_progress = on_progress
         self._on_way: set[bytes] = set()
         self._settling: list[bytes] = []
-        self._alone = asyncio.Lock()
-        self._idle = asyncio.Event()
-        self._computing = 0
         self._bytes_read = 0
 
     async def score_all(self, pieces: Iterator[Piece], window: int) -> None:
@@ -104,9 +100,9 @@ class _Run:
                 job, num_bytes = missing
                 running[asyncio.create_task(self._score(job, num_bytes))] = job.query.num_tokens
                 while sum(running.values()) >= window:
-                    await _finish_one(running)
+                    await finish_one(running)
             while running:
-                await _finish_one(running)
+                await finish_one(running)
         finally:
             for task in running:
                 task.cancel()
@@ -136,7 +132,7 @@ class _Run:
 
     async def _score(self, job: Job[Query], num_bytes: int) -> None:
         try:
-            targets = await self._answer(job)
+            targets = await self._scorer.answer(job)
             await self._keep(job.query, targets)
             self.report.scored += 1
             self.report.tokens += job.query.num_tokens
@@ -150,30 +146,6 @@ class _Run:
             self._settling.append(sequence_key(self._info.fingerprint, job.query.tokens_T))
             self.report.bytes_done += num_bytes
             self._on_progress(self.report)
-
-    async def _answer(self, job: Job[Query]) -> TokenTargets:
-        """Checked targets; what did not fit the device beside others is tried once more by itself."""
-        targets = await self._beside_others(job)
-        if targets is None:
-            async with self._alone:
-                await self._idle.wait()
-                targets = await self._engine.score(job)
-        check_targets(targets, job.query, self._info.limits.vocab_size)
-        return targets
-
-    async def _beside_others(self, job: Job[Query]) -> TokenTargets | None:
-        """Targets, or None where the device was too small for all at once. Nobody starts while one is tried alone."""
-        async with self._alone:
-            self._computing += 1
-            self._idle.clear()
-        try:
-            return await self._engine.score(job)
-        except EngineMemoryError:
-            return None
-        finally:
-            self._computing -= 1
-            if not self._computing:
-                self._idle.set()
 
     async def _keep(self, query: Query, targets: TokenTargets) -> None:
         """Hand over to the writer; the disk's pace is ours where it is the slower one."""
@@ -199,7 +171,8 @@ async def _close(writer: StoreWriter) -> None:
         raise cancelled
 
 
-async def _finish_one(running: dict[asyncio.Task[None], int]) -> None:
+async def finish_one(running: dict[asyncio.Task[None], int]) -> None:
+    """Wait for the first of `running`, and let it go."""
     done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         del running[task]

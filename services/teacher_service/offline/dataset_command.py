@@ -1,0 +1,91 @@
+"""`stillhouse-teacher dataset`: looks after target datasets in folders and buckets. Called by `main.py`.
+
+stillhouse-teacher dataset stats URL               what is in it, by its index
+stillhouse-teacher dataset check URL               reads every byte; exit code 1 and a line for each fault
+stillhouse-teacher dataset merge URL [FROM ...]    one index out of many; shards of FROM, filled apart, are copied in
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from teacher_proto.stages import stage
+
+if TYPE_CHECKING:
+    from teacher_proto.dataset.folder import Folder
+
+
+def dataset_command(arguments: list[str]) -> int:
+    """Run the command; the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
+    options = _parser().parse_args(arguments)
+    if options.source and options.what != "merge":
+        raise ValueError(f"dataset {options.what} takes one URL, {1 + len(options.source)} were given")
+    with stage("importing libraries"):
+        from teacher_proto.dataset.folder import Folder
+
+    folder, others = Folder(options.url), [Folder(url) for url in options.source]
+    if options.what == "stats":
+        return _stats(folder)
+    return _check(folder) if options.what == "check" else _merge(folder, others)
+
+
+def _stats(folder: Folder) -> int:
+    from teacher_proto.dataset.check import dataset_stats
+
+    stats = dataset_stats(folder)
+    manifest = stats.manifest
+    lines = {
+        "teacher": f"{manifest.teacher.identity.semantic.model}, {manifest.teacher.fingerprint}",
+        "query": json.dumps(manifest.says["query"]), "codec": json.dumps(dict(manifest.codec)),
+        "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "shards": f"{stats.shards:,}" + (f", and {stats.without_index:,} in no index" if stats.without_index else ""),
+        "documents": f"{stats.documents:,}" + (f", {stats.twice:,} of them twice" if stats.twice else ""),
+        "tokens": f"{stats.tokens:,}", "bytes": f"{stats.bytes:,}",
+        "bytes a token": f"{stats.bytes / max(stats.tokens, 1):.1f}",
+    }  # fmt: skip
+    for name, value in (lines | {name: f"{value:.3g}" for name, value in stats.errors.items()}).items():
+        print(f"{name + ':':<15}{value}")
+    return 0
+
+
+def _check(folder: Folder) -> int:
+    from teacher_proto.dataset.check import check_dataset
+
+    faults = 0
+    with stage("reading shards", len(folder.list("shards")), "shards", closing=False) as doing:
+
+        def advance() -> None:
+            doing.done += 1
+
+        for line in check_dataset(folder, advance):
+            faults += 1
+            print(f"stillhouse-teacher: {line}", file=sys.stderr)
+    print(f"stillhouse-teacher: {faults} faults" if faults else "stillhouse-teacher: all shards are whole")
+    return 1 if faults else 0
+
+
+def _merge(folder: Folder, others: list[Folder]) -> int:
+    from teacher_proto.dataset.check import merge_dataset
+
+    with stage("merging", unit="shards", closing=False) as doing:
+
+        def advance() -> None:
+            doing.done += 1
+
+        shards = merge_dataset(folder, others, advance)
+    print(f"stillhouse-teacher: one index of {shards} shards")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse-teacher dataset",
+        description="Look after a target dataset: count it, check every byte of it, or make one index of it.",
+    )
+    parser.add_argument("what", choices=("check", "merge", "stats"))
+    parser.add_argument("url", metavar="URL", help="the dataset: a folder, s3:// or gs://")
+    parser.add_argument("source", nargs="*", metavar="FROM", help="merge: datasets whose shards are to be copied in")
+    return parser

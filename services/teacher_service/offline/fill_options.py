@@ -1,0 +1,111 @@
+"""The options of `stillhouse-teacher fill`, and what they ask of a teacher. Read by `fill_command.py`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from teacher_proto.errors import RequestError
+from teacher_proto.requests import KINDS, TargetsRequest, check_request
+from teacher_service.offline.slices import Slice
+from teacher_service.settings import TeacherSettings, parse_settings
+
+if TYPE_CHECKING:
+    from teacher_service.engine import Engine
+
+
+@dataclass(frozen=True)
+class FillOptions:
+    """`own` are fill's options, `settings` the service's, `request` what is asked of every document, `part` the
+    share of the data that is ours."""
+
+    own: argparse.Namespace
+    settings: TeacherSettings
+    request: TargetsRequest
+    part: Slice
+
+
+def parse_fill(arguments: list[str]) -> FillOptions:
+    """ValueError in one line for what can't be done as asked."""
+    options, rest = _parser().parse_known_args(arguments)
+    for name, value in (("MODEL", options.model), ("DATA", options.data)):
+        if value is None or value.startswith("-"):
+            raise ValueError(f"{name} is not given: stillhouse-teacher fill MODEL DATA --store FOLDER or --output URL")
+    settings = parse_settings([options.model, *rest])
+    if (settings.store is None) == (options.output is None):
+        raise ValueError(
+            "--store is not given, nor --output: the folder of the target store to fill, or the URL of a target dataset"
+            if options.output is None
+            else "--store and --output are both given: a target store, or a target dataset"
+        )
+    if options.output is None:
+        given = [name for name in _OF_DATASETS if getattr(options, name.replace("-", "_")) != _OF_DATASETS[name]]
+        if given:
+            raise ValueError(f"--{given[0]} is for target datasets: it goes with --output URL, and not with --store")
+    if options.shard_tokens < 1:
+        raise ValueError(f"--shard-tokens {options.shard_tokens}: 1 or more were expected")
+    return FillOptions(options, settings, _request(options), Slice.parse(options.slice))
+
+
+# Options that --store has no use for, and their defaults.
+_OF_DATASETS = {"slice": "1/1", "shard-tokens": 2**20}
+
+
+def sequence_length(engine: Engine, options: argparse.Namespace) -> int:
+    limit = engine.limits.max_sequence_length
+    length = limit if options.max_length is None else options.max_length
+    if not 1 <= length <= limit:
+        raise ValueError(f"--max-length {length}: this teacher takes sequences of 1 to {limit} tokens")
+    return length
+
+
+def _request(options: argparse.Namespace) -> TargetsRequest:
+    """What is asked of every sequence, with one of them as a stand-in."""
+    asked = {
+        "kinds": options.kinds.split(","), "top_k": options.top_k, "num_samples": options.num_samples,
+        "temperatures": [float(t) for t in options.temperatures.split(",") if t],
+        "sample_temperature": options.sample_temperature, "seed": options.seed, "hidden_dtype": options.hidden_dtype,
+    }  # fmt: skip
+    if "gather" in asked["kinds"]:
+        raise ValueError("--kinds gather: its ids come from the student, and there is none here")
+    try:
+        return TargetsRequest(sequences=([0],), **asked)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ValueError(f"--{name}: {first['msg']}, got {first['input']!r}") from None
+
+
+def check_against(request: TargetsRequest, engine: Engine) -> None:
+    try:
+        check_request(request, engine.limits, engine.kinds)
+    except RequestError as error:
+        raise ValueError(f"--{(error.field or '').partition('.')[0].replace('_', '-')}: {error.message}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse-teacher fill", allow_abbrev=False,
+        description="Score a data set into a target store or dataset, without a server. Run it again to go on where it "
+        "stopped.",
+        epilog="Put MODEL and DATA first. Other options are those of stillhouse-teacher: --store (unless --output is "
+        "given), --engine, --dtype, --window, --store-bytes.",
+    )  # fmt: skip
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder with a model, or its name on a hub")
+    parser.add_argument("data", nargs="?", metavar="DATA", help=".jsonl, .parquet or .txt file, or a folder of such")
+    parser.add_argument("--output", metavar="URL", help="target dataset to fill: a folder, s3:// or gs://")
+    parser.add_argument("--shard-tokens", type=int, default=2**20, help="--output: tokens a shard (default: 2**20)")
+    parser.add_argument("--slice", default="1/1", metavar="I/N", help="--output: we are the I-th of N that share DATA")
+    parser.add_argument("--kinds", default="top_k", help=f"of {', '.join(KINDS)}, by commas (default: top_k)")
+    parser.add_argument("--top-k", type=int, default=64, help="K (default: 64)")
+    parser.add_argument("--temperatures", default="", help="temperatures of log_z, by commas")
+    parser.add_argument("--num-samples", type=int, default=50, help="draws a row, for kind sampled (default: 50)")
+    parser.add_argument("--sample-temperature", type=float, default=1.0, help="for kind sampled (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="for kind sampled (default: 0)")
+    parser.add_argument("--hidden-dtype", default="float16", help="float16, bfloat16 or int8, for kind hidden")
+    parser.add_argument("--max-length", type=int, help="tokens a sequence; the teacher's limit if not given")
+    parser.add_argument("--no-special-tokens", action="store_true", help="leave out what a tokenizer adds by itself")
+    return parser

@@ -1,0 +1,51 @@
+"""Documents in units, each of which becomes a shard: the same data in the same units, whoever reads them.
+
+Read by `dataset_fill.py` and `ray_fill.py`. A unit depends on the data and its size alone, not on what is filled
+already, so that processes which know nothing of each other share the work by a unit's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from teacher_service.offline.documents import Piece
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Token ids of different documents, in order. `bytes_read` of the data are behind it and all before it."""
+
+    number: int
+    documents: tuple[np.ndarray, ...]
+    bytes_read: int
+    repeats: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.documents))
+
+
+def read_units(pieces: Iterator[Piece], tokens: int) -> Iterator[Unit]:
+    """Units of at least `tokens`, but for the last. A document that came before is left out; 60 bytes each remember."""
+    seen: set[int] = set()
+    documents: list[np.ndarray] = []
+    number = size = repeats = read = 0
+    for piece in pieces:
+        read = piece.bytes_read
+        tokens_T = np.ascontiguousarray(piece.tokens_T, dtype="<i8")
+        key = int.from_bytes(hashlib.blake2b(tokens_T.tobytes(), digest_size=8).digest(), "little")
+        if key in seen:
+            repeats += 1
+            continue
+        seen.add(key)
+        documents.append(tokens_T)
+        size += len(tokens_T)
+        if size >= tokens:
+            yield Unit(number, tuple(documents), read, repeats)
+            documents, size, repeats, number = [], 0, 0, number + 1
+    if documents or repeats:
+        yield Unit(number, tuple(documents), read, repeats)
