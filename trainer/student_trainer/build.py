@@ -25,7 +25,9 @@ from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.checkpoint.resume import check_student
 from student_trainer.checkpoint.run_folder import RunFolder, find_earlier, open_folder, write_settings
 from student_trainer.components import Components, build_components
+from student_trainer.data.ahead import documents_ahead
 from student_trainer.data.classification import class_words, one_set_of_words
+from student_trainer.data.loader import BatchSource
 from student_trainer.data.policies.decisions import BatchWeights, PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
@@ -54,7 +56,9 @@ from student_trainer.students.sharding import Unsharded, shard
 from student_trainer.students.student import Student
 from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
+from student_trainer.targets.cached import CachedTargets
 from student_trainer.targets.guard import TargetGuard
+from student_trainer.targets.missing import list_missing
 from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import spec_for
 from student_trainer.targets.student_support import StudentSupport
@@ -105,6 +109,8 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     stack.callback(checkpoints.close)
     if snapshot is not None:
         checkpoints.resumed_at(state.step)
+    if ranks.first:
+        _list_missing(settings, components, losses["data"], state, folder)
     guard = TargetGuard(settings.teacher, folder.dumps, components.student.vocab_size, components.reason, ranks)
     batch_weights = BatchWeights(state.policy)
     batches = stack.enter_context(BatchStream(components.source, state.mixture, batch_weights))
@@ -130,6 +136,30 @@ def _losses(settings: Settings, watched: Sequence[str]) -> dict[Kind, Weighting]
     if settings.on_policy.active:
         losses["rollout"] = weighting_of(settings.on_policy)
     return losses
+
+
+def _list_missing(
+    settings: Settings, components: Components, weighting: Weighting, state: TrainState, folder: RunFolder
+) -> None:
+    """Say which documents of the rest of the run a target dataset lacks, before anything is computed."""
+    targets = components.teacher.targets if components.teacher else None
+    if not isinstance(targets, CachedTargets) or targets.dataset is None or not settings.teacher.list_missing:
+        return
+    if state.policy.policy.varies:
+        logger.info("teacher.list_missing has no effect: the losses decide which documents this run draws")
+        return
+    specs = [spec for spec in (_spec(settings, weighting.terms),) if spec is not None]
+    if settings.evaluation.every:
+        specs.append(_evaluation_spec(settings))
+    # Of its own, so that the run's counters begin with the run.
+    source = BatchSource(settings.data, components.tokenizer, settings.run.seed)
+    try:
+        documents = documents_ahead(
+            source, state.mixture, settings.run.steps - state.step, settings.evaluation.every > 0
+        )
+        list_missing(targets, documents, specs, folder.path / "missing.jsonl")
+    finally:
+        source.close()
 
 
 def _passes_alone(settings: Settings) -> bool:
@@ -239,9 +269,7 @@ def _evaluator(
     settings: Settings, components: Components, folder: RunFolder, thread: EventThread, ranks: Ranks
 ) -> Evaluator:
     batches = _held_out(settings, components)
-    spec = TargetSpec(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
-    if settings.evaluation.kl == "full":
-        spec = replace(spec, kinds=("top_k", "hidden"), hidden_dtype="float16")
+    spec = _evaluation_spec(settings)
     targets = components.teacher.targets if components.teacher else None
     held_out = fetch_held_out(batches, targets, thread, spec, components.describe_waiting)
     decode: Callable[[int], str] = lambda token: str(components.tokenizer.decode([token]))  # noqa: E731
@@ -250,6 +278,13 @@ def _evaluator(
         ViewSeed(settings.run.seed, EVALUATION), components.head, class_words(settings.data, components.tokenizer),
         ranks,
     )  # fmt: skip
+
+
+def _evaluation_spec(settings: Settings) -> TargetSpec:
+    spec = TargetSpec(("top_k",), settings.evaluation.top_k or settings.teacher.top_k)
+    if settings.evaluation.kl == "full":
+        spec = replace(spec, kinds=("top_k", "hidden"), hidden_dtype="float16")
+    return spec
 
 
 def _student_support(settings: Settings, components: Components, thread: EventThread) -> StudentSupport | None:

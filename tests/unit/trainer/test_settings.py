@@ -113,6 +113,8 @@ def test_a_value_that_must_be_given_is_asked_for_by_name() -> None:
         (["teacher=local", "teacher.model=/m", "teacher.deadline_s=3"], "teacher.deadline_s"),
         (["teacher=cached", "teacher.store=/s", "teacher.store_bytes=99999999"], "teacher.store_bytes"),
         (["teacher=cached", "teacher.store=/s", "teacher.url=http://x:1"], "teacher.url"),
+        (["teacher=cached", "teacher.store=/s", "teacher.store_ahead=3"], "teacher.store_ahead"),
+        (["teacher.list_missing=false"], "teacher.list_missing"),
         (["teacher.mix=by_source"], "teacher.mix"),
         (["teacher=mixed", "teacher.members.x.model=/m"], "teacher.members.x.model"),
         (["teacher=mixed", "teacher.members.x.sources=a"], "teacher.members.x.sources"),
@@ -129,6 +131,9 @@ def test_settings_with_effect_do_not_warn() -> None:
         warnings.simplefilter("error")
         compose([*MINIMAL, "teacher=cached", "teacher.store=/s", "teacher.on_miss=remote", "teacher.url=http://x:1",
                  "teacher.store_bytes=99999999", "teacher.deadline_s=3"])  # fmt: skip
+        compose([*MINIMAL, "teacher=cached", "teacher.store=s3://b/t", "teacher.store_cache=/c",
+                 "teacher.store_ahead=3", "teacher.list_missing=false", "teacher.give_up_after_s=9",
+                 "teacher.store_cache_bytes=99999999"])  # fmt: skip
         compose([*MINIMAL, "teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=/m",
                  "teacher.members.x.weight=2", "teacher.members.y.url=http://x:1"])  # fmt: skip
         compose([*MINIMAL, "run.threads=3", "teacher.top_k=3", "prefetch.max_depth=9", "optim.schedule.kind=wsd",

@@ -14,6 +14,7 @@ from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings, TeacherSettings
 from student_trainer.settings.student import AUTO
 from student_trainer.settings.teacher import MemberSettings
+from teacher_proto.dataset.folder import is_url
 from teacher_proto.requests import Kind
 
 
@@ -59,7 +60,7 @@ def _depth_is_reached(settings: Settings) -> bool:
 OF_KIND = {
     **dict.fromkeys(("url", "key_variable"), "remote"),
     **dict.fromkeys(("model", "revision", "dtype", "device", "max_batch_tokens"), "local"),
-    **dict.fromkeys(("store", "store_bytes", "on_miss"), "cached"),
+    **dict.fromkeys(("store", "store_bytes", "store_cache", "store_cache_bytes", "store_ahead", "on_miss"), "cached"),
 }
 
 
@@ -71,6 +72,8 @@ def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: s
         return f"this teacher's kind is {kind}"
     if name == "store_bytes" and not written_through:
         return "the store is only read"
+    if name in ("store_cache", "store_cache_bytes", "store_ahead") and not is_url(teacher.store):
+        return "teacher.store is no URL of a bucket"
     if name == "weight" and mix == "by_source":
         return "teacher.mix is by_source"
     if name == "sources" and mix == "ensemble":
@@ -110,8 +113,14 @@ RULES = (
     ),
     *(
         Rule(f"teacher.{name}", _may_wait, "no teacher of this run is asked over the network")
-        for name in ("start_within_s", "deadline_s", "read_timeout_s", "give_up_after_s")
+        for name in ("start_within_s", "deadline_s", "read_timeout_s")
     ),
+    Rule(
+        "teacher.give_up_after_s",
+        lambda s: _may_wait(s) or any(is_url(one.store) for one in s.teacher.all_members.values()),
+        "no teacher of this run is asked over the network",
+    ),
+    Rule("teacher.list_missing", lambda s: s.teacher.kind == "cached", "teacher.kind is not cached"),
     Rule("teacher.mix", lambda s: s.teacher.kind == "mixed", "teacher.kind is not mixed"),
     Rule("teacher.tokenizer", lambda s: s.teacher.same_tokenizer == "check", "teacher.same_tokenizer is trust"),
     Rule("teacher.attention_url", _has_attention, "distillation.attention.coefficient is null"),

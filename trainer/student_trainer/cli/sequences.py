@@ -1,8 +1,8 @@
 """The documents of a run as token ids, to be scored ahead of it: `stillhouse-train sequences FILE.jsonl SETTINGS...`.
 
 A teacher answers for exact sequences, and where a document is cut, and what a tokenizer or template puts around it, the
-run's settings decide. `stillhouse-teacher fill MODEL FILE.jsonl --store FOLDER` reads the file; `teacher=cached` trains
-on what it wrote. Called by `main`.
+run's settings decide. `stillhouse-teacher fill MODEL FILE.jsonl --store FOLDER` (or `--output URL`) reads the file;
+`teacher=cached` trains on what it wrote. Called by `main`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import load_tokenizer
+from student_trainer.data.ahead import documents_ahead
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.policies.decisions import PolicyState
-from student_trainer.data.stream import BatchStream
 from student_trainer.settings import Settings
 from teacher_proto.stages import stage
 
@@ -58,25 +57,8 @@ def documents(settings: Settings) -> Iterator[list[int]]:
     with stage("opening the data"):
         source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
     try:
-        if settings.evaluation.every:
-            for name in source.names:
-                with stage(f"reading the held-out documents of {name!r}"):
-                    batches = source.held_out(name)
-                for batch in batches:
-                    yield from _asked(batch)
-        with (
-            stage("reading batches", settings.run.steps, "batches") as doing,
-            BatchStream(source, source.initial_state()) as stream,
-        ):
-            for _ in range(settings.run.steps):
-                batch, _ = next(stream)
-                yield from _asked(batch)
-                doing.done += 1
+        state, evaluates = source.initial_state(), bool(settings.evaluation.every)
+        for _, ids in documents_ahead(source, state, settings.run.steps, evaluates):
+            yield ids
     finally:
         source.close()
-
-
-def _asked(batch: Batch) -> Iterator[list[int]]:
-    for document in batch.documents:
-        if counted_rows(batch, document) is not None:
-            yield batch.tokens_BT[document.row, document.start : document.stop].tolist()

@@ -21,8 +21,18 @@ class OneTeacher(Section):
     )
     device: str = Field("auto", description="local: auto, cpu, cuda or cuda:N")
     max_batch_tokens: int = Field(4096, ge=1, description="local: tokens of a forward pass, padding included")
-    store: str = Field("", description="cached: folder of the target store")
+    store: str = Field("", description="cached: folder of a target store, or folder or URL of a target dataset")
     store_bytes: int = Field(50 * 2**30, ge=2**20, description="cached, written through: the store's size at most")
+    store_cache: str = Field(
+        "",
+        description="cached, a dataset in a bucket: folder for what was fetched of it; empty: one for this run alone",
+    )
+    store_cache_bytes: int = Field(
+        10 * 2**30, ge=2**20, description="cached, a dataset in a bucket: that folder's size"
+    )
+    store_ahead: int = Field(
+        2, ge=0, description="cached, a dataset in a bucket: row groups fetched before they are asked for"
+    )
     on_miss: Literal["stop", "remote"] = Field(
         "stop", description="cached, what the store has not: stop, or ask teacher.url and write it through"
     )
@@ -47,6 +57,9 @@ class TeacherSettings(OneTeacher):
         "ensemble", description="mixed: all answer and their probabilities are mixed, or one for each source of data"
     )
     top_k: int = Field(64, ge=1, description="logprobs a token")
+    list_missing: bool = Field(
+        True, description="cached, a dataset: look up all documents of the run before it begins, and list what it lacks"
+    )
     sanity: Literal["stop", "warn", "off"] = Field("stop", description="check of the first targets' alignment")
     same_tokenizer: Literal["check", "trust"] = Field("check", description="trust: don't compare tokenizers")
     tokenizer: str | None = Field(None, description="the teacher's tokenizer, to name the tokens that differ")

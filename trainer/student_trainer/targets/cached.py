@@ -1,4 +1,4 @@
-"""Targets out of a target store on this disk: what a service kept or `stillhouse-teacher fill` made. Opened by `open`.
+"""Targets out of a target store or dataset: what a service kept or `stillhouse-teacher fill` made. Opened by `open`.
 
 A document that the store can't answer stops the run, or is asked of another source of targets and written through, so
 that the next epoch finds it. What comes out of the store is bit for bit what went in.
@@ -18,9 +18,10 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Queries, Targets, TeacherCard
 from student_trainer.targets.queries import asked_of, by_document, spec_of
+from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.info import TeacherInfo
-from teacher_proto.requests import Query
+from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.store import TargetStore
 from teacher_proto.store_writer import StoreWriter
 from teacher_proto.targets import TokenTargets
@@ -42,7 +43,7 @@ class CachedTargets:
     """
 
     def __init__(
-        self, store: TargetStore, fingerprint: str | None, behind: Targets | None = None,
+        self, store: TargetStore | TargetDataset, fingerprint: str | None, behind: Targets | None = None,
         saved: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self._store, self._fingerprint, self._behind = store, fingerprint, behind
@@ -53,6 +54,15 @@ class CachedTargets:
         self._opening = asyncio.Lock()
         self._info: TeacherInfo | None = None
         self.hits = self.misses = 0
+
+    @property
+    def dataset(self) -> TargetDataset | None:
+        """The store, where it is a dataset."""
+        return self._store if isinstance(self._store, TargetDataset) else None
+
+    @property
+    def writes_through(self) -> bool:
+        return self._behind is not None
 
     async def open(self) -> TeacherCard:
         info = await self._run(self._remembered)
@@ -158,11 +168,22 @@ class CachedTargets:
         assert self._info is not None
         path, model, spec = self._store.path, self._info.identity.semantic.model, spec_of(missing)
         lacking = [document.key for document, query in zip(batch.documents, missing, strict=True) if query is not None]
-        temperatures = f" --temperatures {','.join(f'{t:g}' for t in spec.temperatures)}" if spec.temperatures else ""
         return (
             f"the target store at {path} lacks {len(lacking)} of the {asked} documents of batch {batch.number} "
             f"(first {', '.join(lacking[:3])}) as {model} answers {', '.join(spec.kinds)}, {self.misses} documents so "
             "far. Write the run's documents with `stillhouse-train sequences FILE.jsonl SETTINGS...`, have them scored "
-            f"with `stillhouse-teacher fill MODEL FILE.jsonl --store {path} --kinds {','.join(spec.kinds)} "
-            f"--top-k {spec.top_k}{temperatures}`, or have a teacher asked for them with teacher.on_miss=remote"
+            f"with `stillhouse-teacher fill MODEL FILE.jsonl --{'store' if self.dataset is None else 'output'} {path}"
+            f"{fill_options(spec)}`, or have a teacher asked for them with teacher.on_miss=remote"
         )
+
+
+def fill_options(spec: TargetSpec) -> str:
+    """What `stillhouse-teacher fill` has to be asked for, each option after a space."""
+    options = [f"--kinds {','.join(spec.kinds)}"]
+    options += [f"--top-k {spec.top_k}"] if spec.top_k else []
+    options += [f"--temperatures {','.join(f'{t:g}' for t in spec.temperatures)}"] if spec.temperatures else []
+    if "sampled" in spec.kinds:
+        options += [f"--num-samples {spec.num_samples}", f"--sample-temperature {spec.sample_temperature:g}"]
+        options += [f"--seed {spec.seed}"]
+    options += [f"--hidden-dtype {spec.hidden_dtype}"] if spec.hidden_dtype else []
+    return "".join(f" {option}" for option in options)

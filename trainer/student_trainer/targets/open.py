@@ -23,6 +23,9 @@ from student_trainer.targets.mixed import BySource, Ensemble, Member
 from student_trainer.targets.protocol import Targets, TeacherCard
 from student_trainer.targets.remote import RemoteTargets
 from teacher_proto.client import TeacherClient
+from teacher_proto.dataset.dataset import TargetDataset
+from teacher_proto.dataset.folder import is_url
+from teacher_proto.dataset.manifest import PREFIX as MANIFEST
 from teacher_proto.errors import WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.retry import RetryPolicy
@@ -61,7 +64,7 @@ class _Opening:
 
     def __init__(self, settings: TeacherSettings, stack: ExitStack):
         self._settings, self._stack = settings, stack
-        self._stores: dict[Path, TargetStore] = {}
+        self._stores: dict[str, TargetStore | TargetDataset] = {}
 
     def several(self, saved: Mapping[str, Any] | None) -> Targets:
         cards = (saved or {}).get("members") or {}
@@ -83,19 +86,28 @@ class _Opening:
     def _remote(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> Targets:
         return RemoteTargets(lambda: self._client(teacher, saved), teacher.url, self._settings)
 
-    def _store(self, teacher: OneTeacher) -> TargetStore:
+    def _store(self, teacher: OneTeacher) -> TargetStore | TargetDataset:
         if not teacher.store:
-            raise ValueError("teacher.store must be given: the folder of a target store")
-        path = Path(teacher.store).resolve()
-        if path not in self._stores:
-            all_of_it = (teacher, *self._settings.members.values())
-            sharing = [one for one in all_of_it if one.store and Path(one.store).resolve() == path]
-            store = TargetStore(
-                path, max(one.store_bytes for one in sharing), readonly=all(one.on_miss == "stop" for one in sharing)
+            raise ValueError(
+                "teacher.store must be given: the folder of a target store, or the URL of a target dataset"
             )
+        place = _place(teacher.store)
+        if place not in self._stores:
+            all_of_it = (teacher, *self._settings.members.values())
+            sharing = [one for one in all_of_it if one.store and _place(one.store) == place]
+            readonly = all(one.on_miss == "stop" for one in sharing)
+            store: TargetStore | TargetDataset
+            if is_dataset(place):
+                store = TargetDataset(
+                    place, readonly=readonly, cache=Path(teacher.store_cache) if teacher.store_cache else None,
+                    cache_bytes=teacher.store_cache_bytes, ahead=teacher.store_ahead,
+                    outage_s=self._settings.give_up_after_s,
+                )  # fmt: skip
+            else:
+                store = TargetStore(place, max(one.store_bytes for one in sharing), readonly=readonly)
             self._stack.callback(store.close)
-            self._stores[path] = store
-        return self._stores[path]
+            self._stores[place] = store
+        return self._stores[place]
 
     def _client(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> TeacherClient:
         expect, canary = expected(teacher.fingerprint, saved)
@@ -105,6 +117,16 @@ class _Opening:
         )
         key = os.environ.get(teacher.key_variable)
         return TeacherClient(teacher.url, key=key, expect=expect, expect_canary=canary, policy=policy)
+
+
+def _place(store: str) -> str:
+    """Equal for stores that are one."""
+    return store.rstrip("/") if is_url(store) else str(Path(store).resolve())
+
+
+def is_dataset(place: str) -> bool:
+    """Whether a dataset is meant, and not a target store: by its URL, or its manifest."""
+    return is_url(place) or any(Path(place).glob(f"{MANIFEST}*"))
 
 
 def _compare_several(saved: Mapping[str, Any] | None, named: str | None, card: TeacherCard) -> None:

@@ -1,0 +1,39 @@
+"""The documents that a run will ask its teacher about, before it asks. Used by `sequences` and by `build`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from student_trainer.batch.batch import Batch, counted_rows
+from student_trainer.data.loader import BatchSource
+from student_trainer.data.mixture import MixtureState
+from student_trainer.data.stream import BatchStream
+from teacher_proto.stages import stage
+
+Key = str
+Tokens = list[int]
+
+
+def documents_ahead(
+    source: BatchSource, state: MixtureState, steps: int, evaluates: bool
+) -> Iterator[tuple[Key, Tokens]]:
+    """Name and token ids of each document of what is held out, if it is evaluated, and of the `steps` batches from
+    `state` on; in order, repeats included. For a mixture whose weights no loss changes.
+    """
+    if evaluates:
+        for name in source.names:
+            with stage(f"reading the held-out documents of {name!r}"):
+                batches = source.held_out(name)
+            for batch in batches:
+                yield from _asked(batch)
+    with stage("reading batches", steps, "batches") as doing, BatchStream(source, state) as stream:
+        for _ in range(steps):
+            batch, _ = next(stream)
+            yield from _asked(batch)
+            doing.done += 1
+
+
+def _asked(batch: Batch) -> Iterator[tuple[Key, Tokens]]:
+    for document in batch.documents:
+        if counted_rows(batch, document) is not None:
+            yield document.key, batch.tokens_BT[document.row, document.start : document.stop].tolist()
