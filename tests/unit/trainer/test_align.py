@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from student_trainer.batch.align import cut, hidden_numbers
+from student_trainer.batch.align import cut
+from student_trainer.batch.answer_rows import hidden_numbers
 from student_trainer.batch.batch import Batch, Placed, build_batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
