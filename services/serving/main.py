@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from teacher_proto.extras import explain_missing
 from teacher_proto.parent import end_with_parent_if_asked
 
 # When this process began, to a few hundredths of a second: a command imports this first.
@@ -39,7 +40,7 @@ class QuietEnd:
 
 
 def run_command(program: str, command: Callable[[list[str]], int], arguments: list[str] | None) -> NoReturn:
-    """Run `command` and exit with its code; 2 for a ValueError, 130 for Ctrl-C.
+    """Run `command` and exit with its code; 2 for a ValueError or a library that is not there, 130 for Ctrl-C.
 
     `arguments` None: those of the process, which then is this command's and nobody else's.
     """
@@ -51,6 +52,9 @@ def run_command(program: str, command: Callable[[list[str]], int], arguments: li
         code = command(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    except ModuleNotFoundError as error:
+        print(explain_missing(program, error), file=sys.stderr)
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED

@@ -130,6 +130,7 @@ def guarded(command: Callable[[], int], signals: StopSignals) -> int:
     """
     from student_trainer.settings.redact import redact
     from teacher_proto.errors import StillhouseError
+    from teacher_proto.extras import explain_missing
 
     try:
         return command()
@@ -137,6 +138,10 @@ def guarded(command: Callable[[], int], signals: StopSignals) -> int:
         signals.check()
         print(redact(f"stillhouse-train: {error}"), file=sys.stderr)
         return code_of(error)
+    except ModuleNotFoundError as error:
+        signals.check()
+        print(explain_missing("stillhouse-train", error), file=sys.stderr)
+        return USAGE
     except Exception:
         signals.check()
         logger.exception("the run ended by an error that nobody foresaw")
