@@ -102,7 +102,7 @@ def build_components(
         with stage("fetching the teacher's head"):
             head = read_head(thread.call(teacher.targets.head()), device)
     student = student or load_student(settings.student, device)
-    check_reading(student, tokenizer, settings.data.seq_len)
+    check_reading(student, tokenizer, settings.data.seq_len, all_terms(settings))
     if teacher is not None:
         rows = text_rows(student.config, student.vocab_size)
         student.shared_vocab = agree_on_vocabulary(settings.teacher, teacher.card, tokenizer, rows)

@@ -20,7 +20,10 @@ from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
 from student_trainer.cli.export import main as export
 from student_trainer.losses import token_term
+from student_trainer.losses.terms import CleanTerm
 from student_trainer.settings import DiffusionSettings, StudentSettings
+from student_trainer.settings.student import GrowthSettings
+from student_trainer.settings.terms import AutoregressiveSettings
 from student_trainer.students.diffusion import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord, read_diffusion, text_rows
 from student_trainer.students.student import Student
@@ -158,6 +161,72 @@ def test_a_row_reads_the_same_wherever_it_is_cut_and_an_evaluation_always() -> N
         again = one.views(BATCH, ViewSeed(5, EVALUATION))
         assert torch.equal(again[0].input_ids_BT, one.views(BATCH, ViewSeed(5, EVALUATION))[0].input_ids_BT)
         assert not torch.equal(again[0].input_ids_BT, whole[0].input_ids_BT)
+
+
+def test_blocks_grow_by_the_step_alone_up_to_their_size_which_evaluations_have_throughout() -> None:
+    growth = GrowthSettings(every=3, first=2, after=4)
+    assert [growth.at(step, 16) for step in (0, 4, 6, 7, 10, 12, 13, 999)] == [2, 2, 2, 4, 8, 8, 16, 16]
+    assert GrowthSettings(every=1).at(10**9, 24) == 24 and GrowthSettings().at(0, 16) == 16
+    grows = reader(size=8, growth=growth)
+    for number, size in ((0, 2), (7, 4), (13, 8)):
+        batch = batch_of([7, 12, 5], [24], number=number)
+        for ours, theirs in zip(grows.views(batch, SEED), reader(size=size).views(batch, SEED), strict=True):
+            assert torch.equal(ours.input_ids_BT, theirs.input_ids_BT)
+            assert torch.equal(ours.attention.groups_BT, theirs.attention.groups_BT)  # type: ignore[union-attr]
+        seed = ViewSeed(5, EVALUATION)
+        for ours, theirs in zip(grows.views(batch, seed), reader(size=8).views(batch, seed), strict=True):
+            assert torch.equal(ours.attention.groups_BT, theirs.attention.groups_BT)  # type: ignore[union-attr]
+
+
+def test_a_run_whose_blocks_grow_resumes_to_the_bit(workshop: Workshop, tmp_path: Path) -> None:
+    arguments = ("student=diffusion", "student.diffusion.block_size=8", "student.diffusion.growth.every=2",
+                 "student.diffusion.clean_half=causal", "checkpoint.every=3", "run.steps=6",
+                 "distillation=cross_entropy",
+                 "distillation.terms.autoregressive.coefficient=0.5")  # fmt: skip
+    assert run_here(workshop.settings(tmp_path / "whole", *arguments), ScriptedTargets()) == loop.DONE
+    run, part = tmp_path / "whole" / "run", tmp_path / "part"
+    shutil.copytree(run, part / "run")
+    shutil.rmtree(part / "run" / "checkpoints" / "step-00000006")
+    assert run_here(workshop.settings(part, *arguments), ScriptedTargets()) == loop.DONE
+    assert trace_of(part / "run") == trace_of(run) and final_files(part / "run", 6) == final_files(run, 6)
+    for line in trace_of(run):
+        both = line["loss/cross_entropy"] + 0.5 * line["loss/autoregressive"]
+        assert line["loss"] == pytest.approx(both, rel=1e-6)
+
+
+def test_the_clean_halfs_cross_entropy_is_the_causal_models_with_its_gradient(workshop: Workshop) -> None:
+    """On each token that is masked, in whichever family; in float64 of the model run on each document alone."""
+    coefficient = 0.5
+    terms = (token_term("ce", "cross_entropy", 0.0), CleanTerm("ar", AutoregressiveSettings(), coefficient))
+    for family in ("in_place", "token_shift"):
+        student = student_of(workshop.student, clean_half="causal", family=family)
+        parts = cut(BATCH, None, student, SEED, rows=2)
+        count = sum(part.view.count for part in parts)
+        assert count == len(BATCH.counted()[0])
+        total = 0.0
+        for part in parts:
+            loss = student.loss(part, terms, None)
+            (loss.total / count).backward()
+            total += float(loss.total.detach()) / count
+            assert loss.per_term["ar"].shape == part.view.labels_N.shape
+        model = AutoModelForCausalLM.from_pretrained(workshop.student, dtype=torch.float64)
+        model.resize_token_embeddings(VOCAB_SIZE + 1, mean_resizing=False)
+        model.load_state_dict({name: tensor.double() for name, tensor in student.model.state_dict().items()})
+        expected = torch.zeros((), dtype=torch.float64)
+        for document in BATCH.documents:
+            span = slice(document.start, document.stop)
+            tokens_T = torch.from_numpy(BATCH.tokens_BT[document.row, span]).long()
+            learnt_T = torch.from_numpy(BATCH.loss_mask_BT[document.row, span])
+            log_q_TV = model(tokens_T[None]).logits[0].log_softmax(-1)
+            expected = expected - log_q_TV[:-1][learnt_T[:-1], tokens_T[1:][learnt_T[:-1]]].sum()
+        expected = coefficient * expected / count
+        assert total == pytest.approx(float(expected.detach()), rel=1e-5)
+        expected.backward()
+        for ours, theirs in zip(student.model.parameters(), model.parameters(), strict=True):
+            assert ours.grad is not None and theirs.grad is not None
+            torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-3, atol=1e-6)
+        norms = student.gradient_norms(parts[0], terms, None)
+        assert norms["ar"] > 0 and norms["ce"] > 0
 
 
 def test_a_text_that_holds_the_mask_token_is_refused_by_name() -> None:
@@ -339,6 +408,16 @@ REFUSED = {
     "block": (("student.diffusion.block_size=65",), "block_size"),
     "suffix": (
         ("student.diffusion.masks=suffix", "student.diffusion.complementary=true"), "the complement of suffix masks"
+    ),
+    "growth": (
+        ("student.diffusion.growth.every=5", "student.diffusion.growth.first=8"), "growth.first is 8, more than the 4"
+    ),
+    "leak": (
+        ("distillation.terms.autoregressive.coefficient=0.5",), "block-causal clean half of blocks of 4 shows .*=causal"
+    ),
+    "clean half of none": (
+        ("student=causal", "student.diffusion.block_size=null", "distillation.terms.autoregressive.coefficient=0.5"),
+        r"autoregressive \(autoregressive\) is on the clean half .* reads from left to right",
     ),
     "twice": (
         ("student.diffusion.loss_weights=1/t", "student.diffusion.complementary=true"), "set one of the two back"

@@ -93,6 +93,8 @@ class View:
     `rows_N`: the student's row of each label in the flattened [B * T]. `counted_N`: which of the batch's counted
     positions, by row and then by position, each label is; it may leave some out, and name one twice. It stays on the
     CPU, where positions are told apart.
+    `clean_rows_N`: the row of each label that predicts it from left to right, in a clean half beside the noisy one;
+    None where there is no such half, or its rows see more than that.
     `weights_N`: what each label weighs in the loss; None: 1.
     `chosen_from`: how many positions the labels were chosen from, where the loss is to be divided by those (labels that
     weigh 1 / their chance); None: the loss is divided by the number of labels.
@@ -104,6 +106,7 @@ class View:
     rows_N: Tensor  # int64
     labels_N: Tensor  # int64
     counted_N: Tensor  # int64
+    clean_rows_N: Tensor | None = None  # int64
     weights_N: Tensor | None = None  # float32
     chosen_from: int | None = None
 

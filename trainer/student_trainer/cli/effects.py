@@ -159,6 +159,14 @@ RULES = (
         for name in ("alpha", "targets")
     ),
     Rule("student.lora.", lambda s: s.student.adapter_name != "none", "student.adapter is none"),
+    *(
+        Rule(
+            f"student.diffusion.growth.{name}",
+            lambda s: s.student.diffusion.growth.every is not None,
+            "student.diffusion.growth.every is null",
+        )
+        for name in ("first", "after")
+    ),
     Rule(
         "student.diffusion.",
         lambda s: s.student.architecture in ("diffusion", AUTO),

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
-from student_trainer.losses.terms import LabelTerm, TeacherTerm, Term, TokenTerm
+from student_trainer.losses.terms import CleanTerm, LabelTerm, TeacherTerm, Term, TokenTerm
 from student_trainer.settings import DistillationSettings, OnPolicySettings, Settings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.settings.terms import Named, Terms, TermSettings
@@ -19,6 +19,7 @@ from student_trainer.settings.terms import Named, Terms, TermSettings
 TERMS: dict[str, type[Term]] = {
     **dict.fromkeys(LABEL_LOSSES, LabelTerm),
     **dict.fromkeys(DIVERGENCES, TeacherTerm),
+    "autoregressive": CleanTerm,
     "attention_relations": AttentionTerm,
 }
 _CHECKED: TypeAdapter[Named] = TypeAdapter(Terms)

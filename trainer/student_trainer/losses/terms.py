@@ -5,6 +5,7 @@ for all: a term's value is a sum over the rows that count for it, of value in na
 coefficient * value, and the loop divides once by the global count.
 
     TokenTerm     of the student's distribution of a token: computed by `head.head_loss` with all others together
+    CleanTerm     of a token's distribution too, by the rows of a clean half, which reads from left to right
     StatesTerm    of the states of a forward pass, which the student captures for it
 """
 
@@ -115,6 +116,15 @@ class LabelTerm(TokenTerm):
 
 
 @dataclass(frozen=True)
+class CleanTerm(Term):
+    """Cross-entropy with each of the view's labels at its `clean_rows_N`. Computed as a TokenTerm is, of those rows."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+
+@dataclass(frozen=True)
 class TeacherTerm(TokenTerm):
     """A comparison with the teacher's distribution on a support, see `divergences.DIVERGENCES`."""
 
@@ -166,7 +176,8 @@ class Capture:
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """What a forward pass has kept, part of the autograd graph: the final hidden rows [N, D] that predict the labels;
+    """What a forward pass has kept, part of the autograd graph: the final hidden rows [N, D] that predict the labels,
+    and behind them, where a CleanTerm wants them, those of the clean half, [2 N, D] in all;
     by layer the query [B, T, H, dh] after RoPE, key and value [B, T, H_kv, dh].
     """
 

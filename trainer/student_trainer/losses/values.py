@@ -36,6 +36,16 @@ class HeadLoss:
             counted=self.counted | {term.name: torch.ones_like(values_N, dtype=torch.bool)},
         )
 
+    def beside(self, other: HeadLoss) -> HeadLoss:
+        """With the terms of another call over the same labels."""
+        return replace(
+            self,
+            total=self.total + other.total,
+            per_term=self.per_term | other.per_term,
+            counted=self.counted | other.counted,
+            deferred=(*self.deferred, *other.deferred),
+        )
+
     def count(self, name: str) -> Tensor:
         """How many rows counted for the term `name`: a scalar tensor."""
         return self.counted[name].sum()

@@ -45,6 +45,25 @@ class LoRASettings(Section):
     targets: Names = Field(("all-linear",), description="names of linear modules; all-linear: every one but the head")
 
 
+class GrowthSettings(Section):
+    """Blocks that grow while the student learns: min(block_size, first 2^floor((step - after) / every)), the first
+    before step `after` (NBDiff, arXiv 2512.06776). A function of the step alone.
+    """
+
+    every: int | None = Field(
+        None, ge=1, description="steps from one doubling to the next; null: block_size throughout"
+    )
+    first: int = Field(1, ge=1, description="tokens of a block at first")
+    after: int = Field(0, ge=0, description="the step from which doublings are counted")
+
+    def at(self, step: int, block_size: int) -> int:
+        """The block of a step's batch."""
+        if self.every is None:
+            return block_size
+        doublings = min(max(step - self.after, 0) // self.every, block_size.bit_length())
+        return int(min(block_size, self.first * 2**doublings))
+
+
 class DiffusionSettings(Section):
     """How a student of architecture diffusion reads and learns. Null: as in the checkpoint if it is a diffusion model
     already.
@@ -74,6 +93,7 @@ class DiffusionSettings(Section):
     threshold: float = Field(
         0.9, gt=0, le=1, description="when it writes: tokens that are likelier are written side by side; 1: one by one"
     )
+    growth: GrowthSettings = GrowthSettings()
 
     @property
     def in_two_views(self) -> bool:
@@ -86,6 +106,11 @@ class DiffusionSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionSettings:
+        if self.growth.every is not None and self.growth.first > (self.block_size or self.growth.first):
+            raise ValueError(
+                f"student.diffusion.growth.first is {self.growth.first}, more than the {self.block_size} tokens that "
+                "blocks are to grow to: give less, or a larger student.diffusion.block_size"
+            )
         if self.complementary and self.masks != "uniform":
             raise ValueError(
                 f"student.diffusion.complementary is true, but the complement of {self.masks} masks shows what comes "

@@ -44,6 +44,14 @@ class CrossEntropySettings(TermSettings):
     kind: Literal["cross_entropy"] = Field("cross_entropy", description="which loss; left out: the term's name")
 
 
+class AutoregressiveSettings(TermSettings):
+    """With each masked token, as the clean half of a block-diffusion student predicts it from what stands before it."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    kind: Literal["autoregressive"] = "autoregressive"
+
+
 class TemperedSettings(TermSettings):
     """Of kinds that compare student and teacher at a temperature."""
 
@@ -142,6 +150,7 @@ class TVDSettings(DivergenceSettings):
 
 TermOfKind = (
     CrossEntropySettings
+    | AutoregressiveSettings
     | ForwardKLSettings
     | TopKKLSettings
     | TCSSettings

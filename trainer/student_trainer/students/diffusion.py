@@ -9,6 +9,7 @@ block, only where the data has tokens to learn. Blocks count from the start of e
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.tensors import own_tensor
-from student_trainer.batch.view import EVALUATION, NEVER, OrderedDocuments, View, ViewSeed
+from student_trainer.batch.view import EVALUATION, NEVER, TRAINING, OrderedDocuments, View, ViewSeed
+from student_trainer.losses.terms import CleanTerm, Term
 from student_trainer.settings import StudentSettings
+from student_trainer.settings.student import GrowthSettings
 from student_trainer.students.causal import wrap_decoder
 from student_trainer.students.diffusion_record import DiffusionRecord, convert
 from student_trainer.students.student import Student
@@ -38,17 +41,23 @@ class DiffusionReader:
     masks: str = "uniform"
     complementary: bool = True
     by_share: bool = False
+    growth: GrowthSettings | None = None
     autoregressive: bool = False
     threshold: float = 0.9  # how sure of a token it must be to write it beside others: see `rollouts.block_decoding`
 
     def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
         """One view, or two of which the second masks what the first showed; of a text that the student wrote, a state
         on its way there a block. Held-out text is masked alike for all students: uniform, in two views.
+        Blocks that grow are as large as they get in an evaluation, and in what the student wrote with those.
         ValueError for a text that holds the mask token.
         """
         if seed.purpose == EVALUATION and (self.masks, self.complementary, self.by_share) != ("uniform", True, False):
             return replace(self, masks="uniform", complementary=True, by_share=False).views(batch, seed)
         self._refuse_masked_text(batch)
+        size = self.record.block_size
+        if self.growth is not None and seed.purpose == TRAINING and batch.kind == "data":
+            now = replace(self.record, block_size=self.growth.at(batch.number, size))
+            return replace(self, record=now, growth=None).views(batch, seed)
         maskable_BT = np.zeros(batch.tokens_BT.shape, bool)
         # The position that counts at column t is the prediction of token t + 1: that is the one to be masked.
         maskable_BT[:, 1:] = batch.loss_mask_BT[:, :-1]
@@ -104,6 +113,7 @@ class DiffusionReader:
         width = 2 * batch.tokens_BT.shape[1]
         # Of the noisy half; token column + 1 is predicted by its own row, or by the one before it.
         predicts_N = column_N + (0 if self.record.family == "token_shift" else 1)
+        reads_ahead = self.record.clean_half == "causal" or self.record.block_size == 1
         return View(
             input_ids_BT=own_tensor(np.concatenate([noisy_BT, batch.tokens_BT], 1), torch.int64),
             position_ids_BT=own_tensor(np.concatenate([batch.position_ids_BT] * 2, 1), torch.int64),
@@ -111,6 +121,7 @@ class DiffusionReader:
             rows_N=own_tensor(row_N * width + predicts_N, torch.int64),
             labels_N=own_tensor(batch.tokens_BT[row_N, column_N + 1], torch.int64),
             counted_N=own_tensor(counted_N, torch.int64),
+            clean_rows_N=own_tensor(row_N * width + width // 2 + column_N, torch.int64) if reads_ahead else None,
             weights_N=None if weighed is None else own_tensor(1.0 / weighed[row_N, column_N + 1], torch.float32),
             chosen_from=None if weighed is None else len(row_C),
         )
@@ -167,16 +178,25 @@ def wrap_diffusion(model: Any, attention: str, settings: StudentSettings) -> Stu
     wanted = settings.diffusion
     reader = DiffusionReader(
         record=convert(model, wanted), masks=wanted.masks, complementary=wanted.in_two_views,
-        by_share=wanted.loss_weights == "1/t", threshold=wanted.threshold,
+        by_share=wanted.loss_weights == "1/t", threshold=wanted.threshold, growth=wanted.growth,
     )  # fmt: skip
     return wrap_decoder(model, attention, settings, reader)
 
 
-def check_reading(student: Student, tokenizer: Any, seq_len: int) -> None:
-    """ValueError where a diffusion student can't read rows of `seq_len` tokens, or texts of this tokenizer."""
+def check_reading(student: Student, tokenizer: Any, seq_len: int, terms: Iterable[Term] = ()) -> None:
+    """ValueError where a diffusion student can't read rows of `seq_len` tokens, or texts of this tokenizer, and where
+    its clean half shows what a loss asks it for.
+    """
     if not isinstance(student.reader, DiffusionReader):
         return
     record = student.reader.record
+    for term in terms:
+        if isinstance(term, CleanTerm) and record.clean_half != "causal" and record.block_size > 1:
+            raise ValueError(
+                f"the loss {term.name} (autoregressive) has clean rows predict the next token, which a block-causal "
+                f"clean half of blocks of {record.block_size} shows to all but the last of a block: set "
+                "student.diffusion.clean_half=causal, or leave the loss out"
+            )
     if seq_len % record.block_size:
         nearest = max(1, round(seq_len / record.block_size)) * record.block_size
         raise ValueError(

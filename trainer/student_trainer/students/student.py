@@ -18,7 +18,7 @@ from student_trainer.batch.view import Attention, Reader, View, ViewSeed
 from student_trainer.losses.balance import gradient_norms, term_gradient_norms
 from student_trainer.losses.head import head_loss
 from student_trainer.losses.kinds import token_term
-from student_trainer.losses.terms import Capture, Captured, StatesTerm, Term, TokenTerm
+from student_trainer.losses.terms import Capture, Captured, CleanTerm, StatesTerm, Term, TokenTerm
 from student_trainer.losses.values import HeadLoss
 from student_trainer.settings import StudentSettings
 from student_trainer.students.capture import capturing, check_capture, parameters_behind
@@ -43,6 +43,10 @@ class Body(Protocol):
 
 def _directly(call: Callable[..., Any], *args: Any) -> Any:
     return call(*args)
+
+
+def _any_clean(terms: Iterable[Term]) -> bool:
+    return any(isinstance(term, CleanTerm) for term in terms)
 
 
 @dataclass(eq=False)
@@ -108,7 +112,7 @@ class Student:
     ) -> tuple[Any, ...]:
         """The fields of a HeadLoss: FSDP looks for tensors in plain containers."""
         with capturing(self.model, self.capture(terms)) as captured:
-            hidden_ND = self.hidden(micro)
+            hidden_ND = self.hidden(micro, clean=_any_clean(terms))
         loss = self.loss_of(captured(hidden_ND), self.head, micro, terms, chunk_rows, want_top1, defer=True)
         return loss.total, loss.per_term, loss.counted, loss.top1_N, loss.deferred
 
@@ -120,16 +124,22 @@ class Student:
 
         `defer` as in `head_loss`.
         """
-        hidden_ND = captured.hidden_ND
+        labels = len(micro.view.labels_N)
+        hidden_ND, clean_ND = captured.hidden_ND[:labels], captured.hidden_ND[labels:]
         loss = HeadLoss(hidden_ND.new_zeros((), dtype=torch.float32), {}, {})
-        if of_tokens := [term for term in terms if isinstance(term, TokenTerm)]:
-            loss = head_loss(
-                hidden_ND, head.weight_VD, micro.view.labels_N, micro.teacher, of_tokens,
+        of_tokens = [term for term in terms if isinstance(term, TokenTerm)]
+        of_clean = [token_term(t.name, "cross_entropy", t.coefficient) for t in terms if isinstance(t, CleanTerm)]
+        for rows_ND, these in ((hidden_ND, of_tokens), (clean_ND, of_clean)):
+            if not these:
+                continue
+            part = head_loss(
+                rows_ND, head.weight_VD, micro.view.labels_N, micro.teacher, these,
                 head_bias_V=head.bias_V, logit_softcap=head.softcap, logit_scale=head.scale,
                 shared_vocab=self.shared_vocab, weights_N=micro.view.weights_N, chunk_rows=chunk_rows,
                 want_top1=want_top1, compute=self.compute, defer=defer,
                 every_row=micro.teacher is None or micro.teacher.valid_N is None,  # a view lists labels that count
             )  # fmt: skip
+            loss = part if these is of_tokens else loss.beside(part)
         for term in terms:
             if isinstance(term, StatesTerm):
                 values_N = term.values(captured, micro, self.config)
@@ -152,10 +162,10 @@ class Student:
         wanted = self.capture(terms)
         if not (weights := parameters_behind(self.model, wanted)):
             with torch.no_grad():
-                hidden_ND = self.hidden(micro)
+                hidden_ND = self.hidden(micro, clean=_any_clean(terms))
             return term_gradient_norms(lambda leaf_ND, terms: loss_of(Captured(leaf_ND, {}), terms), hidden_ND, terms)
         with capturing(self.model, wanted) as made:
-            hidden_ND = self.hidden(micro)
+            hidden_ND = self.hidden(micro, clean=_any_clean(terms))
         captured = made(hidden_ND)
         roots = {term.name: loss_of(captured, (replace(term, coefficient=1.0),)).total for term in terms}
         return gradient_norms({name: (root, None) for name, root in roots.items()}, weights)
@@ -177,15 +187,26 @@ class Student:
                     f"the loss {term.name} (tcs) is on masked tokens, and this student masks none: it reads from left "
                     "to right. Use top_k_kl, or student=diffusion"
                 )
+            if isinstance(term, CleanTerm) and self.autoregressive:
+                raise ValueError(
+                    f"the loss {term.name} (autoregressive) is on the clean half of a block-diffusion student, and "
+                    "this student reads from left to right as it is: use cross_entropy, or student=diffusion"
+                )
             if isinstance(term, StatesTerm):
                 term.check_student(self.config)
                 check_capture(self.model, self.capture((term,)))
 
-    def hidden(self, micro: MicroBatch) -> Tensor:
-        """The hidden rows [N, D] that predict the labels of the micro batch."""
+    def hidden(self, micro: MicroBatch, clean: bool = False) -> Tensor:
+        """The hidden rows [N, D] that predict the labels of the micro batch; with `clean`, and those of its clean half
+        behind them, [2 N, D].
+        """
         with torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32):
             hidden_BTD = self.body(micro.view.input_ids_BT, micro.view.position_ids_BT, micro.view.attention)
-        return hidden_BTD.flatten(0, 1)[micro.view.rows_N]
+        rows_N = micro.view.rows_N
+        if clean:
+            assert micro.view.clean_rows_N is not None, "the student has no clean half that reads from left to right"
+            rows_N = torch.cat([rows_N, micro.view.clean_rows_N])
+        return hidden_BTD.flatten(0, 1)[rows_N]
 
     def logits(self, micro: MicroBatch) -> Tensor:
         """Logits [N, V] fp32 of a few rows, to be looked at; `loss` never makes them."""
