@@ -4,6 +4,7 @@
     stillhouse-train check SETTINGS...     say what would run, without training
     stillhouse-train report RUN ...        make the page of a run
     stillhouse-train sequences FILE SETTINGS...   write a run's documents, for `stillhouse-teacher fill`
+    stillhouse-train influence DATA --target DATA SETTINGS...   weigh documents by what they do for others
     stillhouse-train export RUN --format hf|bitnet|gguf|sdar    write its student for transformers, llama.cpp, SGLang
     stillhouse-train generate FOLDER --prompt TEXT    let a run's student write, or an export's
 
@@ -39,6 +40,7 @@ SUBCOMMANDS = {
     "check": "student_trainer.cli.check",
     "export": "student_trainer.cli.export",
     "generate": "student_trainer.cli.generate",
+    "influence": "student_trainer.cli.influence",
     "report": "student_trainer.reporting.report",
     "sequences": "student_trainer.cli.sequences",
 }

@@ -6,16 +6,16 @@ batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and ge
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.batch.batch import Batch, build_batch
-from student_trainer.data.documents import Source
-from student_trainer.data.draw import Draws, Start, documents_in_use, fetch_in_use
+from student_trainer.batch.batch import Batch, Placed, build_batch
+from student_trainer.data.documents import RawDocument, Source
+from student_trainer.data.draw import Draws, Start, cut, documents_in_use, fetch_in_use
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.held_out import held_out_batches
 from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
@@ -136,6 +136,20 @@ class BatchSource:
             self._held_out[name] = [self._mine(batch) for batch in batches]
         return self._held_out[name]
 
+    def raw_documents(self, name: str) -> Iterator[RawDocument]:
+        """All documents of a source once, held out or not, in an order that is the same for every seed."""
+        for block in self._feeds[self.names.index(name)].source.scan():
+            yield from block
+
+    def documents(self, name: str) -> Iterator[tuple[RawDocument, Placed | None]]:
+        """The same with their first `seq_len` tokens; None of one of which nothing would be learnt."""
+        number = self.names.index(name)
+        feed = self._feeds[number]
+        for block in feed.source.scan():
+            for raw, document in zip(block, feed.tokeniser(block), strict=True):
+                placed = None if document is None else cut(number, name, document, 0, self.settings.seq_len)
+                yield raw, placed if placed is not None and _teaches(placed) else None
+
     @property
     def skipped(self) -> dict[str, int]:
         """Bad documents that were met and left out, by source; those without any are not listed."""
@@ -150,6 +164,11 @@ class BatchSource:
         for feed in self._feeds:
             feed.close()
         self._pool.shutdown(cancel_futures=True)
+
+
+def _teaches(placed: Placed) -> bool:
+    """Whether any token of it is predicted and counts."""
+    return len(placed.ids_N) > 1 and (placed.counts_N is None or bool(placed.counts_N[1:].any()))
 
 
 def open_source(name: str, settings: SourceSettings, seed: int, cache_folder: str | None) -> Source:

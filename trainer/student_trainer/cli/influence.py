@@ -1,0 +1,162 @@
+"""Weighs the documents of a data set by what they do for others: `stillhouse-train influence DATA --target DATA
+SETTINGS...`. Called by `main`.
+
+DATA is a file, folder or glob (.jsonl, .parquet, else text), or the name of one of the settings' sources. The student,
+the loss and the teacher are those of the settings: a run that has learnt a little knows more than a model that was cut
+and is not healed yet. Writes a Parquet file of the documents with `influence` and `weight`, which a source of
+`weight_column=weight` reads by weight. Stopped, it goes on where it was when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from student_trainer.cli.compose import compose
+from student_trainer.components import Components, build_components
+from student_trainer.data.tokenise import pad_id
+from student_trainer.influence.measure import Asked, Influence, Kept, Measure, Options
+from student_trainer.losses.kinds import terms_of
+from student_trainer.losses.terms import Needs
+from student_trainer.settings import Settings
+from student_trainer.settings.data import DataSettings, SourceSettings
+from student_trainer.targets.attention import NO_TOKENS, BesideTokens
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.protocol import spec_for
+from teacher_proto.stages import DISPLAY, stage
+
+ROWS_A_GROUP = 4096
+KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """ValueError or StillhouseError for what no run could have either."""
+    given = _parser().parse_intermixed_args(list(arguments))
+    if wrong := [text for text in given.settings if "=" not in text]:
+        raise ValueError(f"'{wrong[0]}' is no setting: one DATA is weighed, settings are given as NAME=VALUE")
+    # Two paths are data enough: no preset is read for sources that nobody named.
+    named = any(text.startswith(("data=", "data.sources")) for text in given.settings)
+    composed = compose([*([] if named else ["data=none"]), *given.settings], given.config_folder)
+    settings = with_sources(composed, given.data, given.target)
+    if DISPLAY.shown != "off":
+        DISPLAY.shown = settings.logging.progress
+    options = Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__})
+    out: Path = given.out or Path(f"{Path(given.data).stem.strip('*') or 'data'}.weighted.parquet")
+    with ExitStack() as stack:
+        stack.callback(DISPLAY.close)
+        thread = stack.enter_context(EventThread())
+        components = build_components(settings, thread, stack)
+        asked = _asked(settings, components)
+        measure = Measure(components.source, components.student, asked, thread, options, pad_id(components.tokenizer))
+        kept = Kept(out.with_name(out.name + ".work"), measure.question())
+        influence = measure(kept)
+        write(out, components, settings.data.sources["data"], influence)
+        kept.remove()
+    _say(out, influence)
+    return 0
+
+
+def with_sources(settings: Settings, data: str, target: str) -> Settings:
+    """The settings with the two as their only sources."""
+    sources = {name: _source(settings.data, text) for name, text in (("data", data), ("target", target))}
+    read = settings.data.model_copy(update={"sources": sources})
+    student = settings.student.model_copy(update={"compile": False})
+    return settings.model_copy(update={"data": read, "student": student})
+
+
+def _source(data: DataSettings, text: str) -> SourceSettings:
+    if text in data.sources:
+        source = data.sources[text]
+        # All of it is read, whatever it would be in a run.
+        return source.model_copy(update={"weight": 1.0, "held_out_fraction": 0.0, "weight_column": None})
+    return SourceSettings(kind=KINDS.get(Path(text).suffix, "text"), path=(text,), held_out_fraction=0.0)
+
+
+def _asked(settings: Settings, components: Components) -> Asked:
+    terms = terms_of(settings.distillation)
+    needs = Needs.of(terms)
+    if needs.late:
+        raise ValueError(
+            f"the loss asks the teacher at ids that a step chooses ({', '.join(sorted(needs.late))}), which documents "
+            "alone don't: weigh them by a loss without support gather, as distillation=logits_only"
+        )
+    targets = components.teacher.targets if components.teacher else None
+    spec = spec_for(terms, settings.teacher.top_k, settings.distillation) if needs.kinds else None
+    if targets is not None and components.attention is not None:
+        targets, spec = BesideTokens(targets, components.attention), spec or NO_TOKENS
+    return Asked(terms, settings.distillation.chunk_rows, spec, targets, components.head)
+
+
+def write(out: Path, components: Components, source: SourceSettings, influence: Influence) -> None:
+    """The documents in the order of the measure, each with its figures."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    rows = _rows(components, source, influence)
+    writer: pyarrow.parquet.ParquetWriter | None = None
+    with stage(f"writing {out.name}", len(influence.weights_N), "documents") as doing:
+        try:
+            while group := [row for _, row in zip(range(ROWS_A_GROUP), rows, strict=False)]:
+                table = pa.Table.from_pylist(group, writer.schema if writer else None)
+                writer = writer or pyarrow.parquet.ParquetWriter(unfinished, table.schema)
+                writer.write_table(table)
+                doing.done += len(group)
+        finally:
+            if writer is not None:
+                writer.close()
+    unfinished.replace(out)
+
+
+def _rows(components: Components, source: SourceSettings, influence: Influence) -> Iterator[dict[str, Any]]:
+    documents = components.source.raw_documents("data")
+    for raw, score, weight in zip(documents, influence.influence_N.tolist(), influence.weights_N.tolist(), strict=True):
+        fields = raw.content if isinstance(raw.content, dict) else {source.column_name: raw.content}
+        yield {**fields, "influence": None if score != score else score, "weight": weight}
+
+
+def _say(out: Path, influence: Influence) -> None:
+    weights_N = influence.weights_N
+    read = int((weights_N > 0).sum())
+    print(
+        f"{out}: {len(weights_N):,} documents weighed for {influence.targets:,} target documents, by the gradients of "
+        f"{influence.landmarks:,}; {read:,} are read, the largest weight is {float(weights_N.max()):.2f}"
+    )
+    if influence.trust is not None:
+        print(
+            f"neighbours tell influence with a rank correlation of {influence.trust:.2f}"
+            + (": too little to go by, take more --landmarks" if influence.trust < 0.3 else "")
+        )
+    print(f"read it with kind=parquet path={out} weight_column=weight")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"influence: {message}; stillhouse-train influence DATA --target DATA SETTINGS...")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="stillhouse-train influence", description=__doc__, allow_abbrev=False)
+    defaults = Options()
+    parser.add_argument("data", metavar="DATA", help="what is weighed: a path, or the name of a source")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of a run")
+    parser.add_argument("--target", required=True, metavar="DATA", help="what it shall be good for; held out")
+    parser.add_argument("--out", type=Path, help="the Parquet file (DATA's name with .weighted.parquet)")
+    parser.add_argument("--config-folder", type=Path, help="as of a run")
+    numbers = {
+        "landmarks": "documents whose gradients are computed",
+        "target_documents": "documents of the target, the first of its order",
+        "blocks": "blocks of the student that embeddings come from",
+        "tangents": "random directions of the embeddings",
+        "sketch": "numbers that a gradient is kept in",
+    }
+    for name, about in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), help=about)
+    parser.add_argument("--parameters", default=defaults.parameters, help="regular expression of their names")
+    parser.add_argument("--strength", type=float, default=defaults.strength,
+                        help="by how much a weight moves for a standard deviation of influence")  # fmt: skip
+    return parser
