@@ -17,12 +17,17 @@ from student_trainer.export.card import ModelCard
 from student_trainer.export.check import compare_logits, transformers_logits
 from student_trainer.export.export import EXPORTS, export_bitnet, export_hf
 from student_trainer.students.quant_linear import quant_linears, set_quantisation_blend
+from student_trainer.students.quantisers.bitnet import BITNET
 from tests.unit.students.tiny import convert_to_bitnet, spread_weights, ternary_codes, tiny_config, tiny_ids, tiny_model
 
 CARD = ModelCard(
     name="tiny-student", base_model="tiny/base", teacher="tiny/teacher", teacher_fingerprint="sha256:abc",
     data=("prose: 10 documents",), figures={"cross-entropy": "3.21"}, config="steps: 7\n",
 )  # fmt: skip
+
+
+# The formats for a ternary student with SubLN and rounded activations.
+HOLD_IT = sorted(BITNET.exports - {"dense"})
 
 
 def student(family: str = "llama", sub_norm: Any = "output", eps: float | None = None, **overrides: Any) -> Any:
@@ -177,7 +182,7 @@ def test_an_architecture_that_only_looks_like_llama_is_caught_by_its_logits() ->
         as_architecture(model)
 
 
-@pytest.mark.parametrize("kind", list(EXPORTS))
+@pytest.mark.parametrize("kind", HOLD_IT)
 def test_exports_refuse_an_unfinished_warmup_and_an_existing_folder(tmp_path: Path, kind: str) -> None:
     model = student()
     set_quantisation_blend(model, 0.5)
@@ -190,7 +195,7 @@ def test_exports_refuse_an_unfinished_warmup_and_an_existing_folder(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("kind", list(EXPORTS))
+@pytest.mark.parametrize("kind", HOLD_IT)
 def test_exporting_leaves_the_student_as_it_was(tmp_path: Path, kind: str) -> None:
     model = student().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -211,7 +216,7 @@ def test_a_failed_write_leaves_no_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", list(EXPORTS))
+@pytest.mark.parametrize("kind", HOLD_IT)
 def test_card_names_data_teacher_figures_config_and_how_to_load(tmp_path: Path, kind: str) -> None:
     report = EXPORTS[kind](student(), None, tmp_path / "out", CARD)
     card = (report.folder / "README.md").read_text()

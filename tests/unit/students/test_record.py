@@ -17,7 +17,8 @@ OLD = {"sub_norm": "all", "eps": 1e-6, "quantise_activations": False}
 @pytest.mark.parametrize("name", [name for name in QUANTISERS if name != "none"])
 def test_a_quantised_model_says_how_it_is_quantised(name: str) -> None:
     model = quantise(tiny_model("llama"), name, eps=1e-6, sub_norm="all")
-    assert read_record(model.config) == Record(name, "all", 1e-6, QUANTISERS[name].activations)
+    expected = Record(name, "all", 1e-6, QUANTISERS[name].activations, stages=QUANTISERS[name].stages)
+    assert read_record(model.config) == expected
     again = type(model.config).from_dict(model.config.to_dict())
     assert read_record(again) == read_record(model.config)
 

@@ -127,11 +127,8 @@ def _check_structure(student: Student, settings: StudentSettings) -> None:
     record = read_record(student.model.config)
     if record is None:
         return
-    trained = {"sub_norm": record.sub_norm, "eps": record.eps, "quantise_activations": record.activations != "none"}
-    for name, was in trained.items():
-        asked = getattr(settings.quantisation, name)
-        if asked is not None and asked != was:
-            raise ValueError(
-                f"student.quantisation.{name} is {asked}, {settings.checkpoint_path} was trained with {was}: "
-                "leave it out"
-            )
+    if different := next(record.differing(settings.quantisation.of_layers), None):
+        name, was, asked = different
+        raise ValueError(
+            f"student.quantisation.{name} is {asked}, {settings.checkpoint_path} was trained with {was}: leave it out"
+        )

@@ -22,7 +22,8 @@ from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs, Term, TokenTerm
 from student_trainer.rollouts.prompts import prompts_of
 from student_trainer.settings import Settings
-from student_trainer.students.quantisers import QUANTISERS
+from student_trainer.students.quant_linear import quant_linears
+from student_trainer.students.quantisers.none import NONE
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import spec_for
 from student_trainer.targets.queries import queries_of
@@ -72,7 +73,7 @@ def _student(settings: Settings, components: Components) -> Iterator[tuple[str, 
     trained = sum(parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad)
     dtype = str(student.compute).removeprefix("torch.")
     yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, in {dtype} on {student.device}"
-    bits = QUANTISERS[settings.student.quantiser].bits
+    bits = next((layer.weight_quantiser.bits for _, layer in quant_linears(student.model)), NONE.bits)
     yield "", f"{settings.student.cell}: {bits:g} bits a linear's weight, {trained / 1e6:,.1f} M parameters trained"
     if components.teacher is not None:
         shared, ours, theirs = student.shared_vocab, student.vocab_size, components.teacher.card.vocab_size

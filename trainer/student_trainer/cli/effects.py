@@ -172,6 +172,9 @@ RULES = (
         lambda s: s.student.architecture in ("diffusion", AUTO),
         "student.architecture is not diffusion",
     ),
+    Rule(
+        "student.quantisation.stages", lambda s: s.student.quantiser == "fairy2i", "only quantiser fairy2i has stages"
+    ),
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),

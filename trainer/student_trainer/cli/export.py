@@ -24,6 +24,7 @@ from student_trainer.checkpoint.files import Snapshot
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import LogitsComparison, compare_logits, llama_cpp_logits, transformers_logits
 from student_trainer.export.export import EXPORTS, ExportReport
+from student_trainer.export.packed import load_packed
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.redact import public_tree
 from student_trainer.students.diffusion_record import read_diffusion
@@ -89,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format", choices=list(EXPORTS), required=True,
         help="hf: latent weights; bitnet: two bits a weight, for transformers; gguf: one file, for llama.cpp; "
-        "sdar: a block-diffusion student, for SGLang",
+        "sdar: a block-diffusion student, for SGLang; packed: codes and scales, for readers like ours; dense: what "
+        "they are worth, for anything",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="a folder that is not there yet (default: RUN/exports/FORMAT)")
     parser.add_argument("--name", help="the model's name on its card (default: the run's)")
@@ -195,10 +197,11 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
         except RuntimeError as error:
             raise NotTheSameError(str(error)) from None
         return "transformers alone", compare_logits(ours_BTV, theirs_BTV)
+    opened_by = load_packed if report.format == "packed" else load_quantised
     with torch.no_grad():
-        again = load_quantised(str(report.folder)).eval()
+        again = opened_by(str(report.folder)).eval()
         theirs_BTV = again(torch.from_numpy(ids_BT), use_cache=False).logits.float().numpy()
-    return "load_quantised", compare_logits(ours_BTV, theirs_BTV)
+    return opened_by.__name__, compare_logits(ours_BTV, theirs_BTV)
 
 
 def _in_blocks(model: Any, folder: Path, ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

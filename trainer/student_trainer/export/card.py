@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from student_trainer.export.bits import BitsAWeight
 from student_trainer.students.quantisers.quantiser import Quantiser
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -29,10 +30,18 @@ class ModelCard:
 
 
 def write_card(
-    card: ModelCard, file: Path, *, library: str, what: str, loading: str, notes: tuple[str, ...], quantiser: Quantiser
+    card: ModelCard,
+    file: Path,
+    *,
+    library: str,
+    what: str,
+    loading: str,
+    notes: tuple[str, ...],
+    quantiser: Quantiser,
+    bits: BitsAWeight | None,
 ) -> None:
-    """Render the card. `quantiser`: of its weights. Markdown: `what` says what the files hold, `loading` how to open
-    them, `notes` are caveats.
+    """Render the card. `quantiser`: of its weights, which take `bits`. Markdown: `what` says what the files hold,
+    `loading` how to open them, `notes` are caveats.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -42,6 +51,6 @@ def write_card(
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         card=card, library=library, what=what, loading=loading, notes=notes, quantiser=quantiser.name,
-        bits=f"{quantiser.bits:g}",
+        bits=f"{quantiser.bits:g}", effective=bits,
     )  # fmt: skip
     file.write_text(text, encoding="utf-8")

@@ -4,7 +4,9 @@
   quantised, for which this is the only format;
 - bitnet: ternary weights, two bits each, which transformers loads with nothing of ours installed;
 - gguf: ternary weights, one file for llama.cpp;
-- sdar: a block-diffusion student in the form that SGLang serves.
+- sdar: a block-diffusion student in the form that SGLang serves;
+- packed: codes of two bits, four a byte, and their scales, for readers like `packed_reader`;
+- dense: what the codes are worth, in full precision, as a model that transformers knows nothing special of.
 
 A quantiser says which of them hold it. An adapter of a quantised student is written beside it, in peft's format.
 
@@ -33,9 +35,13 @@ from student_trainer.export.bitnet import (
     quantisation_config,
     record_of,
 )
+from student_trainer.export.bits import bits_a_weight
 from student_trainer.export.card import ModelCard, write_card
+from student_trainer.export.dense import dense_weights
 from student_trainer.export.gguf import TernaryType, write_gguf
 from student_trainer.export.mask_token import with_mask_token
+from student_trainer.export.packed import FILE_PATTERN, packed_weights
+from student_trainer.export.packed_reader import PACKING
 from student_trainer.export.sdar import SAMPLER_FILE, check_sdar, write_sdar
 from student_trainer.students.adapters.low_rank import FOLDER, corrections, write_peft
 from student_trainer.students.diffusion_record import read_diffusion
@@ -63,6 +69,13 @@ from student_trainer.students.pretrained import load_quantised
 
 model = load_quantised(FOLDER)
 ```"""
+_LOAD_PACKED = """```python
+from student_trainer.export.packed import load_packed
+
+model = load_packed(FOLDER)
+```
+
+`student_trainer.export.packed_reader.read_packed(FOLDER)` gives the weights with numpy alone."""
 _LOAD_TRANSFORMERS = """```python
 from transformers import {factory}
 
@@ -177,7 +190,7 @@ def export_gguf(
         )
         loading = f"```\nllama-cli -m {file_name} -p 'Once upon a time'\n```"
         write_card(card, unfinished / "README.md", library="gguf", what=what + ".", loading=loading, notes=notes,
-                   quantiser=quantiser_in(model))  # fmt: skip
+                   quantiser=quantiser_in(model), bits=bits_a_weight(model))  # fmt: skip
     return ExportReport("gguf", folder, "bitnet", True, _size(folder), notes)
 
 
@@ -188,12 +201,41 @@ def export_sdar(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> Ex
         write_sdar(model, tokenizer, unfinished, record)
         what = "A block-diffusion model in SDAR's form: Qwen3's weights, which fill in masked tokens block by block."
         write_card(card, unfinished / "README.md", library="transformers", what=what,
-                   loading=_SERVE_SDAR.format(file=SAMPLER_FILE), notes=(_SDAR_NOTE,), quantiser=NONE)  # fmt: skip
+                   loading=_SERVE_SDAR.format(file=SAMPLER_FILE), notes=(_SDAR_NOTE,), quantiser=NONE,
+                   bits=None)  # fmt: skip
     return ExportReport("sdar", folder, "SDARForCausalLM", True, _size(folder), (_SDAR_NOTE,))
 
 
+def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
+    """Write codes of two bits and their scales, four codes a byte along the input; `load_packed` opens them."""
+    _check_finished(model, "packed")
+    expression = _original(model)
+    tensors, entry = packed_weights(model, expression.weights)
+    setattr(expression.config, PACKING, entry)
+    what = "Codes of two bits, four a byte, and what they are worth; all else in full precision. Not trainable."
+    note = (
+        "transformers alone finds no weights here: a reader must know the codes, as student_trainer.export.packed does."
+    )
+    return _write_folder(model, tokenizer, folder, card, expression, tensors, report=("packed", False, (note,)),
+                         what=what, loading=_LOAD_PACKED, pattern=FILE_PATTERN)  # fmt: skip
+
+
+def export_dense(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
+    """Write what the codes are worth in full precision, for whatever loads the original model; adapters are added in.
+
+    Raises CannotExpressError naming what a plain model lacks: SubLN, rounded activations.
+    """
+    _check_finished(model, "dense")
+    config, weights = dense_weights(model)
+    what = "What the quantised weights are worth, in full precision: the student's answers, at a plain model's size."
+    return _write_folder(model, tokenizer, folder, card, express(model, config, weights, {}), weights,
+                         report=("dense", True, ()), what=what,
+                         loading=_LOAD_TRANSFORMERS.format(factory=_factory(model)))  # fmt: skip
+
+
 EXPORTS: Mapping[str, Callable[..., ExportReport]] = {
-    "hf": export_hf, "bitnet": export_bitnet, "gguf": export_gguf, "sdar": export_sdar
+    "hf": export_hf, "bitnet": export_bitnet, "gguf": export_gguf, "sdar": export_sdar,
+    "packed": export_packed, "dense": export_dense,
 }  # fmt: skip
 
 
@@ -249,7 +291,7 @@ def _gguf_notes(types: Mapping[str, int]) -> tuple[str, ...]:
 
 def _write_folder(
     model: Any, tokenizer: Any, folder: Path, card: ModelCard, expression: Expression, tensors: dict[str, Tensor], *,
-    report: tuple[str, bool, tuple[str, ...]], what: str, loading: str,
+    report: tuple[str, bool, tuple[str, ...]], what: str, loading: str, pattern: str = "model{suffix}.safetensors",
 ) -> ExportReport:  # fmt: skip
     from huggingface_hub import save_torch_state_dict
 
@@ -263,7 +305,8 @@ def _write_folder(
     architecture = type(model).__name__ if config.model_type == model.config.model_type else "BitNetForCausalLM"
     config.architectures, config.dtype = [architecture], model.dtype
     with _fresh_folder(folder) as unfinished:
-        save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_torch_state_dict(contiguous, unfinished, filename_pattern=pattern)
         config.save_pretrained(unfinished)
         if model.can_generate():
             model.generation_config.save_pretrained(unfinished)
@@ -274,7 +317,7 @@ def _write_folder(
             write_peft(expression.corrections, unfinished / FOLDER)
             notes = (_BESIDE, *notes)
         write_card(card, unfinished / "README.md", library="transformers", what=what, loading=loading, notes=notes,
-                   quantiser=quantiser_in(model))  # fmt: skip
+                   quantiser=quantiser_in(model), bits=bits_a_weight(model))  # fmt: skip
     return ExportReport(kind, folder, architecture, stands_alone, _size(folder), notes)
 
 

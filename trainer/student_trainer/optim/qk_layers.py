@@ -40,6 +40,8 @@ class Side:
         bias: Any = getattr(self.module, "bias", None)
         if bias is not None:
             _multiply(bias, factors)
+        for name in quantiser_of(self.module).row_scales:
+            _multiply(self.module.get_parameter(name), factors)
 
 
 @dataclass(frozen=True, eq=False)

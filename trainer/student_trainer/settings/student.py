@@ -26,15 +26,27 @@ TYPES = {
 
 class QuantisationSettings(Section):
     """How a quantised student is made. Null: as in the checkpoint if it is quantised already, else as the quantiser
-    has it; the values named are bitnet's.
+    has it.
     """
 
     sub_norm: Literal["output", "all", "none"] | None = Field(
-        None, description="SubLN before o_proj and down_proj, before every linear, or nowhere; null: output"
+        None,
+        description="SubLN before o_proj and down_proj, before every linear, or nowhere; null: bitnet "
+        "output, fairy2i and seq2 none",
     )
     eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
-    quantise_activations: bool | None = Field(None, description="int8 activations beside quantised weights; null: true")
+    quantise_activations: bool | None = Field(
+        None, description="int8 activations beside quantised weights; null: bitnet true, fairy2i and seq2 false"
+    )
+    stages: Literal[1, 2] | None = Field(
+        None, description="of fairy2i: times that what is left is quantised again, and bits a weight; null: 2"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps in which quantisation rises from none to all")
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """What `quantise` is told: all but how training gets there."""
+        return self.model_dump(exclude={"warmup_steps"})
 
 
 class LoRASettings(Section):
@@ -133,7 +145,8 @@ class StudentSettings(Section):
     )
     quantiser: str = Field(
         "none",
-        description="of its linear layers' weights; none: full precision; bitnet: ternary; auto: as in the folder",
+        description="of its linear layers' weights; none: full precision; bitnet: ternary; fairy2i: complex, of 1 or "
+        "2 bits; seq2: 2 bits, scales learnt; auto: as in the folder",
     )
     adapter: str | None = Field(
         None, description="what is trained in place of all weights: none, lora; null: lora where lora.rank is given"

@@ -62,11 +62,7 @@ def student_from_model(settings: StudentSettings, device: torch.device) -> Stude
 
 def quantised_student(model: Any, settings: StudentSettings) -> Student:
     """A full-precision model, quantised in place, as a student."""
-    wanted = settings.quantisation
-    quantise(
-        model, settings.quantiser, sub_norm=wanted.sub_norm, quantise_activations=wanted.quantise_activations,
-        eps=wanted.eps,
-    )  # fmt: skip
+    quantise(model, settings.quantiser, **settings.quantisation.of_layers)
     return begin(model, settings, adapt(model, settings))
 
 
@@ -110,7 +106,7 @@ def _load_model(settings: StudentSettings, attention: str) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    path, wanted = settings.checkpoint_path, settings.quantisation
+    path = settings.checkpoint_path
     implementation = flex.IMPLEMENTATION if attention == "flex" else "sdpa"
     try:
         config = read_config(path, settings.revision, settings.diffusion)
@@ -121,8 +117,8 @@ def _load_model(settings: StudentSettings, attention: str) -> Any:
                 use_safetensors=True, attn_implementation=implementation,
             )  # fmt: skip
         return load_quantised(
-            path, settings.quantiser, revision=settings.revision, sub_norm=wanted.sub_norm, eps=wanted.eps,
-            quantise_activations=wanted.quantise_activations, attn_implementation=implementation, config=config,
+            path, settings.quantiser, revision=settings.revision, attn_implementation=implementation, config=config,
+            **settings.quantisation.of_layers,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(f"student.checkpoint_path={path}: {str(error).strip().splitlines()[0]}") from None

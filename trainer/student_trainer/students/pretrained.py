@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 def load_quantised(
     path: str, quantiser: str | None = None, *, revision: str | None = None, sub_norm: SubNorm | None = None,
-    eps: float | None = None, quantise_activations: bool | None = None, task: Task = "causal",
-    num_labels: int | None = None, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa",
-    config: Any = None,
+    eps: float | None = None, quantise_activations: bool | None = None, stages: int | None = None,
+    task: Task = "causal", num_labels: int | None = None, dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa", config: Any = None,
 ) -> Any:  # fmt: skip
     """A model whose decoder is quantised and whose latent weights come from `path` (a folder or a hub name).
 
@@ -42,6 +42,7 @@ def load_quantised(
 
     config = config or AutoConfig.from_pretrained(path, revision=revision)
     record = recorded(config, path)
+    asked = {"sub_norm": sub_norm, "eps": eps, "quantise_activations": quantise_activations, "stages": stages}
     if task == "classification":
         if num_labels is None:
             raise ValueError("task 'classification' needs num_labels")
@@ -52,8 +53,9 @@ def load_quantised(
         if quantiser is None:
             raise ValueError(f"{path} holds no quantised student: name a quantiser, {', '.join(QUANTISERS)}")
         model = factory.from_pretrained(path, config=config, revision=revision, use_safetensors=True, **common)
-        return quantise(model, quantiser, sub_norm=sub_norm, quantise_activations=quantise_activations, eps=eps)
-    _check_asked(record, path, quantiser, sub_norm, eps, quantise_activations)
+        return quantise(model, quantiser, **asked)  # type: ignore[arg-type]
+    if different := next(record.differing({"quantiser": quantiser, **asked}), None):
+        raise ValueError(f"{path} was trained with {different[0]}={different[1]}, got {different[2]}; leave it out")
     model = quantise_as(factory.from_config(config, **common), record)
     folder = _folder_of(path, revision)
     _load_weights(model, folder, dtype)
@@ -73,19 +75,13 @@ def refuse_quantised(config: Any, path: str) -> None:
         )
 
 
-def _check_asked(
-    record: Record, path: str, quantiser: str | None, sub_norm: str | None, eps: float | None, activations: bool | None
-) -> None:
-    """ValueError where a checkpoint is asked to be quantised in another way than it was trained."""
-    asked = {"quantiser": quantiser, "sub_norm": sub_norm, "eps": eps, "quantise_activations": activations}
-    for name, value in asked.items():
-        trained = record.activations != "none" if name == "quantise_activations" else getattr(record, name)
-        if value is not None and value != trained:
-            raise ValueError(f"{path} was trained with {name}={trained}, got {value}; leave it out")
-
-
 def recorded(config: Any, path: str) -> Record | None:
     """How the checkpoint is quantised, None for full precision. Takes `quantization_config` off the config."""
+    if hasattr(config, "student_packing"):  # of an export of format packed
+        raise ValueError(
+            f"{path} holds packed weights: their latent weights are gone, so they cannot be trained; give the export "
+            "of format 'hf'"
+        )
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
         quantisation = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()

@@ -11,7 +11,7 @@ SubLN changes what the model computes, whatever its weights start from: a conver
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -104,14 +104,14 @@ def _rms_norm(width: int, eps: float, like: Tensor) -> nn.Module:
 
 def quantise(
     model: Any, quantiser: str, *, sub_norm: SubNorm | None = None, quantise_activations: bool | None = None,
-    eps: float | None = None,
+    eps: float | None = None, stages: int | None = None,
 ) -> Any:  # fmt: skip
     """Quantise every linear of the decoder, in place, and return the model.
 
     `quantiser`: a name in QUANTISERS, which also decides what is None here. `sub_norm`: "output" puts a norm before
     o_proj and down_proj (BitDistill's paper), "all" before every linear (its released launcher), "none" adds none.
     `eps` is the norms', 1e-8 by default as released there. transformers' BitNet architecture brings the two output
-    norms itself: only "output" fits it, and its own eps stays.
+    norms itself: only "output" fits it, and its own eps stays. `stages` of a quantiser that has them.
     Raises ValueError for a model without the linears that this needs, or one that is quantised already.
     """
     chosen = QUANTISERS[quantiser]
@@ -119,17 +119,23 @@ def quantise(
     activations = "none" if quantise_activations is False else chosen.activations
     if quantise_activations and activations == "none":
         activations = "int8"
-    return _convert(model, chosen, Record(quantiser, sub_norm, DEFAULT_EPS if eps is None else eps, activations), eps)
+    if stages is not None and chosen.stages is None:
+        log.warning("stages=%d has no effect: quantiser %s has none", stages, quantiser)
+    if stages is None or chosen.stages is None:
+        stages = chosen.stages
+    record = Record(quantiser, sub_norm, DEFAULT_EPS if eps is None else eps, activations, stages=stages)
+    return _convert(model, record, eps)
 
 
 def quantise_as(model: Any, record: Record) -> Any:
     """Quantise the decoder in the way that a checkpoint's record says, in place, and return the model."""
     keeps = _has_own_norms(model) or record.sub_norm == "none"
-    return _convert(model, QUANTISERS[record.quantiser], record, None if keeps else record.eps)
+    return _convert(model, record, None if keeps else record.eps)
 
 
-def _convert(model: Any, quantiser: Quantiser, record: Record, eps: float | None) -> Any:
+def _convert(model: Any, record: Record, eps: float | None) -> Any:
     """`eps`: the one that was asked for, None where nobody did."""
+    quantiser = QUANTISERS[record.quantiser].of(record)
     if is_quantised(model):
         raise ValueError("this model is quantised already: convert the full-precision model, once")
     linears, own_norms, sub_norm = decoder_linears(model), _has_own_norms(model), record.sub_norm
@@ -138,6 +144,7 @@ def _convert(model: Any, quantiser: Quantiser, record: Record, eps: float | None
             f"transformers' BitNet architecture has SubLN built in: got sub_norm '{sub_norm}', expected 'output'"
         )
     _check_linears(model, linears, sub_norm)
+    _check_sizes(linears, quantiser)
     if eps is not None and (own_norms or sub_norm == "none"):
         log.warning(
             "eps=%g has no effect: %s",
@@ -183,6 +190,15 @@ def _check_linears(model: Any, linears: dict[str, nn.Linear], sub_norm: str) -> 
                 f"{kind}: sub_norm 'output' needs one {last} in each of {layers} layers, found {found}; "
                 "use a Llama-like model, or sub_norm 'all' or 'none'"
             )
+
+
+def _check_sizes(linears: Mapping[str, nn.Linear], quantiser: Quantiser) -> None:
+    """ValueError names a layer that the quantiser can't take."""
+    refused = {name: why for name, linear in linears.items() if (why := quantiser.check(linear))}
+    if refused:
+        name, why = next(iter(refused.items()))
+        more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+        raise ValueError(f"student.quantiser {quantiser.name} can't take {name}{more}: it is {why}")
 
 
 def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:

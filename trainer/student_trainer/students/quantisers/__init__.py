@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from student_trainer.students.quantisers.bitnet import BITNET
+from student_trainer.students.quantisers.fairy2i import FAIRY2I
 from student_trainer.students.quantisers.none import NONE
 from student_trainer.students.quantisers.quantiser import Quantiser
+from student_trainer.students.quantisers.seq2 import SEQ2
 
 QUANTISERS: Mapping[str, Quantiser] = {
     "none": NONE,
     "bitnet": BITNET,
+    "fairy2i": FAIRY2I,
+    "seq2": SEQ2,
 }

@@ -55,7 +55,7 @@ class BitNet(Quantiser):
     sub_norm = "output"
     # Scaling some rows would change mean |W|, and with it the codes of all others.
     qk_clip = "matrix"
-    exports = frozenset({"hf", "bitnet", "gguf"})
+    exports = frozenset({"hf", "bitnet", "gguf", "dense"})
 
     def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
         return ternary_weight(layer.weight, blend_)

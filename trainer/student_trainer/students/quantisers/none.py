@@ -14,5 +14,8 @@ class NoQuantiser(Quantiser):
     def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
         return layer.weight
 
+    def stored_bits(self, out_features: int, in_features: int) -> float:
+        return self.bits
+
 
 NONE = NoQuantiser()

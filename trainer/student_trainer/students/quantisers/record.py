@@ -4,7 +4,7 @@ by `quant_linear`, read by `pretrained`, `export` and `checkpoint.resume`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -20,12 +20,15 @@ OLD_ENTRY = "bitnet_student"  # of trainers that had one quantiser: sub_norm, ep
 
 @dataclass(frozen=True)
 class Record:
-    """`quantiser`: a name in QUANTISERS. `eps`: of the SubLN norms. `activations`: a name in ACTIVATIONS."""
+    """`quantiser`: a name in QUANTISERS. `eps`: of the SubLN norms. `activations`: a name in ACTIVATIONS. `stages`: of
+    a quantiser that has several.
+    """
 
     quantiser: str
     sub_norm: SubNorm
     eps: float
     activations: str
+    stages: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("sub_norm", get_args(SubNorm)), ("activations", tuple(ACTIVATIONS))):
@@ -34,13 +37,27 @@ class Record:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
         if not (isinstance(self.eps, (int, float)) and self.eps > 0.0):
             raise ValueError(f"eps: got {self.eps}, expected a number above 0")
+        if self.stages not in (None, 1, 2):
+            raise ValueError(f"stages: got {self.stages!r}, expected 1 or 2")
+
+    def differing(self, asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """The settings of `asked` that say something else than the record: name, what it says, what was asked for."""
+        says = {**asdict(self), "quantise_activations": self.activations != "none"}
+        for name, value in asked.items():
+            if value is not None and value != says[name]:
+                yield name, says[name], value
 
 
 def write_record(config: Any, record: Record) -> None:
     """Make it an entry of the model's config, in the place of one that it has."""
     if hasattr(config, OLD_ENTRY):
         delattr(config, OLD_ENTRY)
-    setattr(config, ENTRY, {"version": VERSION, **asdict(record)})
+    setattr(config, ENTRY, _entry(record))
+
+
+def _entry(record: Record) -> dict[str, Any]:
+    """What is left open is left out: a record says the same in every trainer that knows what it says."""
+    return {"version": VERSION, **{name: value for name, value in asdict(record).items() if value is not None}}
 
 
 def read_record(config: Any, path: str = "") -> Record | None:
@@ -71,4 +88,4 @@ def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config, as plain containers, with an older trainer's entry in today's form."""
     record = record_in(config)
     rest = {name: value for name, value in config.items() if name not in (ENTRY, OLD_ENTRY)}
-    return rest if record is None else rest | {ENTRY: {"version": VERSION, **asdict(record)}}
+    return rest if record is None else rest | {ENTRY: _entry(record)}

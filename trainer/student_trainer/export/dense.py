@@ -1,0 +1,47 @@
+"""A quantised student as a plain model of full-precision weights, each worth what its codes were. Called by `export`.
+
+Nothing is saved by it; whoever knows no such codes gets the student's own answers. What an adapter adds is added in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_trainer.export.bitnet import CannotExpressError, latent_weights, record_of
+from student_trainer.students.adapters.low_rank import corrections
+from student_trainer.students.quant_linear import quant_linears, quantiser_of
+from student_trainer.students.quantisers.record import ENTRY
+
+
+@torch.no_grad()
+def dense_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The original architecture's config, and its weights by name. CannotExpressError where a plain model lacks what
+    the student has: SubLN, or inputs that are rounded.
+    """
+    record = record_of(model)
+    reasons = [] if record.sub_norm == "none" else [f"it has no SubLN (sub_norm '{record.sub_norm}')"]
+    if record.activations != "none":
+        reasons.append("activations are rounded to int8, and there they are not")
+    if model.config.model_type == "bitnet":
+        reasons.append("transformers' BitNet architecture has SubLN built in")
+    if reasons:
+        raise CannotExpressError("a plain model", [*reasons, "use --format hf"])
+    config, weights, added = (
+        type(model.config).from_dict(model.config.to_dict()),
+        latent_weights(model),
+        corrections(model),
+    )
+    if hasattr(config, ENTRY):
+        delattr(config, ENTRY)
+    for name, layer in quant_linears(model):
+        for learnt in quantiser_of(layer).row_scales:
+            del weights[f"{name}.{learnt}"]
+        weight_OI = quantiser_of(layer).weight(layer, torch.ones((), device=layer.weight.device)).detach()
+        if (correction := added.get(name)) is not None:
+            scale = correction.alpha / len(correction.a_RI)
+            weight_OI = weight_OI + scale * correction.b_OR @ correction.a_RI
+        weights[f"{name}.weight"] = weight_OI
+    return config, weights

@@ -1,0 +1,95 @@
+"""ParetoQ's two bits (stretched elastic quantisation, arXiv 2502.02631): four levels a weight, and what they are worth
+learnt for each row. One of `QUANTISERS`; `export` packs what `levels` gives.
+
+q = alpha * (round(2 clip(w / alpha, +-.99) - .5) + .5) / 2: a quarter or three quarters of the row's alpha, of either
+sign. alpha begins as the row's largest |w|. A weight takes the gradient as it is where |w / alpha| <= .99 and none
+elsewhere; alpha takes (q - w) / alpha, or +-.75, times it, over the square root of the matrix's size. Computed in
+float32; activations are not rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student_trainer.students.quantisers.quantiser import Quantiser, exact
+
+EDGE = 0.99
+# Also of a row of zeros.
+SMALLEST_ALPHA = 1e-5
+ALPHA = "alpha"
+
+
+def levels(weight_OI: Tensor, alpha_O: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes 0 to 3 as uint8 [O, I], and what a step between them is worth in each row [O]: value (code - 1.5) step."""
+    weight_OI, half_O1 = exact(weight_OI.detach()), _half(alpha_O.detach())
+    return (_whole(weight_OI / half_O1) + 2).to(torch.uint8), half_O1[:, 0]
+
+
+def dense(codes_OI: Tensor, step_O: Tensor) -> Tensor:
+    """The weight [O, I] that the outcome of `levels` stands for, to the bit what a layer multiplies by."""
+    return (codes_OI.to(step_O.dtype) - 1.5) * step_O[:, None]
+
+
+def _half(alpha_O: Tensor) -> Tensor:
+    """Half of alpha [O, 1], by which two levels lie apart."""
+    return exact(alpha_O).clamp(min=SMALLEST_ALPHA)[:, None] / 2
+
+
+def _whole(ratio_OI: Tensor) -> Tensor:
+    """The level, less a half, of a ratio of weight and half its alpha: -2, -1, 0 or 1. In place."""
+    return ratio_OI.clamp_(-2 * EDGE, 2 * EDGE).sub_(0.5).round_()
+
+
+class _SteppedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, alpha_O: Tensor, blend_: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OI, alpha_O, blend_)
+        latent_OI, half_O1 = exact(weight_OI), _half(alpha_O)
+        value_OI = _whole(latent_OI / half_O1).add_(0.5).mul_(half_O1)
+        return torch.lerp(latent_OI, value_OI, blend_.to(latent_OI.dtype), out=value_OI).to(weight_OI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight_OI, alpha_O, blend_ = ctx.saved_tensors
+        ratio_OI = exact(weight_OI) / _half(alpha_O)
+        gradient_OI, blend_ = exact(gradients[0]), blend_.to(ratio_OI.dtype)
+        inside_OI = ratio_OI.abs() <= 2 * EDGE
+        # In units of half alpha, so that the slope is half of it: level less ratio inside, and the level outside.
+        slope_OI = torch.where(inside_OI, ratio_OI, 0.0).neg_().add_(_whole(ratio_OI)).add_(0.5)
+        of_alpha_O = slope_OI.mul_(gradient_OI).sum(1).mul_(blend_ / (2 * math.sqrt(weight_OI.numel())))
+        of_weight_OI = gradient_OI * torch.where(inside_OI, 1.0, 1.0 - blend_)
+        return of_weight_OI.to(weight_OI.dtype), of_alpha_O.to(alpha_O.dtype), None
+
+
+def stepped_weight(weight_OI: Tensor, alpha_O: Tensor, blend_: Tensor) -> Tensor:
+    """The weight a forward pass multiplies by, in the latent weight's dtype; `blend_` is a scalar tensor in [0, 1]."""
+    return _SteppedWeight.apply(weight_OI, alpha_O, blend_)
+
+
+class Seq2(Quantiser):
+    name = "seq2"
+    bits = 2.0
+    exports = frozenset({"hf", "dense", "packed"})
+    row_scales = (ALPHA,)
+
+    def learnt(self, layer: nn.Linear) -> dict[str, Tensor]:
+        return {ALPHA: layer.weight.detach().abs().amax(1)}
+
+    def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
+        return stepped_weight(layer.weight, layer.get_parameter(ALPHA), blend_)
+
+    def encode(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        return levels(layer.weight, layer.get_parameter(ALPHA))
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return dense(codes, scales)
+
+    def stored_bits(self, out_features: int, in_features: int) -> float:
+        return self.bits + 32.0 / in_features
+
+
+SEQ2 = Seq2()
