@@ -32,6 +32,7 @@ from student_trainer.data.policies.decisions import BatchWeights, PolicyState
 from student_trainer.data.stream import BatchStream
 from student_trainer.data.tokenise import pad_id
 from student_trainer.device import choose_device
+from student_trainer.evaluation.decoding import Decoding
 from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
 from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
@@ -51,6 +52,7 @@ from student_trainer.settings import Settings
 from student_trainer.settings.redact import public
 from student_trainer.state import TrainState
 from student_trainer.students.compute import as_begun, name_compute
+from student_trainer.students.diffusion import DiffusionReader
 from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import Unsharded, shard
 from student_trainer.students.student import Student
@@ -61,6 +63,7 @@ from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.missing import list_missing
 from student_trainer.targets.prefetch import Prefetch, Stream
 from student_trainer.targets.protocol import spec_for
+from student_trainer.targets.queries import queries_of
 from student_trainer.targets.student_support import StudentSupport
 from teacher_proto.requests import TargetSpec
 from teacher_proto.stages import stage
@@ -276,7 +279,7 @@ def _evaluator(
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",
         ViewSeed(settings.run.seed, EVALUATION), components.head, class_words(settings.data, components.tokenizer),
-        ranks,
+        ranks, _decoding(settings, components, batches, thread, ranks),
     )  # fmt: skip
 
 
@@ -285,6 +288,26 @@ def _evaluation_spec(settings: Settings) -> TargetSpec:
     if settings.evaluation.kl == "full":
         spec = replace(spec, kinds=("top_k", "hidden"), hidden_dtype="float16")
     return spec
+
+
+def _decoding(
+    settings: Settings, components: Components, batches: Mapping[str, Sequence[Batch]], thread: EventThread,
+    ranks: Ranks,
+) -> Decoding | None:  # fmt: skip
+    """Figures of what a block-diffusion student fills in and writes."""
+    student, teacher = components.student, components.teacher
+    if not isinstance(student.reader, DiffusionReader):
+        return None
+    if not ranks.alone:
+        logger.warning("nothing is filled in for figures: a student in shards on several ranks can't write yet")
+        return None
+
+    def judge(batch: Batch) -> BatchTargets:
+        assert teacher is not None
+        return thread.call(teacher.targets.fetch(batch, queries_of(batch, TargetSpec(("score",)))))
+
+    ends = ends_of_text(student, components.tokenizer)
+    return Decoding(settings.evaluation, batches, ends, judge if teacher is not None else None)
 
 
 def _student_support(settings: Settings, components: Components, thread: EventThread) -> StudentSupport | None:

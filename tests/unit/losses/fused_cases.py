@@ -107,6 +107,7 @@ def all_kinds(support: str, temperature: float, squared: bool = True) -> list[To
         return [*terms, token_term("s", "sampled", 1.3, temperature=temperature)]
     if support == "top_k":
         terms.append(token_term("tcs", "tcs", 0.4, temperature=temperature))
+        terms.append(token_term("cut", "tcs", 0.9, temperature=temperature, tail="truncate"))
     tails = ("bucket",) if support == "full" else ("bucket", "renormalise")
     return terms + [
         dense.term_of(

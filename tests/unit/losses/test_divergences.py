@@ -153,6 +153,26 @@ def test_cross_entropy_and_full_vocabulary_agree_with_liger(kind: str, beta: flo
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("kind", ["forward_kl", "tcs"])
+def test_a_truncated_divergence_is_the_sum_over_the_named_ids_alone(kind: str, temperature: float) -> None:
+    """Against autograd in float64: neither side is renormalised, and the rest has no part in value or gradient."""
+    leaves, _, _, teacher_NV = random_pair()
+    rows = dense.rows_of(teacher_NV, 16, tuple({1.0, temperature}), torch.float64)
+    term = token_term("kd", kind, 1.0, temperature=temperature, tail="truncate")
+    ours = head_loss(*leaves[:2], torch.zeros(N, dtype=torch.long), rows, [term], head_bias_V=leaves[2])
+    assert rows.ids_NK is not None
+    ids_NK = rows.ids_NK.long()
+    z_NV = leaves[0] @ leaves[1].T + leaves[2]
+    log_q_NK, log_p_NK = ((z / temperature).log_softmax(-1).gather(1, ids_NK) for z in (z_NV, teacher_NV))
+    theirs_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
+    torch.testing.assert_close(ours.per_term["kd"], theirs_N.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
+    for got, want in zip(
+        torch.autograd.grad(ours.total, leaves), torch.autograd.grad(theirs_N.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
 def test_many_terms_and_temperatures_in_one_call_are_the_sum_of_single_calls() -> None:
     leaves, hidden_NE, head, teacher_NV = random_pair()
     own_ids_NG = student_top_ids(*leaves[:2], 8, head_bias_V=leaves[2])

@@ -38,6 +38,10 @@ def _has_attention(settings: Settings) -> bool:
     return settings.distillation.attention.active
 
 
+def _fills_in(settings: Settings) -> bool:
+    return settings.student.architecture in ("diffusion", AUTO)
+
+
 def _may_wait(settings: Settings) -> bool:
     teachers: tuple[TeacherSettings | MemberSettings, ...] = (settings.teacher, *settings.teacher.members.values())
     return _has_attention(settings) or any(
@@ -132,6 +136,15 @@ RULES = (
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("evaluation.kl", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
+    *(
+        Rule(f"evaluation.{name}", _fills_in, "the student fills in no blocks")
+        for name in ("infilled", "thresholds", "judged", "temperature")
+    ),
+    Rule("evaluation.thresholds", _has_teacher, "teacher.kind is none, and the teacher judges"),
+    *(
+        Rule(f"evaluation.{name}", lambda s: bool(s.evaluation.thresholds), "evaluation.thresholds is empty")
+        for name in ("judged", "temperature")
+    ),
     Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
     *(
         Rule(f"evaluation.{name}", lambda s: s.evaluation.every > 0, "evaluation.every is 0")
@@ -168,13 +181,9 @@ RULES = (
         for name in ("first", "after")
     ),
     Rule(
-        "student.diffusion.",
-        lambda s: s.student.architecture in ("diffusion", AUTO),
-        "student.architecture is not diffusion",
-    ),
-    Rule(
         "student.quantisation.stages", lambda s: s.student.quantiser == "fairy2i", "only quantiser fairy2i has stages"
     ),
+    Rule("student.diffusion.", _fills_in, "student.architecture is not diffusion"),
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),

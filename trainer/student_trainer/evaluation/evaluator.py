@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,7 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import ViewSeed
 from student_trainer.evaluation.documents import DocumentSums
+from student_trainer.evaluation.mask_rates import MaskRates
 from student_trainer.evaluation.passage import can_be_shown, make_passage
 from student_trainer.evaluation.records import DocumentFigures, Evaluation, Figures
 from student_trainer.losses.kinds import token_term
@@ -75,20 +77,27 @@ def fetch_held_out(
     return HeldOut(batches, {name: [next(answers) for _ in group] for name, group in batches.items()})
 
 
+class SourceFigures(Protocol):
+    """Further figures of a student on one source, as `decoding.Decoding` has them."""
+
+    def figures(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Figures: ...
+
+
 class Evaluator:
     """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run. `head`: the
-    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words. With
-    several `ranks`, each has its own rows of every batch, and all call together.
+    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words.
+    `decoding`: of a block-diffusion student that can write here. With several `ranks`, each has its own rows of every
+    batch, and all call together.
     """
 
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
         passage_file: Path, seed: ViewSeed, head: TeacherHead | None = None,
-        classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE,
+        classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE, decoding: SourceFigures | None = None,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
         self._decode, self._passage_file, self._seed, self._head = decode, passage_file, seed, head
-        self._classes, self._ranks = classes or {}, ranks
+        self._classes, self._ranks, self._decoding = classes or {}, ranks, decoding
 
     def due(self, step: int, steps: int) -> bool:
         return self._settings.every > 0 and (step == steps or step % self._settings.every == 0)
@@ -99,7 +108,8 @@ class Evaluator:
     def evaluate(self, student: Student, pause: Callable[[], None] = lambda: None) -> Evaluation:
         """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
 
-        A source of format classification has `accuracy` too: how often the likeliest of its words is the right one.
+        A source of format classification has `accuracy` too: how often the likeliest of its words is the right one. A
+        block-diffusion student has those of `mask_rates` and `decoding`.
         `pause` is called after each batch, and may raise to give up.
         """
         by_source: dict[str, Figures] = {}
@@ -115,6 +125,8 @@ class Evaluator:
             for name in names:
                 by_source[name], of_source = self._figures(student, name, done)
                 documents += of_source
+                if self._decoding is not None:
+                    by_source[name] |= self._decoding.figures(student, name, pause)
         return Evaluation(by_source, documents)
 
     def write_passage(self, student: Student) -> None:
@@ -138,7 +150,7 @@ class Evaluator:
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
         sums = LossSums(terms, batches[0].source_names)
-        documents = DocumentSums(name, has_teacher)
+        documents, rates = DocumentSums(name, has_teacher), MaskRates.of(student)
         tokens = 0
         # Weights of the labels that agree, of those that are right, and of all: on the device until the end.
         hits_3 = torch.zeros(3, dtype=torch.float64, device=student.device)
@@ -155,6 +167,8 @@ class Evaluator:
                     tokens += len(micro.view.labels_N)
                     agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.view.labels_N) else None
                     documents.add(batch, micro, loss, agrees_N)
+                    if rates is not None:
+                        rates.add(micro, loss.per_term["cross_entropy"])
                     hits_3[0] += 0 if agrees_N is None else _weight(micro, agrees_N)
                     hits_3[1] += _weight(micro, _correct(student, micro, classes)) if classes else 0
                     hits_3[2] += _weight(micro, torch.ones_like(micro.view.labels_N))
@@ -167,6 +181,7 @@ class Evaluator:
             "agreement": agreed / weight if has_teacher and weight else None,
             "tokens": self._ranks.total(tokens),
             **({"accuracy": correct / weight} if classes and weight else {}),
+            **(rates.figures(self._ranks) if rates is not None else {}),
         }
         return figures, documents.figures(self._ranks)
 

@@ -194,7 +194,7 @@ def _given_support(term: TeacherTerm, student: _Student) -> tuple[Tensor, Tensor
 
 def _with_the_rest(term: TeacherTerm, student: _Student, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(value, sum of slopes, slopes at the ids, slope of the tail) of a divergence over the whole vocabulary's mass."""
-    if SUPPORTS[term.support].student == "ids":
+    if term.plain:
         value_N, slope_NK = DIVERGENCES[term.kind](student.support.logprobs_NK, student.log_q_NK, term.settings)
         return value_N, slope_NK.sum(-1), slope_NK, torch.zeros_like(value_N)
     log_q_NB = torch.cat([student.log_q_NK, student.log_tail_N[:, None]], 1)

@@ -148,6 +148,13 @@ class TeacherTerm(TokenTerm):
         return isinstance(self.settings, DivergenceSettings) and self.settings.tail == "renormalise"
 
     @property
+    def plain(self) -> bool:
+        """Whether it is a sum over the ids of the support alone, whatever mass is on the rest."""
+        student = SUPPORTS[self.support].student
+        truncates = isinstance(self.settings, DivergenceSettings) and self.settings.tail == "truncate"
+        return student == "ids" or (truncates and student == "ids and the rest")
+
+    @property
     def needs(self) -> Needs:
         support = SUPPORTS[self.support]
         at = frozenset({self.temperature})

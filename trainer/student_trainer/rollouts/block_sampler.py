@@ -15,11 +15,14 @@ from student_trainer.students.student import Student
 class BlockSampler:
     """Writes after each prompt as many mask tokens as there may be new ones, and fills them in.
 
-    `ends`, `at_once` as for `GenerateSampler`; how sure it must be is the reader's `threshold`.
+    `ends`, `at_once` as for `GenerateSampler`; how sure it must be is the reader's `threshold`, if not given.
     """
 
-    def __init__(self, student: Student, ends: Sequence[int], at_once: int | None = None):
+    def __init__(
+        self, student: Student, ends: Sequence[int], at_once: int | None = None, threshold: float | None = None
+    ):
         self._student, self._ends, self._at_once = student, tuple(sorted(set(ends))), at_once
+        self._threshold = threshold
 
     def sample(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int] | None, *, new_tokens: int, temperature: float = 1.0,
@@ -29,7 +32,7 @@ class BlockSampler:
         reader = self._student.reader
         assert isinstance(reader, DiffusionReader)
         drawn = 0.0 if seeds is None else temperature
-        decoder = BlockDecoder(self._student, reader.record, self._ends, reader.threshold, drawn)
+        decoder = BlockDecoder(self._student, reader.record, self._ends, self._threshold or reader.threshold, drawn)
         masks_N = np.full(new_tokens, reader.record.mask_token_id, np.int32)
         samples: list[Sample] = []
         size = self._at_once or max(1, len(prompts))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from student_trainer.settings.section import Names, Section
+from student_trainer.settings.section import Names, Positive, Section
+
+Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 class RunSettings(Section):
@@ -37,6 +39,14 @@ class EvaluationSettings(Section):
     samples: int = Field(2, ge=0, description="held-out texts a source that the student continues, to be read; 0: none")
     prompt_tokens: int = Field(24, ge=1, description="tokens of such a text that it is given; a chat up to its answer")
     sample_tokens: int = Field(48, ge=1, description="tokens that it writes, at most")
+    infilled: int = Field(
+        16, ge=0, description="spans of held-out text a source that a block-diffusion student fills in; 0: none"
+    )
+    thresholds: tuple[Threshold, ...] = Field(
+        (), description="at each, a block-diffusion student writes texts, and the teacher judges them"
+    )
+    judged: int = Field(8, ge=1, description="such texts a source and threshold")
+    temperature: Positive = Field(1.0, description="at which they are drawn")
 
 
 class CheckpointSettings(Section):

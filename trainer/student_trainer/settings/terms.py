@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from student_trainer.settings.section import Schedule, Section
 
@@ -80,15 +80,25 @@ class DivergenceSettings(TemperedSettings):
 
     `support`: where the teacher's probabilities come from; "full" needs its hidden states and head.
     `tail`: "bucket" gives the mass outside the support a bucket of its own on both sides, so student mass there is
-    pressed; "renormalise" compares the two distributions given that the token is in the support.
+    pressed; "renormalise" compares the two distributions given that the token is in the support; "truncate" leaves the
+    rest out of the sum of KL(teacher‖student), which is no divergence then: what OPDLM does.
     """
 
     support: Literal["top_k", "gather", "full"] = Field(
         "top_k", description="ids compared: the teacher's top K, the student's (gather), all (full)"
     )
-    tail: Literal["bucket", "renormalise"] = Field(
+    tail: Literal["bucket", "renormalise", "truncate"] = Field(
         "bucket", description="mass outside the support: one more bucket, or left out of account"
     )
+
+    @model_validator(mode="after")
+    def _truncates_only_forward(self) -> DivergenceSettings:
+        if self.tail == "truncate" and self.kind not in ("forward_kl", "top_k_kl", "tcs"):
+            raise ValueError(
+                f"tail is truncate, which is for KL(teacher‖student) alone (forward_kl, top_k_kl, tcs), not "
+                f"{self.kind}: use bucket or renormalise"
+            )
+        return self
 
     def without_effect(self) -> list[str]:
         unused = ["tail"] if self.support == "full" and self.tail != "bucket" else []

@@ -214,7 +214,7 @@ def _form(term: TokenTerm) -> int:
     """How `normalise` computes a term: of the label, on the ids alone, with the rest as a bucket, given the ids."""
     if not isinstance(term, TeacherTerm):
         return int(LABEL.value)
-    if SUPPORTS[term.support].student == "ids":
+    if term.plain:
         return int(PLAIN.value)
     return int(RENORMALISE.value if term.renormalises else BUCKET.value)
 

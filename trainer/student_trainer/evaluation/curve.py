@@ -1,0 +1,54 @@
+"""How good what a student writes is, against how much a forward pass gives: points of a curve, and its measures.
+Called by `demo.diffusion`; pure functions.
+
+A point is (tokens a forward pass, how good); of perplexity less is better, of all else more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+Point = tuple[float, float]
+# What a curve may lose of its first point and still count, and how fast what it loses counts less (d3LLM).
+MAY_LOSE, ALPHA = 5.0, 3.0
+
+
+def area_under(points: Sequence[Point], best: float) -> float:
+    """AUP of d3LLM: the area under accuracy (0 to 100) by tokens a pass, where what falls short of `best`, the largest
+    accuracy of all curves compared, counts exponentially less. Points that lose more than `MAY_LOSE` of the first one,
+    the slowest, are left out.
+    """
+    if not points:
+        raise ValueError("got no points, expected one or more of (tokens a pass, accuracy)")
+    ordered = sorted(points)
+    (rate, good), kept = ordered[0], ordered[0][1] - MAY_LOSE
+    area = rate * good
+    before_rate, before = rate, good * _weight(good, best)
+    for rate, good in ordered[1:]:
+        if good < kept:
+            continue
+        weighed = good * _weight(good, best)
+        area += (rate - before_rate) * (weighed + before) / 2
+        before_rate, before = rate, weighed
+    return area
+
+
+def _weight(good: float, best: float) -> float:
+    return min(math.exp(-ALPHA * (1.0 - good / best)), 1.0)
+
+
+def tokens_per_pass_at(points: Sequence[Point], perplexity: float) -> float | None:
+    """The most tokens a pass at which the curve is not above this perplexity, on straight lines between its points (in
+    the logarithm of perplexity); None where it always is.
+    """
+    ordered = sorted(points)
+    wanted = math.log(perplexity)
+    found: float | None = max((rate for rate, value in ordered if math.log(value) <= wanted), default=None)
+    for (rate, value), (next_rate, next_value) in pairwise(ordered):
+        low, high = math.log(value), math.log(next_value)
+        if min(low, high) < wanted < max(low, high):
+            crossing = rate + (next_rate - rate) * (wanted - low) / (high - low)
+            found = crossing if found is None else max(found, crossing)
+    return found
