@@ -121,7 +121,8 @@ def _teacher_rows(
 
 def _teacher_attention(states: Sequence[AttentionTargets], view: View) -> TeacherAttention:
     """States of each of the batch's documents, for the positions of the view that hold their tokens as they are."""
-    return TeacherAttention(tuple(map(_states, states)), view.attention.clean_documents_BT.numpy())
+    blocks_BT = None if view.clean_blocks_BT is None else view.clean_blocks_BT.numpy()
+    return TeacherAttention(tuple(map(_states, states)), view.attention.clean_documents_BT.numpy(), blocks_BT)
 
 
 def _states(targets: AttentionTargets) -> QKV:

@@ -152,11 +152,13 @@ class TeacherAttention:
     """The teacher's side of a micro batch: its documents, rows first and then from left to right.
 
     `document_ids_BT`: the document of each position of the view whose state is to be like the teacher's, -1 elsewhere.
-    It stays on the CPU, where documents are told apart.
+    It stays on the CPU, where documents are told apart; so does `blocks_BT`, the block of each of these positions, None
+    of a student that reads none.
     """
 
     documents: tuple[QKV, ...]
     document_ids_BT: np.ndarray
+    blocks_BT: np.ndarray | None = None
 
     def to(self, device: torch.device) -> TeacherAttention:
         documents = tuple(QKV(*(moved(part, device) for part in document)) for document in self.documents)

@@ -95,6 +95,7 @@ class View:
     CPU, where positions are told apart.
     `clean_rows_N`: the row of each label that predicts it from left to right, in a clean half beside the noisy one;
     None where there is no such half, or its rows see more than that.
+    `clean_blocks_BT`: the block of each position of such a half, -1 elsewhere; on the CPU.
     `weights_N`: what each label weighs in the loss; None: 1.
     `chosen_from`: how many positions the labels were chosen from, where the loss is to be divided by those (labels that
     weigh 1 / their chance); None: the loss is divided by the number of labels.
@@ -107,6 +108,7 @@ class View:
     labels_N: Tensor  # int64
     counted_N: Tensor  # int64
     clean_rows_N: Tensor | None = None  # int64
+    clean_blocks_BT: Tensor | None = None  # int32
     weights_N: Tensor | None = None  # float32
     chosen_from: int | None = None
 
@@ -116,7 +118,9 @@ class View:
         return len(self.labels_N) if self.chosen_from is None else self.chosen_from
 
     def to(self, device: torch.device) -> View:
-        return to_device(self, device, attention=self.attention.to(device), counted_N=self.counted_N)
+        return to_device(self, device, attention=self.attention.to(device), counted_N=self.counted_N,
+            clean_blocks_BT=self.clean_blocks_BT,
+        )  # fmt: skip
 
 
 class Reader(Protocol):

@@ -130,7 +130,12 @@ RULES = (
     Rule("teacher.attention_url", _has_attention, "distillation.attention.coefficient is null"),
     *(
         Rule(f"distillation.attention.{name}", _has_attention, "distillation.attention.coefficient is null")
-        for name in ("form", "relation_heads", "layer", "student_layer", "schedule", "transport")
+        for name in ("form", "within", "relation_heads", "layer", "student_layer", "schedule", "transport")
+    ),
+    Rule(
+        "distillation.attention.relation_heads",
+        lambda s: s.distillation.attention.form != "maps",
+        "distillation.attention.form is maps, which have the models' own heads",
     ),
     Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),

@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.batch.teacher_rows import TeacherAttention
 from student_trainer.losses.attention_relations import attention_relations
+from student_trainer.losses.block_relations import MAPS, BlockTable, block_relations
 from student_trainer.losses.terms import Capture, Captured, Needs, StatesTerm
 from student_trainer.settings.attention import AttentionSettings
 from teacher_proto.relations import layer_index
@@ -30,14 +32,21 @@ class AttentionTerm(StatesTerm):
         return Needs(layers=frozenset({(self.settings.layer, self.settings.transport)}))
 
     def check_student(self, config: Any) -> None:
+        if self.settings.within == "blocks" and getattr(config, "diffusion", None) is None:
+            raise ValueError(
+                "distillation.attention.within is blocks, and the student reads none: use student=diffusion, or "
+                "distillation.attention.within=documents"
+            )
         try:
             self.layer(config)
         except ValueError as error:
             raise ValueError(f"distillation.attention, the student: {error}") from None
-        check_relation_heads(self.settings.relation_heads, _widths(config), "the student")
+        if self.settings.form != MAPS:
+            check_relation_heads(self.settings.relation_heads, _widths(config), "the student")
 
     def check_teacher(self, widths: Mapping[str, int]) -> None:
-        check_relation_heads(self.settings.relation_heads, widths, "the teacher")
+        if self.settings.form != MAPS:
+            check_relation_heads(self.settings.relation_heads, widths, "the teacher")
 
     def capture(self, config: Any) -> Capture:
         return Capture(attention=frozenset({self.layer(config)}))
@@ -52,12 +61,23 @@ class AttentionTerm(StatesTerm):
         """The mean relation loss of each label's document."""
         teacher = micro.attention
         assert teacher is not None, "there are no states of the teacher to learn from"
+        if self.settings.within == "blocks":
+            return self._in_blocks(captured, teacher, config)[micro.documents_N]
         loss = attention_relations(
             captured.attention[self.layer(config)], teacher.documents, form=self.settings.form,
             relation_heads=self.settings.relation_heads, document_ids_BT=teacher.document_ids_BT,
         )  # fmt: skip
         counts_D = loss.per_document_D.new_tensor(loss.counts_D)
         return (loss.per_document_D / counts_D)[micro.documents_N]
+
+    def _in_blocks(self, captured: Captured, teacher: TeacherAttention, config: Any) -> Tensor:
+        """[documents]: those of the clean half's blocks."""
+        assert teacher.blocks_BT is not None, "the student has no blocks"
+        return block_relations(
+            captured.attention[self.layer(config)], teacher.documents,
+            BlockTable.of(teacher.document_ids_BT, teacher.blocks_BT), form=self.settings.form,
+            relation_heads=self.settings.relation_heads, last_rows=config.diffusion["clean_half"] != "causal",
+        )  # fmt: skip
 
 
 def check_relation_heads(relation_heads: int, widths: Mapping[str, int], whose: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from student_trainer.settings.section import Schedule, Section
 from teacher_proto.relations import layer_index
@@ -17,16 +17,20 @@ class AttentionSettings(Section):
     """KL(teacher || student) of the relations of Q, K and V, asked of the service at `teacher.attention_url`.
 
     Reduction: for each token that counts the mean, over the positions of its document and the R relation heads, of the
-    KL summed over Q, K and V; form official divides it by R once more. Then as for every term: times the coefficient,
-    summed over tokens, divided by their number.
+    KL summed over Q, K and V; form official divides it by R once more; of maps the mean over
+    positions and heads. Then as for every term: times the coefficient, summed over tokens, divided by their number.
     """
 
     kind: ClassVar[str] = "attention_relations"
     needs_teacher: ClassVar[bool] = True
 
     coefficient: float | None = Field(None, ge=0, description="of the reduction in the guide; null: no such term")
-    form: Literal["official", "paper", "minilm"] = Field(
-        "official", description="cosine without mask; scaled dot product without mask; the same, causal"
+    form: Literal["official", "paper", "minilm", "maps"] = Field(
+        "official",
+        description="cosine without mask; scaled dot product without mask; the same, causal; attention maps, in blocks",
+    )
+    within: Literal["documents", "blocks"] = Field(
+        "documents", description="whose positions are related: a document's, or a block's of a block-diffusion student"
     )
     relation_heads: int = Field(32, ge=1, description="R, into which the states of both models are cut")
     layer: Layer = Field("late_middle", description="teacher's layer: index, fraction of the depth, or name")
@@ -37,6 +41,15 @@ class AttentionSettings(Section):
     @property
     def active(self) -> bool:
         return self.coefficient is not None
+
+    @model_validator(mode="after")
+    def _maps_are_of_blocks(self) -> AttentionSettings:
+        if self.form == "maps" and self.within != "blocks":
+            raise ValueError(
+                "distillation.attention.form is maps, which are compared within blocks alone: set "
+                "distillation.attention.within=blocks, or a form of relations"
+            )
+        return self
 
     @field_validator("layer", "student_layer")
     @classmethod

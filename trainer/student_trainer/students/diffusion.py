@@ -113,6 +113,7 @@ class DiffusionReader:
         width = 2 * batch.tokens_BT.shape[1]
         # Of the noisy half; token column + 1 is predicted by its own row, or by the one before it.
         predicts_N = column_N + (0 if self.record.family == "token_shift" else 1)
+        block_BT = batch.position_ids_BT // self.record.block_size
         reads_ahead = self.record.clean_half == "causal" or self.record.block_size == 1
         return View(
             input_ids_BT=own_tensor(np.concatenate([noisy_BT, batch.tokens_BT], 1), torch.int64),
@@ -122,6 +123,7 @@ class DiffusionReader:
             labels_N=own_tensor(batch.tokens_BT[row_N, column_N + 1], torch.int64),
             counted_N=own_tensor(counted_N, torch.int64),
             clean_rows_N=own_tensor(row_N * width + width // 2 + column_N, torch.int64) if reads_ahead else None,
+            clean_blocks_BT=own_tensor(np.concatenate([np.full_like(block_BT, -1), block_BT], 1), torch.int32),
             weights_N=None if weighed is None else own_tensor(1.0 / weighed[row_N, column_N + 1], torch.float32),
             chosen_from=None if weighed is None else len(row_C),
         )
