@@ -2,7 +2,7 @@
 `cli.export`.
 
 `student.checkpoint_path` may be the folder of a run: its student is built as that run built it and takes the weights
-of its newest checkpoint. So one stage of training follows another by a path.
+of its newest checkpoint. So one stage of training follows another by a path. What lies on an object store is fetched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from student_trainer.checkpoint import checkpoints as checkpoint
+from student_trainer.checkpoint.fetched import on_this_disk
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.run_folder import SETTINGS_FILE
 from student_trainer.settings import Settings, StudentSettings
@@ -35,6 +36,7 @@ def load_student(settings: StudentSettings, device: torch.device) -> Student:
 
 def _load_student(settings: StudentSettings, device: torch.device) -> Student:
     check_cell(settings)
+    settings = on_this_disk(settings)
     snapshot = earlier_run(settings.checkpoint_path)
     if snapshot is None:
         return student_from_model(settings, device)
@@ -60,7 +62,7 @@ def recognised(settings: Settings) -> Settings:
     student = settings.student
     if AUTO not in (student.architecture, student.quantiser):
         return settings
-    if not (path := student.checkpoint_path):
+    if not (path := on_this_disk(student).checkpoint_path):
         raise ValueError("student.type=auto looks into student.checkpoint_path: give it, a folder or hub name")
     try:
         if (snapshot := earlier_run(path)) is not None:
@@ -94,6 +96,7 @@ def settings_of(snapshot: Snapshot) -> StudentSettings:
 
 def model_behind(settings: StudentSettings) -> StudentSettings:
     """The settings of the run that began with a model, at the end of a chain of runs: where the tokenizer is."""
+    settings = on_this_disk(settings)
     snapshot = earlier_run(settings.checkpoint_path)
     return settings if snapshot is None else model_behind(settings_of(snapshot))
 

@@ -42,6 +42,8 @@ ANSWERS: dict[str, Answer] = {
     "student": "fixed",
     # The weights come from the checkpoint; config and tokenizer, by `check_student`, must be those that they were.
     "student.checkpoint_path": "free",
+    "student.cache_folder": "free",
+    "student.storage_options": "free",
     "student.revision": "free",
     "student.tokenizer": "free",
     "student.compute": "numeric",

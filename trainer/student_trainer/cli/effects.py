@@ -192,6 +192,10 @@ RULES = (
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
+    *(
+        Rule(f"student.{name}", lambda s: "://" in s.student.checkpoint_path, "student.checkpoint_path is no URL")
+        for name in ("cache_folder", "storage_options.")
+    ),
 )
 
 

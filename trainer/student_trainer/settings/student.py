@@ -152,7 +152,15 @@ class StudentSettings(Section):
         None, description="what is trained in place of all weights: none, lora; null: lora where lora.rank is given"
     )
     checkpoint_path: str = Field(
-        "", description="a Hugging Face causal language model, by folder or hub name, or the folder of an earlier run"
+        "",
+        description="a Hugging Face causal language model, by folder or hub name, or the folder of an earlier run; a "
+        "folder also by a URL (gs://, s3://, any of fsspec's)",
+    )
+    cache_folder: str | None = Field(
+        None, description="where a checkpoint behind a URL is kept; null: ~/.cache/stillhouse/checkpoints"
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="of such a URL, for fsspec; keys and secrets belong in the environment"
     )
     revision: str | None = Field(None, description="hub revision; a commit keeps a run repeatable")
     tokenizer: str | None = Field(None, description="folder or hub name of its tokenizer; null: checkpoint_path")
