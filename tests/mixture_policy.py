@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from student_trainer.data.policies import registry
+from student_trainer.data.policies.policy import Sketches
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class ByLoss:
     varies = True
     watches = ()
     decision = None
+
+    def take_in(self, sketches: Sketches) -> Self:
+        return self
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
         assert step == self.updates, "every update is observed once, in order"

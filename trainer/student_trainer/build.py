@@ -34,13 +34,14 @@ from student_trainer.data.tokenise import pad_id
 from student_trainer.device import choose_device
 from student_trainer.evaluation.decoding import Decoding
 from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
+from student_trainer.evaluation.influence import InfluenceMeter, NoMeter
 from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
 from student_trainer.losses.kinds import all_terms
 from student_trainer.losses.terms import Needs, Term
 from student_trainer.losses.watched import watched_terms
 from student_trainer.losses.weighting import Weighting, weighting_of
-from student_trainer.optim.optimizer import build_optimizer
+from student_trainer.optim.optimizer import Optimizer, build_optimizer
 from student_trainer.ranks import Ranks, open_ranks
 from student_trainer.reporting.logs import RunLog, forget_after
 from student_trainer.reporting.progress import Progress
@@ -49,6 +50,7 @@ from student_trainer.rollouts.block_sampler import sampler_of
 from student_trainer.rollouts.rollouts import RolloutStream
 from student_trainer.rollouts.sampler import Sampler, ends_of_text
 from student_trainer.settings import Settings
+from student_trainer.settings.mixture import InfluenceMixture
 from student_trainer.settings.redact import public
 from student_trainer.state import TrainState
 from student_trainer.students.compute import as_begun, name_compute
@@ -61,8 +63,8 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.cached import CachedTargets
 from student_trainer.targets.guard import TargetGuard
 from student_trainer.targets.missing import list_missing
-from student_trainer.targets.prefetch import Prefetch, Stream
-from student_trainer.targets.protocol import spec_for
+from student_trainer.targets.prefetch import Prefetch, Ready, Stream
+from student_trainer.targets.protocol import Targets, spec_for
 from student_trainer.targets.queries import queries_of
 from student_trainer.targets.student_support import StudentSupport
 from teacher_proto.requests import TargetSpec
@@ -87,6 +89,8 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     identity = student_identity(components.student.model, components.tokenizer)
     if snapshot is not None:
         check_student(snapshot.state.get("student"), identity, settings)
+    elif isinstance(settings.data.mixture, InfluenceMixture):
+        components.source.check_probe(settings.data.mixture.probe)
     unsharded = Unsharded(components.student, copied=not ranks.alone and _passes_alone(settings))
     shard(components.student, ranks)
     policy = PolicyState.of(settings.data)
@@ -120,11 +124,12 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     rollouts = _rollouts(settings, components, unsharded.student, batches, snapshot, ranks)
     prefetch = _prefetch(settings, components, losses, guard, rollouts or batches, thread, stack, ranks)
     evaluator = _evaluator(settings, components, folder, thread, ranks)
+    meter = _meter(settings, components, losses, optimizer, state, thread, ranks)
     log = _log(settings, folder, state, ranks)
     return Run(
         settings=settings, ranks=ranks, student=components.student, unsharded=unsharded, losses=losses,
         optimizer=optimizer, prefetch=prefetch, batch_weights=batch_weights, guard=guard, evaluator=evaluator,
-        samples=_samples(settings, components, ranks), checkpoints=checkpoints,
+        meter=meter, samples=_samples(settings, components, ranks), checkpoints=checkpoints,
         log=stack.enter_context(log), signals=signals, state=state, rollouts=rollouts,
         student_support=_student_support(settings, components, thread),
         waiting=components.describe_waiting, compiles=settings.student.compile,
@@ -231,12 +236,42 @@ def _prefetch(
         parted = cut(batch, targets, student, seed, rows=rows, head=components.head, keep_empty=not ranks.alone)
         return tuple(micro.to(student.device) for micro in parted)
 
+    targets, asked = _asked(settings, components, losses)
+    return stack.enter_context(Prefetch(stream, targets, asked, thread, prepare, guard.refuse, settings.prefetch))
+
+
+def _asked(
+    settings: Settings, components: Components, losses: Mapping[Kind, Weighting]
+) -> tuple[Targets | None, dict[Kind, TargetSpec | None]]:
+    """Who answers for the run's batches, and what is asked about those of each kind."""
     asked = {kind: _spec(settings, weighting.terms + weighting.watched) for kind, weighting in losses.items()}
     targets = components.teacher.targets if components.teacher else None
     if targets is not None and components.attention is not None:
         targets = BesideTokens(targets, components.attention)
         asked["data"] = asked["data"] or NO_TOKENS
-    return stack.enter_context(Prefetch(stream, targets, asked, thread, prepare, guard.refuse, settings.prefetch))
+    return targets, asked
+
+
+def _meter(
+    settings: Settings, components: Components, losses: Mapping[Kind, Weighting], optimizer: Optimizer,
+    state: TrainState, thread: EventThread, ranks: Ranks,
+) -> NoMeter:  # fmt: skip
+    """What measures gradients for the mixture, where it goes by them."""
+    mixture, source, student = settings.data.mixture, components.source, components.student
+    if not isinstance(mixture, InfluenceMixture):
+        return NoMeter()
+    targets, asked = _asked(settings, components, losses)
+    spec, batches = asked["data"], {name: source.held_out(name) for name in mixture.probe}
+    held_out = fetch_held_out(
+        batches, targets if spec else None, thread, spec or NO_TOKENS, components.describe_waiting
+    )
+    probe = [
+        Ready(batch, state.mixture, answer, cut(
+            batch, answer, student, ViewSeed(settings.run.seed, EVALUATION), rows=settings.optim.micro_batch_rows,
+            head=components.head, keep_empty=not ranks.alone))
+        for name in mixture.probe for batch, answer in zip(batches[name], held_out.targets[name], strict=True)
+    ]  # fmt: skip
+    return InfluenceMeter(settings, student, optimizer, source.names, probe, ranks)
 
 
 def _spec(settings: Settings, terms: Sequence[Term]) -> TargetSpec | None:

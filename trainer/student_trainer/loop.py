@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from student_trainer.checkpoint.checkpoints import Checkpoints
     from student_trainer.data.policies.decisions import BatchWeights
     from student_trainer.evaluation.evaluator import Evaluator
+    from student_trainer.evaluation.influence import NoMeter
     from student_trainer.evaluation.samples import SampleWriter
     from student_trainer.losses.terms import Term
     from student_trainer.losses.weighting import Weighting
@@ -81,6 +82,7 @@ class Run:
     batch_weights: BatchWeights
     guard: TargetGuard
     evaluator: Evaluator
+    meter: NoMeter
     samples: SampleWriter
     checkpoints: Checkpoints
     log: RunLog
@@ -225,8 +227,9 @@ def advance(run: Run, steps: int, started: float) -> int:
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)
         ready = run.ask_at_students_ids(ready)
+        run.meter.begin(run.state, ready.batch.kind, run.terms("data"), run.ask_at_students_ids, run.pause)
     metrics = replace(step(run, ready), wrote_s=wrote_s)
-    policy = run.state.policy.observe(metrics.losses.by_name(), run.ranks)
+    policy = run.state.policy.observe(metrics.losses.by_name(), run.ranks, run.meter.take())
     run.state = TrainState(run.state.step + 1, run.state.tokens + metrics.losses.tokens, ready.state, policy)
     run.batch_weights.publish(policy)
     run.before = None
@@ -264,7 +267,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     what = f"computing update {run.state.step + 1}{', for which the student is compiled' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
         for micro in ready.micro if count else ():
-            with run.optimizer.watching(micro.view.attention.document_ids_BT >= 0):
+            with run.optimizer.watching(micro.view.attention.document_ids_BT >= 0), run.meter.watching(micro):
                 loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
             (loss.total / count).backward()
             sums.add(loss, micro)

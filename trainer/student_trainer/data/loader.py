@@ -6,7 +6,7 @@ batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and ge
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from student_trainer.data.draw import Draws, Start, cut, documents_in_use, fetch
 from student_trainer.data.feed import Feed, Rate
 from student_trainer.data.held_out import held_out_batches
 from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
+from student_trainer.data.overlap import check_apart
 from student_trainer.data.packing import MODES
 from student_trainer.data.random_access import BLOCK_CHARACTERS, OPENERS, RandomAccessSource
 from student_trainer.data.streamed import StreamedSource, open_shards
@@ -149,6 +150,15 @@ class BatchSource:
             for raw, document in zip(block, feed.tokeniser(block), strict=True):
                 placed = None if document is None else cut(number, name, document, 0, self.settings.seq_len)
                 yield raw, placed if placed is not None and _teaches(placed) else None
+
+    def check_probe(self, names: Collection[str]) -> None:
+        """ValueError if what is held out of these sources is trained on in another, or nothing is held out of one."""
+        for name in names:
+            if self.settings.sources[name].held_out_fraction == 0:
+                raise ValueError(
+                    f"source {name!r} is a probe, but its held_out_fraction is 0: nothing of it is held out"
+                )
+        check_apart([feed.source for feed in self._feeds], names)
 
     @property
     def skipped(self) -> dict[str, int]:

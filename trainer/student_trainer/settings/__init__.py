@@ -74,6 +74,11 @@ class Settings(Section):
         mixture = self.data.mixture
         if self.teacher.kind == "none" and mixture.needs_teacher:
             raise ValueError(f"teacher.kind is none, but data.mixture.policy={mixture.policy} compares with a teacher")
+        if getattr(mixture, "precondition", False) and self.optim.kind != "adamw":
+            raise ValueError(
+                f"data.mixture.precondition divides by Adam's second moments, and optim.kind={self.optim.kind} has "
+                "none of the student's matrices: leave it out"
+            )
         warmup = self.student.quantisation.warmup_steps
         if self.student.quantiser != "none" and warmup >= self.run.steps:
             raise ValueError(

@@ -5,9 +5,9 @@ Read by `data.policies`. A policy is told by `policy`; a setting that only anoth
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from student_trainer.settings.section import Names, Positive, Share
 
@@ -81,7 +81,49 @@ class AdoMixture(AdaptiveMixture):
     policy: Literal["ado"] = "ado"
 
 
-MixtureOfPolicy = StaticMixture | ExcessMixture | DivergenceMixture | AdoMixture
+class InfluenceMixture(AdaptiveMixture):
+    """By how far a source's gradient points where the probe's does."""
+
+    policy: Literal["influence"] = "influence"
+    probe: Names = Field((), description="sources whose held-out rows are the probe; one of weight 0 is for that alone")
+    score: Literal["cosine", "doge", "dot"] = Field(
+        "cosine",
+        description="of a source's mean gradient with the probe's; or DoGE's clipped product, or DGA's product",
+    )
+    eta: Positive = Field(5.0, description="how hard a score pulls, in the exponent")
+    kept: Share = Field(0.9, description="what stays of the weights at a decision")
+    most_change: Positive = Field(0.2, le=1, description="most that a decision changes a weight, as a part of it")
+    worse_by: float = Field(
+        0.01, ge=0, description="rise of the probe's loss, as a part of it, at which the sources' own weights come back"
+    )
+    precondition: bool = Field(False, description="divide the sources' gradients as Adam divides its steps")
+    sketch_size: int = Field(4096, ge=16, description="numbers that a gradient is projected to, a power of two")
+    sketch_steps: int = Field(4, ge=1, description="updates before a decision whose gradients are sketched")
+    modules: Names = Field(("down_proj",), description="modules whose gradients are taken, by the end of their names")
+    module_count: int = Field(4, ge=1, description="how many of them, evenly out of the last third")
+
+    @property
+    def named_sources(self) -> tuple[str, ...]:
+        return self.probe
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.probe:
+            raise ValueError(
+                "policy influence needs a probe: name sources of held-out text that the student is for, as in "
+                "data.mixture.probe=[NAME]"
+            )
+        if self.sketch_size & (self.sketch_size - 1):
+            raise ValueError(f"sketch_size is {self.sketch_size}, expected a power of two, as 4096")
+        if self.sketch_steps > self.update_interval:
+            raise ValueError(
+                f"sketch_steps is {self.sketch_steps}, update_interval {self.update_interval}: there are not so many "
+                "updates between two decisions"
+            )
+        return self
+
+
+MixtureOfPolicy = StaticMixture | ExcessMixture | DivergenceMixture | AdoMixture | InfluenceMixture
 MIXTURES: dict[str, type[MixtureSettings]] = {
     each.model_fields["policy"].default: each for each in get_args(MixtureOfPolicy)
 }

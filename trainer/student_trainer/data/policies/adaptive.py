@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from student_trainer.data.policies.policy import Decision, Weights
+from student_trainer.data.policies.policy import Decision, Sketches, Weights
 from student_trainer.data.policies.updates import within
 from student_trainer.settings.mixture import AdaptiveMixture
 
@@ -31,6 +31,10 @@ class Adaptive:
         prior = {name: weight for name, weight in initial.items() if weight > 0}
         unused = tuple(name for name in initial if name not in prior)
         return cls(settings=settings, prior=prior, unused=unused, current=prior)
+
+    def take_in(self, sketches: Sketches) -> Self:
+        """Nothing of it is wanted, but by `influence`."""
+        return self
 
     def due(self, step: int) -> bool:
         """Whether a decision follows update `step`."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from student_trainer.data.mixture import normalised
-from student_trainer.data.policies.policy import Decision, MixturePolicy, Static, Weights
+from student_trainer.data.policies.policy import Decision, MixturePolicy, Sketches, Static, Weights
 from student_trainer.data.policies.registry import POLICIES
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings.data import DataSettings
@@ -42,11 +42,14 @@ class PolicyState:
         initial = normalised({name: source.weight for name, source in settings.sources.items()})
         return cls(POLICIES[settings.mixture.policy](settings.mixture, initial), settings.mixture.lag)
 
-    def observe(self, metrics: Mapping[str, float], ranks: Ranks = ALONE) -> PolicyState:
+    def observe(
+        self, metrics: Mapping[str, float], ranks: Ranks = ALONE, sketches: Sketches | None = None
+    ) -> PolicyState:
         """After one more update. All ranks call; what the first one decides holds for all."""
         if not self.policy.varies:
             return self
-        policy = self.policy.observe(self.step, metrics)
+        policy = self.policy if sketches is None else self.policy.take_in(sketches)
+        policy = policy.observe(self.step, metrics)
         weights = normalised(json.loads(ranks.from_first(json.dumps(dict(policy.weights(self.step))))))
         decided = {number: weights for number, weights in self.decided.items() if number > self.step}
         return replace(self, policy=policy, step=self.step + 1, decided=decided | {self.step + self.lag: weights})

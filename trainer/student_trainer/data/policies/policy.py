@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 Weights = Mapping[str, float]  # by source; they need not sum to 1
 
 
@@ -19,6 +21,17 @@ class Decision:
     weights: Weights
     reasons: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Sketches:
+    """What was measured of gradients in one update: by source [size] float32, and where a decision is due that of the
+    probe, with the probe's loss a token.
+    """
+
+    by_source: Mapping[str, np.ndarray]
+    probe: np.ndarray | None = None
+    probe_loss: float | None = None
 
 
 class MixturePolicy(Protocol):
@@ -37,6 +50,10 @@ class MixturePolicy(Protocol):
     @property
     def decision(self) -> Decision | None:
         """The last one."""
+        ...
+
+    def take_in(self, sketches: Sketches) -> Self:
+        """With what was measured of an update's gradients, ahead of `observe` for the same update."""
         ...
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
@@ -68,6 +85,9 @@ class Static:
     varies = False
     watches = ()
     decision = None
+
+    def take_in(self, sketches: Sketches) -> Self:
+        return self
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
         return self

@@ -9,6 +9,7 @@ from typing import Any
 
 from student_trainer.data.policies.ado import Ado
 from student_trainer.data.policies.gap import Divergence, Excess
+from student_trainer.data.policies.influence import Influence
 from student_trainer.data.policies.policy import MixturePolicy, Static, Weights
 
 # By `data.mixture.policy`: from the policy's own settings and the weights that the sources are given.
@@ -17,4 +18,5 @@ POLICIES: dict[str, Callable[[Any, Weights], MixturePolicy]] = {
     "excess": Excess.of,
     "divergence": Divergence.of,
     "ado": Ado.of,
+    "influence": Influence.of,
 }

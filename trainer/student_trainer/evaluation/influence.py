@@ -1,0 +1,136 @@
+"""Measures for the mixture policy `influence`: sketches of the sources' gradients in updates that are made anyway, and
+of the probe's where a decision is due. Built by `build`, called by `loop`.
+
+The probe is measured before the update that its decision follows, with the parameters that this update starts from: it
+changes nothing of the student, and an update that is given up takes its probe along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from student_trainer.batch.batch import Kind
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.data.policies.influence import Influence
+from student_trainer.data.policies.policy import Sketches
+from student_trainer.losses.terms import Term
+from student_trainer.ranks import Ranks, full_tensor
+from student_trainer.settings import Settings
+from student_trainer.settings.mixture import InfluenceMixture
+from student_trainer.state import TrainState
+from student_trainer.students.gradient_sketches import GradientSketches, choose
+from student_trainer.students.student import Student
+from student_trainer.targets.prefetch import Ready
+from teacher_proto.stages import stage
+
+Ask = Callable[[Ready], Ready]  # a batch with what is asked of a teacher at ids that the student finds likeliest
+
+
+class HasMoments(Protocol):
+    """Of an optimizer."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def zero_grad(self) -> None: ...
+
+
+class NoMeter:
+    """Of a run whose mixture does not go by gradients."""
+
+    def begin(
+        self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
+    ) -> None:
+        """See `InfluenceMeter`."""
+
+    def watching(self, micro: MicroBatch) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take(self) -> Sketches | None:
+        return None
+
+
+class InfluenceMeter(NoMeter):
+    """`begin` before an update, `watching` around each of its forward passes, `take` after it. `probe`: batches with
+    their targets, cut for this student.
+    """
+
+    def __init__(
+        self, settings: Settings, student: Student, optimizer: HasMoments, sources: Sequence[str],
+        probe: Sequence[Ready], ranks: Ranks,
+    ):  # fmt: skip
+        mixture = settings.data.mixture
+        assert isinstance(mixture, InfluenceMixture)
+        self._settings, self._optim, self._chunk_rows = mixture, settings.optim, settings.distillation.chunk_rows
+        self._student, self._optimizer, self._probe, self._ranks = student, optimizer, tuple(probe), ranks
+        self._sources = tuple(sources)
+        chosen = choose(student.model, mixture.modules, mixture.module_count)
+        self._sketches = GradientSketches(student, chosen, len(self._sources), mixture.sketch_size, settings.run.seed)
+        self._names = [name for each in chosen for name in each.parameters]
+        self._active = False
+        self._probed: tuple[Tensor, float] | None = None
+
+    def begin(
+        self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
+    ) -> None:
+        """Ahead of update `state.step`, which all ranks call. `pause` may raise to give the update up."""
+        policy = state.policy.policy
+        assert isinstance(policy, Influence)
+        self._active = kind == "data" and policy.sketched(state.step)
+        self._probed = None
+        if policy.due(state.step):
+            self._student.before_step(state.step)
+            self._probed = self._measure([micro for each in self._probe for micro in ask(each).micro], terms, pause)
+        self._sketches.scales = self._preconditioners() if self._active and self._settings.precondition else {}
+
+    def watching(self, micro: MicroBatch) -> AbstractContextManager[None]:
+        """Around a forward pass of the update."""
+        return self._sketches.watching(micro) if self._active else nullcontext()
+
+    def take(self) -> Sketches | None:
+        """What was measured of the update, over all ranks, which all must call; None where nothing was due."""
+        if not self._active and self._probed is None:
+            return None
+        by_source = {}
+        if self._active:
+            sums = self._ranks.add_up(self._sketches.take()).numpy()
+            by_source = {name: sums[place] for place, name in enumerate(self._sources)}
+        if self._probed is None:
+            return Sketches(by_source)
+        sketch, loss = self._probed
+        return Sketches(by_source, sketch.numpy(), loss)
+
+    def _measure(
+        self, micros: Sequence[MicroBatch], terms: tuple[Term, ...], pause: Callable[[], None]
+    ) -> tuple[Tensor, float]:
+        """The sketch of the probe's gradient, and its loss, a token."""
+        self._sketches.scales = {}
+        count = self._ranks.total(sum(micro.view.count for micro in micros))
+        lost = torch.zeros((), dtype=torch.float64)
+        with stage("measuring the probe", len(micros), "micro batches", closing=False) as doing:
+            for micro in micros:
+                micro = micro.to(self._student.device)
+                with self._sketches.watching(micro, together=True):
+                    loss = self._student.loss(micro, terms, self._chunk_rows)
+                (loss.total / max(count, 1)).backward()
+                lost += loss.total.detach().double().cpu()
+                doing.done += 1
+                pause()
+        self._optimizer.zero_grad()
+        (total,) = self._ranks.totals([float(lost)])
+        return self._ranks.add_up(self._sketches.take())[0], total / max(count, 1)
+
+    def _preconditioners(self) -> dict[str, Tensor]:
+        """1 / (sqrt(v) + eps) by parameter, of Adam's second moments; they are there from the second update on."""
+        state = self._optimizer.state()
+        scales = {}
+        for name in self._names:
+            if (second := state.get(f"{name}//exp_avg_sq")) is None:
+                continue
+            corrected = full_tensor(second).float() / (1.0 - self._optim.betas[1] ** float(state[f"{name}//step"]))
+            scales[name] = 1.0 / (corrected.sqrt() + self._optim.eps)
+        return scales
