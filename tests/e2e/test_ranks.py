@@ -271,6 +271,34 @@ def test_a_mixture_that_follows_the_losses_is_the_same_on_two_ranks(
         assert_same(go_on(world, begun, tmp_path / f"on-{world}", workshop, teacher, given, install), one)
 
 
+EVERY = ("data.mixture.lag=2", "data.mixture.update_interval=2", "checkpoint.every=3")
+PROBED = ("data.mixture.policy=influence", "data.mixture.probe=a", "data.mixture.sketch_steps=2",
+          "data.mixture.sketch_size=256", "data.held_out_rows=4")  # fmt: skip
+POLICIES = {
+    "excess": ("data.mixture.policy=excess",),
+    "divergence": ("data.mixture.policy=divergence", "data.mixture.form=exponentiated"),
+    "ado": ("data.mixture.policy=ado",),
+    "influence": PROBED,
+    "influence, preconditioned": (*PROBED, "data.mixture.precondition=true"),
+    "influence on ternary": (*PROBED, "student=bitnet", "student.quantisation.warmup_steps=4"),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_decides_alike_on_two_ranks(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, name: str
+) -> None:
+    given = (UNCLIPPED, *EVERY, *POLICIES[name])
+    one, two = (
+        run_on(world, tmp_path / str(world), arguments(workshop, tmp_path / str(world), teacher, *given))
+        for world in (1, 2)
+    )
+    assert_same(one, two)
+    decided = [line["decided/a"] for line in lines_of(two) if "decided/a" in line]
+    assert len(decided) == (1 if name == "ado" else STEPS // 2) and decided[-1] != 0.5
+    assert_same(go_on(2, one, tmp_path / "on", workshop, teacher, given), one)
+
+
 OWN_TEXT = ("on_policy=gkd", "on_policy.share=0.6", "on_policy.prompt_tokens=6", "on_policy.new_tokens=10",
             "teacher.sanity=off")  # fmt: skip
 BALANCED = "distillation.balance.shares={cross_entropy: 1, top_k_kl: 1}"
