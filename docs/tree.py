@@ -33,6 +33,7 @@ PACKAGES = {
     "trainer/student_trainer/students": "what learns",
     "trainer/student_trainer/students/quantisers": "weights in few bits, a file a quantiser",
     "trainer/student_trainer/students/adapters": "what is trained in place of all weights, a file an adapter",
+    "trainer/student_trainer/calibration": "first values of low-rank corrections, out of data",
     "trainer/student_trainer/targets": "where targets come from, and how they come ahead of time",
     "trainer/student_trainer/rollouts": "text that the student writes and learns from",
     "trainer/student_trainer/optim": "how gradients become updates",

@@ -310,6 +310,7 @@ BESIDE = {  # what a rank does with the whole student beside the passes that all
     "lora": ("student.lora.rank=4",),
     "ternary": ("student=bitnet", "student.quantisation.warmup_steps=4", UNCLIPPED),  # a bit more flips a weight
     "lora on ternary": ("student=bitnet", "student.lora.rank=4", UNCLIPPED),
+    "lrc": ("student=lrc", "student.quantisation.bits=3", "student.lrc.sequences=8"),
 }
 
 

@@ -17,6 +17,7 @@ from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
+from student_trainer.calibration.start import calibrate_at_start
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints
 from student_trainer.checkpoint.earlier_run import recognised
@@ -91,6 +92,9 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         check_student(snapshot.state.get("student"), identity, settings)
     elif isinstance(settings.data.mixture, InfluenceMixture):
         components.source.check_probe(settings.data.mixture.probe)
+    if snapshot is None:
+        student, source = components.student, components.source
+        calibrate_at_start(settings, student, source, identity, folder.path, ranks)
     unsharded = Unsharded(components.student, copied=not ranks.alone and _passes_alone(settings))
     shard(components.student, ranks)
     policy = PolicyState.of(settings.data)

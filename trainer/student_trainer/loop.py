@@ -200,6 +200,8 @@ def train(run: Run, started: float | None = None) -> int:
                 run.evaluate()
             while run.state.step < steps:
                 steps = advance(run, steps, started)
+            if run.state.step == 0:  # of none: what is saved is how the student starts
+                run.save()
             run.checkpoints.finish(last=True)
             with run.interruptible():
                 run.evaluator.write_passage(run.student)

@@ -36,6 +36,7 @@ def composed(*more: str, minimal: bool = True) -> dict:
         (["teacher=cached", "teacher.store=/s", "teacher.vllm_url=http://h:1", "teacher.on_miss=remote"],
          ["teacher=cached", "teacher.store=/s", "teacher.url=http://h:1", "teacher.on_miss=remote"]),
         (["optimizer.type=muon"], ["optim=muon_clip"]),
+        (["training=lrc_calibration"], ["recipe=lrc"]),
         (["optimizer=MuonClip", "optimizer.enable_clipping=false"], ["optim=muon_clip", "optim.qk_clip.tau=null"]),
         (["optimizer.type=adamw", "optimizer.enable_clipping=true"], ["optim=adamw", "optim.qk_clip.tau=100"]),
         (["optimizer.lr=1e-3", "optimizer.weight_decay=0.2"], ["optim.learning_rate=1e-3", "optim.weight_decay=0.2"]),
@@ -46,7 +47,8 @@ def test_an_old_name_is_todays_and_says_so(old: list[str], new: list[str], caplo
         assert composed(*old) == composed(*new)
     said = [record.getMessage() for record in caplog.records if "is now called" in record.getMessage()]
     assert len(said) == sum(
-        each.split("=")[0].split(".")[0] == "optimizer" or ".model_name" in each or "vllm" in each for each in old
+        each.split("=")[0].split(".")[0] in ("optimizer", "training") or ".model_name" in each or "vllm" in each
+        for each in old
     )
 
 
@@ -54,6 +56,7 @@ def test_an_old_name_is_todays_and_says_so(old: list[str], new: list[str], caplo
     ("override", "said"),
     [
         ("optimizer.type=lion", "optimizer.type=lion: expected one of muon, muonclip, muon_clip, adamw"),
+        ("training=lrc", "training=lrc: expected one of lrc_calibration"),
         ("optimizer.lerning_rate=1", "Did you mean 'optim.learning_rate'"),
         ("teacher.modl_name=x", "Did you mean"),
         ("data.config_name=mixd_pretrain", "Did you mean 'mixed_pretrain'"),

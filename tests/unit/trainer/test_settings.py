@@ -46,7 +46,7 @@ def test_a_group_of_parameters_keeps_its_other_defaults_when_one_is_set() -> Non
         ("optim.schedule.kind=cosin", "'cosine'"),
         ("optim.learning_rate=fast", "optim.learning_rate"),
         ("optim.learning_rate=-1", "optim.learning_rate"),
-        ("run.steps=0", "run.steps"),
+        ("run.steps=-1", "run.steps"),
         ("prefetch.depth=-1", "prefetch.depth"),
         ("distillation.terms.x.coefficient=1", "'x'"),
         ("teacher.kind=none", "need a teacher"),

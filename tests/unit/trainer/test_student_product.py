@@ -25,7 +25,7 @@ from student_trainer.export.check import compare_logits, transformers_logits
 from student_trainer.export.export import EXPORTS
 from student_trainer.export.packed import load_packed
 from student_trainer.export.packed_reader import read_packed
-from student_trainer.settings import LoRASettings, StudentSettings
+from student_trainer.settings import LoRASettings, LRCSettings, QuantisationSettings, StudentSettings
 from student_trainer.students import load
 from student_trainer.students.adapters.low_rank import corrections
 from student_trainer.students.load import ADAPTERS, ARCHITECTURES, check_cell
@@ -41,12 +41,21 @@ CPU = torch.device("cpu")
 CARD = ModelCard("tiny", "tiny-base", "", "")
 ALL: list[Cell] = list(product(ARCHITECTURES, QUANTISERS, ADAPTERS))
 LORA = LoRASettings(rank=3, alpha=6)
+LRC = LRCSettings(rank=0.1, sequences=4)
+# The closed form is of weights that are quantised in full, in a model without SubLN.
+UNNORMED = QuantisationSettings(sub_norm="none")
+WARMED, OF_LRC = ("student.quantisation.warmup_steps=1",), ("student.quantisation.sub_norm=none",)
+OF_ADAPTER: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "lora": ("student.lora.rank=3", "student.lora.alpha=6", "optim.learning_rate=1e-1"),
+    "lrc": ("student.lrc.rank=0.1", "student.lrc.sequences=4"),
+}
 
 
 def settings_of(cell: Cell, **more: Any) -> StudentSettings:
     architecture, quantiser, adapter = cell
-    lora = {} if adapter == "none" else {"lora": LORA}
-    return StudentSettings(architecture=architecture, quantiser=quantiser, adapter=adapter, **lora, **more)
+    own: dict[str, Any] = {"lora": {"lora": LORA}, "lrc": {"lrc": LRC, "quantisation": UNNORMED}}.get(adapter, {})
+    return StudentSettings(architecture=architecture, quantiser=quantiser, adapter=adapter, **own, **more)
 
 
 def is_refused(cell: Cell) -> bool:
@@ -68,8 +77,7 @@ def arguments(workshop: Workshop, model: Path, root: Path, cell: Cell) -> list[s
         root, f"student.checkpoint_path={model}", f"student.architecture={architecture}", f"student.adapter={adapter}",
         f"student.quantiser={quantiser}", "teacher=none", "distillation=cross_entropy", "run.steps=2",
         "checkpoint.every=1", "optim.learning_rate=1e-2",
-        *(() if adapter == "none" else ("student.lora.rank=3", "student.lora.alpha=6", "optim.learning_rate=1e-1")),
-        *(() if quantiser == "none" else ("student.quantisation.warmup_steps=1",)),
+        *OF_ADAPTER[adapter], *(() if quantiser == "none" else OF_LRC if adapter == "lrc" else WARMED),
     )  # fmt: skip
     return [each for each in given if not each.startswith("teacher.")]
 
@@ -216,11 +224,13 @@ def test_formats_that_cannot_hold_it_say_why(exported: dict[tuple[Cell, str], An
         elif form not in QUANTISERS[quantiser].exports:
             assert f"format {form} can't hold this student (student.quantiser is {quantiser}): use" in str(outcome)
         elif form == "dense" and QUANTISERS[quantiser].activations != "none":
-            assert isinstance(outcome, CannotExpressError) and "it has no SubLN" in str(outcome)
+            reason = "rounded to int8" if adapter == "lrc" else "it has no SubLN"
+            assert isinstance(outcome, CannotExpressError) and reason in str(outcome)
         elif form == "gguf" and architecture == "diffusion":
             assert isinstance(outcome, CannotExpressError) and "from left to right, not by blocks" in str(outcome)
         elif form == "gguf" and adapter != "none":
-            assert isinstance(outcome, CannotExpressError) and "adapter in full precision" in str(outcome)
+            reason = "sub_norm 'none'" if adapter == "lrc" else "adapter in full precision"
+            assert isinstance(outcome, CannotExpressError) and reason in str(outcome)
         else:
             assert not isinstance(outcome, Exception), outcome
 

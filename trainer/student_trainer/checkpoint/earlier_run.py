@@ -117,10 +117,10 @@ def _adapted(student: Student, settings: StudentSettings) -> StudentSettings | N
     had = student.adapted
     if had is None:
         return adapt(student.model, settings)
-    if settings.adapter_name != "none" and (had.adapter_name, had.lora) != (settings.adapter_name, settings.lora):
+    if settings.adapter_name != "none" and had.adapter_settings != settings.adapter_settings:
         raise ValueError(
-            f"{settings.checkpoint_path} trained an adapter {had.adapter_name} with {had.lora!r}, asked for is "
-            f"{settings.adapter_name} with {settings.lora!r}: leave it out, and it is trained on"
+            f"{settings.checkpoint_path} trained an adapter {had.adapter_name} with {had.adapter_settings!r}, asked "
+            f"for is {settings.adapter_name} with {settings.adapter_settings!r}: leave it out, and it is trained on"
         )
     return had
 

@@ -176,7 +176,12 @@ RULES = (
         Rule(f"student.lora.{name}", lambda s: s.student.lora.rank is not None, "student.lora.rank is null")
         for name in ("alpha", "targets")
     ),
-    Rule("student.lora.", lambda s: s.student.adapter_name != "none", "student.adapter is none"),
+    Rule("student.lora.", lambda s: s.student.adapter_name == "lora", "student.adapter is not lora"),
+    Rule("student.lrc.", lambda s: s.student.adapter_name == "lrc", "student.adapter is not lrc"),
+    *(
+        Rule(f"student.lrc.{name}", lambda s: s.student.lrc.start == "closed_form", "student.lrc.start is random")
+        for name in ("sequences", "reference", "damping")
+    ),
     *(
         Rule(
             f"student.diffusion.growth.{name}",
@@ -189,6 +194,11 @@ RULES = (
         "student.quantisation.stages", lambda s: s.student.quantiser == "fairy2i", "only quantiser fairy2i has stages"
     ),
     Rule("student.diffusion.", _fills_in, "student.architecture is not diffusion"),
+    Rule(
+        "student.quantisation.activation_bits",
+        lambda s: s.student.quantiser in ("bitnet", "auto") or bool(s.student.quantisation.quantise_activations),
+        "this quantiser leaves activations as they are; set student.quantisation.quantise_activations=true",
+    ),
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 Rename = Callable[[str, Any, Mapping[str, Any]], list[str]]
 OPTIMIZERS = {"muon": "muon_clip", "muonclip": "muon_clip", "muon_clip": "muon_clip", "adamw": "adamw"}
 
+TRAININGS = {"lrc_calibration": "lrc"}  # by what a recipe was called
+
 
 def _served(old: Mapping[str, Any]) -> bool:
     return bool(old.get("teacher.use_vllm", "teacher.vllm_url" in old))
@@ -48,7 +50,14 @@ def _clipping(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
     return [f"optim.qk_clip.tau={100.0 if value else 'null'}"]
 
 
+def _training(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    if value not in TRAININGS:
+        raise ValueError(f"training={value}: expected one of {', '.join(TRAININGS)}")
+    return [f"recipe={TRAININGS[value]}"]
+
+
 RENAMED: dict[str, Rename] = {
+    "training": _training,
     "teacher.model_name": _teacher_model,
     "teacher.use_vllm": _use_vllm,
     "teacher.vllm_url": _vllm_url,

@@ -24,7 +24,7 @@ def dense_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
     record = record_of(model)
     reasons = [] if record.sub_norm == "none" else [f"it has no SubLN (sub_norm '{record.sub_norm}')"]
     if record.activations != "none":
-        reasons.append("activations are rounded to int8, and there they are not")
+        reasons.append(f"activations are rounded to {record.activations}, and there they are not")
     if model.config.model_type == "bitnet":
         reasons.append("transformers' BitNet architecture has SubLN built in")
     if reasons:

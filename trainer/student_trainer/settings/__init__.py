@@ -22,7 +22,13 @@ from student_trainer.settings.optim import (
 )
 from student_trainer.settings.run import CheckpointSettings, EvaluationSettings, LoggingSettings, RunSettings
 from student_trainer.settings.section import Section
-from student_trainer.settings.student import DiffusionSettings, LoRASettings, QuantisationSettings, StudentSettings
+from student_trainer.settings.student import (
+    DiffusionSettings,
+    LoRASettings,
+    LRCSettings,
+    QuantisationSettings,
+    StudentSettings,
+)
 from student_trainer.settings.teacher import PrefetchSettings, TeacherSettings
 from student_trainer.settings.terms import TermSettings
 
@@ -33,6 +39,7 @@ __all__ = [
     "DistillationSettings",
     "EvaluationSettings",
     "GroupSettings",
+    "LRCSettings",
     "LoRASettings",
     "LoggingSettings",
     "MuonSettings",
@@ -80,7 +87,7 @@ class Settings(Section):
                 "none of the student's matrices: leave it out"
             )
         warmup = self.student.quantisation.warmup_steps
-        if self.student.quantiser != "none" and warmup >= self.run.steps:
+        if self.student.quantiser != "none" and warmup and warmup >= self.run.steps:
             raise ValueError(
                 f"student.quantisation.warmup_steps is {warmup}, run.steps is {self.run.steps}: the student would "
                 "never be quantised in full; give a warm-up that ends before the run does"

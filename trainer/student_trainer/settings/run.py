@@ -16,7 +16,11 @@ class RunSettings(Section):
 
     root: str = Field("runs", description="folder of all runs")
     id: str | None = Field(None, description="this run's folder under root; null: made of the time and a random tail")
-    steps: int = Field(1000, ge=1, description="optimizer updates")
+    steps: int = Field(
+        1000,
+        ge=0,
+        description="optimizer updates; 0: the student is saved as it starts, calibrated if its adapter asks it",
+    )
     time_limit_s: float | None = Field(
         None, gt=0, description="after it no step begins, and the run ends as after its last: evaluated, saved"
     )

@@ -36,7 +36,12 @@ class QuantisationSettings(Section):
     )
     eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
     quantise_activations: bool | None = Field(
-        None, description="int8 activations beside quantised weights; null: bitnet true, fairy2i and seq2 false"
+        None, description="activations in few bits beside such weights; null: bitnet true, fairy2i, seq2 and rtn false"
+    )
+    activation_bits: Literal[4, 8] | None = Field(None, description="of quantised activations; null: 8")
+    bits: int | None = Field(None, ge=2, le=8, description="of a weight, where the quantiser is rtn; null: 4")
+    group_size: int | None = Field(
+        None, ge=2, description="of rtn: weights of a row that share a step; null: a whole row"
     )
     stages: Literal[1, 2] | None = Field(
         None, description="of fairy2i: times that what is left is quantised again, and bits a weight; null: 2"
@@ -74,6 +79,26 @@ class GrowthSettings(Section):
             return block_size
         doublings = min(max(step - self.after, 0) // self.every, block_size.bit_length())
         return int(min(block_size, self.first * 2**doublings))
+
+
+class LRCSettings(Section):
+    """Low-rank corrections of a quantised student's linears, on inputs that are not rounded."""
+
+    rank: float = Field(0.1, gt=0, le=1, description="as a share of the smaller side of a weight")
+    start: Literal["closed_form", "random"] = Field(
+        "closed_form",
+        description="first values: the best ones by calibration data, or as LoRA's, which correct nothing",
+    )
+    targets: Names = Field(("all-linear",), description="names of linear modules; all-linear: every one but the head")
+    sequences: int = Field(128, ge=1, description="rows of data.seq_len that the closed form is computed of")
+    reference: Literal["full_precision", "same_inputs"] = Field(
+        "full_precision",
+        description="what a layer's output is to be like: the full-precision model's, or its exact weight's on inputs "
+        "as they are in the student",
+    )
+    damping: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="of the inputs' second moments: times the mean of their diagonal"
+    )
 
 
 class DiffusionSettings(Section):
@@ -146,10 +171,11 @@ class StudentSettings(Section):
     quantiser: str = Field(
         "none",
         description="of its linear layers' weights; none: full precision; bitnet: ternary; fairy2i: complex, of 1 or "
-        "2 bits; seq2: 2 bits, scales learnt; auto: as in the folder",
+        "2 bits; seq2: 2 bits, scales learnt; rtn: rounded to the nearest of 2^bits values; auto: as in the folder",
     )
     adapter: str | None = Field(
-        None, description="what is trained in place of all weights: none, lora; null: lora where lora.rank is given"
+        None,
+        description="what is trained in place of all weights: none, lora, lrc; null: lora where lora.rank is given",
     )
     checkpoint_path: str = Field(
         "",
@@ -173,6 +199,7 @@ class StudentSettings(Section):
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile each layer; on a CPU it takes a C++ compiler")
     lora: LoRASettings = LoRASettings()
+    lrc: LRCSettings = LRCSettings()
     quantisation: QuantisationSettings = QuantisationSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
 
@@ -182,6 +209,11 @@ class StudentSettings(Section):
         if self.adapter is not None:
             return self.adapter
         return "none" if self.lora.rank is None else "lora"
+
+    @property
+    def adapter_settings(self) -> LoRASettings | LRCSettings:
+        """Those of the adapter that is named."""
+        return self.lrc if self.adapter_name == "lrc" else self.lora
 
     @property
     def cell(self) -> str:

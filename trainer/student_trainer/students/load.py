@@ -16,7 +16,8 @@ from student_trainer.settings import StudentSettings
 from student_trainer.students import flex
 from student_trainer.students.adapters.adapter import Adapter
 from student_trainer.students.adapters.lora import LORA
-from student_trainer.students.adapters.low_rank import corrections
+from student_trainer.students.adapters.low_rank import check_start, corrections
+from student_trainer.students.adapters.lrc import LRC_ADAPTER
 from student_trainer.students.adapters.none import NO_ADAPTER
 from student_trainer.students.causal import attention_for, wrap_causal
 from student_trainer.students.diffusion import wrap_diffusion
@@ -34,9 +35,11 @@ ARCHITECTURES: dict[str, Callable[[Any, str, StudentSettings], Student]] = {
     "diffusion": wrap_diffusion,
 }
 # By `student.adapter`. QUANTISERS is a dict like it, where its own users find it.
-ADAPTERS: Mapping[str, Adapter] = {"none": NO_ADAPTER, "lora": LORA}
+ADAPTERS: Mapping[str, Adapter] = {"none": NO_ADAPTER, "lora": LORA, "lrc": LRC_ADAPTER}
 # (architecture, quantiser, adapter), "*" for any of them, to the reason why such a student makes no sense.
-REFUSED: Mapping[tuple[str, str, str], str] = {}
+REFUSED: Mapping[tuple[str, str, str], str] = {
+    ("*", "none", "lrc"): "lrc corrects what quantised layers lose; choose a quantiser, or student.adapter=lora",
+}
 
 
 def check_cell(settings: StudentSettings) -> None:
@@ -90,6 +93,7 @@ def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None
         # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum moves logits by
         # per cents.
         set_quantisation_blend(model, 0.0)
+    check_start(model)
     student = ARCHITECTURES[settings.architecture](model, attention_for(settings, model.device), settings)
     student.warmup_steps, student.adapted = settings.quantisation.warmup_steps, adapted
     student.before_step(0)

@@ -25,9 +25,10 @@ log = logging.getLogger(__name__)
 
 def load_quantised(
     path: str, quantiser: str | None = None, *, revision: str | None = None, sub_norm: SubNorm | None = None,
-    eps: float | None = None, quantise_activations: bool | None = None, stages: int | None = None,
-    task: Task = "causal", num_labels: int | None = None, dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa", config: Any = None,
+    eps: float | None = None, quantise_activations: bool | None = None, activation_bits: int | None = None,
+    bits: int | None = None, group_size: int | None = None, stages: int | None = None, task: Task = "causal",
+    num_labels: int | None = None, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa",
+    config: Any = None,
 ) -> Any:  # fmt: skip
     """A model whose decoder is quantised and whose latent weights come from `path` (a folder or a hub name).
 
@@ -42,7 +43,10 @@ def load_quantised(
 
     config = config or AutoConfig.from_pretrained(path, revision=revision)
     record = recorded(config, path)
-    asked = {"sub_norm": sub_norm, "eps": eps, "quantise_activations": quantise_activations, "stages": stages}
+    asked = {
+        "sub_norm": sub_norm, "eps": eps, "quantise_activations": quantise_activations,
+        "activation_bits": activation_bits, "bits": bits, "group_size": group_size, "stages": stages,
+    }  # fmt: skip
     if task == "classification":
         if num_labels is None:
             raise ValueError("task 'classification' needs num_labels")

@@ -104,14 +104,16 @@ def _rms_norm(width: int, eps: float, like: Tensor) -> nn.Module:
 
 def quantise(
     model: Any, quantiser: str, *, sub_norm: SubNorm | None = None, quantise_activations: bool | None = None,
-    eps: float | None = None, stages: int | None = None,
+    activation_bits: int | None = None, eps: float | None = None, bits: int | None = None,
+    group_size: int | None = None, stages: int | None = None,
 ) -> Any:  # fmt: skip
     """Quantise every linear of the decoder, in place, and return the model.
 
     `quantiser`: a name in QUANTISERS, which also decides what is None here. `sub_norm`: "output" puts a norm before
     o_proj and down_proj (BitDistill's paper), "all" before every linear (its released launcher), "none" adds none.
     `eps` is the norms', 1e-8 by default as released there. transformers' BitNet architecture brings the two output
-    norms itself: only "output" fits it, and its own eps stays. `stages` of a quantiser that has them.
+    norms itself: only "output" fits it, and its own eps stays. `bits`, `group_size` and `stages` of a quantiser that
+    has them.
     Raises ValueError for a model without the linears that this needs, or one that is quantised already.
     """
     chosen = QUANTISERS[quantiser]
@@ -119,11 +121,18 @@ def quantise(
     activations = "none" if quantise_activations is False else chosen.activations
     if quantise_activations and activations == "none":
         activations = "int8"
+    if activations != "none" and activation_bits is not None:
+        activations = f"int{activation_bits}"
     if stages is not None and chosen.stages is None:
         log.warning("stages=%d has no effect: quantiser %s has none", stages, quantiser)
     if stages is None or chosen.stages is None:
         stages = chosen.stages
-    record = Record(quantiser, sub_norm, DEFAULT_EPS if eps is None else eps, activations, stages=stages)
+    if not chosen.grouped and (bits, group_size) != (None, None):
+        raise ValueError(
+            f"student.quantisation.bits and group_size are of rtn, the quantiser is {quantiser}: leave out"
+        )
+    eps_of_norms = DEFAULT_EPS if eps is None else eps
+    record = Record(quantiser, sub_norm, eps_of_norms, activations, stages=stages, bits=bits, group_size=group_size)
     return _convert(model, record, eps)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from student_trainer.settings import LoRASettings, StudentSettings
 from student_trainer.students.adapters.adapter import Adapter
-from student_trainer.students.adapters.low_rank import LowRank, corrections, train_corrections_alone
+from student_trainer.students.adapters.low_rank import LowRank, chosen_linears, corrections, train_corrections_alone
 from student_trainer.students.quant_linear import quant_linears, quantiser_of
 
 SEED = 0  # of the adapters' first weights: a run's start must not depend on what was drawn before
@@ -51,14 +51,7 @@ def add_lora(model: Any, settings: LoRASettings) -> None:
 
 def _add_to_quantised(model: Any, settings: LoRASettings) -> None:
     assert settings.rank is not None
-    everywhere = settings.targets == ("all-linear",)
-    chosen = {
-        name: layer
-        for name, layer in quant_linears(model)
-        if everywhere or any(f".{name}".endswith(f".{target}") for target in settings.targets)
-    }
-    if not chosen:
-        raise ValueError(f"student.lora.targets: no quantised linear is called {' or '.join(settings.targets)}")
+    chosen = chosen_linears(model, settings.targets, "student.lora.targets")
     for layer in chosen.values():
         layer.correction = LowRank(layer.in_features, layer.out_features, settings.rank, settings.alpha, layer.weight)
     train_corrections_alone(model)

@@ -7,7 +7,9 @@ the exported base: `export` writes it, `pretrained` reads it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from student_trainer.students.quant_linear import quant_linears
+from student_trainer.students.quant_linear import QuantLinear, quant_linears
 
 FOLDER = "adapter"  # of an export, beside the base's files
 WEIGHTS = "adapter_model.safetensors"
@@ -63,6 +65,19 @@ def corrections(model: nn.Module) -> dict[str, Correction]:
     }
 
 
+def chosen_linears(model: nn.Module, targets: Sequence[str], setting: str) -> dict[str, QuantLinear]:
+    """The quantised linears that `targets` name, all for "all-linear". ValueError, naming `setting`, for none."""
+    everywhere = tuple(targets) == ("all-linear",)
+    chosen = {
+        name: layer
+        for name, layer in quant_linears(model)
+        if everywhere or any(f".{name}".endswith(f".{target}") for target in targets)
+    }
+    if not chosen:
+        raise ValueError(f"{setting}: no quantised linear is called {' or '.join(targets)}")
+    return chosen
+
+
 @torch.no_grad()
 def put_corrections(model: Any, found: Mapping[str, Correction]) -> None:
     """Give the named layers corrections of these values. ValueError where one is not there, or is of another shape."""
@@ -78,6 +93,16 @@ def put_corrections(model: Any, found: Mapping[str, Correction]) -> None:
         layer.correction = made
 
 
+def check_start(model: nn.Module) -> None:
+    """ValueError where A and B are both zero: each one's gradient is a product with the other, and stays zero."""
+    for name, found in corrections(model).items():
+        if not found.a_RI.any() and not found.b_OR.any():
+            raise ValueError(
+                f"both factors of the correction of {name} are zero: neither would ever have a gradient. Start one of "
+                "them at other values"
+            )
+
+
 def train_corrections_alone(model: nn.Module) -> None:
     """Freeze all but the corrections."""
     model.requires_grad_(False)
@@ -87,12 +112,14 @@ def train_corrections_alone(model: nn.Module) -> None:
 
 
 def write_peft(found: Mapping[str, Correction], folder: Path) -> None:
-    """Write them as peft's LoRA for a causal language model. All have one rank and alpha."""
+    """Write them as peft's LoRA for a causal language model, each with its own rank and alpha."""
     from peft import LoraConfig
 
-    first = next(iter(found.values()))
+    (rank, alpha), _ = Counter((len(each.a_RI), each.alpha) for each in found.values()).most_common(1)[0]
     config = LoraConfig(
-        r=len(first.a_RI), lora_alpha=first.alpha, target_modules=sorted(found), bias="none", task_type="CAUSAL_LM",
+        r=rank, lora_alpha=alpha, target_modules=sorted(found), bias="none", task_type="CAUSAL_LM",
+        rank_pattern={_pattern(name): len(each.a_RI) for name, each in found.items() if len(each.a_RI) != rank},
+        alpha_pattern={_pattern(name): each.alpha for name, each in found.items() if each.alpha != alpha},
         inference_mode=True,
     )  # fmt: skip
     tensors = {}
@@ -103,17 +130,25 @@ def write_peft(found: Mapping[str, Correction], folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def _pattern(name: str) -> str:
+    """peft reads the keys of its patterns as regular expressions that the end of a module's name matches."""
+    return re.escape(name)
+
+
 def read_peft(folder: Path) -> dict[str, Correction]:
     """What `write_peft` wrote, by the layer's name. Empty where there is no such folder."""
     if not (folder / CONFIG).is_file():
         return {}
-    alpha = json.loads((folder / CONFIG).read_text())["lora_alpha"]
-    return dict(_pairs(load_file(folder / WEIGHTS), alpha))
+    config = json.loads((folder / CONFIG).read_text())
+    patterns = config.get("alpha_pattern") or {}
+    pairs = _pairs(load_file(folder / WEIGHTS))
+    return {
+        name: Correction(a_RI, b_OR, patterns.get(_pattern(name), config["lora_alpha"])) for name, a_RI, b_OR in pairs
+    }
 
 
-def _pairs(tensors: Mapping[str, Tensor], alpha: int) -> Iterator[tuple[str, Correction]]:
+def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     for key, a_RI in tensors.items():
         stem, found, _ = key.partition(".lora_A.")
         if found:
-            name = stem.removeprefix("base_model.model.")
-            yield name, Correction(a_RI, tensors[f"{stem}.lora_B.weight"], alpha)
+            yield stem.removeprefix("base_model.model."), a_RI, tensors[f"{stem}.lora_B.weight"]

@@ -11,6 +11,7 @@ from student_trainer.students.quantisers.bitnet import BITNET
 from student_trainer.students.quantisers.fairy2i import FAIRY2I
 from student_trainer.students.quantisers.none import NONE
 from student_trainer.students.quantisers.quantiser import Quantiser
+from student_trainer.students.quantisers.rtn import RTN
 from student_trainer.students.quantisers.seq2 import SEQ2
 
 QUANTISERS: Mapping[str, Quantiser] = {
@@ -18,4 +19,5 @@ QUANTISERS: Mapping[str, Quantiser] = {
     "bitnet": BITNET,
     "fairy2i": FAIRY2I,
     "seq2": SEQ2,
+    "rtn": RTN,
 }

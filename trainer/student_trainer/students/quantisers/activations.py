@@ -1,8 +1,8 @@
 """What a layer's input is rounded to before its weight multiplies it, by name. Used by `quant_linear`.
 
 int8: a = 127 / max |x| over a token's features, value clip(round(x a), -128, 127) / a, as BitNet b1.58 has it (arXiv
-2402.17764). Computed in float32 and cast back, in the order of operations of transformers' BitNet integration, so that
-an exported checkpoint gives the same bits there. No torch.compile.
+2402.17764); int4: the same with 7 and -8. Computed in float32 and cast back, in the order of operations of
+transformers' BitNet integration, so that an exported checkpoint gives the same bits there. No torch.compile.
 """
 
 from __future__ import annotations
@@ -20,22 +20,31 @@ SMALLEST_SCALE = 1e-5
 ActivationQuantiser = Callable[[Tensor, Tensor], Tensor]
 
 
-class _Int8Activations(torch.autograd.Function):
+class _RoundedActivations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input_ND: Tensor, blend_: Tensor) -> Tensor:
+    def forward(ctx: Any, input_ND: Tensor, blend_: Tensor, top: int) -> Tensor:
         exact_ND = input_ND.float()
-        inverse_N1 = 127.0 / exact_ND.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
-        value_ND = (exact_ND * inverse_N1).round_().clamp_(-128, 127).div_(inverse_N1)
+        inverse_N1 = float(top) / exact_ND.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
+        value_ND = (exact_ND * inverse_N1).round_().clamp_(-top - 1, top).div_(inverse_N1)
         return torch.lerp(exact_ND, value_ND, blend_.float(), out=value_ND).to(input_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 def int8_activations(input_ND: Tensor, blend_: Tensor) -> Tensor:
     """Activations [..., D] on a token's grid of 256 steps, in their own dtype; `blend_` is a scalar in [0, 1]."""
-    return _Int8Activations.apply(input_ND, blend_)
+    return _RoundedActivations.apply(input_ND, blend_, 127)
 
 
-ACTIVATIONS: Mapping[str, ActivationQuantiser | None] = {"none": None, "int8": int8_activations}
+def int4_activations(input_ND: Tensor, blend_: Tensor) -> Tensor:
+    """The same on a grid of 16 steps."""
+    return _RoundedActivations.apply(input_ND, blend_, 7)
+
+
+ACTIVATIONS: Mapping[str, ActivationQuantiser | None] = {
+    "none": None,
+    "int8": int8_activations,
+    "int4": int4_activations,
+}

@@ -24,6 +24,7 @@ class Quantiser(ABC):
     """Weights that are trained in full precision and multiply in few bits. Without state: a layer holds its weights.
 
     `bits`: of a weight where it is packed, scales not counted.
+    `grouped`: whether the settings choose its bits, and how many weights share a scale.
     `stages`: how many times what is left is quantised again, None where that is no choice.
     `activations`, `sub_norm`: what goes with it where the settings do not say.
     `qk_clip`: what may be scaled to make a layer's outputs smaller by as much: single "rows" of the latent weight, the
@@ -34,6 +35,7 @@ class Quantiser(ABC):
     name: ClassVar[str]
     bits: float
     stages: int | None = None
+    grouped: ClassVar[bool] = False
     activations: ClassVar[str] = "none"
     sub_norm: ClassVar[SubNorm] = "none"
     qk_clip: ClassVar[Literal["rows", "matrix", "nothing"]] = "rows"

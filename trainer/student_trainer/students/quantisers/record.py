@@ -20,8 +20,8 @@ OLD_ENTRY = "bitnet_student"  # of trainers that had one quantiser: sub_norm, ep
 
 @dataclass(frozen=True)
 class Record:
-    """`quantiser`: a name in QUANTISERS. `eps`: of the SubLN norms. `activations`: a name in ACTIVATIONS. `stages`: of
-    a quantiser that has several.
+    """`quantiser`: a name in QUANTISERS. `eps`: of the SubLN norms. `activations`: a name in ACTIVATIONS. `stages`,
+    `bits`, `group_size`: of a quantiser that leaves them open, as its weights are rounded.
     """
 
     quantiser: str
@@ -29,6 +29,8 @@ class Record:
     eps: float
     activations: str
     stages: int | None = None
+    bits: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("sub_norm", get_args(SubNorm)), ("activations", tuple(ACTIVATIONS))):
@@ -42,7 +44,11 @@ class Record:
 
     def differing(self, asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         """The settings of `asked` that say something else than the record: name, what it says, what was asked for."""
-        says = {**asdict(self), "quantise_activations": self.activations != "none"}
+        says = {
+            **asdict(self),
+            "quantise_activations": self.activations != "none",
+            "activation_bits": int(self.activations.removeprefix("int")) if self.activations != "none" else None,
+        }
         for name, value in asked.items():
             if value is not None and value != says[name]:
                 yield name, says[name], value

@@ -1,0 +1,64 @@
+"""What a calibration has found, a file a decoder layer, so that one that was stopped goes on. Called by `calibrate`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFound:
+    """Of one decoder layer: A and B of each linear as tensors NAME.A and NAME.B, and by the linear's name |R|^2 before
+    and after the correction.
+    """
+
+    tensors: Mapping[str, Tensor]
+    errors: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class LayerFiles:
+    """The layers that are done of one calibration. `digest`: of all that decides its outcome; files of another one
+    are written over.
+    """
+
+    folder: Path
+    digest: str
+
+    def read(self, number: int) -> LayerFound | None:
+        """What was found of layer `number`; None where that has still to be done."""
+        path = self._path(number)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("digest") != self.digest:
+                    logger.warning("%s is of a calibration by other settings or data: it is made anew", path)
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read (%s): it is made anew", path, error)
+            return None
+        errors = {name: (before, after) for name, (before, after) in json.loads(about["errors"]).items()}
+        return LayerFound(tensors, errors)
+
+    def write(self, number: int, found: LayerFound) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(number)
+        unfinished = path.with_name(f".{path.name}.new")
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in found.tensors.items()}
+        save_file(tensors, unfinished, {"digest": self.digest, "errors": json.dumps(dict(found.errors))})
+        unfinished.replace(path)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"layer-{number:05d}.safetensors"

@@ -1,0 +1,170 @@
+"""A student's decoder run layer by layer, so that a layer's inputs can be read before the layer itself is final. Called
+by `calibrate`.
+
+The model's own pass is made once a micro batch with every layer standing still: what it would have been called with,
+masks and positions, is kept, and from then on each layer is called by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.students.causal import decoder_layers
+from student_trainer.students.quant_linear import QuantLinear, quant_linears
+from student_trainer.students.quantisers.quantiser import Quantiser
+from student_trainer.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class Entrance:
+    """What a micro batch comes to the decoder's layers with: hidden states [B, T, D], and by layer what else each is
+    called with. `real_N`: which of the B T positions are of documents, not padding.
+    """
+
+    hidden_BTD: Tensor
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    real_N: Tensor
+
+
+class Reached(Exception):
+    """The layer that was waited for has been called."""
+
+
+@contextmanager
+def standing_still(student: Student) -> Iterator[list[nn.Module]]:
+    """The decoder's layers, evaluated and not compiled: they are called one at a time, and cut short."""
+    layers = decoder_layers(student.model)
+    was_training, compiled = student.model.training, [layer._compiled_call_impl for layer in layers]
+    student.model.eval()
+    try:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        with torch.no_grad():
+            yield layers
+    finally:
+        for layer, was in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = was
+        student.model.train(was_training)
+
+
+def enter(student: Student, layers: Sequence[nn.Module], micro: MicroBatch) -> Entrance:
+    """The micro batch as it comes to the layers."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    first: list[Tensor] = []
+
+    def keep(hidden_states: Tensor, *rest: Any, **more: Any) -> Tensor:
+        first.append(hidden_states)
+        calls.append((rest, more))
+        return hidden_states
+
+    with ExitStack() as stack:
+        for layer in layers:
+            layer.forward = keep
+            stack.callback(delattr, layer, "forward")
+        view = micro.view
+        with autocast(student):
+            student.body(view.input_ids_BT, view.position_ids_BT, view.attention)
+    real_N = (view.attention.document_ids_BT >= 0).flatten()
+    return Entrance(first[0], tuple(calls), real_N)
+
+
+def autocast(student: Student) -> torch.autocast:
+    """As the student's own passes are computed."""
+    return torch.autocast(student.device.type, dtype=student.compute, enabled=student.compute != torch.float32)
+
+
+def call(layer: nn.Module, hidden_BTD: Tensor, entrance: Entrance, number: int) -> Tensor:
+    """The output of layer `number` on these hidden states."""
+    rest, more = entrance.calls[number]
+    made = layer.forward(hidden_BTD, *rest, **more)
+    output_BTD: Tensor = made[0] if isinstance(made, tuple) else made
+    return output_BTD
+
+
+def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor | None:
+    """What `linear` is given in the pass `run`, which ends there; None where it is never called."""
+    found: list[Tensor] = []
+
+    def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise Reached
+
+    hook = linear.register_forward_pre_hook(reach)
+    try:
+        run()
+    except Reached:
+        pass
+    finally:
+        hook.remove()
+    return found[0] if found else None
+
+
+def groups(layer: nn.Module, run: Callable[[], object]) -> list[list[QuantLinear]]:
+    """The layer's quantised linears in the order in which the pass `run` calls them, those of one input together."""
+    order: list[tuple[Tensor, list[QuantLinear]]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, QuantLinear)
+        for seen, group in order:
+            if seen is args[0]:
+                group.append(module)
+                return
+        order.append((args[0], [module]))
+
+    hooks = [linear.register_forward_pre_hook(note) for _, linear in quant_linears(layer)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [group for _, group in order]
+
+
+class _Rounded(Quantiser):
+    """A weight that was quantised before, in the place of what quantises it in every pass."""
+
+    name = "rounded"
+
+    def __init__(self, linear: QuantLinear) -> None:
+        self.bits = linear.weight_quantiser.bits
+        self._quantised_OI = linear.weight_quantiser.weight(linear, torch.ones_like(linear.quantisation_blend))
+
+    def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
+        return self._quantised_OI if blend_.any() else layer.weight
+
+
+@contextmanager
+def quantised_once(layer: nn.Module) -> Iterator[None]:
+    """The layer with weights that are quantised now, and not again in each of many passes."""
+    linears = [linear for _, linear in quant_linears(layer)]
+    quantisers = [linear.weight_quantiser for linear in linears]
+    try:
+        for linear in linears:
+            linear.weight_quantiser = _Rounded(linear)
+        yield
+    finally:
+        for linear, quantiser in zip(linears, quantisers, strict=True):
+            linear.weight_quantiser = quantiser
+
+
+@contextmanager
+def in_full_precision(layer: nn.Module) -> Iterator[None]:
+    """The layer as it was before it was quantised, and without corrections."""
+    linears = [linear for _, linear in quant_linears(layer)]
+    kept = [(linear.quantisation_blend.clone(), linear.correction) for linear in linears]
+    try:
+        for linear in linears:
+            linear.quantisation_blend.zero_()
+            linear.correction = None
+        yield
+    finally:
+        for linear, (blend, correction) in zip(linears, kept, strict=True):
+            linear.quantisation_blend.copy_(blend)
+            linear.correction = correction

@@ -1,0 +1,59 @@
+"""What a run does before its first step where its student's corrections start from the closed form. Called by
+`build`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from student_trainer.batch.align import cut
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.batch.view import ViewSeed
+from student_trainer.calibration.calibrate import FOLDER, calibrate
+from student_trainer.data.loader import BatchSource
+from student_trainer.ranks import Ranks
+from student_trainer.settings import Settings
+from student_trainer.students.adapters.lrc import uncalibrated
+from student_trainer.students.student import Student
+from teacher_proto.identity import digest
+from teacher_proto.stages import stage
+
+# Of the data's settings: what changes nothing of the batches.
+HOW_IT_IS_READ = {"workers", "batches_ahead", "cache_folder", "held_out_rows"}
+
+
+def calibrate_at_start(
+    settings: Settings, student: Student, source: BatchSource, identity: dict[str, Any], folder: Path, ranks: Ranks
+) -> None:
+    """Calibrate a student whose corrections are still as they were put in, on the run's first batches; nothing for any
+    other. Before the student is sharded; on all ranks.
+    """
+    wanted = settings.student.lrc
+    if settings.student.adapter_name != "lrc" or wanted.start != "closed_form" or not uncalibrated(student.model):
+        return
+    with stage("reading the calibration text"):
+        micros = list(_micro_batches(settings, student, source))
+    errors = calibrate(student, micros, wanted, folder / FOLDER, _digest(settings, identity, ranks), ranks)
+    if ranks.first:
+        found = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
+        (folder / FOLDER / "errors.json").write_text(json.dumps(found, indent=1))
+
+
+def _micro_batches(settings: Settings, student: Student, source: BatchSource) -> Iterator[MicroBatch]:
+    state, seed = source.initial_state(), ViewSeed(settings.run.seed)
+    for number in range(math.ceil(settings.student.lrc.sequences / settings.data.rows)):
+        batch, state = source.batch(state, number)
+        for micro in cut(batch, None, student, seed, rows=settings.optim.micro_batch_rows):
+            yield micro.to(student.device)
+
+
+def _digest(settings: Settings, identity: dict[str, Any], ranks: Ranks) -> str:
+    """Of all that decides the outcome."""
+    data = settings.data.model_dump(mode="json", exclude=HOW_IT_IS_READ)
+    student = settings.student.model_dump(mode="json")
+    rows = (settings.run.seed, settings.optim.micro_batch_rows, ranks.world)
+    return digest([student, data, list(rows), identity])

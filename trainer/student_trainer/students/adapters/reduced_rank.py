@@ -1,0 +1,102 @@
+"""The best low-rank correction of a quantised layer, in closed form: reduced-rank regression (LRC, arXiv 2412.07902).
+
+With X [I, N] a layer's inputs as they are and R [O, N] what its quantised output lacks, U V^T of rank r minimises
+|R - U V^T X|^2: U holds the leading eigenvectors of C S^-1 C^T and V^T = U^T C S^-1, for S = X X^T and C = R X^T; the
+error is |R|^2 less the r eigenvalues. Called by `calibration`, which streams the two moments.
+
+R is subtracted token by token before it is summed: C = W X X^T - What Y X^T would need two more products of inputs, and
+loses to cancellation what it gains nothing by. Everything is float64, and S, damped, is factorised and never inverted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of the longest row of V^T: those below it are rounding.
+NEGLIGIBLE = 1e-13
+
+
+class Inputs:
+    """S = X X^T of the layers that read one input, summed batch by batch, and how many tokens are in it."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.moment_II = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, input_NI: Tensor) -> None:
+        self.moment_II.addmm_(input_NI.T, input_NI)
+        self.tokens += len(input_NI)
+
+
+class Residuals:
+    """C = R X^T and |R|^2 of one layer, summed batch by batch."""
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
+        made = {"dtype": torch.float64, "device": device}
+        self.cross_OI = torch.zeros(out_features, in_features, **made)
+        self.square = torch.zeros((), **made)
+
+    def add(self, residual_NO: Tensor, input_NI: Tensor) -> None:
+        self.cross_OI.addmm_(residual_NO.T, input_NI)
+        self.square += residual_NO.pow(2).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The corrections of every rank at once. `u_OK`: eigenvectors by falling eigenvalue; `vt_KI`: U^T C S^-1."""
+
+    u_OK: Tensor
+    vt_KI: Tensor
+    eigenvalues_K: Tensor
+
+    def cut(self, rank: int) -> tuple[Tensor, Tensor]:
+        """U [O, r] and V^T [r, I] of the best correction of that rank."""
+        return self.u_OK[:, :rank], self.vt_KI[:rank]
+
+
+def damped(moment_II: Tensor, damping: float) -> Tensor:
+    """S with `damping` times the mean of its diagonal added to the diagonal."""
+    return moment_II + damping * moment_II.diagonal().mean() * torch.eye(len(moment_II)).to(moment_II)
+
+
+def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
+    """The corrections that minimise |R - U V^T X|^2 + d |U V^T|^2, d by `damping`. ValueError for a singular S.
+
+    With S = L L^T the eigenvectors of C S^-1 C^T are the left singular vectors of C L^-T: they come from the smaller
+    of its two Gram matrices.
+    """
+    factor_II, failed = torch.linalg.cholesky_ex(damped(moment_II, damping))
+    if failed:
+        raise ValueError(
+            f"the calibration inputs span less than their {len(moment_II)} dimensions: give more tokens, or a damping "
+            "above 0"
+        )
+    whitened_IO = torch.linalg.solve_triangular(factor_II, cross_OI.T, upper=False)
+    if whitened_IO.shape[1] <= whitened_IO.shape[0]:
+        values_K, u_OK = torch.linalg.eigh(whitened_IO.T @ whitened_IO)
+        values_K, u_OK = values_K.flip(0), u_OK.flip(1)
+    else:
+        values_K, right_IK = torch.linalg.eigh(whitened_IO @ whitened_IO.T)
+        values_K, right_IK = values_K.flip(0), right_IK.flip(1)
+        # Orthogonal already, but for directions without weight, which are rounding: those become some others.
+        u_OK = torch.linalg.qr(whitened_IO.T @ right_IK).Q
+    vt_KI = torch.cholesky_solve(cross_OI.T @ u_OK, factor_II).T
+    return Solution(u_OK, vt_KI, values_K.clamp_min(0.0))
+
+
+def error(residuals: Residuals, moment_II: Tensor, u_OR: Tensor, vt_RI: Tensor) -> Tensor:
+    """|R - U V^T X|^2, of any U and V."""
+    explained = (u_OR * (residuals.cross_OI @ vt_RI.T)).sum()
+    return residuals.square - 2.0 * explained + ((u_OR.T @ u_OR) * (vt_RI @ moment_II @ vt_RI.T)).sum()
+
+
+def balanced(u_OR: Tensor, vt_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with columns of U as long as rows of V^T, so that both learn at one rate. A direction that
+    corrects nothing keeps a unit column beside a zero row: with both at zero neither would ever have a gradient.
+    """
+    length_R = vt_RI.norm(dim=1)
+    gain_R = torch.where(length_R > NEGLIGIBLE * length_R.max(), length_R.sqrt(), 1.0)
+    return u_OR * gain_R, vt_RI / gain_R[:, None]
