@@ -38,8 +38,8 @@ from student_trainer.evaluation.evaluator import Evaluator, fetch_held_out
 from student_trainer.evaluation.influence import InfluenceMeter, NoMeter
 from student_trainer.evaluation.samples import SampleWriter
 from student_trainer.loop import Run
-from student_trainer.losses.kinds import all_terms
-from student_trainer.losses.terms import Needs, Term
+from student_trainer.losses.kinds import all_terms, terms_of
+from student_trainer.losses.terms import Needs, TeacherTerm, Term
 from student_trainer.losses.watched import watched_terms
 from student_trainer.losses.weighting import Weighting, weighting_of
 from student_trainer.optim.optimizer import Optimizer, build_optimizer
@@ -63,6 +63,7 @@ from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.cached import CachedTargets
 from student_trainer.targets.guard import TargetGuard
+from student_trainer.targets.lookahead import Lookahead
 from student_trainer.targets.missing import list_missing
 from student_trainer.targets.prefetch import Prefetch, Ready, Stream
 from student_trainer.targets.protocol import Targets, spec_for
@@ -136,6 +137,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
         meter=meter, samples=_samples(settings, components, ranks), checkpoints=checkpoints,
         log=stack.enter_context(log), signals=signals, state=state, rollouts=rollouts,
         student_support=_student_support(settings, components, thread),
+        lookahead=_lookahead(settings, components, thread),
         waiting=components.describe_waiting, compiles=settings.student.compile,
     )  # fmt: skip
 
@@ -176,7 +178,8 @@ def _list_missing(
 
 def _passes_alone(settings: Settings) -> bool:
     """Whether a rank makes passes of the student that the others do not make with it."""
-    return settings.on_policy.active or _gathers(settings) or bool(settings.distillation.balance.shares)
+    looks_ahead = settings.distillation.lookahead.window is not None
+    return settings.on_policy.active or _gathers(settings) or looks_ahead or bool(settings.distillation.balance.shares)
 
 
 def _gathers(settings: Settings) -> bool:
@@ -347,6 +350,29 @@ def _decoding(
 
     ends = ends_of_text(student, components.tokenizer)
     return Decoding(settings.evaluation, batches, ends, judge if teacher is not None else None)
+
+
+def _lookahead(settings: Settings, components: Components, thread: EventThread) -> Lookahead | None:
+    """ValueError where there is nobody to ask, or nothing that may be looked ahead of."""
+    wanted, teacher = settings.distillation.lookahead, components.teacher
+    if wanted.window is None:
+        return None
+    if components.student.autoregressive:
+        raise ValueError(
+            "distillation.lookahead.window is set, but the student predicts a token from what stands before it alone: "
+            "what follows tells it nothing; use student=diffusion, or leave it out"
+        )
+    if teacher is None or "score" not in teacher.card.kinds:
+        who = "there is no teacher" if teacher is None else f"the teacher {teacher.card.name} has no kind score"
+        raise ValueError(f"distillation.lookahead.window is set, but {who}: leave it out")
+    if wanted.candidates > settings.teacher.top_k:
+        raise ValueError(
+            f"distillation.lookahead.candidates is {wanted.candidates}, teacher.top_k is {settings.teacher.top_k}: "
+            "candidates come out of the teacher's top K, give fewer"
+        )
+    if not any(isinstance(term, TeacherTerm) for term in terms_of(settings.distillation)):
+        raise ValueError("distillation.lookahead.window is set, but no loss compares with the teacher's top K")
+    return Lookahead(teacher.targets, thread, wanted, settings.run.seed)
 
 
 def _student_support(settings: Settings, components: Components, thread: EventThread) -> StudentSupport | None:

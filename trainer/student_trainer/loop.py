@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from student_trainer.settings import Settings
     from student_trainer.students.student import Student
     from student_trainer.targets.guard import TargetGuard
+    from student_trainer.targets.lookahead import Lookahead
     from student_trainer.targets.prefetch import Prefetch, Ready
     from student_trainer.targets.student_support import StudentSupport
     from teacher_proto.stopping import StopSignals
@@ -89,6 +90,7 @@ class Run:
     signals: StopSignals
     state: TrainState
     student_support: StudentSupport | None = None
+    lookahead: Lookahead | None = None
     rollouts: RolloutStream | None = None
     waiting: Callable[[], str] = str
     before: Before | None = None
@@ -143,7 +145,12 @@ class Run:
         return due and bool(self.ranks.largest(self.ranks.first and self.log.evaluated < self.state.step))
 
     def ask_at_students_ids(self, ready: Ready) -> Ready:
-        """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that."""
+        """The batch with what the teacher says of the ids that the student finds likeliest, if a loss wants that, and
+        with its rows of masked tokens by what follows them, if they are looked ahead of.
+        """
+        if self.lookahead is not None and ready.batch.kind == "data":
+            self.unsharded.student.before_step(self.state.step)
+            ready = self.lookahead.add(self.unsharded.student, ready, self.while_waiting)
         if self.student_support is None or not Needs.of(self.terms(ready.batch.kind)).late:
             return ready
         self.unsharded.student.before_step(self.state.step)

@@ -105,6 +105,14 @@ RULES = (
         Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")
         for name in ("reference", "every", "ema")
     ),
+    *(
+        Rule(
+            f"distillation.lookahead.{name}",
+            lambda s: s.distillation.lookahead.window is not None,
+            "distillation.lookahead.window is null",
+        )
+        for name in ("candidates", "positions", "student_best")
+    ),
     Rule("distillation.samples", _asks_for("sampled"), "no loss is on samples"),
     Rule("distillation.sample_seed", _asks_for("sampled"), "no loss is on samples"),
     Rule("distillation.gather_at", _asks_for("gather"), "no loss has support gather"),

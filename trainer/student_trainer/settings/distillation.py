@@ -25,6 +25,17 @@ class BalanceSettings(Section):
     ema: float = Field(0.9, ge=0, lt=1, description="what is kept of the running mean at a measurement")
 
 
+class LookaheadSettings(Section):
+    """Of block-diffusion students: a masked token's distribution by what follows too; see `targets.lookahead`."""
+
+    window: int | None = Field(
+        None, ge=1, description="following tokens that are scored; null: the teacher's causal row"
+    )
+    candidates: int = Field(8, ge=1, description="the teacher's likeliest ids that are tried in the token's place")
+    positions: int | None = Field(16, ge=1, description="tokens of a row that are looked ahead of; null: all")
+    student_best: bool = Field(True, description="try the student's likeliest id too, for one more forward pass")
+
+
 class DistillationSettings(Section):
     """The loss: its terms by name, and the relation term.
 
@@ -44,6 +55,7 @@ class DistillationSettings(Section):
     terms: Terms = Field(default_factory=lambda: Named(cross_entropy=CrossEntropySettings()))
     attention: AttentionSettings = AttentionSettings()
     balance: BalanceSettings = BalanceSettings()
+    lookahead: LookaheadSettings = LookaheadSettings()
     chunk_rows: int | None = Field(None, ge=1, description="rows whose logits exist at a time; null: by memory")
     samples: int = Field(50, ge=1, description="draws a token, for losses on sampled targets")
     sample_seed: int = Field(0, ge=0, le=2**63 - 1, description="with a document's tokens it decides what is drawn")

@@ -10,9 +10,10 @@ one round trip more. The answer depends on the batch and the weights alone, so a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,40 +47,48 @@ class StudentSupport:
         placed = [
             ids_by_position(micro, ids_NG, part) for micro, ids_NG, part in zip(counting, ids, parts, strict=True)
         ]
-        asked = time.monotonic()
-        futures = [
-            self._thread.submit(self._targets.fetch(part, queries_at(part, ids_CG)))
-            for part, ids_CG in zip(parts, placed, strict=True)
+        calls = [
+            self._targets.fetch(part, queries_at(part, ids_CG)) for part, ids_CG in zip(parts, placed, strict=True)
         ]
-        try:
-            while wait(futures, timeout=POLL_S).not_done:
-                while_waiting(time.monotonic() - asked)
-            answers = [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-        waited_s = ready.waited_s + time.monotonic() - asked
-        answered = iter(map(_with_gathered, counting, ids, parts, answers))
-        micro = tuple(next(answered) if len(each.view.labels_N) else each for each in ready.micro)
-        return replace(ready, micro=micro, waited_s=waited_s)
+        answers, waited_s = answered(self._thread, calls, while_waiting)
+        gathered = iter(map(_with_gathered, counting, ids, parts, answers))
+        micro = tuple(next(gathered) if len(each.view.labels_N) else each for each in ready.micro)
+        return replace(ready, micro=micro, waited_s=ready.waited_s + waited_s)
 
     def _ids(self, student: Student, micro: MicroBatch) -> Tensor:
         if self._words:
             return torch.tensor(self._words, device=student.device).expand(len(micro.view.labels_N), -1)
-        return self._likeliest(student, micro)
+        return likeliest(student, micro, self._k)
 
-    def _likeliest(self, student: Student, micro: MicroBatch) -> Tensor:
-        head = student.head
-        was_training = student.model.training
-        student.model.eval()
-        try:
-            with torch.no_grad():
-                return student_top_ids(
-                    student.hidden(micro), head.weight_VD, self._k,
-                    head_bias_V=head.bias_V, shared_vocab=student.shared_vocab, compute=student.compute,
-                )  # fmt: skip
-        finally:
-            student.model.train(was_training)
+
+def likeliest(student: Student, micro: MicroBatch, k: int) -> Tensor:
+    """The student's own k likeliest ids of each label [N, k], by a forward pass without dropout."""
+    head = student.head
+    was_training = student.model.training
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            return student_top_ids(
+                student.hidden(micro), head.weight_VD, k,
+                head_bias_V=head.bias_V, shared_vocab=student.shared_vocab, compute=student.compute,
+            )  # fmt: skip
+    finally:
+        student.model.train(was_training)
+
+
+def answered(
+    thread: EventThread, calls: Sequence[Coroutine[Any, Any, BatchTargets]], while_waiting: Callable[[float], None]
+) -> tuple[list[BatchTargets], float]:
+    """What all of them came to, asked at once, and how long that took; meanwhile `while_waiting` is called with it."""
+    asked = time.monotonic()
+    futures = [thread.submit(call) for call in calls]
+    try:
+        while wait(futures, timeout=POLL_S).not_done:
+            while_waiting(time.monotonic() - asked)
+        return [future.result() for future in futures], time.monotonic() - asked
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def ids_by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarray:
