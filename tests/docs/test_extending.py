@@ -1,4 +1,4 @@
-"""docs/extending.md is true: each of its diffs applies to a copy of the tree, and what it adds then trains or serves."""
+"""docs/extending.md is true: each diff applies to a copy of the tree, and what it adds then trains or serves."""
 
 from __future__ import annotations
 
