@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
+from teacher_proto.dataset.compact import MAX_BITS, MIN_BITS, Compact
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.store_entry import Entry
 from teacher_proto.store_parquet import Pair
@@ -70,4 +71,18 @@ def codec_of(manifest: Manifest) -> Codec:
     name = manifest.codec.get("name")
     if name == "lossless":
         return Lossless()
-    raise ValueError(f"the dataset's codec is {name!r}; this version reads lossless: update stillhouse")
+    if name == "compact":
+        return Compact(int(manifest.codec["bits"]), manifest.teacher.limits.vocab_size)
+    raise ValueError(f"the dataset's codec is {name!r}; this version reads lossless and compact: update stillhouse")
+
+
+def parse_codec(text: str) -> dict[str, Any]:
+    """The codec of a manifest out of `lossless`, `compact` or `compact:BITS`. ValueError for what is none."""
+    name, _, bits = text.partition(":")
+    if text == "lossless":
+        return {"name": "lossless"}
+    if name != "compact" or not (bits or "8").isdigit() or not MIN_BITS <= int(bits or 8) <= MAX_BITS:
+        raise ValueError(
+            f"--codec {text}: lossless, compact or compact:BITS with {MIN_BITS} to {MAX_BITS} bits was expected"
+        )
+    return {"name": "compact", "bits": int(bits or 8)}

@@ -1,0 +1,228 @@
+"""The codec `compact`: top-K records in a third to a half of their bytes, with an error that is measured as they are
+written. Made by `codecs.py`.
+
+A row's K ids become their places in the order of frequency of the shard's first row group, sorted, and of those the
+differences of neighbours: small numbers, of which Parquet's zstd makes little. The order by logprob is lost with that,
+so each id keeps a level of `bits` bits: 0 is the row's largest logprob, which stays as it is, and the others divide the
+range of all others into equal steps. Where level 1 lies is chosen so that the K together keep their probability, as far
+as it stays below the largest. The logprob of the sequence's own next token is float16, and so are `lse` and `log_z`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from teacher_proto.store_entry import Entry
+from teacher_proto.store_parquet import Pair
+from teacher_proto.targets import TokenTargets
+
+MIN_BITS, MAX_BITS = 2, 8
+# Beyond that many nats below the largest a probability is nothing, and would cost the others their resolution.
+_DEEPEST = 64.0
+_KEPT = ("ids", "logprobs", "lse", "next_logprob", "log_z")
+
+
+class Compact:
+    """`bits` a logprob, 2 to 8; `vocab_size` of the teacher."""
+
+    columns: ClassVar[Mapping[str, str]] = {
+        "coded_ids": "large_binary", "coded_logprobs": "large_binary", "coded_rows": "large_binary",
+    }  # fmt: skip
+
+    def __init__(self, bits: int, vocab_size: int):
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise ValueError(f"the codec compact keeps {MIN_BITS} to {MAX_BITS} bits a logprob, got {bits}")
+        self._levels, self._vocab_size = 2**bits - 1, vocab_size
+        self._planes = 2 if vocab_size <= 2**16 else 3
+        self._by_place, self._place_of = self._orders(np.empty(0, np.int64))
+        self._seen = np.empty(0, np.int64)
+        self._errors: dict[str, float] = {"sum_kl": 0.0, "max_kl": 0.0}
+
+    def learn(self, pairs: Iterable[Pair]) -> None:
+        counts_V = np.zeros(self._vocab_size, np.int64)
+        for _, targets in pairs:
+            if targets.ids is not None:
+                counts_V += np.bincount(targets.ids.reshape(-1), minlength=self._vocab_size)
+        order_V = np.argsort(-counts_V, kind="stable")
+        self._seen = order_V[: np.count_nonzero(counts_V)]
+        self._by_place, self._place_of = self._orders(self._seen)
+
+    def state(self) -> bytes:
+        return self._seen.astype("<u4").tobytes()
+
+    def restore_state(self, state: bytes) -> None:
+        self._by_place, self._place_of = self._orders(np.frombuffer(state, "<u4").astype(np.int64))
+
+    def errors(self) -> dict[str, float]:
+        """KL(exact, kept) in nats over the K ids and the tail as a bucket, at temperature 1 and those asked for."""
+        return self._errors
+
+    def encode(self, row: dict[str, Any], entry: Entry, targets: TokenTargets) -> dict[str, Any]:
+        blank = dict.fromkeys(self.columns)
+        if entry.kind != "top_k":
+            return row | blank
+        assert targets.ids is not None and targets.logprobs is not None and targets.lse is not None
+        assert targets.next_logprob is not None and targets.log_z is not None
+        places_RK = self._place_of[targets.ids]
+        order_RK = np.argsort(places_RK, axis=1)
+        places_RK = np.take_along_axis(places_RK, order_RK, axis=1)
+        logprobs_RK = np.take_along_axis(targets.logprobs, order_RK, axis=1).astype(np.float32)
+        next_R = targets.next_logprob.astype(np.float16)
+        at_R = _next_column(self._by_place[places_RK], entry)
+        scale = _scale_of(logprobs_RK, self._levels)
+        levels_RK = scale.levels(logprobs_RK, self._levels)
+        scale = scale.keeping_mass(logprobs_RK, levels_RK, next_R, at_R)
+        columns = (scale.largest_R, scale.first_R, scale.step_R, next_R, targets.lse, *targets.log_z.T)
+        rows = np.stack([column.astype(np.float16) for column in columns])
+        coded = {
+            "coded_ids": _planes(np.diff(places_RK, axis=1, prepend=0), self._planes),
+            "coded_logprobs": levels_RK.tobytes(),
+            "coded_rows": _planes(rows.view(np.uint16), 2),
+        }
+        coded_row = row | dict.fromkeys(_KEPT) | coded
+        self._measure(targets, self.decode(dict(coded_row)), entry)
+        return coded_row
+
+    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["coded_ids"] is None:
+            return row
+        rows, top_k = row["stop"] - row["start"], row["top_k"]
+        places_RK = np.cumsum(_unplanes(row["coded_ids"], self._planes).reshape(rows, top_k), axis=1)
+        ids_RK = self._by_place[places_RK]
+        levels_RK = np.frombuffer(row["coded_logprobs"], np.uint8).reshape(rows, top_k)
+        kept = _unplanes(row["coded_rows"], 2).astype(np.uint16).reshape(-1, rows).view(np.float16)
+        next_R, lse_R, log_z_TR = kept[3], kept[4], kept[5:]
+        kept_RK = _Scale(*kept[:3]).logprobs(levels_RK)
+        at_R = _next_column(ids_RK, row)
+        listed = np.flatnonzero(at_R >= 0)
+        kept_RK[listed, at_R[listed]] = next_R[listed]
+        ids_RK, kept_RK = _largest_first(ids_RK, kept_RK)
+        return row | {
+            "ids": ids_RK.reshape(-1), "logprobs": kept_RK.reshape(-1), "lse": lse_R.astype(np.float32),
+            "next_logprob": next_R.astype(np.float32), "log_z": log_z_TR.T.astype(np.float32).reshape(-1),
+        }  # fmt: skip
+
+    def _orders(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids by place, those of `first` and then the others, and the place of each id."""
+        rest = np.ones(self._vocab_size, dtype=bool)
+        rest[first] = False
+        by_place = np.concatenate([first, np.flatnonzero(rest)]).astype(np.int32)
+        place_of = np.empty(self._vocab_size, np.int32)
+        place_of[by_place] = np.arange(self._vocab_size, dtype=np.int32)
+        return by_place, place_of
+
+    def _measure(self, targets: TokenTargets, decoded: dict[str, Any], entry: Entry) -> None:
+        assert targets.ids is not None and targets.logprobs is not None and targets.log_z is not None
+        shape = targets.ids.shape
+        by_id_RK, ids_RK = np.argsort(targets.ids, axis=1), decoded["ids"].reshape(shape)
+        exact_RK = np.take_along_axis(targets.logprobs, by_id_RK, axis=1).astype(np.float64)
+        kept_RK = np.take_along_axis(decoded["logprobs"].reshape(shape), np.argsort(ids_RK, axis=1), axis=1)
+        kl_R = tail_kl(exact_RK, kept_RK.astype(np.float64))
+        self._add("kl", kl_R)
+        log_z_RT = decoded["log_z"].reshape(targets.log_z.shape)
+        for column, temperature in enumerate(entry.temperatures):
+            if temperature != 1:
+                exact = exact_RK / temperature - targets.log_z[:, column, None]
+                kept = kept_RK.astype(np.float64) / temperature - log_z_RT[:, column, None]
+                self._add(f"kl_at_{temperature:g}", tail_kl(exact, kept))
+
+    def _add(self, name: str, kl_R: np.ndarray) -> None:
+        self._errors[f"sum_{name}"] = self._errors.get(f"sum_{name}", 0.0) + float(kl_R.sum())
+        self._errors[f"max_{name}"] = max(self._errors.get(f"max_{name}", 0.0), float(kl_R.max()))
+
+
+def tail_kl(exact_RK: np.ndarray, kept_RK: np.ndarray) -> np.ndarray:
+    """KL(exact, kept) a row in nats, over the K ids and the tail as one bucket."""
+    tails = [np.maximum(1 - np.exp(logprobs_RK).sum(axis=1), 1e-6) for logprobs_RK in (exact_RK, kept_RK)]
+    head_R = (np.exp(exact_RK) * (exact_RK - kept_RK)).sum(axis=1)
+    kl_R: np.ndarray = head_R + tails[0] * np.log(tails[0] / tails[1])
+    return kl_R
+
+
+@dataclass(frozen=True, eq=False)
+class _Scale:
+    """What levels mean, float16 [R] each: level 0 is `largest`, level n is `first` - (n - 1) * `step`."""
+
+    largest_R: np.ndarray
+    first_R: np.ndarray
+    step_R: np.ndarray
+
+    def levels(self, logprobs_RK: np.ndarray, highest: int) -> np.ndarray:
+        """The nearest levels [R, K] of float32 logprobs; 0 for the first of the largest alone."""
+        steps_R = np.maximum(self.step_R.astype(np.float32), np.float32(1e-6))
+        below_RK = self.first_R.astype(np.float32)[:, None] - logprobs_RK
+        levels_RK = np.clip(1 + np.rint(below_RK / steps_R[:, None]), 1, highest).astype(np.uint8)
+        levels_RK[np.arange(len(levels_RK)), logprobs_RK.argmax(axis=1)] = 0
+        return levels_RK
+
+    def logprobs(self, levels_RK: np.ndarray) -> np.ndarray:
+        """float16 [R, K]."""
+        step = self.step_R.astype(np.float32)[:, None]
+        rest_RK = self.first_R.astype(np.float32)[:, None] - (levels_RK - np.float32(1)) * step
+        largest = self.largest_R.astype(np.float32)[:, None]
+        kept_RK = np.maximum(np.where(levels_RK == 0, largest, rest_RK), np.float32(np.finfo(np.float16).min))
+        return kept_RK.astype(np.float16)
+
+    def keeping_mass(
+        self, logprobs_RK: np.ndarray, levels_RK: np.ndarray, next_R: np.ndarray, at_R: np.ndarray
+    ) -> _Scale:
+        """The scale with `first` moved, so that the K together are as probable as they were; never above `largest`."""
+        moves_RK = levels_RK > 0
+        listed = np.flatnonzero(at_R >= 0)
+        moves_RK[listed, at_R[listed]] = False
+        wanted_R = np.where(moves_RK, np.exp(logprobs_RK), np.float32(0)).sum(axis=1)
+        ours_R = np.where(moves_RK, np.exp(self.logprobs(levels_RK).astype(np.float32)), np.float32(0)).sum(axis=1)
+        moved_R = np.log(np.maximum(wanted_R, 1e-30) / np.maximum(ours_R, 1e-30))
+        first_R = np.minimum(self.first_R.astype(np.float32) + moved_R, self.largest_R.astype(np.float32))
+        return replace(self, first_R=first_R.astype(np.float16))
+
+
+def _scale_of(logprobs_RK: np.ndarray, highest: int) -> _Scale:
+    largest_R = logprobs_RK.max(axis=1)
+    if logprobs_RK.shape[1] == 1:
+        return _Scale(*(column.astype(np.float16) for column in (largest_R, largest_R, np.zeros_like(largest_R))))
+    second_R = -np.partition(-logprobs_RK, 1, axis=1)[:, 1]
+    deep_R = np.minimum(second_R - logprobs_RK.min(axis=1), _DEEPEST)
+    return _Scale(*(column.astype(np.float16) for column in (largest_R, second_R, deep_R / max(highest - 1, 1))))
+
+
+def _next_column(ids_RK: np.ndarray, row: Entry | dict[str, Any]) -> np.ndarray:
+    """Where each row's own next token stands among its ids [R]; -1 where it does not, or there is none."""
+    if isinstance(row, Entry):
+        tokens_T, start, stop = row.tokens_T, row.start, row.stop
+    else:
+        tokens_T, start, stop = row["tokens"], row["start"], row["stop"]
+    next_R = np.full(stop - start, -1, np.int64)
+    following = tokens_T[start + 1 : stop + 1]
+    next_R[: len(following)] = following
+    is_next_RK = ids_RK == next_R[:, None]
+    column_R: np.ndarray = np.where(is_next_RK.any(axis=1), is_next_RK.argmax(axis=1), -1)
+    return column_R
+
+
+def _largest_first(ids_RK: np.ndarray, logprobs_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both by falling logprob; equal ones stay in their order, on every machine."""
+    # The bits of a float16 that is not above zero grow as it falls, but for +0.
+    bits_RK = np.ascontiguousarray(logprobs_RK).view(np.uint16) | np.uint16(0x8000)
+    keys_RK = bits_RK.astype(np.uint32) << 16 | np.arange(ids_RK.shape[1], dtype=np.uint32)
+    keys_RK.sort(axis=1)
+    order_RK = (keys_RK & 0xFFFF).astype(np.int64)
+    return np.take_along_axis(ids_RK, order_RK, axis=1), (keys_RK >> 16).astype(np.uint16).view(np.float16)
+
+
+def _planes(numbers: np.ndarray, count: int) -> bytes:
+    """The lowest bytes of all numbers, then the next ones: what is alike stands together."""
+    flat = np.ascontiguousarray(numbers, dtype="<u4").reshape(-1).view(np.uint8).reshape(-1, 4)
+    return np.ascontiguousarray(flat[:, :count].T).tobytes()
+
+
+def _unplanes(data: bytes, count: int) -> np.ndarray:
+    planes = np.frombuffer(data, np.uint8).reshape(count, -1)
+    numbers = planes[0].astype(np.int32)
+    for place in range(1, count):
+        numbers |= planes[place].astype(np.int32) << (8 * place)
+    return numbers
