@@ -46,9 +46,20 @@ def _stats(folder: Folder) -> int:
         "tokens": f"{stats.tokens:,}", "bytes": f"{stats.bytes:,}",
         "bytes a token": f"{stats.bytes / max(stats.tokens, 1):.1f}",
     }  # fmt: skip
-    for name, value in (lines | {name: f"{value:.3g}" for name, value in stats.errors.items()}).items():
+    for name, value in (lines | _errors(stats.errors)).items():
         print(f"{name + ':':<15}{value}")
     return 0
+
+
+def _errors(errors: dict[str, float]) -> dict[str, str]:
+    """What a codec lost, in nats a row; `kl_at_2` is at temperature 2."""
+    return {
+        name.removeprefix("sum_").replace(
+            "_", " "
+        ): f"{errors[name]:.3g} a row, {errors[name.replace('sum', 'max')]:.3g} at most"
+        for name in sorted(errors)
+        if name.startswith("sum_")
+    }
 
 
 def _check(folder: Folder) -> int:

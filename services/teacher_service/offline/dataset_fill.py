@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -36,19 +36,37 @@ _WRITING = 2
 
 async def fill_dataset(
     engine: Engine, dataset: TargetDataset, units: Iterator[Unit], part: Slice | None = None, *, window: int = 16_384,
-    on_progress: Callable[[FillReport], object] = lambda report: None,
+    report: FillReport | None = None, on_progress: Callable[[FillReport], object] = lambda report: None,
 ) -> FillReport:  # fmt: skip
     """Score the units of `part` with a started engine, `window` tokens at a time, and return when all is written.
 
-    A document that the engine fails at is counted and passed over. EngineDeadError ends the run.
+    A document that the engine fails at is counted and passed over. EngineDeadError ends the run; `report`, where it is
+    given, says what was done until then.
     """
-    run, began = _Run(engine, dataset, on_progress), time.monotonic()
+    run, began = _Run(engine, dataset, report or FillReport(), on_progress), time.monotonic()
     try:
         await run.score_all(units, part or Slice(), window)
     finally:
         await run.write_the_rest()
         run.report.seconds = time.monotonic() - began
     return run.report
+
+
+def missing_units(
+    dataset: TargetDataset, units: Iterator[Unit], part: Slice, report: FillReport,
+    on_progress: Callable[[FillReport], object],
+) -> Iterator[Unit]:  # fmt: skip
+    """The units of `part` that the dataset has not, or not all of, each with what is missing alone."""
+    for unit in units:
+        if part.has(unit.number):
+            there = dataset.holds(unit.documents)
+            missing = tuple(tokens_T for tokens_T, has in zip(unit.documents, there, strict=True) if not has)
+            report.skipped += len(unit.documents) - len(missing) + unit.repeats
+            if missing:
+                yield replace(unit, documents=missing, repeats=0)
+                continue
+        report.bytes_done += unit.num_bytes
+        on_progress(report)
 
 
 @dataclass(eq=False)
@@ -66,19 +84,22 @@ class _UnderWay:
 
 
 class _Run:
-    def __init__(self, engine: Engine, dataset: TargetDataset, on_progress: Callable[[FillReport], object]):
-        self.report = FillReport()
+    def __init__(
+        self, engine: Engine, dataset: TargetDataset, report: FillReport, on_progress: Callable[[FillReport], object]
+    ):
+        self.report = report
         self._scorer, self._dataset, self._on_progress = Scorer(engine), dataset, on_progress
         self._spec, self._fingerprint = dataset.manifest.spec, dataset.manifest.teacher.fingerprint
         self._open: list[_UnderWay] = []
         self._stopping = False
-        self._bytes_read = 0
 
     async def score_all(self, units: Iterator[Unit], part: Slice, window: int) -> None:
         running: dict[asyncio.Task[None], int] = {}
         writing: deque[asyncio.Task[None]] = deque()
         try:
-            while (unit := await asyncio.to_thread(self._next_missing, units, part)) is not None:
+            missing = missing_units(self._dataset, units, part, self.report, self._on_progress)
+            while (found := await asyncio.to_thread(next, missing, None)) is not None:
+                unit = _UnderWay(list(found.documents), found.num_bytes, [None] * len(found.documents))
                 self._open.append(unit)
                 for place, tokens_T in enumerate(unit.documents):
                     task = asyncio.create_task(self._score(unit, place))
@@ -113,20 +134,6 @@ class _Run:
                 writing.result()
         if cancelled is not None:
             raise cancelled
-
-    def _next_missing(self, units: Iterator[Unit], part: Slice) -> _UnderWay | None:
-        """The next unit of ours that the dataset has not, or not all of, with what is missing."""
-        for unit in units:
-            num_bytes, self._bytes_read = unit.bytes_read - self._bytes_read, unit.bytes_read
-            if part.has(unit.number):
-                there = self._dataset.holds(unit.documents)
-                missing = [tokens_T for tokens_T, has in zip(unit.documents, there, strict=True) if not has]
-                self.report.skipped += len(unit.documents) - len(missing) + unit.repeats
-                if missing:
-                    return _UnderWay(missing, num_bytes, [None] * len(missing))
-            self.report.bytes_done += num_bytes
-            self._on_progress(self.report)
-        return None
 
     async def _score(self, unit: _UnderWay, place: int) -> None:
         tokens_T = unit.documents[place]

@@ -2,6 +2,7 @@
 
     stillhouse-teacher fill HuggingFaceTB/SmolLM2-135M-Instruct data/ --store targets --top-k 64 --temperatures 2,5
     stillhouse-teacher fill HuggingFaceTB/SmolLM2-135M-Instruct data/ --output s3://bucket/targets --slice 3/16
+    stillhouse-teacher fill Qwen/Qwen3-8B data/ --output s3://bucket/targets --ray auto --replicas 16
 
 Options that are not fill's own are the service's: --engine, --dtype, --window, vLLM's. Run it again to go on.
 Exit codes: 0 all is there, 1 some sequences failed, 2 can't be done as asked, 70 the engine died, 75 stopped by SIGTERM
@@ -23,6 +24,7 @@ from teacher_proto.stopping import StopSignals
 from teacher_service.offline.fill_options import FillOptions, check_against, parse_fill, sequence_length
 
 if TYPE_CHECKING:
+    from teacher_proto.requests import Kind, Limits
     from teacher_service.engine import Engine
     from teacher_service.offline.documents import Piece
     from teacher_service.offline.fill import FillReport
@@ -41,7 +43,8 @@ def fill_command(arguments: list[str], signals: StopSignals) -> int:
     set_up_logs(options.settings.log_format, "warning")
     files = find_files(Path(options.own.data))
     try:
-        report = asyncio.run(_fill(options, files, signals))
+        fill = _fill_on_ray if options.own.ray is not None else _fill_here
+        report = fill(options, files, signals)
     except asyncio.CancelledError:
         signals.check()
         raise
@@ -51,16 +54,45 @@ def fill_command(arguments: list[str], signals: StopSignals) -> int:
     return _tell(report)
 
 
-async def _fill(options: FillOptions, files: list[Path], signals: StopSignals) -> FillReport:
+def _fill_here(options: FillOptions, files: list[Path], signals: StopSignals) -> FillReport:
+    return asyncio.run(_fill(options, files, signals))
+
+
+def _fill_on_ray(options: FillOptions, files: list[Path], signals: StopSignals) -> FillReport:
     with stage("importing libraries"):
-        from teacher_proto.model_files import find_model
-        from teacher_proto.store import TargetStore
-        from teacher_service.offline.documents import Cutting, read_pieces
-        from teacher_service.offline.fill import fill
-        from teacher_service.run import ENGINES
-        from teacher_service.text import Text
+        from teacher_service.offline.ray_fill import RayCluster
+        from teacher_service.offline.units import read_units
+
+    own = options.own
+    with RayCluster(options, signals) as cluster:
+        with stage(f"starting the first of {own.replicas} engines with {options.settings.model}"):
+            info = cluster.teacher()
+        pieces = _pieces(options, files, info.limits, info.kinds)
+        with _Scoring(sum(path.stat().st_size for path in files), own.replicas) as scoring:
+            return cluster.fill(info, read_units(pieces, own.shard_tokens), scoring.show)
+
+
+def _pieces(options: FillOptions, files: list[Path], limits: Limits, kinds: tuple[Kind, ...]) -> Iterator[Piece]:
+    """The documents as sequences for this teacher. ValueError where it can't be asked this."""
+    from teacher_proto.model_files import find_model
+    from teacher_service.offline.documents import Cutting, read_pieces
+    from teacher_service.text import Text
 
     settings, own = options.settings, options.own
+    cutting = Cutting(sequence_length(limits, own), limits.vocab_size, not own.no_special_tokens)
+    check_against(options.request, limits, kinds)
+    scripted = settings.engine == "scripted"
+    folder = None if scripted else find_model(settings.model, revision=settings.revision).path
+    return read_pieces(files, Text(folder, limits.vocab_size), cutting)
+
+
+async def _fill(options: FillOptions, files: list[Path], signals: StopSignals) -> FillReport:
+    with stage("importing libraries"):
+        from teacher_proto.store import TargetStore
+        from teacher_service.offline.fill import fill
+        from teacher_service.run import ENGINES
+
+    settings = options.settings
     task = asyncio.current_task()
     assert task is not None
     engine = ENGINES[settings.engine](settings)
@@ -71,11 +103,7 @@ async def _fill(options: FillOptions, files: list[Path], signals: StopSignals) -
         try:
             with stage(f"starting the engine with {settings.model}"):
                 await engine.start()
-            cutting = Cutting(sequence_length(engine, own), engine.limits.vocab_size, not own.no_special_tokens)
-            check_against(options.request, engine)
-            scripted = settings.engine == "scripted"
-            folder = None if scripted else find_model(settings.model, revision=settings.revision).path
-            pieces = read_pieces(files, Text(folder, engine.limits.vocab_size), cutting)
+            pieces = _pieces(options, files, engine.limits, engine.kinds)
             with _Scoring(sum(path.stat().st_size for path in files)) as scoring:
                 if store is None:
                     return await _into_dataset(engine, options, pieces, scoring.show)
@@ -94,7 +122,7 @@ async def _into_dataset(
     from teacher_service.offline.scoring import info_of
     from teacher_service.offline.units import read_units
 
-    manifest = Manifest(info_of(engine), options.request.spec, versions=versions())
+    manifest = Manifest(info_of(engine), options.request.spec, options.codec, versions())
     units = read_units(pieces, options.own.shard_tokens)
     with TargetDataset(options.own.output, create=manifest) as dataset:
         return await fill_dataset(
@@ -105,7 +133,8 @@ async def _into_dataset(
 class _Scoring:
     """How far it is, by the data that is done with, and what became of the sequences."""
 
-    def __init__(self, num_bytes: int):
+    def __init__(self, num_bytes: int, replicas: int = 1):
+        self._replicas = replicas
         unit, self._bytes_a_unit = ("MB", 1e6) if num_bytes >= 10e6 else ("kB", 1e3)
         size = max(num_bytes, 1) / self._bytes_a_unit
         self._stage = stage("filling", size, unit, note=self._note, closing=False)
@@ -120,7 +149,9 @@ class _Scoring:
         if report is None:
             return ""
         rate = report.tokens / self._doing.seconds
-        return f"{report.scored:,} scored, {report.skipped:,} there, {report.failed:,} failed, {rate:,.0f} tokens/s"
+        said = f"{report.scored:,} scored, {report.skipped:,} there, {report.failed:,} failed, {rate:,.0f} tokens/s"
+        hours = self._replicas * self._doing.seconds / 3600
+        return said if self._replicas == 1 else f"{said}, {hours:,.2f} hours of an engine so far"
 
     def __enter__(self) -> _Scoring:
         self._doing = self._stage.__enter__()

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pydantic import ValidationError
 
+from teacher_proto.dataset.codecs import parse_codec
 from teacher_proto.errors import RequestError
-from teacher_proto.requests import KINDS, TargetsRequest, check_request
+from teacher_proto.requests import KINDS, Kind, Limits, TargetsRequest, check_request
 from teacher_service.offline.slices import Slice
 from teacher_service.settings import TeacherSettings, parse_settings
-
-if TYPE_CHECKING:
-    from teacher_service.engine import Engine
 
 
 @dataclass(frozen=True)
 class FillOptions:
     """`own` are fill's options, `settings` the service's, `request` what is asked of every document, `part` the
-    share of the data that is ours."""
+    share of the data that is ours, `codec` how a dataset keeps it;
+    `engine_arguments` make the settings again, elsewhere."""
 
     own: argparse.Namespace
     settings: TeacherSettings
     request: TargetsRequest
     part: Slice
+    codec: dict[str, Any]
+    engine_arguments: list[str]
 
 
 def parse_fill(arguments: list[str]) -> FillOptions:
@@ -45,17 +46,27 @@ def parse_fill(arguments: list[str]) -> FillOptions:
         given = [name for name in _OF_DATASETS if getattr(options, name.replace("-", "_")) != _OF_DATASETS[name]]
         if given:
             raise ValueError(f"--{given[0]} is for target datasets: it goes with --output URL, and not with --store")
-    if options.shard_tokens < 1:
-        raise ValueError(f"--shard-tokens {options.shard_tokens}: 1 or more were expected")
-    return FillOptions(options, settings, _request(options), Slice.parse(options.slice))
+    for name in ("shard_tokens", "replicas"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more were expected")
+    if options.replicas > 1 and options.ray is None:
+        raise ValueError("--replicas is for a Ray cluster: it goes with --ray ADDRESS")
+    return FillOptions(
+        options,
+        settings,
+        _request(options),
+        Slice.parse(options.slice),
+        parse_codec(options.codec),
+        [options.model, *rest],
+    )
 
 
 # Options that --store has no use for, and their defaults.
-_OF_DATASETS = {"slice": "1/1", "shard-tokens": 2**20}
+_OF_DATASETS = {"slice": "1/1", "shard-tokens": 2**20, "codec": "lossless", "ray": None, "replicas": 1}
 
 
-def sequence_length(engine: Engine, options: argparse.Namespace) -> int:
-    limit = engine.limits.max_sequence_length
+def sequence_length(limits: Limits, options: argparse.Namespace) -> int:
+    limit = limits.max_sequence_length
     length = limit if options.max_length is None else options.max_length
     if not 1 <= length <= limit:
         raise ValueError(f"--max-length {length}: this teacher takes sequences of 1 to {limit} tokens")
@@ -79,9 +90,9 @@ def _request(options: argparse.Namespace) -> TargetsRequest:
         raise ValueError(f"--{name}: {first['msg']}, got {first['input']!r}") from None
 
 
-def check_against(request: TargetsRequest, engine: Engine) -> None:
+def check_against(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ...]) -> None:
     try:
-        check_request(request, engine.limits, engine.kinds)
+        check_request(request, limits, kinds)
     except RequestError as error:
         raise ValueError(f"--{(error.field or '').partition('.')[0].replace('_', '-')}: {error.message}") from None
 
@@ -98,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", nargs="?", metavar="DATA", help=".jsonl, .parquet or .txt file, or a folder of such")
     parser.add_argument("--output", metavar="URL", help="target dataset to fill: a folder, s3:// or gs://")
     parser.add_argument("--shard-tokens", type=int, default=2**20, help="--output: tokens a shard (default: 2**20)")
+    parser.add_argument(
+        "--codec", default="lossless", help="--output: lossless, or compact:BITS with 2 to 8 bits a logprob"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="--output: fill by engines on this Ray cluster, or auto")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="--ray: how many engines (default: 1)")
     parser.add_argument("--slice", default="1/1", metavar="I/N", help="--output: we are the I-th of N that share DATA")
     parser.add_argument("--kinds", default="top_k", help=f"of {', '.join(KINDS)}, by commas (default: top_k)")
     parser.add_argument("--top-k", type=int, default=64, help="K (default: 64)")

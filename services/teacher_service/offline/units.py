@@ -17,11 +17,11 @@ from teacher_service.offline.documents import Piece
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Token ids of different documents, in order. `bytes_read` of the data are behind it and all before it."""
+    """Token ids of different documents, in order. `num_bytes` of the data are behind it alone."""
 
     number: int
     documents: tuple[np.ndarray, ...]
-    bytes_read: int
+    num_bytes: int
     repeats: int = 0
 
     @property
@@ -33,7 +33,7 @@ def read_units(pieces: Iterator[Piece], tokens: int) -> Iterator[Unit]:
     """Units of at least `tokens`, but for the last. A document that came before is left out; 60 bytes each remember."""
     seen: set[int] = set()
     documents: list[np.ndarray] = []
-    number = size = repeats = read = 0
+    number = size = repeats = read = before = 0
     for piece in pieces:
         read = piece.bytes_read
         tokens_T = np.ascontiguousarray(piece.tokens_T, dtype="<i8")
@@ -45,7 +45,7 @@ def read_units(pieces: Iterator[Piece], tokens: int) -> Iterator[Unit]:
         documents.append(tokens_T)
         size += len(tokens_T)
         if size >= tokens:
-            yield Unit(number, tuple(documents), read, repeats)
-            documents, size, repeats, number = [], 0, 0, number + 1
+            yield Unit(number, tuple(documents), read - before, repeats)
+            documents, size, repeats, number, before = [], 0, 0, number + 1, read
     if documents or repeats:
-        yield Unit(number, tuple(documents), read, repeats)
+        yield Unit(number, tuple(documents), read - before, repeats)
