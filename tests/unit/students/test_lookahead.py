@@ -133,6 +133,34 @@ def test_what_the_causal_target_misses_is_the_information_in_what_follows() -> N
     assert list(sums.values()) == pytest.approx([0.394039, 0.232617, 0.0], abs=2e-6)
 
 
+GAPS = {(1, 2): (0.039010, 0.086173), (0, 2, 3): (0.360804, 0.0, 0.0), (1, 2, 3): (0.0, 0.0, 0.0)}
+
+
+@pytest.mark.parametrize("masked", GAPS)
+def test_rows_that_look_ahead_are_right_in_the_mean_for_any_mask_and_causal_ones_for_suffixes(masked: Any) -> None:
+    """E[row | what is shown] against p(x_l | what is shown), all in one block: the reference's gaps of causal rows."""
+    table = {text: np.exp(_logprob(text)) for text in product(range(VOCABULARY), repeat=4)}
+    shown = [at for at in range(4) if at not in masked]
+    groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for text in table:
+        groups.setdefault(tuple(text[at] for at in shown), []).append(text)
+    gaps = {"causal": [0.0] * len(masked), "ahead": [0.0] * len(masked)}
+    for texts in groups.values():
+        p_N = np.array([table[text] for text in texts])
+        weight, p_N = p_N.sum(), p_N / p_N.sum()
+        for index, token in enumerate(masked):
+            right = np.bincount([text[token] for text in texts], p_N, VOCABULARY)
+            rows = {"causal": np.zeros(VOCABULARY), "ahead": np.zeros(VOCABULARY)}
+            for text, p in zip(texts, p_N, strict=True):
+                loo = np.array([table[(*text[:token], v, *text[token + 1 :])] for v in range(VOCABULARY)])
+                rows["causal"] += p * np.exp(log_p(text)[token])
+                rows["ahead"] += p * loo / loo.sum()
+            for name, row in rows.items():
+                gaps[name][index] += weight * kl(right, row)
+    assert gaps["causal"] == pytest.approx(list(GAPS[masked]), abs=2e-6)
+    assert gaps["ahead"] == pytest.approx([0.0] * len(masked), abs=1e-9)
+
+
 def test_the_loss_on_leave_one_out_rows_is_the_reference_s() -> None:
     first = looked(ready(5), Reference()).micro[0]
     assert first.teacher is not None and first.teacher.ids_NK is not None and first.teacher.logprobs_NK is not None

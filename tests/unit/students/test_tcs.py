@@ -96,6 +96,41 @@ def test_it_is_that_of_the_reference(family: Any, k: int, tail: Any, temperature
     assert float(loss.total) / first.view.count == pytest.approx(sum(expected) / 2, abs=2e-6)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "truncate"])
+@pytest.mark.parametrize("family", ["in_place", "token_shift"])
+def test_its_gradient_is_that_of_the_formula_in_float64(family: Any, tail: Any) -> None:
+    batch = build_batch(0, [[Placed(0, "x", np.array(TEXT, np.int32), None)]], 4, 0, ("x",))
+    log_p_RV = teacher_logits()[1:4].log_softmax(-1)
+    top = log_p_RV.topk(2)
+    answer = TokenTargets(
+        start=0, ids=top.indices.numpy().astype(np.int32), logprobs=top.values.numpy().astype(np.float32)
+    )
+    reader = MaskedAt(DiffusionRecord(4, 0, family, "block_causal"))
+    first, _ = cut(batch, BatchTargets((answer,), TargetSpec(("top_k",), 2), ""), reader, ViewSeed(5))
+    ours_RV, theirs_RV = (torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss = head_loss(
+        ours_RV[first.view.rows_N], torch.eye(5, dtype=torch.float64), first.view.labels_N, first.teacher,
+        [token_term("tcs", "tcs", 1.0, tail=tail)],
+    )  # fmt: skip
+    loss.total.backward()
+    expected = torch.zeros((), dtype=torch.float64)
+    for token in (1, 3):
+        log_p_V = log_p_RV[token - 1]
+        log_q_V = theirs_RV[token if family == "in_place" else token - 1].log_softmax(-1)
+        at = log_p_V.topk(2).indices
+        log_p_K, log_q_K = log_p_V[at], log_q_V[at]
+        if tail == "renormalise":
+            log_p_K, log_q_K = log_p_K.log_softmax(-1), log_q_K.log_softmax(-1)
+        expected = expected + (log_p_K.exp() * (log_p_K - log_q_K)).sum()
+        if tail == "bucket":
+            p, q = 1 - log_p_K.exp().sum(), 1 - log_q_K.exp().sum()
+            expected = expected + p * (p / q).log()
+    expected.backward()
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert ours_RV.grad is not None
+    torch.testing.assert_close(ours_RV.grad, theirs_RV.grad, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("workshop"))
