@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
         extra["ternary_type"] = options.ternary_type
     elif options.format == "hf":
         extra["architecture"] = options.architecture
+    elif options.format == "dense":
+        extra["adapter"] = options.adapter
     with stage(f"writing {folder}"):
         report = EXPORTS[options.format](model.eval(), tokenizer, folder, card, **extra)
     print(f"{report.folder}: {report.format}, {report.architecture}, {report.num_bytes / 2**20:,.1f} MiB")
@@ -102,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ternary-type", choices=("TQ1_0", "TQ2_0"), default="TQ2_0",
         help="gguf: 1.69 or 2.06 bits a weight (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", choices=("merged", "beside"), default="merged",
+        help="dense: what an adapter adds, in the weights or in a folder that peft loads (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--skip-check", action="store_true", help="do not open again what was written")
     return parser

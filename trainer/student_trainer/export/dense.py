@@ -1,6 +1,7 @@
 """A quantised student as a plain model of full-precision weights, each worth what its codes were. Called by `export`.
 
-Nothing is saved by it; whoever knows no such codes gets the student's own answers. What an adapter adds is added in.
+Nothing is saved by it; whoever knows no such codes gets the student's own answers. What an adapter adds is added in, or
+written beside it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from student_trainer.students.quantisers.record import ENTRY
 
 
 @torch.no_grad()
-def dense_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
+def dense_weights(model: Any, merged: bool = True) -> tuple[Any, dict[str, Tensor]]:
     """The original architecture's config, and its weights by name. CannotExpressError where a plain model lacks what
-    the student has: SubLN, or inputs that are rounded.
+    the student has: SubLN, or inputs that are rounded. `merged`: with what an adapter adds.
     """
     record = record_of(model)
     reasons = [] if record.sub_norm == "none" else [f"it has no SubLN (sub_norm '{record.sub_norm}')"]
@@ -32,7 +33,7 @@ def dense_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
     config, weights, added = (
         type(model.config).from_dict(model.config.to_dict()),
         latent_weights(model),
-        corrections(model),
+        corrections(model) if merged else {},
     )
     if hasattr(config, ENTRY):
         delattr(config, ENTRY)

@@ -50,6 +50,7 @@ from student_trainer.students.quantisers.none import NONE
 from student_trainer.students.quantisers.quantiser import Quantiser
 
 Architecture = Literal["auto", "original"]
+Placed = Literal["merged", "beside"]  # where a dense model has what an adapter adds
 
 
 @dataclass(frozen=True)
@@ -220,17 +221,21 @@ def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
                          what=what, loading=_LOAD_PACKED, pattern=FILE_PATTERN)  # fmt: skip
 
 
-def export_dense(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
-    """Write what the codes are worth in full precision, for whatever loads the original model; adapters are added in.
+def export_dense(
+    model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, adapter: Placed = "merged"
+) -> ExportReport:
+    """Write what the codes are worth in full precision, for whatever loads the original model; adapters are added in,
+    or written "beside" it for peft.
 
     Raises CannotExpressError naming what a plain model lacks: SubLN, rounded activations.
     """
     _check_finished(model, "dense")
-    config, weights = dense_weights(model)
+    config, weights = dense_weights(model, merged=adapter == "merged")
+    added = {} if adapter == "merged" else corrections(model)
     what = "What the quantised weights are worth, in full precision: the student's answers, at a plain model's size."
-    return _write_folder(model, tokenizer, folder, card, express(model, config, weights, {}), weights,
-                         report=("dense", True, ()), what=what,
-                         loading=_LOAD_TRANSFORMERS.format(factory=_factory(model)))  # fmt: skip
+    loading = (_LOAD_ADAPTED if added else _LOAD_TRANSFORMERS).format(factory=_factory(model))
+    return _write_folder(model, tokenizer, folder, card, express(model, config, weights, added), weights,
+                         report=("dense", True, ()), what=what, loading=loading)  # fmt: skip
 
 
 EXPORTS: Mapping[str, Callable[..., ExportReport]] = {

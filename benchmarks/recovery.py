@@ -1,0 +1,291 @@
+"""What low-rank corrections win back: SmolLM2-135M rounded to int4 and to 1.58 bits, before, after the closed form, and
+after training it, by rank and by seed of the calibration text.
+
+    python -m benchmarks.recovery --docs                 the table of docs/recovery.md; about 40 minutes of one core
+    python -m benchmarks.recovery --minutes 8            as much of it as fits; the next call goes on
+    python -m benchmarks.recovery --model FOLDER --tokens 1024 --seeds 0 --steps 4     to see that it works
+
+The closed form is computed by `student_trainer.calibration` at the largest rank; a smaller one is its first columns,
+which is the best correction of that rank of the same inputs. Training is AdamW on the full KL from the model in full
+precision, all but the corrections frozen. What was measured is kept in runs/recovery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import report
+from demo.prepare import TEACHER, TEXT, prepare
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.batch.view import CausalDocuments, View
+from student_trainer.calibration.calibrate import calibrate
+from student_trainer.calibration.layer_passes import quantised_once
+from student_trainer.checkpoint.earlier_run import load_student
+from student_trainer.settings import LRCSettings, QuantisationSettings, StudentSettings
+from student_trainer.students.adapters.low_rank import Correction, corrections, put_corrections
+from student_trainer.students.adapters.lrc import rank_of
+from student_trainer.students.quant_linear import quant_linears
+from student_trainer.students.student import Student
+
+ROOT, DOCS = Path("runs/recovery"), Path("docs/recovery.md")
+MARKED = re.compile(r"(<!-- table: .*? -->\n).*(<!-- end of table -->)", re.DOTALL)
+QUANTISERS = {
+    "int4": {"quantiser": "rtn", "quantisation": QuantisationSettings(sub_norm="none", bits=4)},
+    "1.58 bits": {
+        "quantiser": "bitnet", "quantisation": QuantisationSettings(sub_norm="none", quantise_activations=False),
+    },
+}  # fmt: skip
+RANKS = (0.05, 0.1, 0.3)
+WIDTH, HELD_OUT_ROWS, ROWS = 256, 8, 4
+CPU = torch.device("cpu")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TEACHER)
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration text (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of training, 256 tokens each (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after them nothing new is begun")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/recovery.md")
+    options = parser.parse_args()
+    prepare(("teacher", "text"))
+    torch.set_num_threads(1)
+    ROOT.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    began = time.monotonic()
+    for cell in bench.cells():
+        if not bench.file(*cell).exists() and time.monotonic() - began < 60 * options.minutes:
+            bench.measure(*cell)
+    rows = bench.rows()
+    notes = ["CE and KL: nats a token on held-out text, KL(full precision || student) over the whole vocabulary."]
+    path = report("recovery", rows, title=f"Recovery of {options.model.name}", notes=notes)
+    if options.docs:
+        table = _markdown(rows, json.loads(path.read_text())["machine"])
+        DOCS.write_text(MARKED.sub(lambda marked: f"{marked[1]}{table}{marked[2]}", DOCS.read_text()))
+    return 0
+
+
+class Bench:
+    """`measure` makes one file of figures; `rows` are what the files say."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._name = f"{options.model.name}-{options.tokens}-{options.steps}"
+        self._exact: Student | None = None
+        self._text_RT: Tensor | None = None
+        self._exact_NV: list[Tensor] | None = None
+
+    def cells(self) -> Iterator[tuple[str, int, str]]:
+        """What is measured, in its order: quantiser, seed, and "closed" or the rank that is trained."""
+        seeds = self._options.seeds
+        yield from ((quantiser, seed, "closed") for seed in seeds for quantiser in QUANTISERS)
+        if self._options.steps:
+            middle_first = sorted(RANKS, key=lambda rank: abs(rank - RANKS[1]))
+            yield from (
+                (quantiser, seed, f"{rank:g}") for seed in seeds for rank in middle_first for quantiser in QUANTISERS
+            )
+
+    def file(self, quantiser: str, seed: int, what: str) -> Path:
+        return ROOT / f"{self._name}-{quantiser.replace(' ', '-')}-{seed}-{what}.json"
+
+    def measure(self, quantiser: str, seed: int, what: str) -> None:
+        began = time.process_time()
+        student = load_student(
+            StudentSettings(
+                checkpoint_path=str(self._options.model), adapter="lrc", lrc=LRCSettings(rank=RANKS[-1]),
+                **QUANTISERS[quantiser],
+            ), CPU,
+        )  # fmt: skip
+        found: dict[str, Any] = {}
+        if what == "closed":
+            found["exact"] = self._figures(self.exact)
+            found["before"] = self._figures(student)
+            found["bits"] = {f"{rank:g}": _bits(student, rank) for rank in RANKS}
+        self._calibrate(student, quantiser, seed)
+        largest = corrections(student.model)
+        for rank in RANKS if what == "closed" else (float(what),):
+            _cut(student, largest, rank)
+            if what != "closed":
+                self._train(student, seed)
+            found[f"{rank:g}"] = self._figures(student)
+        found["cpu_s"] = time.process_time() - began
+        self.file(quantiser, seed, what).write_text(json.dumps(found, indent=1))
+        print(quantiser, seed, what, json.dumps(found), flush=True)
+
+    def _calibrate(self, student: Student, quantiser: str, seed: int) -> None:
+        """By the files of an earlier call where there are some: the layers are kept as a run's are."""
+        folder = ROOT / f"{self._name}-{quantiser.replace(' ', '-')}-{seed}-layers"
+        rows = self._calibration_rows(seed)
+        micros = [_micro(part) for part in rows.split(ROWS)]
+        calibrate(student, micros, LRCSettings(rank=RANKS[-1]), folder, f"{quantiser} {seed}")
+
+    def _train(self, student: Student, seed: int) -> None:
+        """The corrections alone, at a rate of 1e-4, on the full KL of 256 tokens a step."""
+        parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(1000 + seed)
+        text_RT = self._training_text()
+        with quantised_once(student.model):
+            for _ in range(self._options.steps):
+                row = int(torch.randint(len(text_RT), (), generator=generator))
+                micro = _micro(text_RT[row : row + 1])
+                with torch.no_grad():
+                    exact_NV = _logits(self.exact, micro).log_softmax(-1)
+                loss = _kl(exact_NV, _logits(student, micro)).mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _figures(self, student: Student) -> dict[str, float]:
+        """Cross-entropy and KL on the held-out rows."""
+        entropy, kl, count = 0.0, 0.0, 0
+        for part_RT, exact_NV in zip(self._held_out().split(2), self._held_out_logprobs(), strict=True):
+            micro = _micro(part_RT)
+            ours_NV = _logits(student, micro).log_softmax(-1)
+            entropy += float(F.nll_loss(ours_NV, micro.view.labels_N, reduction="sum"))
+            kl += float(_kl(exact_NV, ours_NV).sum())
+            count += len(ours_NV)
+        return {"cross_entropy": entropy / count, "kl": kl / count}
+
+    def _held_out(self) -> Tensor:
+        return self._text()[-HELD_OUT_ROWS:]
+
+    @torch.no_grad()
+    def _held_out_logprobs(self) -> list[Tensor]:
+        if self._exact_NV is None:
+            parts = self._held_out().split(2)
+            self._exact_NV = [_logits(self.exact, _micro(part_RT)).log_softmax(-1) for part_RT in parts]
+        return self._exact_NV
+
+    @property
+    def exact(self) -> Student:
+        if self._exact is None:
+            self._exact = load_student(StudentSettings(checkpoint_path=str(self._options.model)), CPU)
+        return self._exact
+
+    def _text(self) -> Tensor:
+        """The demo's prose, without a gap, in rows."""
+        if self._text_RT is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self._options.model)
+            lines = (TEXT / "prose.jsonl").read_text().splitlines()
+            ids = [token for line in lines for token in tokenizer(json.loads(line)["text"])["input_ids"]]
+            self._text_RT = torch.tensor(ids[: len(ids) // WIDTH * WIDTH]).view(-1, WIDTH)
+        return self._text_RT
+
+    def _training_text(self) -> Tensor:
+        return self._text()[:-HELD_OUT_ROWS]
+
+    def _calibration_rows(self, seed: int) -> Tensor:
+        rows_RT = self._training_text()
+        order = torch.randperm(len(rows_RT), generator=torch.Generator().manual_seed(seed))
+        return rows_RT[order[: self._options.tokens // WIDTH]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: means over the seeds that were measured, their range behind them where there are several."""
+        made = []
+        for quantiser in QUANTISERS:
+            closed = [json.loads(file.read_text()) for file in self._files(quantiser, "closed")]
+            if not closed:
+                continue
+            for rank in RANKS:
+                name = f"{rank:g}"
+                trained = [json.loads(file.read_text()) for file in self._files(quantiser, name)]
+                made.append(
+                    {
+                        "weights": quantiser,
+                        "rank": f"{rank:.0%}",
+                        "bits a weight": f"{closed[0]['bits'][name]:.2f}",
+                        **{
+                            f"{figure}, {when}": _spread([each[key][field] for each in runs])
+                            for figure, field in (("CE", "cross_entropy"), ("KL", "kl"))
+                            for when, key, runs in (
+                                ("before", "before", closed), ("closed form", name, closed),
+                                (f"{self._options.steps} steps", name, trained),
+                            )
+                        },
+                        "CE of the model": _spread([closed[0]["exact"]["cross_entropy"]]),
+                        "seeds": f"{len(closed)}, {len(trained)} trained",
+                    }
+                )  # fmt: skip
+        return made
+
+    def _files(self, quantiser: str, what: str) -> list[Path]:
+        return [file for seed in self._options.seeds if (file := self.file(quantiser, seed, what)).exists()]
+
+
+def _bits(student: Student, rank: float) -> float:
+    """Of a weight of the decoder's linears: packed, with its scales, and the correction in 16 bits."""
+    bits = weights = 0.0
+    for _, layer in quant_linears(student.model):
+        count = layer.out_features * layer.in_features
+        bits += layer.weight_quantiser.stored_bits(layer.out_features, layer.in_features) * count
+        bits += 16 * rank_of(layer, rank) * (layer.out_features + layer.in_features)
+        weights += count
+    return bits / weights
+
+
+def _micro(tokens_BT: Tensor) -> MicroBatch:
+    """Rows of one document each; every token but the last of a row predicts its next."""
+    batch, width = tokens_BT.shape
+    rows_N = torch.arange(batch * width).view(batch, width)[:, :-1].flatten()
+    view = View(
+        tokens_BT, torch.arange(width).expand(batch, width),
+        CausalDocuments(torch.zeros(batch, width, dtype=torch.int32)), rows_N, tokens_BT[:, 1:].flatten(),
+        torch.arange(len(rows_N)),
+    )  # fmt: skip
+    nothing_N = torch.zeros(len(rows_N), dtype=torch.int64)
+    return MicroBatch(view, nothing_N, nothing_N, None)
+
+
+def _logits(student: Student, micro: MicroBatch) -> Tensor:
+    """Logits [N, V] float32, part of the graph, in the dtype that the student computes in."""
+    with torch.autocast("cpu", dtype=student.compute, enabled=student.compute != torch.float32):
+        return F.linear(student.hidden(micro), student.head.weight_VD).float()
+
+
+def _kl(exact_NV: Tensor, ours_NV: Tensor) -> Tensor:
+    """KL of logprobs and logits, by row."""
+    return F.kl_div(ours_NV.log_softmax(-1), exact_NV, log_target=True, reduction="none").sum(-1)
+
+
+def _cut(student: Student, largest: dict[str, Correction], rank: float) -> None:
+    """Give the student the first columns of its corrections."""
+    cut = {}
+    for name, layer in quant_linears(student.model):
+        count, found = rank_of(layer, rank), largest[name]
+        a_RI, b_OR = found.a_RI[:count].detach().clone(), found.b_OR[:, :count].detach().clone()
+        cut[name] = Correction(a_RI, b_OR, count)
+    put_corrections(student.model, cut)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "not measured"
+    mean = statistics.mean(values)
+    return f"{mean:.3f}" if max(values) - min(values) < 5e-4 else f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def _markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    head = list(rows[0])
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    lines += [f"| {' | '.join(str(row[name]) for name in head)} |" for row in rows]
+    return "\n".join(lines) + f"\n\nOn {facts['cpu']}, one thread.\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
