@@ -100,6 +100,8 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt overrides-cpu.txt | $(VE
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(INSTALL) -e '.[teacher-cpu,attention,trainer,demo,dev]'
 	$(INSTALL) --no-deps liger-kernel
+	@# Peers whose own code the tests run, and what that imports, without all else that they depend on.
+	$(INSTALL) --no-deps axolotl lm-eval addict orjson posthog tenacity
 	@touch $@
 
 clean:

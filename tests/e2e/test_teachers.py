@@ -164,6 +164,45 @@ def test_a_teacher_for_each_source_and_an_ensemble(
     assert "members, weights and sources" in (tmp_path / "refused.txt").read_text()
 
 
+def test_teachers_may_differ_in_k_and_kinds(workshop: Workshop, online: Path, tmp_path: Path) -> None:
+    """One service with a K of its own and a store that knows the top K alone: what both have is to be had."""
+    store = tmp_path / "store"
+    with TeacherProcess(script=teacher_script(max_top_k=16)) as few, TeacherProcess(script=teacher_script()) as many:
+        through = cached(store, "teacher.on_miss=remote", f"teacher.url={many.url}")
+        run(workshop, tmp_path / "first", *through, "teacher.top_k=16")
+        mixed = (
+            "teacher=mixed", "teacher.mix=by_source", f"teacher.members.few.url={few.url}",
+            "teacher.members.few.sources=a", "teacher.members.kept.kind=cached",
+            f"teacher.members.kept.store={store}", "teacher.members.kept.sources=b",
+        )  # fmt: skip
+        run(workshop, tmp_path / "by", *mixed)
+        assert_same(tmp_path / "by", online)
+        for more, said in (
+            (["teacher.top_k=17"], "teacher.top_k is 17, the teacher gives 16 at most"),
+            (["distillation.terms.drawn.kind=sampled"], "--num-samples 50"),  # by the command that would add them
+        ):
+            assert train(arguments(workshop, tmp_path / "refused", *mixed, *more), tmp_path / "refused.txt") == 2
+            assert said in (tmp_path / "refused.txt").read_text()
+
+
+def test_each_text_that_the_student_writes_is_scored_by_the_teacher_of_its_source(
+    workshop: Workshop, teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    """What others call multi-teacher on-policy distillation."""
+    own = ("on_policy=reverse_kl", "on_policy.share=1", "on_policy.prompt_tokens=4", "on_policy.new_tokens=8",
+           "run.steps=2", "evaluation.every=0", "teacher.mix=by_source", "teacher.members.one.sources=a",
+           "teacher.members.two.sources=b", "teacher.sanity=off", "on_policy.lag=0")  # fmt: skip
+    one = f"teacher.members.one.url={teacher.url}"
+    with TeacherProcess(script=teacher_script(noise=3.0, identity={"semantic.model": "noisy"})) as noisy:
+        for name, second in (("same", teacher.url), ("another", noisy.url)):
+            run(workshop, tmp_path / name, "teacher=mixed", one, f"teacher.members.two.url={second}", *own)
+    same, another = trace_of(tmp_path / "same" / "run")[0], trace_of(tmp_path / "another" / "run")[0]
+    of = {name: f"source/{name}/on_policy_reverse_kl" for name in "ab"}
+    assert same["on_policy"] == another["on_policy"] == 1
+    assert another[of["a"]] == same[of["a"]], "the first step's text is the same, and its teacher too"
+    assert abs(another[of["b"]] - same[of["b"]]) > 0.1
+
+
 def with_tokens(folder: Path, change: Callable[[dict[str, int]], object]) -> Path:
     """The tiny student with another vocabulary in its tokenizer's file."""
     file = folder / "tokenizer.json"
