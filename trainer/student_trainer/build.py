@@ -92,7 +92,7 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     if snapshot is not None:
         check_student(snapshot.state.get("student"), identity, settings)
     elif isinstance(settings.data.mixture, InfluenceMixture):
-        components.source.check_probe(settings.data.mixture.probe)
+        components.source.check_probe(settings.data.probe)
     if snapshot is None:
         student, source = components.student, components.source
         calibrate_at_start(settings, student, source, identity, folder.path, ranks)
@@ -268,7 +268,7 @@ def _meter(
     if not isinstance(mixture, InfluenceMixture):
         return NoMeter()
     targets, asked = _asked(settings, components, losses)
-    spec, batches = asked["data"], {name: source.held_out(name) for name in mixture.probe}
+    spec, batches = asked["data"], {name: source.held_out(name) for name in settings.data.probe}
     held_out = fetch_held_out(
         batches, targets if spec else None, thread, spec or NO_TOKENS, components.describe_waiting
     )
@@ -276,7 +276,7 @@ def _meter(
         Ready(batch, state.mixture, answer, cut(
             batch, answer, student, ViewSeed(settings.run.seed, EVALUATION), rows=settings.optim.micro_batch_rows,
             head=components.head, keep_empty=not ranks.alone))
-        for name in mixture.probe for batch, answer in zip(batches[name], held_out.targets[name], strict=True)
+        for name in batches for batch, answer in zip(batches[name], held_out.targets[name], strict=True)
     ]  # fmt: skip
     return InfluenceMeter(settings, student, optimizer, source.names, probe, ranks)
 

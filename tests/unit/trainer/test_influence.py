@@ -162,7 +162,6 @@ def test_a_probe_that_is_trained_on_is_refused(workshop: Workshop, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("data.mixture.probe=[]",), "policy influence needs a probe"),
         (("data.mixture.probe=nobody",), "mixture names source 'nobody'"),
         (("data.mixture.sketch_size=1000",), "sketch_size is 1000, expected a power of two"),
         (("data.mixture.sketch_steps=9",), "sketch_steps is 9, update_interval 4"),
@@ -177,6 +176,34 @@ def test_what_cannot_be_is_refused(workshop: Workshop, tmp_path: Path, changes: 
 def test_a_probe_of_which_nothing_is_held_out_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its held_out_fraction is 0: nothing of it is held out"):
         run(workshop, tmp_path, "data.mixture.probe=a", "data.sources.a.held_out_fraction=0")
+
+
+def test_without_a_name_all_that_is_held_out_is_the_probe(workshop: Workshop, tmp_path: Path) -> None:
+    """By the names that the trainer's predecessor had for it, too."""
+    lines = run(workshop, tmp_path / "one", "data.mixture.probe=[]", "data.held_out_rows=3")
+    given_before = [each for each in given(workshop, tmp_path / "two") if not each.startswith("data.mixture")]
+    names = {"enabled": "true", "update_interval": INTERVAL, "sketch_steps": SKETCHED, "sketch_size": 256, "lag": LAG}
+    aliases = [f"influence.{name}={value}" for name, value in names.items()]
+    assert run_here([*given_before, *aliases], ScriptedTargets()) == loop.DONE
+    assert trace_of(tmp_path / "two/run") == trace_of(tmp_path / "one/run")
+    assert "reason/a/score" in lines[INTERVAL - 1]
+    with pytest.raises(ValueError, match="no source has a held_out_fraction above 0"):
+        run(workshop, tmp_path / "three", "data.mixture.probe=[]",
+            *(f"data.sources.{name}.held_out_fraction=0" for name in ("a", "b", "probe")))  # fmt: skip
+
+
+def test_the_second_name_says_what_it_became(
+    workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    plain = [each for each in given(workshop, tmp_path) if not each.startswith("data.mixture")]
+    made = compose([*plain, "influence.enabled=true", "influence.update_interval=500"]).data.mixture
+    assert made.policy == "influence" and made.update_interval == 500
+    assert "influence.enabled=true is now called data.mixture.policy=influence" in caplog.text
+    assert "influence.update_interval=500 is now called data.mixture.update_interval=500" in caplog.text
+    assert compose([*plain, "influence.enabled=false", "influence.update_interval=500"]).data.mixture.policy == "static"
+    with pytest.raises(ValueError, match=r"there is no setting 'data\.mixture\.update_intervall'"):
+        compose([*plain, "influence.enabled=true", "influence.update_intervall=500"])
 
 
 def test_modules_that_are_not_trained_are_refused(workshop: Workshop, tmp_path: Path) -> None:

@@ -85,3 +85,21 @@ def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_mixture_that_changed_is_a_picture_with_its_reasons(tmp_path: Path) -> None:
+    folder = _write_run(tmp_path / "run", 1.0)
+    shares = (0.5, 0.5, 0.6, 0.6, 0.7)
+    lines = [{"step": step + 1, "mixture/a": share, "mixture/<b>": 1 - share} for step, share in enumerate(shares)]
+    lines[1] |= {"decided/a": 0.6, "decided/<b>": 0.4, "reason/a/excess": 0.25, "decided_note": "back to <i>"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([RunRecord.read(folder)], tmp_path / "report.html", title="run")
+    page = (tmp_path / "report.html").read_text()
+    (picture,) = _data(page)["mixtures"]
+    assert picture["sources"] == ["a", "<b>"]
+    assert picture["points"] == [[1, 0.5, 0.5], [3, 0.6, 0.4], [5, 0.7, pytest.approx(0.3)]]
+    assert "What it was trained on" in page and "a 0.600" in page and "excess 0.25" in page
+    assert "<b> 0.4" not in page and "back to <i>" not in page and "back to &lt;i&gt;" in page
+    plain = RunRecord.read(_write_run(tmp_path / "plain", 1.0))
+    write_report([plain], tmp_path / "plain.html", title="plain")
+    assert "What it was trained on" not in (tmp_path / "plain.html").read_text()

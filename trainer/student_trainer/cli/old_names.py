@@ -56,7 +56,17 @@ def _training(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
     return [f"recipe={TRAININGS[value]}"]
 
 
+def _influence(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
+    return ["data.mixture.policy=influence"] if value is True else []
+
+
+def _of_influence(field: str) -> Rename:
+    """A setting of the section `influence`, which has no effect where that is off."""
+    return lambda text, value, old: [f"data.mixture.{field}={text}"] if old.get("influence.enabled") is True else []
+
+
 RENAMED: dict[str, Rename] = {
+    "influence.enabled": _influence,
     "training": _training,
     "teacher.model_name": _teacher_model,
     "teacher.use_vllm": _use_vllm,
@@ -89,6 +99,8 @@ def renamed(overrides: Sequence[Override]) -> list[str]:
 def _rename_of(name: str) -> Rename | None:
     if name in RENAMED:
         return RENAMED[name]
+    if name.startswith("influence."):
+        return _of_influence(name.removeprefix("influence."))
     for before, now in SECTIONS.items():
         if name.startswith(before):
             return lambda text, value, old: [f"{now}{name.removeprefix(before)}={text}"]

@@ -6,7 +6,7 @@ batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and ge
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -151,8 +151,10 @@ class BatchSource:
                 placed = None if document is None else cut(number, name, document, 0, self.settings.seq_len)
                 yield raw, placed if placed is not None and _teaches(placed) else None
 
-    def check_probe(self, names: Collection[str]) -> None:
+    def check_probe(self, names: Sequence[str]) -> None:
         """ValueError if what is held out of these sources is trained on in another, or nothing is held out of one."""
+        if not names:
+            raise ValueError("policy influence needs a probe, but no source has a held_out_fraction above 0")
         for name in names:
             if self.settings.sources[name].held_out_fraction == 0:
                 raise ValueError(

@@ -79,8 +79,9 @@ def write_report(
     passages = [{"run": run.name, "tokens": run.passage} for run in runs if run.passage]
     page = environment.get_template("report.html.jinja").render(
         title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs], table=_table(runs, untrained),
-        passages=passages, samples=_samples(runs, others, untrained),
-        data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages},
+        passages=passages, samples=_samples(runs, others, untrained), mixtures=_mixtures(runs),
+        data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages,
+              "mixtures": _mixtures(runs)},
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f".{out.name}.new")  # so that the page is never there in part
@@ -151,6 +152,37 @@ def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         series = _series([[(line["step"], line.get(key)) for line in run.metrics] for run in runs])
         charts.append({"title": label, "series": series})
     return charts
+
+
+def _mixtures(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """By run whose policy changed them: weight of every source by step, where it changed, and what was decided why."""
+    pictures = []
+    for run in runs:
+        drawn = [line for line in run.metrics if any(key.startswith("mixture/") for key in line)]
+        if not drawn:
+            continue
+        names = [key.removeprefix("mixture/") for key in drawn[0] if key.startswith("mixture/")]
+        points = [[line["step"], *(line[f"mixture/{name}"] for name in names)] for line in drawn]
+        kept = [point for at, point in enumerate(points)
+                if at in (0, len(points) - 1) or point[1:] != points[at - 1][1:]]  # fmt: skip
+        decided = [line for line in run.metrics if any(key.startswith("decided/") for key in line)]
+        pictures.append({"run": run.name, "sources": names, "points": kept, "decisions": _decisions(decided[-12:])})
+    return pictures
+
+
+def _decisions(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By decision: its step, of each source the weight and the reasons, and what else was said of it."""
+    decisions = []
+    for line in lines:
+        sources = [key.removeprefix("decided/") for key in line if key.startswith("decided/")]
+        by_source = [
+            {"source": name, "weight": line[f"decided/{name}"],
+             "reasons": {key.rpartition("/")[2]: value for key, value in line.items()
+                         if key.startswith(f"reason/{name}/")}}
+            for name in sources
+        ]  # fmt: skip
+        decisions.append({"step": line["step"], "sources": by_source, "note": line.get("decided_note", "")})
+    return decisions
 
 
 def _series(lines: Sequence[Sequence[tuple[int, Any]]]) -> list[dict[str, Any]]:

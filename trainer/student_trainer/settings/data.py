@@ -212,6 +212,12 @@ class DataSettings(BaseModel):
     held_out_rows: int = Field(16, ge=1, description="rows evaluated, a source")
     cache_folder: str | None = Field(None, description="where indexed sources lie; null: the cache of `datasets`")
 
+    @property
+    def probe(self) -> tuple[str, ...]:
+        """The sources that policy `influence` takes its probe from."""
+        named: tuple[str, ...] = getattr(self.mixture, "probe", ())
+        return named or tuple(name for name, source in self.sources.items() if source.held_out_fraction > 0)
+
     @model_validator(mode="after")
     def _names_sources(self) -> Self:
         for name in self.mixture.named_sources:

@@ -85,7 +85,9 @@ class InfluenceMixture(AdaptiveMixture):
     """By how far a source's gradient points where the probe's does."""
 
     policy: Literal["influence"] = "influence"
-    probe: Names = Field((), description="sources whose held-out rows are the probe; one of weight 0 is for that alone")
+    probe: Names = Field(
+        (), description="sources whose held-out rows are the probe, one of weight 0 being for that alone; empty: all"
+    )
     score: Literal["cosine", "doge", "dot"] = Field(
         "cosine",
         description="of a source's mean gradient with the probe's; or DoGE's clipped product, or DGA's product",
@@ -108,11 +110,6 @@ class InfluenceMixture(AdaptiveMixture):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.probe:
-            raise ValueError(
-                "policy influence needs a probe: name sources of held-out text that the student is for, as in "
-                "data.mixture.probe=[NAME]"
-            )
         if self.sketch_size & (self.sketch_size - 1):
             raise ValueError(f"sketch_size is {self.sketch_size}, expected a power of two, as 4096")
         if self.sketch_steps > self.update_interval:
