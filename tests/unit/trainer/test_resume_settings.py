@@ -72,6 +72,20 @@ def test_a_setting_that_an_older_trainer_did_not_have_stood_at_its_default() -> 
     check_changes(BEFORE | {"data": {k: v for k, v in BEFORE["data"].items() if k != "mixture"}}, compose(MINIMAL))
 
 
+def test_how_relations_would_be_computed_is_compared_where_there_are_any() -> None:
+    """The preset of diffusion students says it since it relates positions within blocks, with no coefficient."""
+    tcs = compose([*MINIMAL, "distillation=tcs"]).model_dump(mode="json")
+    attention = {name: value for name, value in tcs["distillation"]["attention"].items() if name != "within"}
+    older = tcs | {"distillation": tcs["distillation"] | {"attention": attention}}
+    check_changes(older, compose([*MINIMAL, "distillation=tcs"]))
+    with_relations = tcs["distillation"] | {"attention": attention | {"coefficient": 10.0}}
+    with pytest.raises(ValueError, match=r"attention\.within: documents in the checkpoint, blocks now"):
+        check_changes(
+            tcs | {"distillation": with_relations},
+            compose([*MINIMAL, "distillation=tcs", "distillation.gamma_attention=10"]),
+        )
+
+
 # A term as a trainer wrote it whose every kind had the settings of all kinds.
 OLD_TERM = {"kind": None, "coefficient": 1.0, "temperature": 1.0, "tail": "bucket", "temperature_squared": False,
             "beta": 0.5, "alpha": 0.1, "support": "top_k", "schedule": None}  # fmt: skip

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 Answer = Literal["fixed", "numeric", "free"]
 
 TERMS = ("distillation.terms.", "on_policy.terms.")
+# Of a term that is there with a coefficient alone; without one the rest of them says nothing.
+RELATIONS = "distillation.attention."
+COEFFICIENT = f"{RELATIONS}coefficient"
 
 # By dotted name; the longest that is a beginning of a setting's name answers for it. "*" stands for one part.
 ANSWERS: dict[str, Answer] = {
@@ -95,7 +98,7 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
     refused = []
     for name in sorted(old.keys() | new.keys()):
         was, becomes = old.get(name, "absent"), new.get(name, "absent")
-        if was == becomes:
+        if was == becomes or (name.startswith(RELATIONS) and old[COEFFICIENT] is None is new[COEFFICIENT]):
             continue
         answer = answer_for(name)
         line = f"{name}: {was} in the checkpoint, {becomes} now"
