@@ -27,6 +27,9 @@ PRUNED = CACHE / f"pruned-{DROPPED.start}-{DROPPED.stop - 1}"
 STUDENT = CACHE / "student"
 KEEP_EVERY = 5
 TEXT = CACHE / "text"
+# One that learns from nothing in a minute, with a tokenizer of its own: `make diffusion ARGS=--ablations`.
+SMALL = CACHE / "small"
+SMALL_TOKENS, SMALL_TEXTS = 512, 200
 
 
 def prepare(
@@ -42,6 +45,7 @@ def prepare(
         "pruned": (f"student: the teacher without {len(DROPPED)} of its layers", PRUNED, _whole(make_pruned)),
         "student": (f"small student: every {KEEP_EVERY}th layer of the teacher", STUDENT, _whole(make_student)),
         "text": ("text: prose and code out of Python itself", TEXT, _whole(write_stdlib)),
+        "small": ("small model: three layers of random weights", SMALL, _whole(make_small)),
         "reviews": ("text: reviews and others", cache_folder() / SENTIMENT.file, lambda _: fetch(SENTIMENT)),
     }
     if unknown := set(names) - set(known):
@@ -77,6 +81,33 @@ def make_pruned(folder: Path) -> None:
 def make_student(folder: Path) -> None:
     """Every fifth layer of the teacher with its embeddings and head: pretrained, and broken until it is taught."""
     _keep_layers(folder, lambda number: list(range(KEEP_EVERY - 1, number, KEEP_EVERY)))
+
+
+def make_small(folder: Path) -> None:
+    """A random Llama of 0.4 million weights, and a tokenizer made of some of the code."""
+    import json
+
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SMALL_TOKENS, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    lines = (TEXT / "code.jsonl").read_text().splitlines()[:SMALL_TEXTS]
+    tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=SMALL_TOKENS, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+        num_key_value_heads=3, head_dim=32, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _keep_layers(folder: Path, choose: Callable[[int], list[int]]) -> None:

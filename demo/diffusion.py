@@ -1,0 +1,227 @@
+"""Block diffusion: SmolLM2-135M without six of its layers, made a block-diffusion student, with and without a teacher.
+
+    make diffusion                          or, installed:  python -m demo.diffusion [--minutes N]
+    make diffusion ARGS=--ablations         what else could be chosen, on a small model that is trained first
+
+Serves the teacher, measures this machine, and trains in the time it has: cross-entropy on masked tokens with and
+without target concrete scores, at equal steps, with three seeds each. What is done stays done: stopped and started
+again it goes on where it was, with the steps that it planned at first; --again begins anew. Writes `summary.json`,
+`table.md` and `report.html` under `runs/diffusion`, after every run anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.diffusion_arms import ABLATIONS, MAIN, THRESHOLDS, Comparison
+from demo.diffusion_table import results_of, write_results
+from demo.measure import Machine, StudentProcess
+from demo.plan import END_S, MARGIN, PAGE_S
+from demo.processes import Processes, prepared, stoppable, train
+from demo.screen import Screen
+from demo.served import TOP_K, Teacher, measure_machine, read_lines, serve_teacher
+
+RUNS = Path("runs/diffusion")
+FEWEST_STEPS = 4
+SMALL_STEPS, SMALL_ROWS = 400, 16  # in which the small teacher learns to write
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided when the comparison began: the same for every run of it."""
+
+    steps: int
+    machine: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.diffusion", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=40.0, help="for all of it (default: %(default)g)")
+    parser.add_argument("--ablations", action="store_true", help="what else could be chosen, on a small model")
+    parser.add_argument("--again", action="store_true", help="begin anew, not where it was stopped")
+    parser.add_argument("--steps", type=int, help="of each run (default: as many as there is time for)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--runs", type=int, help="runs to make now, the others later (default: all)")
+    options = parser.parse_args()
+    with stoppable(), Processes(Screen()) as processes:
+        return compare(processes, ABLATIONS if options.ablations else MAIN, options)
+
+
+def compare(processes: Processes, comparison: Comparison, options: argparse.Namespace) -> int:
+    screen, started = processes.screen, time.monotonic()
+    runs = RUNS / comparison.name
+    if options.again:
+        shutil.rmtree(runs, ignore_errors=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    prepared(processes, *comparison.prepared)
+    wanted = [(arm, seed) for arm, seed in comparison.runs if seed < options.seeds]
+    with the_teacher(processes, runs, comparison) as ready:
+        teacher = ready()
+        left_s = 60 * options.minutes - (time.monotonic() - started)
+        plan = planned(processes, comparison, teacher, left_s, len(wanted), options.steps)
+        missing = [each for each in wanted if not finished(runs / "{}-{}".format(*each), plan.steps)]
+        for arm, seed in missing[: options.runs]:
+            run = runs / f"{arm}-{seed}"
+            screen.title(f"{arm.replace('_', ' ')}, seed {seed}: {plan.steps} steps")
+            screen.say(f"learns from {comparison.arms[arm].about}", style="dim")
+            train(processes, run.name, run_settings(comparison, runs, teacher, plan, arm, seed), _progress(run, plan))
+            if (arm, seed) != KEPT:
+                # What is compared is written down; the checkpoints are large.
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            write_results(runs, comparison, asdict(plan))
+    write_results(runs, comparison, asdict(plan))
+    screen.say(results_of(runs, comparison, plan.steps).table(comparison))
+    took_s = time.monotonic() - started
+    screen.say(f"table: {runs / 'table.md'}   page: {runs / 'report.html'}   {took_s:.0f} s this time")
+    screen.say(f"it writes: .venv/bin/stillhouse-train generate {runs / '{}-{}'.format(*KEPT)} --prompt 'The '")
+    return 0
+
+
+KEPT = ("tcs", 0)
+
+
+@dataclass(frozen=True)
+class Local:
+    """The small teacher, in the process of each run."""
+
+    model: Path
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model": str(self.model)}
+
+
+@contextmanager
+def the_teacher(processes: Processes, runs: Path, comparison: Comparison) -> Iterator[Callable[[], Teacher | Local]]:
+    if comparison.served:
+        with serve_teacher(processes, runs) as ready:
+            yield ready
+        return
+    yield lambda: small_teacher(processes, runs, comparison)
+
+
+def small_teacher(processes: Processes, runs: Path, comparison: Comparison) -> Local:
+    """The small model, trained from left to right on the text and exported; what is there is not made again."""
+    model = runs / "teacher_model"
+    if not model.is_dir():
+        processes.screen.title(f"the teacher learns to write: {SMALL_STEPS} steps")
+        settings = small_teacher_settings(comparison, runs)
+        train(processes, "teacher", settings, lambda: f"step {len(read_lines(runs / 'teacher' / 'metrics.jsonl'))}")
+        train(processes, "export", ["export", str(runs / "teacher"), "--format", "hf", "--out", str(model)])
+    return Local(model)
+
+
+def small_teacher_settings(comparison: Comparison, runs: Path) -> list[str]:
+    return [
+        *comparison.settings, f"run.root={runs}", "run.id=teacher", f"run.steps={SMALL_STEPS}", "teacher=none",
+        f"student.checkpoint_path={comparison.student}", "distillation=cross_entropy", "optim.learning_rate=3e-3",
+        f"data.seq_len={comparison.seq_len}", f"data.rows={SMALL_ROWS}", f"evaluation.every={SMALL_STEPS}",
+        "checkpoint.every=0", "logging.wandb=off",
+    ]  # fmt: skip
+
+
+def planned(
+    processes: Processes, comparison: Comparison, teacher: Teacher | Local, seconds: float, runs: int, steps: int | None
+) -> Plan:
+    """The plan that is there, or one for the machine as it is measured now."""
+    from teacher_proto.hardware import cpu_name
+
+    file = RUNS / comparison.name / "plan.json"
+    if file.is_file():
+        plan = Plan(**json.loads(file.read_text()))
+        processes.screen.say(f"going on with {plan.steps} steps a run, as planned before")
+        return plan
+    machine: dict[str, Any] = {"cpu": cpu_name()}
+    steps = steps or comparison.steps
+    if steps is None:
+        assert isinstance(teacher, Teacher)
+        measured = measure(processes, comparison, teacher)
+        machine, steps = asdict(measured), steps_in(comparison, measured, seconds, runs)
+    plan = Plan(steps, machine, teacher.as_json())
+    file.write_text(json.dumps(asdict(plan), indent=2))
+    processes.screen.say(f"The plan: {runs} runs of {steps} steps of {comparison.rows * comparison.seq_len} tokens")
+    return plan
+
+
+def measure(processes: Processes, comparison: Comparison, teacher: Teacher) -> Machine:
+    folder = RUNS / comparison.name
+    settings = [
+        *common(comparison, folder), "teacher=none", "distillation=cross_entropy", "run.id=measured",
+        "run.resume=never", "data.held_out_rows=2", "evaluation.every=1", "evaluation.samples=0",
+        "evaluation.infilled=0", "logging.progress=off",
+    ]  # fmt: skip
+    student = StudentProcess(processes, settings, folder / "unused.jsonl", folder / "student_speed.log")
+    machine = measure_machine(processes, teacher, student)
+    student.close()
+    return machine
+
+
+def steps_in(comparison: Comparison, machine: Machine, seconds: float, runs: int) -> int:
+    """Steps of each run, so that all are done in that time: a few at least."""
+    # A token that is learnt is read four times over: two views of two halves. What is written is read as it is, block
+    # by block, and at worst a token a pass.
+    written = 2 * len(THRESHOLDS) * comparison.judged * comparison.new_tokens * BLOCK / 4
+    held_out = 2 * comparison.held_out_rows * comparison.seq_len
+    evaluating = (held_out + written) / machine.evaluation_tokens_per_second
+    fixed_s = MARGIN * (machine.start_s + evaluating) + END_S
+    asked_s = held_out / machine.teacher_tokens_per_second + PAGE_S
+    asking = sum(2 * arm.asks / arm.views for arm in comparison.arms.values()) / len(comparison.arms)
+    tokens = comparison.rows * comparison.seq_len
+    a_step_s = MARGIN * (
+        tokens / machine.student_tokens_per_second + asking * tokens / machine.teacher_tokens_per_second
+    )
+    return max(FEWEST_STEPS, int((seconds - asked_s - runs * fixed_s) / (runs * a_step_s)))
+
+
+def finished(run: Path, steps: int) -> bool:
+    lines = read_lines(run / "evaluation.jsonl")
+    return bool(lines) and lines[-1]["step"] == steps
+
+
+def _progress(run: Path, plan: Plan) -> Callable[[], str]:
+    return lambda: f"step {len(read_lines(run / 'metrics.jsonl'))} of {plan.steps}"
+
+
+def common(comparison: Comparison, runs: Path) -> list[str]:
+    """The settings in which no two runs differ."""
+    return [
+        *comparison.settings, f"data.seq_len={comparison.seq_len}", f"run.root={runs}", "student=diffusion",
+        f"student.checkpoint_path={comparison.student if comparison.served else runs / 'teacher_model'}",
+        f"optim.learning_rate={comparison.learning_rate}", "optim.weight_decay=0.01", "optim.schedule.kind=constant",
+        "optim.schedule.warmup_steps=5", "logging.wandb=off",
+    ]  # fmt: skip
+
+
+def run_settings(
+    comparison: Comparison, runs: Path, teacher: Teacher | Local, plan: Plan, arm: str, seed: int
+) -> list[str]:
+    """One run; an arm's own settings come last. One of one view reads twice the rows, so that a step costs the same."""
+    chosen = comparison.arms[arm]
+    rows = comparison.rows * 2 // chosen.views
+    whose = (
+        ["teacher.kind=remote", f"teacher.url={teacher.url}"] if isinstance(teacher, Teacher)
+        else ["teacher.kind=local", f"teacher.model={teacher.model}", "teacher.dtype=float32"]
+    )  # fmt: skip
+    return [
+        *common(comparison, runs), *whose, f"run.id={arm}-{seed}", f"run.seed={seed}", f"run.steps={plan.steps}",
+        f"data.rows={rows}", f"data.held_out_rows={comparison.held_out_rows}", f"teacher.top_k={TOP_K}",
+        f"evaluation.top_k={TOP_K}", f"evaluation.every={plan.steps}", "evaluation.at_start=false",
+        f"evaluation.thresholds=[{','.join(map(str, THRESHOLDS))}]", f"evaluation.judged={comparison.judged}",
+        f"evaluation.sample_tokens={comparison.new_tokens}", f"evaluation.infilled={comparison.infilled}",
+        # A run that is stopped goes on from its middle.
+        f"checkpoint.every={-(-plan.steps // 2)}", "checkpoint.keep=1", *chosen.settings,
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
