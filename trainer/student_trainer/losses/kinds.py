@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from student_trainer.losses.attention_term import AttentionTerm
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
+from student_trainer.losses.hidden_term import FinalHiddenTerm
 from student_trainer.losses.terms import CleanTerm, LabelTerm, TeacherTerm, Term, TokenTerm
 from student_trainer.settings import DistillationSettings, OnPolicySettings, Settings
 from student_trainer.settings.attention import AttentionSettings
@@ -21,6 +22,7 @@ TERMS: dict[str, type[Term]] = {
     **dict.fromkeys(DIVERGENCES, TeacherTerm),
     "autoregressive": CleanTerm,
     "attention_relations": AttentionTerm,
+    "final_hidden": FinalHiddenTerm,
 }
 _CHECKED: TypeAdapter[Named] = TypeAdapter(Terms)
 

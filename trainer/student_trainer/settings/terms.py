@@ -158,6 +158,14 @@ class TVDSettings(DivergenceSettings):
     kind: Literal["tvd"] = "tvd"
 
 
+class FinalHiddenSettings(TermSettings):
+    """With the teacher's final hidden states, for a teacher of the student's width such as the model that it was
+    quantised from: |s - t|^2 / |t|^2 of each row, both behind the last norm.
+    """
+
+    kind: Literal["final_hidden"] = "final_hidden"
+
+
 TermOfKind = (
     CrossEntropySettings
     | AutoregressiveSettings
@@ -170,6 +178,7 @@ TermOfKind = (
     | SkewedReverseKLSettings
     | TVDSettings
     | SampledSettings
+    | FinalHiddenSettings
 )
 KINDS: dict[str, type[TermSettings]] = {each.model_fields["kind"].default: each for each in get_args(TermOfKind)}
 

@@ -1,0 +1,37 @@
+"""The student's final hidden states against the teacher's, for a teacher of the student's width. Named by `kinds`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.losses.terms import Captured, Needs, StatesTerm
+from student_trainer.settings.terms import FinalHiddenSettings
+
+
+@dataclass(frozen=True)
+class FinalHiddenTerm(StatesTerm):
+    """|s - t|^2 / |t|^2 of each row, both behind the last norm: the squared error in units of the teacher's square."""
+
+    settings: FinalHiddenSettings
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(kinds=frozenset({"hidden"}))
+
+    def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:
+        teacher = micro.teacher
+        assert teacher is not None and teacher.teacher_hidden_NE is not None, "there are no hidden states to learn from"
+        hidden_ND = captured.hidden_ND[: len(micro.view.labels_N)].float()
+        theirs_ND = teacher.teacher_hidden_NE.float()
+        if hidden_ND.shape != theirs_ND.shape:
+            raise ValueError(
+                f"the loss {self.name} (final_hidden) compares hidden states of one width: the student's is "
+                f"{hidden_ND.shape[1]}, the teacher's {theirs_ND.shape[1]}. Use forward_kl with support=full"
+            )
+        values_N = (hidden_ND - theirs_ND).square().sum(-1) / theirs_ND.square().sum(-1).clamp_min(1e-12)
+        # What stands where the teacher has no row is never used, not even multiplied by zero.
+        return values_N if teacher.valid_N is None else values_N.where(teacher.valid_N, 0.0)
