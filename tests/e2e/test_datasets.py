@@ -17,7 +17,7 @@ import pytest
 from student_trainer import main
 from tests.e2e.test_teachers import STEPS, arguments, assert_same, run
 from tests.teacher_process import TeacherProcess
-from tests.trainer_run import Workshop, steps_of, teacher_script, train
+from tests.trainer_run import Workshop, steps_of, teacher_script, trace_of, train
 from tests.unit.data.stores import BUCKET, STORES
 
 ASK = ("--top-k", "16", "--temperatures", "2")
@@ -131,3 +131,17 @@ def test_a_dataset_of_another_teacher_than_the_run_began_with_is_refused(
     assert train(given, root / "second.txt") != 0
     said = (root / "second.txt").read_text()
     assert "semantic.dtype" in said and "Traceback" not in said, said
+
+
+def test_a_run_on_eight_bits_a_logprob_stays_near_the_exact_one(
+    workshop: Workshop, online: Path, sequences: Path, tmp_path: Path
+) -> None:
+    fill(sequences, "--output", tmp_path / "compact", "--codec", "compact:8")
+    cached = ("teacher=cached", f"teacher.store={tmp_path / 'compact'}")
+    run(workshop, tmp_path / "one", *cached)
+    exact, near = trace_of(online / "run"), trace_of(tmp_path / "one" / "run")
+    for theirs, ours in zip(exact, near, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+    assert near != exact
+    run(workshop, tmp_path / "two", *cached)
+    assert_same(tmp_path / "one", tmp_path / "two")
