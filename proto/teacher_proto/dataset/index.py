@@ -1,8 +1,9 @@
 """Where a document's answers lie: index files, and their union in memory. Read and written by `dataset.py`.
 
 A file is a magic, the CRC-32 of all behind it, the length of a header, the header (zlib of JSON: what is known of each
-shard), padding to eight bytes, the first eight bytes of each document's `sequence_key` in ascending order (`<u8`), and
-for each the number of its row group (`<u4`), counted through all shards of the header. A key of eight bytes may name a
+shard), padding to eight bytes, the row groups of all shards (`<i8` [3] each), the first eight bytes of each document's
+`sequence_key` in ascending order (`<u8`), and for each the number of its row group (`<u4`), counted through all shards.
+Arrays are mapped, so that a large index is in memory only where it was looked up. A key of eight bytes may name a
 document that is not there, once in 10^11 questions at 10^8 documents: a row says its own tokens, and is compared.
 """
 
@@ -12,7 +13,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ _MAX_PARTS = 16
 Shard = tuple["ShardNote", np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardNote:
-    """What an index says of one shard. `groups`: begin and length in bytes, and rows, of each row group. `footer` is
-    where the footer begins. `errors`, of a codec that loses something: sums over rows and maxima that it measured.
+    """What an index says of one shard. `groups` [G, 3]: begin and length in bytes, and rows, of each row group;
+    `footer`: where the footer begins. `errors`: sums over rows, and maxima, that a codec which loses some measured.
     """
 
     name: str
@@ -36,7 +37,7 @@ class ShardNote:
     documents: int
     rows: int
     tokens: int
-    groups: tuple[tuple[int, int, int], ...]
+    groups: np.ndarray
     errors: Mapping[str, float] | None = None
 
 
@@ -50,9 +51,15 @@ def encode_index(shards: Sequence[Shard]) -> bytes:
     keys = np.concatenate([keys for _, keys, _ in shards]).astype("<u8")
     groups = np.concatenate([groups + first for (_, _, groups), first in zip(shards, before, strict=False)])
     order = np.argsort(keys, kind="stable")
-    header = zlib.compress(json.dumps({"shards": [asdict(note) for note, _, _ in shards]}).encode())
+    notes = [
+        {name: value for name, value in vars(note).items() if name != "groups"} | {"num_groups": len(note.groups)}
+        for note, _, _ in shards
+    ]
+    table = np.concatenate([note.groups for note, _, _ in shards]).astype("<i8")
+    header = zlib.compress(json.dumps({"shards": notes}).encode())
     padding = bytes(-(len(header) + _HEAD.size) % 8)
-    body = b"".join((header, padding, keys[order].tobytes(), groups[order].astype("<u4").tobytes()))
+    arrays = (table, keys[order], groups[order].astype("<u4"))
+    body = b"".join((header, padding, *(array.tobytes() for array in arrays)))
     return _HEAD.pack(MAGIC, zlib.crc32(body), len(header)) + body
 
 
@@ -70,8 +77,12 @@ class IndexFile:
         if zlib.crc32(view[_HEAD.size :]) != crc:
             raise ValueError(f"{place} was cut short or changed: remove it and run `stillhouse-teacher dataset merge`")
         notes = json.loads(zlib.decompress(view[_HEAD.size : _HEAD.size + size]))["shards"]
-        self.shards = [ShardNote(**{**note, "groups": tuple(map(tuple, note["groups"]))}) for note in notes]
+        ends = np.cumsum([note.pop("num_groups") for note in notes]).tolist()
         begin = _HEAD.size + size + -(size + _HEAD.size) % 8
+        table = np.frombuffer(view, "<i8", 3 * ends[-1], begin).reshape(-1, 3)
+        begins = [0, *ends]
+        self.shards = [ShardNote(groups=table[a:b], **note) for a, b, note in zip(begins, ends, notes, strict=False)]
+        begin += table.nbytes
         count = (len(view) - begin) // 12
         self.keys = np.frombuffer(view, "<u8", count, begin)
         self.groups = np.frombuffer(view, "<u4", count, begin + 8 * count)

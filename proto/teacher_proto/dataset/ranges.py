@@ -42,7 +42,7 @@ class Ranges:
 
     def file(self, place: Place) -> tuple[bytes, io.RawIOBase]:
         """A shard's footer, and the shard as a file of which one row group is there. ValueError where it was cut."""
-        note, (begin, length, _) = place.shard, place.shard.groups[place.group]
+        note, (begin, length, _) = place.shard, place.shard.groups[place.group].tolist()
         footer = self._get(note, "footer", 0, note.footer, note.bytes)
         group = self._get(note, "group", place.group, begin, begin + length)
         self._fetch_ahead(place)
@@ -59,7 +59,7 @@ class Ranges:
             return
         for group in range(place.group + 1, min(place.group + 1 + self._ahead, len(place.shard.groups))):
             if self._kept_name(place.shard, "group", group) not in self._sizes:
-                begin, length, _ = place.shard.groups[group]
+                begin, length, _ = place.shard.groups[group].tolist()
                 # What fails here is asked for again by who needs it, and fails there.
                 self._fetchers.submit(self._get, place.shard, "group", group, begin, begin + length)
 

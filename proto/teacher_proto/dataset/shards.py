@@ -213,7 +213,7 @@ def _note(data: bytes, name: str, errors: dict[str, float] | None) -> ShardNote:
         metadata.num_rows,
         rows,
         tokens,
-        tuple(groups),
+        np.array(groups, np.int64),
         errors,
     )
 

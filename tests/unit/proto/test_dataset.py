@@ -155,7 +155,7 @@ def test_an_index_of_many_parts_finds_what_one_finds() -> None:
 def _note(name: str) -> Any:
     from teacher_proto.dataset.index import ShardNote
 
-    return ShardNote(name, 10, "sha", 5, 50, 50, 50, ((0, 1, 1), (1, 1, 1), (2, 1, 1)))
+    return ShardNote(name, 10, "sha", 5, 50, 50, 50, np.array([(0, 1, 1), (1, 1, 1), (2, 1, 1)]))
 
 
 class Counting(fsspec.implementations.memory.MemoryFileSystem):  # type: ignore[misc]
