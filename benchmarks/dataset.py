@@ -1,0 +1,205 @@
+"""Target datasets: bytes a token and what is lost, beside DistillKit's compressor; speed; a large index.
+
+    python -m benchmarks.dataset [--tokens 1000000] [--documents 20000000] [--text-tokens 10000]
+
+Sizes depend on the data, so they are of what a real model says of real text, where `make demo` has put one, and of
+synthetic records, whose ids are drawn by Zipf's law. KL is over the K ids, renormalised, as DistillKit's own evaluation
+of its compressor has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.distillkit import SCHEMES, distillkit, renormalised_kl
+from benchmarks.report import report
+from benchmarks.target_records import TEACHER, TEMPERATURE, TEXT, manifest, of_a_model, synthetic
+from teacher_proto.dataset.index import ShardNote, encode_index
+from teacher_proto.dataset.manifest import Manifest
+from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
+from teacher_proto.requests import Query
+from teacher_proto.store_entry import split
+from teacher_proto.store_parquet import Pair
+from teacher_proto.targets import TokenTargets
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+def shard(records: Sequence[tuple[np.ndarray, TokenTargets]], which: Manifest) -> list[list[Pair]]:
+    """Documents as `encode_shard` takes them, cut to the manifest's K."""
+    return [
+        split(
+            which.teacher.fingerprint, Query(tokens_T, (0, len(tokens_T)), which.spec),
+            targets.narrow(0, len(tokens_T), which.spec.top_k),
+        )
+        for tokens_T, targets in records
+    ]  # fmt: skip
+
+
+def column_bytes(data: bytes, names: Sequence[str]) -> int:
+    import pyarrow.parquet as pq
+
+    metadata, total = pq.read_metadata(io.BytesIO(data)), 0
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            if column.path_in_schema.split(".")[0] in names:
+                total += column.total_compressed_size
+    return total
+
+
+def by_id(pairs: Sequence[Pair]) -> np.ndarray:
+    """Logprobs of all rows [R, K], in the order of the ids."""
+    found = []
+    for _, targets in pairs:
+        assert targets.ids is not None and targets.logprobs is not None
+        found.append(np.take_along_axis(targets.logprobs, np.argsort(targets.ids, axis=1), axis=1).astype(np.float64))
+    return np.concatenate(found)
+
+
+def ours(records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int, top_k: int, codec: str) -> dict[str, Any]:
+    which = manifest(vocab_size, top_k, codec)
+    documents = shard(records, which)
+    data, (note, _, _) = encode_shard(which, documents)
+    with open_shard(io.BytesIO(data), "shard") as file:
+        kept = [pair for group in range(len(note.groups)) for pair in Rows(file, group, which, "shard").all()]
+    exact = [pair for document in documents for pair in document]
+    size = column_bytes(data, ("ids", "logprobs", "coded_ids", "coded_logprobs"))
+    if codec != "lossless":
+        size += 6 * note.rows  # a row's scale, which shares a column with lse, next_logprob and log_z
+    a, b = by_id(exact), by_id(kept)
+    return {
+        "K": top_k, "codec": codec.partition(":")[0], "bits": int(codec.partition(":")[2] or 16),
+        "ids and logprobs B": size / note.rows, "after zstd": size / note.rows, "shard B": note.footer / note.rows,
+        "KL": max(renormalised_kl(a, b), 0.0), f"KL at T={TEMPERATURE:g}": max(renormalised_kl(a, b, TEMPERATURE), 0.0),
+    }  # fmt: skip
+
+
+def codec_rows(
+    source: str, records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The table for one kind of records, and for each of DistillKit's choices the least of ours that loses no more."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, Any] = {}
+    for name, (top_k, _, _) in SCHEMES.items():
+        pairs = [pair for document in shard(records, manifest(vocab_size, top_k, "lossless")) for pair in document]
+        theirs = distillkit(pairs, vocab_size, name, TEMPERATURE)
+        mine = [ours(records, vocab_size, top_k, c) for c in (*(f"compact:{bits}" for bits in BITS), "lossless")]
+        rows += [{"records": source, **row} for row in (theirs, *mine)]
+        least = next(row for row in mine if row["KL"] <= theirs["KL"])
+        ratios[f"{source}, {name}"] = {
+            "bits": least["bits"], "of its bytes": least["ids and logprobs B"] / theirs["ids and logprobs B"],
+            "of its bytes after zstd": least["ids and logprobs B"] / theirs["after zstd"],
+            "our KL": least["KL"], "its KL": theirs["KL"],
+        }  # fmt: skip
+    rows += [{"records": source, **ours(records, vocab_size, 64, c)} for c in ("compact:6", "compact:8", "lossless")]
+    return rows, ratios
+
+
+def speed(tokens: int, vocab_size: int, top_k: int) -> list[dict[str, Any]]:
+    """Tokens a second of one core, by processor time: records into shards, and shards into checked records."""
+    records, found = list(synthetic(tokens, vocab_size, top_k)), []
+    for codec in ("lossless", "compact:8"):
+        which = manifest(vocab_size, top_k, codec)
+        wrote = read = 0.0
+        size = rows = 0
+        for begin in range(0, len(records), 256):
+            documents = shard(records[begin : begin + 256], which)
+            began = time.process_time()
+            data, (note, _, _) = encode_shard(which, documents)
+            wrote += time.process_time() - began
+            began = time.process_time()
+            with open_shard(io.BytesIO(data), "shard") as file:
+                for group in range(len(note.groups)):
+                    rows += sum(targets.num_rows for _, targets in Rows(file, group, which, "shard").all())
+            read += time.process_time() - began
+            size += len(data)
+        found.append(
+            {"K": top_k, "codec": codec, "tokens": rows, "shard B": size / rows, "write us": wrote / rows * 1e6,
+             "read us": read / rows * 1e6, "written a second": rows / wrote, "read a second": rows / read}
+        )  # fmt: skip
+    return found
+
+
+LOOK_UP = """
+import json, resource, sys, time
+import numpy as np
+from pathlib import Path
+from teacher_proto.dataset.index import Index, IndexFile
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+before = resident()
+began = time.monotonic()
+index = Index([IndexFile(np.memmap(sys.argv[1], np.uint8, "r"), "index")])
+opened = time.monotonic() - began
+keys = np.random.default_rng(1).integers(0, 2**64, 20000, dtype=np.uint64)
+began = time.monotonic()
+index.contains(keys)
+many = time.monotonic() - began
+began = time.monotonic()
+for key in keys[:2000].tolist():
+    list(index.places(key))
+one = time.monotonic() - began
+print(json.dumps({"start s": opened, "own memory MB": resident() - before, "look-up us": one / 2000 * 1e6,
+                  "of 20,000 at once us": many / 20000 * 1e6}))
+"""
+
+
+def large_index(documents: int) -> dict[str, Any]:
+    """An index of so many documents, read by a fresh process. Its pages are the system's, not the process's own."""
+    rng, shards = np.random.default_rng(0), max(documents // 1000, 1)
+    groups = np.stack([np.arange(64) * 2**22, np.full(64, 2**22), np.full(64, 16)], axis=1)
+    notes = [
+        ShardNote(f"targets-{n:024x}.parquet", 2**28, f"{n:064x}", 2**28 - 2**16, 1000, 2**20, 2**20, groups)
+        for n in range(shards)
+    ]
+    each = documents // shards
+    parts = [
+        (note, rng.integers(0, 2**64, each, dtype=np.uint64), rng.integers(0, 64, each).astype(np.int64))
+        for note in notes
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "merged.idx"
+        began = time.monotonic()
+        path.write_bytes(encode_index(parts))
+        made = time.monotonic() - began
+        done = subprocess.run([sys.executable, "-c", LOOK_UP, str(path)], check=True, capture_output=True, text=True)
+        size = path.stat().st_size
+    return {"documents": each * shards, "file MB": size / 1e6, "merge s": made, **json.loads(done.stdout)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--documents", type=int, default=20_000_000)
+    parser.add_argument("--text-tokens", type=int, default=10_000)
+    options = parser.parse_args()
+    rows, ratios = codec_rows("Zipf", list(synthetic(20_000, 49_152, 128)), 49_152)
+    notes = ["Bytes and nats a token. `shard B` has all of a row: token ids, lse, next_logprob and log_z at one T too."]
+    if TEACHER.exists() and TEXT.exists():
+        vocab_size, records = of_a_model(options.text_tokens, 128)
+        real_rows, real_ratios = codec_rows("SmolLM2-135M", records, vocab_size)
+        rows, ratios = real_rows + rows, real_ratios | ratios
+    else:
+        notes.append("No model's records: `make demo` puts one where this looks for it.")
+    for row in rows:
+        row["of the wire"] = row["shard B"] / (4 * row["K"] + 16) if row["shard B"] else None
+    throughput, index = speed(options.tokens, 49_152, 64), large_index(options.documents)
+    ratios |= {"speed": throughput, "index": index}
+    report("dataset", rows, ratios, title="Target datasets, a token", notes=notes)
+
+
+if __name__ == "__main__":
+    main()
