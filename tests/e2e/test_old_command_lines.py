@@ -110,6 +110,26 @@ def test_the_presets(workshop: Workshop, student: Path, attention: ServiceProces
     assert ("loss/attention" in ran.lines[0]) == (loss == "bitdistill")
 
 
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [("dlm", ("diffusion", "none")), ("bitnet", ("causal", "bitnet")), ("auto", ("causal", "none"))],
+)
+def test_kinds_of_students(
+    workshop: Workshop, original: Path, student: Path, tmp_path: Path, kind: str, made: tuple[str, str]
+) -> None:
+    """What is made of a checkpoint here is taught by that; what is taken as it is, by the one that its card names."""
+    checkpoint = student if kind == "auto" else original
+    loss = ["distillation=tcs"] if kind == "dlm" else []
+    ran = run(workshop, tmp_path, f"student.checkpoint_path={checkpoint}", f"student.type={kind}", *loss)
+    named = ran.settings["student"]
+    if kind != "auto":
+        assert (named["architecture"], named["quantiser"]) == made
+    else:
+        assert "student.type=auto: " in ran.said and "student.quantiser=none" in ran.said
+    assert ran.settings["teacher"]["model"] == str(original)
+    assert all(each["loss"] > 0 for each in ran.lines)
+
+
 def test_target_concrete_scores(workshop: Workshop, original: Path, tmp_path: Path) -> None:
     """The original of a student that is made here is the checkpoint itself."""
     ran = run(
