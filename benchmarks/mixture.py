@@ -1,0 +1,435 @@
+"""Which mixture policy ends with the best student, on six real domains and an equal budget? `make bench-mixture`.
+
+    python -m benchmarks.mixture [--minutes 9] [--docs]      again and again, until it says that nothing is missing
+
+Domains: prose and code of the standard library, film reviews, product reviews, editorials, tweets. Each gives a pool to
+train on, a probe for the policies that look at one, and a test set that only the last figure sees. Two tiny models with
+a vocabulary of their own, so that two slow cores make seventy runs: a teacher that was trained on all pools alike, and
+a student that starts from nothing. Every arm makes as many steps of as many tokens; five seeds decide student and order
+of the texts. A run is a line of `benchmarks/results/mixture.jsonl`, and one that is there is not made again. The best
+fixed mixture is searched on a seed of its own, by the probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import BENCH_DIR, machine, report
+from demo.prepare import TEXT, prepare
+
+ROOT = BENCH_DIR.parent / "mixture"
+RESULTS = Path(__file__).parent / "results" / "mixture.jsonl"
+DOCS = Path(__file__).parent.parent / "docs" / "mixtures.md"
+MARKED = re.compile(r"(<!-- table: [^\n]*)\n.*?\n(<!-- end of table -->)", re.DOTALL)
+DOMAINS = ("prose", "code", "movies", "amazon", "nyt", "tweets")
+SPLITS = {"test": range(2), "probe": range(2, 3), "train": range(3, 10)}
+PIECE, POOL, HELD = 400, 200_000, 40_000  # characters: of a piece, of a domain's pool, of its probe and its test set
+SEEDS, SEARCH_SEED = range(5), 100
+VOCABULARY, SEQ_LEN, ROWS = 1024, 256, 4
+STEPS, RATE, INTERVAL, LAG = 60, 5e-3, 6, 2
+TEACHER_STEPS = 300
+# What the student shall be good at in the end: one domain, or all alike.
+PROBES: dict[str, tuple[str, ...]] = {"movies": ("movies",), "all": DOMAINS}
+Weights = dict[str, float]
+# Of all else, each policy has its defaults.
+ADAPTIVE = [f"data.mixture.update_interval={INTERVAL}", f"data.mixture.lag={LAG}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=600.0, help="after these no run begins")
+    parser.add_argument("--only", default="", help="arms whose names contain this")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/mixtures.md")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    prepare(("text", "reviews"))
+    ROOT.mkdir(parents=True, exist_ok=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    sizes = write_data()
+    make_teacher()
+    for arm, seed in missing(sizes):
+        if options.only not in arm:
+            continue
+        if time.monotonic() > deadline:
+            print("time is over: call again for the rest")
+            return 0
+        run(arm, seed, sizes)
+    tables(options.docs)
+    return 0
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+def write_data() -> dict[str, int]:
+    """Pieces of each domain's documents in files by split, and how many characters each domain has in all."""
+    done = ROOT / "data" / "sizes.json"
+    if not done.exists():
+        folder = ROOT / "data.unfinished"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        sizes = {}
+        for domain in DOMAINS:
+            texts = sorted(documents(domain), key=lambda text: hashlib.sha256(text.encode()).digest())
+            sizes[domain] = sum(map(len, texts))
+            for split, buckets in SPLITS.items():
+                room = POOL if split == "train" else HELD
+                with (folder / f"{domain}-{split}.jsonl").open("w") as file:
+                    for text in texts:
+                        if hashlib.sha256(b"split" + text.encode()).digest()[0] % 10 not in buckets:
+                            continue
+                        for piece in list(pieces(text))[:8]:
+                            if (room := room - len(piece)) < 0:
+                                break
+                            file.write(json.dumps({"text": piece}) + "\n")
+        (folder / "sizes.json").write_text(json.dumps(sizes))
+        folder.rename(done.parent)
+    found: dict[str, int] = json.loads(done.read_text())
+    return found
+
+
+def documents(domain: str) -> list[str]:
+    from student_trainer.data.sentiment import open_collection
+
+    if domain in ("prose", "code"):
+        return [json.loads(line)["text"] for line in (TEXT / f"{domain}.jsonl").read_text().splitlines()]
+    return list(open_collection(domain, "all")["text"])
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Parts of at most PIECE characters that end at white space, where there is some."""
+    text = text.strip()
+    while text:
+        cut = len(text) if len(text) <= PIECE else max(text.rfind(" ", 0, PIECE), text.rfind("\n", 0, PIECE))
+        cut = cut if cut > 0 else PIECE
+        if piece := text[:cut].strip():
+            yield piece
+        text = text[cut:].lstrip()
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def make_teacher() -> None:
+    """A model that has learnt from all pools alike, and its tokenizer."""
+    from student_trainer import main as trainer
+
+    if (ROOT / "teacher").exists():
+        return
+    started = ROOT / "teacher.start"
+    random_model(started, 2, 128, make_tokenizer(), 0)
+    settings = [
+        *common("teacher", 0, started), *sources(equal()), "distillation=cross_entropy",
+        "teacher=none", f"run.steps={TEACHER_STEPS}", f"evaluation.every={TEACHER_STEPS}", "data.rows=8",
+    ]  # fmt: skip
+    run_folder = ROOT / "runs" / folder_of("teacher", 0)
+    if trainer.run(settings) or trainer.run(
+        ["export", str(run_folder), "--format", "hf", "--out", str(ROOT / "teacher.new")]
+    ):
+        raise SystemExit("the teacher was not made")
+    (ROOT / "teacher.new").rename(ROOT / "teacher")
+
+
+def make_tokenizer() -> Any:
+    """Byte-level BPE of the pools."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    learn = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    files = [ROOT / "data" / f"{domain}-train.jsonl" for domain in DOMAINS]
+    tokenizer.train_from_iterator(
+        (json.loads(line)["text"] for f in files for line in f.read_text().splitlines()), learn
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def random_model(folder: Path, layers: int, width: int, tokenizer: Any, seed: int) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=SEQ_LEN,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def student_of(seed: int) -> Path:
+    """The student that a seed starts from: two blocks, random weights."""
+    from transformers import AutoTokenizer
+
+    folder = ROOT / f"student-{seed}"
+    if not folder.exists():
+        random_model(folder, 2, 64, AutoTokenizer.from_pretrained(ROOT / "teacher"), seed)
+    return folder
+
+
+# --- arms -----------------------------------------------------------------------------------------------------------
+
+
+def equal() -> Weights:
+    return dict.fromkeys(DOMAINS, 1 / len(DOMAINS))
+
+
+def by_size(sizes: Mapping[str, int]) -> Weights:
+    return {domain: size / sum(sizes.values()) for domain, size in sizes.items()}
+
+
+def fixed_mixtures() -> dict[str, Weights]:
+    """Those among which the best fixed one is searched, by name."""
+    mixtures = {f"movies {share:.0%}": _with_share("movies", share) for share in (0.4, 0.7, 1.0)}
+    mixtures["code 40%"] = _with_share("code", 0.4)
+    english = ("movies", "amazon", "nyt", "tweets")
+    mixtures["no code"] = {each: 0.0 if each == "code" else 1 / 5 for each in DOMAINS}
+    mixtures["english"] = {each: 1 / 4 if each in english else 0.0 for each in DOMAINS}
+    mixtures["double code and prose"] = {each: 1 / 8 if each in english else 1 / 4 for each in DOMAINS}
+    return mixtures
+
+
+def _with_share(domain: str, share: float) -> Weights:
+    """The others alike."""
+    rest = (1 - share) / (len(DOMAINS) - 1)
+    return {each: share if each == domain else rest for each in DOMAINS}
+
+
+def policies() -> dict[str, list[str]]:
+    """Settings of the arms that look at no probe."""
+    arms = {name: [f"data.mixture.policy={name}", *ADAPTIVE] for name in ("excess", "divergence", "ado")}
+    arms["divergence over english"] = [*arms["divergence"], "data.mixture.over=[movies,amazon,nyt,tweets]"]
+    return arms
+
+
+def arm_settings(arm: str, seed: int, sizes: Mapping[str, int]) -> list[str]:
+    """Sources and policy of an arm. Probes are evaluated in the search alone, and held beside by who looks at one."""
+    kind, _, name = arm.partition(": ")
+    if kind == "fixed":
+        weights = {"by size": by_size(sizes), "equal": equal(), **fixed_mixtures()}[name]
+        return sources(weights, probes=DOMAINS if seed == SEARCH_SEED else ())
+    if kind == "influence_select":
+        return [*weighted_source(name), *sources({})]
+    if kind == "influence":
+        return [*sources(equal(), probes=PROBES[name]), *influence_policy(name)]
+    return [*sources(equal()), *policies()[kind]]
+
+
+def influence_policy(probe: str) -> list[str]:
+    named = ",".join(f"probe_{domain}" for domain in PROBES[probe])
+    return ["data.mixture.policy=influence", f"data.mixture.probe=[{named}]", *ADAPTIVE]
+
+
+def weighted_source(probe: str) -> list[str]:
+    path = ROOT / f"weighted-{probe}.parquet"
+    if not path.exists():
+        weigh(probe, path)
+    source = "data.sources.weighted"
+    return [f"{source}.kind=parquet", f"{source}.path={path}", f"{source}.weight_column=weight",
+            f"{source}.held_out_fraction=0"]  # fmt: skip
+
+
+def weigh(probe: str, path: Path) -> None:
+    """All pools together weighed for a probe, by a student that has learnt from all domains alike."""
+    from student_trainer import main as trainer
+
+    for split, domains in (("train", DOMAINS), ("probe", PROBES[probe])):
+        lines = [(ROOT / "data" / f"{domain}-{split}.jsonl").read_text().splitlines() for domain in domains]
+        mixed = sorted({line for each in lines for line in each}, key=lambda line: hashlib.md5(line.encode()).digest())
+        (ROOT / f"{split}-{probe}.jsonl").write_text("".join(line + "\n" for line in mixed))
+    code = trainer.run([
+        "influence", str(ROOT / f"train-{probe}.jsonl"), "--target", str(ROOT / f"probe-{probe}.jsonl"), "--out",
+        str(path), "--target-documents", "96", "--landmarks", "512", *common("weigh", 0, healed()),
+    ])  # fmt: skip
+    if code:
+        raise SystemExit(f"influence ended with code {code}")
+
+
+def healed() -> Path:
+    """The run whose student influence is measured on: equal shares, of the search's seed."""
+    return ROOT / "runs" / folder_of("fixed: equal", SEARCH_SEED)
+
+
+def missing(sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Runs that are to be made, the search first; the best mixtures follow from it."""
+    done = {(line["arm"], line["seed"]) for line in results()}
+    first = [("fixed: equal", SEARCH_SEED), *((f"fixed: {name}", SEARCH_SEED) for name in fixed_mixtures())]
+    yield from (each for each in first if each not in done)
+    for seed in SEEDS:
+        yield from ((arm, seed) for arm in arms() if (arm, seed) not in done)
+
+
+def arms() -> list[str]:
+    """All that are compared, once the search is through."""
+    best = dict.fromkeys(f"fixed: {best_fixed(probe)}" for probe in PROBES)
+    named = [*policies(), *(f"{kind}: {probe}" for kind in ("influence", "influence_select") for probe in PROBES)]
+    return list(dict.fromkeys(["fixed: by size", "fixed: equal", *named, *best]))
+
+
+def best_fixed(probe: str) -> str:
+    """By the probe's KL in the search; before it, equal shares."""
+    found = {line["arm"].removeprefix("fixed: "): line for line in results() if line["seed"] == SEARCH_SEED}
+    return min(found, key=lambda name: mean_of(found[name], "probe", probe, "kl"), default="equal")
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def common(arm: str, seed: int, student: Path) -> list[str]:
+    """The settings in which no two arms differ."""
+    return [
+        "data=none", f"data.seq_len={SEQ_LEN}", f"data.rows={ROWS}", "data.workers=1", "data.held_out_rows=8",
+        f"data.cache_folder={ROOT / 'cache'}", f"run.root={ROOT / 'runs'}", f"run.id={folder_of(arm, seed)}",
+        f"run.seed={seed}", f"run.steps={STEPS}", f"student.checkpoint_path={student}", "distillation=logits_only",
+        "teacher=local", f"teacher.model={ROOT / 'teacher'}", "teacher.dtype=float32",
+        "teacher.top_k=64", "optim=adamw", "student.compute=float32",
+        f"optim.learning_rate={RATE}", "optim.schedule.warmup_steps=10", f"evaluation.every={STEPS}",
+        "evaluation.at_start=false", "evaluation.samples=0", "checkpoint.every=0", "logging.wandb=off",
+        "logging.progress=off",
+    ]  # fmt: skip
+
+
+def sources(weights: Mapping[str, float], probes: Sequence[str] = ()) -> list[str]:
+    """Those with a share to be learnt from, and what is evaluated: the test sets, and the probes of these domains."""
+    lines = []
+    for domain in DOMAINS:
+        for split in ("train", "test", "probe"):
+            trained = split == "train"
+            if (trained and not weights.get(domain)) or (split == "probe" and domain not in probes):
+                continue
+            source = f"data.sources.{domain if trained else f'{split}_{domain}'}"
+            lines += [
+                f"{source}.kind=jsonl", f"{source}.path={ROOT / 'data' / f'{domain}-{split}.jsonl'}",
+                f"{source}.weight={weights[domain] if trained else 0}",
+                f"{source}.held_out_fraction={0 if trained else 1}",
+            ]  # fmt: skip
+    return lines
+
+
+def folder_of(arm: str, seed: int) -> str:
+    return re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-") + f"-{seed}"
+
+
+def run(arm: str, seed: int, sizes: Mapping[str, int]) -> None:
+    """One run, as `stillhouse-train` makes it, and its line."""
+    from student_trainer import main as trainer
+
+    settings = arm_settings(arm, seed, sizes)
+    folder = ROOT / "runs" / folder_of(arm, seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was stopped in its middle
+    began = time.monotonic()
+    code = trainer.run([*common(arm, seed, student_of(seed)), *settings, "run.resume=never"])
+    if code:
+        raise SystemExit(f"stillhouse-train ended with code {code}: {arm}, seed {seed}")
+    line = read_run(folder) | {"arm": arm, "seed": seed, "seconds": round(time.monotonic() - began, 1)}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line | {"cpu": machine()["cpu"]}) + "\n")
+    print(f"{arm}, seed {seed}: {line['seconds']} s, {line['test']}", flush=True)
+    if folder != healed():
+        shutil.rmtree(folder)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Held-out figures by split and domain, and the share of the tokens that each source gave."""
+    *_, last = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    figures: dict[str, Any] = {"test": {}, "probe": {}}
+    for name, values in last.items():
+        split, _, domain = name.partition("_")
+        if split in figures and domain in DOMAINS:
+            figures[split][domain] = {each: round(values[each], 5) for each in ("cross_entropy", "kl")}
+    tokens: dict[str, float] = {}
+    for line in (json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()):
+        for name, value in line.items():
+            if found := re.fullmatch(r"source/(\w+)/tokens", name):
+                tokens[found[1]] = tokens.get(found[1], 0) + value
+    return figures | {"shares": {name: round(count / sum(tokens.values()), 4) for name, count in tokens.items()}}
+
+
+def results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def mean_of(line: Mapping[str, Any], split: str, probe: str, figure: str) -> float:
+    return statistics.mean(line[split][domain][figure] for domain in PROBES[probe])
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def tables(docs: bool) -> None:
+    blocks = []
+    for probe in PROBES:
+        rows = table(probe)
+        title = f"test set of {'all domains, each alike' if probe == 'all' else probe}"
+        note = "mean ± standard deviation over seeds; differences are taken by seed, ± their error"
+        report("mixture" if probe == "all" else f"mixture_{probe}", rows, title=title, notes=(note,))
+        columns = list(rows[0])
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[c] for c in columns] for row in rows)]
+        blocks.append(f"{title}:\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+    if docs:
+        page, body = DOCS.read_text(), "\n\n".join(blocks)
+        assert MARKED.search(page), f"{DOCS} has no marks"
+        DOCS.write_text(MARKED.sub(lambda found: f"{found[1]}\n\n{body}\n\n{found[2]}", page))
+
+
+def table(probe: str) -> list[dict[str, Any]]:
+    """An arm a row, the best KL first. An arm for the other probe is left out."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in results():
+        if line["seed"] in SEEDS and not re.search(rf": ({'|'.join(set(PROBES) - {probe})})$", line["arm"]):
+            by_arm.setdefault(line["arm"], {})[line["seed"]] = line
+    base = by_arm["fixed: equal"]
+    rows: list[tuple[float, dict[str, Any]]] = []
+    for arm, lines in by_arm.items():
+        kls = [mean_of(line, "test", probe, "kl") for line in lines.values()]
+        both = sorted(set(lines) & set(base))
+        apart = [mean_of(lines[s], "test", probe, "kl") - mean_of(base[s], "test", probe, "kl") for s in both]
+        row = {
+            "arm": arm + (" (best fixed)" if arm == f"fixed: {best_fixed(probe)}" else ""),
+            "KL": spread(kls),
+            "cross-entropy": spread([mean_of(line, "test", probe, "cross_entropy") for line in lines.values()]),
+            "KL less that of equal shares": error(apart),
+            "seeds": len(lines),
+            "largest share": largest(list(lines.values())),
+        }
+        rows.append((statistics.mean(kls), row))
+    return [row for _, row in sorted(rows, key=lambda each: each[0])]
+
+
+def largest(lines: Sequence[Mapping[str, Any]]) -> str:
+    names = {name for line in lines for name in line["shares"]}
+    shares = {name: statistics.mean(line["shares"].get(name, 0) for line in lines) for name in names}
+    name = max(sorted(shares), key=lambda each: shares[each])
+    return f"{name} {shares[name]:.0%}"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def error(values: Sequence[float]) -> str:
+    of_mean = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):+.3f} ± {of_mean:.3f}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.exit(main())
