@@ -209,3 +209,14 @@ def test_the_second_name_says_what_it_became(
 def test_modules_that_are_not_trained_are_refused(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is trained in modules called down_proj"):
         run(workshop, tmp_path, "student.lora.rank=2", "student.lora.targets=[q_proj]")
+
+
+@pytest.mark.slow
+def test_a_compiled_student_is_measured_as_the_same_one_is(workshop: Workshop, tmp_path: Path) -> None:
+    """Sketched passes are not compiled: compiled code calls no hooks."""
+    scores = [
+        [line[f"reason/{name}/score"] for line in run(workshop, tmp_path / compiled, f"student.compile={compiled}",
+                                                      "run.steps=8") for name in "ab" if f"reason/{name}/score" in line]
+        for compiled in ("false", "true")
+    ]  # fmt: skip
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4) and scores[0]
