@@ -16,6 +16,7 @@ from teacher_proto.dataset.check import check_dataset, dataset_stats
 from teacher_proto.dataset.folder import Folder
 from tests.contract.test_dataset_commands import files_of, fill
 from tests.contract.test_fill_and_pack import ASK, SCRIPTED, write_data
+from tests.models import save_tiny_llama
 from tests.teacher_process import free_port
 
 pytest.importorskip("ray")
@@ -207,3 +208,16 @@ def test_an_engine_takes_a_gpu_for_each_of_its_ranks() -> None:
     assert gpus_of(parse_settings(["m"])) == 1
     assert gpus_of(parse_settings(["m", "--tensor-parallel-size", "4"])) == 4
     assert gpus_of(parse_settings(["m", "--tensor-parallel-size=2", "--pipeline-parallel-size", "3"])) == 6
+
+
+@pytest.mark.vllm
+def test_two_vllm_engines_write_what_one_does(cluster: Cluster, tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl", 20, length=20)
+    words = ["fill", str(model), str(tmp_path / "data.jsonl"), "--dtype", "float32", *ASK, "--shard-tokens", "100",
+             "--max-model-len", "64"]  # fmt: skip
+    for output, more in (("one", []), ("two", ["--ray", cluster.address, "--replicas", "2"])):
+        command = [sys.executable, "-m", "teacher_service.main", *words, "--output", str(tmp_path / output), *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0 and "20 sequences scored" in done.stdout, done.stderr
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
