@@ -19,9 +19,11 @@ from student_trainer import loop
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.export import main as export
 from student_trainer.export.bitnet import CannotExpressError
+from student_trainer.export.mask_token import with_mask_token
 from student_trainer.export.sdar import MASK, sdar_config, sdar_weights
 from student_trainer.settings import StudentSettings
 from student_trainer.students.diffusion_record import DiffusionRecord
+from tests.models import tiny_tokenizer
 from tests.trainer_run import ScriptedTargets, Workshop, run_here
 
 QWEN_ROWS, QWEN_TOKENS, END, END_OF_TURN = 151936, 151669, 151643, 151645
@@ -160,6 +162,20 @@ def test_what_is_written_can_be_trained_on(exported: tuple[Path, Path], workshop
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     assert export([str(tmp_path / "run"), "--format", "hf", "--skip-check", "--out", str(tmp_path / "hf")]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").mask_token_id == MASK
+
+
+def test_a_tokenizer_names_the_mask_token_behind_its_last_or_one_that_it_has() -> None:
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    named, why = with_mask_token(tokenizer, size)
+    assert (named.mask_token, named.mask_token_id, len(named), why) == ("<|MASK|>", size, size + 1, "")
+    assert len(tokenizer) == size and tokenizer.mask_token is None
+    assert named("<s>a<|MASK|>b")["input_ids"][-2] == size
+    again, why = with_mask_token(named, size)
+    assert (again.mask_token_id, len(again), why) == (size, size + 1, "")
+    for wrong, reason in ((named, f"its <|MASK|> is token {size}"), (tokenizer, "can't number one 500")):
+        kept, why = with_mask_token(wrong, 500)
+        assert kept is wrong and reason in why
 
 
 REFUSED = {
