@@ -310,6 +310,9 @@ BESIDE = {  # what a rank does with the whole student beside the passes that all
     "lora": ("student.lora.rank=4",),
     "ternary": ("student=bitnet", "student.quantisation.warmup_steps=4", UNCLIPPED),  # a bit more flips a weight
     "lora on ternary": ("student=bitnet", "student.lora.rank=4", UNCLIPPED),
+    "complex": ("student=fairy2i", "student.quantisation.warmup_steps=4", UNCLIPPED),
+    "two bits, learnt scales": ("student=seq2", "student.quantisation.warmup_steps=4", UNCLIPPED),
+    "lora on two bits": ("student=seq2", "student.lora.rank=4", UNCLIPPED),
     "lrc": ("student=lrc", "student.quantisation.bits=3", "student.lrc.sequences=8"),
 }
 
