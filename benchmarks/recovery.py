@@ -46,6 +46,11 @@ QUANTISERS = {
         "quantiser": "bitnet", "quantisation": QuantisationSettings(sub_norm="none", quantise_activations=False),
     },
 }  # fmt: skip
+# Without a correction: what about as many bits buy otherwise.
+PLAIN = {
+    name: {"quantiser": "rtn", "quantisation": QuantisationSettings(sub_norm="none", bits=bits, group_size=group)}
+    for name, bits, group in (("int4, groups of 32", 4, 32), ("int5", 5, None), ("int6", 6, None), ("int8", 8, None))
+}
 RANKS = (0.05, 0.1, 0.3)
 WIDTH, HELD_OUT_ROWS, ROWS = 256, 8, 4
 CPU = torch.device("cpu")
@@ -88,8 +93,9 @@ class Bench:
         self._exact_NV: list[Tensor] | None = None
 
     def cells(self) -> Iterator[tuple[str, int, str]]:
-        """What is measured, in its order: quantiser, seed, and "closed" or the rank that is trained."""
+        """What is measured, in its order: quantiser, seed, and "plain", "closed" or the rank that is trained."""
         seeds = self._options.seeds
+        yield from ((quantiser, 0, "plain") for quantiser in PLAIN)
         yield from ((quantiser, seed, "closed") for seed in seeds for quantiser in QUANTISERS)
         if self._options.steps:
             middle_first = sorted(RANKS, key=lambda rank: abs(rank - RANKS[1]))
@@ -98,10 +104,13 @@ class Bench:
             )
 
     def file(self, quantiser: str, seed: int, what: str) -> Path:
-        return ROOT / f"{self._name}-{quantiser.replace(' ', '-')}-{seed}-{what}.json"
+        return ROOT / f"{self._name}-{re.sub('[^a-z0-9.]+', '-', quantiser)}-{seed}-{what}.json"
 
     def measure(self, quantiser: str, seed: int, what: str) -> None:
         began = time.process_time()
+        if what == "plain":
+            self._measure_plain(quantiser, began)
+            return
         student = load_student(
             StudentSettings(
                 checkpoint_path=str(self._options.model), adapter="lrc", lrc=LRCSettings(rank=RANKS[-1]),
@@ -123,6 +132,11 @@ class Bench:
         found["cpu_s"] = time.process_time() - began
         self.file(quantiser, seed, what).write_text(json.dumps(found, indent=1))
         print(quantiser, seed, what, json.dumps(found), flush=True)
+
+    def _measure_plain(self, quantiser: str, began: float) -> None:
+        student = load_student(StudentSettings(checkpoint_path=str(self._options.model), **PLAIN[quantiser]), CPU)
+        found = {"before": self._figures(student), "bits": _bits(student, None), "cpu_s": time.process_time() - began}
+        self.file(quantiser, 0, "plain").write_text(json.dumps(found, indent=1))
 
     def _calibrate(self, student: Student, quantiser: str, seed: int) -> None:
         """By the files of an earlier call where there are some: the layers are kept as a run's are."""
@@ -222,19 +236,29 @@ class Bench:
                         "seeds": f"{len(closed)}, {len(trained)} trained",
                     }
                 )  # fmt: skip
+        for quantiser in PLAIN:
+            if (file := self.file(quantiser, 0, "plain")).exists():
+                found = json.loads(file.read_text())
+                row = dict.fromkeys(made[0] if made else (), "") | {"weights": quantiser, "rank": "none"}
+                row |= {
+                    "bits a weight": f"{found['bits']:.2f}",
+                    "CE, before": f"{found['before']['cross_entropy']:.3f}",
+                }
+                made.append(row | {"KL, before": f"{found['before']['kl']:.3f}"})
         return made
 
     def _files(self, quantiser: str, what: str) -> list[Path]:
         return [file for seed in self._options.seeds if (file := self.file(quantiser, seed, what)).exists()]
 
 
-def _bits(student: Student, rank: float) -> float:
-    """Of a weight of the decoder's linears: packed, with its scales, and the correction in 16 bits."""
+def _bits(student: Student, rank: float | None) -> float:
+    """Of a weight of the decoder's linears: packed, with its scales, and a correction of this rank in 16 bits."""
     bits = weights = 0.0
     for _, layer in quant_linears(student.model):
         count = layer.out_features * layer.in_features
         bits += layer.weight_quantiser.stored_bits(layer.out_features, layer.in_features) * count
-        bits += 16 * rank_of(layer, rank) * (layer.out_features + layer.in_features)
+        if rank is not None:
+            bits += 16 * rank_of(layer, rank) * (layer.out_features + layer.in_features)
         weights += count
     return bits / weights
 
