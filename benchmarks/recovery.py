@@ -1,7 +1,7 @@
 """What low-rank corrections win back: SmolLM2-135M rounded to int4 and to 1.58 bits, before, after the closed form, and
 after training it, by rank and by seed of the calibration text.
 
-    python -m benchmarks.recovery --docs                 the table of docs/recovery.md; about 40 minutes of one core
+    python -m benchmarks.recovery --docs                 the table of docs/recovery.md; over an hour of one core
     python -m benchmarks.recovery --minutes 8            as much of it as fits; the next call goes on
     python -m benchmarks.recovery --model FOLDER --tokens 1024 --seeds 0 --steps 4     to see that it works
 
