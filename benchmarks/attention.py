@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.report import report
 from benchmarks.servers import END_WITH_ME
 from teacher_proto.attention import AttentionRequest
-from teacher_proto.sync_client import SyncAttentionClient
+from teacher_proto.client.sync_client import SyncAttentionClient
 
 DEMO = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 LEAST_RATIO = 1.5

@@ -24,8 +24,8 @@ READY = "ready"
 def __getattr__(name: str) -> type:
     if "." not in name:
         raise AttributeError(name)
-    from teacher_proto.reduction import HEAD_ROWS, HEAD_ROWS_ACCELERATOR
-    from teacher_service.vllm_adapter import TargetsPooler, adapted
+    from teacher_proto.compute.reduction import HEAD_ROWS, HEAD_ROWS_ACCELERATOR
+    from teacher_service.engines.vllm_adapter import TargetsPooler, adapted
 
     class BarePooler(TargetsPooler):
         """Nothing, or the logits of every position in the service's chunks; either way they are dropped."""
@@ -46,7 +46,7 @@ async def serve(model: str) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from teacher_proto.model_files import find_model
-    from teacher_service.vllm_options import adapted_class, engine_arguments
+    from teacher_service.engines.vllm_options import adapted_class, engine_arguments
 
     folder = find_model(model)
     adapted = adapted_class(folder, __spec__.name if __spec__ else __name__)
@@ -65,7 +65,7 @@ async def _prefill(llm: Any, ids: list[int], head: bool, number: int) -> None:
     from vllm import PoolingParams
     from vllm.inputs import tokens_input
 
-    from teacher_service.vllm_adapter import TASK
+    from teacher_service.engines.vllm_adapter import TASK
 
     params = PoolingParams(task=TASK, extra_kwargs={"head": head})
     async for _ in llm.encode(tokens_input(ids), params, f"{number}-{time.monotonic_ns()}"):
@@ -73,7 +73,7 @@ async def _prefill(llm: Any, ids: list[int], head: bool, number: int) -> None:
 
 
 def main() -> None:
-    from teacher_service.vllm_options import prepare_environment
+    from teacher_service.engines.vllm_options import prepare_environment
 
     prepare_environment()
     asyncio.run(serve(str(Path(sys.argv[1]).resolve())))

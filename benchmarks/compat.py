@@ -28,8 +28,8 @@ from typing import Any
 from benchmarks.report import report
 from benchmarks.serve import Sequences, text_ids
 from benchmarks.servers import ROOT, child, cpu_seconds, stock_environment, until_healthy
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 from tests.teacher_process import free_port
 
 MAX_LENGTH = 1024
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--top-k", nargs="+", type=int, default=[8, 20, 64])
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
-    from teacher_service.vllm_options import prepare_environment
+    from teacher_service.engines.vllm_options import prepare_environment
 
     prepare_environment()  # threads and memory: inherited by every contender
     with ExitStack() as processes:

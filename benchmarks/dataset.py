@@ -29,8 +29,8 @@ from teacher_proto.dataset.index import ShardNote, encode_index
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
 from teacher_proto.requests import Query
-from teacher_proto.store_entry import split
-from teacher_proto.store_parquet import Pair
+from teacher_proto.store.entry import split
+from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
 BITS = (2, 3, 4, 5, 6, 8)

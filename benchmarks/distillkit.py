@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher_proto.store_parquet import Pair
+from teacher_proto.store.parquet import Pair
 
 # K, how many logprobs are kept as they are, the powers of the rank in the curve of the others.
 SCHEMES: dict[str, tuple[int, int, tuple[float, ...]]] = {

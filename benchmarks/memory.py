@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks.report import report
 from benchmarks.servers import ROOT, child, stock_environment, until_healthy
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.requests import TargetsRequest
 from tests.teacher_process import free_port
 
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--no-stock", action="store_true", help="leave stock vLLM out")
     args = parser.parse_args()
-    from teacher_service.vllm_options import prepare_environment
+    from teacher_service.engines.vllm_options import prepare_environment
 
     prepare_environment()
     rows = asyncio.run(run(args))

@@ -26,7 +26,7 @@ from student_trainer.build import build
 from student_trainer.cli.compose import compose
 from student_trainer.settings.mixture import InfluenceMixture
 from student_trainer.targets.open import Teacher
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 
 ROOT = Path("runs/mixture_cost")
 INTERVAL = 1000  # updates from one decision to the next, by default

@@ -34,7 +34,7 @@ from student_trainer.data.loader import BatchSource
 from student_trainer.data.tokenise import pad_id
 from student_trainer.rollouts.sampler import GenerateSampler, ends_of_text
 from student_trainer.students.student import Student
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 from tests.teacher_process import TeacherProcess
 
 FOLDER = BENCH_DIR / "on_policy"

@@ -150,7 +150,7 @@ def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     from student_trainer.targets.background import EventThread
     from student_trainer.targets.queries import queries_of
     from student_trainer.targets.remote import RemoteTargets
-    from teacher_proto.client import TeacherClient
+    from teacher_proto.client.teacher_client import TeacherClient
     from teacher_proto.requests import TargetSpec
     from teacher_proto.targets import tensors_of
 

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.report import report
 from benchmarks.servers import ROOT, child, cpu_seconds, stock_environment, until_healthy
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.requests import TargetsRequest
 from tests.teacher_process import free_port
 
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stock-rounds", type=int, default=2, help="0 leaves stock vLLM out")
     args = parser.parse_args()
-    from teacher_service.vllm_options import prepare_environment
+    from teacher_service.engines.vllm_options import prepare_environment
 
     prepare_environment()  # threads and memory: inherited by every contender
     contenders = asyncio.run(compare(args))

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.report import report
 from benchmarks.servers import ROOT, child, until_healthy
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.requests import TargetsRequest
 from tests.teacher_process import free_port
 

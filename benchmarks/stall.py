@@ -119,7 +119,7 @@ class Bench:
         from student_trainer import loop
         from student_trainer.build import build
         from student_trainer.cli.compose import compose
-        from teacher_proto.stopping import StopSignals
+        from teacher_proto.process.stopping import StopSignals
 
         self._runs += 1
         settings = compose([

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import report
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_proto.wire import (
+from teacher_proto.wire.records import (
     Header,
     ResponseDecoder,
     Targets,

@@ -48,8 +48,8 @@ def teacher_speed(url: str, top_k: int) -> float:
     """Tokens a second of the teacher at `url`, over HTTP, as many sequences at once as fill `TEACHER_SECONDS`."""
     import numpy as np
 
+    from teacher_proto.client.sync_client import SyncTeacherClient
     from teacher_proto.requests import TargetsRequest
-    from teacher_proto.sync_client import SyncTeacherClient
 
     draw = np.random.default_rng(0)
 

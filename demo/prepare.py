@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from teacher_proto.parent import end_with_parent_if_asked
+from teacher_proto.process.parent import end_with_parent_if_asked
 
 CACHE = Path(os.environ.get("STILLHOUSE_DEMO") or Path(__file__).resolve().parent.parent / ".cache" / "demo")
 TEACHER = CACHE / "teacher"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teacher_proto.parent import end_with_parent_if_asked
+from teacher_proto.process.parent import end_with_parent_if_asked
 
 if TYPE_CHECKING:
     from student_trainer.loop import Run
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     out, settings = Path(arguments[0]), arguments[1:]
     from student_trainer.build import build
     from student_trainer.cli.compose import compose_arguments
-    from teacher_proto.stopping import StopSignals
+    from teacher_proto.process.stopping import StopSignals
 
     with ExitStack() as stack:
         run = build(compose_arguments(settings), StopSignals(), stack)

@@ -16,10 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = re.compile(r".+?[.?](?=\s+[A-Z`])|.+")
 BEGIN, END = "<!-- tree: written by `make tree` -->\n", "<!-- end of tree -->\n"
 PACKAGES = {
-    "proto/teacher_proto": "the contract and its client: numpy, msgpack, pydantic, httpx; never torch at import",
+    "proto/teacher_proto": "the contract: records, identity, errors, hardware; never torch at import",
+    "proto/teacher_proto/wire": "records <-> bytes",
+    "proto/teacher_proto/client": "`TeacherClient`: replicas, retries, deadlines, progress",
+    "proto/teacher_proto/store": "the target store",
+    "proto/teacher_proto/compute": "logits -> records: the one definition that every engine uses",
+    "proto/teacher_proto/process": "what every command does as a process: signals, progress lines, children",
     "proto/teacher_proto/dataset": "answers in Parquet shards, in any folder or bucket",
     "services/serving": "what both services stand on",
-    "services/teacher_service": "FastAPI, and the engines behind it",
+    "services/serving/http": "connections, limits, keys, TLS, errors by one table",
+    "services/serving/scheduling": "admission, fair queue, one computation for all who ask the same",
+    "services/teacher_service": "FastAPI over an engine",
+    "services/teacher_service/engines": "vLLM, transformers, and arithmetic for tests",
     "services/teacher_service/compat": "other servers' wire formats, a file a format",
     "services/teacher_service/offline": "targets without a server: `fill`, `pack`, `dataset`",
     "services/attention_service": "FastAPI over an eager model that is cut off above the layer asked for",

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from student_trainer.losses import head_loss, teacher_rows, token_term
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 
 TEMPERATURE = 2.0
 TERMS = [

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 from teacher_proto.targets import TokenTargets
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
 
 from student_trainer.losses import TeacherRows, TokenTerm, head_loss, teacher_rows, token_term
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 
 PROMPTS = ["A still is", "The distillation of", "Python's assert statement", "To learn from a teacher"]
 

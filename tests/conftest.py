@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, settings
 from tests.workers import longest_first, worker_count
 
 if TYPE_CHECKING:
-    from teacher_service.hf_engine import HfEngine
-    from teacher_service.vllm_engine import VllmEngine
+    from teacher_service.engines.hf import HfEngine
+    from teacher_service.engines.vllm_engine import VllmEngine
     from tests.teacher_process import TeacherProcess
     from tests.trainer_run import Workshop
 
@@ -56,7 +56,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def hf_engine(tiny_llama: Path) -> AsyncIterator[HfEngine]:
     """The transformers engine over `tiny_llama`, in float32."""
-    from teacher_service.hf_engine import HfEngine
+    from teacher_service.engines.hf import HfEngine
 
     engine = HfEngine(str(tiny_llama), dtype="float32", max_batch_tokens=600)
     await engine.start()
@@ -71,7 +71,7 @@ async def vllm_engine(tiny_llama: Path) -> AsyncIterator[VllmEngine]:
     Steps of 64 tokens, so that most prompts are prefilled in chunks, and a cache of three of the longest sequences
     for eight at a time, so that some are preempted.
     """
-    from teacher_service.vllm_engine import VllmEngine
+    from teacher_service.engines.vllm_engine import VllmEngine
 
     tokens, bytes_per_token = 3 * 512, 2 * 2 * 32 * 4
     engine = VllmEngine(

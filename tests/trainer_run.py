@@ -26,11 +26,11 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.checkpoint import files
 from student_trainer.targets.protocol import Queries, TeacherCard
 from student_trainer.targets.queries import spec_of
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.identity import tokenizer_sha256
-from teacher_proto.parent import end_spawned_with_parent
-from teacher_proto.waiting import Waiting
-from teacher_service.scripted_engine import Script, ScriptedEngine
-from teacher_service.scripted_model import scripted_logits
+from teacher_proto.process.parent import end_spawned_with_parent
+from teacher_service.engines.scripted import Script, ScriptedEngine
+from teacher_service.engines.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE, save_tiny_llama, tiny_tokenizer
 
 # One process that has imported everything, from which trainers are forked: a start costs no imports.
@@ -242,7 +242,7 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     from student_trainer.build import build
     from student_trainer.cli.compose import compose
     from student_trainer.targets.open import Teacher
-    from teacher_proto.stopping import StopSignals
+    from teacher_proto.process.stopping import StopSignals
 
     threads = torch.get_num_threads()
 

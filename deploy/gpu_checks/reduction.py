@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from deploy.gpu_checks.report import Options, Report
-from teacher_proto.packed import RowLayout, unpack_rows
-from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key
+from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows, sample_key
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
+from teacher_proto.wire.packed import RowLayout, unpack_rows
 
 TEMPERATURES = (1.0, 2.0, 5.0, 0.5)
 SPEC = TargetSpec(kinds=("top_k", "score", "gather", "sampled", "hidden"), top_k=64, temperatures=TEMPERATURES,

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from deploy.gpu_checks.models import TINY, save_qwen3
 from deploy.gpu_checks.report import Options, Report
 from teacher_proto.attention import AttentionRequest
+from teacher_proto.client.sync_client import SyncAttentionClient, SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncAttentionClient, SyncTeacherClient
 
 READY = re.compile(rb"ready at (\S+), ")
 TEMPERATURES = (2.0, 5.0)

@@ -23,9 +23,9 @@ from pydantic import (
     StrictStr,
 )
 
+from teacher_proto.compute.relations import FORMS, RelationForm, layer_index
 from teacher_proto.errors import NotFoundError
 from teacher_proto.info import ServiceInfo, read_info
-from teacher_proto.relations import FORMS, RelationForm, layer_index
 from teacher_proto.request_checks import (
     SequenceLimits,
     SequencesRequest,

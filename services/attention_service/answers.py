@@ -16,8 +16,8 @@ from torch import Tensor
 from attention_service.tap import Attended
 from teacher_proto.attention import AttentionQuery
 from teacher_proto.attention_targets import PARTS, AttentionTargets
+from teacher_proto.compute.relations import log_relation_rows, similarity_factor
 from teacher_proto.errors import EngineError
-from teacher_proto.relations import log_relation_rows, similarity_factor
 
 # Numbers in float32 held at a time: 32 MiB for each of a few arrays.
 BLOCK_ENTRIES = 2**23

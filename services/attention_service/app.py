@@ -10,11 +10,11 @@ from fastapi.responses import Response
 from attention_service import openapi
 from attention_service.requests import read_attention
 from attention_service.service import AttentionService
-from serving import replies
-from serving.openapi import ASKING, POSTING, errors
-from serving.requests import progress_interval
-from serving.routes import Student, keyed_router, make_app
-from serving.streams import Outlet, RacedResponse
+from serving.http import replies
+from serving.http.openapi import ASKING, POSTING, errors
+from serving.http.requests import progress_interval
+from serving.http.routes import Student, keyed_router, make_app
+from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.attention import AttentionInfo
 
 router = keyed_router()

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attention_service.settings import AttentionSettings
-from serving.batches import Batches
 from serving.engine import Job
+from serving.scheduling.batches import Batches
 from serving.startup import stage
 from teacher_proto.attention import AttentionLimits, AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import StillhouseError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import find_model, hash_files, identify

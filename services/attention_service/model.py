@@ -19,8 +19,8 @@ from attention_service.answers import make_answer
 from attention_service.tap import Attended, Tap
 from teacher_proto.attention import AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.compute.hf_model import padded
 from teacher_proto.hardware import choose_dtype, device_name, emulation_warning, pick_device
-from teacher_proto.hf_model import padded
 from teacher_proto.model_files import ModelFolder
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serving.openapi import TENSOR, describe_app, list_of, whole
-from teacher_proto import wire
+from serving.http.openapi import TENSOR, describe_app, list_of, whole
 from teacher_proto.attention import ATTENTION_KINDS, AttentionLimits, AttentionShape
 from teacher_proto.attention_targets import ATTENTION_TENSORS
-from teacher_proto.relations import FORMS, LAYER_NAMES
+from teacher_proto.compute.relations import FORMS, LAYER_NAMES
+from teacher_proto.wire import records as wire
 
 _DESCRIPTION = """The attention of a teacher's layer: POST token ids, get states, relations between them, or maps.
 Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request may bring its

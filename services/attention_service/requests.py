@@ -10,10 +10,10 @@ from functools import partial
 from fastapi import Request
 
 from attention_service.service import AttentionService
-from serving.admission import Permit
 from serving.engine import Job
-from serving.replies import JSON_WEIGHT, Reply, Work, check_json_size
-from serving.requests import check_fingerprint, read_fields
+from serving.http.replies import JSON_WEIGHT, Reply, Work, check_json_size
+from serving.http.requests import check_fingerprint, read_fields
+from serving.scheduling.admission import Permit
 from teacher_proto.attention import (
     AttentionQuery,
     AttentionRequest,
@@ -23,7 +23,7 @@ from teacher_proto.attention import (
     values_per_token,
 )
 from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.attention_wire import (
+from teacher_proto.wire.attention import (
     AttentionHeader,
     attention_document,
     encode_attention,

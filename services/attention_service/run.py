@@ -6,7 +6,7 @@ from attention_service.app import create_app
 from attention_service.engine import AttentionEngine
 from attention_service.service import AttentionService
 from attention_service.settings import AttentionSettings
-from serving.keys import Keys
+from serving.http.keys import Keys
 from serving.run import run_service
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from serving.settings import ServiceSettings, build_settings, options_parser
-from teacher_proto.relations import LAYER_NAMES, layer_index
+from teacher_proto.compute.relations import LAYER_NAMES, layer_index
 
 PREFIX = "STILLHOUSE_ATTENTION_"
 

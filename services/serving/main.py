@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from teacher_proto.extras import explain_missing
-from teacher_proto.parent import end_with_parent_if_asked
+from teacher_proto.process.parent import end_with_parent_if_asked
 
 # When this process began, to a few hundredths of a second: a command imports this first.
 BEGAN = time.monotonic()

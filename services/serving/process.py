@@ -21,9 +21,9 @@ from typing import NoReturn, Protocol
 import structlog
 from starlette.types import ASGIApp
 
-from serving.connections import Deadlines
-from serving.http_server import Server
-from serving.reload import Watched, keep_loaded
+from serving.http.connections import Deadlines
+from serving.http.reload import Watched, keep_loaded
+from serving.http.server import Server
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
 
 log = structlog.get_logger("stillhouse.process")

@@ -13,9 +13,9 @@ from typing import Any
 
 import structlog
 
-from serving.coalescer import Coalescer
-from serving.fair import FairQueue
-from serving.rate import Rate
+from serving.scheduling.coalescer import Coalescer
+from serving.scheduling.fair import FairQueue
+from serving.scheduling.rate import Rate
 from teacher_proto.errors import OverloadedError, StillhouseError
 
 log = structlog.get_logger("stillhouse.readiness")

@@ -12,17 +12,17 @@ import structlog
 import uvloop
 from starlette.types import ASGIApp
 
-from serving.connections import Deadlines
-from serving.http_server import bind
-from serving.keys import Keys
+from serving.http.connections import Deadlines
+from serving.http.keys import Keys
+from serving.http.reload import Watched
+from serving.http.server import bind
+from serving.http.tls import TlsFiles
 from serving.logs import set_up_logs
 from serving.main import BEGAN
 from serving.process import Process, leave_at_once
-from serving.reload import Watched
 from serving.service import Service
 from serving.settings import ServiceSettings
 from serving.startup import done
-from serving.tls import TlsFiles
 
 log = structlog.get_logger("stillhouse.run")
 ServiceT = TypeVar("ServiceT", bound=Service[Any, Any, Any, Any])

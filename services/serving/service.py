@@ -10,15 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
-from serving.admission import Admission
-from serving.coalescer import AnswerStore, Coalescer
-from serving.control import ControlLane
 from serving.engine import AnswerT, AnyEngine, Job, QueryT
-from serving.fair import FairQueue
-from serving.keys import Keys
+from serving.http.control import ControlLane
+from serving.http.keys import Keys
 from serving.metrics import Metrics
-from serving.rate import Rate
 from serving.readiness import Readiness
+from serving.scheduling.admission import Admission
+from serving.scheduling.coalescer import AnswerStore, Coalescer
+from serving.scheduling.fair import FairQueue
+from serving.scheduling.rate import Rate
 from serving.settings import ServiceSettings
 from serving.status import STEP_S, History, StatusBody, totals
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError

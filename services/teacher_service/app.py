@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
-from serving import replies
-from serving.openapi import ASKING, POSTING, errors
-from serving.requests import progress_interval, read_json
-from serving.routes import Student, keyed_router, make_app
-from serving.streams import Outlet, RacedResponse
+from serving.http import replies
+from serving.http.openapi import ASKING, POSTING, errors
+from serving.http.requests import progress_interval, read_json
+from serving.http.routes import Student, keyed_router, make_app
+from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import openapi
 from teacher_service.compat import completions, sglang_generate, token_generate

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from teacher_proto.head import HeadScaling
+from teacher_proto.compute.head import HeadScaling
 from teacher_proto.targets import TokenTargets
 from teacher_service.head_file import HeadFile, HeadTensor
 

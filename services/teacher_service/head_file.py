@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from teacher_proto.compute.head import HeadScaling
 from teacher_proto.errors import NotFoundError
-from teacher_proto.head import HeadScaling
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _READ_BYTES = 4 * 2**20

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 
-from serving.streams import Outlet
+from serving.http.streams import Outlet
 from teacher_service.head_file import ServedHead
 
 _PIECE_BYTES = 2**20

@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from serving.openapi import TENSOR, describe_app, list_of, whole
-from teacher_proto import wire
+from serving.http.openapi import TENSOR, describe_app, list_of, whole
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.targets import TENSORS
+from teacher_proto.wire import records as wire
 from teacher_service.compat import completion_fields, sglang_fields, token_fields
 from teacher_service.compat.requests import Fields
 

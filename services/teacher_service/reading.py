@@ -9,9 +9,9 @@ import numpy as np
 
 from serving.engine import Job
 from teacher_proto.errors import EngineError
-from teacher_proto.packed import RowLayout, unpack_rows
 from teacher_proto.requests import Query
 from teacher_proto.targets import TokenTargets
+from teacher_proto.wire.packed import RowLayout, unpack_rows
 
 
 def read_rows(packed_RB: np.ndarray, job: Job[Query], layout: RowLayout) -> TokenTargets:

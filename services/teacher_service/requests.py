@@ -9,14 +9,14 @@ from functools import partial
 
 from fastapi import Request
 
-from serving.admission import Permit
 from serving.engine import Job
-from serving.replies import JSON_WEIGHT, Reply, Work, check_json_size
-from serving.requests import check_fingerprint, read_fields
-from teacher_proto import wire
+from serving.http.replies import JSON_WEIGHT, Reply, Work, check_json_size
+from serving.http.requests import check_fingerprint, read_fields
+from serving.scheduling.admission import Permit
 from teacher_proto.requests import Query, TargetsRequest, check_request, parse_request
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire_json import json_document
+from teacher_proto.wire import records as wire
+from teacher_proto.wire.as_json import json_document
 from teacher_service.service import TeacherService
 
 

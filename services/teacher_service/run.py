@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from serving.keys import Keys
+from serving.http.keys import Keys
 from serving.run import run_service
 from teacher_service.app import create_app
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
 from teacher_service.service import TeacherService
 from teacher_service.settings import EngineName, TeacherSettings
 
@@ -39,7 +39,7 @@ def _store(settings: TeacherSettings) -> StoredAnswers | None:
 
 
 def _scripted(settings: TeacherSettings) -> Engine:
-    from teacher_service.scripted_engine import Script, ScriptedEngine
+    from teacher_service.engines.scripted import Script, ScriptedEngine
 
     try:
         return ScriptedEngine(Script.model_validate_json(settings.script), settings.model)
@@ -49,7 +49,7 @@ def _scripted(settings: TeacherSettings) -> Engine:
 
 
 def _hf(settings: TeacherSettings) -> Engine:
-    from teacher_service.hf_engine import HfEngine
+    from teacher_service.engines.hf import HfEngine
 
     extra = engine_options(settings.engine_args)
     if unknown := extra.keys() - inspect.signature(HfEngine.__init__).parameters.keys():
@@ -61,7 +61,7 @@ def _hf(settings: TeacherSettings) -> Engine:
 
 
 def _vllm(settings: TeacherSettings) -> Engine:
-    from teacher_service.vllm_engine import VllmEngine
+    from teacher_service.engines.vllm_engine import VllmEngine
 
     extra = engine_options(settings.engine_args)
     own = inspect.signature(VllmEngine.__init__).parameters.keys() & extra.keys()

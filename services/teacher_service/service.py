@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.engine import Job
-from serving.keys import Keys
+from serving.http.keys import Keys
 from serving.service import Service
-from teacher_proto.canary import canary_request
+from teacher_proto.client.canary import canary_request
 from teacher_proto.info import TeacherInfo
 from teacher_proto.model_files import ModelFolder, find_model
 from teacher_proto.requests import Query, TargetSpec, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
+from teacher_service.engines.scripted_model import WIDTH as SCRIPTED_WIDTH
 from teacher_service.head_file import HeadShelf, ServedHead
 from teacher_service.reading import check_sound
-from teacher_service.scripted_model import WIDTH as SCRIPTED_WIDTH
 from teacher_service.settings import TeacherSettings
 from teacher_service.text import JsonPieces, Text, Turns
 

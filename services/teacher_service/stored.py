@@ -11,8 +11,8 @@ from pathlib import Path
 
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query
-from teacher_proto.store import StoreStats, TargetStore
-from teacher_proto.store_writer import StoreWriter
+from teacher_proto.store.target_store import StoreStats, TargetStore
+from teacher_proto.store.writer import StoreWriter
 from teacher_proto.targets import TokenTargets
 
 _READERS = 4

@@ -20,7 +20,7 @@ import numpy as np
 
 from teacher_proto.errors import WireError
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.wire import MSGPACK, End, Failure, ResponseDecoder, Targets, encode_request
+from teacher_proto.wire.records import MSGPACK, End, Failure, ResponseDecoder, Targets, encode_request
 
 
 @dataclass

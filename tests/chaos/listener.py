@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from teacher_proto.wire import MSGPACK, End, Failure, Progress, ResponseDecoder, Targets
+from teacher_proto.wire.records import MSGPACK, End, Failure, Progress, ResponseDecoder, Targets
 
 
 @dataclass

@@ -42,7 +42,7 @@ def jump() -> None:
 
 
 def test_a_run_under_a_jumping_clock_is_the_run_under_a_steady_one(workshop: Workshop, tmp_path: Path) -> None:
-    settings = ("teacher.read_timeout_s=5", "teacher.deadline_s=20", "teacher.give_up_after_s=20", "prefetch.depth=1")
+    settings = ("teacher.read_timeout_s=5", "teacher.deadline_s=20", "teacher.outage_timeout_s=20", "prefetch.depth=1")
     with TeacherProcess(script=teacher_script(delay_s=0.1)) as teacher:
         steady = workshop.settings(tmp_path / "steady", *settings, url=teacher.url)
         assert train(steady, tmp_path / "steady.txt") == 0

@@ -10,7 +10,7 @@ import pytest
 
 from teacher_proto.errors import EngineDeadError
 from teacher_proto.requests import TargetSpec
-from teacher_service.vllm_engine import VllmEngine
+from teacher_service.engines.vllm_engine import VllmEngine
 from tests.contract.engine_cases import job, sequences_of
 
 SPEC = TargetSpec(kinds=("top_k",), top_k=64, temperatures=(2.0, 5.0))

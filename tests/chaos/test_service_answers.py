@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.retry import RetryPolicy
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire import MSGPACK, ResponseDecoder, encode_request
+from teacher_proto.wire.records import MSGPACK, ResponseDecoder, encode_request
 from tests.chaos.crowd import crowd, request_body
 from tests.teacher_process import TeacherProcess
 

@@ -12,10 +12,10 @@ import numpy as np
 import psutil
 import pytest
 
-from serving.admission import VALUE_BYTES
-from serving.replies import JSON_WEIGHT
+from serving.http.replies import JSON_WEIGHT
+from serving.scheduling.admission import VALUE_BYTES
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.wire import JSON, MSGPACK, encode_request
+from teacher_proto.wire.records import JSON, MSGPACK, encode_request
 from tests.chaos.crowd import lag_of
 from tests.teacher_process import TeacherProcess
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import WrongTeacherError
-from teacher_proto.wire import ResponseDecoder
+from teacher_proto.wire.records import ResponseDecoder
 from tests.chaos.crowd import Outcome, ask, gauge, percentile, request_body, until_admitted, until_gauge
 from tests.chaos.listener import Heard, listen
 from tests.teacher_process import TeacherProcess

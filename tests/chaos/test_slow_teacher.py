@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.teacher_client import TeacherClient
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.retry import RetryPolicy
-from teacher_proto.waiting import Waiting
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import TrainerProcess, Workshop, teacher_script
 

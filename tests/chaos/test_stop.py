@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacher_proto.process_tree import descendants
+from teacher_proto.process.tree import descendants
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import TrainerProcess, Workshop, final_files, teacher_script, trace_of, train
 
@@ -207,7 +207,7 @@ def test_a_signal_ends_the_other_commands(
         assert stopped(command, signal.SIGTERM, name) == 75
     assert not list(tmp_path.glob("sequences*")), "half a file is left"
     if name == "fill":
-        from teacher_proto.store import TargetStore
+        from teacher_proto.store.target_store import TargetStore
 
         with TargetStore(tmp_path / "store", readonly=True) as store:
             assert store.stats().entries > 0, "what was scored is not kept"

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from teacher_proto.shelf_check import check as check_file
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
+from teacher_proto.store.verify import check as check_file
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.test_store import FINGERPRINT, ask, put, truth
 
 # Writes entries from one number to another, and says so of each that is on disk. A small store evicts all the time.
 WRITER = """
 import sys
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
 from tests.unit.proto.test_store import FINGERPRINT, ask, truth
 path, limit, first, last = sys.argv[1], *map(int, sys.argv[2:])
 with TargetStore(path, limit) as store:
@@ -33,7 +33,7 @@ with TargetStore(path, limit) as store:
 # Reads everything that may be there, and exits with 3 where an answer is wrong. Writes again what it misses.
 READER = """
 import sys
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.test_store import FINGERPRINT, ask, truth
 limit, last, *paths = *map(int, sys.argv[1:3]), *sys.argv[3:]

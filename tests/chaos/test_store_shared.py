@@ -14,9 +14,9 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from teacher_proto import shelf_check
-from teacher_proto.shelf_check import UncheckedError, check
-from teacher_proto.store import TargetStore
+from teacher_proto.store import verify as shelf_check
+from teacher_proto.store.target_store import TargetStore
+from teacher_proto.store.verify import UncheckedError, check
 from tests.chaos.test_store import WRITER, start, stored
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.test_store import FINGERPRINT, put, truth
@@ -25,7 +25,7 @@ LIMIT = 256 * 2**20
 # Entries of a megabyte or so, so that a few of them are more than LMDB's own default map.
 BIG_WRITER = """
 import sys
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
 from tests.unit.proto.test_store import FINGERPRINT, ask, truth
 with TargetStore(sys.argv[1], int(sys.argv[2])) as store:
     for line in sys.stdin:
@@ -36,7 +36,7 @@ with TargetStore(sys.argv[1], int(sys.argv[2])) as store:
 # Opens the store again and again, as starts do; says how often.
 OPENER = """
 import sys
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
 for number in range(int(sys.argv[3])):
     TargetStore(sys.argv[1], int(sys.argv[2])).close()
     print(number, flush=True)
@@ -144,9 +144,9 @@ def test_too_many_readers_are_no_damage(tmp_path: Path) -> None:
         def full(**_: object) -> None:
             raise lmdb.ReadersFullError("mdb_txn_begin: MDB_READERS_FULL")
 
-        real, store._shelf.env = store._shelf.env, type("Full", (), {"begin": staticmethod(full)})()
+        real, store._lru.env = store._lru.env, type("Full", (), {"begin": staticmethod(full)})()
         assert store.get(FINGERPRINT, stored(0)) is None
-        store._shelf.env = real
+        store._lru.env = real
         assert store.stats().damaged == 0 and store.get(FINGERPRINT, stored(0)) is not None
 
 

@@ -36,7 +36,7 @@ SLOW = {"delay_s": 0.05}
 def arguments(workshop: Workshop, root: Path, *urls: str) -> list[str]:
     return workshop.settings(
         root, f"run.steps={STEPS}", "prefetch.depth=1", "checkpoint.every=10", "teacher.read_timeout_s=2",
-        "teacher.say_every_s=1", "teacher.save_after_s=2", f"teacher.url=[{','.join(urls)}]",
+        "teacher.log_every_s=1", "teacher.save_after_s=2", f"teacher.url=[{','.join(urls)}]",
     )  # fmt: skip
 
 
@@ -198,12 +198,12 @@ def test_the_run_gives_up_after_its_time_and_another_start_goes_on_where_it_was(
     workshop: Workshop, straight: Path, tmp_path: Path
 ) -> None:
     with TeacherProcess(script=teacher_script(**SLOW)) as teacher:
-        given = [*arguments(workshop, tmp_path, teacher.url), "teacher.give_up_after_s=3"]
+        given = [*arguments(workshop, tmp_path, teacher.url), "teacher.outage_timeout_s=3"]
         with TrainerProcess(given, tmp_path / "output.txt") as trainer:
             wait_for_step(tmp_path / "run", 6, trainer)
             die(teacher)
             assert trainer.wait() == 75
-    assert "teacher.give_up_after_s is 3" in trainer.text and "Traceback" not in trainer.text
+    assert "teacher.outage_timeout_s is 3" in trainer.text and "Traceback" not in trainer.text
     stopped_at = steps_of(tmp_path / "run")[-1]
     assert stopped_at < STEPS
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"

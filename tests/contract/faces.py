@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_service.scripted_model import scripted_logits
+from teacher_service.engines.scripted_model import scripted_logits
 
 VOCAB = 512
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.dataset.check import dataset_stats
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.dataset.folder import Folder
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 from tests.contract.test_fill_and_pack import ASK, SCRIPTED, command, write_data
 from tests.teacher_process import TeacherProcess
 from tests.unit.data.stores import BUCKET, STORES

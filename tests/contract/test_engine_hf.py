@@ -15,12 +15,13 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
-from teacher_proto import hardware, hf_model
+from teacher_proto import hardware
+from teacher_proto.compute import hf_model
+from teacher_proto.compute.head import HeadScaling
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
-from teacher_proto.head import HeadScaling
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.hf_engine import HfEngine
+from teacher_service.engines.hf import HfEngine
 from tests.contract.engine_cases import job, sequences_of
 
 TOP_K = TargetSpec(kinds=("top_k",), top_k=8)

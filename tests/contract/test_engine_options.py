@@ -11,7 +11,7 @@ import pytest
 from serving.engine import Job
 from teacher_proto.identity import compare_fingerprints
 from teacher_proto.requests import Query, TargetSpec
-from teacher_service.vllm_engine import VllmEngine
+from teacher_service.engines.vllm_engine import VllmEngine
 from tests.teacher_process import TeacherProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

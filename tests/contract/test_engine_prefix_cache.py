@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.vllm_engine import VllmEngine
+from teacher_service.engines.vllm_engine import VllmEngine
 from tests.contract.engine_cases import assert_next, assert_top_k, job, reference_logits, sequences_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]

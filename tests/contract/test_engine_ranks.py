@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from teacher_proto.requests import TargetSpec
-from teacher_service.vllm_engine import VllmEngine
+from teacher_service.engines.vllm_engine import VllmEngine
 from tests.contract.engine_cases import (
     assert_next,
     assert_temperatures,

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from teacher_proto.hardware import auto_dtype
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.vllm_engine import VllmEngine
+from teacher_service.engines.vllm_engine import VllmEngine
 from tests.contract.engine_cases import TEMPERATURES, job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]

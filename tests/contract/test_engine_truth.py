@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
 from tests.contract.engine_cases import (
     TEMPERATURES,
     assert_next,

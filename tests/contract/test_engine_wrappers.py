@@ -14,8 +14,8 @@ from safetensors.numpy import load
 from transformers import AutoModelForImageTextToText
 
 from teacher_proto.requests import TargetSpec
-from teacher_service.hf_engine import HfEngine
-from teacher_service.vllm_engine import VllmEngine
+from teacher_service.engines.hf import HfEngine
+from teacher_service.engines.vllm_engine import VllmEngine
 from tests.contract.engine_cases import assert_next, assert_temperatures, assert_top_k, job, sequences_of
 from tests.models import save_tiny_wrapper
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.store import TargetStore
-from teacher_proto.sync_client import SyncTeacherClient
+from teacher_proto.store.target_store import TargetStore
 from tests.teacher_process import TeacherProcess
 from tests.unit.proto.fake_teacher import same_bits
 

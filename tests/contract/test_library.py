@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from student_trainer.losses import head_loss, teacher_rows, token_term
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 from teacher_proto.targets import TokenTargets
 from tests.contract.faces import truth_of
 from tests.models import VOCAB_SIZE, save_tiny_llama
@@ -87,7 +87,7 @@ def test_what_cannot_be_rows_is_refused(teacher: TeacherProcess) -> None:
 def test_losses_import_torch_numpy_and_pydantic_alone() -> None:
     """Beside what these bring; a fresh environment is in `test_wheel`."""
     script = (
-        "import sys; import student_trainer.losses, teacher_proto.sync_client\n"
+        "import sys; import student_trainer.losses, teacher_proto.client.sync_client\n"
         "for name in ('hydra', 'omegaconf', 'wandb', 'transformers', 'datasets', 'peft', 'safetensors'):\n"
         "    assert name not in sys.modules, name\n"
     )

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from teacher_proto import wire
+from teacher_proto.wire import records as wire
 from teacher_service.app import create_app
-from teacher_service.scripted_engine import Script, ScriptedEngine
+from teacher_service.engines.scripted import Script, ScriptedEngine
 from teacher_service.service import TeacherService
 from teacher_service.settings import TeacherSettings
 

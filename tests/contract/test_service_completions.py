@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from teacher_service.compat.completion_fields import NEUTRAL, WITHOUT_EFFECT, CompletionRequest
-from teacher_service.scripted_model import scripted_logits
+from teacher_service.engines.scripted_model import scripted_logits
 from tests.chaos.crowd import lag_of
 from tests.contract.faces import documented, expected
 from tests.teacher_process import TeacherProcess

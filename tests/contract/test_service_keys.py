@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from fastapi.routing import APIRoute
 
-import serving.keys
-from serving.keys import Keys, presented_key, require_student
+import serving.http.keys
+from serving.http.keys import Keys, presented_key, require_student
 from teacher_proto.errors import UnauthorizedError
 from teacher_service.app import create_app
-from teacher_service.scripted_engine import ScriptedEngine
+from teacher_service.engines.scripted import ScriptedEngine
 from teacher_service.service import TeacherService
 from teacher_service.settings import TeacherSettings
 from tests.teacher_process import TeacherProcess
@@ -157,8 +157,8 @@ def test_only_digests_are_kept_and_compared_in_constant_time(tmp_path: Path) -> 
     keys = Keys(file)
     assert ALICE not in repr(vars(keys)) and ALICE not in repr(keys)
     assert keys.student(ALICE) == "alice" and keys.student(BOB) == "bob"
-    source = inspect.getsource(serving.keys)
-    assert "compare_digest" in source and serving.keys.hmac is hmac
+    source = inspect.getsource(serving.http.keys)
+    assert "compare_digest" in source and serving.http.keys.hmac is hmac
     with pytest.raises(UnauthorizedError):
         keys.student(ALICE[:-1])
 

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from teacher_service.scripted_model import scripted_logits
+from teacher_service.engines.scripted_model import scripted_logits
 from tests.teacher_process import TeacherProcess
 
 VOCAB = 512

@@ -167,7 +167,7 @@ def test_the_trainers_of_compose_are_told_settings_that_exist(monkeypatch: pytes
 
 
 def test_secrets_are_made_once_and_open_the_teacher(tmp_path: Path) -> None:
-    from serving.keys import Keys
+    from serving.http.keys import Keys
 
     folder = tmp_path / "secrets"
 

@@ -100,7 +100,7 @@ def test_a_command_without_its_extra_names_it(
     client = [
         str(commands / "python"),
         "-c",
-        "from teacher_proto.sync_client import SyncTeacherClient as C; C('http://x')",
+        "from teacher_proto.client.sync_client import SyncTeacherClient as C; C('http://x')",
     ]
     assert run(client, environment, tmp_path).returncode == 0
 

@@ -134,7 +134,7 @@ def test_training_waits_for_a_sidecar_that_died_and_never_goes_on_without(
 ) -> None:
     with attention_of(model) as sidecar:
         port = sidecar.port
-        more = ("run.steps=400", "prefetch.depth=1", "teacher.say_every_s=0.5", "teacher.deadline_s=1")
+        more = ("run.steps=400", "prefetch.depth=1", "teacher.log_every_s=0.5", "teacher.deadline_s=1")
         command = arguments(workshop, tmp_path, teacher, sidecar.url, *more)
         with TrainerProcess(command, tmp_path / "log") as trainer:
             wait_for_step(tmp_path / "run", 2, trainer)
@@ -160,7 +160,7 @@ def test_training_stops_where_the_sidecar_stays_away_or_comes_back_as_another(
     ):
         with attention_of(model) as sidecar:
             more = ("run.steps=400", f"run.id={name}", "prefetch.depth=1", "teacher.deadline_s=1")
-            patience = ("teacher.give_up_after_s=4",) if back is None else ()
+            patience = ("teacher.outage_timeout_s=4",) if back is None else ()
             command = arguments(workshop, tmp_path, teacher, sidecar.url, *more, *patience)
             with TrainerProcess(command, tmp_path / f"{name}.log") as trainer:
                 wait_for_step(tmp_path / name, 2, trainer)

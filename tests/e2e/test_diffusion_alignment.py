@@ -28,7 +28,7 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import open_teacher
 from student_trainer.targets.queries import queries_of
 from teacher_proto.requests import TargetSpec
-from teacher_service.scripted_model import scripted_head, scripted_hidden
+from teacher_service.engines.scripted_model import scripted_head, scripted_hidden
 from tests.models import VOCAB_SIZE, save_tiny_llama
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import TOKENS, teacher_script

@@ -238,7 +238,7 @@ def test_ranks_go_on_from_the_checkpoint_before_the_one_that_a_rank_was_killed_i
 def test_ranks_without_a_teacher_give_up_together_and_save_what_they_have(workshop: Workshop, tmp_path: Path) -> None:
     with TeacherProcess(script=teacher_script()) as teacher:
         given = arguments(
-            workshop, tmp_path, teacher, "run.steps=4000", "checkpoint.every=0", "teacher.give_up_after_s=2",
+            workshop, tmp_path, teacher, "run.steps=4000", "checkpoint.every=0", "teacher.outage_timeout_s=2",
             "evaluation.every=0",
         )  # fmt: skip
         with ranks(2, given, tmp_path / "output") as trainers:

@@ -15,7 +15,7 @@ import yaml
 from student_trainer.cli.compose import compose
 from student_trainer.main import start_logging
 from student_trainer.settings.redact import HIDDEN, RedactingFormatter, public, redact
-from teacher_proto.stages import DISPLAY, stage
+from teacher_proto.process.stages import DISPLAY, stage
 from tests.teacher_process import TeacherProcess, free_port
 from tests.trainer_run import Workshop, steps_of, train
 

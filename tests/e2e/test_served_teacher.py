@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
 from tests.contract.engine_cases import (
     TEMPERATURES,
     assert_next,

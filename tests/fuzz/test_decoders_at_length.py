@@ -15,7 +15,8 @@ import pytest
 from teacher_proto.errors import RequestError, WireError
 from teacher_proto.requests import Limits, TargetsRequest, check_request, parse_request
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire import (
+from teacher_proto.wire.as_json import decode_json_request
+from teacher_proto.wire.records import (
     Header,
     ResponseDecoder,
     decode_request,
@@ -25,7 +26,6 @@ from teacher_proto.wire import (
     encode_request,
     encode_targets,
 )
-from teacher_proto.wire_json import decode_json_request
 
 SECONDS = float(os.environ.get("STILLHOUSE_FUZZ_SECONDS", "60"))
 LIMITS = Limits(vocab_size=512, max_sequence_length=2048)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from teacher_proto.errors import StillhouseError
 from teacher_proto.requests import Limits, check_request, parse_request
-from teacher_proto.wire import MSGPACK, decode_request
+from teacher_proto.wire.records import MSGPACK, decode_request
 from tests.chaos.crowd import percentile, request_body
 from tests.teacher_process import TeacherProcess
 

@@ -16,7 +16,9 @@ from hypothesis.extra import numpy as npst
 from teacher_proto.errors import RequestError, WireError
 from teacher_proto.requests import KINDS, Limits, TargetsRequest, check_request, parse_request
 from teacher_proto.targets import TENSORS, TokenTargets, check_targets, id_dtype
-from teacher_proto.wire import (
+from teacher_proto.wire.as_json import decode_json_request, json_message
+from teacher_proto.wire.reader import Budget, read_message
+from teacher_proto.wire.records import (
     ResponseDecoder,
     Targets,
     decode_request,
@@ -27,8 +29,6 @@ from teacher_proto.wire import (
     encode_targets,
     encode_tensor,
 )
-from teacher_proto.wire_json import decode_json_request, json_message
-from teacher_proto.wire_read import Budget, read_message
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.records import make_body, make_header, make_record
 

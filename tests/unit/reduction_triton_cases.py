@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_proto import hardware, reduction_kernels
-from teacher_proto.reduction_triton import SEGMENT, Figures, reduce_in_one_pass
+from teacher_proto import hardware
+from teacher_proto.compute import reduction_kernels
+from teacher_proto.compute.reduction_triton import SEGMENT, Figures, reduce_in_one_pass
 from teacher_proto.requests import TargetSpec
 from tests.unit.test_reduction import draw_logits, record
 

@@ -14,7 +14,7 @@ import pytest
 from tests.devices import ROOT, asked, branches
 
 HARDWARE = "proto/teacher_proto/hardware.py::"
-SERVICES = "services/teacher_service/vllm_options.py::"
+SERVICES = "services/teacher_service/engines/vllm_options.py::"
 TRAINER = "trainer/student_trainer/"
 IN_HARDWARE, IN_DEVICE = "unit/proto/test_hardware.py::test_", "unit/trainer/test_device.py::test_"
 SIDES, COMPUTE = "unit/trainer/test_device_sides.py::test_", "unit/trainer/test_compute.py::test_"
@@ -74,7 +74,7 @@ FORCED: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     f"{HARDWARE}_model_name": (1, (f"{IN_HARDWARE}a_cpu_without_a_name_is_called_by_its_architecture",)),
-    "proto/teacher_proto/hf_model.py::HfModel.__init__": (
+    "proto/teacher_proto/compute/hf_model.py::HfModel.__init__": (
         3,
         (
             "contract/test_start_and_end.py::test_a_dtype_that_is_emulated_is_warned_of_in_the_log",
@@ -82,23 +82,23 @@ FORCED: dict[str, tuple[int, tuple[str, ...]]] = {
             "contract/test_engine_hf.py::test_logits_are_float32_where_a_device_sums_in_it",
         ),
     ),
-    "proto/teacher_proto/reduction.py::reduce_rows": (
+    "proto/teacher_proto/compute/reduction.py::reduce_rows": (
         1,
         (
             "unit/test_reduction.py::test_every_column_is_what_dense_float64_says",
             "unit/test_reduction_triton.py::test_the_interpreted_kernels_satisfy_what_the_passes_in_torch_do",
         ),
     ),
-    "proto/teacher_proto/reduction.py::chunk_rows": (
+    "proto/teacher_proto/compute/reduction.py::chunk_rows": (
         1,
         ("unit/test_reduction.py::test_the_chunks_of_an_accelerator_do_not_change_a_record",),
     ),
-    "proto/teacher_proto/reduction.py::Workspace.__init__": (
+    "proto/teacher_proto/compute/reduction.py::Workspace.__init__": (
         1,
         ("unit/test_reduction.py::test_the_chunks_of_an_accelerator_do_not_change_a_record",),
     ),
     # Does nothing for a tensor of a CPU, and makes a GPU the current one for its own.
-    "proto/teacher_proto/reduction_triton.py::reduce_in_one_pass": (
+    "proto/teacher_proto/compute/reduction_triton.py::reduce_in_one_pass": (
         1,
         ("unit/test_reduction_triton.py::test_the_interpreted_kernels_satisfy_what_the_passes_in_torch_do",),
     ),

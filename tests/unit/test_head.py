@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from teacher_proto.head import HeadScaling, scaling_of
+from teacher_proto.compute.head import HeadScaling, scaling_of
 from teacher_proto.targets import TokenTargets
 from teacher_service.head import CheckpointHead
 

@@ -16,12 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_proto import hardware, reduction
-from teacher_proto.packed import RowLayout, count_draws, unpack_rows
-from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows, sample_key, uniform_noise
+from teacher_proto import hardware
+from teacher_proto.compute import reduction
+from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows, sample_key, uniform_noise
+from teacher_proto.compute.top_k import top_k
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_proto.top_k import top_k
+from teacher_proto.wire.packed import RowLayout, count_draws, unpack_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TEMPERATURES = (1.0, 0.5, 2.0, 5.0)
@@ -92,7 +93,7 @@ def test_top_k_by_blocks_is_top_k(n: int, vocab_size: int, block: int, seed: int
     k = data.draw(st.integers(1, max(1, vocab_size // data.draw(st.sampled_from([1, 8, 4 * block])))))
     logits = torch.randint(levels, (n, vocab_size), generator=torch.Generator().manual_seed(seed)).float()
     filled_up = torch.nn.functional.pad(logits, (0, -vocab_size % block), value=-torch.inf)
-    with patch("teacher_proto.top_k.BLOCK", block):
+    with patch("teacher_proto.compute.top_k.BLOCK", block):
         values, ids = top_k(logits, k, filled_up.view(n, -1, block).amax(dim=-1))
     assert torch.equal(values, logits.sort(dim=1, descending=True).values[:, :k])
     assert torch.equal(logits.gather(1, ids), values)

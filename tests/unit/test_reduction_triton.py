@@ -13,8 +13,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from teacher_proto import reduction_kernels as kernels  # noqa: E402
-from teacher_proto import reduction_triton  # noqa: E402
+from teacher_proto.compute import reduction_kernels as kernels  # noqa: E402
+from teacher_proto.compute import reduction_triton  # noqa: E402
 
 # Of one multiprocessor of compute capability 9.0: registers, shared memory and blocks of one of our kernels' programs.
 REGISTERS, MOST_PROGRAMS = 65_536, 32

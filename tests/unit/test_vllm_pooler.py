@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_proto.packed import RowLayout, unpack_rows
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
+from teacher_proto.wire.packed import RowLayout, unpack_rows
 
 pytestmark = pytest.mark.vllm
 V, D = 300, 16
@@ -25,8 +25,8 @@ class Steps:
         from vllm.pooling_params import PoolingParams
         from vllm.v1.pool.metadata import PoolingStates
 
-        from teacher_service.vllm_adapter import TASK, TargetsPooler
-        from teacher_service.vllm_messages import arguments
+        from teacher_service.engines.vllm_adapter import TASK, TargetsPooler
+        from teacher_service.engines.vllm_messages import arguments
 
         generator = torch.Generator().manual_seed(0)
         self.weight_VD = torch.randn((V, D), generator=generator)
@@ -147,7 +147,7 @@ def test_a_rank_without_logits_returns_nothing_and_lives() -> None:
 def test_what_is_asked_survives_vllm_s_own_messages() -> None:
     import msgspec
 
-    from teacher_service.vllm_messages import arguments
+    from teacher_service.engines.vllm_messages import arguments
 
     key = -(2**63)
     asked: dict[str, Any] = arguments(Query(np.arange(12), (3, 9), EVERYTHING, np.arange(24).reshape(6, 4)), key)

@@ -69,9 +69,9 @@ from student_trainer.targets.prefetch import Prefetch, Ready, Stream
 from student_trainer.targets.protocol import Targets, spec_for
 from student_trainer.targets.queries import queries_of
 from student_trainer.targets.student_support import StudentSupport
+from teacher_proto.process.stages import stage
+from teacher_proto.process.stopping import StopSignals
 from teacher_proto.requests import TargetSpec
-from teacher_proto.stages import stage
-from teacher_proto.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ from student_trainer.targets.background import EventThread
 from student_trainer.targets.open import Teacher, check_ask, open_teacher, wants_head
 from student_trainer.targets.teacher_head import read_head
 from student_trainer.targets.vocabulary import agree_on_vocabulary
-from teacher_proto.stages import stage
-from teacher_proto.waiting import Waiting
+from teacher_proto.client.waiting import Waiting
+from teacher_proto.process.stages import stage
 
 logger = logging.getLogger(__name__)
 

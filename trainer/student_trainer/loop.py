@@ -30,7 +30,7 @@ from student_trainer.rollouts.rollouts import concat
 from student_trainer.state import TrainState
 from student_trainer.students.sharding import Unsharded
 from teacher_proto.errors import TeacherUnavailableError
-from teacher_proto.stages import EVERY_S, stage
+from teacher_proto.process.stages import EVERY_S, stage
 
 if TYPE_CHECKING:
     from student_trainer.batch.batch import Kind
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from student_trainer.targets.lookahead import Lookahead
     from student_trainer.targets.prefetch import Prefetch, Ready
     from student_trainer.targets.student_support import StudentSupport
-    from teacher_proto.stopping import StopSignals
+    from teacher_proto.process.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 DONE, STOPPED = exit_codes.DONE, exit_codes.AGAIN

@@ -27,11 +27,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from teacher_proto.parent import end_with_parent_if_asked
-from teacher_proto.stopping import hasten_end, skip_teardown, stoppable
+from teacher_proto.process.parent import end_with_parent_if_asked
+from teacher_proto.process.stopping import hasten_end, skip_teardown, stoppable
 
 if TYPE_CHECKING:
-    from teacher_proto.stopping import StopSignals
+    from teacher_proto.process.stopping import StopSignals
 
 from student_trainer.exit_codes import FAILED, USAGE, code_of
 
@@ -93,7 +93,7 @@ def choose(arguments: list[str], signals: StopSignals) -> int:
 
 
 def subcommand(name: str, *arguments: str) -> int:
-    from teacher_proto.stages import stage
+    from teacher_proto.process.stages import stage
 
     with stage("importing libraries"):
         command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[name]).main
@@ -103,7 +103,7 @@ def subcommand(name: str, *arguments: str) -> int:
 def train(arguments: list[str], signals: StopSignals) -> int:
     """Compose the settings, build the run, train it to its end."""
     from student_trainer.cli.compose import compose_arguments
-    from teacher_proto.stages import DISPLAY, stage
+    from teacher_proto.process.stages import DISPLAY, stage
 
     started = time.monotonic()
     settings = compose_arguments(arguments)
@@ -166,7 +166,7 @@ def start_logging() -> None:
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank} "
     from student_trainer.settings.redact import RedactingFormatter, redact
-    from teacher_proto.stages import DISPLAY
+    from teacher_proto.process.stages import DISPLAY
 
     DISPLAY.clean = redact
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from student_trainer.device import choose_device, use_device
 from student_trainer.settings import Settings
 from teacher_proto.errors import TeacherUnavailableError
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 
 # Beyond what a rank may wait for its teacher: the others wait for it all that time.
 PATIENCE_S = 600.0
@@ -185,7 +185,7 @@ def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
     dist.init_process_group(
         # Counts and flags travel by gloo in both cases, so that no GPU waits for them.
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=settings.teacher.give_up_after_s + PATIENCE_S),
+        timeout=timedelta(seconds=settings.teacher.outage_timeout_s + PATIENCE_S),
     )
     stack.callback(dist.destroy_process_group)
     return Ranks(dist.get_rank(), world, local)

@@ -17,7 +17,7 @@ from teacher_proto.dataset.index import Index, Shard, ShardNote, document_key, e
 from teacher_proto.dataset.listing import INDEX, MERGED, SHARDS, faults_of, open_files, shards_there
 from teacher_proto.dataset.manifest import Manifest, find_manifest, no_dataset
 from teacher_proto.dataset.shards import Rows, check_owner, note_shard, open_shard, rows_sha256
-from teacher_proto.store_entry import pack_entry, sequence_key
+from teacher_proto.store.entry import pack_entry, sequence_key
 
 
 @dataclass(frozen=True)

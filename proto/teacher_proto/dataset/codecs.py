@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 from teacher_proto.dataset.compact import MAX_BITS, MIN_BITS, Compact
 from teacher_proto.dataset.manifest import Manifest
-from teacher_proto.store_entry import Entry
-from teacher_proto.store_parquet import Pair
+from teacher_proto.store.entry import Entry
+from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
 

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from teacher_proto.store_entry import Entry
-from teacher_proto.store_parquet import Pair
+from teacher_proto.store.entry import Entry
+from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
 MIN_BITS, MAX_BITS = 2, 8

@@ -27,8 +27,8 @@ from teacher_proto.dataset.ranges import Ranges
 from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query, TargetSpec
-from teacher_proto.store_entry import Entry, asked_entries, cut, join, sequence_key
-from teacher_proto.store_parquet import Pair
+from teacher_proto.store.entry import Entry, asked_entries, cut, join, sequence_key
+from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
 log = logging.getLogger(__name__)

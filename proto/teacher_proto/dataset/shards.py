@@ -20,9 +20,9 @@ from teacher_proto.dataset.codecs import Codec, codec_of
 from teacher_proto.dataset.index import Shard, ShardNote, document_key
 from teacher_proto.dataset.listing import SHARD_PREFIX, SHARD_SUFFIX
 from teacher_proto.dataset.manifest import Manifest
-from teacher_proto.store_entry import Entry, entry_key, pack_entry, sequence_key
-from teacher_proto.store_parquet import FORMAT, ROWS_SHA256, Pair, as_row, schema_of, table_of
-from teacher_proto.store_parquet_read import read_row, row_of
+from teacher_proto.store.entry import Entry, entry_key, pack_entry, sequence_key
+from teacher_proto.store.parquet import FORMAT, ROWS_SHA256, Pair, as_row, schema_of, table_of
+from teacher_proto.store.parquet_read import read_row, row_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

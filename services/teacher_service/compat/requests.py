@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
-from serving.replies import JSON_WEIGHT, Work
+from serving.http.replies import JSON_WEIGHT, Work
 from teacher_proto.errors import NotFoundError, OutOfRangeError, OverloadedError, StillhouseError
 from teacher_proto.requests import Query, TargetsRequest, check_request
 from teacher_service.requests import work_of

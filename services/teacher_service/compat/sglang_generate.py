@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.replies import JSON_WEIGHT, Work
-from serving.streams import Outlet
+from serving.http.replies import JSON_WEIGHT, Work
+from serving.http.streams import Outlet
 from teacher_proto.request_checks import within
 from teacher_proto.requests import Kind, Query, TargetsRequest
 from teacher_proto.targets import TokenTargets

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 
-from serving.replies import Work, outcomes
-from serving.streams import Outlet
+from serving.http.replies import Work, outcomes
+from serving.http.streams import Outlet
 from teacher_proto.errors import StillhouseError
 from teacher_proto.requests import Query
 from teacher_proto.targets import TokenTargets

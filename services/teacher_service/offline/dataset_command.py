@@ -12,7 +12,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 if TYPE_CHECKING:
     from teacher_proto.dataset.folder import Folder

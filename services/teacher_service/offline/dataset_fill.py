@@ -19,11 +19,11 @@ import structlog
 from serving.engine import Job
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.errors import EngineDeadError, EngineError, InvalidTargetsError
+from teacher_proto.process.stopping import finishing
 from teacher_proto.requests import Query
-from teacher_proto.stopping import finishing
-from teacher_proto.store_entry import split
-from teacher_proto.store_parquet import Pair
-from teacher_service.engine import Engine
+from teacher_proto.store.entry import split
+from teacher_proto.store.parquet import Pair
+from teacher_service.engines.protocol import Engine
 from teacher_service.offline.fill import FillReport, finish_one
 from teacher_service.offline.scoring import Scorer
 from teacher_service.offline.slices import Slice

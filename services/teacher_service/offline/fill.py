@@ -16,13 +16,13 @@ import structlog
 from serving.engine import Job
 from teacher_proto.errors import EngineDeadError, EngineError, InvalidTargetsError
 from teacher_proto.info import TeacherInfo
+from teacher_proto.process.stopping import finishing
 from teacher_proto.requests import Query, TargetSpec
-from teacher_proto.stopping import finishing
-from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import sequence_key
-from teacher_proto.store_writer import StoreWriter
+from teacher_proto.store.entry import sequence_key
+from teacher_proto.store.target_store import TargetStore
+from teacher_proto.store.writer import StoreWriter
 from teacher_proto.targets import TokenTargets
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
 from teacher_service.offline.documents import Piece
 from teacher_service.offline.scoring import Scorer, info_of
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teacher_proto.errors import EngineDeadError
-from teacher_proto.stages import stage
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stages import stage
+from teacher_proto.process.stopping import StopSignals
 from teacher_service.offline.fill_options import FillOptions, check_against, parse_fill, sequence_length
 
 if TYPE_CHECKING:
     from teacher_proto.requests import Kind, Limits
-    from teacher_service.engine import Engine
+    from teacher_service.engines.protocol import Engine
     from teacher_service.offline.documents import Piece
     from teacher_service.offline.fill import FillReport
 
@@ -88,7 +88,7 @@ def _pieces(options: FillOptions, files: list[Path], limits: Limits, kinds: tupl
 
 async def _fill(options: FillOptions, files: list[Path], signals: StopSignals) -> FillReport:
     with stage("importing libraries"):
-        from teacher_proto.store import TargetStore
+        from teacher_proto.store.target_store import TargetStore
         from teacher_service.offline.fill import fill
         from teacher_service.run import ENGINES
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 
 def pack_command(arguments: list[str]) -> int:
@@ -20,9 +20,9 @@ def pack_command(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     with stage("importing libraries"):
-        from teacher_proto.store import TargetStore
-        from teacher_proto.store_parquet import export_parquet
-        from teacher_proto.store_parquet_read import import_parquet
+        from teacher_proto.store.parquet import export_parquet
+        from teacher_proto.store.parquet_read import import_parquet
+        from teacher_proto.store.target_store import TargetStore
 
     exporting = options.direction == "export"
     with TargetStore(options.store, options.store_bytes, readonly=exporting) as store:

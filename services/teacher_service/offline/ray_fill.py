@@ -17,7 +17,7 @@ from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.dataset.manifest import Manifest, versions
 from teacher_proto.errors import EngineDeadError
 from teacher_proto.info import TeacherInfo
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 from teacher_service.offline.dataset_fill import missing_units
 from teacher_service.offline.fill import FillReport
 from teacher_service.offline.fill_options import FillOptions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.errors import EngineDeadError
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
 from teacher_service.offline.dataset_fill import fill_dataset
 from teacher_service.offline.fill import FillReport
 from teacher_service.offline.scoring import info_of

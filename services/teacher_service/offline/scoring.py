@@ -9,7 +9,7 @@ from teacher_proto.errors import EngineMemoryError
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_service.engine import Engine
+from teacher_service.engines.protocol import Engine
 
 
 def info_of(engine: Engine) -> TeacherInfo:

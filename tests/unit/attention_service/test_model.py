@@ -17,9 +17,9 @@ from attention_service.model import MODEL_TYPES, AttentionModel
 from teacher_proto import hardware
 from teacher_proto.attention import AttentionQuery, AttentionSpec
 from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.compute.relations import FORMS, relations
 from teacher_proto.errors import EngineError
 from teacher_proto.model_files import find_model
-from teacher_proto.relations import FORMS, relations
 from tests.models import save_tiny_wrapper
 from tests.unit.attention_service.models import LAYERS, VOCAB, save_tiny
 from tests.unit.attention_service.reference import PARTS, load_whole, true_maps, true_states

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from student_trainer.losses import attention_relations as module
 from student_trainer.losses.attention_relations import ServedRelations, attention_relations, document_spans
-from teacher_proto.relations import FORMS, PARTS, QKV, RelationForm, relations
+from teacher_proto.compute.relations import FORMS, PARTS, QKV, RelationForm, relations
 
 ALL_FORMS = list(FORMS)
 # (heads, key-value heads, head width) of student and teacher: other widths, other GQA, all divisible by 4.

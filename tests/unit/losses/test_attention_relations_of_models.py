@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student_trainer.losses.attention_relations import attention_relations
 from student_trainer.students.capture import AttentionStates
-from teacher_proto.relations import FORMS, QKV, relations
+from teacher_proto.compute.relations import FORMS, QKV, relations
 from tests.unit.students.tiny import tiny_ids, tiny_model
 
 ALL_FORMS = list(FORMS)

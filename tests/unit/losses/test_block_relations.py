@@ -22,7 +22,7 @@ from student_trainer.losses.block_relations import BlockTable, block_relations
 from student_trainer.losses.kinds import term_of
 from student_trainer.settings import DiffusionSettings, StudentSettings
 from student_trainer.settings.attention import AttentionSettings
-from teacher_proto.relations import QKV
+from teacher_proto.compute.relations import QKV
 from teacher_proto.requests import TargetSpec
 from tests.models import save_tiny_llama
 from tests.trainer_run import ScriptedTargets, Workshop, lines_of, run_here

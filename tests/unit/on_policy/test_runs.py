@@ -16,7 +16,7 @@ from student_trainer import loop
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.protocol import Queries
-from teacher_service.scripted_model import scripted_logits
+from teacher_service.engines.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, random_delays, run_here, trace_of
 from tests.unit.on_policy.conftest import OWN
@@ -117,7 +117,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_straight_run(
     arguments = [*OWN, f"on_policy.lag={lag}"]
     assert run_here(workshop.settings(tmp_path / "straight", *arguments), ScriptedTargets()) == 0
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.STOPPED
     assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "run") == trace_of(tmp_path / "straight" / "run")
@@ -130,7 +130,7 @@ def test_a_ternary_student_in_its_warm_up_writes_and_resumes_exactly(
     arguments = [*OWN, "student=bitnet", "student.bitnet.warmup_steps=8", "run.steps=10", "on_policy.lag=2"]
     assert run_here(workshop.settings(tmp_path / "straight", *arguments), ScriptedTargets()) == 0
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", 5))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", 5))
         assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.STOPPED
     assert run_here(workshop.settings(tmp_path, *arguments), ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "run") == trace_of(tmp_path / "straight" / "run")

@@ -6,7 +6,7 @@ import pytest
 
 from student_trainer import loop
 from student_trainer.cli.compose import compose
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, steps_of, trace_of
 
 TAU = 0.3
@@ -49,7 +49,7 @@ def test_a_run_stopped_and_resumed_is_the_straight_run(
 
     arguments = workshop.settings(tmp_path, *MUON)
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", StopAt)
+        patched.setattr("teacher_proto.process.stopping.StopSignals", StopAt)
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "run") == trace_of(straight)

@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import numpy as np
 
+from teacher_proto.client.retry import Timing
 from teacher_proto.errors import StillhouseError
 from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, compare_fingerprints
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Limits, TargetsRequest, parse_request
-from teacher_proto.retry import Timing
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire import (
+from teacher_proto.wire.records import (
     Header,
     decode_request,
     encode_end,
@@ -26,7 +26,7 @@ from teacher_proto.wire import (
     encode_header,
     encode_targets,
 )
-from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
+from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 VOCAB = 300
 Fault = Callable[[httpx.Request], Any]

@@ -8,8 +8,8 @@ import numpy as np
 
 from teacher_proto.requests import KINDS, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire import Header, encode_end, encode_header, encode_targets
-from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
+from teacher_proto.wire.records import Header, encode_end, encode_header, encode_targets
+from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 FINGERPRINT = "5e1f.c0de"
 

@@ -12,17 +12,16 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_proto import wire
 from teacher_proto.attention import (
     AttentionRequest,
     answer_entries,
     check_attention_request,
     parse_attention_request,
 )
-from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets, check_attention
-from teacher_proto.attention_wire import AttentionDecoder, AttentionHeader, encode_attention, encode_attention_header
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.attention_client import AttentionClient
+from teacher_proto.client.sync_client import SyncAttentionClient
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import (
     ChecksumError,
     InvalidTargetsError,
@@ -35,13 +34,14 @@ from teacher_proto.errors import (
     WireError,
     WrongTeacherError,
 )
-from teacher_proto.sync_client import SyncAttentionClient
-from teacher_proto.wire_request import decode_request, encode_request
+from teacher_proto.wire import records as wire
+from teacher_proto.wire.attention import AttentionDecoder, AttentionHeader, encode_attention, encode_attention_header
+from teacher_proto.wire.requests import decode_request, encode_request
 from tests.unit.proto.attention_records import LIMITS, SHAPE, make_body, make_info, make_record
 from tests.unit.proto.fake_teacher import FakeClock, Replica, identity, network, sequences
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "attention_v1"
-SPECIFICATION = Path(wire.__file__).with_name("WIRE.md")
+SPECIFICATION = Path(wire.__file__).parents[1] / "WIRE.md"
 TOKENS = tuple(sequences(5, 9))
 ROWS = ([0, 4], [2, 3, 8])
 REQUESTS = {

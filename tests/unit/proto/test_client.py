@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import (
     EngineError,
     OutOfRangeError,
@@ -23,7 +24,6 @@ from teacher_proto.errors import (
     WireError,
 )
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.retry import RetryPolicy
 from teacher_proto.targets import TokenTargets
 from tests.unit.proto.fake_teacher import (
     FakeClock,

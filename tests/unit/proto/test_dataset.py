@@ -21,9 +21,9 @@ from teacher_proto.dataset.folder import Folder
 from teacher_proto.dataset.index import Index, IndexFile, encode_index
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.requests import KINDS, Query
-from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import split
-from teacher_proto.store_parquet_read import import_parquet
+from teacher_proto.store.entry import split
+from teacher_proto.store.parquet_read import import_parquet
+from teacher_proto.store.target_store import TargetStore
 from tests.unit.proto.fake_teacher import Replica, same_bits
 from tests.unit.proto.test_store import VOCAB, ask, truth
 

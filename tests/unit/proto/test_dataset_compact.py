@@ -16,7 +16,7 @@ from teacher_proto.dataset.folder import Folder
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query
-from teacher_proto.store_entry import split
+from teacher_proto.store.entry import split
 from teacher_proto.targets import TokenTargets, check_targets
 from tests.unit.proto.fake_teacher import Replica
 from tests.unit.proto.test_store import ask, truth

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacher_proto.call import Call
-from teacher_proto.in_flight import InFlight, waiting_for
-from teacher_proto.replicas import Replica
+from teacher_proto.client.call import Call
+from teacher_proto.client.in_flight import InFlight, waiting_for
+from teacher_proto.client.replicas import Replica
+from teacher_proto.client.retry import RetryPolicy, Timing
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.retry import RetryPolicy, Timing
-from teacher_proto.wire_answer import Progress
+from teacher_proto.wire.answers import Progress
 
 
 @dataclass

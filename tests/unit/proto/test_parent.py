@@ -21,14 +21,14 @@ pathlib.Path(sys.argv[1] + ".tmp").rename(sys.argv[1])
 time.sleep(600)
 """
 SLEEP = "import time, pathlib; pathlib.Path(r'{ready}').touch(); time.sleep(600)"
-ASK = "from teacher_proto.parent import end_with_parent_if_asked as ask; ask(); "
+ASK = "from teacher_proto.process.parent import end_with_parent_if_asked as ask; ask(); "
 WITHOUT_PIDFD = "import os; vars(os).pop('pidfd_open', None); "
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 SPAWNED = """
 import multiprocessing, pathlib, sys, time
 
 def work(ready):
-    from teacher_proto.parent import end_spawned_with_parent
+    from teacher_proto.process.parent import end_spawned_with_parent
     end_spawned_with_parent()
     pathlib.Path(ready).write_text(str(__import__("os").getpid()))
     time.sleep(600)

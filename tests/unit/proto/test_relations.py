@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_proto.relations import FORMS, layer_index, relation_heads_of, relations
+from teacher_proto.compute.relations import FORMS, layer_index, relation_heads_of, relations
 
 
 def relation_in_numpy(states_THd: np.ndarray, form: str, relation_heads: int) -> np.ndarray:
@@ -93,5 +93,5 @@ def test_layers_that_do_not_exist_are_refused(layer: object) -> None:
 
 
 def test_importing_the_definition_does_not_import_torch() -> None:
-    code = "import sys, teacher_proto.relations; sys.exit('torch' in sys.modules)"
+    code = "import sys, teacher_proto.compute.relations; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,12 +8,12 @@ from collections import Counter
 import httpx
 import pytest
 
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.replicas import Replica as PoolReplica
+from teacher_proto.client.replicas import ReplicaPool
+from teacher_proto.client.retry import RetryBudget, RetryPolicy
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import OverloadedError, StillhouseError, TeacherUnavailableError
-from teacher_proto.replicas import Replica as PoolReplica
-from teacher_proto.replicas import ReplicaPool
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.retry import RetryBudget, RetryPolicy
 from tests.unit.proto.fake_teacher import FakeClock, Replica, network, problem, refuse, respond, sequences
 
 REQUEST = TargetsRequest(sequences=tuple(sequences(5, 9)), top_k=4)

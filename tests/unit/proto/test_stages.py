@@ -12,8 +12,8 @@ import time
 import pytest
 from rich.console import Console, Group
 
-from teacher_proto import stages
-from teacher_proto.stages import Display, Stage
+from teacher_proto.process import stages
+from teacher_proto.process.stages import Display, Stage
 
 STAGES = [
     Stage("indexing source 'web'", 1000, "MB", done=340),
@@ -89,7 +89,7 @@ def test_what_is_off_and_what_another_rank_does_says_nothing(
 
 TERMINAL = """
 import time
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 with stage("indexing", 100, "MB") as doing:
     for _ in range(30):
         doing.done += 1

@@ -1,4 +1,4 @@
-"""Signals to a process of its own, whatever its main thread does: `teacher_proto.stopping`."""
+"""Signals to a process of its own, whatever its main thread does: `teacher_proto.process.stopping`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from teacher_proto.process_tree import descendants
+from teacher_proto.process.tree import descendants
 
 # What every program below begins with. `stuck` is a native call that no signal ends: a mutex that is locked twice.
 BEGINNING = """
 import asyncio, ctypes, os, subprocess, sys, time
-from teacher_proto.stopping import Stop, StopSignals, finishing, stoppable
+from teacher_proto.process.stopping import Stop, StopSignals, finishing, stoppable
 
 def say(text):
     print(text, flush=True)

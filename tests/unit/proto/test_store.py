@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from teacher_proto.requests import KINDS, Kind, Query, TargetSpec
-from teacher_proto.store import TargetStore
-from teacher_proto.store_entry import asked_entries, entry_key, split
-from teacher_proto.store_writer import StoreWriter
+from teacher_proto.store.entry import asked_entries, entry_key, split
+from teacher_proto.store.target_store import TargetStore
+from teacher_proto.store.writer import StoreWriter
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_service.scripted_model import reduce_sequence, scripted_head, scripted_hidden
+from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 from tests.unit.proto.fake_teacher import Replica, same_bits
 from tests.unit.proto.records import all_kinds, make_record
 
@@ -202,9 +202,9 @@ def test_no_store_another_format_and_a_file_in_the_way_are_told(tmp_path: Path) 
     with pytest.raises(ValueError, match="can't be opened as a target store"):
         TargetStore(tmp_path / "file")
     with TargetStore(tmp_path / "store", 2**24) as store:
-        shelf = store._shelf
-        with shelf.env.begin(write=True) as txn:
-            txn.put(b"format", b"stillhouse targets 9", db=shelf.meta)
+        lru = store._lru
+        with lru.env.begin(write=True) as txn:
+            txn.put(b"format", b"stillhouse targets 9", db=lru.meta)
     with pytest.raises(ValueError, match="'stillhouse targets 9', 'stillhouse targets 1' was expected"):
         TargetStore(tmp_path / "store")
 
@@ -256,18 +256,18 @@ def test_a_smaller_limit_is_kept_to_from_then_on(tmp_path: Path) -> None:
 
 def spoil(store: TargetStore, asked: Query, at: int) -> None:
     """Change a byte of the stored bytes themselves."""
-    with store._shelf.env.begin(write=True) as txn:
+    with store._lru.env.begin(write=True) as txn:
         key = entry_key(next(iter(asked_entries(FINGERPRINT, asked))))
-        value = bytearray(txn.get(key, db=store._shelf.records))
+        value = bytearray(txn.get(key, db=store._lru.records))
         value[at] ^= 0x10
-        txn.put(key, bytes(value), db=store._shelf.records)
+        txn.put(key, bytes(value), db=store._lru.records)
 
 
 def test_every_changed_byte_of_an_entry_is_a_miss_and_is_written_again(store: TargetStore) -> None:
     asked = ask(length=3, top_k=2)
     put(store, asked)
-    with store._shelf.env.begin() as txn:
-        size = len(txn.get(entry_key(asked_entries(FINGERPRINT, asked)[0]), db=store._shelf.records))
+    with store._lru.env.begin() as txn:
+        size = len(txn.get(entry_key(asked_entries(FINGERPRINT, asked)[0]), db=store._lru.records))
     for at in range(size):
         spoil(store, asked, at)
         assert store.get(FINGERPRINT, asked) is None, f"byte {at} of {size}"

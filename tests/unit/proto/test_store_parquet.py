@@ -10,9 +10,9 @@ import pytest
 
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Query
-from teacher_proto.store import TargetStore
-from teacher_proto.store_parquet import SEALED, Packed, export_parquet
-from teacher_proto.store_parquet_read import import_parquet
+from teacher_proto.store.parquet import SEALED, Packed, export_parquet
+from teacher_proto.store.parquet_read import import_parquet
+from teacher_proto.store.target_store import TargetStore
 from tests.unit.proto.fake_teacher import Replica, same_bits
 from tests.unit.proto.test_store import VOCAB, ask, truth
 

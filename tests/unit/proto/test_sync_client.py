@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
+from teacher_proto.client.sync_client import SyncTeacherClient
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.sync_client import SyncTeacherClient
-from teacher_proto.waiting import Waiting
 from tests.unit.proto.fake_teacher import Replica, network, same_bits, sequences, truth
 
 REQUEST = TargetsRequest(sequences=tuple(sequences(5, 9)), top_k=4)

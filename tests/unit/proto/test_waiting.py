@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from teacher_proto.waiting import Waiting, duration
+from teacher_proto.client.waiting import Waiting, duration
 
 
 def test_it_says_how_far_how_fast_and_how_long() -> None:

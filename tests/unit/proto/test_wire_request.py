@@ -17,9 +17,9 @@ import pytest
 
 from teacher_proto.errors import OutOfRangeError, TruncatedError, WireError
 from teacher_proto.requests import Limits, check_request, parse_request
-from teacher_proto.wire import decode_request, encode_request, encode_tensor
-from teacher_proto.wire_json import decode_json_request
-from teacher_proto.wire_read import MAX_DEPTH, MAX_TEXT, Budget, read_message
+from teacher_proto.wire.as_json import decode_json_request
+from teacher_proto.wire.reader import MAX_DEPTH, MAX_TEXT, Budget, read_message
+from teacher_proto.wire.records import decode_request, encode_request, encode_tensor
 from tests.unit.proto.records import all_kinds
 
 LIMITS = Limits(vocab_size=300, max_sequence_length=512)
@@ -210,7 +210,7 @@ CHILD = """
 import resource, sys
 from teacher_proto.errors import WireError
 from teacher_proto.requests import Limits
-from teacher_proto.wire import ResponseDecoder, decode_request
+from teacher_proto.wire.records import ResponseDecoder, decode_request
 def used():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 body = sys.stdin.buffer.read()

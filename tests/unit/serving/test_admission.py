@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from serving import admission as admission_module
-from serving.admission import Admission, Permit
-from serving.rate import Rate
+from serving.scheduling import admission as admission_module
+from serving.scheduling.admission import Admission, Permit
+from serving.scheduling.rate import Rate
 from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError
 
 

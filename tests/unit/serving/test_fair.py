@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from serving.fair import FairQueue, Ticket
+from serving.scheduling.fair import FairQueue, Ticket
 
 
 async def serve(queue: FairQueue, order: list[str], student: str, tokens: int) -> None:

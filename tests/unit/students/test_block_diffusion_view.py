@@ -40,10 +40,10 @@ from student_trainer.targets.guard import bad_tokens
 from student_trainer.targets.prefetch import Ready
 from student_trainer.targets.queries import queries_of
 from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.relations import QKV
+from teacher_proto.compute.relations import QKV
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.scripted_model import scripted_head, scripted_hidden
+from teacher_service.engines.scripted_model import scripted_head, scripted_hidden
 from tests.block_diffusion import MASK, TOYS, BlockDiffusionReader, moved_by
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, trace_of

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import coalescer as coalescer_module
-from serving.coalescer import Coalescer
 from serving.engine import Job
-from serving.fair import FairQueue
 from serving.metrics import Metrics
-from serving.rate import Rate
+from serving.scheduling import coalescer as coalescer_module
+from serving.scheduling.coalescer import Coalescer
+from serving.scheduling.fair import FairQueue
+from serving.scheduling.rate import Rate
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
+from teacher_service.engines.scripted import Script, ScriptedEngine
 from teacher_service.reading import check_sound
-from teacher_service.scripted_engine import Script, ScriptedEngine
 
 SPEC = TargetSpec(("top_k",), 8, (2.0,))
 

@@ -15,11 +15,11 @@ import pytest
 from serving.engine import Job
 from teacher_proto.errors import EngineDeadError
 from teacher_proto.requests import Query, TargetSpec
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
+from teacher_service.engines.scripted import Script, ScriptedEngine
 from teacher_service.offline import fill as fill_module
 from teacher_service.offline.documents import Cutting, Piece, find_files, read_pieces
 from teacher_service.offline.fill import FillReport, fill
-from teacher_service.scripted_engine import Script, ScriptedEngine
 from teacher_service.text import Text
 from tests.unit.proto.fake_teacher import same_bits
 

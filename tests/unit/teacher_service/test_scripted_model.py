@@ -11,8 +11,8 @@ from safetensors.numpy import load
 from serving.engine import Job
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import check_targets
-from teacher_service.scripted_engine import Script, ScriptedEngine
-from teacher_service.scripted_model import encode_hidden, scripted_head, scripted_hidden, scripted_logits
+from teacher_service.engines.scripted import Script, ScriptedEngine
+from teacher_service.engines.scripted_model import encode_hidden, scripted_head, scripted_hidden, scripted_logits
 
 VOCAB = 512
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 90)

@@ -28,7 +28,7 @@ raise RuntimeError("this is no vLLM")
 START = """
 import asyncio, os, sys
 if __name__ == "__main__":
-    from teacher_service.vllm_engine import VllmEngine
+    from teacher_service.engines.vllm_engine import VllmEngine
     print(os.getpid(), flush=True)
     try:
         asyncio.run(VllmEngine(sys.argv[1]).start())
@@ -88,7 +88,7 @@ def test_which_vllm_is_installed_says_where_it_computes(
 ) -> None:
     from importlib import metadata
 
-    from teacher_service import vllm_options
+    from teacher_service.engines import vllm_options
 
     def version(name: str) -> str:
         if name not in versions:

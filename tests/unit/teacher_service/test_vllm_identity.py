@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, compare_fingerprints
-from teacher_service.vllm_identity import NEUTRAL, NUMERIC, deciding_options, deciding_variables, length_option
+from teacher_service.engines.vllm_identity import NEUTRAL, NUMERIC, deciding_options, deciding_variables, length_option
 
 
 def identity(semantic: dict[str, str] | None = None, numeric: dict[str, str] | None = None) -> TeacherIdentity:

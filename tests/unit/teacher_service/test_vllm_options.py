@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from teacher_proto import hardware
 from teacher_proto.model_files import ModelFolder
-from teacher_service.vllm_options import engine_arguments
-from teacher_service.vllm_wrappers import TextConfig
+from teacher_service.engines.vllm_options import engine_arguments
+from teacher_service.engines.vllm_wrappers import TextConfig
 
 AMPERE, TURING = [torch.bfloat16, torch.float16, torch.float32], [torch.float16, torch.float32]
 
@@ -39,11 +39,11 @@ def vllm(monkeypatch: pytest.MonkeyPatch):
         platform = SimpleNamespace(is_cpu=lambda: gpu is None, supported_dtypes=gpu)
         vars(platforms)["current_platform"] = platform
         vars(models)["ModelRegistry"] = registry
-        adapter = ModuleType("teacher_service.vllm_adapter")
+        adapter = ModuleType("teacher_service.engines.vllm_adapter")
         setattr(adapter, "vllm.models.llama.Llama", "the adapted class")
         for module in (platforms, models, adapter, ModuleType("vllm"), ModuleType("vllm.model_executor")):
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr("teacher_service.vllm_adapter", adapter, raising=False)
+        monkeypatch.setattr("teacher_service.engines.vllm_adapter", adapter, raising=False)
         monkeypatch.setattr(hardware, "_computes", lambda dtype, device: dtype == torch.float32 or bfloat16)
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         return registry
@@ -116,7 +116,7 @@ def test_where_it_is_loaded_elsewhere_vllm_is_given_its_name(vllm, monkeypatch: 
     sizes = {"two GPUs": {"tensor_parallel_size": 2}, "two stages": {"pipeline_parallel_size": 2}}.get(how, {})
     if how == "a process more":
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    named = {"LlamaForCausalLM": "teacher_service.vllm_adapter:vllm.models.llama.Llama"}
+    named = {"LlamaForCausalLM": "teacher_service.engines.vllm_adapter:vllm.models.llama.Llama"}
     assert arguments(**sizes)["model_class_overrides"] == named and not registry.registered
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from teacher_proto import reduction
-from teacher_proto.packed import RowLayout, unpack_rows
-from teacher_proto.reduction import NO_TOKEN, Rows, reduce_rows
+from teacher_proto.compute import reduction
+from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows
 from teacher_proto.requests import TargetSpec
-from teacher_service.vllm_ranks import SharedHead
+from teacher_proto.wire.packed import RowLayout, unpack_rows
+from teacher_service.engines.vllm_ranks import SharedHead
 from tests.teacher_process import free_port
 
 V, D = 301, 16

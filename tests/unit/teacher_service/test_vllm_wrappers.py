@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from teacher_proto.model_files import ModelFolder
-from teacher_service.vllm_wrappers import TextConfig, missing, text_architecture, weights_of
+from teacher_service.engines.vllm_wrappers import TextConfig, missing, text_architecture, weights_of
 from tests.models import save_tiny_wrapper
 
 VISION: dict[str, Any] = {"vision_config": {"model_type": "siglip_vision_model"}}

@@ -25,7 +25,7 @@ from student_trainer.targets.student_support import queries_at
 from student_trainer.targets.teacher_head import read_head
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import TargetSpec
-from teacher_service.scripted_model import scripted_head, scripted_hidden
+from teacher_service.engines.scripted_model import scripted_head, scripted_hidden
 from tests.trainer_run import ScriptedTargets
 
 V = 64

@@ -26,7 +26,7 @@ from student_trainer.settings.attention import AttentionSettings
 from student_trainer.students.capture import AttentionStates
 from student_trainer.students.causal import CausalReader
 from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.relations import QKV, relations
+from teacher_proto.compute.relations import QKV, relations
 from teacher_proto.requests import TargetSpec
 from tests.models import save_tiny_llama
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, trace_of

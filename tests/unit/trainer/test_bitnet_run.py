@@ -15,7 +15,7 @@ from student_trainer.settings import LoRASettings, StudentSettings
 from student_trainer.students.load import merged
 from student_trainer.students.quant_linear import quant_linears, quantisation_blend
 from student_trainer.students.student import Student
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, steps_of, trace_of, train
 from tests.unit.students.tiny import tiny_model
 
@@ -60,7 +60,7 @@ def test_a_run_stopped_in_or_after_its_warmup_is_the_straight_run(
     straight = tmp_path / "straight"
     assert run_here([*arguments, f"run.root={straight}"], ScriptedTargets()) == loop.DONE
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", StopAt)
+        patched.setattr("teacher_proto.process.stopping.StopSignals", StopAt)
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert blend_at(tmp_path / "run", step) == pytest.approx(min(1.0, (step - 1) / 6))
     assert run_here(arguments, ScriptedTargets()) == loop.DONE

@@ -18,7 +18,7 @@ from student_trainer.targets.cached import CachedTargets, MissingTargetsError
 from student_trainer.targets.queries import queries_of
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.requests import TargetSpec
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
 from tests.trainer_run import ScriptedTargets, teacher_script
 from tests.unit.trainer.test_align import batch_of
 

@@ -20,7 +20,7 @@ from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.settings import CheckpointSettings
 from teacher_proto.identity import flatten
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 from tests.teacher_process import free_port
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, run_here, steps_of, trace_of
 from tests.unit.data.stores import BUCKET, STORES
@@ -97,7 +97,7 @@ def test_a_run_that_lost_its_folder_goes_on_from_the_store_bit_for_bit(
 
     arguments = workshop.settings(tmp_path, *overrides(store))
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", StopAtSeven)
+        patched.setattr("teacher_proto.process.stopping.StopSignals", StopAtSeven)
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     shutil.rmtree(tmp_path / "run")
     assert run_here(arguments, ScriptedTargets()) == loop.DONE

@@ -11,7 +11,7 @@ from student_trainer.losses.supports import read_support, with_tail
 from student_trainer.targets.ensemble import MixedTargets, mix, share_draws
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
-from teacher_service.scripted_model import reduce_logits
+from teacher_service.engines.scripted_model import reduce_logits
 
 V, T, K = 97, 40, 12
 TEMPERATURES = (2.0, 5.0)

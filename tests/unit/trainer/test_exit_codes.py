@@ -21,7 +21,7 @@ from student_trainer.ranks import RankError
 from student_trainer.targets.cached import MissingTargetsError
 from student_trainer.targets.guard import NonFiniteError
 from teacher_proto.errors import BY_CODE, StillhouseError
-from teacher_proto.stopping import StopSignals
+from teacher_proto.process.stopping import StopSignals
 from tests.docs.markdown import ROOT
 
 # Every error that a service or a client may raise, by its code. A new one must be put here.

@@ -85,7 +85,7 @@ def test_a_run_stopped_anywhere_is_the_straight_run(
 ) -> None:
     arguments = given(workshop, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     assert_same(tmp_path / "run", straight)

@@ -24,7 +24,7 @@ from student_trainer.targets.queries import queries_of
 from teacher_proto import hardware
 from teacher_proto.errors import OutOfRangeError, WrongTeacherError
 from teacher_proto.requests import KINDS, TargetSpec
-from teacher_service.hf_engine import HfEngine
+from teacher_service.engines.hf import HfEngine
 from tests.models import VOCAB_SIZE, save_tiny_llama
 
 ASK = TargetSpec(KINDS, 16, (2.0,), num_samples=20, sample_temperature=1.0, seed=3, hidden_dtype="float16")

@@ -22,8 +22,8 @@ from student_trainer.data.loader import BatchSource
 from student_trainer.targets.guard import NonFiniteError
 from student_trainer.targets.protocol import Queries
 from teacher_proto.errors import InvalidTargetsError, TeacherUnavailableError
-from teacher_proto.stopping import StopSignals
-from teacher_service.scripted_model import scripted_logits
+from teacher_proto.process.stopping import StopSignals
+from teacher_service.engines.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
 from tests.trainer_run import (
     ScriptedTargets,
@@ -145,7 +145,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_straight_run(
 ) -> None:
     arguments = workshop.settings(tmp_path, "evaluation.every=6")
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert steps_of(tmp_path / "run") == list(range(1, step + 1))
     assert run_here(arguments, ScriptedTargets(delay=random_delays(step, 0.03))) == loop.DONE
@@ -171,7 +171,7 @@ def test_lines_of_steps_that_are_made_again_are_taken_out_first(
 
     arguments = workshop.settings(tmp_path)
     with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: KillAt(tmp_path / "run", 6))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: KillAt(tmp_path / "run", 6))
         run_here(arguments, ScriptedTargets())
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])

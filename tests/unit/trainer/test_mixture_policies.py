@@ -89,7 +89,7 @@ def test_a_run_stopped_around_a_decision_is_the_straight_run(
     arguments = given(workshop, tmp_path, policy, "prefetch.depth=auto", "data.workers=2")
     targets = ScriptedTargets(delay=random_delays(step, 0.02))
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(arguments, targets) == loop.STOPPED
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     straight = tmp_path / "straight" / "run"

@@ -78,7 +78,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_straight_run(
 ) -> None:
     arguments = given(workshop, tmp_path, "prefetch.depth=2")
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", step))
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     assert_same(tmp_path / "run", straight)
@@ -92,7 +92,7 @@ def test_a_student_that_writes_reads_ahead_no_further_than_is_decided(
     assert run_here(given(workshop, tmp_path / "one", *OWN, "prefetch.depth=1"), ScriptedTargets()) == 0
     arguments = given(workshop, tmp_path, *OWN, f"prefetch.depth={depth}")
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_proto.stopping.StopSignals", lambda: StopAt(tmp_path / "run", 5))
+        patched.setattr("teacher_proto.process.stopping.StopSignals", lambda: StopAt(tmp_path / "run", 5))
         assert run_here(arguments, ScriptedTargets()) == loop.STOPPED
     assert run_here(arguments, ScriptedTargets()) == loop.DONE
     assert_same(tmp_path / "run", tmp_path / "one" / "run")

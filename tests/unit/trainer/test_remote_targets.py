@@ -19,10 +19,10 @@ from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import TeacherCard
 from student_trainer.targets.queries import queries_of
 from student_trainer.targets.remote import RemoteTargets
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import DeadlyRequestError, TeacherUnavailableError
 from teacher_proto.requests import Limits, TargetSpec
-from teacher_proto.retry import RetryPolicy
 from tests.unit.proto.fake_teacher import VOCAB, FakeClock, Replica, network, problem, spoil_body
 
 MARK = b"\xa4type\xa7targets"
@@ -118,7 +118,7 @@ async def test_what_comes_between_keeps_the_patience_alive() -> None:
     async def never() -> str:
         raise TeacherUnavailableError("busy")
 
-    with pytest.raises(TeacherUnavailableError, match=r"teacher.give_up_after_s is 0.1"):
+    with pytest.raises(TeacherUnavailableError, match=r"teacher.outage_timeout_s is 0.1"):
         await retry_until(never, 0.1, lambda reason: None, "teacher", lambda: came[0])
 
 

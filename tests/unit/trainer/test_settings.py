@@ -132,7 +132,7 @@ def test_settings_with_effect_do_not_warn() -> None:
         compose([*MINIMAL, "teacher=cached", "teacher.store=/s", "teacher.on_miss=remote", "teacher.url=http://x:1",
                  "teacher.store_bytes=99999999", "teacher.deadline_s=3"])  # fmt: skip
         compose([*MINIMAL, "teacher=cached", "teacher.store=s3://b/t", "teacher.store_cache=/c",
-                 "teacher.store_ahead=3", "teacher.list_missing=false", "teacher.give_up_after_s=9",
+                 "teacher.store_ahead=3", "teacher.list_missing=false", "teacher.outage_timeout_s=9",
                  "teacher.store_cache_bytes=99999999"])  # fmt: skip
         compose([*MINIMAL, "teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=/m",
                  "teacher.members.x.weight=2", "teacher.members.y.url=http://x:1"])  # fmt: skip

@@ -22,8 +22,8 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.teacher_rows import TeacherAttention, TeacherHead, TeacherRows
 from student_trainer.batch.view import Reader, View, ViewSeed
 from teacher_proto.attention_targets import PARTS, AttentionTargets
+from teacher_proto.compute.relations import QKV
 from teacher_proto.errors import InvalidTargetsError
-from teacher_proto.relations import QKV
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.batch.tensors import moved, to_device
-from teacher_proto.relations import QKV
+from teacher_proto.compute.relations import QKV
 
 # Fields whose first dimension is N; the ragged `sampled_*` fields are cut by their offsets.
 _ROW_FIELDS = (

@@ -39,7 +39,7 @@ from student_trainer.students.adapters.low_rank import LowRank
 from student_trainer.students.adapters.reduced_rank import Inputs, Residuals, balanced, error, solve
 from student_trainer.students.quant_linear import QuantLinear
 from student_trainer.students.student import Student
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 logger = logging.getLogger(__name__)
 FOLDER = "calibration"  # of a run

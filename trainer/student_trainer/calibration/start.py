@@ -20,7 +20,7 @@ from student_trainer.settings import Settings
 from student_trainer.students.adapters.lrc import uncalibrated
 from student_trainer.students.student import Student
 from teacher_proto.identity import digest
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 # Of the data's settings: what changes nothing of the batches.
 HOW_IT_IS_READ = {"workers", "batches_ahead", "cache_folder", "held_out_rows"}

@@ -28,9 +28,9 @@ from student_trainer.data.mixture import MixtureState
 from student_trainer.ranks import ALONE, RankError, Ranks, like
 from student_trainer.settings import CheckpointSettings
 from student_trainer.state import TrainState
-from teacher_proto.stages import stage
-from teacher_proto.stopping import finishing
-from teacher_proto.wire import VERSION as WIRE_VERSION
+from teacher_proto.process.stages import stage
+from teacher_proto.process.stopping import finishing
+from teacher_proto.wire.records import VERSION as WIRE_VERSION
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"

@@ -23,7 +23,7 @@ from student_trainer.students.folder import kind_of
 from student_trainer.students.load import adapt, begin, check_cell, merged, quantised_student, student_from_model
 from student_trainer.students.quantisers.record import read_record
 from student_trainer.students.student import Student
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from student_trainer.checkpoint import files
 from student_trainer.checkpoint.files import MANIFEST, PREFIX, DamagedError, replace_text
 from student_trainer.settings import StudentSettings
 from teacher_proto.identity import digest
-from teacher_proto.stages import Stage, stage
+from teacher_proto.process.stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from student_trainer.ranks import Ranks
 from student_trainer.settings import RunSettings, Settings
 from student_trainer.settings.redact import public
 from student_trainer.students.compute import as_begun
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.yaml"

@@ -27,7 +27,7 @@ from student_trainer.students.quantisers.none import NONE
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import spec_for
 from student_trainer.targets.queries import queries_of
-from teacher_proto.stages import DISPLAY, stage
+from teacher_proto.process.stages import DISPLAY, stage
 
 # float32 weights, gradients, and the two moments of AdamW; Muon keeps one, so this is an upper bound.
 BYTES_A_PARAMETER = 16

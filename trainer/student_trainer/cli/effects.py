@@ -128,7 +128,7 @@ RULES = (
         for name in ("start_within_s", "deadline_s", "read_timeout_s")
     ),
     Rule(
-        "teacher.give_up_after_s",
+        "teacher.outage_timeout_s",
         lambda s: _may_wait(s) or any(is_url(one.store) for one in s.teacher.all_members.values()),
         "no teacher of this run is asked over the network",
     ),

@@ -32,7 +32,7 @@ from student_trainer.students.load import merged
 from student_trainer.students.pretrained import load_quantised
 from student_trainer.students.quant_linear import is_quantised
 from student_trainer.students.student import Student
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 # Mean KL in nats. Int8 rounding on another machine moves a deep ternary model by hundredths; another function, by nats.
 SAME_MODEL_KL = 0.2

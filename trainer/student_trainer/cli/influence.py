@@ -29,7 +29,7 @@ from student_trainer.settings.data import DataSettings, SourceSettings
 from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import spec_for
-from teacher_proto.stages import DISPLAY, stage
+from teacher_proto.process.stages import DISPLAY, stage
 
 ROWS_A_GROUP = 4096
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}

@@ -71,6 +71,8 @@ RENAMED: dict[str, Rename] = {
     "teacher.model_name": _teacher_model,
     "teacher.use_vllm": _use_vllm,
     "teacher.vllm_url": _vllm_url,
+    "teacher.say_every_s": lambda text, value, old: [f"teacher.log_every_s={text}"],
+    "teacher.give_up_after_s": lambda text, value, old: [f"teacher.outage_timeout_s={text}"],
     "optimizer": _optimizer,
     "optimizer.type": _optimizer,
     "optimizer.enable_clipping": _clipping,

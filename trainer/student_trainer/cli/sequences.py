@@ -18,7 +18,7 @@ from student_trainer.data.ahead import documents_ahead
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.policies.decisions import PolicyState
 from student_trainer.settings import Settings
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 
 def main(arguments: Sequence[str]) -> int:

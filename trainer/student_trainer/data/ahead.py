@@ -8,7 +8,7 @@ from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
 from student_trainer.data.stream import BatchStream
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 Key = str
 Tokens = list[int]

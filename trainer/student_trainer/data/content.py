@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from student_trainer.data.files import DataFile
-from teacher_proto.stages import Stage, stage
+from teacher_proto.process.stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 VERSION = 1

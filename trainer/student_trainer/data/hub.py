@@ -9,7 +9,7 @@ import datasets
 
 from student_trainer.data.files import DataFile
 from student_trainer.settings.data import SourceSettings
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 
 def load_hub(name: str, settings: SourceSettings) -> datasets.Dataset:

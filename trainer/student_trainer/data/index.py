@@ -22,7 +22,7 @@ from student_trainer.data.content import Content, ContentHasher, keep, kept_at, 
 from student_trainer.data.files import DataFile, find_files
 from student_trainer.data.records import read_tables
 from student_trainer.settings.data import SourceSettings
-from teacher_proto.stages import Stage, stage
+from teacher_proto.process.stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 VERSION = 1

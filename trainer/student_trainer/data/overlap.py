@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from student_trainer.data.documents import Source, canonical, is_held_out
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 
 def check_apart(sources: Sequence[Source], probe: Collection[str]) -> None:

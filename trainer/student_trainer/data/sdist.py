@@ -19,7 +19,7 @@ from pathlib import Path
 
 import filelock
 
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 # Stands in for setuptools (PEP 517), the backend of archives that name none.
 BACKEND = """

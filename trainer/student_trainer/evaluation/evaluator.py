@@ -36,8 +36,8 @@ from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.protocol import Targets
 from student_trainer.targets.queries import queries_of
+from teacher_proto.process.stages import stage
 from teacher_proto.requests import TargetSpec
-from teacher_proto.stages import stage
 
 CROSS_ENTROPY = token_term("cross_entropy", "cross_entropy")
 KL: dict[str, TokenTerm] = {

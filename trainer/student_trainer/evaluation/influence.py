@@ -26,7 +26,7 @@ from student_trainer.state import TrainState
 from student_trainer.students.gradient_sketches import GradientSketches, choose
 from student_trainer.students.student import Student
 from student_trainer.targets.prefetch import Ready
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 Ask = Callable[[Ready], Ready]  # a batch with what is asked of a teacher at ids that the student finds likeliest
 

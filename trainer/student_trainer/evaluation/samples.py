@@ -15,7 +15,7 @@ from student_trainer.evaluation.records import SampledText
 from student_trainer.rollouts.prompts import beginnings
 from student_trainer.rollouts.sampler import Sampler
 from student_trainer.settings import EvaluationSettings
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,8 +39,8 @@ from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread, gather
 from student_trainer.targets.protocol import Targets
 from student_trainer.targets.queries import queries_of
+from teacher_proto.process.stages import stage
 from teacher_proto.requests import TargetSpec
-from teacher_proto.stages import stage
 
 CHUNK = 256  # documents whose embeddings are kept together
 GROUP = 32  # documents whose gradients are kept together

@@ -2,7 +2,7 @@
 `attention_term`.
 
 Relations are of states, never of attention maps: a map's entries lie in [0, 1], so relations of maps are all but
-uniform for any model, and their KL is bounded by 1 / (2T). The definitions are in `teacher_proto.relations`.
+uniform for any model, and their KL is bounded by 1 / (2T). The definitions are in `teacher_proto.compute.relations`.
 
 Documents are separate sequences, so a packed row is cut at its documents and padding is never looked at. One document
 costs R blocks of [rows, T] at a time; the gradient is taken in closed form with the value, block by block, so that no
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_proto.relations import (
+from teacher_proto.compute.relations import (
     PARTS,
     QKV,
     RelationForm,

@@ -18,7 +18,7 @@ from student_trainer.losses.attention_relations import attention_relations
 from student_trainer.losses.block_relations import MAPS, BlockTable, block_relations
 from student_trainer.losses.terms import Capture, Captured, Needs, StatesTerm
 from student_trainer.settings.attention import AttentionSettings
-from teacher_proto.relations import layer_index
+from teacher_proto.compute.relations import layer_index
 
 
 @dataclass(frozen=True)

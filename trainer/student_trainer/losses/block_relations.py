@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_proto.relations import PARTS, QKV, relation_form, similarity_factor
+from teacher_proto.compute.relations import PARTS, QKV, relation_form, similarity_factor
 
 MAPS = "maps"
 

@@ -23,7 +23,7 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.settings.attention import AttentionSettings, Layer
 from student_trainer.settings.terms import DivergenceSettings, SampledSettings, TermSettings
-from teacher_proto.relations import QKV
+from teacher_proto.compute.relations import QKV
 from teacher_proto.requests import Kind
 
 LATE = frozenset(support.kind for support in SUPPORTS.values() if not support.ahead)

@@ -1,6 +1,6 @@
 """The run on the terminal: a bar with rate, losses, waiting and time left, and lines where there is no terminal.
 
-Used by `logs` alone. What else is under way, and for whom a step waits, `teacher_proto.stages` says above the bar.
+Used by `logs` alone. What else is under way, and for whom a step waits, `teacher_proto.process.stages` says above it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from student_trainer.losses.metrics import LossMetrics
 from student_trainer.reporting.step_metrics import StepMetrics
-from teacher_proto.stage_text import bar_line, shortened
-from teacher_proto.stages import DISPLAY, EVERY_S
-from teacher_proto.waiting import duration
+from teacher_proto.client.waiting import duration
+from teacher_proto.process.stage_text import bar_line, shortened
+from teacher_proto.process.stages import DISPLAY, EVERY_S
 
 if TYPE_CHECKING:
     from student_trainer.data.policies.policy import Decision

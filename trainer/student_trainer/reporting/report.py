@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 # Figures of an evaluation, with how the page calls them and whether more is better.
 FIGURES = {

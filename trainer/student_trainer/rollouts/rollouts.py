@@ -28,7 +28,7 @@ from student_trainer.ranks import ALONE, Ranks
 from student_trainer.rollouts.prompts import Prompt, is_rollout, prompts_of, rollout_batch
 from student_trainer.rollouts.sampler import Passes, Sample, Sampler
 from student_trainer.settings import Settings
-from teacher_proto.stages import stage
+from teacher_proto.process.stages import stage
 
 logger = logging.getLogger(__name__)
 Item = tuple[Batch | Future[Batch], MixtureState]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from student_trainer.settings.section import Schedule, Section
-from teacher_proto.relations import layer_index
+from teacher_proto.compute.relations import layer_index
 
 Layer = int | float | str
 DEEP = 10_000  # a depth at which a name or a fraction is checked before any model is known

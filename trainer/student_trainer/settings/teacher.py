@@ -66,9 +66,9 @@ class TeacherSettings(OneTeacher):
     deadline_s: Positive = Field(300.0, description="longest time without progress of one request with all its retries")
     read_timeout_s: Positive = Field(60.0, description="longest silence: a working teacher reports progress")
     start_within_s: float = Field(0.0, ge=0, description="how long the start waits for a teacher to come up")
-    say_every_s: Positive = Field(10.0, description="how often an outage is spoken of")
+    log_every_s: Positive = Field(10.0, description="how often an outage is spoken of")
     save_after_s: Positive = Field(60.0, description="outage after which the run is saved once")
-    give_up_after_s: Positive = Field(3600.0, description="outage after which the run stops")
+    outage_timeout_s: Positive = Field(3600.0, description="outage after which the run stops")
 
     @model_validator(mode="after")
     def _members_fit(self) -> TeacherSettings:

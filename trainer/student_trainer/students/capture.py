@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from student_trainer.losses.terms import Capture, Captured
 from student_trainer.students.attention_hook import AttentionHook, attention_module
-from teacher_proto.relations import QKV
+from teacher_proto.compute.relations import QKV
 
 # What comes behind the states within an attention module, by the names that transformers gives it.
 OUTPUT_PARTS = ("o_proj", "out_proj", "c_proj", "dense", "attn_sub_norm", "sinks")

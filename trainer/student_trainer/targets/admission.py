@@ -10,8 +10,8 @@ from student_trainer.losses.kinds import all_terms
 from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings
 from student_trainer.targets.protocol import Admits, TeacherCard
+from teacher_proto.client.splitting import FIXED_BYTES
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.splitting import FIXED_BYTES
 
 
 def check_admission(settings: Settings, card: TeacherCard) -> None:

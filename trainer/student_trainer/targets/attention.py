@@ -27,15 +27,15 @@ from student_trainer.targets.protocol import Queries, Targets, TeacherCard
 from student_trainer.targets.queries import with_documents
 from student_trainer.targets.remote import reach
 from teacher_proto.attention import AttentionInfo, AttentionRequest, attention_cost, check_attention_request
-from teacher_proto.attention_client import AttentionClient
 from teacher_proto.attention_targets import AttentionTargets
+from teacher_proto.client.attention_client import AttentionClient
+from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.splitting import FIXED_BYTES, check_alone
+from teacher_proto.client.waiting import Waiting
+from teacher_proto.compute.relations import layer_index
 from teacher_proto.errors import OutOfRangeError, PoisonBatchError, TeacherUnavailableError
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.relations import layer_index
 from teacher_proto.requests import TargetSpec
-from teacher_proto.retry import RetryPolicy
-from teacher_proto.splitting import FIXED_BYTES, check_alone
-from teacher_proto.waiting import Waiting
 
 # Asked of the teacher where only its attention is learnt from.
 NO_TOKENS = TargetSpec(kinds=())
@@ -67,7 +67,7 @@ class AttentionSource:
         """Reach the service. ValueError if it can't serve what the settings ask, before anything is asked."""
         self._client = self._make_client()
         self._info = await reach(
-            self._client, "attention service", self._waiting.start_within_s, self._waiting.say_every_s
+            self._client, "attention service", self._waiting.start_within_s, self._waiting.log_every_s
         )
         shape = self._info.shape
         try:
@@ -102,7 +102,7 @@ class AttentionSource:
         request = self._request([batch.tokens_BT[d.row, d.start : d.stop] for d in batch.documents])
         try:
             answers = await retry_until(
-                lambda: client.attention(request, given=given), self._waiting.give_up_after_s, self._note,
+                lambda: client.attention(request, given=given), self._waiting.outage_timeout_s, self._note,
                 "attention service at teacher.attention_url", lambda: len(given),
             )  # fmt: skip
         except PoisonBatchError as error:
@@ -163,7 +163,7 @@ def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, st
     asked = settings.teacher
     identity = teacher.card.identity
     beside = TeacherIdentity.model_validate(identity) if identity else teacher.card.fingerprint
-    policy = RetryPolicy(deadline_s=min(asked.deadline_s, asked.give_up_after_s), read_timeout_s=asked.read_timeout_s)
+    policy = RetryPolicy(deadline_s=min(asked.deadline_s, asked.outage_timeout_s), read_timeout_s=asked.read_timeout_s)
 
     def make_client() -> AttentionClient:
         key = os.environ.get(asked.key_variable)

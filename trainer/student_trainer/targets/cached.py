@@ -18,14 +18,14 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Queries, Targets, TeacherCard
 from student_trainer.targets.queries import asked_of, by_document, spec_of
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query, TargetSpec
-from teacher_proto.store import TargetStore
-from teacher_proto.store_writer import StoreWriter
+from teacher_proto.store.target_store import TargetStore
+from teacher_proto.store.writer import StoreWriter
 from teacher_proto.targets import TokenTargets
-from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 READERS = 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from teacher_proto.call import ClientStats
-from teacher_proto.canary import Canary
+from teacher_proto.client.call import ClientStats
+from teacher_proto.client.canary import Canary
+from teacher_proto.client.expectation import Expectation
 from teacher_proto.errors import WrongTeacherError
-from teacher_proto.expectation import Expectation
 from teacher_proto.identity import TeacherIdentity, compare_fingerprints
 
 

@@ -21,16 +21,16 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Queries, TeacherCard
 from student_trainer.targets.queries import asked_of, by_document, spec_of
-from teacher_proto.canary import canary_request, read_canary
+from teacher_proto.client.canary import canary_request, read_canary
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.info import TeacherInfo
-from teacher_proto.packed import layout_of, unpack_rows
 from teacher_proto.requests import KINDS, Query
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_proto.waiting import Waiting
+from teacher_proto.wire.packed import layout_of, unpack_rows
 
 if TYPE_CHECKING:
     from student_trainer.settings.teacher import OneTeacher
-    from teacher_proto.hf_model import HfModel
+    from teacher_proto.compute.hf_model import HfModel
 
 MAX_TOP_K = 4096
 SHORTEST = 0.75  # A forward pass takes documents at least this long in parts of its longest: little of it is padding.
@@ -106,7 +106,7 @@ class LocalTargets:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _load(self) -> TeacherInfo:
-        from teacher_proto.hf_model import HfModel
+        from teacher_proto.compute.hf_model import HfModel
         from teacher_proto.model_files import find_model
 
         settings = self._settings
@@ -144,7 +144,7 @@ class LocalTargets:
     def _head(self) -> bytes:
         from safetensors.torch import save
 
-        from teacher_proto.head import head_contents
+        from teacher_proto.compute.head import head_contents
 
         assert self._model is not None
         return save(head_contents(self._model.head(), self._model.scaling))

@@ -16,11 +16,11 @@ from student_trainer.targets.background import gather
 from student_trainer.targets.ensemble import mix, share_draws
 from student_trainer.targets.protocol import Queries, Targets, TeacherCard
 from student_trainer.targets.queries import spec_of
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.errors import NotFoundError
 from teacher_proto.identity import digest
 from teacher_proto.requests import KINDS, Kind
 from teacher_proto.targets import TokenTargets
-from teacher_proto.waiting import Waiting
 
 
 @dataclass(frozen=True, eq=False)

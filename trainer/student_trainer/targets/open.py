@@ -22,14 +22,14 @@ from student_trainer.targets.local import LocalTargets
 from student_trainer.targets.mixed import BySource, Ensemble, Member
 from student_trainer.targets.protocol import Targets, TeacherCard
 from student_trainer.targets.remote import RemoteTargets
-from teacher_proto.client import TeacherClient
+from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.dataset.folder import is_url
 from teacher_proto.dataset.manifest import PREFIX as MANIFEST
 from teacher_proto.errors import WrongTeacherError
 from teacher_proto.identity import compare_fingerprints
-from teacher_proto.retry import RetryPolicy
-from teacher_proto.store import TargetStore
+from teacher_proto.store.target_store import TargetStore
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class _Opening:
                 store = TargetDataset(
                     place, readonly=readonly, cache=Path(teacher.store_cache) if teacher.store_cache else None,
                     cache_bytes=teacher.store_cache_bytes, ahead=teacher.store_ahead,
-                    outage_s=self._settings.give_up_after_s,
+                    outage_s=self._settings.outage_timeout_s,
                 )  # fmt: skip
             else:
                 store = TargetStore(place, max(one.store_bytes for one in sharing), readonly=readonly)
@@ -112,7 +112,7 @@ class _Opening:
     def _client(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> TeacherClient:
         expect, canary = expected(teacher.fingerprint, saved)
         policy = RetryPolicy(
-            deadline_s=min(self._settings.deadline_s, self._settings.give_up_after_s),
+            deadline_s=min(self._settings.deadline_s, self._settings.outage_timeout_s),
             read_timeout_s=self._settings.read_timeout_s,
         )
         key = os.environ.get(teacher.key_variable)

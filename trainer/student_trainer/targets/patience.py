@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 async def retry_until(
-    attempt: Callable[[], Awaitable[T]], give_up_after_s: float, note: Callable[[str], None], who: str,
+    attempt: Callable[[], Awaitable[T]], outage_timeout_s: float, note: Callable[[str], None], who: str,
     progress: Callable[[], int] = lambda: 0,
 ) -> T:  # fmt: skip
     """What `attempt` gives, tried again while nobody can be asked; `note` hears why, and "" once it is over.
 
-    TeacherUnavailableError after `give_up_after_s` in which `progress`, what has come so far, did not grow.
+    TeacherUnavailableError after `outage_timeout_s` in which `progress`, what has come so far, did not grow.
     """
     started, so_far = time.monotonic(), progress()
     while True:
@@ -38,9 +38,9 @@ async def retry_until(
             if progress() > so_far:
                 started, so_far = time.monotonic(), progress()
             lasted_s = time.monotonic() - started
-            if lasted_s >= give_up_after_s:
+            if lasted_s >= outage_timeout_s:
                 raise TeacherUnavailableError(
-                    f"no {who} for {lasted_s:.0f} s, teacher.give_up_after_s is {give_up_after_s:g}: "
+                    f"no {who} for {lasted_s:.0f} s, teacher.outage_timeout_s is {outage_timeout_s:g}: "
                     f"the run stops here, and goes on where it was once there is one. Last: {error}"
                 ) from error
             await asyncio.sleep(ASK_AGAIN_S)
@@ -65,8 +65,8 @@ class OutageWatch:
         if waited_s < self._waited_s:
             self._said, self._saved = 0, False
         self._waited_s = waited_s
-        if waited_s >= (self._said + 1) * self.settings.say_every_s:
-            self._said = int(waited_s / self.settings.say_every_s)
+        if waited_s >= (self._said + 1) * self.settings.log_every_s:
+            self._said = int(waited_s / self.settings.log_every_s)
             # Where the teacher can be reached, the terminal says how far it is.
             if reason := self.reason():
                 logger.warning("NO TARGETS FOR %.0f s, TRAINING WAITS: %s", waited_s, reason)
@@ -76,5 +76,5 @@ class OutageWatch:
                 save()
             else:
                 logger.warning(
-                    "the run is saved, by all ranks, when the wait ends or teacher.give_up_after_s has passed"
+                    "the run is saved, by all ranks, when the wait ends or teacher.outage_timeout_s has passed"
                 )

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.terms import Needs, Term
-from teacher_proto.canary import Canary
-from teacher_proto.client import HIDDEN_WIDTH
+from teacher_proto.client.canary import Canary
+from teacher_proto.client.teacher_client import HIDDEN_WIDTH
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
-from teacher_proto.waiting import Waiting
 
 if TYPE_CHECKING:
     from student_trainer.settings import DistillationSettings

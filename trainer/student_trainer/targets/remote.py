@@ -18,13 +18,13 @@ from student_trainer.settings import TeacherSettings
 from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Admits, Queries, TeacherCard
 from student_trainer.targets.queries import asked_of, by_document, spec_of, with_documents
-from teacher_proto.client import TeacherClient
-from teacher_proto.dialect import InfoT
+from teacher_proto.client.replica_client import ReplicaClient
+from teacher_proto.client.route import InfoT
+from teacher_proto.client.teacher_client import TeacherClient
+from teacher_proto.client.waiting import Waiting
 from teacher_proto.errors import PoisonBatchError, StillhouseError, TeacherUnavailableError
-from teacher_proto.replica_client import ReplicaClient
 from teacher_proto.requests import Limits, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RemoteTargets:
             self.client = self._make_client()
         try:
             whom = f"teacher at {', '.join(self._urls)}"
-            info = await reach(self.client, whom, self._patience.start_within_s, self._patience.say_every_s)
+            info = await reach(self.client, whom, self._patience.start_within_s, self._patience.log_every_s)
         except TeacherUnavailableError as error:
             raise TeacherUnavailableError(
                 f"no teacher at {', '.join(self._urls)}: {error}. Start one with `stillhouse-teacher MODEL --port "
@@ -58,7 +58,7 @@ class RemoteTargets:
 
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         """What has come is kept however often the rest must be asked for again. TeacherUnavailableError after
-        `teacher.give_up_after_s` without a teacher."""
+        `teacher.outage_timeout_s` without a teacher."""
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
         client = self.client
         asked = asked_of(batch, queries, self._limits.vocab_size)
@@ -68,7 +68,7 @@ class RemoteTargets:
         given: dict[int, TokenTargets] = {}
         try:
             answered = await retry_until(
-                lambda: client.targets(request, given=given), self._patience.give_up_after_s, self._note, "teacher",
+                lambda: client.targets(request, given=given), self._patience.outage_timeout_s, self._note, "teacher",
                 lambda: len(given),
             )  # fmt: skip
         except PoisonBatchError as error:
@@ -96,8 +96,8 @@ class RemoteTargets:
             await self.client.close()
 
 
-async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float, say_every_s: float) -> InfoT:
-    """Who serves there; every `say_every_s` a line while nobody does, or a model still loads. TeacherUnavailableError
+async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float, log_every_s: float) -> InfoT:
+    """Who serves there; every `log_every_s` a line while nobody does, or a model still loads. TeacherUnavailableError
     after `within_s`.
     """
     clock = asyncio.get_running_loop().time
@@ -112,4 +112,4 @@ async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: flo
             if left_s <= 0:
                 raise TeacherUnavailableError(error.message) from error
             logger.warning("no %s yet, waiting %.0f s more: %s", whom, left_s, error)
-            patience_s = min(say_every_s, left_s)
+            patience_s = min(log_every_s, left_s)

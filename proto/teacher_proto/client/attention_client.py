@@ -1,0 +1,96 @@
+"""`AttentionClient`: attention from the service that sits beside a teacher, with all that `TeacherClient` does.
+
+    async with AttentionClient("http://attention:8001", beside=teacher_info.identity) as client:
+        states = await client.attention(AttentionRequest(sequences=[[1, 2, 3]], layer="late_middle"))
+
+Used by the trainer's relation loss and by anybody else's; `sync_client.py` is the same for scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from teacher_proto.attention import (
+    AttentionInfo,
+    AttentionRequest,
+    attention_cost,
+    check_attention_request,
+    parse_attention_info,
+)
+from teacher_proto.attention_targets import AttentionTargets, check_attention
+from teacher_proto.client.replica_client import OnProgress, ReplicaClient
+from teacher_proto.client.replicas import Replica
+from teacher_proto.client.route import Route
+from teacher_proto.errors import WireError, WrongTeacherError
+from teacher_proto.identity import TeacherIdentity, compare_fingerprints
+from teacher_proto.wire.attention import ATTENTION_FORMAT, AttentionHeader
+
+
+def _check_header(header: AttentionHeader, request: AttentionRequest, info: AttentionInfo) -> None:
+    told = (header.kind, header.layer, header.num_layers)
+    spec = request.spec(info.shape.num_layers)
+    if told != (expected := (spec.kind, spec.layer, info.shape.num_layers)):
+        raise WireError(f"the header speaks of kind, layer and depth {told}; {expected} were asked")
+
+
+ATTENTION = Route(
+    noun="attention service",
+    command="stillhouse-attention",
+    path="/v1/attention",
+    answers=ATTENTION_FORMAT,
+    read_info=parse_attention_info,
+    check_request=lambda request, info: check_attention_request(request, info.limits, info.shape),
+    check_header=_check_header,
+    check_record=lambda targets, request, index, info: check_attention(
+        targets, request.query(index, info.shape.num_layers), info.shape
+    ),
+    cost=lambda request, info: attention_cost(request, info.shape),
+)
+
+
+class AttentionClient(ReplicaClient[AttentionRequest, AttentionTargets, AttentionInfo]):
+    """Asks replicas of one attention service. Use it from one event loop.
+
+    `beside`: the teacher that the service must hold the same model as, by identity or fingerprint: weights, tokenizer,
+    dtype and all else that decides what answers mean; its engine is its own. A service with another model raises
+    WrongTeacherError with the fields that differ. Other arguments as `ReplicaClient`.
+    """
+
+    route = ATTENTION
+
+    def __init__(self, urls: str | Sequence[str], *, beside: TeacherIdentity | str | None = None, **arguments: Any):
+        self._beside = beside
+        super().__init__(urls, **arguments)
+
+    async def attention(
+        self, request: AttentionRequest, *, deadline_s: float | None = None,
+        given: dict[int, AttentionTargets] | None = None, on_progress: OnProgress | None = None,
+    ) -> list[AttentionTargets]:  # fmt: skip
+        """The attention of every sequence, in their order. Arguments as `answers`, errors as `stream`."""
+        return await self.answers(request, deadline_s=deadline_s, given=given, on_progress=on_progress)
+
+    async def _inspect(self, replica: Replica[AttentionInfo], info: AttentionInfo, patience: httpx.Timeout) -> None:
+        """Is it of the teacher that it is to sit beside?"""
+        if self._beside is not None:
+            check_beside(self._beside, info, replica.url)
+
+    def _check_addressee(self, fingerprint: str, info: AttentionInfo, url: str) -> None:
+        check_beside(fingerprint, info, url)
+
+
+def check_beside(teacher: TeacherIdentity | str, info: AttentionInfo, url: str) -> None:
+    """WrongTeacherError, with the fields that differ, unless the service at `url` holds the teacher's own model."""
+    fingerprint = teacher if isinstance(teacher, str) else teacher.fingerprint
+    if compare_fingerprints(fingerprint, info.fingerprint) != "semantic":
+        return
+    lines = [] if isinstance(teacher, str) else teacher.difference(info.identity)
+    what = "; ".join(line for line in lines if line.startswith("semantic."))
+    raise WrongTeacherError(
+        f"{url} holds another model than the teacher that it is to sit beside (\"here\"): "
+        f"{what or f'{fingerprint} here, {info.fingerprint} there'}; start it with the teacher's MODEL, --revision, "
+        "--name and --dtype",
+        field="fingerprint", got=info.fingerprint, limit=fingerprint,
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""One call to a teacher with all its attempts, and the rules by which a failed attempt ends it or not.
+
+Asked again: no connection, silence, a cut or changed body, 429 and 503, an engine's error that says `retryable`; in
+smaller parts after silence of a service that reports no progress, and after a body that somebody found too large.
+Asked once more, elsewhere if there is an elsewhere: a record that cannot be a distribution; twice is a poison batch.
+Asked again only after the replica has shown who it is: an answer under another fingerprint. Everything else ends the
+call at once. Used by `replica_client.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Generic
+
+from teacher_proto.client.replicas import Replica
+from teacher_proto.client.retry import RetryPolicy, Timing
+from teacher_proto.client.route import RequestT
+from teacher_proto.client.suspects import Death, Evidence
+from teacher_proto.errors import (
+    BusyError,
+    InvalidTargetsError,
+    PoisonBatchError,
+    StillhouseError,
+    TeacherUnavailableError,
+    TooLargeError,
+    WireError,
+    WrongTeacherError,
+)
+from teacher_proto.wire.answers import Progress
+
+MAX_IDENTITY_CHANGES = 3
+# What a service is taken to do that reports progress, and no rate yet.
+SLOWEST_TOKENS_PER_SECOND = 10.0
+
+
+@dataclass
+class ClientStats:
+    """What a client has done. `errors` counts by error code, `numeric_changes` the teachers of other rounding."""
+
+    calls: int = 0
+    attempts: int = 0
+    probes: int = 0
+    bytes_received: int = 0
+    budget_waits: int = 0
+    numeric_changes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def count(self, error: StillhouseError) -> None:
+        self.errors[error.code] += 1
+
+
+class Call(Generic[RequestT]):
+    """State of one call: which sequences are missing, who was asked, how far it is, what went wrong.
+
+    Its deadline is for time without progress: a record, or a report by which fewer tokens are left, begins it anew.
+    While a service reports, it has twice the time that the longest missing sequence takes at the reported rate on top.
+    """
+
+    def __init__(
+        self, request: RequestT, policy: RetryPolicy, timing: Timing, deadline_s: float | None = None,
+        evidence: Evidence | None = None,
+    ):  # fmt: skip
+        self.request = request
+        self.missing = set(range(len(request.sequences)))
+        self.answered_tokens = 0
+        self.tokens_left = request.num_tokens
+        self.key = hashlib.sha256(b"".join(tokens_T.tobytes() for tokens_T in request.sequences)).digest()
+        self.deadline_s = policy.deadline_s if deadline_s is None else deadline_s
+        self.tried: set[Replica[Any]] = set()
+        self.attempts = 0
+        self.failed = False
+        self.evidence = evidence or Evidence()
+        # Whom the call is with, None between attempts, and what was last heard of it.
+        self.replica: Replica[Any] | None = None
+        self.progress: Progress | None = None
+        # Sequences to ask for at a time, by what somebody on the way lets through.
+        self._at_once = len(request.sequences)
+        self._policy = policy
+        self._now = timing.now
+        self._rejections: list[str] = []
+        self._wire_errors = 0
+        self._identity_changes = 0
+        self.start()
+
+    def start(self) -> None:
+        """From now on the deadline counts."""
+        self.started_at = self.moved_at = self.heard_at = self.reported_at = self._now()
+
+    def tokens_of(self, asked: list[int]) -> int:
+        return sum(len(self.request.sequences[index]) for index in asked)
+
+    @property
+    def deadline(self) -> float:
+        allowance_s = 0.0
+        if self.progress is not None and self.missing:
+            longest = max(len(self.request.sequences[index]) for index in self.missing)
+            allowance_s = 2 * longest / (self.progress.tokens_per_second or SLOWEST_TOKENS_PER_SECOND)
+        return self.moved_at + self.deadline_s + allowance_s
+
+    @property
+    def remaining_s(self) -> float:
+        return self.deadline - self._now()
+
+    def begin(self, replica: Replica[Any]) -> list[int]:
+        """An attempt at `replica`: the sequences to ask it for."""
+        self.attempts += 1
+        self.tried.add(replica)
+        self.replica, self.progress = replica, None
+        self.heard_at = self._now()
+        if suspects := self.evidence.suspects(self.request, self.missing):
+            return suspects[:1]
+        asked = sorted(self.missing)[: self._at_once]
+        tokens = accumulate(self.tokens_of([index]) for index in asked)
+        return [index for n, (index, sum_so_far) in enumerate(zip(asked, tokens, strict=True))
+                if not n or replica.max_tokens is None or sum_so_far <= replica.max_tokens]  # fmt: skip
+
+    @property
+    def suspected(self) -> bool:
+        """Whether the next attempt is at a sequence that may kill the engine."""
+        return bool(self.evidence.suspects(self.request, self.missing))
+
+    def waited(self, seconds: float) -> None:
+        """So long this client itself held the call back: it does not count."""
+        self.moved_at += seconds
+
+    def died(self, replica: Replica[Any], death: Death, error: StillhouseError, asked: list[int], alone: bool) -> None:
+        """The engine died while these were computed. DeadlyRequestError once that is the doing of one of them."""
+        missing = [index for index in asked if index in self.missing]
+        self.evidence.note(self.request, missing, death, f"{replica.url}: {error}", alone=alone)
+
+    def end(self, failed: bool) -> None:
+        """The attempt is over. After a success every replica is as good as new."""
+        self.replica, self.progress, self.failed = None, None, failed
+        if not failed:
+            self.tried.clear()
+
+    def heard(self) -> None:
+        """Bytes have come."""
+        self.heard_at = self._now()
+
+    def answered(self, index: int) -> None:
+        """The record of this sequence has come."""
+        self.missing.discard(index)
+        self.evidence.forget(self.request, index)
+        tokens = len(self.request.sequences[index])
+        self.answered_tokens += tokens
+        self.tokens_left -= tokens
+        self.moved_at = self.heard_at = self._now()
+
+    def reported(self, progress: Progress) -> None:
+        """The service says how far it is."""
+        self.heard()
+        self.reported_at = self.heard_at
+        last, self.progress = self.progress, progress
+        left = progress.tokens - progress.tokens_done + progress.tokens_ahead
+        if last is None or left < last.tokens - last.tokens_done + last.tokens_ahead:
+            self.moved_at = self._now()
+
+    def judge(self, replica: Replica[Any], error: StillhouseError, asked: list[int]) -> None:
+        """Return if the call goes on after `error` of `replica`, which was `asked`; raise what ends it."""
+        if isinstance(error, InvalidTargetsError):
+            self._rejections.append(f"{replica.url}: {error}")
+            if len(self._rejections) >= 2:
+                raise PoisonBatchError(
+                    f"{len(self.missing)} sequences were answered with what cannot be an answer, "
+                    f"{len(self._rejections)} times: " + "; ".join(self._rejections),
+                    request=self.request.select(sorted(self.missing)), reasons=tuple(self._rejections),
+                ) from error  # fmt: skip
+        elif isinstance(error, WrongTeacherError):
+            self._identity_changes += 1
+            if self._identity_changes > MAX_IDENTITY_CHANGES:
+                raise error
+        elif isinstance(error, WireError):
+            self._wire_errors += 1
+            if not error.retryable or self._wire_errors >= self._policy.max_wire_errors:
+                raise error
+        elif isinstance(error, TooLargeError):
+            if len(asked) == 1:
+                raise error
+            self._at_once = len(asked) // 2
+        elif not error.retryable:
+            raise error
+        if self.remaining_s <= 0:
+            raise TeacherUnavailableError(
+                f"{len(self.missing)} of {len(self.request.sequences)} sequences are unanswered after "
+                f"{self._now() - self.started_at:.1f} s and {self.attempts} attempts, {self.deadline_s:.1f} s of them "
+                f"without progress; last, {replica.url}: {error}",
+                retry_after=error.retry_after if isinstance(error, BusyError) else None,
+            ) from error

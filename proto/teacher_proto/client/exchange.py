@@ -1,0 +1,264 @@
+"""One HTTP exchange with one replica: what goes out, what comes back checked, and every failure as one of our errors.
+
+`replica_client.py` calls it and decides what a failure means. Nothing here retries.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from teacher_proto.client.head_download import HeadDownload
+from teacher_proto.client.route import InfoT, RequestT, Route
+from teacher_proto.errors import (
+    InvalidTargetsError,
+    NotFoundError,
+    StillhouseError,
+    TeacherUnavailableError,
+    TooLargeError,
+    TruncatedError,
+    WireError,
+    WrongTeacherError,
+    from_json,
+)
+from teacher_proto.info import ServiceInfo
+from teacher_proto.request_checks import SequencesRequest
+from teacher_proto.wire.answers import AnswerDecoder, AnyHeader, End, Failure, HeaderT, Progress, RecordT, Targets
+from teacher_proto.wire.records import MSGPACK, PROGRESS_HEADER, REQUEST_ID_HEADER
+from teacher_proto.wire.requests import encode_request
+
+# How often a service is asked to say how far it is; more often where silence is cut earlier.
+PROGRESS_EVERY_S = 2.0
+MAX_PLAIN_BYTES = 2**20
+MAX_MESSAGE_BYTES = 2**30
+AnyRoute = Route[Any, Any, Any, Any]
+
+
+async def fetch_info(
+    http: httpx.AsyncClient, url: str, route: Route[RequestT, HeaderT, RecordT, InfoT], timeouts: httpx.Timeout
+) -> InfoT:
+    """Who answers at `url`. TeacherUnavailableError if nobody or no such service does; else the peer's own error."""
+    try:
+        async with _response(http, "GET", url, "/v1/teacher", route, timeouts=timeouts) as response:
+            body = await _plain_body(response)
+            if response.status_code != 200:
+                raise _error_of(response, body, route)
+            tree = _json_or_none(body)
+            if not isinstance(tree, dict) or "identity" not in tree:
+                raise _not_one(url, route, "GET /v1/teacher gave no identity")
+            return route.read_info(tree)
+    except NotFoundError as error:
+        raise _not_one(url, route, str(error)) from None
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """What a client reads of `GET /v1/status`. `gone`: nobody listens there, or the engine is dead."""
+
+    gone: bool = False
+    uptime_s: float = math.inf
+    requests_inside: int = 0
+
+
+async def fetch_status(http: httpx.AsyncClient, url: str, timeouts: httpx.Timeout) -> ServiceStatus:
+    """How a service is. One that says nothing of itself, or can't be heard, is taken to be there, old and idle."""
+    try:
+        async with http.stream("GET", url + "/v1/status", timeout=timeouts, follow_redirects=False) as response:
+            tree = _json_or_none(await _plain_body(response))
+    except httpx.ConnectError:
+        return ServiceStatus(gone=True)
+    except (httpx.TransportError, WireError):
+        return ServiceStatus()
+    if response.status_code != 200 or not isinstance(tree, dict):
+        return ServiceStatus()
+    uptime_s, inside = tree.get("uptime_s"), tree.get("requests_inside")
+    return ServiceStatus(
+        gone=tree.get("state") == "dead",
+        uptime_s=float(uptime_s) if isinstance(uptime_s, (int, float)) else math.inf,
+        requests_inside=inside if isinstance(inside, int) else 0,
+    )
+
+
+def broke_off(error: StillhouseError) -> bool:
+    """Whether the connection ended in the middle of an answer, or of the wait for one."""
+    cut = (httpx.ReadError, httpx.WriteError, httpx.CloseError)
+    return isinstance(error, TruncatedError) or isinstance(error.__cause__, cut)
+
+
+async def fetch_head(
+    http: httpx.AsyncClient, url: str, route: AnyRoute, fingerprint: str, timeouts: httpx.Timeout,
+    download: HeadDownload,
+) -> bytes:  # fmt: skip
+    """The file of `GET /v1/head`, going on where `download` is. NotFoundError where the teacher serves none,
+    WrongTeacherError if another answers; what came before an error stays in `download`."""
+    headers = download.headers()
+    async with _response(http, "GET", url, "/v1/head", route, timeouts=timeouts, headers=headers) as response:
+        if response.status_code != 200 and not (response.status_code == 206 and headers):
+            raise _error_of(response, await _plain_body(response), route)
+        told = response.headers.get("x-teacher-fingerprint")
+        if told != fingerprint:
+            raise WrongTeacherError(
+                f"{url} gave the head of teacher {told}, {fingerprint} was asked",
+                field="fingerprint", got=told, limit=fingerprint,
+            )  # fmt: skip
+        download.begin(response)
+        async for chunk in response.aiter_bytes():
+            download.take(chunk)
+    return download.whole()
+
+
+async def exchange(
+    http: httpx.AsyncClient, url: str, route: Route[RequestT, HeaderT, RecordT, InfoT], request: RequestT,
+    info: InfoT, timeouts: httpx.Timeout, on_chunk: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> AsyncGenerator[tuple[int, RecordT | StillhouseError], None]:  # fmt: skip
+    """Post `request` and yield (index, checked record or that sequence's error) as they come: the
+    engine's, or InvalidTargetsError for a record that cannot be.
+
+    Raises what concerns the whole: an error status, a cut or changed body, another teacher's fingerprint
+    (WrongTeacherError), the answer to somebody else's request.
+    `on_chunk` hears the size of each piece once what it holds has been handed out, and may raise to end the exchange;
+    `on_progress` what a service that knows it reports while it has nothing else to say.
+    """
+    request_id = uuid.uuid4().hex
+    headers = {
+        "content-type": MSGPACK, "accept": MSGPACK, REQUEST_ID_HEADER: request_id, PROGRESS_HEADER: _interval(timeouts),
+    }  # fmt: skip
+    content = encode_request(request)
+    async with _response(
+        http, "POST", url, route.path, route, content=content, headers=headers, timeouts=timeouts
+    ) as response:
+        if response.status_code != 200:
+            raise _error_of(response, await _plain_body(response), route)
+        if (kind := response.headers.get("content-type", "").split(";")[0]) != MSGPACK:
+            raise WireError(f"{url} answered {route.path} with {kind or 'no content type'}, {MSGPACK} was expected")
+        decoder = AnswerDecoder(route.answers, MAX_MESSAGE_BYTES)
+        async for chunk in response.aiter_bytes():
+            for message in decoder.feed(chunk):
+                if isinstance(message, Failure):
+                    if message.index is None:
+                        raise message.error
+                    yield message.index, message.error
+                elif isinstance(message, Targets):
+                    error = _rejection(message, request, info, route)
+                    yield message.index, message.targets if error is None else error
+                elif isinstance(message, Progress):
+                    on_progress(message)
+                elif not isinstance(message, End):
+                    _check_header(message, request, request_id, info)
+                    route.check_header(message, request, info)
+            on_chunk(len(chunk))
+        decoder.close()
+
+
+def _interval(timeouts: httpx.Timeout) -> str:
+    return f"{min(PROGRESS_EVERY_S, (timeouts.read or PROGRESS_EVERY_S) / 3):g}"
+
+
+def _rejection(
+    message: Targets[RecordT], request: RequestT, info: InfoT, route: Route[RequestT, HeaderT, RecordT, InfoT]
+) -> InvalidTargetsError | None:
+    """Why a record cannot be one, if so: its neighbours in the body may still be good."""
+    try:
+        route.check_record(message.targets, request, message.index, info)
+    except InvalidTargetsError as error:
+        error.field = f"sequences.{message.index}"
+        return error
+    return None
+
+
+def _check_header(header: AnyHeader, request: SequencesRequest, request_id: str, info: ServiceInfo) -> None:
+    if header.fingerprint != info.fingerprint:
+        raise WrongTeacherError(
+            f"the answer is from teacher {header.fingerprint}, {info.fingerprint} was asked",
+            field="fingerprint", got=header.fingerprint, limit=info.fingerprint,
+        )  # fmt: skip
+    if header.request_id != request_id:
+        raise WireError(f"the answer is to request {header.request_id[:80]!r}, {request_id!r} was sent")
+    if header.num_sequences != len(request.sequences):
+        raise WireError(
+            f"the header speaks of {header.num_sequences} sequences; {len(request.sequences)} were expected"
+        )
+
+
+@asynccontextmanager
+async def _response(
+    http: httpx.AsyncClient, method: str, place: str, path: str, route: AnyRoute, timeouts: httpx.Timeout,
+    **arguments: Any,
+) -> AsyncIterator[httpx.Response]:  # fmt: skip
+    """`http.stream`, with whatever can go wrong on the way as a TeacherUnavailableError or TruncatedError."""
+    try:
+        async with http.stream(method, place + path, timeout=timeouts, follow_redirects=False, **arguments) as response:
+            if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
+                raise WireError(f"{place} answered with content-encoding {encoding[:40]!r}, none was asked for")
+            yield response
+    except httpx.ConnectTimeout as error:
+        raise TeacherUnavailableError(f"no connection to {place} within {timeouts.connect} s") from error
+    except httpx.ConnectError as error:
+        raise TeacherUnavailableError(
+            f"nobody listens at {place} ({error}): start one there with `{route.command} MODEL --port PORT`, "
+            "or correct the URL"
+        ) from error
+    except httpx.TimeoutException as error:
+        raise TeacherUnavailableError(f"{place} was silent for {timeouts.read} s: it hangs or is overloaded") from error
+    except httpx.RemoteProtocolError as error:
+        raise TruncatedError(f"{place} broke off its answer: {error}") from error
+    except httpx.TransportError as error:
+        raise TeacherUnavailableError(f"the connection to {place} failed: {type(error).__name__} {error}") from error
+
+
+async def _plain_body(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > MAX_PLAIN_BYTES:
+            raise WireError(
+                f"a plain answer of more than {MAX_PLAIN_BYTES} bytes came with status {response.status_code}"
+            )
+    return bytes(body)
+
+
+def _error_of(response: httpx.Response, body: bytes, route: AnyRoute) -> StillhouseError:
+    """The error that a response stands for: its own if it is a teacher's, else one that names the status."""
+    place = str(response.url.copy_with(path="/", query=None)).rstrip("/")
+    tree = _json_or_none(body)
+    if isinstance(tree, dict) and isinstance(tree.get("code"), str) and isinstance(tree.get("message"), str):
+        return from_json(tree, _retry_after(response))
+    if response.status_code == 404:
+        return NotFoundError(f"{response.request.method} {response.url.path} gave 404")
+    if response.status_code == 413:
+        return TooLargeError(f"{place} answered 413, as a proxy in between does whose limit for bodies is too low")
+    return TeacherUnavailableError(
+        f"{place} answered {response.status_code} {response.reason_phrase}, not as a {route.noun} does: "
+        "a proxy in between, or another service",
+        retry_after=_retry_after(response),
+    )
+
+
+def _json_or_none(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds of a Retry-After header; a date in it is passed over, since clocks differ."""
+    try:
+        seconds = float(response.headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _not_one(url: str, route: AnyRoute, why: str) -> TeacherUnavailableError:
+    return TeacherUnavailableError(
+        f"{url} answers, but is not a Stillhouse {route.noun} ({why}): check the URL; it is the root, without /v1"
+    )

@@ -1,0 +1,76 @@
+"""A request in parts that a service admits: sequences, tokens, bytes of the body, cost. Used by `replica_client.py`.
+
+The trainer asks it too, before a run starts, whether the longest sequence that it will ask about fits alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from teacher_proto.client.route import InfoT, RequestT
+from teacher_proto.errors import OutOfRangeError
+from teacher_proto.info import ServiceInfo
+
+# A part takes this share of what an empty service admits, so that others fit in beside it and each other.
+SHARE_OF_COST = 8
+# Bytes of a body beside what its sequences take: names, kinds, temperatures, a fingerprint.
+FIXED_BYTES = 1024
+
+
+def least_of(infos: Sequence[InfoT]) -> InfoT:
+    """The first of several replicas, with the least of all their limits: any of them may be asked."""
+    limits = [info.limits for info in infos]
+    costs = [limit.max_cost for limit in limits if limit.max_cost is not None]
+    least: dict[str, int | None] = {
+        name: min(getattr(limit, name) for limit in limits)
+        for name in ("max_sequence_length", "max_sequences", "max_request_tokens", "max_body_bytes")
+    }
+    least["max_cost"] = min(costs, default=None)
+    return infos[0].model_copy(update={"limits": limits[0].model_copy(update=least)})
+
+
+def split(request: RequestT, info: InfoT, cost_of: Callable[[RequestT, InfoT], int]) -> list[list[int]]:
+    """Indexes of the sequences by part, in order. OutOfRangeError for a sequence that is not admitted even alone, with
+    what it would take and what fits."""
+    limits, parts = info.limits, list[list[int]]()
+    tokens = num_bytes = values = 0
+    for index, tokens_T in enumerate(request.sequences):
+        cost, size = cost_of(request.select([index]), info), request.sequence_bytes(index)
+        check_alone(f"sequences.{index}", len(tokens_T), size + FIXED_BYTES, cost, info)
+        # All tokens of a request cost what those of its dearest sequence do.
+        own = -(-cost // max(len(tokens_T), 1))
+        worst = max(values, own)
+        fits = (
+            bool(parts)
+            and len(parts[-1]) < limits.max_sequences
+            and tokens + len(tokens_T) <= limits.max_request_tokens
+            and num_bytes + size <= limits.max_body_bytes
+            and (limits.max_cost is None or (tokens + len(tokens_T)) * worst <= limits.max_cost // SHARE_OF_COST)
+        )
+        if fits:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+            tokens, num_bytes, worst = 0, FIXED_BYTES, own
+        tokens, num_bytes, values = tokens + len(tokens_T), num_bytes + size, worst
+    return parts
+
+
+def check_alone(field: str, num_tokens: int, num_bytes: int, cost: int, info: ServiceInfo) -> None:
+    """OutOfRangeError if a sequence of these sizes is not admitted even alone. `field` names it."""
+    limits = info.limits
+    if num_bytes > limits.max_body_bytes:
+        raise OutOfRangeError(
+            f"{field}: what is asked of its {num_tokens} tokens takes a body of {num_bytes} bytes, the "
+            f"service reads {limits.max_body_bytes}: shorten it to "
+            f"{num_tokens * limits.max_body_bytes // num_bytes} tokens, or gather fewer ids",
+            field=field, got=num_bytes, limit=limits.max_body_bytes,
+        )  # fmt: skip
+    if limits.max_cost is not None and cost > limits.max_cost:
+        raise OutOfRangeError(
+            f"{field}: what is asked of its {num_tokens} tokens costs {cost} (tokens x (numbers answered a "
+            f"token + 1)), the service admits {limits.max_cost}: shorten it to "
+            f"{num_tokens * limits.max_cost // cost} tokens, ask for fewer numbers, or start the service with "
+            f"--capacity {cost}",
+            field=field, got=cost, limit=limits.max_cost,
+        )  # fmt: skip

@@ -1,0 +1,346 @@
+"""SIGTERM and Ctrl-C, obeyed within seconds whatever the main thread does. Entered first thing by `stillhouse-train`,
+and by `stillhouse-teacher fill` and `pack`.
+
+A signal raises `Stop` in the main thread, which ends waiting, reading and computing alike: that is how commands are
+stopped. Three blocks say otherwise:
+
+- `holding`: the signal waits for the block's end (an update, a copy of what is to be saved);
+- `finishing`: the same, for what is to be done before the process ends however long it takes: saving, uploading;
+- `cancelling`: an asyncio task is cancelled in the place of an exception, which asyncio would not let through.
+
+A native call that does not come back holds up the exception. Therefore a thread is told of the signal too, raises it
+again after a second, and after `GRACE_S` ends the process itself, with the processes that it started; `rescued` says
+what it does before. While a main thread that has obeyed closes what is open, the same time limits that.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from teacher_proto.process.stages import DISPLAY
+from teacher_proto.process.tree import descendants, end
+
+if TYPE_CHECKING:
+    import asyncio
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: start it again and it goes on
+EXIT_IMPATIENT = 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# After that long the exception is raised once more: a library may have taken it for an error of its own.
+AGAIN_S = 1.0
+# After that long the process ends whatever its main thread does; a second is left of the five that are promised.
+GRACE_S = 3.5
+# For what is open to be closed, where saving took longer than that.
+CLOSE_S = 2.0
+# How long a process that ends waits for the line that says which signal ended it: standard error may be read by nobody.
+TELL_S = 1.0
+POLL_S = 0.1
+
+
+class Stop(KeyboardInterrupt):
+    """A signal asked for the end. No `Exception`, which libraries take for a failure of theirs and go on."""
+
+
+class StopSignals:
+    """Enter it in the main thread; elsewhere nothing is installed. `program` is how its messages begin.
+
+    A second Ctrl-C, at least a second after the first, ends the process at once, unsaved.
+    """
+
+    Stop = Stop
+
+    def __init__(self, program: str = "stillhouse") -> None:
+        self.received: signal.Signals | None = None
+        self._program = program
+        self._raising, self._unlimited, self._obeyed, self._taken_over = True, False, False, False
+        self._since = self._limit_from = 0.0
+        self._rescue: Callable[[], None] | None = None
+        self._cancel: Callable[[], object] | None = None
+        self._children: dict[int, str] = {}
+        self._before: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._told = threading.Event()
+        self._unraisable_before = sys.unraisablehook
+
+    def check(self) -> None:
+        """Raise `Stop` if a signal has come."""
+        if self.received is not None and not self._obeyed:
+            raise self.Stop(f"{self.received.name} received")
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """A signal ends the block at once, as it does outside of any block."""
+        with self._mode(True, self._unlimited):
+            yield
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """A signal waits until the block is over, or for a block of `raising` inside it."""
+        with self._mode(False, True):
+            yield
+
+    def finishing(self) -> AbstractContextManager[None]:
+        """`holding`, after which what is left to close has some seconds of its own."""
+        return self.holding()
+
+    @contextmanager
+    def cancelling(self, task: asyncio.Task[Any]) -> Iterator[None]:
+        """A signal cancels `task`, which the main thread's event loop runs; leaving the block then raises `Stop`."""
+        loop = task.get_loop()
+        # From within a handler: the loop may sleep, and a handler that returns does not wake it.
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        try:
+            with self._mode(False, False):
+                if self.received is not None:
+                    task.cancel()
+                yield
+        finally:
+            self._cancel = None
+
+    @contextmanager
+    def rescued(self, rescue: Callable[[], None]) -> Iterator[None]:
+        """`rescue` is called by another thread before it ends the process over a main thread that is stuck in a native
+        call of a block of `raising`; the main thread runs nothing from then on.
+        """
+        self._rescue = rescue
+        try:
+            yield
+        finally:
+            self._rescue = None
+
+    def obey(self) -> None:
+        """Whoever caught `Stop` says so: it is not raised again, and what is open is closed within the time left."""
+        self._obeyed, self._raising = True, False
+        self._wait_for_takeover()
+
+    def leave(self, code: int) -> NoReturn:
+        """End the process and those that it started, without waiting for its threads: one that loads a model can't be
+        stopped, and the interpreter would wait minutes for it.
+        """
+        if self.received is not None and self._pipe is not None:
+            self._told.wait(TELL_S)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                stream.flush()
+        self._end(code)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        global _active
+        _active = self
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
+        # Written to as the signal comes, also while the main thread runs native code.
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pipe = self._pipe
+        self.forget()
+        if pipe is not None:
+            os.close(pipe[1])  # which ends the thread
+
+    def forget(self) -> None:
+        """Signals are from now on what they were before."""
+        global _active
+        if self._pipe is not None:
+            _active = self._pipe = None
+            signal.set_wakeup_fd(-1)
+            sys.unraisablehook = self._unraisable_before
+            for number, before in self._before.items():
+                signal.signal(number, before)
+
+    @contextmanager
+    def _mode(self, raising: bool, unlimited: bool) -> Iterator[None]:
+        before = self._raising, self._unlimited
+        self._limit_from = time.monotonic()
+        self._raising, self._unlimited = raising and not self._obeyed, unlimited
+        try:
+            self._wait_for_takeover()
+            if raising:
+                self.check()
+            yield
+        finally:
+            self._limit_from = time.monotonic()
+            self._raising, self._unlimited = before[0] and not self._obeyed, before[1]
+        if self._raising:
+            self.check()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, between two instructions of Python."""
+        if self.received is None:
+            self.received = signal.Signals(number)
+            # Before anything unwinds: a child that is ended on the way leaves its own children to nobody.
+            self._children |= descendants(os.getpid())
+        if self._pipe is not None:
+            _write(self._pipe[1], bytes([number]))
+        self._wait_for_takeover()
+        if self._cancel is not None:
+            self._cancel()
+        if self._raising:
+            self.check()
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """A `Stop` that was raised in a finaliser, where nothing can catch it, comes again by the watching thread."""
+        if not isinstance(unraisable.exc_value, Stop):
+            self._unraisable_before(unraisable)
+
+    def _wait_for_takeover(self) -> None:
+        """Where the watching thread has begun to end the process, the main thread goes no further."""
+        while self._taken_over:
+            time.sleep(POLL_S)
+
+    def _watch(self, pipe: int) -> None:
+        """On a thread of its own, from the first signal on until the process is over."""
+        first = _read(pipe)
+        if first is None:
+            os.close(pipe)
+            return
+        self._since = self._limit_from = time.monotonic()
+        again_at = self._since + AGAIN_S
+        self._say(f"{signal.Signals(first).name} received, stopping")
+        while True:
+            if select.select([pipe], [], [], POLL_S)[0]:
+                number = _read(pipe)
+                if number is None:
+                    os.close(pipe)
+                    return
+                if number == signal.SIGINT and time.monotonic() - self._since > AGAIN_S:
+                    self._say("Ctrl-C again, ended at once")
+                    self._end(EXIT_IMPATIENT)
+            self._children |= descendants(os.getpid())
+            now = time.monotonic()
+            if self._unlimited and not self._raising:
+                continue
+            if now > max(self._since + GRACE_S, self._limit_from + CLOSE_S):
+                self._take_over()
+            elif not self._obeyed and now > again_at:
+                again_at = now + AGAIN_S
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def _take_over(self) -> None:
+        """Returns if the main thread has come to a block of `holding` meanwhile."""
+        self._taken_over = True
+        if self._unlimited and not self._raising:
+            self._taken_over = False
+            return
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # which makes it wait
+        code = EXIT_STOPPED
+        if not self._obeyed and self._rescue is not None:
+            self._say("what is computed now can't be interrupted: saving without it")
+            try:
+                self._rescue()
+            except Exception as error:  # the edge of the process: whatever it was, the process ends and says so
+                self._say(f"{type(error).__name__}: {error}")
+                code = 1
+        self._end(code)
+
+    def _say(self, text: str) -> None:
+        """On a thread of its own: nobody may read standard error, or the main thread hold the lock of a stream."""
+
+        def say() -> None:
+            DISPLAY.print(f"{self._program}: {text}")
+            self._told.set()
+
+        saying = threading.Thread(target=say, daemon=True)
+        saying.start()
+        saying.join(POLL_S)
+
+    def _end(self, code: int) -> NoReturn:
+        self._children |= descendants(os.getpid())
+        end(self._children)
+        if os.isatty(2):
+            _write(2, b"\x1b[?25h")  # a bar may have hidden the cursor
+        os._exit(code)
+
+
+_active: StopSignals | None = None
+_ended_with: int | None = None
+
+
+def finishing() -> AbstractContextManager[None]:
+    """`StopSignals.finishing` of the command that runs, for those that it is not handed to."""
+    on_main = threading.current_thread() is threading.main_thread()
+    return _active.finishing() if _active is not None and on_main else nullcontext()
+
+
+def _forget_in_child() -> None:
+    """A forked child has none of this: its signals are its own, and the pipe is its parent's."""
+    if _active is not None:
+        _active.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def stoppable(program: str, command: Callable[[StopSignals], int]) -> int:
+    """The exit code of `command`; where a signal stopped it, the process ends here, with EXIT_STOPPED.
+
+    So it does where the command failed after a signal: what is made of the exception on its way is no failure.
+    """
+    with StopSignals(program) as signals:
+        try:
+            code = command(signals)
+        except Stop:
+            code = EXIT_STOPPED
+        except Exception:
+            if signals.received is None:
+                raise
+            code = EXIT_STOPPED
+        if signals.received is not None:
+            signals.obey()
+            DISPLAY.close()
+            if code:
+                print(f"{program}: stopped; start it again to go on", file=sys.stderr)
+            signals.leave(EXIT_STOPPED if code else 0)
+        return code
+
+
+def hasten_end(code: int) -> None:
+    """For a command that is over: a signal from here on ends the process at once, with the code that it would have."""
+    global _ended_with
+    _ended_with = code
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(code))
+
+
+def skip_teardown() -> None:
+    """To be registered with `atexit` before anything else is, and so called last: after `hasten_end` the process ends
+    here. Taking torch's modules down takes seconds on a busy machine, in which a signal would find no handler of ours
+    and give the process another code.
+    """
+    if _ended_with is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                stream.flush()
+        os._exit(_ended_with)
+
+
+def _read(pipe: int) -> int | None:
+    data = os.read(pipe, 1)
+    return data[0] if data else None
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Without the buffers and locks of a stream, which a signal may have come into the middle of; not at all where it
+    would have to be waited for.
+    """
+    try:
+        if select.select([], [descriptor], [], 0)[1]:
+            os.write(descriptor, data)
+    except OSError:
+        return  # nobody reads it any more

@@ -1,0 +1,87 @@
+"""Who has a target store open, and what becomes of a damaged one: put aside, by a process that is alone with it.
+
+Called by `lru.py` before it opens a file. Who lives is known by a lock that the kernel lets go of when they end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+
+from teacher_proto.store.verify import check
+
+log = logging.getLogger(__name__)
+FILE = "users.lock"
+TRIES = 5  # half seconds that a start waits for another one that puts the same damaged file aside
+
+
+class Users:
+    """This process among them. Where no file can be made, on a read-only mount, it is not counted."""
+
+    def __init__(self, path: Path, readonly: bool):
+        self._descriptor: int | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path / FILE, os.O_RDONLY | os.O_CREAT, 0o666)
+        except OSError as error:
+            if not readonly:
+                raise ValueError(f"{path} can't be opened as a target store: {error}") from None
+
+    def join(self) -> None:
+        """Be one of them; waits while another process is putting a damaged file aside."""
+        self._lock(fcntl.LOCK_SH)
+
+    def only_us(self) -> bool:
+        """Whether no other process has the store open; none may open it until `join` or `close`."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _lock(self, how: int) -> bool:
+        if self._descriptor is None:
+            return True
+        try:
+            fcntl.flock(self._descriptor, how)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # a file system without locks
+            log.warning("who else has the target store open can't be known here: %s", error)
+        return True
+
+
+def make_sure(path: Path, readonly: bool, users: Users) -> None:
+    """Note that we use the file, once it is whole: a damaged one is put aside, if nobody else has it open.
+
+    ValueError where it is damaged and stays where it is.
+    """
+    for _ in range(TRIES):
+        if (fault := check(path)) is None:
+            users.join()
+            return
+        if readonly:
+            raise ValueError(f"the target store at {path} is damaged: {fault}")
+        if users.only_us():
+            # Another start may have put it aside meanwhile.
+            if (again := check(path)) is not None:
+                _set_aside(path, again)
+            users.join()
+            return
+        time.sleep(0.5)
+    raise ValueError(
+        f"the target store at {path} is damaged ({fault}), and another process has it open: end that one, then start "
+        "again, and it is put aside"
+    )
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    data = path / "data.mdb"
+    aside = next(p for i in range(1000) if not (p := path / f"data.mdb.damaged-{i}").exists())
+    data.rename(aside)
+    (path / "lock.mdb").unlink(missing_ok=True)
+    log.error("the target store at %s is damaged (%s): put aside as %s, starting an empty one", path, reason, aside)

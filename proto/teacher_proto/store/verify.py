@@ -1,0 +1,145 @@
+"""Is a store's file whole? Asked in a process of its own, since LMDB may abort on a page that is not.
+
+`check(path)` runs `python -m teacher_proto.store.verify PATH`, which walks every table. `lru.py` asks before it opens
+a file: whatever a disk did to its pages then costs a start with an empty store, not a teacher that dies at each start.
+Others may write meanwhile. Damage is only what the walk itself finds; a check that could not be made says nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacher_proto.process.stages import stage
+
+if TYPE_CHECKING:
+    import lmdb
+
+TABLES = (b"records", b"usage", b"order", b"meta", b"teachers")
+PAGE = 4096
+# Addresses set aside for a reader, so that the file may grow under it; they cost nothing until they are used.
+READER_MAP = 2**38
+_FAULT = 3
+_TRIES = 5
+# How a page that is not what it was ends the process that reads it.
+_BY_DAMAGE = {signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+
+
+class UncheckedError(OSError):
+    """The check could not be made, or was ended by somebody: nothing is known of the file."""
+
+
+def check(path: Path) -> str | None:
+    """Why the file at `path` can't be used, or None if it can, or is not there yet. UncheckedError."""
+    if not (path / "data.mdb").exists():
+        return None
+    with stage(f"checking the store {path}"):
+        child = subprocess.run(
+            [sys.executable, "-m", "teacher_proto.store.verify", str(path)], capture_output=True, text=True,
+            check=False, start_new_session=True,  # Ctrl-C is for us: in the middle of a walk it would look like a fault
+        )  # fmt: skip
+    if child.returncode == 0:
+        return None
+    said = (child.stderr or child.stdout).strip().splitlines()
+    if child.returncode == _FAULT:
+        return said[-1]
+    if child.returncode < 0 and -child.returncode in _BY_DAMAGE:
+        return f"reading it ended with {signal.Signals(-child.returncode).name}"
+    raise UncheckedError(
+        f"whether the target store at {path} is whole could not be found out: the check ended with "
+        f"{child.returncode} ({said[-1] if said else 'it said nothing'}). Start again"
+    )
+
+
+def walk(path: Path) -> str | None:
+    """The fault that a walk over all tables meets, or None. May end the process. lmdb.Error, OSError."""
+    import lmdb
+
+    with lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(TABLES), map_size=READER_MAP) as env:
+        # Before a page is touched: beyond the end of the file there is only SIGBUS. The file grows before it is said
+        # to have grown, so its size is looked at last.
+        expected = (env.info()["last_pgno"] + 1) * PAGE
+        if (size := (path / "data.mdb").stat().st_size) < expected:
+            return f"{size} bytes are left of {expected}"
+    with open_to_read(path) as env, env.begin(buffers=True) as txn:
+        tables = {name: env.open_db(name, txn=txn, create=False) for name in TABLES if txn.get(name) is not None}
+        if not tables:
+            return None
+        counts = {name: sum(1 for _ in txn.cursor(table).iternext(values=False)) for name, table in tables.items()}
+        if not counts.get(b"records") == counts.get(b"usage") == counts.get(b"order"):
+            return f"its tables do not fit together: {counts}"
+        for key, usage in txn.cursor(tables[b"usage"]):
+            if txn.get(key, db=tables[b"records"]) is None or txn.get(usage[:8], db=tables[b"order"]) != key:
+                return "its tables do not fit together: a record is missing"
+    return None
+
+
+def open_to_read(path: Path) -> lmdb.Environment:
+    """A store's environment for reading, without a lock file where the place allows none."""
+    import lmdb
+
+    for size in (READER_MAP, 0):  # 0: as large as the file is meant to become
+        for lock in (True, False):
+            try:
+                return lmdb.open(
+                    str(path), readonly=True, max_dbs=len(TABLES), max_readers=512, map_size=size, lock=lock
+                )
+            except lmdb.MemoryError:
+                break  # so many addresses are not to be had here
+            except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
+                # A read-only mount has nowhere to put a lock.
+                if not lock:
+                    raise
+    raise lmdb.MemoryError(f"there is no room for a map of {path}")
+
+
+def _fault(path: Path) -> str | None:
+    """What `walk` finds. Where there are no locks, a file that is written to while it is read may look damaged: only
+    what is found while nothing was written is a fault.
+    """
+    import lmdb
+
+    fault: str | None = None
+    for _ in range(_TRIES):
+        before = _state(path)
+        try:
+            fault = walk(path)
+        except (lmdb.ReadersFullError, lmdb.LockError, lmdb.ReadonlyError, lmdb.TlsFullError):
+            raise  # says something of those who use the file
+        except lmdb.MapResizedError:
+            continue
+        except lmdb.MemoryError as error:
+            with (path / "data.mdb").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+                # There is room for all that lies there: it is the file that speaks of more.
+                fault = str(error)
+        except lmdb.Error as error:
+            fault = str(error)
+        if fault is None or _state(path) == before:
+            return fault
+    raise lmdb.Error(f"it is written to all the time, and at each look something else was wrong, at last: {fault}")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes with every write. The first pages, where it is noted, are read as they lie."""
+    stat = (path / "data.mdb").stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def main() -> None:
+    import lmdb
+
+    try:
+        fault = _fault(Path(sys.argv[1]))
+    except (lmdb.Error, OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if fault:
+        print(fault, file=sys.stderr)
+        sys.exit(_FAULT)
+
+
+if __name__ == "__main__":
+    main()

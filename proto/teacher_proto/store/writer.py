@@ -1,0 +1,94 @@
+"""Writes answers to a target store on a thread of its own, so that an event loop never waits for a disk.
+
+writer = StoreWriter(store)
+writer.add(fingerprint, query, targets)    # at once; dropped, and counted, where too much waits
+writer.close()                           # when all that waits is written
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from teacher_proto.dataset.dataset import TargetDataset
+from teacher_proto.requests import Query
+from teacher_proto.store.entry import Entry, split
+from teacher_proto.store.target_store import TargetStore
+from teacher_proto.targets import TokenTargets
+
+
+class StoreWriter:
+    """Batches what comes within `delay_s` into one transaction. At most `max_pending_bytes` wait."""
+
+    def __init__(
+        self, store: TargetStore | TargetDataset, *, max_pending_bytes: int = 256 * 2**20, delay_s: float = 0.2
+    ):
+        self.dropped = 0
+        self._store = store
+        self._max_pending_bytes = max_pending_bytes
+        self._delay_s = delay_s
+        self._pending: deque[tuple[Entry, TokenTargets]] = deque()
+        self._pending_bytes = 0
+        self._busy = False
+        self._ended = False
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._pending_bytes
+
+    def add(self, fingerprint: str, query: Query, targets: TokenTargets) -> bool:
+        """Have an answer written. False, and nothing done, if too much waits already."""
+        size = targets.nbytes
+        with self._changed:
+            if self._pending_bytes + size > self._max_pending_bytes or self._closing.is_set():
+                self.dropped += 1
+                return False
+            self._pending.extend(split(fingerprint, query, targets))
+            self._pending_bytes += size
+            self._changed.notify_all()
+        return True
+
+    def flush(self) -> None:
+        """Wait until all that was added is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or not (self._pending or self._busy))
+
+    def close(self) -> None:
+        """Write what waits, and end the thread. The store stays open."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        finally:
+            # Also where a bug ended the thread: nobody is to wait for it.
+            with self._changed:
+                self._closing.set()
+                self._ended = True
+                self._changed.notify_all()
+
+    def _write_until_closed(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing.is_set())
+                if not self._pending:
+                    return
+            self._closing.wait(self._delay_s)
+            with self._changed:
+                batch = list(self._pending)
+                self._pending.clear()
+                self._pending_bytes = 0
+                self._busy = True
+            try:
+                self._store.put_entries(batch)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()

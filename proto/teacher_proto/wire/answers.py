@@ -1,0 +1,288 @@
+"""Answers as streams of messages: a header, a record for each sequence in any order, the end. For any route's records.
+
+Between header and end a client that asked for it hears of its request's progress. `records.py` reads targets with this,
+`attention_wire.py` attention. Decoding is bounded: containers and their sizes are limited, no extension types, tensors
+only as binary of exactly the length that dtype and shape say.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgpack
+import numpy as np
+
+from teacher_proto.errors import ChecksumError, StillhouseError, TruncatedError, VersionError, WireError, from_json
+from teacher_proto.wire.tensors import decode_tensor
+
+VERSION = 1
+PROGRESS_HEADER = "x-progress"
+PROGRESS_INTERVAL_S = (1.0, 10.0)  # shortest and longest that a service keeps to
+MAX_MESSAGE_BYTES = 2**31 - 1
+MAX_CONTAINERS_A_MESSAGE = 64
+
+
+class AnyHeader(Protocol):
+    """What the header of every answer says."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_sequences(self) -> int: ...
+
+
+HeaderT = TypeVar("HeaderT", bound=AnyHeader)
+RecordT = TypeVar("RecordT")
+
+
+@dataclass(frozen=True)
+class AnswerFormat(Generic[HeaderT, RecordT]):
+    """How one route's answers are read: the type of its records' messages, and what makes ours of their maps."""
+
+    record: str
+    read_header: Callable[[dict[str, Any]], HeaderT]
+    read_record: Callable[[dict[str, Any], HeaderT], RecordT]
+
+
+@dataclass(frozen=True)
+class Targets(Generic[RecordT]):
+    """The answer for one sequence."""
+
+    index: int
+    targets: RecordT
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One sequence that failed, or with `index` None the whole request."""
+
+    index: int | None
+    error: StillhouseError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is: `tokens_done` of its `tokens` are answered, `tokens_ahead` of others are computed before
+    the rest, at `tokens_per_second` all together, 0 while that is unknown."""
+
+    tokens_done: int
+    tokens: int
+    tokens_ahead: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class End:
+    num_sequences: int
+
+
+def record_message(
+    kind: str, index: int, fields: Mapping[str, Any], tensors: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """A record as a map; its checksum is CRC-32 over the tensors' data in their order."""
+    checksum = 0
+    for tensor in tensors.values():
+        checksum = zlib.crc32(tensor["data"], checksum)
+    return {"type": kind, "index": index, **fields, **tensors, "checksum": checksum}
+
+
+def read_tensors(
+    message: dict[str, Any], dtypes: Mapping[str, Collection[str]], fields: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The tensors of a record's message by name, of these dtypes and no others; views of the message.
+
+    `fields` are what else the message may hold. ChecksumError where the data changed on the way.
+    """
+    unknown = set(message) - {"type", "index", "checksum", *fields, *dtypes}
+    if unknown:
+        raise WireError(f"unknown tensors {sorted(unknown)} in a message of type {message['type']}")
+    arrays, checksum = {}, 0
+    for name, allowed in dtypes.items():
+        if name in message:
+            arrays[name] = decode_tensor(message[name], name, allowed)
+            checksum = zlib.crc32(message[name]["data"], checksum)
+    if integer(message, "checksum") != checksum:
+        raise ChecksumError(f"sequence {message['index']}: the data's CRC-32 is {checksum}, the message says "
+                            f"{message['checksum']}: it changed on the way")  # fmt: skip
+    return arrays
+
+
+def read_names(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What every header holds: `request_id`, `fingerprint` and `num_sequences`."""
+    num_sequences = integer(message, "num_sequences")
+    texts = {name: message.get(name) for name in ("request_id", "fingerprint")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise WireError("the header lacks request_id or fingerprint")
+    return texts | {"num_sequences": num_sequences}
+
+
+def encode_failure(index: int | None, error: StillhouseError) -> bytes:
+    return msgpack.packb({"type": "error", "index": index, **error.to_json()})
+
+
+def encode_end(num_sequences: int) -> bytes:
+    return msgpack.packb({"type": "end", "num_sequences": num_sequences})
+
+
+def encode_progress(progress: Progress) -> bytes:
+    """At most 90 bytes, so that one a second costs next to nothing."""
+    fields = {"type": "progress", "tokens_done": progress.tokens_done, "tokens": progress.tokens,
+              "tokens_ahead": progress.tokens_ahead, "tokens_per_second": progress.tokens_per_second}  # fmt: skip
+    return msgpack.packb(fields, use_single_float=True)
+
+
+class AnswerDecoder(Generic[HeaderT, RecordT]):
+    """Feeds on chunks of an answer's body and yields its messages; `close()` tells whether it was whole.
+
+        decoder = AnswerDecoder(FORMAT)
+        for chunk in body: for message in decoder.feed(chunk): ...
+        decoder.close()
+
+    WireError for bytes that are not the wire's, ChecksumError and TruncatedError for what happened on the way.
+    """
+
+    def __init__(self, form: AnswerFormat[HeaderT, RecordT], max_message_bytes: int = MAX_MESSAGE_BYTES):
+        self._format = form
+        self._budget = _Budget(MAX_CONTAINERS_A_MESSAGE)
+        self._unpacker = _unpacker(self._budget, max_message_bytes)
+        self._header: HeaderT | None = None
+        self._answered: set[int] = set()
+        self._ended = False
+        self._received = 0
+
+    def feed(self, chunk: bytes) -> Iterator[HeaderT | Targets[RecordT] | Failure | Progress | End]:
+        self._received += len(chunk)
+        try:
+            self._unpacker.feed(chunk)
+        except msgpack.BufferFull as error:
+            raise WireError("a message is larger than the client accepts") from error
+        while (message := _next(self._unpacker)) is not None:
+            self._budget.reset()
+            yield self._interpret(message)
+
+    def close(self) -> None:
+        """TruncatedError unless the `end` message has come."""
+        if not self._ended:
+            want = self._header.num_sequences if self._header else "unknown"
+            raise TruncatedError(
+                f"the body stopped after {self._received} bytes with {len(self._answered)} of {want} sequences "
+                "and no end message: the connection was cut"
+            )
+
+    def _interpret(self, message: dict[str, Any]) -> HeaderT | Targets[RecordT] | Failure | Progress | End:
+        kind = str(message.get("type"))[:40]
+        if self._ended:
+            raise WireError(f"a message of type {kind} follows the end")
+        if kind == "header":
+            return self._on_header(message)
+        if kind == "error":
+            index = None if message.get("index") is None else self._index(message)
+            return Failure(index, from_json(message))
+        if self._header is None:
+            raise WireError(f"the first message is of type {kind}, a header was expected")
+        if kind == self._format.record:
+            return Targets(self._index(message), self._format.read_record(message, self._header))
+        if kind == "progress":
+            return _read_progress(message)
+        if kind == "end":
+            return self._on_end(message, self._header)
+        raise WireError(f"unknown message type {kind}")
+
+    def _on_header(self, message: dict[str, Any]) -> HeaderT:
+        if self._header is not None:
+            raise WireError("a second header came")
+        if message.get("version") != VERSION:
+            raise VersionError(
+                f"the teacher speaks version {str(message.get('version'))[:40]} of the wire, this client {VERSION}: "
+                "update the older of the two"
+            )
+        self._header = self._format.read_header(message)
+        return self._header
+
+    def _on_end(self, message: dict[str, Any], header: HeaderT) -> End:
+        if integer(message, "num_sequences") != header.num_sequences or len(self._answered) != header.num_sequences:
+            raise TruncatedError(f"the body ends with {len(self._answered)} of {header.num_sequences} sequences")
+        self._ended = True
+        return End(header.num_sequences)
+
+    def _index(self, message: dict[str, Any]) -> int:
+        index = integer(message, "index")
+        if self._header is not None and index >= self._header.num_sequences:
+            raise WireError(f"sequence {index} of {self._header.num_sequences} came")
+        if index in self._answered:
+            raise WireError(f"sequence {index} came twice")
+        self._answered.add(index)
+        return index
+
+
+def _read_progress(message: Mapping[str, Any]) -> Progress:
+    rate = message.get("tokens_per_second")
+    if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < math.inf:
+        raise WireError(f"tokens_per_second is {str(rate)[:40]!r}, a number from 0 was expected")
+    return Progress(
+        integer(message, "tokens_done"), integer(message, "tokens"), integer(message, "tokens_ahead"), float(rate)
+    )
+
+
+class _Budget:
+    """Counts containers, which cost 70 times their bytes when they are empty and many."""
+
+    def __init__(self, containers: int):
+        self._limit = containers
+        self._left = containers
+
+    def reset(self) -> None:
+        self._left = self._limit
+
+    def spend(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise WireError(f"more than {self._limit} lists and maps in one message")
+
+
+def _unpacker(budget: _Budget, max_bytes: int) -> msgpack.Unpacker:
+    def on_list(items: list[Any]) -> list[Any]:
+        budget.spend()
+        return items
+
+    def on_pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        budget.spend()
+        result = dict(pairs)
+        if len(result) != len(pairs) or not all(isinstance(key, str) for key in result):
+            raise WireError("a map has the same key twice, or one that is not text")
+        return result
+
+    return msgpack.Unpacker(
+        raw=False, strict_map_key=True, use_list=True, max_buffer_size=max_bytes, max_bin_len=max_bytes,
+        max_str_len=65_536, max_array_len=64, max_map_len=32, max_ext_len=0, list_hook=on_list,
+        object_pairs_hook=on_pairs,
+    )  # fmt: skip
+
+
+def _next(unpacker: msgpack.Unpacker) -> dict[str, Any] | None:
+    """The next whole message, or None where more bytes are needed."""
+    try:
+        message = unpacker.unpack()
+    except msgpack.OutOfData:
+        return None
+    except StillhouseError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise WireError(f"not msgpack as the wire allows it: {str(error) or type(error).__name__}") from None
+    if not isinstance(message, dict):
+        raise WireError(f"a message is a map, got {type(message).__name__}")
+    return message
+
+
+def integer(message: Mapping[str, Any], name: str) -> int:
+    """A field that is a whole number of at most 32 bits. WireError where it is anything else."""
+    value = message.get(name)
+    if type(value) is not int or not 0 <= value < 2**32:
+        raise WireError(f"{name} is {str(value)[:40]!r}, a whole number below 2**32 was expected")
+    return value

@@ -1,0 +1,97 @@
+"""Attention records <-> msgpack messages and JSON. Used by the attention service, its client and tests.
+
+The stream of messages and its checks are `answers.py`'s; WIRE.md is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import msgpack
+
+from teacher_proto.attention import ATTENTION_KINDS, AttentionKind
+from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets
+from teacher_proto.errors import StillhouseError, WireError
+from teacher_proto.wire.answers import (
+    MAX_MESSAGE_BYTES,
+    VERSION,
+    AnswerDecoder,
+    AnswerFormat,
+    End,
+    Failure,
+    Targets,
+    integer,
+    read_names,
+    read_tensors,
+    record_message,
+)
+from teacher_proto.wire.as_json import document
+from teacher_proto.wire.tensors import encode_tensor
+
+
+@dataclass(frozen=True)
+class AttentionHeader:
+    """First message of an answer of `POST /v1/attention`. `layer`: the one that was asked for, counted from 0."""
+
+    request_id: str
+    fingerprint: str
+    num_sequences: int
+    num_layers: int
+    layer: int
+    kind: AttentionKind
+    version: int = VERSION
+
+
+AttentionMessage = AttentionHeader | Targets[AttentionTargets] | Failure | End
+
+
+def encode_attention_header(header: AttentionHeader) -> bytes:
+    return msgpack.packb({"type": "header", **asdict(header)})
+
+
+def encode_attention(index: int, targets: AttentionTargets) -> bytes:
+    """An `attention` message; its checksum is CRC-32 over the tensors' data in the order of ATTENTION_TENSORS."""
+    tensors = {name: encode_tensor(array) for name, array in targets.tensors().items()}
+    return msgpack.packb(record_message("attention", index, {}, tensors))
+
+
+class AttentionDecoder(AnswerDecoder[AttentionHeader, AttentionTargets]):
+    """An `AnswerDecoder` of `POST /v1/attention`; tensors are views of the body."""
+
+    def __init__(self, max_message_bytes: int = MAX_MESSAGE_BYTES):
+        super().__init__(ATTENTION_FORMAT, max_message_bytes)
+
+
+def attention_document(header: AttentionHeader, answers: Mapping[int, AttentionTargets | StillhouseError]) -> bytes:
+    """A whole answer as one JSON object: the header's fields, and `sequences` in the order asked.
+
+    A sequence that failed has `index` and `error`. TruncatedError where an answer is missing.
+    """
+    return document(asdict(header), {i: attention_fields(i, answer) for i, answer in answers.items()})
+
+
+def attention_fields(index: int, answer: AttentionTargets | StillhouseError) -> dict[str, Any]:
+    """One sequence: `index` and each tensor, or `index` and `error`."""
+    if isinstance(answer, StillhouseError):
+        return {"index": index, "error": answer.to_json()}
+    return {"index": index} | answer.tensors()
+
+
+def _read_header(message: dict[str, Any]) -> AttentionHeader:
+    names = read_names(message)
+    kind = message.get("kind")
+    if kind not in ATTENTION_KINDS:
+        raise WireError(f"the header's kind is {str(kind)[:40]!r}, one of {', '.join(ATTENTION_KINDS)} was expected")
+    return AttentionHeader(
+        **names, num_layers=integer(message, "num_layers"), layer=integer(message, "layer"),
+        kind=cast(AttentionKind, kind),
+    )  # fmt: skip
+
+
+def _read_attention(message: dict[str, Any], header: AttentionHeader) -> AttentionTargets:
+    return AttentionTargets(header.kind, header.layer, **read_tensors(message, ATTENTION_TENSORS))
+
+
+ATTENTION_FORMAT = AnswerFormat("attention", _read_header, _read_attention)

@@ -1,0 +1,86 @@
+"""Tensors as the wire has them: `{"dtype", "shape", "data"}`, data little-endian and as long as the other two say.
+
+Used by `records.py` and `requests.py`, which hand the names on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from teacher_proto.errors import WireError
+
+ITEM_SIZE = {"<f2": 2, "<f4": 4, "<u2": 2, "<u4": 4, "<i4": 4, "|u1": 1, "|i1": 1, "u3": 3}
+MAX_DIMENSIONS = 4
+MAX_SIZE = 2**31 - 1
+
+
+def encode_tensor(array: np.ndarray, dtype: str | None = None) -> dict[str, Any]:
+    """A tensor map of an array. `dtype` "u3" packs integers below 2**24 into three bytes each.
+
+    ValueError for a dtype that is not on the wire, or integers that the dtype cannot hold.
+    """
+    name = dtype or array.dtype.newbyteorder("<").str
+    if name not in ITEM_SIZE:
+        raise ValueError(f"dtype {name} is not on the wire; allowed are {', '.join(ITEM_SIZE)}")
+    if array.dtype.kind in "iu" and name != array.dtype.str:
+        _check_fits(array, name)
+    data = pack_u3(array) if name == "u3" else np.ascontiguousarray(array, dtype=name).reshape(-1).view(np.uint8)
+    return {"dtype": name, "shape": list(array.shape), "data": data.data}
+
+
+def decode_tensor(value: Any, name: str = "tensor", dtypes: Collection[str] = tuple(ITEM_SIZE)) -> np.ndarray:
+    """A read-only view of a tensor map's data; `u3` becomes int32, which copies. WireError says what is wrong."""
+    if not isinstance(value, Mapping) or set(value) != {"dtype", "shape", "data"}:
+        raise WireError(f"{name}: a tensor is a map of dtype, shape and data")
+    dtype, shape, data = value["dtype"], value["shape"], value["data"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE or dtype not in dtypes:
+        raise WireError(f"{name}: dtype {str(dtype)[:20]!r} came, one of {', '.join(dtypes)} was expected")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise WireError(f"{name}: the shape is not a list of at most {MAX_DIMENSIONS} sizes from 0 to {MAX_SIZE}")
+    if not isinstance(data, (bytes, memoryview)):
+        raise WireError(f"{name}: data is {type(data).__name__}, binary was expected")
+    count = math.prod(shape)
+    if len(data) != count * ITEM_SIZE[dtype]:
+        raise WireError(
+            f"{name}: {len(data)} bytes of data came, {dtype} of shape {shape} takes {count * ITEM_SIZE[dtype]}"
+        )
+    flat = unpack_u3(data) if dtype == "u3" else np.frombuffer(data, dtype=dtype)
+    if count == 0 and math.prod(size for size in shape if size) > MAX_SIZE:
+        raise WireError(f"{name}: shape {shape} is empty, but larger than any tensor may be")
+    return flat.reshape(shape)
+
+
+def pack_u3(array: np.ndarray) -> np.ndarray:
+    """Integers from 0 to 2**24 - 1 as uint8 [3 * size], the low byte first. Four ids are written as three words."""
+    flat = np.ascontiguousarray(array, dtype="<u4").reshape(-1)
+    padded = np.zeros(-(-flat.size // 4) * 4, dtype="<u4")
+    padded[: flat.size] = flat
+    a, b, c, d = padded.reshape(-1, 4).T
+    words = np.empty((len(a), 3), dtype="<u4")
+    words[:, 0] = a | (b << 24)
+    words[:, 1] = (b >> 8) | (c << 16)
+    words[:, 2] = (c >> 16) | (d << 8)
+    return words.reshape(-1).view(np.uint8)[: 3 * flat.size]
+
+
+def unpack_u3(data: bytes | memoryview) -> np.ndarray:
+    """The integers of packed three-byte groups as int32 [size], read-only."""
+    # Words that begin at every third byte overlap by their high byte, which the mask drops; the last needs one more.
+    overlapping = np.ndarray(len(data) // 3, dtype="<u4", buffer=bytes(data) + b"\0", strides=(3,))
+    wide = (overlapping & np.uint32(0xFFFFFF)).view("<i4")
+    wide.flags.writeable = False
+    return wide
+
+
+def _is_size(size: Any) -> bool:
+    return type(size) is int and 0 <= size <= MAX_SIZE
+
+
+def _check_fits(array: np.ndarray, name: str) -> None:
+    low, high = (0, 2**24 - 1) if name == "u3" else (np.iinfo(name).min, np.iinfo(name).max)
+    if array.size and not (low <= array.min() and array.max() <= high):
+        raise ValueError(f"integers from {array.min()} to {array.max()} do not fit {name}, {low} to {high}")

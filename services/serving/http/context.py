@@ -1,0 +1,104 @@
+"""The outermost layer of a service: a request id, one log line and one count a request, and JSON for the unforeseen.
+
+Pure ASGI, so that nothing is buffered and cancellation passes through. Added by `create_app` of each service.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.http.error_table import error_response
+from teacher_proto.errors import EngineError, StillhouseError
+
+log = structlog.get_logger("stillhouse.http")
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+
+@dataclass
+class Exchange:
+    """What is known of one request when it is over. `reason` is an error's code, `disconnect`, or empty."""
+
+    method: str
+    request_id: str
+    route: str = "unmatched"
+    student: str = ""
+    status: int = 0
+    reason: str = ""
+    seconds: float = 0.0
+    bytes_out: int = 0
+
+
+class RequestContext:
+    """ASGI middleware. `state.request_id` is the caller's X-Request-Id where it is a plain word, else a new one."""
+
+    def __init__(self, app: ASGIApp, observe: Callable[[Exchange], None]):
+        self._app = app
+        self._observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(scope["method"], request_id_of(scope))
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
+        started = time.monotonic()
+        try:
+            await self._serve(exchange, scope, receive, send)
+        finally:
+            exchange.seconds = time.monotonic() - started
+            self._finish(exchange, scope)
+            structlog.contextvars.unbind_contextvars("request_id")
+
+    async def _serve(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
+            await send(message)
+            exchange.bytes_out += len(message.get("body", b""))
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except ClientDisconnect:
+            exchange.reason = "disconnect"
+        except Exception as error:
+            log.exception("unforeseen error", error=str(error))
+            exchange.reason = "internal"
+            if exchange.status:
+                # Half an answer is out: only a cut connection tells the client that the rest won't come.
+                raise
+            unforeseen = StillhouseError("the service failed; its log has the request id", retryable=False)
+            await error_response(unforeseen, exchange.request_id)(scope, receive, send_noted)
+
+    def _finish(self, exchange: Exchange, scope: Scope) -> None:
+        exchange.route = getattr(scope.get("route"), "path", "unmatched")
+        exchange.student = scope["state"].get("student", "")
+        error = scope["state"].get("error")
+        if error is not None:
+            exchange.reason = exchange.reason or error.code
+        self._observe(exchange)
+        level = log.error if exchange.status >= 500 and isinstance(error, (EngineError, type(None))) else log.info
+        level(
+            "request", method=exchange.method, route=exchange.route, status=exchange.status, student=exchange.student,
+            reason=exchange.reason, seconds=round(exchange.seconds, 6), bytes_out=exchange.bytes_out,
+        )  # fmt: skip
+
+
+def request_id_of(scope: Scope) -> str:
+    """The caller's request id if it can be logged as it is, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text = value.decode("latin-1")
+            if _ACCEPTED_ID.fullmatch(text):
+                return text
+    return uuid.uuid4().hex

@@ -1,0 +1,98 @@
+"""What routes say of themselves in OpenAPI: the error body, the errors a route can give, and who may ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, Field
+
+from teacher_proto.wire import records as wire
+
+_MEANING = {
+    400: "Malformed: bytes that do not decode, an unknown or a missing field",
+    401: "No key, or one that is not known",
+    404: "Nothing there",
+    405: "A method that the route has not",
+    408: "The body did not arrive in time",
+    409: "Another teacher is asked for",
+    413: "More bytes than the service reads",
+    415: "A content type or encoding that is not spoken here",
+    422: "A value out of its range: field, got and limit say which",
+    429: "The share of this key is used up; Retry-After says when to come again",
+    500: "The engine failed at this request; `retryable` says whether another try may help",
+    503: "Full, draining, loading, or out of memory; Retry-After says when to come again",
+}
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the file given with --keys"},
+    "basic": {"type": "http", "scheme": "basic", "description": "The same key as the password, for browsers"},
+}
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    code: str = Field(description="what went wrong, one word of `teacher_proto.errors`")
+    message: str = Field(description="what came, what was expected, what to do")
+    field: str | None = Field(description="the part of the request at fault")
+    got: Any = Field(description="what came there")
+    limit: Any = Field(description="what would have been taken")
+    request_id: str | None = Field(description="the X-Request-Id of the request")
+    retryable: bool = Field(description="whether the same request may succeed later")
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can end with these statuses."""
+    return {status: {"model": ErrorBody, "description": _MEANING[status]} for status in statuses}
+
+
+# What any request with a key can meet, and what any request with a body can.
+ASKING = (400, 401, 503)
+POSTING = (400, 401, 408, 409, 413, 415, 422, 429, 500, 503)
+
+TENSOR = {
+    "type": "object",
+    "description": "msgpack only: little-endian numbers of this dtype and shape",
+    "properties": {
+        "dtype": {"type": "string", "enum": list(wire.ITEM_SIZE)},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "data": {"type": "string", "format": "binary"},
+    },
+    "required": ["dtype", "shape", "data"],
+}
+
+
+def whole(low: int, high: int, **more: Any) -> dict[str, Any]:
+    return {"type": "integer", "minimum": low, "maximum": high} | more
+
+
+def list_of(items: dict[str, Any], low: int, high: int, **more: Any) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": low, "maxItems": high} | more
+
+
+METRICS_ANSWER: dict[str, Any] = {
+    "description": "the text format of Prometheus",
+    "content": {"text/plain": {"schema": {"type": "string"}}},
+}
+
+
+class Health(BaseModel):
+    """What a probe answers when all is well."""
+
+    status: str
+
+
+def describe_app(app: FastAPI, description: str, bodies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI document of a service, made once; `bodies` are the contents of POSTs that FastAPI can't see."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=description, routes=app.routes)
+        schema["components"]["securitySchemes"] = SECURITY_SCHEMES
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                if not path.startswith("/health"):
+                    operation["security"] = [{"bearer": []}, {"basic": []}]
+        for path, content in bodies.items():
+            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,216 @@
+"""Answers on their way out: msgpack messages as sequences finish, with progress meanwhile, or one JSON document."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from serving.engine import AnswerT, Job, QueryT
+from serving.http.streams import Outlet
+from serving.metrics import Metrics
+from serving.scheduling.admission import Admission, Permit
+from serving.scheduling.coalescer import Coalescer
+from serving.scheduling.rate import Rate
+from teacher_proto.errors import OutOfRangeError, StillhouseError
+from teacher_proto.wire import records as wire
+from teacher_proto.wire.answers import Progress
+
+# JSON takes some 20 bytes a value, and a list of Python numbers in between.
+MAX_JSON_VALUES = 2**20
+# What a value takes as JSON (its digits, a Python number, a copy on its way out) of what it takes on our wire.
+JSON_WEIGHT = 8
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work(Generic[QueryT]):
+    """What one checked request makes a service do: a job a sequence, on a student's account, once `permit` is given."""
+
+    request_id: str
+    student: str
+    permit: Permit
+    jobs: Sequence[Job[QueryT]]
+
+
+@dataclass(frozen=True)
+class Reply(Generic[QueryT, AnswerT]):
+    """A request's work, and how its answers are written: `header` is the first message, `encode` makes a message of
+    (index, answer), `document` the JSON of all answers, which is what is sent where `as_json`.
+    """
+
+    work: Work[QueryT]
+    header: bytes
+    encode: Callable[[int, AnswerT], bytes]
+    document: Callable[[Mapping[int, AnswerT | StillhouseError]], bytes]
+    as_json: bool = False
+
+
+class AnyService(Protocol[QueryT, AnswerT]):
+    """What of a service an answer goes through."""
+
+    @property
+    def admission(self) -> Admission: ...
+    @property
+    def coalescer(self) -> Coalescer[QueryT, AnswerT]: ...
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def rate(self) -> Rate: ...
+
+
+async def outcomes(
+    work: Work[QueryT], service: AnyService[QueryT, AnswerT]
+) -> AsyncGenerator[tuple[int, AnswerT | StillhouseError]]:
+    """(index, answer or error) of every job, as they finish. Leaving the iterator cancels what is left."""
+    finished: asyncio.Queue[asyncio.Task[AnswerT]] = asyncio.Queue()
+    running: dict[asyncio.Task[AnswerT], int] = {}
+    try:
+        for index, job in enumerate(work.jobs):
+            task = asyncio.create_task(service.coalescer.answer(job, work.student))
+            running[task] = index
+            task.add_done_callback(finished.put_nowait)
+        while running:
+            task = await finished.get()
+            index = running.pop(task)
+            yield index, _outcome(task, work.student, service.metrics)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _outcome(task: asyncio.Task[AnswerT], student: str, metrics: Metrics) -> AnswerT | StillhouseError:
+    try:
+        return task.result()
+    except StillhouseError as error:
+        metrics.failed.labels(student, error.code).inc()
+        return error
+
+
+async def write(
+    reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
+) -> None:
+    """Write the answer in the form that was asked for. `every_s`: see `_stream`."""
+    if reply.as_json:
+        await _document(reply, service, outlet)
+    else:
+        await _stream(reply, service, outlet, every_s)
+
+
+async def _stream(
+    reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
+) -> None:
+    """Write the answer as WIRE.md has it, once it is admitted. The status waits for a first success: if every sequence
+    fails, the first error is raised and becomes the status. With `every_s` it waits for no longer than that: progress
+    is written whenever nothing else was, and what fails later is an error message."""
+    out = _Stream(reply, service, outlet, every_s)
+    try:
+        async with AsyncExitStack() as stack:
+            told = every_s is not None
+            await out.telling(stack.enter_async_context(service.admission.admit(reply.work.permit, told=told)))
+            results = outcomes(reply.work, service)
+            await stack.enter_async_context(aclosing(results))
+            while (result := await out.telling(anext(results, None))) is not None:
+                await out.write(*result)
+        await out.end()
+    except StillhouseError as error:
+        if not outlet.started:
+            raise
+        await outlet.write(wire.encode_failure(None, error), last=True)
+
+
+class _Stream(Generic[QueryT, AnswerT]):
+    """One answer on its way out: what of it is written, and what its client is told while nothing is."""
+
+    def __init__(
+        self, reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
+    ):
+        self._reply = reply
+        self._service = service
+        self._outlet = outlet
+        self._every_s = every_s
+        self._held: list[tuple[int, StillhouseError]] = []
+        self._keys = {i: job.query.key for i, job in enumerate(reply.work.jobs)} if every_s is not None else {}
+        self._tokens = sum(job.query.num_tokens for job in reply.work.jobs)
+        self._tokens_done = 0
+
+    async def telling(self, result: Awaitable[T]) -> T:
+        """The result; until it is there, progress is written whenever the client heard nothing for a while."""
+        if self._every_s is None:
+            return await result
+        task = asyncio.ensure_future(result)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=max(0.0, self._every_s - self._outlet.silent_s))
+                if not task.done() and self._outlet.silent_s >= self._every_s:
+                    await self._tell()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _tell(self) -> None:
+        coalescer, admission = self._service.coalescer, self._service.admission
+        ahead = coalescer.tokens_ahead(self._keys.values()) + admission.tokens_before(self._reply.work.permit)
+        progress = Progress(self._tokens_done, self._tokens, ahead, self._service.rate.tokens_per_second)
+        await self._start()
+        await self._outlet.write(wire.encode_progress(progress))
+
+    async def _start(self) -> None:
+        if self._outlet.started:
+            return
+        await self._outlet.start(wire.MSGPACK)
+        await self._outlet.write(self._reply.header)
+        for failed, error in self._held:
+            await self._outlet.write(wire.encode_failure(failed, error))
+
+    async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
+        """Write an answer or an error; errors are held back until there is something else to say."""
+        job = self._reply.work.jobs[index]
+        self._tokens_done += job.query.num_tokens
+        self._keys.pop(index, None)
+        if not isinstance(outcome, StillhouseError):
+            started = time.perf_counter()
+            message = self._reply.encode(index, outcome)
+            self._service.metrics.encode_seconds.labels(self._reply.work.student).inc(time.perf_counter() - started)
+        elif self._outlet.started:
+            message = wire.encode_failure(index, outcome)
+        else:
+            self._held.append((index, outcome))
+            return
+        await self._start()
+        await self._outlet.write(message)
+
+    async def end(self) -> None:
+        """The end message. The first error is raised if nothing was written but errors."""
+        if not self._outlet.started:
+            raise self._held[0][1]
+        await self._outlet.write(wire.encode_end(len(self._reply.work.jobs)), last=True)
+
+
+async def _document(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet) -> None:
+    """Write the answer as one JSON document, without progress. If every sequence fails, the first error is raised."""
+    async with service.admission.admit(reply.work.permit):
+        results = outcomes(reply.work, service)
+        async with aclosing(results):
+            found = {index: outcome async for index, outcome in results}
+        errors = [answer for answer in found.values() if isinstance(answer, StillhouseError)]
+        if len(errors) == len(found):
+            raise errors[0]
+        body = await asyncio.to_thread(reply.document, found)
+        await outlet.start(wire.JSON)
+        await outlet.write(body, last=True)
+
+
+def check_json_size(values: int) -> None:
+    """Refuse what would be a huge document; msgpack has no such limit."""
+    if values > MAX_JSON_VALUES:
+        raise OutOfRangeError(
+            f"an answer of {values} values, of at most {MAX_JSON_VALUES} as JSON: ask with "
+            f"Accept: {wire.MSGPACK}, or for less", field="sequences", got=values, limit=MAX_JSON_VALUES,
+        )  # fmt: skip

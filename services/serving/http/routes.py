@@ -1,0 +1,111 @@
+"""The routes that every service has, and the application around them: probes, metrics, status, pages.
+
+Every route but the probes depends on `require_student`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from serving.http.bodies import BodyGuard, BodyLimits
+from serving.http.context import RequestContext
+from serving.http.error_table import install_error_table
+from serving.http.keys import require_student
+from serving.http.openapi import ASKING, METRICS_ANSWER, Health, errors
+from serving.http.pages import page
+from serving.http.requests import max_body
+from serving.metrics import MEDIA_TYPE
+from serving.service import Service
+from serving.status import StatusBody
+
+Student = Annotated[str, Depends(require_student)]
+AnyService = Service[Any, Any, Any, Any]
+
+
+def keyed_router() -> APIRouter:
+    """A router whose every route asks for the key."""
+    return APIRouter(dependencies=[Depends(require_student)])
+
+
+common = keyed_router()
+probes = APIRouter()
+
+
+def make_app(
+    title: str, service: AnyService, router: APIRouter, describe: Callable[[FastAPI], dict[str, Any]]
+) -> FastAPI:
+    """A whole ASGI application: a service's own routes beside the common ones, behind limits, keys and the log.
+
+    `describe` makes the OpenAPI document once the service has started.
+    """
+    app = FastAPI(title=title, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    app.state.keys = service.keys
+    app.state.describe = describe
+    for part in (probes, router, common):
+        app.include_router(part)
+    install_error_table(app)
+    limits = BodyLimits(partial(_max_body, service), timeout_s=service.settings.body_timeout,
+                        shared=service.keys.required)  # fmt: skip
+    app.add_middleware(BodyGuard, limits=limits)
+    app.add_middleware(RequestContext, observe=service.metrics.observe)
+    return app
+
+
+def _max_body(service: AnyService, content_type: str) -> int:
+    return max_body(service.engine.limits if service.started else None, content_type)
+
+
+def _service_of(request: Request) -> AnyService:
+    return request.app.state.service
+
+
+TheService = Annotated[AnyService, Depends(_service_of)]
+
+
+@common.get("/v1/status", responses=errors(*ASKING))
+async def get_status(service: TheService) -> StatusBody:
+    """What the page at `/` shows: who is asking, and how fast."""
+    service.require_started()
+    return service.status()
+
+
+@common.get("/metrics", response_class=Response, responses={**errors(400, 401), 200: METRICS_ANSWER})
+async def get_metrics(service: TheService) -> Response:
+    """Counters for Prometheus."""
+    return Response(service.metrics.text(), media_type=MEDIA_TYPE)
+
+
+@probes.get("/health/live", responses=errors(400))
+async def get_live() -> Health:
+    """200 as long as the process answers at all."""
+    return Health(status="live")
+
+
+@probes.get("/health", responses=errors(400, 503), name="get_health")
+@probes.get("/health/ready", responses=errors(400, 503))
+async def get_ready(service: TheService) -> Health:
+    """200 when a token gets through the engine; 503 while loading, draining or broken. `/health` is vLLM's name."""
+    await service.check_ready()
+    return Health(status="ready")
+
+
+@common.get("/", include_in_schema=False)
+async def get_page() -> Response:
+    return page("status.html")
+
+
+@common.get("/docs", include_in_schema=False)
+async def get_docs() -> Response:
+    return page("docs.html")
+
+
+@common.get("/openapi.json", include_in_schema=False)
+async def get_openapi(request: Request, service: TheService) -> JSONResponse:
+    service.require_started()
+    return JSONResponse(request.app.state.describe(request.app))

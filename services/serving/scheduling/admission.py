@@ -1,0 +1,250 @@
+"""Who gets in, by what their request will cost. A permit is taken once, in one step, and always given back.
+
+Cost is tokens x (values a token + 1), which is what an answer takes in memory and what scoring is attacked through.
+Held by a service's routes around all their work; also where draining begins. What finds no room is refused, or waits:
+those who wait get in in the order in which they came, and nobody who comes later gets past one who waits for room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from serving.scheduling.rate import Rate
+from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError, StillhouseError
+
+# What a unit of cost stands for: an id with its logprob as the engine gives them, in memory, and on its way out.
+VALUE_BYTES = 16
+# A client counts among those who share for so long after it last asked.
+_ACTIVE_S = 5.0
+# What nobody is told about waits for so long, and only if it is so large a part of the capacity that small requests
+# would keep it out for ever; all else is refused at once.
+_UNTOLD_S = 5.0
+_LARGE = 0.25
+_MAX_WAITING = 1024
+
+
+@dataclass(frozen=True)
+class Permit:
+    """The right to have work of this cost in flight. Control traffic costs nothing: what bounds it is `control.py`."""
+
+    student: str
+    tokens: int
+    cost: int
+
+    @classmethod
+    def of(cls, student: str, tokens: int, values_per_token: int) -> Permit:
+        return cls(student, tokens, tokens * (values_per_token + 1))
+
+
+@dataclass(eq=False)
+class _Waiting:
+    permit: Permit
+    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass
+class _Held:
+    """What one client has in flight and has waiting, and when it last asked."""
+
+    permits: int = 0
+    cost: int = 0
+    tokens: int = 0
+    waiting: int = 0
+    asked_at: float = 0.0
+
+
+class Admission:
+    """Counts permits. All methods run in the event loop's thread; a check and its take are one act.
+
+    `unit` is what cost counts, in words. With `shared`, a client may hold a share of the capacity: of those who ask
+    of late, one part more than there are. `max_cost` is the most that a single request may cost, the capacity unless
+    it is set: what costs more than the capacity waits until nothing else is in flight.
+    """
+
+    def __init__(self, capacity: int, *, shared: bool, rate: Rate, unit: str = "tokens x (K + 1)"):
+        self._capacity = capacity
+        self._shared = shared
+        self._rate = rate
+        self._unit = unit
+        self._held: dict[str, _Held] = {}
+        self._waiting: list[_Waiting] = []
+        self._closed: StillhouseError | None = None
+        self.max_cost = capacity
+        self.cost = 0
+        self.tokens = 0
+        self.permits = 0
+        self.empty = asyncio.Event()
+        self.empty.set()
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a permit."""
+        return len(self._waiting)
+
+    def students(self) -> dict[str, int]:
+        """Cost held now, by client."""
+        return {student: held.cost for student, held in self._held.items() if held.cost}
+
+    def close(self, reason: str) -> None:
+        """Let nobody in any more; those inside finish, those who wait are refused."""
+        self._closed = OverloadedError(reason, retry_after=5.0)
+        for waiting in self._waiting:
+            if not waiting.granted.done():
+                waiting.granted.set_exception(self._refusal())
+
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
+    @asynccontextmanager
+    async def admit(self, permit: Permit, *, told: bool = False) -> AsyncIterator[Permit]:
+        """The permit is held for the time of the `async with` block.
+
+        A client that is `told` of its request's progress waits for its permit as long as it likes; others get
+        OverloadedError or QuotaError with when to come again, at once or, with a large request, after some seconds.
+        OutOfRangeError for what an empty service would not let in.
+        """
+        await self._take(permit, told)
+        try:
+            yield permit
+        finally:
+            self._give_back(permit)
+
+    def tokens_before(self, permit: Permit) -> int:
+        """Tokens of those that wait to be let in before this one; 0 once it is in."""
+        before = 0
+        for waiting in self._waiting:
+            if waiting.permit is permit:
+                return before
+            before += waiting.permit.tokens
+        return 0
+
+    def _refusal(self) -> OverloadedError:
+        assert self._closed is not None
+        return OverloadedError(self._closed.message, retry_after=self._closed.retry_after)
+
+    async def _take(self, permit: Permit, told: bool) -> None:
+        if self._closed is not None:
+            raise self._refusal()
+        if permit.cost > self.max_cost:
+            raise OutOfRangeError(
+                f"sequences: a request that costs {permit.cost}, of at most {self.max_cost} ({self._unit}): split it, "
+                "or ask for less of each token", field="sequences", got=permit.cost, limit=self.max_cost,
+            )  # fmt: skip
+        held = self._note(permit.student)
+        waiting = _Waiting(permit)
+        if not permit.cost:
+            self._grant(waiting)
+            return
+        self._waiting.append(waiting)
+        held.waiting += 1
+        try:
+            self._admit_waiting()
+            if not waiting.granted.done():
+                await self._wait(waiting, told)
+            waiting.granted.result()
+        except BaseException:
+            if waiting.granted.done() and not waiting.granted.cancelled() and waiting.granted.exception() is None:
+                self._give_back(permit)  # it was granted in the instant in which its client left
+            raise
+        finally:
+            held.waiting -= 1
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self._admit_waiting()
+
+    async def _wait(self, waiting: _Waiting, told: bool) -> None:
+        """Until it is granted. OverloadedError or QuotaError where it may not wait, or waited for long enough."""
+        permit = waiting.permit
+        most = _MAX_WAITING // (len(self._held) + 1) if self._shared else _MAX_WAITING
+        limit_s = None if told else _UNTOLD_S if permit.cost >= _LARGE * self._capacity else 0.0
+        if limit_s == 0 or self._held[permit.student].waiting > most:
+            raise self._no_room(permit)
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.shield(waiting.granted)
+        except TimeoutError:
+            raise self._no_room(permit) from None
+
+    def _no_room(self, permit: Permit) -> StillhouseError:
+        held, share = self._held[permit.student], self._share()
+        if self._beyond_share(permit):
+            return QuotaError(
+                f"{permit.student!r} holds {held.cost} {self._unit} and asks {permit.cost} more, with a share of "
+                f"{share} of {self._capacity}: come again when some of that is answered", field="sequences",
+                got=held.cost + permit.cost, limit=share,
+                retry_after=self._rate.seconds(held.tokens * len(self._held)),
+            )  # fmt: skip
+        free = max(0, self._capacity - self.cost)
+        return OverloadedError(
+            f"the service is full: {self.cost} of {self._capacity} {self._unit} are taken and {len(self._waiting) - 1} "
+            f"requests wait, this asks {permit.cost}", field="sequences", got=permit.cost, limit=free,
+            retry_after=self._rate.seconds(self.tokens),
+        )  # fmt: skip
+
+    def _share(self) -> int:
+        # One part more than there are clients, so that a newcomer finds room at once.
+        return self._capacity // (len(self._held) + 1)
+
+    def _beyond_share(self, permit: Permit) -> bool:
+        held = self._held[permit.student]
+        return self._shared and bool(held.cost) and held.cost + permit.cost > self._share()
+
+    def _admit_waiting(self) -> None:
+        """Permits to those who wait, in order. Who waits for its share is passed by others, but not by its own later
+        requests; who waits for room is passed by nobody."""
+        held_up: set[str] = set()
+        for waiting in list(self._waiting):
+            permit = waiting.permit
+            if waiting.granted.done() or permit.student in held_up:
+                continue
+            if self._beyond_share(permit):
+                held_up.add(permit.student)
+                if len(held_up) == sum(held.waiting > 0 for held in self._held.values()):
+                    return
+            elif self.cost and self.cost + permit.cost > self._capacity:
+                return
+            else:
+                self._waiting.remove(waiting)
+                self._grant(waiting)
+
+    def _grant(self, waiting: _Waiting) -> None:
+        permit, held = waiting.permit, self._held[waiting.permit.student]
+        held.permits += 1
+        held.cost += permit.cost
+        held.tokens += permit.tokens
+        self.cost += permit.cost
+        self.tokens += permit.tokens
+        self.permits += 1
+        self.empty.clear()
+        waiting.granted.set_result(None)
+
+    def _note(self, student: str) -> _Held:
+        """The account of a client who asks; those who hold nothing and have not asked of late are struck off."""
+        now = asyncio.get_running_loop().time()
+        held = self._held.setdefault(student, _Held())
+        held.asked_at = now
+        for name, other in list(self._held.items()):
+            if not other.permits and not other.waiting and now - other.asked_at > _ACTIVE_S:
+                del self._held[name]
+        return held
+
+    def _give_back(self, permit: Permit) -> None:
+        held = self._held[permit.student]
+        held.permits -= 1
+        held.cost -= permit.cost
+        held.tokens -= permit.tokens
+        self.cost -= permit.cost
+        self.tokens -= permit.tokens
+        self.permits -= 1
+        assert self.cost >= 0 and self.permits >= 0 and held.cost >= 0
+        if not self.permits:
+            self.empty.set()
+        self._admit_waiting()

@@ -1,0 +1,255 @@
+"""The way of one sequence through the service: look into the store, coalesce, wait for a fair turn, score, check.
+
+Sequences that are asked for while an identical one is in flight wait for that one. It goes when the first of those
+who want it gets a turn. When the last of them has left, it is dropped if it still waits; what was handed to the engine
+is finished and kept for the one who asks again, within bounds of bytes and time. Answers that somebody had stay at hand
+for those who come a little later: the latest `RECENT_BYTES` of them, or where there is a store until it has them.
+
+A `fresh` job is computed, whatever is at hand: what the model says now is what it asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Hashable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+from serving.engine import AnswerT, Job, QueryT
+from serving.metrics import Metrics
+from serving.scheduling.fair import FairQueue, Ticket
+from serving.scheduling.kept import Kept
+from serving.scheduling.rate import Rate
+from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseError
+
+log = structlog.get_logger("stillhouse.coalescer")
+_SETTLING_S = 1.0
+RECENT_BYTES = 64 * 2**20
+_IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
+# The engine is handed what it computes in so long, and at least so many tokens: control traffic waits for no more. One
+# that computes a whole step (vLLM's on a CPU) in that time is handed the window: its own steps bound the wait.
+_PACE_S = 1.5
+_LEAST_PACE = 256  # a step costs something of its own
+_STEP_TOKENS = 2048
+StoredQueryT = TypeVar("StoredQueryT", contravariant=True)
+
+
+@dataclass(eq=False)
+class InFlight(Generic[AnswerT]):
+    """A sequence that is computed or was, how many wait for it, and what ends it if nobody asks for it again."""
+
+    ticket: Ticket
+    task: asyncio.Task[AnswerT]
+    students: set[str]
+    waiters: int = 0
+    stored: bool = False
+    given_up: asyncio.TimerHandle | None = None
+
+
+class AnswerStore(Protocol[StoredQueryT, AnswerT]):
+    """Where answers are kept and found again."""
+
+    async def get(self, query: StoredQueryT) -> AnswerT | None: ...
+
+    def put(self, query: StoredQueryT, answer: AnswerT) -> bool:
+        """Whether it will be found there, in a moment."""
+        ...
+
+
+class Coalescer(Generic[QueryT, AnswerT]):
+    """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
+
+    `check` raises an EngineError for an answer that only a broken model computes. Work that nobody waits for is kept
+    for `keep_s`, in `keep_bytes` at most.
+    """
+
+    def __init__(
+        self, score: Callable[[Job[QueryT]], Awaitable[AnswerT]], check: Callable[[QueryT, AnswerT], None],
+        queue: FairQueue, rate: Rate, metrics: Metrics,
+        on_death: Callable[[EngineDeadError], None], store: AnswerStore[QueryT, AnswerT] | None = None,
+        *, keep_s: float = 600.0, keep_bytes: int = 256 * 2**20,
+    ):  # fmt: skip
+        self._engine_score = score
+        self._check_answer = check
+        self._queue = queue
+        self._rate = rate
+        self._metrics = metrics
+        self._on_death = on_death
+        self._store = store
+        self._keep_s = keep_s
+        self._in_flight: dict[Hashable, InFlight[AnswerT]] = {}
+        self._fresh: set[asyncio.Task[AnswerT]] = set()
+        self._recent = Kept(RECENT_BYTES, keep_s, self._forget_key)
+        self._unread = Kept(keep_bytes, keep_s, self._forget_key)
+        self._aborted: StillhouseError | None = None
+        self._draining = False
+        self.last_success = 0.0
+        queue.pace = _LEAST_PACE
+
+    @property
+    def in_flight(self) -> int:
+        return sum(not one.task.done() for one in self._in_flight.values()) + len(self._fresh)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of answers that were computed after all who asked had left."""
+        return self._unread.nbytes
+
+    def tokens_ahead(self, keys: Collection[Hashable]) -> int:
+        """Tokens of others that are computed before the last of these. All, while none of them is in flight."""
+        tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
+        return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
+
+    async def answer(self, job: Job[QueryT], student: str) -> AnswerT:
+        """The answer to a job that was admitted. EngineError if the engine failed at it."""
+        self._check_open()
+        if job.fresh:
+            return await self._answer_fresh(job, student)
+        if self._store is not None and job.query.key not in self._in_flight:
+            stored = await self._store.get(job.query)
+            if stored is not None:
+                self._count(job, student, "store")
+                return stored
+            self._check_open()
+        one, source = self._join(job, student)
+        one.waiters += 1
+        try:
+            answer = await asyncio.shield(one.task)
+        except asyncio.CancelledError:
+            if one.task.cancelled() and self._aborted is not None:
+                raise self._aborted from None
+            raise
+        finally:
+            one.waiters -= 1
+            if not one.waiters and not one.task.done():
+                self._left(one, student)
+        self._count(job, student, source)
+        return answer
+
+    def _left(self, one: InFlight[AnswerT], student: str) -> None:
+        """Nobody waits for it any more: what never began is dropped, what did has so long to be asked for again."""
+        if one.ticket.waiting or self._draining:
+            one.task.cancel()
+            return
+        self._metrics.outlived.labels(student).inc()
+        one.given_up = asyncio.get_running_loop().call_later(self._keep_s, one.task.cancel)
+
+    async def _answer_fresh(self, job: Job[QueryT], student: str) -> AnswerT:
+        ticket = Ticket(job.query.num_tokens)
+        task = asyncio.create_task(self._score(job, student, ticket))
+        self._fresh.add(task)
+        task.add_done_callback(self._fresh.discard)
+        task.add_done_callback(lambda _: self._queue.leave(ticket))
+        if job.urgent:
+            self._queue.rush(ticket)
+        else:
+            self._queue.join(student, ticket)
+        try:
+            answer = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and self._aborted is not None:
+                raise self._aborted from None
+            task.cancel()
+            raise
+        self._count(job, student, "engine")
+        return answer
+
+    def _check_open(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
+
+    def _count(self, job: Job[QueryT], student: str, source: str) -> None:
+        self._metrics.tokens.labels(student, source).inc(job.query.num_tokens)
+        self._metrics.sequences.labels(student, source).inc()
+
+    def drain(self) -> None:
+        """Nobody will ask again: end what nobody waits for, now and later."""
+        self._draining = True
+        for one in list(self._in_flight.values()):
+            if not one.waiters:
+                one.task.cancel()
+
+    def abort(self, error: StillhouseError) -> None:
+        """End everything in flight; those who wait for it get `error`."""
+        self._aborted = error
+        for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
+            task.cancel()
+
+    def _join(self, job: Job[QueryT], student: str) -> tuple[InFlight[AnswerT], str]:
+        """What is in flight for a job, and `coalesced` if it was there before, else `engine`."""
+        key = job.query.key
+        one = self._in_flight.get(key)
+        if one is not None and not one.task.cancelling():
+            if one.given_up is not None:
+                one.given_up.cancel()
+                one.given_up = None
+            if key in self._unread:
+                self._unread.discard(key)
+                self._recent.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
+            if student not in one.students and one.ticket.waiting:
+                one.students.add(student)
+                self._queue.join(student, one.ticket)
+            return one, "coalesced"
+        ticket = Ticket(job.query.num_tokens)
+        task = asyncio.create_task(self._score(job, student, ticket))
+        one = self._in_flight[key] = InFlight(ticket, task, {student})
+        task.add_done_callback(lambda _: self._finished(key, one))
+        self._queue.join(student, ticket)
+        return one, "engine"
+
+    def _finished(self, key: Hashable, one: InFlight[AnswerT]) -> None:
+        self._queue.leave(one.ticket)
+        if one.given_up is not None:
+            one.given_up.cancel()
+        # Read here, since those who waited may all have left; they raise it too, if they have not.
+        if one.task.cancelled() or one.task.exception() is not None:
+            self._forget(key, one)
+        elif one.stored:
+            asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, one)
+        else:
+            kept = self._recent if one.waiters else self._unread
+            kept.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
+
+    def _forget(self, key: Hashable, one: InFlight[AnswerT]) -> None:
+        if self._in_flight.get(key) is one:
+            del self._in_flight[key]
+
+    def _forget_key(self, key: Hashable) -> None:
+        self._in_flight.pop(key, None)
+
+    async def _score(self, job: Job[QueryT], student: str, ticket: Ticket) -> AnswerT:
+        queued = time.monotonic()
+        async with self._queue.turn(ticket):
+            started = time.monotonic()
+            self._metrics.queue_seconds.labels(student).inc(started - queued)
+            self._metrics.engine_sequences.labels(student).inc()
+            try:
+                answer = await self._engine_score(job)
+            except asyncio.CancelledError:
+                self._metrics.engine_aborted.labels(student).inc()
+                raise
+            except EngineDeadError as error:
+                self._on_death(error)
+                raise
+            except EngineMemoryError:
+                self._queue.halve(ticket)
+                self._metrics.out_of_memory.inc()
+                log.warning("engine out of memory", tokens=job.query.num_tokens, window=self._queue.window)
+                raise
+            finally:
+                self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
+        self._check_answer(job.query, answer)
+        if self._store is not None and not job.fresh:
+            self._in_flight[job.query.key].stored = self._store.put(job.query, answer)
+        self._queue.recover()
+        self.last_success = time.monotonic()
+        self._rate.count(job.query.num_tokens, self._queue.busy_s())
+        self._queue.pace = self._pace()
+        return answer
+
+    def _pace(self) -> int:
+        tokens = int(_PACE_S * self._rate.tokens_per_second)
+        return self._queue.window if tokens >= _STEP_TOKENS else max(_LEAST_PACE, tokens)

@@ -1,0 +1,5 @@
+"""What computes targets: vLLM, transformers, and arithmetic for tests, behind one protocol.
+
+May import `serving` and the contract; vLLM is imported here alone, and through its public extension points. Open
+`protocol.py` first, then `hf.py`.
+"""
