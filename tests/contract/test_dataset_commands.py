@@ -24,7 +24,9 @@ SMALL = ("--shard-tokens", "400")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What is in a dataset; a file that a killed writer had begun has a name of its own, which nobody reads."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def fill(data: Path, output: object, *more: object) -> subprocess.CompletedProcess[str]:

@@ -173,9 +173,9 @@ def spoil_second_step(rank: int) -> None:
 
     healthy, passes = Student.hidden, []
 
-    def spoilt(self: Student, micro: Any) -> torch.Tensor:
+    def spoilt(self: Student, micro: Any, **options: Any) -> torch.Tensor:
         passes.append(micro)
-        return healthy(self, micro) * (float("nan") if len(passes) > 1 else 1.0)
+        return healthy(self, micro, **options) * (float("nan") if len(passes) > 1 else 1.0)
 
     Student.hidden = spoilt  # type: ignore[method-assign]
 
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     with ranks(2, given, tmp_path / "output", spoil_second_step) as trainers:
         assert [trainer.wait() for trainer in trainers] == [1, 1]
         texts = [trainer.text for trainer in trainers]
-    assert all("step 2 is not finite" in text and "was not made" in text for text in texts)
+    assert all("step 2 is not finite" in text and "was not made" in text for text in texts), texts
     assert "on rank 1 of 2, " in texts[1] and " is nan in source " in texts[1]
     assert steps_of(tmp_path / "run") == [1]
     kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
@@ -368,7 +368,7 @@ def test_a_student_with_views_of_its_own_is_one_student_on_two_ranks(
                block_diffusion.plug_in)
         for world in (1, 2)
     )  # fmt: skip
-    assert_close(two, one, rel=1e-4)
+    assert_close(two, one, rel=3e-4)
     assert without_norm(two)[0] == pytest.approx(without_norm(one)[0], rel=1e-6)
     for line, expected in zip(lines_of(two, "evaluation.jsonl"), lines_of(one, "evaluation.jsonl"), strict=True):
         # One rank also tells how a diffusion student decodes, which several don't.

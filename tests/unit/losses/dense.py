@@ -68,10 +68,12 @@ def divergence(term: TokenTerm, p_NB: Tensor, q_NB: Tensor) -> Tensor:
 
 
 def bucketed(probability_NV: Tensor, ids_NK: Tensor, tail: str) -> Tensor:
-    """Probabilities of the ids, with all the rest in a last bucket or with the rest left out."""
+    """Probabilities of the ids, with all the rest in a last bucket or with the rest left out, renormalised or not."""
     named_NK = probability_NV.gather(1, ids_NK)
     if tail == "renormalise":
         return named_NK / named_NK.sum(-1, keepdim=True)
+    if tail == "truncate":
+        return named_NK
     outside_NV = torch.ones_like(probability_NV).scatter(1, ids_NK, 0.0)
     return torch.cat([named_NK, (probability_NV * outside_NV).sum(-1, keepdim=True)], 1)
 
