@@ -360,7 +360,7 @@ def test_a_student_with_views_of_its_own_is_one_student_on_two_ranks(
     workshop: Workshop, teacher: TeacherProcess, tmp_path: Path, name: str
 ) -> None:
     """Two passes for each part of a batch, whose gradients ranks add up in another order: what rounding makes of that
-    grows with the steps.
+    grows with the steps, differently on each kind of CPU.
     """
     given = (*VIEWS[name], "evaluation.samples=0")
     one, two = (
@@ -373,11 +373,11 @@ def test_a_student_with_views_of_its_own_is_one_student_on_two_ranks(
     for line, expected in zip(lines_of(two, "evaluation.jsonl"), lines_of(one, "evaluation.jsonl"), strict=True):
         # One rank also tells how a diffusion student decodes, which several don't.
         alike = {figure: expected["a"][figure] for figure in line["a"]}
-        assert line["a"] == pytest.approx(alike, rel=1e-4) and line["a"]["tokens"] == expected["a"]["tokens"]
+        assert line["a"] == pytest.approx(alike, rel=3e-4) and line["a"]["tokens"] == expected["a"]["tokens"]
     shown = [[entry["text"] for entry in json.loads((run / "passage.json").read_text())] for run in (one, two)]
     assert shown[0] == shown[1] != []
-    assert_close(go_on(1, two, tmp_path / "on-1", workshop, teacher, given, block_diffusion.plug_in), one, rel=1e-4)
-    assert_close(go_on(2, one, tmp_path / "on-2", workshop, teacher, given, block_diffusion.plug_in), one, rel=1e-4)
+    assert_close(go_on(1, two, tmp_path / "on-1", workshop, teacher, given, block_diffusion.plug_in), one, rel=3e-4)
+    assert_close(go_on(2, one, tmp_path / "on-2", workshop, teacher, given, block_diffusion.plug_in), one, rel=3e-4)
 
 
 def no_prompt_for_second_rank(rank: int) -> None:
