@@ -18,13 +18,12 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
+from benchmarks.loss import PeakMemory
 from benchmarks.report import report
 from demo.prepare import STUDENT, prepare
 from student_trainer.batch.align import cut
@@ -36,6 +35,7 @@ from student_trainer.losses import token_term
 from student_trainer.settings import DiffusionSettings, StudentSettings
 from student_trainer.students.load import student_from_model
 from student_trainer.students.student import Student
+from teacher_proto import hardware
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 
@@ -98,7 +98,7 @@ def alone(contender: str) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each counted step, the peak of memory, and labels a step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(hardware.pick_device("auto"))
     student = student_of(options, device)
     batch = random_batch(options)
     micro = [each.to(device) for each in cut(batch, random_targets(batch, student.vocab_size), student, ViewSeed(0))]
@@ -106,15 +106,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         micro = [replace(each, view=noisy_half(each.view)) for each in micro]
     terms = (token_term("cross_entropy", "cross_entropy"), token_term("kl", "forward_kl"))
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-5)
-    held, seconds = reset_peak(device), []
+    memory, seconds = PeakMemory(device.type), []
+    memory.start()
     for _ in range(WARM + options.steps):
         began = time.perf_counter()
         step(student, micro, terms, optimizer)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    gib = (peak(device) - held) / 2**30
-    return {"seconds": seconds[WARM:], "gib": gib, "labels": sum(len(each.view.labels_N) for each in micro)}
+    return {
+        "seconds": seconds[WARM:],
+        "gib": memory.stop() / 2**30,
+        "labels": sum(len(each.view.labels_N) for each in micro),
+    }
 
 
 def step(student: Student, micro: list[MicroBatch], terms: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -165,22 +169,6 @@ def noisy_half(view: View) -> View:
         view, input_ids_BT=view.input_ids_BT[:, :half].contiguous(), attention=replace(attention, **parts), rows_N=at_N,
         position_ids_BT=view.position_ids_BT[:, :half].contiguous(), clean_rows_N=None, clean_blocks_BT=None,
     )  # fmt: skip
-
-
-def reset_peak(device: torch.device) -> int:
-    """Forget the peak, and say what is held now, in bytes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 if __name__ == "__main__":

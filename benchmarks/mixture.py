@@ -25,13 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import BENCH_DIR, machine, report
+from benchmarks.report import BENCH_DIR, machine, markdown, publish, report
 from demo.prepare import TEXT, prepare
 
 ROOT = BENCH_DIR.parent / "mixture"
 RESULTS = Path(__file__).parent / "results" / "mixture.jsonl"
 DOCS = Path(__file__).parent.parent / "docs" / "mixtures.md"
-MARKED = re.compile(r"(<!-- table: [^\n]*)\n.*?\n(<!-- end of table -->)", re.DOTALL)
 DOMAINS = ("prose", "code", "movies", "amazon", "nyt", "tweets")
 SPLITS = {"test": range(2), "probe": range(2, 3), "train": range(3, 10)}
 PIECE, POOL, HELD = 400, 200_000, 40_000  # characters: of a piece, of a domain's pool, of its probe and its test set
@@ -380,13 +379,9 @@ def tables(docs: bool) -> None:
         title = f"test set of {'all domains, each alike' if probe == 'all' else probe}"
         note = "mean ± standard deviation over seeds; differences are taken by seed, ± their error"
         report("mixture" if probe == "all" else f"mixture_{probe}", rows, title=title, notes=(note,))
-        columns = list(rows[0])
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[c] for c in columns] for row in rows)]
-        blocks.append(f"{title}:\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+        blocks.append(f"{title}:\n\n{markdown(rows)}")
     if docs:
-        page, body = DOCS.read_text(), "\n\n".join(blocks)
-        assert MARKED.search(page), f"{DOCS} has no marks"
-        DOCS.write_text(MARKED.sub(lambda found: f"{found[1]}\n\n{body}\n\n{found[2]}", page))
+        publish(DOCS, "\n\n".join(blocks))
 
 
 def table(probe: str) -> list[dict[str, Any]]:

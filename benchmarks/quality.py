@@ -23,14 +23,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import report
+from benchmarks.report import markdown, publish, report
 from benchmarks.servers import END_WITH_ME
 from demo.prepare import TEACHER, prepare
 
 ROOT = Path("runs/quality")
 READY_WITHIN_S = 900.0
 DOCS = Path("docs/quality.md")
-MARKED = re.compile(r"(<!-- table: .*? -->\n).*(<!-- end of table -->)", re.DOTALL)
 READY = re.compile(r"^stillhouse-teacher: ready at (\S+),", re.MULTILINE)
 PLAIN, FULL = "cross-entropy alone", "full KL, from hidden states"
 
@@ -83,7 +82,7 @@ def main() -> int:
                 learn([*settings, *ARMS[arm][1], f"run.id={folder_of(options, arm, seed).name}"])
     rows = write_table(options, arms)
     if options.docs:
-        write_docs(rows, options)
+        publish(DOCS, f"{title_of(options)}:\n\n{markdown(rows)}")
     return 0
 
 
@@ -251,16 +250,6 @@ def title_of(options: argparse.Namespace) -> str:
         f"{options.steps} steps of {options.seq_len} tokens, {len(options.seeds)} seeds, {options.keep} of the "
         f"teacher's 30 layers, learning rate {options.learning_rate:g}"
     )
-
-
-def write_docs(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """The table between the marks of docs/quality.md."""
-    columns = list(rows[0])
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[column] for column in columns] for row in rows)]
-    table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-    page = DOCS.read_text()
-    assert MARKED.search(page), f"{DOCS} has no marks"
-    DOCS.write_text(MARKED.sub(lambda found: f"{found[1]}\n{title_of(options)}:\n\n{table}\n\n{found[2]}", page))
 
 
 def closed(results: Mapping[str, Sequence[Mapping[str, float] | None]], arm: str, figure: str) -> list[float]:

@@ -19,19 +19,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import learn, mean, spread
-from benchmarks.report import machine, report
+from benchmarks.report import machine, markdown, publish, report
 from demo.prepare import STUDENT, TEACHER, TEXT, prepare
 
 ROOT = Path("runs/quantiser-quality")
 DOCS = Path("docs/quantisers.md")
-MARKED = re.compile(r"(<!-- table: .*? -->\n).*(<!-- end of table -->)", re.DOTALL)
 # What makes the four comparable: weights alone are quantised.
 WEIGHTS_ALONE = ["student.quantisation.sub_norm=none", "student.quantisation.quantise_activations=false"]
 ARMS: dict[str, list[str]] = {
@@ -103,7 +101,7 @@ def main() -> int:
         print(f"{arm}, {loss}, seed {seed}: {result(options, seed, arm, loss)}", flush=True)
     rows = write_table(options, start)
     if options.docs:
-        write_docs(rows, options)
+        publish(DOCS, f"{title_of(options)}:\n\n{markdown(rows)}")
     return 0
 
 
@@ -239,16 +237,6 @@ def title_of(options: argparse.Namespace) -> str:
         f"{scale.what}: {options.steps} steps of {scale.rows * scale.seq_len} tokens after {scale.start_steps} in full "
         f"precision, learning rate {scale.rate:g}, on a CPU ({machine()['cpu']})"
     )
-
-
-def write_docs(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """The table between the marks of docs/quantisers.md."""
-    columns = list(rows[0])
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[column] for column in columns] for row in rows)]
-    table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-    page = DOCS.read_text()
-    assert MARKED.search(page), f"{DOCS} has no marks"
-    DOCS.write_text(MARKED.sub(lambda found: f"{found[1]}\n{title_of(options)}:\n\n{table}\n\n{found[2]}", page))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.report import report
+from benchmarks.report import machine, markdown, publish, report
 from demo.prepare import TEACHER, TEXT, prepare
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import CausalDocuments, View
@@ -39,7 +39,6 @@ from student_trainer.students.quant_linear import quant_linears
 from student_trainer.students.student import Student
 
 ROOT, DOCS = Path("runs/recovery"), Path("docs/recovery.md")
-MARKED = re.compile(r"(<!-- table: .*? -->\n).*(<!-- end of table -->)", re.DOTALL)
 QUANTISERS = {
     "int4": {"quantiser": "rtn", "quantisation": QuantisationSettings(sub_norm="none", bits=4)},
     "1.58 bits": {
@@ -75,10 +74,9 @@ def main() -> int:
             bench.measure(*cell)
     rows = bench.rows()
     notes = ["CE and KL: nats a token on held-out text, KL(full precision || student) over the whole vocabulary."]
-    path = report("recovery", rows, title=f"Recovery of {options.model.name}", notes=notes)
+    report("recovery", rows, title=f"Recovery of {options.model.name}", notes=notes)
     if options.docs:
-        table = _markdown(rows, json.loads(path.read_text())["machine"])
-        DOCS.write_text(MARKED.sub(lambda marked: f"{marked[1]}{table}{marked[2]}", DOCS.read_text()))
+        publish(DOCS, f"{markdown(rows)}\n\nOn {machine()['cpu']}, one thread.")
     return 0
 
 
@@ -302,13 +300,6 @@ def _spread(values: list[float]) -> str:
         return "not measured"
     mean = statistics.mean(values)
     return f"{mean:.3f}" if max(values) - min(values) < 5e-4 else f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})"
-
-
-def _markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    head = list(rows[0])
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    lines += [f"| {' | '.join(str(row[name]) for name in head)} |" for row in rows]
-    return "\n".join(lines) + f"\n\nOn {facts['cpu']}, one thread.\n"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_MARKED = re.compile(r"(<!-- table: [^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
 BENCH_DIR = Path(__file__).resolve().parent.parent / "runs" / "bench"
 
 
@@ -53,6 +55,21 @@ def report(
     path.write_text(json.dumps(document, indent=2) + "\n")
     console.print(f"written to {path.relative_to(BENCH_DIR.parent.parent)}", style="dim")
     return path
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table, numbers to the right of all columns but the first."""
+    columns = list(rows[0])
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[column] for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def publish(page: Path, body: str) -> None:
+    """Put `body` between the marks of a page of docs/. ValueError for a page without them."""
+    text = page.read_text(encoding="utf-8")
+    if not _MARKED.search(text):
+        raise ValueError(f"{page} lacks the lines '<!-- table: ... -->' and '<!-- end of table -->'")
+    page.write_text(_MARKED.sub(lambda found: f"{found[1]}\n{body}\n\n{found[2]}", text), encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
