@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,8 +221,3 @@ def train(processes: Processes, what: str, settings: list[str], detail: Callable
 def prepared(processes: Processes, *names: str) -> None:
     """`demo.prepare` in a process of its own, which can be ended at any time and gives its memory back."""
     processes.run("preparation", [sys.executable, "-m", "demo.prepare", *names])
-
-
-def setting_lines(settings: Mapping[str, object]) -> list[str]:
-    """NAME=VALUE, as `stillhouse-train` takes them."""
-    return [f"{name}={value}" for name, value in settings.items()]
