@@ -1,6 +1,6 @@
 """Shards: Parquet files of answers, written in memory at once and read a row group at a time. Called by `dataset.py`.
 
-The columns are those of `store_parquet.py`; a codec may move some into columns of its own (`codecs.py`). What a footer
+The columns are those of `store/parquet.py`; a codec may move some into columns of its own (`codecs.py`). What a footer
 says: format, teacher, `dataset` (the manifest's digest), the codec and what a reader of it needs to know. A lossless
 shard is a file that `stillhouse-teacher pack import` takes. All rows of a document lie in one row group.
 """

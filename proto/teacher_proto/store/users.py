@@ -1,6 +1,6 @@
 """Who has a target store open, and what becomes of a damaged one: put aside, by a process that is alone with it.
 
-Called by `lru.py` before it opens a file. Who lives is known by a lock that the kernel lets go of when they end.
+Called by `lmdb_lru.py` before it opens a file. Who lives is known by a lock that the kernel lets go of when they end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Is a store's file whole? Asked in a process of its own, since LMDB may abort on a page that is not.
 
-`check(path)` runs `python -m teacher_proto.store.verify PATH`, which walks every table. `lru.py` asks before it opens
-a file: whatever a disk did to its pages then costs a start with an empty store, not a teacher that dies at each start.
-Others may write meanwhile. Damage is only what the walk itself finds; a check that could not be made says nothing.
+`check(path)` runs `python -m teacher_proto.store.verify PATH`, which walks every table. `lmdb_lru.py` asks before it
+opens a file: whatever a disk did to its pages then costs a start with an empty store, not a teacher that dies at each
+start. Others may write meanwhile. Damage is only what the walk itself finds; a check that could not be made says
+nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers as streams of messages: a header, a record for each sequence in any order, the end. For any route's records.
 
 Between header and end a client that asked for it hears of its request's progress. `records.py` reads targets with this,
-`attention_wire.py` attention. Decoding is bounded: containers and their sizes are limited, no extension types, tensors
+`attention.py` attention. Decoding is bounded: containers and their sizes are limited, no extension types, tensors
 only as binary of exactly the length that dtype and shape say.
 """
 

@@ -1,4 +1,4 @@
-"""A msgpack reader for bodies that strangers send: nothing is copied, and nothing is allocated that was not paid for.
+"""A msgpack reader for bodies that anyone may send: nothing is copied, and nothing is allocated that was not paid for.
 
 Generic decoders turn 10 MB of empty lists into 700 MB. This one counts every list, map and item against a budget
 before it reads it, keeps to a depth, refuses extension types and long texts, and hands out binaries as views of the

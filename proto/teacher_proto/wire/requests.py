@@ -1,4 +1,4 @@
-"""The body of `POST /v1/targets` or `/v1/attention`: a request to msgpack, and msgpack from a stranger to plain fields.
+"""The body of `POST /v1/targets` or `/v1/attention`: a request to msgpack, and msgpack of any sender to plain fields.
 
 Handed on by `records.py`. `request_checks.parse_body` makes a request of the fields.
 """

@@ -1,6 +1,6 @@
 """One HTTP connection and how long it may live in each of its states: uvicorn's protocol with what it lacks.
 
-`http_server.py` makes one for each client and asks every half second which are `overdue`: by what a connection is,
+`server.py` makes one for each client and asks every half second which are `overdue`: by what a connection is,
 not by what happened to it, so that no order of bytes leaves one behind. Whoever has shown no key is given little.
 """
 

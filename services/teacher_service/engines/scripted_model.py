@@ -2,7 +2,7 @@
 
 Row t depends on tokens 0..t only, strongly on token t, so that a student can learn it. Hidden states and head are
 whole numbers times powers of two: every sum is exact in float64 and no answer depends on batch, order or machine.
-Used by `scripted_engine.py` and by tests; numpy alone, so that a service with it starts within a second.
+Used by `scripted.py` and by tests; numpy alone, so that a service with it starts within a second.
 """
 
 from __future__ import annotations
