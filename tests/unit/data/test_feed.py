@@ -85,6 +85,18 @@ def test_no_more_than_its_share_is_read_ahead() -> None:
     assert source.read_addresses[:10] == [(0, 0, block) for block in range(10)]
 
 
+def test_asking_again_at_the_end_of_an_epoch_reads_nothing_again() -> None:
+    source = Counted()
+    end = Cursor(shard=1, document=30)  # after the last document: the mixer asks so until all that are begun are read
+    with feed(source) as made:
+        made.first(Cursor(shard=1, document=29))
+        for _ in range(20):
+            cursor, document = made.first(end)
+            assert cursor == Cursor(epoch=1) and document.index == "0/0"
+    # The last block may be read twice, to find that there is nothing after it.
+    assert len(source.read_addresses) <= 2 * (AHEAD + 1)
+
+
 def test_a_failure_reaches_the_caller_and_the_next_call_tries_again() -> None:
     source = Counted()
     source.fail_at = (0, 0, 2)

@@ -56,9 +56,17 @@ class Feed:
         self._blocks: OrderedDict[Address, Future[Block]] = OrderedDict()  # in reading order, the one in use first
         self._closed = False
         self._next: Address | None = None  # what to read after the last of them; None while that is being read
+        self._answer: tuple[Cursor, tuple[Cursor, TokenDocument]] | None = None  # what `first` was asked last
 
     def first(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
         """The first document for training at or after `cursor`, with its own cursor. Blocks until it is there."""
+        # At the end of an epoch the same is asked until its unfinished documents are read. The answer lies in the next
+        # epoch's blocks, and to find it anew would be to go back a block, which throws away those that follow.
+        if self._answer is None or self._answer[0] != cursor:
+            self._answer = cursor, self._search(cursor)
+        return self._answer[1]
+
+    def _search(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
         start = cursor
         while cursor.epoch <= start.epoch + 1:
             number, place = divmod(cursor.document, self.source.block_size)
@@ -86,7 +94,7 @@ class Feed:
     def close(self) -> None:
         """Stop reading; a block that is being read is waited for."""
         with self._lock:
-            self._closed = True
+            self._closed, self._answer = True, None
         self._reader.shutdown(cancel_futures=True)
 
     def _block(self, address: Address) -> Block:
