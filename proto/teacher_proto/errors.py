@@ -180,7 +180,7 @@ class TeacherUnavailableError(StillhouseError):
 
 
 def _plain(value: Any) -> Any:
-    """What JSON and msgpack can both hold: NaN, arrays and other strangers become text."""
+    """What JSON and msgpack can both hold: NaN, arrays and what else they lack become text."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):

@@ -13,7 +13,7 @@ from attention_service.service import AttentionService
 from serving.http import replies
 from serving.http.openapi import ASKING, POSTING, errors
 from serving.http.requests import progress_interval
-from serving.http.routes import Student, keyed_router, make_app
+from serving.http.routes import Client, keyed_router, make_app
 from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.attention import AttentionInfo
 
@@ -38,10 +38,10 @@ Service = Annotated[AttentionService, Depends(service_of)]
     "/v1/attention", response_class=Response,
     responses={**errors(*POSTING, 404), 200: openapi.ATTENTION_ANSWER},
 )  # fmt: skip
-async def post_attention(request: Request, student: Student, service: Service) -> Response:
+async def post_attention(request: Request, client: Client, service: Service) -> Response:
     """The attention of one layer over token sequences: states, relations between them, or maps."""
     service.require_started()
-    reply = await read_attention(request, student, service)
+    reply = await read_attention(request, client, service)
     every_s = progress_interval(request)
 
     async def work(outlet: Outlet) -> None:

@@ -32,7 +32,7 @@ from teacher_proto.wire.attention import (
 
 
 async def read_attention(
-    request: Request, student: str, service: AttentionService
+    request: Request, client: str, service: AttentionService
 ) -> Reply[AttentionQuery, AttentionTargets]:
     """What the request asks, checked against the service's limits, and how it is answered."""
     engine = service.engine
@@ -47,7 +47,7 @@ async def read_attention(
     num_layers, request_id = engine.shape.num_layers, request.state.request_id
     queries = [asked.query(i, num_layers) for i in range(len(asked.sequences))]
     work = Work(
-        request_id, student, Permit.of(student, asked.num_tokens, values),
+        request_id, client, Permit.of(client, asked.num_tokens, values),
         [Job(query, f"{request_id}-{i}") for i, query in enumerate(queries)],
     )  # fmt: skip
     spec = queries[0].spec

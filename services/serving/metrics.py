@@ -1,4 +1,4 @@
-"""Prometheus metrics of a service, by student and reason. Counted by the request layer and the answer pipeline.
+"""Prometheus metrics of a service, by client and reason. Counted by the request layer and the answer pipeline.
 
 One registry a service object, so that tests may have several in one process. Label values come from route templates,
 key names, kinds and error codes: none from a client's text.
@@ -21,23 +21,23 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests answered", "route", "method", "status", "student")
+        self.requests = self._counter("requests", "Requests answered", "route", "method", "status", "client")
         self.request_seconds = Histogram(
             "stillhouse_request_seconds", "From the headers to the last byte", ["route"], buckets=_SECONDS,
             registry=self.registry,
         )  # fmt: skip
-        self.tokens = self._counter("tokens", "Tokens of answered sequences", "student", "source")
-        self.sequences = self._counter("sequences", "Sequences answered", "student", "source")
-        self.rejected = self._counter("rejected", "Requests refused or failed", "student", "reason")
-        self.cancelled = self._counter("cancelled", "Requests whose client left", "student")
-        self.failed = self._counter("failed_sequences", "Sequences that failed", "student", "reason")
-        self.bytes_out = self._counter("bytes_out", "Bytes of answers", "route", "student")
-        self.queue_seconds = self._counter("queue_seconds", "Seconds waited for a turn", "student")
-        self.engine_seconds = self._counter("engine_seconds", "Seconds in the engine", "student")
-        self.engine_sequences = self._counter("engine_sequences", "Sequences handed to the engine", "student")
-        self.engine_aborted = self._counter("engine_aborted", "Sequences aborted in the engine", "student")
-        self.outlived = self._counter("outlived", "Sequences computed on after all who asked had left", "student")
-        self.encode_seconds = self._counter("encode_seconds", "Seconds of encoding answers", "student")
+        self.tokens = self._counter("tokens", "Tokens of answered sequences", "client", "source")
+        self.sequences = self._counter("sequences", "Sequences answered", "client", "source")
+        self.rejected = self._counter("rejected", "Requests refused or failed", "client", "reason")
+        self.cancelled = self._counter("cancelled", "Requests whose client left", "client")
+        self.failed = self._counter("failed_sequences", "Sequences that failed", "client", "reason")
+        self.bytes_out = self._counter("bytes_out", "Bytes of answers", "route", "client")
+        self.queue_seconds = self._counter("queue_seconds", "Seconds waited for a turn", "client")
+        self.engine_seconds = self._counter("engine_seconds", "Seconds in the engine", "client")
+        self.engine_sequences = self._counter("engine_sequences", "Sequences handed to the engine", "client")
+        self.engine_aborted = self._counter("engine_aborted", "Sequences aborted in the engine", "client")
+        self.outlived = self._counter("outlived", "Sequences computed on after all who asked had left", "client")
+        self.encode_seconds = self._counter("encode_seconds", "Seconds of encoding answers", "client")
         self.out_of_memory = self._counter("engine_out_of_memory", "Times that the engine ran out of memory")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -50,13 +50,13 @@ class Metrics:
     def observe(self, exchange: Exchange) -> None:
         """Count a request that is over."""
         method = exchange.method if exchange.method in _METHODS else "other"
-        self.requests.labels(exchange.route, method, str(exchange.status), exchange.student).inc()
+        self.requests.labels(exchange.route, method, str(exchange.status), exchange.client).inc()
         self.request_seconds.labels(exchange.route).observe(exchange.seconds)
-        self.bytes_out.labels(exchange.route, exchange.student).inc(exchange.bytes_out)
+        self.bytes_out.labels(exchange.route, exchange.client).inc(exchange.bytes_out)
         if exchange.reason == "disconnect":
-            self.cancelled.labels(exchange.student).inc()
+            self.cancelled.labels(exchange.client).inc()
         elif exchange.reason:
-            self.rejected.labels(exchange.student, exchange.reason).inc()
+            self.rejected.labels(exchange.client, exchange.reason).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

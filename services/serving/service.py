@@ -124,7 +124,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
             queue_tokens=self.queue.waiting_tokens, engine_tokens=self.queue.running, window=self.queue.window,
             requests_inside=self.admission.permits, used=round(self.admission.cost / self.admission.capacity, 4),
             sources=totals(self.metrics.tokens, "source"), rejected=totals(self.metrics.rejected, "reason"),
-            students=history.students(self.admission.students()),
+            clients=history.clients(self.admission.clients()),
         )  # fmt: skip
 
     def require_started(self) -> None:

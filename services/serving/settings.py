@@ -38,7 +38,7 @@ class ServiceSettings(BaseSettings):
         "computes in it, else float32",
     )
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; the model's own limit if not given")
-    keys: Path | None = Field(None, description="file with a line a student: NAME KEY, or NAME sha256:HEX")
+    keys: Path | None = Field(None, description="file with a line a client: NAME KEY, or NAME sha256:HEX")
     capacity: int = Field(2**26, ge=1, description="tokens x (K + 1) of the requests that are let in at a time")
     window: int = Field(16_384, ge=1, description="tokens handed to the engine at a time; turns are shared fairly")
     keep_time: float = Field(600.0, gt=0, description="seconds that work is kept whose clients left before its end")

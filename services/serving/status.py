@@ -22,8 +22,8 @@ _SAMPLES = 150
 _RECENT_SAMPLES = 5
 
 
-class Student(BaseModel):
-    """One student: totals since the start, `tokens_per_second` and `share` over the last ten seconds."""
+class Client(BaseModel):
+    """One client: totals since the start, `tokens_per_second` and `share` over the last ten seconds."""
 
     name: str
     tokens: int
@@ -65,12 +65,12 @@ class StatusBody(BaseModel):
     used: float
     sources: dict[str, int]
     rejected: dict[str, int]
-    students: list[Student]
+    clients: list[Client]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Totals at one moment: tokens answered by student, and the tokens that wait."""
+    """Totals at one moment: tokens answered by client, and the tokens that wait."""
 
     at: float
     tokens: dict[str, int]
@@ -101,11 +101,11 @@ class History:
         return time.monotonic() - self._born
 
     def take(self, queue_tokens: int) -> None:
-        now, tokens = time.monotonic(), totals(self._metrics.tokens, "student")
+        now, tokens = time.monotonic(), totals(self._metrics.tokens, "client")
         before = self._samples[-1].tokens if self._samples else {}
-        for student, total in tokens.items():
-            if total != before.get(student, 0):
-                self._last_seen[student] = now
+        for client, total in tokens.items():
+            if total != before.get(client, 0):
+                self._last_seen[client] = now
         self._samples.append(Sample(now, tokens, queue_tokens))
 
     async def keep(self, queue_tokens: Callable[[], int]) -> None:
@@ -119,19 +119,19 @@ class History:
         return Curves(tokens_per_second=rates, queue_tokens=[sample.queue_tokens for sample in self._samples])
 
     def recent(self) -> dict[str, float]:
-        """Tokens a second of each student over the last ten seconds."""
+        """Tokens a second of each client over the last ten seconds."""
         if len(self._samples) < 2:
             return {}
         return _rates(self._samples[max(-len(self._samples), -1 - _RECENT_SAMPLES)], self._samples[-1])
 
-    def students(self, held: dict[str, int]) -> list[Student]:
+    def clients(self, held: dict[str, int]) -> list[Client]:
         """Everybody who has asked, the busiest of late first."""
         metrics, recent, now = self._metrics, self.recent(), time.monotonic()
-        tokens, rejected = totals(metrics.tokens, "student"), totals(metrics.rejected, "student")
-        requests, cancelled = totals(metrics.requests, "student"), totals(metrics.cancelled, "student")
+        tokens, rejected = totals(metrics.tokens, "client"), totals(metrics.rejected, "client")
+        requests, cancelled = totals(metrics.requests, "client"), totals(metrics.cancelled, "client")
         rate = sum(recent.values())
         rows = [
-            Student(
+            Client(
                 name=name,
                 tokens=tokens.get(name, 0),
                 tokens_per_second=round(recent.get(name, 0.0), 1),

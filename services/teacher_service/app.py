@@ -1,6 +1,6 @@
 """The routes of the teacher service beside the common ones. `create_app(service)` is a whole ASGI application.
 
-Every route but the probes depends on `require_student`. What a route needs beyond its HTTP is in `requests.py`,
+Every route but the probes depends on `require_client`. What a route needs beyond its HTTP is in `requests.py`,
 `compat`, `service.py` and `serving`.
 """
 
@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from serving.http import replies
 from serving.http.openapi import ASKING, POSTING, errors
 from serving.http.requests import progress_interval, read_json
-from serving.http.routes import Student, keyed_router, make_app
+from serving.http.routes import Client, keyed_router, make_app
 from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
 from teacher_service import openapi
@@ -45,10 +45,10 @@ Service = Annotated[TeacherService, Depends(service_of)]
     "/v1/targets", response_class=Response,
     responses={**errors(*POSTING), 200: openapi.TARGETS_ANSWER},
 )  # fmt: skip
-async def post_targets(request: Request, student: Student, service: Service) -> Response:
+async def post_targets(request: Request, client: Client, service: Service) -> Response:
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
-    reply = await read_targets(request, student, service)
+    reply = await read_targets(request, client, service)
     every_s = progress_interval(request)
 
     async def work(outlet: Outlet) -> None:
@@ -61,7 +61,7 @@ async def post_targets(request: Request, student: Student, service: Service) -> 
     "/v1/completions", response_class=Response,
     responses={**errors(*POSTING, 404), 200: openapi.COMPLETIONS_ANSWER},
 )  # fmt: skip
-async def post_completions(request: Request, student: Student, service: Service) -> Response:
+async def post_completions(request: Request, client: Client, service: Service) -> Response:
     """Score prompts in vLLM's JSON shape: `prompt_logprobs`, or `echo` with `logprobs`."""
     with retried_by_clients():
         service.require_started()
@@ -71,7 +71,7 @@ async def post_completions(request: Request, student: Student, service: Service)
     async def work(outlet: Outlet) -> None:
         with retried_by_clients():
             text, pieces = await service.text()
-            scoring = await completions.work_of(completion, service, text, student, request.state.request_id)
+            scoring = await completions.work_of(completion, service, text, client, request.state.request_id)
             async with service.admission.admit(scoring.permit):
                 await completions.answer(completion, scoring, service, text, pieces, outlet)
 
@@ -82,7 +82,7 @@ async def post_completions(request: Request, student: Student, service: Service)
     "/generate", response_class=Response,
     responses={**errors(*POSTING), 200: openapi.SGLANG_ANSWER},
 )  # fmt: skip
-async def post_generate(request: Request, student: Student, service: Service) -> Response:
+async def post_generate(request: Request, client: Client, service: Service) -> Response:
     """Score token ids in SGLang's JSON shape: `input_token_logprobs`, `input_top_logprobs`."""
     with retried_by_clients():
         service.require_started()
@@ -91,7 +91,7 @@ async def post_generate(request: Request, student: Student, service: Service) ->
 
     async def work(outlet: Outlet) -> None:
         with retried_by_clients():
-            scoring = sglang_generate.work_of(generate, service, student, request.state.request_id)
+            scoring = sglang_generate.work_of(generate, service, client, request.state.request_id)
             text, pieces = await service.text()
             async with service.admission.admit(scoring.permit):
                 await sglang_generate.answer(generate, scoring, service, text, pieces, outlet)
@@ -103,7 +103,7 @@ async def post_generate(request: Request, student: Student, service: Service) ->
     "/inference/v1/generate", response_class=Response,
     responses={**errors(*POSTING, 404), 200: openapi.TOKENS_ANSWER},
 )  # fmt: skip
-async def post_tokens(request: Request, student: Student, service: Service) -> Response:
+async def post_tokens(request: Request, client: Client, service: Service) -> Response:
     """Score token ids in vLLM's JSON shape: `prompt_logprobs`, or the logprobs of given ids as an array."""
     with retried_by_clients():
         service.require_started()
@@ -112,7 +112,7 @@ async def post_tokens(request: Request, student: Student, service: Service) -> R
 
     async def work(outlet: Outlet) -> None:
         with retried_by_clients():
-            scoring = token_generate.work_of(asked, service, student, request.state.request_id)
+            scoring = token_generate.work_of(asked, service, client, request.state.request_id)
             _, pieces = await service.text()
             async with service.admission.admit(scoring.permit):
                 await token_generate.answer(asked, scoring, service, pieces, outlet)

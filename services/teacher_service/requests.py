@@ -20,7 +20,7 @@ from teacher_proto.wire.as_json import json_document
 from teacher_service.service import TeacherService
 
 
-async def read_targets(request: Request, student: str, service: TeacherService) -> Reply[Query, TokenTargets]:
+async def read_targets(request: Request, client: str, service: TeacherService) -> Reply[Query, TokenTargets]:
     """What the request asks, checked against the engine's limits, and how it is answered."""
     engine = service.engine
     fields, as_json = await read_fields(request, engine.limits, TargetsRequest)
@@ -31,8 +31,8 @@ async def read_targets(request: Request, student: str, service: TeacherService) 
         check_json_size(asked.cost(service.hidden_width))
     canary = service.is_canary(asked)
     work = work_of(
-        asked, request.state.request_id, student, service, weight=JSON_WEIGHT if as_json else 1, fresh=canary,
-        urgent=canary and service.control.take(student),
+        asked, request.state.request_id, client, service, weight=JSON_WEIGHT if as_json else 1, fresh=canary,
+        urgent=canary and service.control.take(client),
     )  # fmt: skip
     spec, vocab_size = asked.spec, engine.limits.vocab_size
     header = wire.Header(
@@ -47,12 +47,12 @@ async def read_targets(request: Request, student: str, service: TeacherService) 
 
 
 def work_of(
-    asked: TargetsRequest, request_id: str, student: str, service: TeacherService, *, weight: int = 1,
+    asked: TargetsRequest, request_id: str, client: str, service: TeacherService, *, weight: int = 1,
     fresh: bool = False, urgent: bool = False,
 ) -> Work[Query]:  # fmt: skip
     """The work of a checked request. `weight`: what its answer takes, of what our wire does. `fresh` as of a `Job`; an
     `urgent` one goes past queue and admission."""
     jobs = [Job(query, f"{request_id}-{i}", urgent, fresh) for i, query in enumerate(asked.queries())]
     values = weight * (asked.values_per_token(service.hidden_width) + 1) - 1
-    permit = Permit(student, 0, 0) if urgent else Permit.of(student, asked.num_tokens, values)
-    return Work(request_id, student, permit, jobs)
+    permit = Permit(client, 0, 0) if urgent else Permit.of(client, asked.num_tokens, values)
+    return Work(request_id, client, permit, jobs)

@@ -23,7 +23,7 @@ class TeacherSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX)
     program: ClassVar[str] = "stillhouse-teacher"
-    # STILLHOUSE_KEY and the like are a student's: `teacher.key_variable` names it.
+    # STILLHOUSE_KEY and the like are a client's: `teacher.key_variable` names it.
     others: ClassVar[tuple[str, ...]] = (
         f"{PREFIX}ATTENTION_", f"{PREFIX}KEY", f"{PREFIX}KEY_", f"{PREFIX}DEMO", f"{PREFIX}DIE_WITH_PARENT",
     )  # fmt: skip

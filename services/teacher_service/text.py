@@ -75,14 +75,14 @@ class Text:
 
 
 class Turns:
-    """Work in threads for students who take turns: one piece of a student's at a time, two of all together."""
+    """Work in threads for clients who take turns: one piece of a client's at a time, two of all together."""
 
     def __init__(self) -> None:
         self._all = asyncio.Semaphore(2)
         self._each: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def run(self, student: str, work: Callable[[], T]) -> T:
-        async with self._each[student], self._all:
+    async def run(self, client: str, work: Callable[[], T]) -> T:
+        async with self._each[client], self._all:
             return await asyncio.to_thread(work)
 
 

@@ -1,4 +1,4 @@
-"""A flood of hostile sockets beside two students with keys, who must not notice: a short one here, ten minutes as slow.
+"""A flood of hostile sockets beside two clients with keys, who must not notice: a short one here, ten minutes as slow.
 
 STILLHOUSE_FLOOD_SECONDS=600 pytest -m slow tests/chaos/test_flood.py -s
 """
@@ -24,8 +24,8 @@ MIB = 2**20
 KEYS = {"alice": "alice-0123456789abcdef", "bob": "bob-0123456789abcdef", "mallory": "mallory-0123456789abcdef"}
 
 
-async def students(teacher: TeacherProcess, seconds: float, seed: int) -> list[Outcome]:
-    """Two students, a client each that asks now and then; no two requests are alike."""
+async def clients(teacher: TeacherProcess, seconds: float, seed: int) -> list[Outcome]:
+    """Two clients that ask now and then; no two requests are alike."""
     both = [
         Crowd(
             teacher.url, clients=1, seconds=seconds, key=KEYS[name], seed=seed + number, tokens=200, asks_every_s=0.02
@@ -58,15 +58,15 @@ async def fill_recent_answers(teacher: TeacherProcess) -> None:
 
 
 async def hold_out(seconds: float, each: int, quiet_s: float) -> tuple[float, float]:
-    """p99 of the students' requests, quiet and in the flood; everything else is asserted here."""
+    """p99 of the clients' requests, quiet and in the flood; everything else is asserted here."""
     with TeacherProcess("--stall-timeout", "10", keys="\n".join(f"{n} {k}" for n, k in KEYS.items())) as teacher:
         process = psutil.Process(teacher.pid)
         await fill_recent_answers(teacher)
-        quiet = await students(teacher, quiet_s, seed=1)
+        quiet = await clients(teacher, quiet_s, seed=1)
         descriptors, before = process.num_fds(), process.memory_info().rss
         flood = Flood(teacher.host, teacher.port, KEYS["mallory"], each, seconds)
         flooding = asyncio.create_task(flood_process(flood))
-        asking = asyncio.create_task(students(teacher, seconds, seed=3))
+        asking = asyncio.create_task(clients(teacher, seconds, seed=3))
         most_memory = most_descriptors = 0
         while not flooding.done():
             most_memory = max(most_memory, process.memory_info().rss)
@@ -91,14 +91,14 @@ async def hold_out(seconds: float, each: int, quiet_s: float) -> tuple[float, fl
     return p99_quiet, p99_busy
 
 
-async def test_students_do_not_notice_a_short_flood() -> None:
+async def test_clients_do_not_notice_a_short_flood() -> None:
     quiet, busy = await hold_out(seconds=12, each=4, quiet_s=4)
     # The flood's own work shares the processor with the service here; a second is far from any deadline.
     assert busy < max(2 * quiet, 1.0)
 
 
 @pytest.mark.slow
-async def test_students_do_not_notice_ten_minutes_of_flood() -> None:
+async def test_clients_do_not_notice_ten_minutes_of_flood() -> None:
     seconds = float(os.environ.get("STILLHOUSE_FLOOD_SECONDS", "600"))
     quiet, busy = await hold_out(seconds, each=12, quiet_s=60)
     assert busy < max(2 * quiet, 0.1)

@@ -17,7 +17,7 @@ KEYS_FILE = "\n".join(f"{name} {key}" for name, key in KEYS.items())
 
 
 @pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.slow)])
-async def test_overload_is_refused_at_once_and_a_polite_student_keeps_its_share(seconds: float) -> None:
+async def test_overload_is_refused_at_once_and_a_polite_client_keeps_its_share(seconds: float) -> None:
     # Eight requests of 50 tokens side by side, 0.4 s each: 20 a second. The flood asks ten times as much.
     slot = 50 * 9
     with TeacherProcess(
@@ -42,7 +42,7 @@ async def test_overload_is_refused_at_once_and_a_polite_student_keeps_its_share(
     unloaded, crowded = (percentile([o.seconds for o in some if o.status == 200], 0.99) for some in (alone, everything))
     print(f"{len(everything) / seconds:.0f} requests/s, {len(refused)} of {len(everything)} refused, p99 "
           f"{1000 * percentile([o.seconds for o in refused], 0.99):.0f} ms; p99 of accepted {1000 * crowded:.0f} ms, "
-          f"alone {1000 * unloaded:.0f} ms; memory + {grown:.1f} MiB; the polite student got "
+          f"alone {1000 * unloaded:.0f} ms; memory + {grown:.1f} MiB; the polite client got "
           f"{served / (served + flooded):.0%}")  # fmt: skip
     assert refused and grown < 50
     # Half is fair between two; 36 connections against 5 get the flood no more.
@@ -119,11 +119,11 @@ async def test_out_of_memory_fails_what_does_not_fit_and_the_rest_goes_on_in_sma
             assert (await client.get("/health/ready")).status_code == 200
 
 
-async def test_four_students_over_the_same_data_cost_one_forward_pass() -> None:
+async def test_four_clients_over_the_same_data_cost_one_forward_pass() -> None:
     with TeacherProcess(keys=KEYS_FILE, script={"tokens_per_second": 20_000}) as teacher:
         bodies = [request_body(100, seed=n, sequences=4) for n in range(30)]
 
-        async def student(key: str) -> None:
+        async def client(key: str) -> None:
             async with httpx.AsyncClient(base_url=teacher.url, timeout=60) as client:
                 for start in range(0, 30, 6):
                     some = await asyncio.gather(*(ask(client, body, key) for body in bodies[start : start + 6]))
@@ -131,11 +131,11 @@ async def test_four_students_over_the_same_data_cost_one_forward_pass() -> None:
 
         async with asyncio.TaskGroup() as group:
             for key in KEYS.values():
-                group.create_task(student(key))
+                group.create_task(client(key))
         async with httpx.AsyncClient(base_url=teacher.url, headers=_key("calm")) as client:
             status = (await client.get("/v1/status")).json()
     computed = status["sources"]["engine"] / (30 * 4 * 100)
-    print(f"four students over the same data: {computed:.2f} forward passes")
+    print(f"four clients over the same data: {computed:.2f} forward passes")
     assert computed == 1.0 and sum(status["sources"].values()) == 4 * 30 * 4 * 100
 
 

@@ -17,7 +17,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 import serving.http.keys
-from serving.http.keys import Keys, presented_key, require_student
+from serving.http.keys import Keys, presented_key, require_client
 from teacher_proto.errors import UnauthorizedError
 from teacher_service.app import create_app
 from teacher_service.engines.scripted import ScriptedEngine
@@ -56,7 +56,7 @@ def test_every_route_but_the_probes_depends_on_the_key() -> None:
     checked = 0
     for route in routes():
         calls = [dependency.call for dependency in route.dependant.dependencies]
-        assert (require_student in calls) == (route.path not in OPEN), route.path
+        assert (require_client in calls) == (route.path not in OPEN), route.path
         checked += 1
     assert checked >= 6
 
@@ -108,7 +108,7 @@ def test_a_refused_request_is_refused_before_its_body_is_read(teacher: TeacherPr
     assert raw(teacher, huge) == 401
 
 
-def test_students_are_counted_by_the_name_of_their_key(teacher: TeacherProcess) -> None:
+def test_clients_are_counted_by_the_name_of_their_key(teacher: TeacherProcess) -> None:
     for key, number in ((ALICE, 2), (BOB, 3)):
         for last in range(number):
             body = {"sequences": [[number] * 9 + [last]], "top_k": 2}
@@ -116,7 +116,7 @@ def test_students_are_counted_by_the_name_of_their_key(teacher: TeacherProcess) 
             assert httpx.post(f"{teacher.url}/v1/targets", json=body, headers=headers).status_code == 200
     text = httpx.get(f"{teacher.url}/metrics", headers={"Authorization": f"Bearer {ALICE}"}).text
     for name, tokens in (("alice", 20), ("bob", 30)):
-        assert f'stillhouse_tokens_total{{source="engine",student="{name}"}} {tokens}.0' in text
+        assert f'stillhouse_tokens_total{{client="{name}",source="engine"}} {tokens}.0' in text
 
 
 def test_keys_take_effect_when_their_file_is_replaced(tmp_path: Path) -> None:
@@ -156,11 +156,11 @@ def test_only_digests_are_kept_and_compared_in_constant_time(tmp_path: Path) -> 
     file.write_text(KEYS)
     keys = Keys(file)
     assert ALICE not in repr(vars(keys)) and ALICE not in repr(keys)
-    assert keys.student(ALICE) == "alice" and keys.student(BOB) == "bob"
+    assert keys.client(ALICE) == "alice" and keys.client(BOB) == "bob"
     source = inspect.getsource(serving.http.keys)
     assert "compare_digest" in source and serving.http.keys.hmac is hmac
     with pytest.raises(UnauthorizedError):
-        keys.student(ALICE[:-1])
+        keys.client(ALICE[:-1])
 
 
 def test_a_right_beginning_takes_no_longer_than_a_wrong_one(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_right_beginning_takes_no_longer_than_a_wrong_one(tmp_path: Path) -> N
         guess = (near, far)[index]
         started = time.perf_counter_ns()
         with _Refused():
-            keys.student(guess)
+            keys.client(guess)
         times[guess].append(time.perf_counter_ns() - started)
     medians = [float(np.median(times[guess])) for guess in (near, far)]
     spread = float(np.std(times[far]) / 100)

@@ -181,7 +181,7 @@ def test_secrets_are_made_once_and_open_the_teacher(tmp_path: Path) -> None:
     assert made.keys() == told
     assert folder.stat().st_mode & 0o777 == 0o700
     keys = Keys(folder / "keys")
-    assert keys.student(made["STILLHOUSE_KEY"]) == "trainer"
-    assert keys.student(made["prometheus_key"]) == "prometheus"
+    assert keys.client(made["STILLHOUSE_KEY"]) == "trainer"
+    assert keys.client(made["prometheus_key"]) == "prometheus"
     (folder / "HF_TOKEN").write_text("mine")
     assert make() == made | {"HF_TOKEN": "mine"}

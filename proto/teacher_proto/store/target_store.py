@@ -246,7 +246,7 @@ class TargetStore:
             log.error("the target store refused %d entries: %s", len(batch), error)
 
     def _place(self, writing: Writing, entry: Entry, value: bytes) -> None:
-        """Put an entry where no whole one covers it, in the stead of those that it covers."""
+        """Put an entry where no whole one covers it, in place of those that it covers."""
         lesser = []
         for key, old in writing.scan(sequence_key(entry.fingerprint, entry.tokens_T)):
             stored = self._check(key, old)

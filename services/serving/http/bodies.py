@@ -132,7 +132,7 @@ class _GuardedBody:
     def _hold(self, num_bytes: int) -> None:
         if num_bytes:
             # Known once the route has looked at the key, which is before it reads.
-            self.client = self.client or self._scope.get("state", {}).get("student", "")
+            self.client = self.client or self._scope.get("state", {}).get("client", "")
             self._guard.hold(self.client, num_bytes)
             self.held += num_bytes
 

@@ -157,7 +157,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         now = self._since = self.loop.time()
-        if not self._keyed and self.cycle.scope["state"].get("student"):
+        if not self._keyed and self.cycle.scope["state"].get("client"):
             self._keyed = True
             self._keyless_ones.discard(self)
         if not self._keyed and now - self._opened > self._deadlines.keyless_life_s:
@@ -195,7 +195,7 @@ class Connection(HttpToolsProtocol):
         if not unsent or self._taken is None or taken > self._taken[0]:
             self._taken = taken, now
         broken = self.transport.is_closing() and self.answering
-        keyed = self._keyed or (self.answering and bool(self.cycle.scope["state"].get("student")))
+        keyed = self._keyed or (self.answering and bool(self.cycle.scope["state"].get("client")))
         patience = self._deadlines.stall_s if keyed and not broken else self._deadlines.broken_s
         return now - self._taken[1] > patience
 

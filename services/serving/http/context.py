@@ -30,7 +30,7 @@ class Exchange:
     method: str
     request_id: str
     route: str = "unmatched"
-    student: str = ""
+    client: str = ""
     status: int = 0
     reason: str = ""
     seconds: float = 0.0
@@ -82,14 +82,14 @@ class RequestContext:
 
     def _finish(self, exchange: Exchange, scope: Scope) -> None:
         exchange.route = getattr(scope.get("route"), "path", "unmatched")
-        exchange.student = scope["state"].get("student", "")
+        exchange.client = scope["state"].get("client", "")
         error = scope["state"].get("error")
         if error is not None:
             exchange.reason = exchange.reason or error.code
         self._observe(exchange)
         level = log.error if exchange.status >= 500 and isinstance(error, (EngineError, type(None))) else log.info
         level(
-            "request", method=exchange.method, route=exchange.route, status=exchange.status, student=exchange.student,
+            "request", method=exchange.method, route=exchange.route, status=exchange.status, client=exchange.client,
             reason=exchange.reason, seconds=round(exchange.seconds, 6), bytes_out=exchange.bytes_out,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Named keys: who may ask, and under which name they are counted. A dependency on every route but the probes.
 
-A keys file has a line a student, `NAME KEY` or `NAME sha256:HEX`; `#` begins a comment. Only digests are kept. A key
+A keys file has a line a client, `NAME KEY` or `NAME sha256:HEX`; `#` begins a comment. Only digests are kept. A key
 comes as `Authorization: Bearer KEY`, or as the password of Basic, which is what a browser can send.
 """
 
@@ -38,7 +38,7 @@ class Keys:
     def required(self) -> bool:
         return self._digests is not None
 
-    def student(self, secret: str | None) -> str:
+    def client(self, secret: str | None) -> str:
         """The name behind a key. UnauthorizedError if there is none. Takes as long for every key of one length."""
         if self._digests is None:
             return ANONYMOUS
@@ -104,8 +104,8 @@ def presented_key(authorization: str | None) -> str | None:
     return None
 
 
-async def require_student(request: Request) -> str:
-    """FastAPI dependency: the student who asks, by the key in the Authorization header and by nothing else."""
+async def require_client(request: Request) -> str:
+    """FastAPI dependency: the client who asks, by the key in the Authorization header and by nothing else."""
     keys: Keys = request.app.state.keys
-    request.state.student = keys.student(presented_key(request.headers.get("authorization")))
-    return request.state.student
+    request.state.client = keys.client(presented_key(request.headers.get("authorization")))
+    return request.state.client

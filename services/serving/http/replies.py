@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Work(Generic[QueryT]):
-    """What one checked request makes a service do: a job a sequence, on a student's account, once `permit` is given."""
+    """What one checked request makes a service do: a job a sequence, on a client's account, once `permit` is given."""
 
     request_id: str
-    student: str
+    client: str
     permit: Permit
     jobs: Sequence[Job[QueryT]]
 
@@ -70,24 +70,24 @@ async def outcomes(
     running: dict[asyncio.Task[AnswerT], int] = {}
     try:
         for index, job in enumerate(work.jobs):
-            task = asyncio.create_task(service.coalescer.answer(job, work.student))
+            task = asyncio.create_task(service.coalescer.answer(job, work.client))
             running[task] = index
             task.add_done_callback(finished.put_nowait)
         while running:
             task = await finished.get()
             index = running.pop(task)
-            yield index, _outcome(task, work.student, service.metrics)
+            yield index, _outcome(task, work.client, service.metrics)
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _outcome(task: asyncio.Task[AnswerT], student: str, metrics: Metrics) -> AnswerT | StillhouseError:
+def _outcome(task: asyncio.Task[AnswerT], client: str, metrics: Metrics) -> AnswerT | StillhouseError:
     try:
         return task.result()
     except StillhouseError as error:
-        metrics.failed.labels(student, error.code).inc()
+        metrics.failed.labels(client, error.code).inc()
         return error
 
 
@@ -177,7 +177,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         if not isinstance(outcome, StillhouseError):
             started = time.perf_counter()
             message = self._reply.encode(index, outcome)
-            self._service.metrics.encode_seconds.labels(self._reply.work.student).inc(time.perf_counter() - started)
+            self._service.metrics.encode_seconds.labels(self._reply.work.client).inc(time.perf_counter() - started)
         elif self._outlet.started:
             message = wire.encode_failure(index, outcome)
         else:

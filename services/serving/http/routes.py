@@ -1,6 +1,6 @@
 """The routes that every service has, and the application around them: probes, metrics, status, pages.
 
-Every route but the probes depends on `require_student`.
+Every route but the probes depends on `require_client`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from serving.http.bodies import BodyGuard, BodyLimits
 from serving.http.context import RequestContext
 from serving.http.error_table import install_error_table
-from serving.http.keys import require_student
+from serving.http.keys import require_client
 from serving.http.openapi import ASKING, METRICS_ANSWER, Health, errors
 from serving.http.pages import page
 from serving.http.requests import max_body
@@ -23,13 +23,13 @@ from serving.metrics import MEDIA_TYPE
 from serving.service import Service
 from serving.status import StatusBody
 
-Student = Annotated[str, Depends(require_student)]
+Client = Annotated[str, Depends(require_client)]
 AnyService = Service[Any, Any, Any, Any]
 
 
 def keyed_router() -> APIRouter:
     """A router whose every route asks for the key."""
-    return APIRouter(dependencies=[Depends(require_student)])
+    return APIRouter(dependencies=[Depends(require_client)])
 
 
 common = keyed_router()

@@ -30,13 +30,13 @@ _MAX_WAITING = 1024
 class Permit:
     """The right to have work of this cost in flight. Control traffic costs nothing: what bounds it is `control.py`."""
 
-    student: str
+    client: str
     tokens: int
     cost: int
 
     @classmethod
-    def of(cls, student: str, tokens: int, values_per_token: int) -> Permit:
-        return cls(student, tokens, tokens * (values_per_token + 1))
+    def of(cls, client: str, tokens: int, values_per_token: int) -> Permit:
+        return cls(client, tokens, tokens * (values_per_token + 1))
 
 
 @dataclass(eq=False)
@@ -88,9 +88,9 @@ class Admission:
         """Requests that wait for a permit."""
         return len(self._waiting)
 
-    def students(self) -> dict[str, int]:
+    def clients(self) -> dict[str, int]:
         """Cost held now, by client."""
-        return {student: held.cost for student, held in self._held.items() if held.cost}
+        return {client: held.cost for client, held in self._held.items() if held.cost}
 
     def close(self, reason: str) -> None:
         """Let nobody in any more; those inside finish, those who wait are refused."""
@@ -138,7 +138,7 @@ class Admission:
                 f"sequences: a request that costs {permit.cost}, of at most {self.max_cost} ({self._unit}): split it, "
                 "or ask for less of each token", field="sequences", got=permit.cost, limit=self.max_cost,
             )  # fmt: skip
-        held = self._note(permit.student)
+        held = self._note(permit.client)
         waiting = _Waiting(permit)
         if not permit.cost:
             self._grant(waiting)
@@ -165,7 +165,7 @@ class Admission:
         permit = waiting.permit
         most = _MAX_WAITING // (len(self._held) + 1) if self._shared else _MAX_WAITING
         limit_s = None if told else _UNTOLD_S if permit.cost >= _LARGE * self._capacity else 0.0
-        if limit_s == 0 or self._held[permit.student].waiting > most:
+        if limit_s == 0 or self._held[permit.client].waiting > most:
             raise self._no_room(permit)
         try:
             async with asyncio.timeout(limit_s):
@@ -174,10 +174,10 @@ class Admission:
             raise self._no_room(permit) from None
 
     def _no_room(self, permit: Permit) -> StillhouseError:
-        held, share = self._held[permit.student], self._share()
+        held, share = self._held[permit.client], self._share()
         if self._beyond_share(permit):
             return QuotaError(
-                f"{permit.student!r} holds {held.cost} {self._unit} and asks {permit.cost} more, with a share of "
+                f"{permit.client!r} holds {held.cost} {self._unit} and asks {permit.cost} more, with a share of "
                 f"{share} of {self._capacity}: come again when some of that is answered", field="sequences",
                 got=held.cost + permit.cost, limit=share,
                 retry_after=self._rate.seconds(held.tokens * len(self._held)),
@@ -194,7 +194,7 @@ class Admission:
         return self._capacity // (len(self._held) + 1)
 
     def _beyond_share(self, permit: Permit) -> bool:
-        held = self._held[permit.student]
+        held = self._held[permit.client]
         return self._shared and bool(held.cost) and held.cost + permit.cost > self._share()
 
     def _admit_waiting(self) -> None:
@@ -203,10 +203,10 @@ class Admission:
         held_up: set[str] = set()
         for waiting in list(self._waiting):
             permit = waiting.permit
-            if waiting.granted.done() or permit.student in held_up:
+            if waiting.granted.done() or permit.client in held_up:
                 continue
             if self._beyond_share(permit):
-                held_up.add(permit.student)
+                held_up.add(permit.client)
                 if len(held_up) == sum(held.waiting > 0 for held in self._held.values()):
                     return
             elif self.cost and self.cost + permit.cost > self._capacity:
@@ -216,7 +216,7 @@ class Admission:
                 self._grant(waiting)
 
     def _grant(self, waiting: _Waiting) -> None:
-        permit, held = waiting.permit, self._held[waiting.permit.student]
+        permit, held = waiting.permit, self._held[waiting.permit.client]
         held.permits += 1
         held.cost += permit.cost
         held.tokens += permit.tokens
@@ -226,10 +226,10 @@ class Admission:
         self.empty.clear()
         waiting.granted.set_result(None)
 
-    def _note(self, student: str) -> _Held:
+    def _note(self, client: str) -> _Held:
         """The account of a client who asks; those who hold nothing and have not asked of late are struck off."""
         now = asyncio.get_running_loop().time()
-        held = self._held.setdefault(student, _Held())
+        held = self._held.setdefault(client, _Held())
         held.asked_at = now
         for name, other in list(self._held.items()):
             if not other.permits and not other.waiting and now - other.asked_at > _ACTIVE_S:
@@ -237,7 +237,7 @@ class Admission:
         return held
 
     def _give_back(self, permit: Permit) -> None:
-        held = self._held[permit.student]
+        held = self._held[permit.client]
         held.permits -= 1
         held.cost -= permit.cost
         held.tokens -= permit.tokens

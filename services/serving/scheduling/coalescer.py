@@ -43,7 +43,7 @@ class InFlight(Generic[AnswerT]):
 
     ticket: Ticket
     task: asyncio.Task[AnswerT]
-    students: set[str]
+    clients: set[str]
     waiters: int = 0
     stored: bool = False
     given_up: asyncio.TimerHandle | None = None
@@ -103,18 +103,18 @@ class Coalescer(Generic[QueryT, AnswerT]):
         tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
         return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
 
-    async def answer(self, job: Job[QueryT], student: str) -> AnswerT:
+    async def answer(self, job: Job[QueryT], client: str) -> AnswerT:
         """The answer to a job that was admitted. EngineError if the engine failed at it."""
         self._check_open()
         if job.fresh:
-            return await self._answer_fresh(job, student)
+            return await self._answer_fresh(job, client)
         if self._store is not None and job.query.key not in self._in_flight:
             stored = await self._store.get(job.query)
             if stored is not None:
-                self._count(job, student, "store")
+                self._count(job, client, "store")
                 return stored
             self._check_open()
-        one, source = self._join(job, student)
+        one, source = self._join(job, client)
         one.waiters += 1
         try:
             answer = await asyncio.shield(one.task)
@@ -125,28 +125,28 @@ class Coalescer(Generic[QueryT, AnswerT]):
         finally:
             one.waiters -= 1
             if not one.waiters and not one.task.done():
-                self._left(one, student)
-        self._count(job, student, source)
+                self._left(one, client)
+        self._count(job, client, source)
         return answer
 
-    def _left(self, one: InFlight[AnswerT], student: str) -> None:
+    def _left(self, one: InFlight[AnswerT], client: str) -> None:
         """Nobody waits for it any more: what never began is dropped, what did has so long to be asked for again."""
         if one.ticket.waiting or self._draining:
             one.task.cancel()
             return
-        self._metrics.outlived.labels(student).inc()
+        self._metrics.outlived.labels(client).inc()
         one.given_up = asyncio.get_running_loop().call_later(self._keep_s, one.task.cancel)
 
-    async def _answer_fresh(self, job: Job[QueryT], student: str) -> AnswerT:
+    async def _answer_fresh(self, job: Job[QueryT], client: str) -> AnswerT:
         ticket = Ticket(job.query.num_tokens)
-        task = asyncio.create_task(self._score(job, student, ticket))
+        task = asyncio.create_task(self._score(job, client, ticket))
         self._fresh.add(task)
         task.add_done_callback(self._fresh.discard)
         task.add_done_callback(lambda _: self._queue.leave(ticket))
         if job.urgent:
             self._queue.rush(ticket)
         else:
-            self._queue.join(student, ticket)
+            self._queue.join(client, ticket)
         try:
             answer = await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -154,16 +154,16 @@ class Coalescer(Generic[QueryT, AnswerT]):
                 raise self._aborted from None
             task.cancel()
             raise
-        self._count(job, student, "engine")
+        self._count(job, client, "engine")
         return answer
 
     def _check_open(self) -> None:
         if self._aborted is not None:
             raise self._aborted
 
-    def _count(self, job: Job[QueryT], student: str, source: str) -> None:
-        self._metrics.tokens.labels(student, source).inc(job.query.num_tokens)
-        self._metrics.sequences.labels(student, source).inc()
+    def _count(self, job: Job[QueryT], client: str, source: str) -> None:
+        self._metrics.tokens.labels(client, source).inc(job.query.num_tokens)
+        self._metrics.sequences.labels(client, source).inc()
 
     def drain(self) -> None:
         """Nobody will ask again: end what nobody waits for, now and later."""
@@ -178,7 +178,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
             task.cancel()
 
-    def _join(self, job: Job[QueryT], student: str) -> tuple[InFlight[AnswerT], str]:
+    def _join(self, job: Job[QueryT], client: str) -> tuple[InFlight[AnswerT], str]:
         """What is in flight for a job, and `coalesced` if it was there before, else `engine`."""
         key = job.query.key
         one = self._in_flight.get(key)
@@ -189,15 +189,15 @@ class Coalescer(Generic[QueryT, AnswerT]):
             if key in self._unread:
                 self._unread.discard(key)
                 self._recent.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
-            if student not in one.students and one.ticket.waiting:
-                one.students.add(student)
-                self._queue.join(student, one.ticket)
+            if client not in one.clients and one.ticket.waiting:
+                one.clients.add(client)
+                self._queue.join(client, one.ticket)
             return one, "coalesced"
         ticket = Ticket(job.query.num_tokens)
-        task = asyncio.create_task(self._score(job, student, ticket))
-        one = self._in_flight[key] = InFlight(ticket, task, {student})
+        task = asyncio.create_task(self._score(job, client, ticket))
+        one = self._in_flight[key] = InFlight(ticket, task, {client})
         task.add_done_callback(lambda _: self._finished(key, one))
-        self._queue.join(student, ticket)
+        self._queue.join(client, ticket)
         return one, "engine"
 
     def _finished(self, key: Hashable, one: InFlight[AnswerT]) -> None:
@@ -220,16 +220,16 @@ class Coalescer(Generic[QueryT, AnswerT]):
     def _forget_key(self, key: Hashable) -> None:
         self._in_flight.pop(key, None)
 
-    async def _score(self, job: Job[QueryT], student: str, ticket: Ticket) -> AnswerT:
+    async def _score(self, job: Job[QueryT], client: str, ticket: Ticket) -> AnswerT:
         queued = time.monotonic()
         async with self._queue.turn(ticket):
             started = time.monotonic()
-            self._metrics.queue_seconds.labels(student).inc(started - queued)
-            self._metrics.engine_sequences.labels(student).inc()
+            self._metrics.queue_seconds.labels(client).inc(started - queued)
+            self._metrics.engine_sequences.labels(client).inc()
             try:
                 answer = await self._engine_score(job)
             except asyncio.CancelledError:
-                self._metrics.engine_aborted.labels(student).inc()
+                self._metrics.engine_aborted.labels(client).inc()
                 raise
             except EngineDeadError as error:
                 self._on_death(error)
@@ -240,7 +240,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
                 log.warning("engine out of memory", tokens=job.query.num_tokens, window=self._queue.window)
                 raise
             finally:
-                self._metrics.engine_seconds.labels(student).inc(time.monotonic() - started)
+                self._metrics.engine_seconds.labels(client).inc(time.monotonic() - started)
         self._check_answer(job.query, answer)
         if self._store is not None and not job.fresh:
             self._in_flight[job.query.key].stored = self._store.put(job.query, answer)

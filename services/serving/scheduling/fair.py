@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Ticket:
-    """One piece of work of `tokens` that waits for its turn, in one lane or, when several students want it, in more."""
+    """One piece of work of `tokens` that waits for its turn, in one lane or, when several clients want it, in more."""
 
     tokens: int
     generation: int = -1
@@ -125,12 +125,12 @@ class FairQueue:
         """Serve a ticket now, whatever runs: for control traffic, which others bound."""
         self._serve(ticket)
 
-    def join(self, student: str, ticket: Ticket) -> None:
-        """Put a ticket into a student's lane. It is served once, by the first of its lanes that comes up, and
+    def join(self, client: str, ticket: Ticket) -> None:
+        """Put a ticket into a client's lane. It is served once, by the first of its lanes that comes up, and
         charged to that one."""
-        lane = self._lanes.get(student)
+        lane = self._lanes.get(client)
         if lane is None:
-            lane = self._lanes[student] = _Lane(served=self._now_serving)
+            lane = self._lanes[client] = _Lane(served=self._now_serving)
         lane.waiting.append(ticket)
         self._dispatch()
 
@@ -187,12 +187,12 @@ class FairQueue:
     def _next_lane(self) -> _Lane | None:
         """The lane with the lowest count that has somebody waiting. Empty lanes go, once nobody is behind them."""
         best = None
-        for student, lane in list(self._lanes.items()):
+        for client, lane in list(self._lanes.items()):
             while lane.waiting and not lane.waiting[0].waiting:
                 lane.waiting.popleft()
             if not lane.waiting:
                 if lane.served <= self._now_serving:
-                    del self._lanes[student]
+                    del self._lanes[client]
             elif best is None or lane.served < best.served:
                 best = lane
         return best

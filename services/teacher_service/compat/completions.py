@@ -42,14 +42,14 @@ def parse_completion(body: dict[str, Any], service: TeacherService) -> Completio
 
 
 async def work_of(
-    request: CompletionRequest, service: TeacherService, text: Text, student: str, request_id: str
+    request: CompletionRequest, service: TeacherService, text: Text, client: str, request_id: str
 ) -> Work[Query]:
     """The request as one for targets. OutOfRangeError where a prompt, or its answer, would be too long."""
     prompt = request.prompt
     prompts: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
     if prompts and isinstance(prompts[0], str):
         within("prompt", len(prompts), 1, service.engine.limits.max_sequences, "prompts in a request")
-        sequences = await service.tokenising.run(student, partial(text.encode, prompts, request.add_special_tokens))
+        sequences = await service.tokenising.run(client, partial(text.encode, prompts, request.add_special_tokens))
     else:
         sequences = prompts
     top_k, temperature = request.top_k, request.scoring_temperature
@@ -57,7 +57,7 @@ async def work_of(
         sequences=tuple(sequences), kinds=("top_k",) if top_k else ("score",), top_k=top_k or 1,
         temperatures=() if temperature is None or not request.lists_prompt else (temperature,),
     )  # fmt: skip
-    return checked_work(targets, _OUR_NAMES, service, student, request_id)
+    return checked_work(targets, _OUR_NAMES, service, client, request_id)
 
 
 async def answer(

@@ -108,7 +108,7 @@ def check_cost(field: str, num_tokens: int, values: int, service: TeacherService
 
 
 def checked_work(
-    targets: TargetsRequest, names: Mapping[str, str], service: TeacherService, student: str, request_id: str,
+    targets: TargetsRequest, names: Mapping[str, str], service: TeacherService, client: str, request_id: str,
     weight: int = JSON_WEIGHT,
 ) -> Work[Query]:  # fmt: skip
     """The work of a request for targets that the teacher can answer. OutOfRangeError in their field's name, which
@@ -122,4 +122,4 @@ def checked_work(
         raise OutOfRangeError(message, field=field, got=error.got, limit=error.limit) from None
     values = targets.values_per_token(service.hidden_width)
     check_cost(names["sequences"], targets.num_tokens, values, service, weight)
-    return work_of(targets, request_id, student, service, weight=weight)
+    return work_of(targets, request_id, client, service, weight=weight)

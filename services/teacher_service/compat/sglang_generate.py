@@ -38,7 +38,7 @@ def parse_generate(body: dict[str, Any], service: TeacherService) -> GenerateReq
     return read_generate(body, min(limits.max_top_k, limits.vocab_size))
 
 
-def work_of(request: GenerateRequest, service: TeacherService, student: str, request_id: str) -> Work[Query]:
+def work_of(request: GenerateRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
     """The request as one for targets. OutOfRangeError where a sequence, or its answer, would be too long."""
     sequences, starts, gathered = request.sequences, request.starts, request.gathered
     limits, tokens, width = service.engine.limits, sum(map(len, sequences)), max(map(len, request.gathered or [[]]))
@@ -59,7 +59,7 @@ def work_of(request: GenerateRequest, service: TeacherService, student: str, req
         if gathered else None,
     )  # fmt: skip
     weight = _BASE64_WEIGHT if request.return_flat_raw_top_logprobs_b64 and not gathered else JSON_WEIGHT
-    return checked_work(targets, _OUR_NAMES, service, student, request_id, weight)
+    return checked_work(targets, _OUR_NAMES, service, client, request_id, weight)
 
 
 async def answer(

@@ -39,7 +39,7 @@ def parse_tokens(body: dict[str, Any], service: TeacherService) -> TokenRequest:
     return request
 
 
-def work_of(request: TokenRequest, service: TeacherService, student: str, request_id: str) -> Work[Query]:
+def work_of(request: TokenRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
     """The request as one for targets. OutOfRangeError where the prompt, or its answer, would be too long."""
     params, length = request.sampling_params, len(request.token_ids)
     gathers, temperature = params.prompt_logprob_token_ids is not None, params.scoring_temperature
@@ -61,7 +61,7 @@ def work_of(request: TokenRequest, service: TeacherService, student: str, reques
         sequences=(request.token_ids,), kinds=kinds, top_k=top_k or 1, rows=(rows,), gather_ids=gathered,
         temperatures=() if temperature is None else (temperature,),
     )  # fmt: skip
-    return checked_work(targets, _OUR_NAMES, service, student, request_id, weight)
+    return checked_work(targets, _OUR_NAMES, service, client, request_id, weight)
 
 
 def _gather_ids(params: SamplingParams, rows: tuple[int, int], width: int) -> np.ndarray:

@@ -31,7 +31,7 @@ async def encoded(work: Work[Query], service: TeacherService, encode: Encode) ->
                 raise outcome
             started = time.perf_counter()
             found[index] = await asyncio.to_thread(encode, index, work.jobs[index].query, outcome)
-            service.metrics.encode_seconds.labels(work.student).inc(time.perf_counter() - started)
+            service.metrics.encode_seconds.labels(work.client).inc(time.perf_counter() - started)
     return found
 
 

@@ -17,16 +17,16 @@ def admission_of(capacity: int = 1000, *, shared: bool = True) -> Admission:
     return Admission(capacity, shared=shared, rate=Rate())
 
 
-def permit(student: str, tokens: int, values: int = 0) -> Permit:
-    return Permit.of(student, tokens, values)
+def permit(client: str, tokens: int, values: int = 0) -> Permit:
+    return Permit.of(client, tokens, values)
 
 
-async def fill(admission: Admission, stack: AsyncExitStack, student: str, cost: int = 10) -> int:
+async def fill(admission: Admission, stack: AsyncExitStack, client: str, cost: int = 10) -> int:
     """Permits of `cost` until there are no more; how much cost got in."""
     taken = 0
     while True:
         try:
-            await stack.enter_async_context(admission.admit(permit(student, cost)))
+            await stack.enter_async_context(admission.admit(permit(client, cost)))
         except (QuotaError, OverloadedError):
             return taken
         taken += cost
@@ -62,7 +62,7 @@ async def test_a_permit_is_given_back_whatever_happens() -> None:
         with pytest.raises(error):
             async with admission.admit(permit("a", 1, 1)):
                 raise error
-    assert admission.cost == 0 and admission.empty.is_set() and not admission.students()
+    assert admission.cost == 0 and admission.empty.is_set() and not admission.clients()
 
 
 async def test_full_is_503_and_says_what_is_free() -> None:
@@ -73,7 +73,7 @@ async def test_full_is_503_and_says_what_is_free() -> None:
     assert (caught.value.status, caught.value.got, caught.value.limit) == (503, 101, 100)
 
 
-async def test_one_student_alone_is_stopped_with_429_while_there_is_room_for_another() -> None:
+async def test_one_client_alone_is_stopped_with_429_while_there_is_room_for_another() -> None:
     admission = admission_of()
     async with AsyncExitStack() as stack:
         assert await fill(admission, stack, "greedy") == 500
@@ -83,7 +83,7 @@ async def test_one_student_alone_is_stopped_with_429_while_there_is_room_for_ano
         assert await fill(admission, stack, "newcomer") == 330
 
 
-async def test_greedy_students_have_equal_shares_once_all_have_asked() -> None:
+async def test_greedy_clients_have_equal_shares_once_all_have_asked() -> None:
     admission = admission_of(10_000)
     names = ("first", "second", "third")
     for name in names:
@@ -93,7 +93,7 @@ async def test_greedy_students_have_equal_shares_once_all_have_asked() -> None:
         assert {await fill(admission, stack, name) for name in names} == {2500}
 
 
-async def test_a_student_that_holds_nothing_gets_its_first_request_in_where_it_fits() -> None:
+async def test_a_client_that_holds_nothing_gets_its_first_request_in_where_it_fits() -> None:
     admission = admission_of()
     async with AsyncExitStack() as stack:
         await fill(admission, stack, "greedy")
@@ -101,7 +101,7 @@ async def test_a_student_that_holds_nothing_gets_its_first_request_in_where_it_f
             assert admission.cost == 980
 
 
-async def test_without_keys_everyone_is_one_student_and_may_fill_the_service() -> None:
+async def test_without_keys_everyone_is_one_client_and_may_fill_the_service() -> None:
     admission = admission_of(shared=False)
     async with AsyncExitStack() as stack:
         assert await fill(admission, stack, "anonymous") == 1000
@@ -135,11 +135,11 @@ async def test_who_needs_an_empty_service_gets_it_before_those_who_come_later() 
     events[0].set()
     await asyncio.gather(*inside)
     await steps()
-    assert admission.students() == {"large": 100}
+    assert admission.clients() == {"large": 100}
     events[1].set()
     await waiting
     await steps()
-    assert admission.students() == {"small": 100} and not admission.waiting
+    assert admission.clients() == {"small": 100} and not admission.waiting
     events[2].set()
     await asyncio.gather(*later)
     assert admission.cost == 0 and admission.empty.is_set()
@@ -154,11 +154,11 @@ async def test_who_waits_for_its_share_is_passed_by_others_and_not_by_itself() -
     await steps()
     other = asyncio.create_task(held(admission, permit("other", 30), never))
     await steps()
-    assert admission.students() == {"greedy": 40, "other": 30} and admission.waiting == 2
+    assert admission.clients() == {"greedy": 40, "other": 30} and admission.waiting == 2
     release.set()
     await first
     await steps()
-    assert admission.students() == {"greedy": 60, "other": 30}
+    assert admission.clients() == {"greedy": 60, "other": 30}
     await end(large, small, other)
     assert admission.cost == 0 and not admission.waiting and admission.empty.is_set()
 

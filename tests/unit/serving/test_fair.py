@@ -1,4 +1,4 @@
-"""Turns at the engine: equal tokens for every student, whatever they send, and nothing lost to those who leave."""
+"""Turns at the engine: equal tokens for every client, whatever they send, and nothing lost to those who leave."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import pytest
 from serving.scheduling.fair import FairQueue, Ticket
 
 
-async def serve(queue: FairQueue, order: list[str], student: str, tokens: int) -> None:
-    """One piece of work that notes its student when its turn comes."""
+async def serve(queue: FairQueue, order: list[str], client: str, tokens: int) -> None:
+    """One piece of work that notes its client when its turn comes."""
     ticket = Ticket(tokens)
-    queue.join(student, ticket)
+    queue.join(client, ticket)
     async with queue.turn(ticket):
-        order.append(student)
+        order.append(client)
         await asyncio.sleep(0)
 
 
-async def test_a_flood_of_small_requests_gets_no_more_tokens_than_one_polite_student() -> None:
+async def test_a_flood_of_small_requests_gets_no_more_tokens_than_one_polite_client() -> None:
     queue, order = FairQueue(window=100), []
     async with asyncio.TaskGroup() as group:
         for _ in range(640):
             group.create_task(serve(queue, order, "flood", 10))
         for _ in range(20):
             group.create_task(serve(queue, order, "polite", 100))
-    last_polite = max(i for i, student in enumerate(order) if student == "polite")
+    last_polite = max(i for i, client in enumerate(order) if client == "polite")
     served = Counter(order[: last_polite + 1])
     assert abs(served["flood"] * 10 - served["polite"] * 100) <= 200
 
 
-async def test_three_students_of_different_sizes_share_within_one_request_each() -> None:
+async def test_three_clients_of_different_sizes_share_within_one_request_each() -> None:
     queue, order = FairQueue(window=64), []
     sizes = {"a": 7, "b": 33, "c": 64}
     async with asyncio.TaskGroup() as group:
-        for student, size in sizes.items():
+        for client, size in sizes.items():
             for _ in range(20_000 // size):
-                group.create_task(serve(queue, order, student, size))
+                group.create_task(serve(queue, order, client, size))
     shares = Counter()
-    for student in order[: len(order) // 2]:
-        shares[student] += sizes[student]
+    for client in order[: len(order) // 2]:
+        shares[client] += sizes[client]
     assert max(shares.values()) - min(shares.values()) <= 2 * 64
 
 
@@ -99,7 +99,7 @@ async def _wait(queue: FairQueue, ticket: Ticket) -> None:
         await asyncio.sleep(0)
 
 
-async def test_work_that_two_students_want_is_served_by_whoever_is_first_and_once() -> None:
+async def test_work_that_two_clients_want_is_served_by_whoever_is_first_and_once() -> None:
     queue, order = FairQueue(window=10), []
     holder = Ticket(10)
     queue.join("holder", holder)

@@ -47,7 +47,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_identical_sequences_in_flight_are_computed_once_and_answered_to_all() -> None:
     answers, engine, _ = make(Script(delay_s=0.05))
-    results = await asyncio.gather(*(answers.answer(job(1, 2, 3), student) for student in "abcd" * 4))
+    results = await asyncio.gather(*(answers.answer(job(1, 2, 3), client) for client in "abcd" * 4))
     assert engine.jobs_started == 1 and answers.in_flight == 0
     assert all(result is results[0] for result in results)
 
