@@ -317,7 +317,7 @@ def _evaluator(
     spec = _evaluation_spec(settings)
     targets = components.teacher.targets if components.teacher else None
     held_out = fetch_held_out(batches, targets, thread, spec, components.describe_waiting)
-    decode: Callable[[int], str] = lambda token: str(components.tokenizer.decode([token]))  # noqa: E731
+    decode: Callable[[Sequence[int]], str] = lambda ids: str(components.tokenizer.decode(ids))  # noqa: E731
     return Evaluator(
         settings.evaluation, held_out, settings.optim.micro_batch_rows, decode, folder.path / "passage.json",
         ViewSeed(settings.run.seed, EVALUATION), components.head, class_words(settings.data, components.tokenizer),

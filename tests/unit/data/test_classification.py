@@ -16,11 +16,13 @@ from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
 from student_trainer.data.classification import LabelWords, one_set_of_words
 from student_trainer.data.loader import BatchSource
+from student_trainer.main import main
+from student_trainer.reporting.report import main as report
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.data import DataSettings, SourceSettings
 from student_trainer.targets.protocol import Queries
 from tests.models import save_tiny_llama, tiny_tokenizer
-from tests.trainer_run import ScriptedTargets, lines_of, run_here
+from tests.trainer_run import ScriptedTargets, lines_of, run_here, trace_of
 
 TEMPLATE = "Label {text}:"
 LABELS = {"bad": "N", "good": "P"}
@@ -81,6 +83,89 @@ def test_a_run_learns_the_classes_and_tells_its_accuracy(tmp_path: Path) -> None
     first, last = (line["examples"] for line in lines_of(tmp_path / "run", "evaluation.jsonl"))
     assert first["accuracy"] < 0.8 and last["accuracy"] > 0.95
     assert last["tokens"] == 64, "an example has one token that counts, a row one example"
+
+
+def test_a_run_tells_which_class_it_takes_for_which(tmp_path: Path) -> None:
+    """Counts add up to the accuracy; the examples are the same in each evaluation; the page shows them."""
+    more = (
+        "distillation=logits_only",
+        "run.steps=2",
+        "evaluation.every=2",
+        "teacher.sanity=off",
+        "data.packing=best_fit",
+    )
+    # Many logprobs: the teacher's have a class among them mostly, not always.
+    assert run_here(arguments(tmp_path, *more, "evaluation.top_k=256"), ScriptedTargets()) == 0
+    first, last = lines_of(tmp_path / "run", "classes.jsonl")
+    evaluations = lines_of(tmp_path / "run", "evaluation.jsonl")
+    for line, evaluation in zip((first, last), evaluations, strict=True):
+        counts, figures = line["student"], evaluation["examples"]
+        assert line["words"] == ["N", "P"] and sum(map(sum, counts)) == figures["tokens"] > 60
+        assert (counts[0][0] + counts[1][1]) / figures["tokens"] == pytest.approx(figures["accuracy"])
+        assert all(sum(heard) <= sum(all_) for heard, all_ in zip(line["teacher"], counts, strict=True))
+        assert len(line["examples"]) == 20
+    assert [e["document"] for e in first["examples"]] == [e["document"] for e in last["examples"]]
+    assert any(example["teacher"] is None for example in last["examples"])
+    shown = next(example for example in last["examples"] if example["teacher"] is not None)
+    assert "X" in shown["prompt"] or "Z" in shown["prompt"]
+    assert ("X" in shown["prompt"]) == (last["words"][shown["right"]] == "P")
+    assert 0.5 <= shown["student_probability"] <= 1 and 0.5 <= shown["teacher_probability"] <= 1
+
+    assert report([str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "accuracy, held out, examples" in page and "20 of them, and what each says" in page
+    assert page.count("<caption>") == 2 and "<caption>teacher: " in page and "<caption>run: " in page
+    assert page.count(shown["prompt"]) == 1 and "said P" in page
+
+
+def test_classes_without_a_teacher_and_among_ids_that_lack_them(tmp_path: Path) -> None:
+    plain = ("recipe=classification_teacher", "run.steps=1", "evaluation.every=1", "evaluation.at_start=false")
+    assert run_here(arguments(tmp_path, *plain)) == 0
+    (line,) = lines_of(tmp_path / "run", "classes.jsonl")
+    assert line["teacher"] is None and all(example["teacher"] is None for example in line["examples"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("classification_teacher", "none"), ("bitnet_sft", "bitnet"), ("bitdistill", "bitnet")]
+)
+def test_recipes_train_on_classes_and_go_on_where_they_were_stopped(recipe: str, bits: str, tmp_path: Path) -> None:
+    """Two steps are the same in one go and in two."""
+    asks = recipe == "bitdistill"
+    teacher = ["teacher.sanity=off", "teacher.top_k=16", "distillation.attention.coefficient=null"]
+    more = [f"recipe={recipe}", "evaluation.every=0", "checkpoint.every=1", *(teacher if asks else [])]
+    settings = compose(arguments(tmp_path, *more))
+    assert settings.student.quantiser == bits and (settings.distillation.gather_at == "labels") == asks
+    traces = []
+    for name, steps in (("whole", (2,)), ("parts", (1, 2))):
+        for count in steps:
+            allowed = "run.allow_changes=[run.steps]" if count == 2 and len(steps) == 2 else "run.resume=auto"
+            line = arguments(
+                tmp_path, *more, f"run.id={name}", f"run.steps={count}", allowed, "optim.schedule.kind=constant"
+            )
+            assert run_here(line, ScriptedTargets() if asks else None) == 0
+        traces.append(trace_of(tmp_path / name))
+    assert traces[0] == traces[1] and len(traces[0]) == 2
+    if asks:
+        assert traces[0][0]["loss/label_kl"] > 0
+
+
+def test_bitdistill_compares_at_the_words_where_nothing_else_is_said() -> None:
+    base = ["recipe=bitdistill", "student.checkpoint_path=x", "data=movie_reviews"]
+    terms = compose(base).distillation.by_name()
+    assert list(terms) == ["cross_entropy", "label_kl", "attention"]
+    assert list(compose([*base, "distillation=logits_only"]).distillation.by_name()) == ["cross_entropy", "top_k_kl"]
+    text = ["recipe=bitdistill", "student.checkpoint_path=x", "data=short_texts"]
+    assert "top_k_kl" in compose(text).distillation.by_name()
+
+
+def test_an_example_of_no_known_class_stops_the_run_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = arguments(tmp_path, "recipe=bitnet_sft", "run.steps=1")
+    with (tmp_path / "examples.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "abcdefX", "label": "ugly"}) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 2
+    assert "'label' is 'ugly', expected one of 'bad', 'good'" in " ".join(capfd.readouterr().err.split())
 
 
 class Listening(ScriptedTargets):

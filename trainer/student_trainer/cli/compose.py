@@ -25,7 +25,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from student_trainer.cli.defaults import choose_teacher, default_data, default_loss, keep_optimizer, unlike_recipe
+from student_trainer.cli.defaults import (
+    choose_teacher,
+    default_data,
+    default_loss,
+    keep_optimizer,
+    loss_of_classes,
+    unlike_recipe,
+)
 from student_trainer.cli.effects import PRESET_NAMES, names_without_effect, without_effect
 from student_trainer.cli.help import sections_in, settings_by_name
 from student_trainer.cli.old_names import renamed
@@ -57,7 +64,9 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
             raise ValueError(f"--config-folder {config_folder}: there is no such folder")
         arguments.append(f"hydra.searchpath=[file://{config_folder.resolve()}]")
     plain, unread = _composed(arguments)
-    if chosen := [*default_data(plain, given), *default_loss(given, unread)]:
+    recipe = next((str(override.value()) for override in parsed if override.key_or_group == "recipe"), None)
+    of_classes = loss_of_classes(plain, recipe, given)
+    if chosen := [*default_data(plain, given), *default_loss(given, unread), *of_classes]:
         plain, unread = _composed([*arguments, *chosen])
     keep_optimizer(plain, given)
     if plain["teacher"]["kind"] == "auto":

@@ -45,6 +45,22 @@ def default_loss(given: Set[str], unread: Set[str]) -> list[str]:
     return ["distillation=bitdistill"]
 
 
+def loss_of_classes(plain: Mapping[str, Any], recipe: str | None, given: Collection[str]) -> list[str]:
+    """The override that has `recipe=bitdistill` compare student and teacher at the words of classes, where all data
+    have classes and nothing else is said of the loss. A run that began otherwise goes on so.
+    """
+    sources = plain["data"].get("sources") or {}
+    chosen = any(name == "distillation" or name.startswith("distillation.terms") for name in given)
+    with_classes = [source for source in sources.values() if source.get("format") == "classification"]
+    if recipe != "bitdistill" or chosen or not sources or len(with_classes) < len(sources):
+        return []
+    begun = _begun_with(plain).get("distillation")
+    if begun and begun.get("gather_at") != "labels":
+        return []
+    logger.info("all data have classes: distillation=classification")
+    return ["distillation=classification"]
+
+
 def choose_teacher(plain: dict[str, Any]) -> None:
     """Put the teacher of kind auto into the settings: local or remote."""
     teacher = plain["teacher"]

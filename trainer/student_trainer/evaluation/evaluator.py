@@ -23,10 +23,11 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import ViewSeed
+from student_trainer.evaluation.classes import ClassSums
 from student_trainer.evaluation.documents import DocumentSums
 from student_trainer.evaluation.mask_rates import MaskRates
 from student_trainer.evaluation.passage import can_be_shown, make_passage
-from student_trainer.evaluation.records import DocumentFigures, Evaluation, Figures
+from student_trainer.evaluation.records import ClassFigures, DocumentFigures, Evaluation, Figures
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.terms import TokenTerm
@@ -84,15 +85,15 @@ class SourceFigures(Protocol):
 
 
 class Evaluator:
-    """`micro_rows`: rows a forward pass. `decode`: a token id as text, for the passage at the end of a run. `head`: the
+    """`micro_rows`: rows a forward pass. `decode`: token ids as text, for what is kept to be read. `head`: the
     teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words.
     `decoding`: of a block-diffusion student that can write here. With several `ranks`, each has its own rows of every
     batch, and all call together.
     """
 
     def __init__(
-        self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None, decode: Callable[[int], str],
-        passage_file: Path, seed: ViewSeed, head: TeacherHead | None = None,
+        self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None,
+        decode: Callable[[Sequence[int]], str], passage_file: Path, seed: ViewSeed, head: TeacherHead | None = None,
         classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE, decoding: SourceFigures | None = None,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
@@ -114,6 +115,7 @@ class Evaluator:
         """
         by_source: dict[str, Figures] = {}
         documents: list[DocumentFigures] = []
+        classes: list[ClassFigures] = []
         names = self._held_out.batches if self._settings.every > 0 else ()
         count = sum(len(self._held_out.batches[name]) for name in names)
         with stage("evaluating", count, "batches", closing=False) as doing:
@@ -123,11 +125,12 @@ class Evaluator:
                 pause()
 
             for name in names:
-                by_source[name], of_source = self._figures(student, name, done)
-                documents += of_source
+                by_source[name], of_documents, of_classes = self._figures(student, name, done)
+                documents += of_documents
+                classes += of_classes
                 if self._decoding is not None:
                     by_source[name] |= self._decoding.figures(student, name, pause)
-        return Evaluation(by_source, documents)
+        return Evaluation(by_source, documents, classes)
 
     def write_passage(self, student: Student) -> None:
         """A held-out text in which each token shows what teacher and student would have said, for the report."""
@@ -139,13 +142,16 @@ class Evaluator:
     def _write_passage(self, student: Student, batch: Batch, targets: BatchTargets | None) -> None:
         if self._ranks.first:
             self._ranks.total(can_be_shown(targets))
-            self._passage_file.write_text(json.dumps(make_passage(student, batch, targets, self._decode, self._seed)))
+            passage = make_passage(student, batch, targets, lambda token: self._decode([token]), self._seed)
+            self._passage_file.write_text(json.dumps(passage))
         elif self._ranks.total(0):
             # The student is whole for rank 0 only while the others have it whole too.
             for micro in cut(batch.rows(0, 1), None, student, self._seed, keep_empty=True):
                 student.logits(micro.to(student.device))
 
-    def _figures(self, student: Student, name: str, done: Callable[[], None]) -> tuple[Figures, list[DocumentFigures]]:
+    def _figures(
+        self, student: Student, name: str, done: Callable[[], None]
+    ) -> tuple[Figures, list[DocumentFigures], list[ClassFigures]]:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
@@ -154,7 +160,8 @@ class Evaluator:
         tokens = 0
         # Weights of the labels that agree, of those that are right, and of all: on the device until the end.
         hits_3 = torch.zeros(3, dtype=torch.float64, device=student.device)
-        classes = self._classes.get(name)
+        words = self._classes.get(name)
+        classes = ClassSums(name, words, self._decode) if words else None
         with _resting(student):
             for batch, answer in zip(batches, answers, strict=True):
                 for micro in cut(
@@ -162,7 +169,7 @@ class Evaluator:
                     keep_empty=not self._ranks.alone,
                 ):  # fmt: skip
                     micro = micro.to(student.device)
-                    loss = student.loss(micro, terms, None, want_top1=has_teacher)
+                    loss, logits_NV = student.loss_and_logits(micro, terms, has_teacher, want_logits=words is not None)
                     sums.add(loss, micro)
                     tokens += len(micro.view.labels_N)
                     agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.view.labels_N) else None
@@ -170,7 +177,8 @@ class Evaluator:
                     if rates is not None:
                         rates.add(micro, loss.per_term["cross_entropy"])
                     hits_3[0] += 0 if agrees_N is None else _weight(micro, agrees_N)
-                    hits_3[1] += _weight(micro, _correct(student, micro, classes)) if classes else 0
+                    if classes is not None and logits_NV is not None:
+                        hits_3[1] += _weight(micro, classes.add(batch, micro, logits_NV))
                     hits_3[2] += _weight(micro, torch.ones_like(micro.view.labels_N))
                 done()
         means = sums.metrics(ranks=self._ranks).terms
@@ -180,10 +188,10 @@ class Evaluator:
             "kl": means["kl"] if has_teacher else None,
             "agreement": agreed / weight if has_teacher and weight else None,
             "tokens": self._ranks.total(tokens),
-            **({"accuracy": correct / weight} if classes and weight else {}),
+            **({"accuracy": correct / weight} if words and weight else {}),
             **(rates.figures(self._ranks) if rates is not None else {}),
         }
-        return figures, documents.figures(self._ranks)
+        return figures, documents.figures(self._ranks), [] if classes is None else [classes.figures(self._ranks)]
 
 
 @contextmanager
@@ -208,10 +216,3 @@ def _weight(micro: MicroBatch, chosen_N: torch.Tensor) -> torch.Tensor:
     """What the chosen labels weigh together: their number, where labels have no weights."""
     weights_N = micro.view.weights_N
     return chosen_N.sum() if weights_N is None else (chosen_N * weights_N.double()).sum()
-
-
-def _correct(student: Student, micro: MicroBatch, classes: Sequence[int]) -> torch.Tensor:
-    """[N] bool: where the likeliest of the classes' words is the right one."""
-    words_C = torch.tensor(classes, device=student.device)
-    said_N = words_C[student.logits(micro)[:, words_C].argmax(1)]
-    return said_N == micro.view.labels_N

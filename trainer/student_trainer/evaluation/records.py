@@ -24,11 +24,40 @@ class DocumentFigures:
 
 
 @dataclass(frozen=True)
+class ClassExample:
+    """One held-out example with a class: what stands before the class's word, the right class, the student's and the
+    teacher's (by number), with their probabilities among the classes. None where the teacher says nothing of them.
+    """
+
+    document: str
+    prompt: str
+    right: int
+    student: int
+    student_probability: float
+    teacher: int | None
+    teacher_probability: float | None
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """Of a source with classes: their words; how often each right class (a row) was taken for which (a column), by the
+    student and by the teacher; and a few examples, the same in every evaluation.
+    """
+
+    source: str
+    words: Sequence[str]
+    student: Sequence[Sequence[int]]
+    teacher: Sequence[Sequence[int]] | None
+    examples: Sequence[ClassExample]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Figures by source, and the sums of every held-out document that they are made of."""
+    """Figures by source, the sums of every held-out document that they are made of, and what is said of classes."""
 
     by_source: Mapping[str, Figures]
     documents: Sequence[DocumentFigures]
+    classes: Sequence[ClassFigures] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
-DOCUMENTS = "documents.jsonl"
-FILES = (METRICS, EVALUATION, SAMPLES, DOCUMENTS)
+DOCUMENTS, CLASSES = "documents.jsonl", "classes.jsonl"
+FILES = (METRICS, EVALUATION, SAMPLES, DOCUMENTS, CLASSES)
 
 
 class RunLog:
@@ -48,12 +49,15 @@ class RunLog:
             tracker.log(state.step, {key: value for key, value in line.items() if key not in ("step", "time")})
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """One line: the step, and the figures of each source under its name; and a line a held-out document."""
+        """One line: the step, and the figures of each source under its name; and a line a held-out document, a line a
+        source with classes."""
         by_source = evaluation.by_source
         if not by_source:
             return
         for document in evaluation.documents:
             self._write(DOCUMENTS, {"step": step, **vars(document)})
+        for classes in evaluation.classes:
+            self._write(CLASSES, {"step": step, **asdict(classes)})
         self._write(EVALUATION, {"step": step, **by_source})
         self.evaluated = step
         self._progress.evaluation(step, by_source)

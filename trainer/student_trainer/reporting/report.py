@@ -2,8 +2,8 @@
 
     stillhouse-train report RUN [RUN ...] [--out report.html]
 
-Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and where they are there `samples.jsonl`
-and `passage.json`.
+Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and where they are there `samples.jsonl`,
+`classes.jsonl` and `passage.json`.
 The demos call `write_report` with their arms.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from student_trainer.reporting.classes import class_pictures
 from teacher_proto.process.stages import stage
 
 # Figures of an evaluation, with how the page calls them and whether more is better.
@@ -26,6 +27,7 @@ FIGURES = {
     "cross_entropy": ("cross-entropy", False),
     "kl": ("KL(teacher‖student)", False),
     "agreement": ("agreement", True),
+    "accuracy": ("accuracy", True),  # of sources with classes
 }
 # Figures of a training step that get a chart where a run has them; `loss/NAME` of every term comes on top.
 STEP_FIGURES = {
@@ -37,13 +39,16 @@ STEP_FIGURES = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run left: a line a step, a line an evaluation, a line a text that it wrote, a passage."""
+    """What one run left: a line a step, a line an evaluation, a line a text that it wrote, a passage, a line an
+    evaluation of a source with classes.
+    """
 
     name: str
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     passage: list[dict[str, Any]] | None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    classes: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, name: str | None = None) -> RunRecord:
@@ -57,6 +62,7 @@ class RunRecord:
             evaluations=_read_lines(folder / "evaluation.jsonl"),
             passage=json.loads(passage.read_text()) if passage.is_file() else None,
             samples=_read_lines(folder / "samples.jsonl"),
+            classes=_read_lines(folder / "classes.jsonl"),
         )
 
 
@@ -78,7 +84,8 @@ def write_report(
     )
     passages = [{"run": run.name, "tokens": run.passage} for run in runs if run.passage]
     page = environment.get_template("report.html.jinja").render(
-        title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs], table=_table(runs, untrained),
+        title=title, lead=lead, facts=list(facts), run_names=[run.name for run in runs],
+        table=_table(runs, untrained), classes=class_pictures([(run.name, run.classes) for run in runs]),
         passages=passages, samples=_samples(runs, others, untrained), mixtures=_mixtures(runs),
         data={"runs": [run.name for run in runs], "charts": _charts(runs), "passages": passages,
               "mixtures": _mixtures(runs)},
@@ -105,7 +112,7 @@ def _table(runs: Sequence[RunRecord], untrained: str | None) -> list[dict[str, A
             rows += [row for row in made if row not in rows]
             last_rows += made[-1:]
         for figure, (_, more_is_better) in FIGURES.items():
-            known = [row for row in last_rows if row[figure] is not None]
+            known = [row for row in last_rows if row.get(figure) is not None]
             if len(known) > 1:
                 best = (max if more_is_better else min)(known, key=itemgetter(figure))
                 best["best"] |= {figure}

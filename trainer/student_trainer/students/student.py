@@ -102,19 +102,32 @@ class Student:
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
     ) -> HeadLoss:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
+        return self._whole_loss(micro, terms, chunk_rows, want_top1, False)[0]
+
+    def loss_and_logits(
+        self, micro: MicroBatch, terms: tuple[Term, ...], want_top1: bool, want_logits: bool
+    ) -> tuple[HeadLoss, Tensor | None]:
+        """Of one forward pass the loss, and if they are wanted logits [N, V] fp32 of its labels' rows."""
+        return self._whole_loss(micro, terms, None, want_top1, want_logits)
+
+    def _whole_loss(
+        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool, want_logits: bool
+    ) -> tuple[HeadLoss, Tensor | None]:
         if not len(micro.view.labels_N):
             # A rank that has no label here still takes its part in gathering and reducing, with gradients of zero.
             terms = tuple(token_term(term.name, "cross_entropy", 0.0) for term in terms)
-        return HeadLoss(*self.gathered(self._loss, micro, terms, chunk_rows, want_top1))
+        *loss, logits_NV = self.gathered(self._loss, micro, terms, chunk_rows, want_top1, want_logits)
+        return HeadLoss(*loss), logits_NV
 
     def _loss(
-        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool
+        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool, want_logits: bool
     ) -> tuple[Any, ...]:
-        """The fields of a HeadLoss: FSDP looks for tensors in plain containers."""
+        """The fields of a HeadLoss, then the logits: FSDP looks for tensors in plain containers."""
         with capturing(self.model, self.capture(terms)) as captured:
             hidden_ND = self.hidden(micro, clean=_any_clean(terms))
         loss = self.loss_of(captured(hidden_ND), self.head, micro, terms, chunk_rows, want_top1, defer=True)
-        return loss.total, loss.per_term, loss.counted, loss.top1_N, loss.deferred
+        logits_NV = self.logits_of(hidden_ND[: len(micro.view.labels_N)]) if want_logits else None
+        return loss.total, loss.per_term, loss.counted, loss.top1_N, loss.deferred, logits_NV
 
     def loss_of(
         self, captured: Captured, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
