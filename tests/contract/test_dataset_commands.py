@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -50,8 +51,15 @@ def test_a_filled_dataset_is_what_is_answered_online(tmp_path: Path) -> None:
     assert "0 sequences scored" in again.stdout and "25 were there" in again.stdout
     said = command("dataset", "stats", tmp_path / "out").stdout
     assert "documents:     25\n" in said and "tokens:        1,000\n" in said and "lossless" in said
+    left = tmp_path / "out" / "index" / f".targets-1.idx.{'0' * 32}"
+    left.touch()
+    os.utime(left, (0, 0))
     checked = command("dataset", "check", tmp_path / "out")
     assert checked.returncode == 0 and "all shards are whole" in checked.stdout
+    assert f"{left.name} is being written, or was left by a fill that was killed" in checked.stdout and left.exists()
+    cleaned = command("dataset", "check", tmp_path / "out", "--clean")
+    assert cleaned.returncode == 0 and f"removed {tmp_path / 'out'}/index/{left.name}" in cleaned.stdout
+    assert not left.exists()
     merged = command("dataset", "merge", tmp_path / "out")
     assert merged.returncode == 0 and "one index of 3 shards" in merged.stdout
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from teacher_proto.dataset.folder import Folder
 from teacher_proto.dataset.index import IndexFile, Place, ShardNote, document_key, encode_index
-from teacher_proto.dataset.listing import INDEX, INDEX_SUFFIX, SHARD_SUFFIX, SHARDS, read_index
+from teacher_proto.dataset.listing import INDEX, INDEX_SUFFIX, SHARD_SUFFIX, SHARDS, read_index, remove_unfinished
 from teacher_proto.dataset.manifest import Manifest, find_manifest
 from teacher_proto.dataset.ranges import Ranges
 from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
@@ -41,7 +41,8 @@ class TargetDataset:
 
     ValueError where there is none, or where shards are missing, cut short or not those of the index.
     `cache` and `cache_bytes` bound what is kept of a bucket on this disk, `ahead` is how many row groups are fetched
-    before they are asked for. `create`: begin the dataset with this manifest if there is none.
+    before they are asked for. `create`: begin the dataset with this manifest if there is none; what a killed filler
+    has not finished is removed.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class TargetDataset:
         self.path, self.readonly = url.rstrip("/"), readonly
         self.folder = Folder(url, options, outage_s=outage_s)
         self.manifest = _manifest(self.folder, create)
+        if create is not None and (removed := remove_unfinished(self.folder)):
+            log.info("%s: removed %d files that a killed writer had not finished", self.path, len(removed))
         self._lock = threading.RLock()
         self._shard_bytes = shard_bytes
         self._pending: dict[bytes, list[Pair]] = {}

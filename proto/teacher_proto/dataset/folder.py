@@ -1,7 +1,8 @@
 """A folder on any fsspec URL, as datasets use one: objects that are there whole or not at all, and outages outlasted.
 
 On this disk an object is written under a temporary name and renamed; a bucket's objects appear when their upload is
-complete. Used by the rest of the package.
+complete. A writer that is killed leaves its temporary file, which `remove_unfinished` finds. Used by the rest of the
+package.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,6 +23,11 @@ T = TypeVar("T")
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError, TypeError)
 _LOCAL = ("file", "local")
 _LONGEST_PAUSE_S = 15.0
+# The names that `_write` gives; nobody else's files are touched.
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
+# Nothing is written to a temporary file for so long only where its writer is dead, or stopped: one that goes on after
+# all finds its file gone, and writes it again.
+QUIET_S = 3600.0
 
 
 def is_url(place: str) -> bool:
@@ -80,6 +87,37 @@ class Folder:
     def remove(self, name: str) -> None:
         self._try(f"removing {self.url}/{name}", lambda: self.fs.rm_file(self._path(name)))
 
+    def unfinished(self, below: str) -> dict[str, float]:
+        """Files right below `below` that somebody is writing, or was killed at, and when each was last written to."""
+        if not self.local:
+            return {}
+        try:
+            infos = self.fs.ls(self._path(below), detail=True)
+        except FileNotFoundError:
+            return {}
+        names = {info["name"].rsplit("/", 1)[-1]: float(info["mtime"]) for info in infos if info["type"] == "file"}
+        return {name: written for name, written in names.items() if _UNFINISHED.fullmatch(name)}
+
+    def remove_unfinished(self, below: str, quiet_s: float = QUIET_S) -> list[str]:
+        """Remove those of `unfinished` that have not been written to for `quiet_s`; their names."""
+        found = self.unfinished(below)
+        if not found:
+            return []
+        stale = [name for name, written in found.items() if self._clock(below) - written >= quiet_s]
+        for name in stale:
+            with contextlib.suppress(FileNotFoundError):  # another one cleans up too
+                self.fs.rm_file(self._path(f"{below}/{name}" if below else name))
+        return stale
+
+    def _clock(self, below: str) -> float:
+        """The time of the disk, which may be another machine's: that of a file that is written now."""
+        path = self._path(f"{below}/.clock.{uuid.uuid4().hex}" if below else f".clock.{uuid.uuid4().hex}")
+        self.fs.pipe_file(path, b"")
+        try:
+            return float(self.fs.info(path)["mtime"])
+        finally:
+            self.fs.rm_file(path)
+
     def _range(self, name: str, start: int, stop: int) -> bytes:
         try:
             return self.fs.cat_file(self._path(name), start=start, end=stop)
@@ -100,7 +138,11 @@ class Folder:
         self.fs.makedirs(parent, exist_ok=True)
         try:
             self.fs.pipe_file(part, data)
-            self.fs.mv(part, path)
+            try:
+                self.fs.mv(part, path)
+            except FileNotFoundError as error:
+                # It was taken for one that a killed writer left; unlike other missing files, another try mends it.
+                raise OSError(f"{part} was removed while it was written") from error
         except BaseException:
             with contextlib.suppress(OSError):
                 self.fs.rm_file(part)

@@ -1,6 +1,5 @@
-"""What lies in a dataset's folder: its index files read together, its shards, and whether the two agree.
-
-Used by `dataset.py` when it opens one, and by `check.py`.
+"""What lies in a dataset's folder: its index files read together, its shards, whether the two agree, and what killed
+writers left. Used by `dataset.py` when it opens one, by `check.py` and by `stillhouse-teacher dataset check`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from teacher_proto.dataset.index import Index, IndexFile
 SHARDS, INDEX = "shards", "index"
 SHARD_PREFIX, SHARD_SUFFIX = "targets-", ".parquet"
 MERGED, INDEX_SUFFIX = "merged-", ".idx"
+_WRITTEN = ("", SHARDS, INDEX)
 
 
 def open_files(folder: Folder, cache: Path) -> Index:
@@ -45,6 +45,20 @@ def shards_there(folder: Folder) -> dict[str, int]:
         for name, size in folder.list(SHARDS).items()
         if name.startswith(SHARD_PREFIX) and name.endswith(SHARD_SUFFIX)
     }
+
+
+def unfinished_files(folder: Folder) -> list[str]:
+    """Names, from the folder on, of files that are being written or that a killed writer left."""
+    return [_named(below, name) for below in _WRITTEN for name in sorted(folder.unfinished(below))]
+
+
+def remove_unfinished(folder: Folder) -> list[str]:
+    """Remove those that nobody has written to for an hour; safe beside whoever writes."""
+    return [_named(below, name) for below in _WRITTEN for name in sorted(folder.remove_unfinished(below))]
+
+
+def _named(below: str, name: str) -> str:
+    return f"{below}/{name}" if below else name
 
 
 def read_index(folder: Folder, cache: Path) -> tuple[Index, list[str]]:

@@ -1,7 +1,7 @@
 """`stillhouse-teacher dataset`: looks after target datasets in folders and buckets. Called by `main.py`.
 
 stillhouse-teacher dataset stats URL               what is in it, by its index
-stillhouse-teacher dataset check URL               reads every byte; exit code 1 and a line for each fault
+stillhouse-teacher dataset check URL [--clean]     reads every byte; exit code 1 and a line for each fault
 stillhouse-teacher dataset merge URL [FROM ...]    one index out of many; shards of FROM, filled apart, are copied in
 """
 
@@ -26,10 +26,12 @@ def dataset_command(arguments: list[str]) -> int:
     with stage("importing libraries"):
         from teacher_proto.dataset.folder import Folder
 
+    if options.clean and options.what != "check":
+        raise ValueError(f"dataset {options.what} takes no --clean: `dataset check` does")
     folder, others = Folder(options.url), [Folder(url) for url in options.source]
     if options.what == "stats":
         return _stats(folder)
-    return _check(folder) if options.what == "check" else _merge(folder, others)
+    return _check(folder, options.clean) if options.what == "check" else _merge(folder, others)
 
 
 def _stats(folder: Folder) -> int:
@@ -62,8 +64,9 @@ def _errors(errors: dict[str, float]) -> dict[str, str]:
     }
 
 
-def _check(folder: Folder) -> int:
+def _check(folder: Folder, clean: bool) -> int:
     from teacher_proto.dataset.check import check_dataset
+    from teacher_proto.dataset.listing import remove_unfinished, unfinished_files
 
     faults = 0
     with stage("reading shards", len(folder.list("shards")), "shards", closing=False) as doing:
@@ -74,6 +77,13 @@ def _check(folder: Folder) -> int:
         for line in check_dataset(folder, advance):
             faults += 1
             print(f"stillhouse-teacher: {line}", file=sys.stderr)
+    for name in remove_unfinished(folder) if clean else ():
+        print(f"stillhouse-teacher: removed {folder.url}/{name}")
+    for name in unfinished_files(folder):
+        print(
+            f"stillhouse-teacher: {folder.url}/{name} is being written, or was left by a fill that was killed: nobody "
+            "reads it. --clean removes it an hour after it was last written to, and so does the next fill"
+        )
     print(f"stillhouse-teacher: {faults} faults" if faults else "stillhouse-teacher: all shards are whole")
     return 1 if faults else 0
 
@@ -99,4 +109,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=("check", "merge", "stats"))
     parser.add_argument("url", metavar="URL", help="the dataset: a folder, s3:// or gs://")
     parser.add_argument("source", nargs="*", metavar="FROM", help="merge: datasets whose shards are to be copied in")
+    parser.add_argument("--clean", action="store_true", help="check: remove what fills that were killed left behind")
     return parser

@@ -3,6 +3,9 @@
 The driver reads the data and hands out units; N actors (`ray_worker.py`) score them and write shards, which are those
 that one process would write. Ray starts actors again that were lost with their node or process, and those that no
 node has room for once one joins; meanwhile their units are the others'. Called by `fill_command.py`; needs `ray`.
+
+These are Ray's core actors, and not a `map_batches` of Ray Data, whose actors can't be asked anything before they are
+given data: units follow from the teacher's own limits and identity, so one more engine would have to load for them.
 """
 
 from __future__ import annotations

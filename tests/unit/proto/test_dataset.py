@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import pytest
 
 from teacher_proto.dataset.check import check_dataset, dataset_stats, merge_dataset
 from teacher_proto.dataset.dataset import TargetDataset
-from teacher_proto.dataset.folder import Folder
+from teacher_proto.dataset.folder import QUIET_S, Folder
 from teacher_proto.dataset.index import Index, IndexFile, encode_index
+from teacher_proto.dataset.listing import remove_unfinished, unfinished_files
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.requests import KINDS, Query
 from teacher_proto.store.entry import split
@@ -376,3 +379,55 @@ def test_what_is_no_shard_is_told(tmp_path: Path) -> None:
     (tmp_path / "shards" / "targets-0.parquet").write_bytes(written.getvalue())
     with pytest.raises(ValueError, match="does not hold answers of a teacher"):
         merge_dataset(Folder(str(tmp_path)))
+
+
+def left_behind(folder: Path, name: str, age_s: float) -> Path:
+    """A file as a writer that was killed leaves it."""
+    left = folder / f".{name}.{uuid.uuid4().hex}"
+    left.write_bytes(b"half of it")
+    os.utime(left, (left.stat().st_atime, left.stat().st_mtime - age_s))
+    return left
+
+
+def test_what_killed_fillers_left_is_told_and_removed_when_it_is_old(tmp_path: Path) -> None:
+    fill(str(tmp_path), ASKED[:4])
+    places = (tmp_path, tmp_path / "shards", tmp_path / "index")
+    old = [left_behind(place, "targets-1", 2 * QUIET_S) for place in places]
+    fresh = [left_behind(place, "targets-2", QUIET_S / 2) for place in places]
+    strange = tmp_path / "index" / ".DS_Store"
+    strange.write_bytes(b"")
+    os.utime(strange, (0, 0))
+    folder = Folder(str(tmp_path))
+    assert unfinished_files(folder) == sorted_by_place(tmp_path, old + fresh)
+    assert list(check_dataset(folder)) == []
+    with TargetDataset(str(tmp_path), readonly=True) as dataset:
+        assert all(holds(dataset, one) for one in ASKED[:4])
+    assert all(path.exists() for path in old), "who only reads removes nothing"
+    fill(str(tmp_path), ASKED[4:])
+    assert not any(path.exists() for path in old) and all(path.exists() for path in (*fresh, strange))
+    assert unfinished_files(folder) == sorted_by_place(tmp_path, fresh) and remove_unfinished(folder) == []
+
+
+def sorted_by_place(root: Path, paths: list[Path]) -> list[str]:
+    """The dataset's own folder first, then shards, then indexes."""
+    names = [str(path.relative_to(root)) for path in paths]
+    return [name for below in (".", "shards", "index") for name in sorted(names) if name.startswith(below)]
+
+
+def test_a_writer_whose_file_is_taken_for_a_dead_ones_writes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped for longer than any writer takes, and another fill began meanwhile."""
+    folder = Folder(str(tmp_path), sleep=lambda seconds: None)
+    move, removed = folder.fs.mv, []
+
+    def move_late(part: str, path: str) -> None:
+        if not removed:
+            os.utime(part, (0, 0))
+            removed.extend(Folder(str(tmp_path)).remove_unfinished("shards"))
+        move(part, path)
+
+    monkeypatch.setattr(folder.fs, "mv", move_late)
+    folder.write("shards/a.parquet", b"all of it")
+    assert len(removed) == 1 and (tmp_path / "shards" / "a.parquet").read_bytes() == b"all of it"
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["a.parquet"]
