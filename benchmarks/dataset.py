@@ -1,6 +1,7 @@
 """Target datasets: bytes a token and what is lost, beside DistillKit's compressor; speed; a large index.
 
     python -m benchmarks.dataset [--tokens 1000000] [--documents 20000000] [--text-tokens 10000]
+    python -m benchmarks.dataset --tokens 10000000 --for-s 300      in slices: started again, it goes on
 
 Sizes depend on the data, so they are of what a real model says of real text, where `make demo` has put one, and of
 synthetic records, whose ids are drawn by Zipf's law. KL is over the K ids, renormalised, as DistillKit's own evaluation
@@ -23,9 +24,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.distillkit import SCHEMES, distillkit, renormalised_kl
-from benchmarks.report import report
-from benchmarks.target_records import TEACHER, TEMPERATURE, TEXT, manifest, of_a_model, synthetic
-from teacher_proto.dataset.index import ShardNote, encode_index
+from benchmarks.report import BENCH_DIR, report
+from benchmarks.target_records import TEACHER, TEMPERATURE, TEXT, manifest, of_a_model, renamed, synthetic
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
 from teacher_proto.requests import Query
@@ -34,6 +34,8 @@ from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
 BITS = (2, 3, 4, 5, 6, 8)
+VOCAB_SIZE, SHARD_TOKENS = 49_152, 2**17
+SPEEDS = BENCH_DIR / "dataset-speeds.jsonl"
 
 
 def shard(records: Sequence[tuple[np.ndarray, TokenTargets]], which: Manifest) -> list[list[Pair]]:
@@ -75,9 +77,7 @@ def ours(records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int, to
     with open_shard(io.BytesIO(data), "shard") as file:
         kept = [pair for group in range(len(note.groups)) for pair in Rows(file, group, which, "shard").all()]
     exact = [pair for document in documents for pair in document]
-    size = column_bytes(data, ("ids", "logprobs", "coded_ids", "coded_logprobs"))
-    if codec != "lossless":
-        size += 6 * note.rows  # a row's scale, which shares a column with lse, next_logprob and log_z
+    size = column_bytes(data, ("ids", "logprobs", "coded_ids", "coded_widths", "coded_logprobs", "coded_scales"))
     a, b = by_id(exact), by_id(kept)
     return {
         "K": top_k, "codec": codec.partition(":")[0], "bits": int(codec.partition(":")[2] or 16),
@@ -107,29 +107,48 @@ def codec_rows(
     return rows, ratios
 
 
-def speed(tokens: int, vocab_size: int, top_k: int) -> list[dict[str, Any]]:
-    """Tokens a second of one core, by processor time: records into shards, and shards into checked records."""
-    records, found = list(synthetic(tokens, vocab_size, top_k)), []
+def speed(tokens: int, top_k: int, until: float) -> list[dict[str, Any]] | None:
+    """Tokens a second of one core, by processor time: records into shards, and shards into checked records. A shard a
+    line of `SPEEDS`, so that it may be stopped and gone on with; None where it was stopped.
+    """
+    SPEEDS.parent.mkdir(parents=True, exist_ok=True)
+    SPEEDS.touch()
+    lines = [json.loads(line) for line in SPEEDS.read_text().splitlines()]
+    done = {(line["codec"], line["shard"]) for line in lines if line["K"] == top_k}
+    drawn: list[tuple[np.ndarray, TokenTargets]] = []
+    for number in range(-(-tokens // SHARD_TOKENS)):
+        for codec in ("lossless", "compact:8"):
+            if (codec, number) in done:
+                continue
+            if time.monotonic() > until:
+                print(f"{len(lines)} shards measured: run it again to go on", file=sys.stderr)
+                return None
+            drawn = drawn or list(synthetic(SHARD_TOKENS, VOCAB_SIZE, top_k))
+            lines.append({"K": top_k, "shard": number, **_speed_of(renamed(drawn, VOCAB_SIZE, number), codec, top_k)})
+            with SPEEDS.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    found = []
     for codec in ("lossless", "compact:8"):
-        which = manifest(vocab_size, top_k, codec)
-        wrote = read = 0.0
-        size = rows = 0
-        for begin in range(0, len(records), 256):
-            documents = shard(records[begin : begin + 256], which)
-            began = time.process_time()
-            data, (note, _, _) = encode_shard(which, documents)
-            wrote += time.process_time() - began
-            began = time.process_time()
-            with open_shard(io.BytesIO(data), "shard") as file:
-                for group in range(len(note.groups)):
-                    rows += sum(targets.num_rows for _, targets in Rows(file, group, which, "shard").all())
-            read += time.process_time() - began
-            size += len(data)
+        mine = [line for line in lines if line["codec"] == codec and line["K"] == top_k]
+        rows, size, wrote, read = (sum(line[name] for line in mine) for name in ("rows", "bytes", "write s", "read s"))
         found.append(
             {"K": top_k, "codec": codec, "tokens": rows, "shard B": size / rows, "write us": wrote / rows * 1e6,
              "read us": read / rows * 1e6, "written a second": rows / wrote, "read a second": rows / read}
         )  # fmt: skip
     return found
+
+
+def _speed_of(records: Sequence[tuple[np.ndarray, TokenTargets]], codec: str, top_k: int) -> dict[str, Any]:
+    which = manifest(VOCAB_SIZE, top_k, codec)
+    documents, rows = shard(records, which), 0
+    began = time.process_time()
+    data, (note, _, _) = encode_shard(which, documents)
+    wrote = time.process_time() - began
+    began = time.process_time()
+    with open_shard(io.BytesIO(data), "shard") as file:
+        for group in range(len(note.groups)):
+            rows += sum(targets.num_rows for _, targets in Rows(file, group, which, "shard").all())
+    return {"codec": codec, "rows": rows, "bytes": len(data), "write s": wrote, "read s": time.process_time() - began}
 
 
 LOOK_UP = """
@@ -141,9 +160,9 @@ def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 before = resident()
-began = time.monotonic()
+began = time.process_time()
 index = Index([IndexFile(np.memmap(sys.argv[1], np.uint8, "r"), "index")])
-opened = time.monotonic() - began
+opened = time.process_time() - began
 keys = np.random.default_rng(1).integers(0, 2**64, 20000, dtype=np.uint64)
 began = time.monotonic()
 index.contains(keys)
@@ -157,36 +176,55 @@ print(json.dumps({"start s": opened, "own memory MB": resident() - before, "look
 """
 
 
+MAKE = """
+import resource, sys, time
+import numpy as np
+from pathlib import Path
+from teacher_proto.dataset.index import ShardNote, encode_index
+documents, path = int(sys.argv[1]), Path(sys.argv[2])
+rng, shards = np.random.default_rng(0), max(documents // 1000, 1)
+groups = np.stack([np.arange(64) * 2**22, np.full(64, 2**22), np.full(64, 16)], axis=1)
+each = documents // shards
+parts = [
+    (ShardNote(f"targets-{n:024x}.parquet", 2**28, f"{n:064x}", 2**28 - 2**16, 1000, 2**20, 2**20, groups),
+     rng.integers(0, 2**64, each, dtype=np.uint64), rng.integers(0, 64, each, dtype=np.uint32))
+    for n in range(shards)
+]
+began = time.process_time()
+path.write_bytes(encode_index(parts))
+print(each * shards, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
 def large_index(documents: int) -> dict[str, Any]:
-    """An index of so many documents, read by a fresh process. Its pages are the system's, not the process's own."""
-    rng, shards = np.random.default_rng(0), max(documents // 1000, 1)
-    groups = np.stack([np.arange(64) * 2**22, np.full(64, 2**22), np.full(64, 16)], axis=1)
-    notes = [
-        ShardNote(f"targets-{n:024x}.parquet", 2**28, f"{n:064x}", 2**28 - 2**16, 1000, 2**20, 2**20, groups)
-        for n in range(shards)
-    ]
-    each = documents // shards
-    parts = [
-        (note, rng.integers(0, 2**64, each, dtype=np.uint64), rng.integers(0, 64, each).astype(np.int64))
-        for note in notes
-    ]
-    with tempfile.TemporaryDirectory() as folder:
+    """An index of so many documents, made by one fresh process and read by another. Its pages are the system's, not
+    the reader's own."""
+    with tempfile.TemporaryDirectory(dir=BENCH_DIR) as folder:
         path = Path(folder) / "merged.idx"
-        began = time.monotonic()
-        path.write_bytes(encode_index(parts))
-        made = time.monotonic() - began
+        made = subprocess.run(
+            [sys.executable, "-c", MAKE, str(documents), str(path)], check=True, capture_output=True, text=True
+        )
+        count, seconds, peak = map(float, made.stdout.split())
         done = subprocess.run([sys.executable, "-c", LOOK_UP, str(path)], check=True, capture_output=True, text=True)
         size = path.stat().st_size
-    return {"documents": each * shards, "file MB": size / 1e6, "merge s": made, **json.loads(done.stdout)}
+    return {
+        "documents": int(count), "file MB": size / 1e6, "merge CPU s": seconds, "merge peak MB": peak / 1e6,
+        **json.loads(done.stdout),
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--documents", type=int, default=20_000_000)
-    parser.add_argument("--text-tokens", type=int, default=10_000)
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="written and read for the speeds")
+    parser.add_argument("--documents", type=int, default=20_000_000, help="of the large index")
+    parser.add_argument("--text-tokens", type=int, default=10_000, help="of a model's records")
+    parser.add_argument("--drawn-tokens", type=int, default=20_000, help="of drawn records")
+    parser.add_argument("--for-s", type=float, default=float("inf"), help="stop after so many seconds; it can go on")
     options = parser.parse_args()
-    rows, ratios = codec_rows("Zipf", list(synthetic(20_000, 49_152, 128)), 49_152)
+    throughput = speed(options.tokens, 64, time.monotonic() + options.for_s)
+    if throughput is None:
+        return
+    rows, ratios = codec_rows("Zipf", list(synthetic(options.drawn_tokens, VOCAB_SIZE, 128)), VOCAB_SIZE)
     notes = ["Bytes and nats a token. `shard B` has all of a row: token ids, lse, next_logprob and log_z at one T too."]
     if TEACHER.exists() and TEXT.exists():
         vocab_size, records = of_a_model(options.text_tokens, 128)
@@ -196,9 +234,9 @@ def main() -> None:
         notes.append("No model's records: `make demo` puts one where this looks for it.")
     for row in rows:
         row["of the wire"] = row["shard B"] / (4 * row["K"] + 16) if row["shard B"] else None
-    throughput, index = speed(options.tokens, 49_152, 64), large_index(options.documents)
-    ratios |= {"speed": throughput, "index": index}
+    ratios |= {"speed": throughput, "index": large_index(options.documents)}
     report("dataset", rows, ratios, title="Target datasets, a token", notes=notes)
+    SPEEDS.unlink()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,20 @@ def synthetic(tokens: int, vocab_size: int, top_k: int) -> Iterator[tuple[np.nda
             logprobs=logprobs_RK.astype(np.float16), lse=rng.normal(20, 3, LENGTH).astype(np.float32),
             next_logprob=next_R, log_z=np.log(softened_R)[:, None].astype(np.float32),
         )  # fmt: skip
+
+
+def renamed(
+    records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int, number: int
+) -> list[tuple[np.ndarray, TokenTargets]]:
+    """The `number`-th copy of records: other ids for the same words, other documents. Drawing takes longer than what
+    is measured with them.
+    """
+    name_V = np.random.default_rng(number).permutation(vocab_size)
+    return [
+        (name_V[tokens_T], replace(targets, ids=name_V[targets.ids].astype(targets.ids.dtype)))
+        for tokens_T, targets in records
+        if targets.ids is not None
+    ]
 
 
 def of_a_model(tokens: int, top_k: int) -> tuple[int, list[tuple[np.ndarray, TokenTargets]]]:

@@ -11,6 +11,10 @@ from teacher_proto.store.entry import Entry
 from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
+# In manifests: a name for each layout, so that an older version refuses what it can't read. And in `--codec`.
+COMPACT: Mapping[str, int] = {"compact": 1, "compact2": 2}
+_TOLD: Mapping[str, str] = {"compact": "compact2", "compact1": "compact"}
+
 
 class Codec(Protocol):
     """`columns`: those beside the ones of every shard, name to Arrow type."""
@@ -68,21 +72,24 @@ class Lossless:
 
 def codec_of(manifest: Manifest) -> Codec:
     """The codec that a manifest names, fresh. ValueError for one that this version does not know."""
-    name = manifest.codec.get("name")
+    name = str(manifest.codec.get("name"))
     if name == "lossless":
         return Lossless()
-    if name == "compact":
-        return Compact(int(manifest.codec["bits"]), manifest.teacher.limits.vocab_size)
-    raise ValueError(f"the dataset's codec is {name!r}; this version reads lossless and compact: update stillhouse")
+    if name in COMPACT:
+        return Compact(int(manifest.codec["bits"]), manifest.teacher.limits.vocab_size, COMPACT[name])
+    known = ", ".join(("lossless", *COMPACT))
+    raise ValueError(f"the dataset's codec is {name!r}; this version reads {known}: update stillhouse")
 
 
 def parse_codec(text: str) -> dict[str, Any]:
-    """The codec of a manifest out of `lossless`, `compact` or `compact:BITS`. ValueError for what is none."""
+    """The codec of a manifest out of `lossless`, `compact` or `compact:BITS`; `compact1:BITS`, the older layout, goes
+    on with a dataset that was begun with it. ValueError for what is none.
+    """
     name, _, bits = text.partition(":")
     if text == "lossless":
         return {"name": "lossless"}
-    if name != "compact" or not (bits or "8").isdigit() or not MIN_BITS <= int(bits or 8) <= MAX_BITS:
+    if name not in _TOLD or not (bits or "8").isdigit() or not MIN_BITS <= int(bits or 8) <= MAX_BITS:
         raise ValueError(
             f"--codec {text}: lossless, compact or compact:BITS with {MIN_BITS} to {MAX_BITS} bits was expected"
         )
-    return {"name": "compact", "bits": int(bits or 8)}
+    return {"name": _TOLD[name], "bits": int(bits or 8)}

@@ -2,20 +2,22 @@
 written. Made by `codecs.py`.
 
 A row's K ids become their places in the order of frequency of the shard's first row group, sorted, and of those the
-differences of neighbours: small numbers, of which Parquet's zstd makes little. The order by logprob is lost with that,
-so each id keeps a level of `bits` bits: 0 is the row's largest logprob, which stays as it is, and the others divide the
-range of all others into equal steps. Where level 1 lies is chosen so that the K together keep their probability, as far
-as it stays below the largest. The logprob of the sequence's own next token is float16, and so are `lse` and `log_z`.
+differences of neighbours: small numbers, and `compact_layouts` says how they become bytes. The order by logprob is lost
+with that, so each id keeps a level of `bits` bits: 0 is the row's largest logprob, which stays as it is, and the others
+divide the range of all others into equal steps. Where level 1 lies is chosen so that the K together keep their
+probability, as far as it stays below the largest. The logprob of the sequence's own next token is float16, and so are
+`lse` and `log_z`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from teacher_proto.dataset.compact_layouts import LAYOUTS, SCALE_COLUMNS, Layout, Packed
 from teacher_proto.store.entry import Entry
 from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
@@ -27,17 +29,14 @@ _KEPT = ("ids", "logprobs", "lse", "next_logprob", "log_z")
 
 
 class Compact:
-    """`bits` a logprob, 2 to 8; `vocab_size` of the teacher."""
+    """`bits` a logprob, 2 to 8; `vocab_size` of the teacher; `version` of the layout."""
 
-    columns: ClassVar[Mapping[str, str]] = {
-        "coded_ids": "large_binary", "coded_logprobs": "large_binary", "coded_rows": "large_binary",
-    }  # fmt: skip
-
-    def __init__(self, bits: int, vocab_size: int):
+    def __init__(self, bits: int, vocab_size: int, version: int):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"the codec compact keeps {MIN_BITS} to {MAX_BITS} bits a logprob, got {bits}")
         self._levels, self._vocab_size = 2**bits - 1, vocab_size
-        self._planes = 2 if vocab_size <= 2**16 else 3
+        self._layout: Layout = LAYOUTS[version](bits, vocab_size)
+        self.columns = self._layout.columns
         self._by_place, self._place_of = self._orders(np.empty(0, np.int64))
         self._seen = np.empty(0, np.int64)
         self._errors: dict[str, float] = {"sum_kl": 0.0, "max_kl": 0.0}
@@ -77,13 +76,8 @@ class Compact:
         levels_RK = scale.levels(logprobs_RK, self._levels)
         scale = scale.keeping_mass(logprobs_RK, levels_RK, next_R, at_R)
         columns = (scale.largest_R, scale.first_R, scale.step_R, next_R, targets.lse, *targets.log_z.T)
-        rows = np.stack([column.astype(np.float16) for column in columns])
-        coded = {
-            "coded_ids": _planes(np.diff(places_RK, axis=1, prepend=0), self._planes),
-            "coded_logprobs": levels_RK.tobytes(),
-            "coded_rows": _planes(rows.view(np.uint16), 2),
-        }
-        coded_row = row | dict.fromkeys(_KEPT) | coded
+        columns_CR = np.stack([column.astype(np.float16) for column in columns])
+        coded_row = row | dict.fromkeys(_KEPT) | self._layout.pack(Packed(places_RK, levels_RK, columns_CR))
         self._measure(targets, self.decode(dict(coded_row)), entry)
         return coded_row
 
@@ -91,19 +85,18 @@ class Compact:
         if row["coded_ids"] is None:
             return row
         rows, top_k = row["stop"] - row["start"], row["top_k"]
-        places_RK = np.cumsum(_unplanes(row["coded_ids"], self._planes).reshape(rows, top_k), axis=1)
-        ids_RK = self._by_place[places_RK]
-        levels_RK = np.frombuffer(row["coded_logprobs"], np.uint8).reshape(rows, top_k)
-        kept = _unplanes(row["coded_rows"], 2).astype(np.uint16).reshape(-1, rows).view(np.float16)
-        next_R, lse_R, log_z_TR = kept[3], kept[4], kept[5:]
-        kept_RK = _Scale(*kept[:3]).logprobs(levels_RK)
+        packed = self._layout.unpack(row, rows, top_k)
+        ids_RK = self._by_place[packed.places_RK]
+        scale, (next_R, lse_R, *_) = packed.columns_CR[:SCALE_COLUMNS], packed.columns_CR[SCALE_COLUMNS:]
+        kept_RK = _Scale(*scale).logprobs(packed.levels_RK)
         at_R = _next_column(ids_RK, row)
         listed = np.flatnonzero(at_R >= 0)
         kept_RK[listed, at_R[listed]] = next_R[listed]
         ids_RK, kept_RK = _largest_first(ids_RK, kept_RK)
         return row | {
             "ids": ids_RK.reshape(-1), "logprobs": kept_RK.reshape(-1), "lse": lse_R.astype(np.float32),
-            "next_logprob": next_R.astype(np.float32), "log_z": log_z_TR.T.astype(np.float32).reshape(-1),
+            "next_logprob": next_R.astype(np.float32),
+            "log_z": packed.columns_CR[SCALE_COLUMNS + 2 :].T.astype(np.float32).reshape(-1),
         }  # fmt: skip
 
     def _orders(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -212,17 +205,3 @@ def _largest_first(ids_RK: np.ndarray, logprobs_RK: np.ndarray) -> tuple[np.ndar
     keys_RK.sort(axis=1)
     order_RK = (keys_RK & 0xFFFF).astype(np.int64)
     return np.take_along_axis(ids_RK, order_RK, axis=1), (keys_RK >> 16).astype(np.uint16).view(np.float16)
-
-
-def _planes(numbers: np.ndarray, count: int) -> bytes:
-    """The lowest bytes of all numbers, then the next ones: what is alike stands together."""
-    flat = np.ascontiguousarray(numbers, dtype="<u4").reshape(-1).view(np.uint8).reshape(-1, 4)
-    return np.ascontiguousarray(flat[:, :count].T).tobytes()
-
-
-def _unplanes(data: bytes, count: int) -> np.ndarray:
-    planes = np.frombuffer(data, np.uint8).reshape(count, -1)
-    numbers = planes[0].astype(np.int32)
-    for place in range(1, count):
-        numbers |= planes[place].astype(np.int32) << (8 * place)
-    return numbers

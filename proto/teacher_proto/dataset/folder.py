@@ -98,12 +98,13 @@ class Folder:
         names = {info["name"].rsplit("/", 1)[-1]: float(info["mtime"]) for info in infos if info["type"] == "file"}
         return {name: written for name, written in names.items() if _UNFINISHED.fullmatch(name)}
 
-    def remove_unfinished(self, below: str, quiet_s: float = QUIET_S) -> list[str]:
+    def remove_unfinished(self, below: str, quiet_s: float = QUIET_S) -> tuple[str, ...]:
         """Remove those of `unfinished` that have not been written to for `quiet_s`; their names."""
         found = self.unfinished(below)
         if not found:
-            return []
-        stale = [name for name, written in found.items() if self._clock(below) - written >= quiet_s]
+            return ()
+        now = self._clock(below)
+        stale = tuple(name for name, written in found.items() if now - written >= quiet_s)
         for name in stale:
             with contextlib.suppress(FileNotFoundError):  # another one cleans up too
                 self.fs.rm_file(self._path(f"{below}/{name}" if below else name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query
 from teacher_proto.store.entry import split
 from teacher_proto.targets import TokenTargets, check_targets
-from tests.unit.proto.fake_teacher import Replica
+from tests.unit.proto.fake_teacher import Replica, same_bits
 from tests.unit.proto.test_store import ask, truth
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "dataset_compact1"
 
 
 def info(vocab: int) -> TeacherInfo:
@@ -27,10 +30,10 @@ def info(vocab: int) -> TeacherInfo:
     return Replica().info.model_copy(update={"limits": limits})
 
 
-def kept(folder: Path, asked: list[Query], bits: int, vocab: int = 300) -> list[TokenTargets]:
+def kept(folder: Path, asked: list[Query], bits: int, vocab: int = 300, codec: str = "compact") -> list[TokenTargets]:
     """What comes out of a dataset that these were put into."""
     owner = info(vocab)
-    manifest = Manifest(owner, asked[0].spec, {"name": "compact", "bits": bits})
+    manifest = Manifest(owner, asked[0].spec, parse_codec(f"{codec}:{bits}"))
     with TargetDataset(str(folder), create=manifest) as dataset:
         dataset.add_shard([split(owner.fingerprint, one, truth(one, vocab)) for one in asked])
     with TargetDataset(str(folder), readonly=True) as dataset:
@@ -105,7 +108,7 @@ def test_logprobs_that_are_nothing_cost_the_others_no_resolution(tmp_path: Path)
     assert exact.logprobs is not None
     forbidden = exact.logprobs.copy()
     forbidden[:, -2:] = -65504
-    owner, manifest = info(300), Manifest(info(300), one.spec, {"name": "compact", "bits": 8})
+    owner, manifest = info(300), Manifest(info(300), one.spec, parse_codec("compact:8"))
     targets = TokenTargets(exact.start, **(exact.tensors() | {"logprobs": forbidden}))
     with TargetDataset(str(tmp_path), create=manifest) as dataset:
         dataset.add_shard([split(owner.fingerprint, one, targets)])
@@ -136,8 +139,6 @@ def test_the_error_that_is_told_is_the_one_that_was_made(tmp_path: Path) -> None
 
 
 def test_kinds_that_are_no_top_k_are_kept_as_they_are_and_all_of_it_is_checked(tmp_path: Path) -> None:
-    from tests.unit.proto.fake_teacher import same_bits
-
     asked = [ask(kinds=("top_k", "sampled"), seed=n) for n in range(4)]
     answers = kept(tmp_path, asked, 8)
     for one, answer in zip(asked, answers, strict=True):
@@ -169,3 +170,35 @@ def test_a_codec_of_a_later_version_is_told(tmp_path: Path) -> None:
     manifest: Any = Manifest(info(300), ask().spec, {"name": "smaller"})
     with TargetDataset(str(tmp_path), create=manifest) as dataset, pytest.raises(ValueError, match="update stillhouse"):
         dataset.add_shard([split(info(300).fingerprint, ask(), truth(ask()))])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("vocab", [300, 70_000])
+def test_both_layouts_keep_the_same(tmp_path: Path, bits: int, vocab: int) -> None:
+    asked = [ask(seed=n, length=5 + 9 * n, vocab=vocab, top_k=7) for n in range(4)]
+    old, new = (kept(tmp_path / name, asked, bits, vocab, name) for name in ("compact1", "compact"))
+    assert all(same_bits(one, other) for one, other in zip(old, new, strict=True))
+
+
+def test_a_dataset_of_the_first_layout_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    """`golden/dataset_compact1` was written when there was no other, with 4 bits."""
+    shutil.copytree(GOLDEN, tmp_path / "old")
+    asked = [ask(seed=n, length=12 + n) for n in range(5)]
+    with TargetDataset(
+        str(tmp_path / "old"), create=Manifest(info(300), asked[0].spec, parse_codec("compact1:4"))
+    ) as old:
+        assert old.holds([one.tokens_T for one in asked]).tolist() == [True] * 3 + [False] * 2
+        old.add_shard([split(info(300).fingerprint, one, truth(one)) for one in asked[3:]])
+        for one in asked:
+            answer = old.get(info(300).fingerprint, one)
+            assert answer is not None
+            check_targets(answer, one, 300)
+            (ids, logprobs), (kept_ids, kept_logprobs) = by_id(truth(one)), by_id(answer)
+            assert (ids == kept_ids).all() and tail_kl(logprobs, kept_logprobs).mean() < 5e-3
+    assert list(check_dataset(Folder(str(tmp_path / "old")))) == []
+
+
+def test_a_dataset_of_the_first_layout_takes_no_shards_of_another(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "old")
+    with pytest.raises(ValueError, match=r"begun with something else, codec\.name: compact2 here, compact there"):
+        TargetDataset(str(tmp_path / "old"), create=Manifest(info(300), ask().spec, parse_codec("compact:4")))
