@@ -3,6 +3,7 @@
 #   make demo         prune SmolLM2-135M and heal it with a served teacher; report in runs/demo/report.html
 #   make bitdistill   make SmolLM2-135M ternary, teach and export it; report in runs/bitdistill/report.html
 #   make diffusion    make it a block-diffusion student, with and without the teacher; table in runs/diffusion/main/table.md
+#   make classification    film reviews: a ternary student against full precision, with and without the teacher
 #   make test         every test that a CPU can run, the real vLLM engine included
 #   make check        ruff, mypy, the import contracts, a scan for secrets, an audit of packages without a network
 #   make test-slow    the tests of over a minute
@@ -33,10 +34,10 @@ export TOKENIZERS_PARALLELISM ?= true
 # Without compiled files every start of a process compiles thousands of modules anew: vLLM's imports take twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo bitdistill diffusion test test-slow check format tree docs audit gpu-check clean $(BENCHMARKS)
+.PHONY: help install demo bitdistill diffusion classification test test-slow check format tree docs audit gpu-check clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,13s/^# \{0,3\}//p' Makefile
+	@sed -n '3,14s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
@@ -48,6 +49,9 @@ bitdistill: $(VENV)/.installed-demo
 
 diffusion: $(VENV)/.installed-demo
 	@$(BIN)/python -m demo.diffusion $(ARGS)
+
+classification: $(VENV)/.installed-demo
+	@$(BIN)/python -m demo.classification $(ARGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m demo.prepare

@@ -12,7 +12,6 @@ again it goes on where it was, with the steps that it planned at first; --again 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from demo.comparison import finished, keep_plan, kept_plan, options_of, progress_of
 from demo.diffusion_arms import ABLATIONS, MAIN, THRESHOLDS, Comparison
 from demo.diffusion_table import results_of, write_results
 from demo.measure import Machine, StudentProcess
@@ -46,13 +46,8 @@ class Plan:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo.diffusion", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=40.0, help="for all of it (default: %(default)g)")
+    parser = options_of("diffusion", str(__doc__), minutes=40)
     parser.add_argument("--ablations", action="store_true", help="what else could be chosen, on a small model")
-    parser.add_argument("--again", action="store_true", help="begin anew, not where it was stopped")
-    parser.add_argument("--steps", type=int, help="of each run (default: as many as there is time for)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
-    parser.add_argument("--runs", type=int, help="runs to make now, the others later (default: all)")
     options = parser.parse_args()
     with stoppable(), Processes(Screen()) as processes:
         return compare(processes, ABLATIONS if options.ablations else MAIN, options)
@@ -75,7 +70,8 @@ def compare(processes: Processes, comparison: Comparison, options: argparse.Name
             run = runs / f"{arm}-{seed}"
             screen.title(f"{arm.replace('_', ' ')}, seed {seed}: {plan.steps} steps")
             screen.say(f"learns from {comparison.arms[arm].about}", style="dim")
-            train(processes, run.name, run_settings(comparison, runs, teacher, plan, arm, seed), _progress(run, plan))
+            settings = run_settings(comparison, runs, teacher, plan, arm, seed)
+            train(processes, run.name, settings, progress_of(run, plan.steps))
             if (arm, seed) != KEPT:
                 # What is compared is written down; the checkpoints are large.
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -137,8 +133,8 @@ def planned(
     from teacher_proto.hardware import cpu_name
 
     file = RUNS / comparison.name / "plan.json"
-    if file.is_file():
-        plan = Plan(**json.loads(file.read_text()))
+    if (kept := kept_plan(file)) is not None:
+        plan = Plan(**kept)
         processes.screen.say(f"going on with {plan.steps} steps a run, as planned before")
         return plan
     machine: dict[str, Any] = {"cpu": cpu_name()}
@@ -148,7 +144,7 @@ def planned(
         measured = measure(processes, comparison, teacher)
         machine, steps = asdict(measured), steps_in(comparison, measured, seconds, runs)
     plan = Plan(steps, machine, teacher.as_json())
-    file.write_text(json.dumps(asdict(plan), indent=2))
+    keep_plan(file, asdict(plan))
     processes.screen.say(f"The plan: {runs} runs of {steps} steps of {comparison.rows * comparison.seq_len} tokens")
     return plan
 
@@ -181,15 +177,6 @@ def steps_in(comparison: Comparison, machine: Machine, seconds: float, runs: int
         tokens / machine.student_tokens_per_second + asking * tokens / machine.teacher_tokens_per_second
     )
     return max(FEWEST_STEPS, int((seconds - asked_s - runs * fixed_s) / (runs * a_step_s)))
-
-
-def finished(run: Path, steps: int) -> bool:
-    lines = read_lines(run / "evaluation.jsonl")
-    return bool(lines) and lines[-1]["step"] == steps
-
-
-def _progress(run: Path, plan: Plan) -> Callable[[], str]:
-    return lambda: f"step {len(read_lines(run / 'metrics.jsonl'))} of {plan.steps}"
 
 
 def common(comparison: Comparison, runs: Path) -> list[str]:

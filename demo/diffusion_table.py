@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from demo.comparison import markdown_table
 from demo.diffusion_arms import THRESHOLDS, Comparison
 from demo.served import read_lines
 
@@ -167,6 +168,4 @@ def markdown(results: Results, comparison: Comparison) -> str:
     table = [["held out", *results.columns(comparison)], *results.rows(comparison)]
     if len(table[0]) > 4:
         table = [list(line) for line in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
-    lines.insert(1, "| --- |" + " ---: |" * (len(table[0]) - 1))
-    return "\n".join(lines) + "\n"
+    return markdown_table(table) + "\n"

@@ -83,6 +83,18 @@ def make_student(folder: Path) -> None:
     _keep_layers(folder, lambda number: list(range(KEEP_EVERY - 1, number, KEEP_EVERY)))
 
 
+def first_layers_folder(layers: int) -> Path:
+    return CACHE / f"first-{layers}"
+
+
+def first_layers(layers: int) -> Path:
+    """The teacher's first layers, with its embeddings and head: the student of `make classification` on a slow CPU."""
+    folder = first_layers_folder(layers)
+    if not folder.exists():
+        _whole(lambda unfinished: _keep_layers(unfinished, lambda number: list(range(layers))))(folder)
+    return folder
+
+
 def make_small(folder: Path) -> None:
     """A random Llama of 0.4 million weights, and a tokenizer made of some of the code."""
     import json

@@ -37,12 +37,15 @@ class Teacher:
 
 
 @contextmanager
-def serve_teacher(processes: Processes, runs: Path) -> Iterator[Callable[[], Teacher]]:
-    """`stillhouse-teacher` with the demo's teacher, its log among `runs`; what is yielded waits until it is ready.
+def serve_teacher(
+    processes: Processes, runs: Path, model: Path = TEACHER, name: str = NAME, *more: str
+) -> Iterator[Callable[[], Teacher]]:
+    """`stillhouse-teacher` with the demo's teacher or another, and `more` options, its log among `runs`; what is
+    yielded waits until it is ready.
 
     Its store answers what an earlier arm has asked: all arms are held against the same held-out text.
     """
-    options = [str(TEACHER), "--name", NAME, "--max-model-len", "1024", "--store", str(runs / "targets")]
+    options = [str(model), "--name", name, "--max-model-len", "1024", "--store", str(runs / "targets"), *more]
     with processes.serve("stillhouse-teacher", options, runs / "teacher.log") as url:
         yield lambda: Teacher.at(url())
 

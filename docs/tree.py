@@ -52,7 +52,7 @@ PACKAGES = {
     "trainer/student_trainer/export": "a student for those who run it",
     "trainer/student_trainer/cli": "commands beside training, and the settings' composition",
     "benchmarks": "a script a figure: `make bench-NAME`",
-    "demo": "`make demo`, `make bitdistill`, `make diffusion`",
+    "demo": "`make demo`, `make bitdistill`, `make diffusion`, `make classification`",
 }
 
 

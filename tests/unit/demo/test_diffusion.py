@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from demo import diffusion
-from demo.diffusion import Local, Plan, common, finished, run_settings, steps_in
+from demo.comparison import finished
+from demo.diffusion import Local, Plan, common, run_settings, steps_in
 from demo.diffusion_arms import ABLATIONS, MAIN, THRESHOLDS
 from demo.diffusion_table import FIGURES, markdown, results_of, write_results
 from demo.measure import Machine

@@ -1,0 +1,226 @@
+"""Film reviews: a ternary student that is to keep up with full precision, with and without the teacher it is made from.
+
+    make classification         or, installed:  python -m demo.classification [--minutes N]
+    make classification ARGS='--minutes 5 --runs 3'       in slices: each goes on where the last one ended
+
+Fine-tunes SmolLM2-135M on the classes and serves it, trains the ternary student on text (stage 2), chooses each arm's
+learning rate, gamma and stage 2's length on the validation split, and trains every arm with every seed; those are told
+by the test split. The student has fewer layers where the machine is slow. Writes `results.jsonl`, `table.md` and
+`report.html` under `runs/classification`, after every run anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from demo import prepare
+from demo.classification_plan import ARMS, FEWEST_STEPS, LAYERS, ROWS, SEQ_LEN, Plan, Run, make_plan, next_run, planned
+from demo.classification_table import figures_of, results_table, write_results
+from demo.comparison import finished, keep_plan, kept_plan, options_of, progress_of
+from demo.measure import StudentProcess
+from demo.prepare import TEACHER
+from demo.processes import Processes, prepared, stoppable, train
+from demo.screen import Screen
+from demo.served import Teacher, measure_machine, serve_teacher
+
+RUNS = Path("runs/classification")
+TEACHER_MODEL, NAME = RUNS / "teacher_model", "SmolLM2-135M-reviews"
+TOP_K = 16  # of the evaluations: a fine-tuned teacher has the words of the classes among its likeliest
+
+
+def main() -> int:
+    parser = options_of("classification", str(__doc__), minutes=120)
+    parser.add_argument("--layers", type=int, choices=LAYERS, help="of the student, with --steps (default: the fewest)")
+    parser.add_argument("--stage2-steps", type=int, help="with --steps (default: twice as many)")
+    parser.add_argument("--teacher-steps", type=int, help="with --steps (default: as many)")
+    options = parser.parse_args()
+    started = time.monotonic()
+    if options.again:
+        shutil.rmtree(RUNS, ignore_errors=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with stoppable(), Processes(Screen()) as processes:
+        prepared(processes, "teacher", "reviews")
+        plan = plan_of(processes, options)
+        with Services(processes) as services:
+            made = 0
+            while (run := next_run(plan, figures_of(RUNS, plan), options.seeds)) is not None:
+                over = time.monotonic() - started > 60 * options.minutes
+                if over or (options.runs is not None and made == options.runs):
+                    processes.screen.say(f"next: {run.name}; the same command goes on from here")
+                    break
+                make_run(processes, services, plan, run)
+                write_results(RUNS, plan)
+                made += 1
+        write_results(RUNS, plan)
+        processes.screen.say(results_table(RUNS, plan))
+    return 0
+
+
+def plan_of(processes: Processes, options: Any) -> Plan:
+    """The plan that is there; or what the options say; or one for the machine as it is measured now."""
+    from teacher_proto.hardware import cpu_name
+
+    file = RUNS / "plan.json"
+    if (kept := kept_plan(file)) is not None:
+        plan = Plan(**kept)
+        processes.screen.say(f"going on as planned: {described(plan)}")
+        return plan
+    if options.steps is not None:
+        plan = planned(options.layers or LAYERS[-1], options.steps, {"cpu": cpu_name()})
+        given = {"stage2_steps": options.stage2_steps, "teacher_steps": options.teacher_steps}
+        plan = Plan(**(asdict(plan) | {name: value for name, value in given.items() if value is not None}))
+    else:
+        plan = measured_plan(processes, options)
+    keep_plan(file, asdict(plan))
+    processes.screen.say(f"The plan: {described(plan)}")
+    return plan
+
+
+def described(plan: Plan) -> str:
+    return (
+        f"a student of {plan.layers} layers, {plan.steps} steps an arm, {plan.teacher_steps} of the teacher, "
+        f"{plan.stage2_steps} of stage 2"
+    )
+
+
+def measured_plan(processes: Processes, options: Any) -> Plan:
+    settings = [
+        *common("measured"), "data=short_texts", f"student.checkpoint_path={TEACHER}", "teacher=none",
+        "distillation=cross_entropy", "run.resume=never", "data.held_out_rows=2", f"run.steps={FEWEST_STEPS}",
+        "logging.progress=off",
+    ]  # fmt: skip
+    with serve_teacher(processes, RUNS) as ready:
+        student = StudentProcess(processes, settings, RUNS / "unused.jsonl", RUNS / "student_speed.log")
+        machine = measure_machine(processes, ready(), student)
+        student.close()
+    return make_plan(machine, 60 * options.minutes, options.seeds, asdict(machine))
+
+
+@dataclass
+class Services:
+    """The fine-tuned teacher and its attention service, each started when a run first asks it."""
+
+    processes: Processes
+    teacher: Teacher | None = None
+    attention_url: str | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def settings(self, relates: bool) -> list[str]:
+        """Where they are."""
+        if self.teacher is None:
+            ready = self._stack.enter_context(
+                # That of transformers: it starts in seconds, and a prompt has thirty tokens.
+                serve_teacher(self.processes, RUNS, TEACHER_MODEL, NAME, "--engine", "hf")
+            )
+            self.teacher = ready()
+        settings = [f"teacher.url={self.teacher.url}"]
+        if relates and self.attention_url is None:
+            beside = [str(TEACHER_MODEL), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url]
+            served = self.processes.serve("stillhouse-attention", beside, RUNS / "attention.log")
+            self.attention_url = self._stack.enter_context(served)()
+        return [*settings, f"teacher.attention_url={self.attention_url}"] if relates else settings
+
+
+def make_run(processes: Processes, services: Services, plan: Plan, run: Run) -> None:
+    processes.screen.title(f"{run.name}: {run.steps} steps")
+    settings = run_settings(plan, run)
+    if run.arm and ARMS[run.arm].asks:
+        settings += services.settings(ARMS[run.arm].relates)
+    elif run.phase == "stage2":
+        go_on(run, plan)
+    if run.phase != "teacher" and plan.layers < LAYERS[0]:
+        prepare.first_layers(plan.layers)
+    train(processes, run.name, settings, progress_of(RUNS / run.name, run.steps))
+    if run.phase == "teacher":
+        shutil.rmtree(TEACHER_MODEL, ignore_errors=True)
+        train(processes, "export", ["export", str(RUNS / "teacher"), "--format", "hf", "--out", str(TEACHER_MODEL)])
+    elif run.phase != "stage2":
+        # What is compared is written down; the checkpoints are large.
+        shutil.rmtree(RUNS / run.name / "checkpoints", ignore_errors=True)
+
+
+def go_on(run: Run, plan: Plan) -> None:
+    """A longer stage 2 begins with the shorter one, which is kept."""
+    shorter = [length for length in plan.lengths[1:] if length < run.steps]
+    folder = RUNS / run.name
+    if shorter and not folder.exists() and finished(RUNS / f"stage2-{shorter[-1]}", shorter[-1]):
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(RUNS / f"stage2-{shorter[-1]}", unfinished)
+        unfinished.rename(folder)
+
+
+def student_folder(layers: int) -> Path:
+    """The student that all arms begin with: the teacher before it is fine-tuned, or its first layers."""
+    return TEACHER if layers == LAYERS[0] else prepare.first_layers_folder(layers)
+
+
+def common(name: str) -> list[str]:
+    """The settings in which no two runs differ."""
+    return [
+        f"run.root={RUNS}", f"run.id={name}", f"data.seq_len={SEQ_LEN}", f"data.rows={ROWS}",
+        "evaluation.at_start=false", "evaluation.samples=0", "checkpoint.every=0", "checkpoint.keep=1",
+        "optim.weight_decay=0.01", f"student.tokenizer={TEACHER}", "logging.wandb=off",
+    ]  # fmt: skip
+
+
+def run_settings(plan: Plan, run: Run) -> list[str]:
+    """A run's, but for where the services are. A run that is stopped saves itself, and goes on there."""
+    base = TEACHER if run.phase == "teacher" else student_folder(plan.layers)
+    settings = [*common(run.name), f"run.steps={run.steps}", f"run.seed={run.seed}"]
+    if run.phase == "teacher":
+        return [
+            *settings, "recipe=classification_teacher", "data=movie_reviews", f"student.checkpoint_path={base}",
+            f"data.held_out_rows={plan.held_out_rows}", f"evaluation.every={run.steps}",
+        ]  # fmt: skip
+    if run.phase == "stage2":
+        # The rate is constant, so that a shorter stage 2 is the beginning of a longer one.
+        return [
+            *settings, "recipe=bitnet_pretraining", "optim=adamw", "data=short_texts", "data.held_out_rows=4",
+            f"student.checkpoint_path={base}", "optim.learning_rate=1e-3", "optim.schedule.kind=constant",
+            f"evaluation.every={run.steps}", f"student.quantisation.warmup_steps={max(1, plan.lengths[1] // 2)}",
+            "optim.schedule.warmup_steps=5", "run.allow_changes=[run.steps,evaluation.every]",
+        ]  # fmt: skip
+    arm = ARMS[run.arm]
+    settings += [
+        *arm.settings, "data=movie_reviews", f"optim.learning_rate={run.rate:g}",
+        f"student.checkpoint_path={RUNS / f'stage2-{run.stage2}' if run.stage2 else base}",
+        f"optim.schedule.warmup_steps={max(1, run.steps // 10)}",
+        *([f"teacher.top_k={TOP_K}"] if arm.asks else []), *of_gamma(run, arm.settings),
+    ]  # fmt: skip
+    if run.arm != "full_precision" and not run.stage2:
+        settings.append(f"student.quantisation.warmup_steps={max(1, run.steps // 5)}")
+    if run.phase == "final":
+        return [
+            *settings, f"evaluation.every={run.steps}", "data.sources.held_out.split=test",
+            f"data.held_out_rows={plan.test_rows}",
+        ]  # fmt: skip
+    return [*settings, f"evaluation.every={plan.evaluate_every}", f"data.held_out_rows={plan.held_out_rows}"]
+
+
+def of_gamma(run: Run, settings: tuple[str, ...]) -> list[str]:
+    """How the relations are weighed against the rest."""
+    if not run.gamma:
+        return []
+    if run.gamma != "shares":
+        return [f"distillation.gamma_attention={run.gamma}"]
+    terms = "cross_entropy: 1, attention: 1"
+    if "distillation=attention_only" not in settings:
+        terms += ", label_kl: 1"
+    return [f"distillation.balance.shares={{{terms}}}", "distillation.balance.every=10"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

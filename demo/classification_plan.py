@@ -1,0 +1,217 @@
+"""Which runs `demo.classification` makes, how long they are, and what follows from those that are done. No clock here.
+
+First the teacher and stage 2; then what is chosen, on the validation split and with one seed: every arm's learning rate
+out of equally many, how the relations are weighed, how long stage 2 is. In the end every arm with every seed, on the
+test split, which nothing is chosen by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from demo.measure import Machine
+from demo.plan import END_S, MARGIN, PAGE_S
+
+ROWS, SEQ_LEN, EXAMPLES_A_STEP, EPOCH = 4, 256, 34, 205
+TEACHERS_LAYERS = 30
+# Of the student: the most that leave each run half an epoch at least, or else the fewest. What the layers below the
+# fifteenth know of a sentence is little more than its words.
+LAYERS = (30, 24, 15)
+EMBEDDINGS = 4  # embeddings, head and their moments cost a step about what as many layers cost
+FEWEST_STEPS, MOST_STEPS = 8, 2 * EPOCH
+# Rows held out, of eight or nine examples: all that there are, or some of each split where runs are short.
+ALL_ROWS, FEW_ROWS = 400, 40
+VALIDATION_STEPS, TEST_STEPS = 10, 20  # what evaluating a whole split costs, in steps of training
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`stage2`: it begins where stage 2 ended. `asks` the teacher, `relates`: the attention service too."""
+
+    about: str
+    settings: tuple[str, ...]
+    stage2: bool = False
+    asks: bool = False
+    relates: bool = False
+
+
+RATES = (3e-4, 1e-3)
+DISTILLED = ("recipe=bitdistill", "optim=adamw")
+ARMS: Mapping[str, Arm] = {
+    "full_precision": Arm("the classes, in full precision", ("recipe=classification_teacher",)),
+    "bitnet_sft": Arm("the classes, ternary from the first step on", ("recipe=bitnet_sft",)),
+    "no_teacher": Arm(
+        "the classes, after stage 2", (*DISTILLED, "distillation=cross_entropy", "teacher=none"), stage2=True
+    ),
+    "logits": Arm(
+        "the classes and the teacher's logits at their words, after stage 2",
+        (*DISTILLED, "distillation.attention.coefficient=null"), stage2=True, asks=True,
+    ),
+    "relations": Arm(
+        "the classes and the teacher's attention relations, after stage 2",
+        (*DISTILLED, "distillation=attention_only"), stage2=True, asks=True, relates=True,
+    ),
+    "both": Arm(
+        "the classes, the teacher's logits and its relations, after stage 2", DISTILLED, stage2=True,
+        asks=True, relates=True,
+    ),
+}  # fmt: skip
+# How the relations are weighed: by equal shares of the gradient, or by the paper's smaller coefficient.
+GAMMAS = ("shares", "1e3")
+LENGTH_ARM = "logits"  # by which stage 2's length is judged
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided when the comparison began: the same for every run of it."""
+
+    layers: int
+    steps: int  # of each arm
+    teacher_steps: int
+    stage2_steps: int
+    held_out_rows: int
+    machine: dict[str, Any]
+
+    @property
+    def search_steps(self) -> int:
+        return max(1, self.steps // 2)
+
+    @property
+    def test_rows(self) -> int:
+        """More than is evaluated for a choice: it is done once a run."""
+        return min(ALL_ROWS, 3 * self.held_out_rows)
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between evaluations of a run by which something is chosen."""
+        return -(-self.search_steps // (4 if self.held_out_rows == ALL_ROWS else 2))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Stage 2's, tried: none, half and all of it."""
+        return (0, max(1, self.stage2_steps // 2), self.stage2_steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`phase`: teacher, stage2, rates, gammas, lengths or final. `stage2`: steps of the stage 2 that it begins with."""
+
+    phase: str
+    name: str
+    steps: int
+    arm: str = ""
+    seed: int = 0
+    rate: float = 0.0
+    gamma: str = ""
+    stage2: int = 0
+
+
+def share_of_cost(layers: int) -> float:
+    """Of a step of the teacher's architecture."""
+    return (EMBEDDINGS + layers) / (EMBEDDINGS + TEACHERS_LAYERS)
+
+
+def make_plan(machine: Machine, seconds: float, seeds: int, facts: dict[str, Any]) -> Plan:
+    """The largest student whose runs can be half an epoch long, or the smallest for as long as there is time for."""
+    plans = [planned(layers, steps_in(machine, seconds, seeds, layers), facts) for layers in LAYERS]
+    return next((plan for plan in plans if plan.steps >= EPOCH / 2), plans[-1])
+
+
+def planned(layers: int, steps: int, facts: dict[str, Any]) -> Plan:
+    return Plan(
+        layers, steps, teacher_steps=min(EPOCH, max(FEWEST_STEPS, steps)), stage2_steps=2 * steps,
+        held_out_rows=ALL_ROWS if steps >= EPOCH / 2 else FEW_ROWS, machine=facts,
+    )  # fmt: skip
+
+
+def steps_in(machine: Machine, seconds: float, seeds: int, layers: int) -> int:
+    """Steps of an arm, so that all runs of `first_runs` and the final ones are done in that time: a few at least.
+
+    Every run is `weight` times as long as an arm's; it starts, and evaluates once. The machine was measured with the
+    whole teacher as its student.
+    """
+    tokens, share = ROWS * SEQ_LEN, share_of_cost(layers)
+    a_step_s = MARGIN * share * tokens / machine.student_tokens_per_second
+    searched = len(ARMS) * len(RATES) + 2 * (len(GAMMAS) - 1) + 2
+    final = seeds * len(ARMS)
+    weight = 1 / share + 2 + 0.5 * searched + final
+    evaluating = (searched * VALIDATION_STEPS + final * TEST_STEPS) * a_step_s
+    starts = (3 + searched + final) * (MARGIN * machine.start_s + END_S)
+    left_s = seconds - evaluating - starts - PAGE_S
+    return min(MOST_STEPS, max(FEWEST_STEPS, int(left_s / (weight * a_step_s))))
+
+
+def next_run(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> Run | None:
+    """The first run that is not done; None after the last. `done`: figures by name, of the validation split but for
+    final ones.
+    """
+    return next((run for run in known_runs(plan, done, seeds) if run.name not in done), None)
+
+
+def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
+    """All that are known by what is done: a choice's followers come when it can be made."""
+    searched = rates(plan)
+    runs = [Run("teacher", "teacher", plan.teacher_steps), *(run for run in searched if not run.stage2)]
+    runs += [Run("stage2", f"stage2-{steps}", steps, stage2=steps) for steps in plan.lengths[1:]]
+    runs += [run for run in searched if run.stage2]
+    if not all(run.name in done for run in runs):
+        return runs
+    runs += gammas(plan, done)
+    runs += lengths(plan, done)
+    if not all(run.name in done for run in runs):
+        return runs
+    return runs + final(plan, done, seeds)
+
+
+def rates(plan: Plan) -> list[Run]:
+    """Every arm at each of its rates."""
+    longest = plan.lengths[-1]
+    return [
+        Run("rates", f"rate-{name}-{rate:g}", plan.search_steps, name, 0, rate, GAMMAS[0] if arm.relates else "",
+            longest if arm.stage2 else 0)
+        for name, arm in ARMS.items() for rate in RATES
+    ]  # fmt: skip
+
+
+def gammas(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
+    """Every arm with relations, with each further way to weigh them, at its own rate."""
+    return [
+        Run("gammas", f"gamma-{name}-{gamma}", plan.search_steps, name, 0, best_rate(plan, done, name).rate, gamma,
+            plan.lengths[-1])
+        for name, arm in ARMS.items() if arm.relates for gamma in GAMMAS[1:]
+    ]  # fmt: skip
+
+
+def lengths(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
+    """One arm after shorter stages 2; after the longest it was tried by its rate."""
+    rate = best_rate(plan, done, LENGTH_ARM).rate
+    return [
+        Run("lengths", f"length-{length}", plan.search_steps, LENGTH_ARM, 0, rate, "", length)
+        for length in plan.lengths[:-1]
+    ]  # fmt: skip
+
+
+def final(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
+    """All arms with the first seed, then with the second: what is done when it is stopped can be compared."""
+    length = best(done, [*(best_rate(plan, done, LENGTH_ARM),), *lengths(plan, done)]).stage2
+    chosen = {name: best_rate(plan, done, name) for name in ARMS}
+    for name, arm in ARMS.items():
+        if arm.relates:
+            others = [run for run in gammas(plan, done) if run.arm == name]
+            chosen[name] = best(done, [chosen[name], *others])
+    return [
+        Run("final", f"{name}-{seed}", plan.steps, name, seed, chosen[name].rate, chosen[name].gamma,
+            length if arm.stage2 else 0)
+        for seed in range(seeds) for name, arm in ARMS.items()
+    ]  # fmt: skip
+
+
+def best_rate(plan: Plan, done: Mapping[str, Mapping[str, float]], arm: str) -> Run:
+    return best(done, [run for run in rates(plan) if run.arm == arm])
+
+
+def best(done: Mapping[str, Mapping[str, float]], runs: list[Run]) -> Run:
+    """The most accurate; of equals the one with the lower cross-entropy."""
+    return max(runs, key=lambda run: (done[run.name]["accuracy"], -done[run.name]["cross_entropy"]))

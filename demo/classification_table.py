@@ -1,0 +1,172 @@
+"""The results of `demo.classification`: a line a run, the tables that follow from them, the verdict, and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from demo.classification_plan import ARMS, LENGTH_ARM, RATES, Plan, Run, best_rate, known_runs
+from demo.comparison import finished, markdown_table
+from demo.served import read_lines
+
+MOST_SEEDS = 20  # that results are looked for of
+BASE, FULL, DISTILLED = "bitnet_sft", "full_precision", ("logits", "relations", "both")
+BEHIND = 2.0  # points that a student may be behind full precision and keep up with it
+Line = Mapping[str, Any]
+
+
+def figures_of(runs: Path, plan: Plan) -> dict[str, dict[str, float]]:
+    """By name, the last figures of every run that is done."""
+    done: dict[str, dict[str, float]] = {}
+    while True:
+        new = [run for run in known_runs(plan, done, MOST_SEEDS)
+               if run.name not in done and finished(runs / run.name, run.steps)]  # fmt: skip
+        if not new:
+            return done
+        for run in new:
+            last = read_lines(runs / run.name / "evaluation.jsonl")[-1]
+            done[run.name] = last.get("held_out") or next(v for v in last.values() if isinstance(v, dict))
+
+
+def lines_of(runs: Path, plan: Plan) -> list[dict[str, Any]]:
+    """A line for every run that is done, in the order in which they are made."""
+    done = figures_of(runs, plan)
+    return [_line(runs, run, done[run.name], plan) for run in known_runs(plan, done, MOST_SEEDS) if run.name in done]
+
+
+def _line(runs: Path, run: Run, figures: Mapping[str, float], plan: Plan) -> dict[str, Any]:
+    steps = read_lines(runs / run.name / "metrics.jsonl")
+    return {
+        "name": run.name, "phase": run.phase, "arm": run.arm, "seed": run.seed, "rate": run.rate, "gamma": run.gamma,
+        "stage2_steps": run.stage2, "steps": run.steps, "layers": plan.layers if run.arm else 30,
+        "split": "test" if run.phase == "final" else "validation", "accuracy": figures.get("accuracy"),
+        "cross_entropy": figures["cross_entropy"], "examples": figures["tokens"], "tokens": steps[-1]["tokens"],
+        "seconds": round(sum(step["seconds"] for step in steps), 1), "cpu": plan.machine["cpu"],
+    }  # fmt: skip
+
+
+def accuracies(lines: Sequence[Line], arm: str) -> list[float]:
+    """Per cent of the test split, a seed each."""
+    return [100 * line["accuracy"] for line in lines if line["phase"] == "final" and line["arm"] == arm]
+
+
+def arm_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """An arm a row: what was chosen for it, and how it ends."""
+    rows = []
+    for name, arm in ARMS.items():
+        chosen = [line for line in lines if line["phase"] == "final" and line["arm"] == name]
+        tried = [line for line in lines if line["phase"] in ("rates", "gammas") and line["arm"] == name]
+        if not tried:
+            continue
+        at = chosen[0] if chosen else max(tried, key=lambda line: line["accuracy"])
+        rows.append({
+            "arm": name.replace("_", " "), "learns from": arm.about, "rate": f"{at['rate']:g}",
+            "gamma": at["gamma"] or "–", "validation %": f"{max(100 * line['accuracy'] for line in tried):.1f}",
+            "test %": spread(accuracies(lines, name)), "seeds": str(len(chosen)),
+        })  # fmt: skip
+    return rows
+
+
+def search_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """All that was tried, on the validation split."""
+    return [
+        {"tried": line["phase"], "arm": line["arm"].replace("_", " "), "rate": f"{line['rate']:g}",
+         "gamma": line["gamma"] or "–", "steps of stage 2": str(line["stage2_steps"]),
+         "validation %": f"{100 * line['accuracy']:.1f}", "cross-entropy": f"{line['cross_entropy']:.3f}"}
+        for line in lines if line["phase"] in ("rates", "gammas", "lengths")
+    ]  # fmt: skip
+
+
+def length_rows(lines: Sequence[Line], plan: Plan) -> list[dict[str, str]]:
+    """Accuracy by the tokens of stage 2, of the arm that lengths were tried with."""
+    tokens = {line["steps"]: line["tokens"] for line in lines if line["phase"] == "stage2"}
+    tried = [line for line in lines if line["phase"] == "lengths"]
+    done = {line["name"]: line for line in lines}
+    if tried and all(f"rate-{LENGTH_ARM}-{rate:g}" in done for rate in RATES):
+        tried.append(done[best_rate(plan, done, LENGTH_ARM).name])
+    return [
+        {"tokens of stage 2": f"{tokens.get(line['stage2_steps'], 0):,}",
+         "validation %": f"{100 * line['accuracy']:.1f}", "cross-entropy": f"{line['cross_entropy']:.3f}"}
+        for line in sorted(tried, key=lambda line: line["stage2_steps"])
+    ]  # fmt: skip
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    return markdown_table([list(rows[0]), *(list(row.values()) for row in rows)])
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{values[0]:.1f}" if len(values) == 1 else f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def verdict(lines: Sequence[Line]) -> str:
+    """Whether the distilled student keeps up, in a sentence: the arm that the validation split prefers."""
+    tried = [line for line in lines if line["phase"] in ("rates", "gammas") and line["arm"] in DISTILLED]
+    base, full = accuracies(lines, BASE), accuracies(lines, FULL)
+    if not tried or min(len(base), len(full)) < 2:
+        return "Too few runs are done to tell whether the distilled student keeps up."
+    arm = max(tried, key=lambda line: line["accuracy"])["arm"]
+    ours = accuracies(lines, arm)
+    if len(ours) < 2:
+        return "Too few runs are done to tell whether the distilled student keeps up."
+    gain, behind = mean(ours) - mean(base), mean(full) - mean(ours)
+    pooled = math.sqrt((stdev(ours) ** 2 + stdev(base) ** 2) / 2)
+    above, keeps_up = gain > 2 * pooled, behind <= BEHIND
+    return (
+        f"The distilled student ({arm}, which the validation split prefers) is {gain:+.1f} points from BitNet-SFT, "
+        f"{'more' if above else 'not more'} than twice the pooled spread of {pooled:.1f}, and {behind:.1f} points "
+        f"behind full precision, {'within' if keeps_up else 'not within'} {BEHIND:g}."
+    )
+
+
+def results_table(runs: Path, plan: Plan) -> Table:
+    lines = lines_of(runs, plan)
+    shown = Table(title=f"Film reviews: {plan.steps} steps an arm, a student of {plan.layers} layers",
+                  caption=verdict(lines))  # fmt: skip
+    rows = arm_rows(lines) or [{"arm": "none is done"}]
+    for column in rows[0]:
+        shown.add_column(column)
+    for row in rows:
+        shown.add_row(*row.values())
+    return shown
+
+
+def write_results(runs: Path, plan: Plan) -> None:
+    """`results.jsonl`, `table.md` and the page, of what is done. The page shows runs of the validation split."""
+    lines = lines_of(runs, plan)
+    (runs / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tables = [rows for rows in (arm_rows(lines), length_rows(lines, plan), search_rows(lines)) if rows]
+    (runs / "table.md").write_text("\n\n".join([*map(markdown, tables), verdict(lines)]) + "\n")
+    write_page(runs, plan, lines)
+
+
+def write_page(runs: Path, plan: Plan, lines: Sequence[Line]) -> None:
+    from student_trainer.reporting.report import RunRecord, write_report
+
+    best: dict[str, Line] = {}
+    for line in lines:
+        if line["phase"] in ("rates", "gammas") and line["accuracy"] >= best.get(line["arm"], line)["accuracy"]:
+            best[line["arm"]] = line
+    if not best:
+        return
+    write_report(
+        [RunRecord.read(runs / line["name"], arm.replace("_", " ")) for arm, line in best.items()],
+        runs / "report.html", title="Stillhouse: a ternary student of film reviews",
+        lead="Each arm's best run on the validation split, by which learning rate and gamma were chosen. "
+        + "; ".join(f"{name.replace('_', ' ')}: {ARMS[name].about}" for name in best) + ".",
+        facts=[
+            ("machine", plan.machine["cpu"]),
+            ("student", f"{plan.layers} layers of SmolLM2-135M-Instruct"),
+            ("steps", f"{plan.search_steps} each here, {plan.steps} in the final runs; {plan.stage2_steps} of stage 2"),
+            *((f"test, {row['arm']}", f"{row['test %']} % ({row['seeds']} seeds)") for row in arm_rows(lines)),
+            ("verdict", verdict(lines)),
+        ],
+    )  # fmt: skip

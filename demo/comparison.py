@@ -1,0 +1,50 @@
+"""What comparisons have in common that are made run by run: their options, what is done, and what was planned at first.
+Called by `diffusion` and `classification`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from demo.served import read_lines
+
+
+def options_of(name: str, about: str, minutes: float) -> argparse.ArgumentParser:
+    """Those that every comparison takes: it goes on where it was stopped, unless it is told to begin anew."""
+    parser = argparse.ArgumentParser(prog=f"python -m demo.{name}", description=about.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=minutes, help="for all of it (default: %(default)g)")
+    parser.add_argument("--again", action="store_true", help="begin anew, not where it was stopped")
+    parser.add_argument("--steps", type=int, help="of each run (default: as many as there is time for)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--runs", type=int, help="runs to make now, the others later (default: all)")
+    return parser
+
+
+def finished(run: Path, steps: int) -> bool:
+    """Whether the run was evaluated after its last step."""
+    lines = read_lines(run / "evaluation.jsonl")
+    return bool(lines) and lines[-1]["step"] == steps
+
+
+def progress_of(run: Path, steps: int) -> Callable[[], str]:
+    return lambda: f"step {len(read_lines(run / 'metrics.jsonl'))} of {steps}"
+
+
+def kept_plan(file: Path) -> dict[str, Any] | None:
+    """What was decided when the comparison began, if it has begun."""
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def keep_plan(file: Path, plan: dict[str, Any]) -> None:
+    file.write_text(json.dumps(plan, indent=2))
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Its first line is the head; all columns but the first to the right."""
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    lines.insert(1, "| --- |" + " ---: |" * (len(table[0]) - 1))
+    return "\n".join(lines)
