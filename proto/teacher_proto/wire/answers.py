@@ -1,8 +1,8 @@
 """Answers as streams of messages: a header, a record for each sequence in any order, the end. For any route's records.
 
 Between header and end a client that asked for it hears of its request's progress. `records.py` reads targets with this,
-`attention.py` attention. Decoding is bounded: containers and their sizes are limited, no extension types, tensors
-only as binary of exactly the length that dtype and shape say.
+`attention.py` attention. Decoding is bounded (`reader.py`), and tensors are binary of exactly the length that dtype and
+shape say.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import msgpack
 import numpy as np
 
 from teacher_proto.errors import ChecksumError, StillhouseError, TruncatedError, VersionError, WireError, from_json
+from teacher_proto.wire.reader import Budget, MessageStream
 from teacher_proto.wire.tensors import decode_tensor
 
 VERSION = 1
 PROGRESS_HEADER = "x-progress"
 PROGRESS_INTERVAL_S = (1.0, 10.0)  # shortest and longest that a service keeps to
 MAX_MESSAGE_BYTES = 2**31 - 1
-MAX_CONTAINERS_A_MESSAGE = 64
+# A record has 14 tensors at most; an error may quote a long text.
+BUDGET = Budget(containers=64, items=1024, text=65_536, array_from=1024)
 
 
 class AnyHeader(Protocol):
@@ -149,8 +151,7 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
 
     def __init__(self, form: AnswerFormat[HeaderT, RecordT], max_message_bytes: int = MAX_MESSAGE_BYTES):
         self._format = form
-        self._budget = _Budget(MAX_CONTAINERS_A_MESSAGE)
-        self._unpacker = _unpacker(self._budget, max_message_bytes)
+        self._messages = MessageStream(BUDGET, max_message_bytes)
         self._header: HeaderT | None = None
         self._answered: set[int] = set()
         self._ended = False
@@ -158,12 +159,9 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
 
     def feed(self, chunk: bytes) -> Iterator[HeaderT | Targets[RecordT] | Failure | Progress | End]:
         self._received += len(chunk)
-        try:
-            self._unpacker.feed(chunk)
-        except msgpack.BufferFull as error:
-            raise WireError("a message is larger than the client accepts") from error
-        while (message := _next(self._unpacker)) is not None:
-            self._budget.reset()
+        for message in self._messages.feed(chunk):
+            if not isinstance(message, dict):
+                raise WireError(f"a message is a map, got {type(message).__name__}")
             yield self._interpret(message)
 
     def close(self) -> None:
@@ -228,56 +226,6 @@ def _read_progress(message: Mapping[str, Any]) -> Progress:
     return Progress(
         integer(message, "tokens_done"), integer(message, "tokens"), integer(message, "tokens_ahead"), float(rate)
     )
-
-
-class _Budget:
-    """Counts containers, which cost 70 times their bytes when they are empty and many."""
-
-    def __init__(self, containers: int):
-        self._limit = containers
-        self._left = containers
-
-    def reset(self) -> None:
-        self._left = self._limit
-
-    def spend(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise WireError(f"more than {self._limit} lists and maps in one message")
-
-
-def _unpacker(budget: _Budget, max_bytes: int) -> msgpack.Unpacker:
-    def on_list(items: list[Any]) -> list[Any]:
-        budget.spend()
-        return items
-
-    def on_pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-        budget.spend()
-        result = dict(pairs)
-        if len(result) != len(pairs) or not all(isinstance(key, str) for key in result):
-            raise WireError("a map has the same key twice, or one that is not text")
-        return result
-
-    return msgpack.Unpacker(
-        raw=False, strict_map_key=True, use_list=True, max_buffer_size=max_bytes, max_bin_len=max_bytes,
-        max_str_len=65_536, max_array_len=64, max_map_len=32, max_ext_len=0, list_hook=on_list,
-        object_pairs_hook=on_pairs,
-    )  # fmt: skip
-
-
-def _next(unpacker: msgpack.Unpacker) -> dict[str, Any] | None:
-    """The next whole message, or None where more bytes are needed."""
-    try:
-        message = unpacker.unpack()
-    except msgpack.OutOfData:
-        return None
-    except StillhouseError:
-        raise
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise WireError(f"not msgpack as the wire allows it: {str(error) or type(error).__name__}") from None
-    if not isinstance(message, dict):
-        raise WireError(f"a message is a map, got {type(message).__name__}")
-    return message
 
 
 def integer(message: Mapping[str, Any], name: str) -> int:

@@ -1,16 +1,15 @@
-"""A msgpack reader for bodies that anyone may send: nothing is copied, and nothing is allocated that was not paid for.
+"""The msgpack reader of requests, answers and stored entries: nothing is allocated that was not paid for.
 
-Generic decoders turn 10 MB of empty lists into 700 MB. This one counts every list, map and item against a budget
-before it reads it, keeps to a depth, refuses extension types and long texts, and hands out binaries as views of the
-body.
-`requests.py` calls it; answers, which come piecemeal and from a known teacher, go through the msgpack library.
+Generic decoders turn 10 MB of empty lists into 700 MB, and copy every binary twice. This one counts every list, map and
+item against a budget before it reads it, keeps to a depth, refuses extension types and long texts, and hands out
+binaries as views of the body. `read_message` reads a body that is all here, `MessageStream` one that comes piecemeal.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +20,22 @@ from teacher_proto.errors import TruncatedError, WireError
 MAX_DEPTH = 6
 # Names, dtypes and fingerprints are short; a text of megabytes would be decoded and quoted before it is refused.
 MAX_TEXT = 4096
-_ARRAY_FROM = 8
 
 
 @dataclass
 class Budget:
-    """What one body may hold: `containers` lists and maps, `items` elements of lists and pairs of maps."""
+    """What one message may hold: `containers` lists and maps, `items` elements of lists and pairs of maps, texts of
+    `text` bytes. Lists of more than `array_from` ints come as int64 arrays."""
 
     containers: int
     items: int
+    text: int = MAX_TEXT
+    array_from: int = 8
 
 
 def read_message(body: bytes, budget: Budget) -> Any:
-    """The one msgpack value that `body` consists of. Lists of more than eight ints come as int64 arrays.
-
-    WireError for anything else, TruncatedError where it stops too early.
-    """
+    """The one msgpack value that `body` consists of. WireError for anything else, TruncatedError where it stops too
+    early."""
     reader = _Reader(body, budget)
     value = reader.value(MAX_DEPTH)
     if reader.position != len(body):
@@ -44,9 +43,49 @@ def read_message(body: bytes, budget: Budget) -> Any:
     return value
 
 
+class MessageStream:
+    """Messages out of chunks of bytes. One that has begun is looked at again when as much of it is here as the last
+    look missed, which is once for each of its values at most, however small the chunks are."""
+
+    def __init__(self, budget: Budget, max_bytes: int):
+        self._budget = budget
+        self._max_bytes = max_bytes
+        # What is read of `body` ends at `start`; `chunks` follow it.
+        self._body, self._start = b"", 0
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._needed = 1
+
+    def feed(self, chunk: bytes) -> Iterator[Any]:
+        """The messages that are whole with this chunk. WireError for what is not msgpack, or beyond the budget."""
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        while self._size >= self._needed:
+            if self._chunks:
+                rest = [self._body[self._start :]] if self._start < len(self._body) else []
+                self._body, self._start = b"".join([*rest, *self._chunks]), 0
+                self._chunks.clear()
+            reader = _Reader(self._body, self._budget, self._start)
+            try:
+                message = reader.value(MAX_DEPTH)
+            except TruncatedError:
+                self._needed = reader.needed - self._start
+                if self._needed > self._max_bytes:
+                    raise WireError(
+                        f"a message is larger than the client accepts: {self._needed} bytes or more, of at most "
+                        f"{self._max_bytes}"
+                    ) from None
+                continue
+            self._start = reader.position
+            self._size, self._needed = len(self._body) - self._start, 1
+            yield message
+
+
 class _Reader:
-    def __init__(self, body: bytes, budget: Budget):
-        self.position = 0
+    def __init__(self, body: bytes, budget: Budget, position: int = 0):
+        self.position = position
+        # How long the body has to be for what was found missing.
+        self.needed = 0
         self._body = memoryview(body).toreadonly()
         self._containers = budget.containers
         self._items = budget.items
@@ -76,6 +115,7 @@ class _Reader:
     def _take(self, size: int) -> memoryview:
         end = self.position + size
         if end > len(self._body):
+            self.needed = end
             raise TruncatedError(
                 f"the body has {len(self._body)} bytes, and what begins at byte {self.position} needs {end}"
             )
@@ -92,18 +132,19 @@ class _Reader:
         self._items -= items
         if depth <= 0:
             raise WireError(f"lists and maps are nested more than {MAX_DEPTH} deep")
-        if items > len(self._body) - self.position:
-            left = len(self._body) - self.position
-            raise TruncatedError(f"a list or map of {items} items begins, and only {left} bytes of the body are left")
         if self._containers < 0 or self._items < 0:
             raise WireError(
-                f"more than {self._budget.containers} lists and maps or {self._budget.items} items in one body; "
+                f"more than {self._budget.containers} lists and maps or {self._budget.items} items in one message; "
                 "send numbers as tensors"
             )
+        if items > len(self._body) - self.position:
+            self.needed = self.position + items
+            left = len(self._body) - self.position
+            raise TruncatedError(f"a list or map of {items} items begins, and only {left} bytes of the body are left")
 
     def _list(self, size: int, depth: int) -> list[Any] | np.ndarray:
         self._spend(size, depth)
-        if size > _ARRAY_FROM and (ids := self._token_ids(size)) is not None:
+        if size > self._budget.array_from and (ids := self._token_ids(size)) is not None:
             return ids
         return [self.value(depth - 1) for _ in range(size)]
 
@@ -146,8 +187,8 @@ class _Reader:
         return result
 
     def _text(self, size: int, depth: int = 0) -> str:
-        if size > MAX_TEXT:
-            raise WireError(f"a text of {size} bytes, of at most {MAX_TEXT}")
+        if size > self._budget.text:
+            raise WireError(f"a text of {size} bytes, of at most {self._budget.text}")
         try:
             return str(self._take(size), "utf-8")
         except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ import msgpack
 from teacher_proto.errors import WireError
 from teacher_proto.targets import TENSORS, TokenTargets, id_dtype
 from teacher_proto.wire.answers import (
-    MAX_CONTAINERS_A_MESSAGE,
+    BUDGET,
     MAX_MESSAGE_BYTES,
     PROGRESS_HEADER,
     VERSION,
@@ -33,7 +33,7 @@ from teacher_proto.wire.answers import (
     read_tensors,
     record_message,
 )
-from teacher_proto.wire.reader import Budget, read_message
+from teacher_proto.wire.reader import read_message
 from teacher_proto.wire.requests import decode_request, encode_request
 from teacher_proto.wire.tensors import ITEM_SIZE, decode_tensor, encode_tensor
 
@@ -89,7 +89,7 @@ def encode_targets(index: int, targets: TokenTargets, vocab_size: int) -> bytes:
 
 def decode_targets(message: bytes) -> Targets[TokenTargets]:
     """One `targets` message by itself; its tensors are views of `message`. WireError if it is none."""
-    fields = read_message(message, Budget(containers=MAX_CONTAINERS_A_MESSAGE, items=1024))
+    fields = read_message(message, BUDGET)
     if not isinstance(fields, dict) or fields.get("type") != "targets":
         raise WireError("a targets message was expected")
     return Targets(integer(fields, "index"), _read_targets(fields))

@@ -91,7 +91,7 @@ def test_binaries_are_views_of_the_body() -> None:
         (b"\xa2\xff\xfe", "not UTF-8"),
         (b"\x91" * MAX_DEPTH + b"\x91\x90", "deep"),
         (b"\x90" * 0 + b"\xdc\x00\x65" + b"\x90" * 101, "lists and maps"),
-        (pack([[0] * 5000] * 3), "items in one body"),
+        (pack([[0] * 5000] * 3), "items in one message"),
         (pack("x" * (MAX_TEXT + 1)), f"a text of {MAX_TEXT + 1} bytes"),
         (b"\xdb" + struct.pack(">I", 2**32 - 1), "a text of 4294967295 bytes"),
     ],
@@ -168,7 +168,7 @@ def test_far_too_many_tokens_are_refused_before_they_are_widened() -> None:
     tensor = {"dtype": "|u1", "shape": [2**20], "data": bytes(2**20)}
     with pytest.raises(WireError, match="more than twice the 131072 tokens"):
         decode_request(pack({"sequences": [tensor]}), LIMITS)
-    with pytest.raises(WireError, match="items in one body"):
+    with pytest.raises(WireError, match="items in one message"):
         decode_request(pack({"sequences": [[1] * 300_000]}), LIMITS)
 
 
