@@ -11,7 +11,7 @@ import numpy as np
 from serving.engine import Job
 from serving.http.keys import Keys
 from serving.service import Service
-from teacher_proto.client.canary import canary_request
+from teacher_proto.client.expectation import canary_request
 from teacher_proto.info import TeacherInfo
 from teacher_proto.model_files import ModelFolder, find_model
 from teacher_proto.requests import Query, TargetSpec, TargetsRequest

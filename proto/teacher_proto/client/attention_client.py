@@ -21,9 +21,9 @@ from teacher_proto.attention import (
     parse_attention_info,
 )
 from teacher_proto.attention_targets import AttentionTargets, check_attention
+from teacher_proto.client.exchange import Route
 from teacher_proto.client.replica_client import OnProgress, ReplicaClient
 from teacher_proto.client.replicas import Replica
-from teacher_proto.client.route import Route
 from teacher_proto.errors import WireError, WrongTeacherError
 from teacher_proto.identity import TeacherIdentity, compare_fingerprints
 from teacher_proto.wire.attention import ATTENTION_FORMAT, AttentionHeader

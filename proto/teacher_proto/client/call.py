@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Generic
 
+from teacher_proto.client.exchange import RequestT
 from teacher_proto.client.replicas import Replica
 from teacher_proto.client.retry import RetryPolicy, Timing
-from teacher_proto.client.route import RequestT
 from teacher_proto.client.suspects import Death, Evidence
 from teacher_proto.errors import (
     BusyError,

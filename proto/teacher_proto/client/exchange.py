@@ -1,6 +1,7 @@
 """One HTTP exchange with one replica: what goes out, what comes back checked, and every failure as one of our errors.
 
-`replica_client.py` calls it and decides what a failure means. Nothing here retries.
+`attempts.py` and `replica_client.py` call it and decide what a failure means. Nothing here retries. A `Route` is what
+it has to know of a service; `teacher_client.py` has the teacher's, `attention_client.py` the attention service's.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 
-from teacher_proto.client.head_download import HeadDownload
-from teacher_proto.client.route import InfoT, RequestT, Route
 from teacher_proto.errors import (
     InvalidTargetsError,
     NotFoundError,
@@ -30,7 +29,17 @@ from teacher_proto.errors import (
 )
 from teacher_proto.info import ServiceInfo
 from teacher_proto.request_checks import SequencesRequest
-from teacher_proto.wire.answers import AnswerDecoder, AnyHeader, End, Failure, HeaderT, Progress, RecordT, Targets
+from teacher_proto.wire.answers import (
+    AnswerDecoder,
+    AnswerFormat,
+    AnyHeader,
+    End,
+    Failure,
+    HeaderT,
+    Progress,
+    RecordT,
+    Targets,
+)
 from teacher_proto.wire.records import MSGPACK, PROGRESS_HEADER, REQUEST_ID_HEADER
 from teacher_proto.wire.requests import encode_request
 
@@ -38,6 +47,31 @@ from teacher_proto.wire.requests import encode_request
 PROGRESS_EVERY_S = 2.0
 MAX_PLAIN_BYTES = 2**20
 MAX_MESSAGE_BYTES = 2**30
+RequestT = TypeVar("RequestT", bound=SequencesRequest)
+InfoT = TypeVar("InfoT", bound=ServiceInfo)
+
+
+@dataclass(frozen=True)
+class Route(Generic[RequestT, HeaderT, RecordT, InfoT]):
+    """One service's route.
+
+    `noun` and `command` are for messages. `read_info` makes an info of decoded JSON. `check_request` raises a
+    RequestError for what the service would refuse, `check_header` a WireError where a header speaks of another
+    request, `check_record` InvalidTargetsError for a record that can't be the answer to the sequence of that index.
+    `cost` is what the service admits a request by.
+    """
+
+    noun: str
+    command: str
+    path: str
+    answers: AnswerFormat[HeaderT, RecordT]
+    read_info: Callable[[Any], InfoT]
+    check_request: Callable[[RequestT, InfoT], None]
+    check_header: Callable[[HeaderT, RequestT, InfoT], None]
+    check_record: Callable[[RecordT, RequestT, int, InfoT], None]
+    cost: Callable[[RequestT, InfoT], int]
+
+
 AnyRoute = Route[Any, Any, Any, Any]
 
 
@@ -46,10 +80,10 @@ async def fetch_info(
 ) -> InfoT:
     """Who answers at `url`. TeacherUnavailableError if nobody or no such service does; else the peer's own error."""
     try:
-        async with _response(http, "GET", url, "/v1/teacher", route, timeouts=timeouts) as response:
-            body = await _plain_body(response)
+        async with open_response(http, "GET", url, "/v1/teacher", route, timeouts=timeouts) as response:
+            body = await plain_body(response)
             if response.status_code != 200:
-                raise _error_of(response, body, route)
+                raise error_of(response, body, route)
             tree = _json_or_none(body)
             if not isinstance(tree, dict) or "identity" not in tree:
                 raise _not_one(url, route, "GET /v1/teacher gave no identity")
@@ -71,7 +105,7 @@ async def fetch_status(http: httpx.AsyncClient, url: str, timeouts: httpx.Timeou
     """How a service is. One that says nothing of itself, or can't be heard, is taken to be there, old and idle."""
     try:
         async with http.stream("GET", url + "/v1/status", timeout=timeouts, follow_redirects=False) as response:
-            tree = _json_or_none(await _plain_body(response))
+            tree = _json_or_none(await plain_body(response))
     except httpx.ConnectError:
         return ServiceStatus(gone=True)
     except (httpx.TransportError, WireError):
@@ -92,28 +126,6 @@ def broke_off(error: StillhouseError) -> bool:
     return isinstance(error, TruncatedError) or isinstance(error.__cause__, cut)
 
 
-async def fetch_head(
-    http: httpx.AsyncClient, url: str, route: AnyRoute, fingerprint: str, timeouts: httpx.Timeout,
-    download: HeadDownload,
-) -> bytes:  # fmt: skip
-    """The file of `GET /v1/head`, going on where `download` is. NotFoundError where the teacher serves none,
-    WrongTeacherError if another answers; what came before an error stays in `download`."""
-    headers = download.headers()
-    async with _response(http, "GET", url, "/v1/head", route, timeouts=timeouts, headers=headers) as response:
-        if response.status_code != 200 and not (response.status_code == 206 and headers):
-            raise _error_of(response, await _plain_body(response), route)
-        told = response.headers.get("x-teacher-fingerprint")
-        if told != fingerprint:
-            raise WrongTeacherError(
-                f"{url} gave the head of teacher {told}, {fingerprint} was asked",
-                field="fingerprint", got=told, limit=fingerprint,
-            )  # fmt: skip
-        download.begin(response)
-        async for chunk in response.aiter_bytes():
-            download.take(chunk)
-    return download.whole()
-
-
 async def exchange(
     http: httpx.AsyncClient, url: str, route: Route[RequestT, HeaderT, RecordT, InfoT], request: RequestT,
     info: InfoT, timeouts: httpx.Timeout, on_chunk: Callable[[int], None] = lambda n: None,
@@ -132,11 +144,11 @@ async def exchange(
         "content-type": MSGPACK, "accept": MSGPACK, REQUEST_ID_HEADER: request_id, PROGRESS_HEADER: _interval(timeouts),
     }  # fmt: skip
     content = encode_request(request)
-    async with _response(
+    async with open_response(
         http, "POST", url, route.path, route, content=content, headers=headers, timeouts=timeouts
     ) as response:
         if response.status_code != 200:
-            raise _error_of(response, await _plain_body(response), route)
+            raise error_of(response, await plain_body(response), route)
         if (kind := response.headers.get("content-type", "").split(";")[0]) != MSGPACK:
             raise WireError(f"{url} answered {route.path} with {kind or 'no content type'}, {MSGPACK} was expected")
         decoder = AnswerDecoder(route.answers, MAX_MESSAGE_BYTES)
@@ -189,7 +201,7 @@ def _check_header(header: AnyHeader, request: SequencesRequest, request_id: str,
 
 
 @asynccontextmanager
-async def _response(
+async def open_response(
     http: httpx.AsyncClient, method: str, place: str, path: str, route: AnyRoute, timeouts: httpx.Timeout,
     **arguments: Any,
 ) -> AsyncIterator[httpx.Response]:  # fmt: skip
@@ -214,7 +226,7 @@ async def _response(
         raise TeacherUnavailableError(f"the connection to {place} failed: {type(error).__name__} {error}") from error
 
 
-async def _plain_body(response: httpx.Response) -> bytes:
+async def plain_body(response: httpx.Response) -> bytes:
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
@@ -225,7 +237,7 @@ async def _plain_body(response: httpx.Response) -> bytes:
     return bytes(body)
 
 
-def _error_of(response: httpx.Response, body: bytes, route: AnyRoute) -> StillhouseError:
+def error_of(response: httpx.Response, body: bytes, route: AnyRoute) -> StillhouseError:
     """The error that a response stands for: its own if it is a teacher's, else one that names the status."""
     place = str(response.url.copy_with(path="/", query=None)).rstrip("/")
     tree = _json_or_none(body)

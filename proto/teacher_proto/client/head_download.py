@@ -1,7 +1,7 @@
 """The teacher's output head on its way to a client: what has come so far, where to go on, and whether it is whole.
 
-`exchange.py` fills it, one exchange after the other; `teacher_client.py` decides when to ask again. A gigabyte need
-not be sent twice because a connection broke: what came stays, and the rest is asked for with `Range`.
+`fetch_head` fills it, one exchange after the other; `teacher_client.py` decides when to ask again. A gigabyte need not
+be sent twice because a connection broke: what came stays, and the rest is asked for with `Range`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import re
 
 import httpx
 
-from teacher_proto.errors import TruncatedError, WireError
+from teacher_proto.client.exchange import AnyRoute, error_of, open_response, plain_body
+from teacher_proto.errors import TruncatedError, WireError, WrongTeacherError
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
@@ -72,3 +73,25 @@ class HeadDownload:
             self.forget()
             raise WireError(f"the teacher's head was changed on its way: its {len(file)} bytes have another sha256")
         return file
+
+
+async def fetch_head(
+    http: httpx.AsyncClient, url: str, route: AnyRoute, fingerprint: str, timeouts: httpx.Timeout,
+    download: HeadDownload,
+) -> bytes:  # fmt: skip
+    """The file of `GET /v1/head`, going on where `download` is. NotFoundError where the teacher serves none,
+    WrongTeacherError if another answers; what came before an error stays in `download`."""
+    headers = download.headers()
+    async with open_response(http, "GET", url, "/v1/head", route, timeouts=timeouts, headers=headers) as response:
+        if response.status_code != 200 and not (response.status_code == 206 and headers):
+            raise error_of(response, await plain_body(response), route)
+        told = response.headers.get("x-teacher-fingerprint")
+        if told != fingerprint:
+            raise WrongTeacherError(
+                f"{url} gave the head of teacher {told}, {fingerprint} was asked",
+                field="fingerprint", got=told, limit=fingerprint,
+            )  # fmt: skip
+        download.begin(response)
+        async for chunk in response.aiter_bytes():
+            download.take(chunk)
+    return download.whole()

@@ -17,17 +17,13 @@ import httpx
 
 from teacher_proto.client.attempts import Attempts, timeouts
 from teacher_proto.client.call import Call, ClientStats
-from teacher_proto.client.canary import Canary
-from teacher_proto.client.exchange import fetch_info
-from teacher_proto.client.expectation import Expectation
-from teacher_proto.client.in_flight import InFlight
-from teacher_proto.client.merging import merge
+from teacher_proto.client.exchange import InfoT, RequestT, Route, fetch_info
+from teacher_proto.client.expectation import Canary, Expectation
 from teacher_proto.client.replicas import Replica, ReplicaPool, check_urls
 from teacher_proto.client.retry import RetryPolicy, Timing
-from teacher_proto.client.route import InfoT, RequestT, Route
-from teacher_proto.client.splitting import least_of, split
+from teacher_proto.client.splitting import least_of, merge, split
 from teacher_proto.client.suspects import Evidence
-from teacher_proto.client.waiting import Waiting
+from teacher_proto.client.waiting import InFlight, Waiting
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.wire.answers import RecordT
 

@@ -13,8 +13,8 @@ from typing import Generic
 
 import httpx
 
+from teacher_proto.client.exchange import InfoT
 from teacher_proto.client.retry import RetryPolicy, Timing
-from teacher_proto.client.route import InfoT
 from teacher_proto.errors import StillhouseError, TeacherUnavailableError
 
 

@@ -1,15 +1,21 @@
-"""A request in parts that a service admits: sequences, tokens, bytes of the body, cost. Used by `replica_client.py`.
+"""A request in parts that a service admits, by sequences, tokens, bytes of the body and cost, and their answers as one.
 
-The trainer asks it too, before a run starts, whether the longest sequence that it will ask about fits alone.
+Used by `replica_client.py`. The trainer asks it too, before a run starts, whether the longest sequence that it will ask
+about fits alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
 
-from teacher_proto.client.route import InfoT, RequestT
-from teacher_proto.errors import OutOfRangeError
+from teacher_proto.client.exchange import InfoT, RequestT
+from teacher_proto.errors import OutOfRangeError, TeacherUnavailableError
 from teacher_proto.info import ServiceInfo
+
+T = TypeVar("T")
 
 # A part takes this share of what an empty service admits, so that others fit in beside it and each other.
 SHARE_OF_COST = 8
@@ -74,3 +80,45 @@ def check_alone(field: str, num_tokens: int, num_bytes: int, cost: int, info: Se
             f"--capacity {cost}",
             field=field, got=cost, limit=limits.max_cost,
         )  # fmt: skip
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """(number of the stream, item) of all of them. Leaving it closes them all.
+
+    What one raises ends the others, but not TeacherUnavailableError: what the others are about to give is not thrown
+    away, and it is raised once they are done.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    arrived: asyncio.Queue[tuple[int, T] | asyncio.Task[None]] = asyncio.Queue()
+
+    async def read(which: int, stream: AsyncGenerator[T, None]) -> None:
+        async with aclosing(stream):
+            async for item in stream:
+                arrived.put_nowait((which, item))
+
+    tasks = [asyncio.create_task(read(which, stream)) for which, stream in enumerate(streams)]
+    for task in tasks:
+        task.add_done_callback(arrived.put_nowait)
+    unavailable: TeacherUnavailableError | None = None
+    running = len(tasks)
+    try:
+        while running:
+            entry = await arrived.get()
+            if isinstance(entry, tuple):
+                yield entry
+                continue
+            running -= 1
+            try:
+                entry.result()
+            except TeacherUnavailableError as error:
+                unavailable = unavailable or error
+        if unavailable is not None:
+            raise unavailable
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

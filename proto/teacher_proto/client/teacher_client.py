@@ -15,12 +15,11 @@ from contextlib import aclosing
 import httpx
 
 from teacher_proto.client.attempts import timeouts
-from teacher_proto.client.canary import Canary, canary_request, read_canary
-from teacher_proto.client.exchange import exchange, fetch_head
-from teacher_proto.client.head_download import HeadDownload
+from teacher_proto.client.exchange import Route, exchange
+from teacher_proto.client.expectation import Canary, canary_request, read_canary
+from teacher_proto.client.head_download import HeadDownload, fetch_head
 from teacher_proto.client.replica_client import OnProgress, ReplicaClient
 from teacher_proto.client.replicas import Replica
-from teacher_proto.client.route import Route
 from teacher_proto.errors import StillhouseError, WireError
 from teacher_proto.info import TeacherInfo, parse_info
 from teacher_proto.requests import TargetsRequest, check_request

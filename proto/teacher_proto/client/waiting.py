@@ -1,13 +1,22 @@
-"""`Waiting`: how far what was asked of a teacher is, how fast it goes and how long it will take, for people to read.
+"""How far what was asked of a teacher is, how fast it goes and how long it will take: a `Waiting`, for people to read.
 
-Clients make it of the progress that a service reports (`ReplicaClient.waiting`), the trainer's targets of their
-clients'; whoever waits shows it.
+`InFlight` makes it of what a client has asked and not yet got, and of the progress that services report, for
+`ReplicaClient.waiting`; the trainer's targets add up their clients'. Whoever waits shows it. Requests that were begun
+together are counted together until the last of them is answered, so that a count does not fall back when one of sixteen
+is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from teacher_proto.wire.answers import Progress
+
+RATE_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -86,3 +95,142 @@ def duration(seconds: float) -> str:
 
 def _rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.1f}" if tokens_per_second < 10 else f"{tokens_per_second:,.0f}"
+
+
+class AskedFor(Protocol):
+    """What is read of a `client.call.Call`: whom it is with, how far it is, and what was last heard of it."""
+
+    @property
+    def replica(self) -> Any: ...
+    @property
+    def progress(self) -> Progress | None: ...
+    @property
+    def answered_tokens(self) -> int: ...
+    @property
+    def tokens_left(self) -> int: ...
+    @property
+    def heard_at(self) -> float: ...
+    @property
+    def reported_at(self) -> float: ...
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request: the calls that it was split into, none until it is known how a service wants it."""
+
+    tokens: int
+    calls: Sequence[AskedFor] = ()
+
+    @property
+    def tokens_done(self) -> int:
+        return sum(call.answered_tokens for call in self.calls)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Requests that were begun before the first of them was done."""
+
+    live: set[Entry] = field(default_factory=set)
+    tokens_finished: int = 0
+
+
+class InFlight:
+    """`now` is a monotonic clock. Everything but `waiting` and `rate` is called on the client's event loop."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
+        self._groups: list[_Group] = []
+        self._answered: deque[tuple[float, int]] = deque()
+
+    def begin(self, tokens: int) -> Entry:
+        if not self._groups or self._groups[-1].tokens_finished:
+            self._groups.append(_Group())
+        if not any(group.live for group in self._groups):
+            self._answered.clear()
+            self._answered.append((self._now(), 0))
+        entry = Entry(tokens)
+        self._groups[-1].live.add(entry)
+        return entry
+
+    def end(self, entry: Entry) -> None:
+        """The request is answered, or was given up."""
+        group = next(group for group in self._groups if entry in group.live)
+        group.live.remove(entry)
+        group.tokens_finished += entry.tokens
+        self._groups = [group for group in self._groups if group.live]
+
+    def answered(self, tokens: int) -> None:
+        """So many tokens' answers have come."""
+        self._answered.append((self._now(), tokens))
+        while len(self._answered) > 2 and self._answered[1][0] < self._now() - RATE_WINDOW_S:
+            self._answered.popleft()
+
+    def waiting(self, what: str, replicas: int = 1) -> Waiting | None:
+        """All together; None where nothing is in flight. `replicas` share what is not sent yet."""
+        groups = list(self._groups)
+        entries = [entry for group in groups for entry in list(group.live)]
+        if not entries:
+            return None
+        waiting = self.waiting_for(what, entries, replicas)
+        finished = sum(group.tokens_finished for group in groups)
+        return Waiting(
+            what, waiting.tokens_done + finished, waiting.tokens + finished, waiting.tokens_ahead,
+            waiting.tokens_per_second, waiting.silent_s,
+        )  # fmt: skip
+
+    def waiting_for(self, what: str, entries: Sequence[Entry], replicas: int = 1) -> Waiting:
+        """These requests alone."""
+        return waiting_for(what, entries, self._now(), replicas, self._rate(), self._answered_since)
+
+    def _answered_since(self, at: float) -> int:
+        return sum(tokens for when, tokens in list(self._answered) if when > at)
+
+    def _rate(self) -> float:
+        """Tokens answered a second of late, all services together: for one that does not report its own."""
+        answered = list(self._answered)
+        tokens = sum(tokens for _, tokens in answered[1:])
+        return tokens / max(self._now() - answered[0][0], 1e-3) if tokens else 0.0
+
+
+def waiting_for(
+    what: str, entries: Sequence[Entry], now: float, replicas: int = 1, measured_rate: float = 0.0,
+    answered_since: Callable[[float], int] = lambda at: 0,
+) -> Waiting:  # fmt: skip
+    """How far these requests are together, by what the services that compute them report. `answered_since` tells for
+    how many tokens answers came after a time: a service that reported before it counts them among those ahead."""
+    asked: dict[Any, list[AskedFor]] = defaultdict(list)
+    unsent = sum(entry.tokens for entry in entries if not entry.calls)
+    calls = [call for entry in entries for call in entry.calls]
+    for call in calls:
+        if (replica := call.replica) is None:
+            unsent += call.tokens_left
+        elif call.tokens_left:
+            asked[replica].append(call)
+    share = unsent / max(replicas, len(asked))
+    total = Waiting.sum_of(_part(what, group, share, answered_since) for group in asked.values())
+    rate = total.tokens_per_second if total is not None else 0.0
+    return Waiting(
+        what,
+        tokens_done=sum(entry.tokens_done for entry in entries),
+        tokens=sum(entry.tokens for entry in entries),
+        tokens_ahead=total.tokens_ahead if total is not None and rate else 0,
+        tokens_per_second=rate or measured_rate,
+        silent_s=min((now - call.heard_at for call in calls), default=0.0),
+    )
+
+
+def _part(what: str, calls: Sequence[AskedFor], unsent: float, answered_since: Callable[[float], int]) -> Waiting:
+    """What one replica still has to do for us, and for others before the last of ours."""
+    sent = sum(call.tokens_left for call in calls)
+    # Read once each: the client's thread may go on meanwhile.
+    reported = [(call, progress) for call in calls if (progress := call.progress) is not None]
+    # Whether or not a service counts our own other requests among those ahead of one, the last of ours ends then.
+    ahead = max(
+        (call.tokens_left + max(progress.tokens_ahead - answered_since(call.reported_at), 0)
+         for call, progress in reported), default=0,
+    )  # fmt: skip
+    _, latest = max(reported, key=lambda pair: pair[0].reported_at, default=(None, None))
+    # What is not sent yet will have as many of others' tokens before it as what is.
+    others = max(ahead - sent, 0) * (1 + unsent / max(sent, 1))
+    rate = latest.tokens_per_second if latest is not None else 0.0
+    return Waiting(what, 0, sent + round(unsent), round(others), rate)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from teacher_proto.client.canary import LENGTHS, Canary, canary_request, tolerance
+from teacher_proto.client.expectation import LENGTHS, Canary, canary_request, tolerance
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import NotFoundError, TruncatedError, WireError, WrongTeacherError
 from teacher_proto.identity import compare_fingerprints

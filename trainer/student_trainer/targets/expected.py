@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from teacher_proto.client.call import ClientStats
-from teacher_proto.client.canary import Canary
-from teacher_proto.client.expectation import Expectation
+from teacher_proto.client.expectation import Canary, Expectation
 from teacher_proto.errors import WrongTeacherError
 from teacher_proto.identity import TeacherIdentity, compare_fingerprints
 

@@ -21,7 +21,7 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Queries, TeacherCard
 from student_trainer.targets.queries import asked_of, by_document, spec_of
-from teacher_proto.client.canary import canary_request, read_canary
+from teacher_proto.client.expectation import canary_request, read_canary
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Query

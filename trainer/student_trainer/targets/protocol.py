@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.terms import Needs, Term
-from teacher_proto.client.canary import Canary
+from teacher_proto.client.expectation import Canary
 from teacher_proto.client.teacher_client import HIDDEN_WIDTH
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.identity import TeacherIdentity

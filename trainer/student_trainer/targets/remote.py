@@ -18,8 +18,8 @@ from student_trainer.settings import TeacherSettings
 from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Admits, Queries, TeacherCard
 from student_trainer.targets.queries import asked_of, by_document, spec_of, with_documents
+from teacher_proto.client.exchange import InfoT
 from teacher_proto.client.replica_client import ReplicaClient
-from teacher_proto.client.route import InfoT
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.errors import PoisonBatchError, StillhouseError, TeacherUnavailableError
