@@ -60,9 +60,9 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(
-        "a student of 0.4 M weights and a teacher of 1.9 M, 512 tokens", 512, 240, 240, 30, 8, 128, 3e-3, 1e-3
+        "A student of 0.4 M weights and a teacher of 1.9 M, 512 tokens", 512, 240, 240, 30, 8, 128, 3e-3, 1e-3
     ),
-    "small": Scale("every fifth layer of SmolLM2-135M", None, 0, 100, 60, 1, 256, 1e-3, 5e-4),
+    "small": Scale("Every fifth layer of SmolLM2-135M", None, 0, 100, 60, 1, 256, 1e-3, 5e-4),
 }
 SHAPES = {"teacher": (192, 512, 4), "student": (96, 256, 3)}  # width, of the MLP, layers
 

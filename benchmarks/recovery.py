@@ -98,7 +98,7 @@ class Bench:
         if self._options.steps:
             middle_first = sorted(RANKS, key=lambda rank: abs(rank - RANKS[1]))
             yield from (
-                (quantiser, seed, f"{rank:g}") for seed in seeds for rank in middle_first for quantiser in QUANTISERS
+                (quantiser, seed, f"{rank:g}") for rank in middle_first for seed in seeds for quantiser in QUANTISERS
             )
 
     def file(self, quantiser: str, seed: int, what: str) -> Path:
