@@ -10,7 +10,7 @@ from pathlib import Path
 from demo.measure import Machine
 from demo.plan import PAGE_S, Plan, arm_s, slowed, step_s, time_limit_s
 from demo.processes import Processes, TooLongError, train
-from demo.served import read_lines
+from student_trainer.reporting.json_lines import read_lines
 
 # An arm that is so much over its time has gone wrong, or its machine has: it is ended.
 GRACE_S = 30.0

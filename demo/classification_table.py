@@ -13,7 +13,7 @@ from rich.table import Table
 
 from demo.classification_plan import ARMS, LENGTH_ARM, RATES, Plan, Run, best_rate, known_runs
 from demo.comparison import finished, markdown_table
-from demo.served import read_lines
+from student_trainer.reporting.json_lines import read_lines
 
 MOST_SEEDS = 20  # that results are looked for of
 BASE, FULL, DISTILLED = "bitnet_sft", "full_precision", ("logits", "relations", "both")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo.served import read_lines
+from student_trainer.reporting.json_lines import read_lines
 
 
 def options_of(name: str, about: str, minutes: float) -> argparse.ArgumentParser:

@@ -28,7 +28,8 @@ from demo.measure import Machine, StudentProcess
 from demo.plan import END_S, MARGIN, PAGE_S
 from demo.processes import Processes, prepared, stoppable, train
 from demo.screen import Screen
-from demo.served import TOP_K, Teacher, measure_machine, read_lines, serve_teacher
+from demo.served import TOP_K, Teacher, measure_machine, serve_teacher
+from student_trainer.reporting.json_lines import read_lines
 
 RUNS = Path("runs/diffusion")
 FEWEST_STEPS = 4

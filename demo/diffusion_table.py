@@ -18,7 +18,7 @@ from rich.table import Table
 
 from demo.comparison import markdown_table
 from demo.diffusion_arms import THRESHOLDS, Comparison
-from demo.served import read_lines
+from student_trainer.reporting.json_lines import read_lines
 
 # By figure: how it is called, decimals, and whether more is better (None: neither).
 FIGURES: Mapping[str, tuple[str, int, bool | None]] = {

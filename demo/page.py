@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from demo.served import read_lines
+from student_trainer.reporting.json_lines import read_lines
 
 
 def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:

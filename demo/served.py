@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import httpx
 from demo.measure import Machine, StudentProcess, teacher_speed
 from demo.prepare import TEACHER
 from demo.processes import Processes
+from student_trainer.reporting.json_lines import read_lines
 
 NAME = "SmolLM2-135M-Instruct"
 TOP_K = 64
@@ -61,11 +61,6 @@ def measure_machine(processes: Processes, teacher: Teacher, student: StudentProc
         f"{machine.student_dtype}"
     )
     return machine
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of JSON lines; none where there is no file yet."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
 
 
 def ends(run: Path, before: Path | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from student_trainer.reporting.json_lines import read_lines
 from student_trainer.reporting.report import RunRecord, main, write_report
 
 
@@ -103,3 +104,10 @@ def test_a_mixture_that_changed_is_a_picture_with_its_reasons(tmp_path: Path) ->
     plain = RunRecord.read(_write_run(tmp_path / "plain", 1.0))
     write_report([plain], tmp_path / "plain.html", title="plain")
     assert "What it was trained on" not in (tmp_path / "plain.html").read_text()
+
+
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"step": 1}\n{"step": 2, "text": "a\u2028b"}\n{"step": 3, "lo')
+    assert [line["step"] for line in read_lines(file)] == [1, 2]

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from student_trainer.reporting.classes import class_pictures
+from student_trainer.reporting.json_lines import read_lines
 from teacher_proto.process.stages import stage
 
 # Figures of an evaluation, with how the page calls them and whether more is better.
@@ -58,11 +59,11 @@ class RunRecord:
         passage = folder / "passage.json"
         return cls(
             name=name or folder.name,
-            metrics=_read_lines(folder / "metrics.jsonl"),
-            evaluations=_read_lines(folder / "evaluation.jsonl"),
+            metrics=read_lines(folder / "metrics.jsonl"),
+            evaluations=read_lines(folder / "evaluation.jsonl"),
             passage=json.loads(passage.read_text()) if passage.is_file() else None,
-            samples=_read_lines(folder / "samples.jsonl"),
-            classes=_read_lines(folder / "classes.jsonl"),
+            samples=read_lines(folder / "samples.jsonl"),
+            classes=read_lines(folder / "classes.jsonl"),
         )
 
 
@@ -208,12 +209,6 @@ def _sources(runs: Sequence[RunRecord]) -> list[str]:
         for line in run.evaluations:
             names.update(dict.fromkeys(key for key, figures in line.items() if isinstance(figures, Mapping)))
     return list(names)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def main(arguments: Sequence[str]) -> int:
