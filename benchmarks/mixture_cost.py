@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.report import report
 from benchmarks.train_cpu import ROOT as MODELS
 from benchmarks.train_cpu import RandomTargets, prepare
-from student_trainer import components, loop
+from student_trainer import build_components, loop
 from student_trainer.build import build
 from student_trainer.cli.compose import compose
 from student_trainer.settings.mixture import InfluenceMixture
@@ -102,12 +102,12 @@ def open_run(name: str, options: argparse.Namespace, steps: int, stack: ExitStac
     def open_here(settings: Any, thread: Any, stack: ExitStack, saved: Any = None) -> Teacher:
         return Teacher(thread.call(targets.open()), targets)
 
-    real = components.open_teacher
-    components.open_teacher = open_here
+    real = build_components.open_teacher
+    build_components.open_teacher = open_here
     try:
         return build(compose([*lines, *changes]), StopSignals(), stack)
     finally:
-        components.open_teacher = real
+        build_components.open_teacher = real
 
 
 def cost_of(seconds: list[float], interval: int) -> tuple[float, float]:

@@ -143,8 +143,8 @@ def serve_teacher(root: Path) -> Iterator[str]:
 
 def fill(arguments: list[str], steps: int, url: str) -> dict[str, float]:
     """Have the teacher score all that the runs of a seed will ask, in one pass; bytes a token of each kind."""
+    from student_trainer.build_components import load_tokenizer
     from student_trainer.cli.compose import compose_arguments
-    from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.targets.background import EventThread
     from student_trainer.targets.queries import queries_of

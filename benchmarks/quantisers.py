@@ -75,9 +75,9 @@ def step_of(options: argparse.Namespace, given: list[str]) -> tuple[Step, str]:
 
     from student_trainer.batch.align import cut
     from student_trainer.batch.view import ViewSeed
+    from student_trainer.build_components import load_tokenizer
     from student_trainer.checkpoint.earlier_run import load_student
     from student_trainer.cli.compose import compose_arguments
-    from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.losses.kinds import terms_of
     from student_trainer.optim.optimizer import build_optimizer

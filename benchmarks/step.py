@@ -90,8 +90,8 @@ def settings_of(options: argparse.Namespace, steps: int, url: str) -> list[str]:
 
 def rows_of(settings: list[str], steps: int) -> np.ndarray:
     """The tokens [steps, rows, T] of the run's batches."""
+    from student_trainer.build_components import load_tokenizer
     from student_trainer.cli.compose import compose_arguments
-    from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
 
     composed = compose_arguments(settings)

@@ -85,8 +85,8 @@ def write_texts(settings: Any, out: Path) -> None:
     """A line of JSON for each text, with the fields of `samples.jsonl`."""
     import torch
 
+    from student_trainer.build_components import load_tokenizer
     from student_trainer.checkpoint.earlier_run import load_student
-    from student_trainer.components import load_tokenizer
     from student_trainer.data.loader import BatchSource
     from student_trainer.data.tokenise import pad_id
     from student_trainer.evaluation.samples import SampleWriter

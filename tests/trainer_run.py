@@ -238,7 +238,7 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
     """A whole run in this process; `targets` stand in for the teacher at the URL."""
     import torch
 
-    from student_trainer import components, loop
+    from student_trainer import build_components, loop
     from student_trainer.build import build
     from student_trainer.cli.compose import compose
     from student_trainer.targets.open import Teacher
@@ -250,14 +250,14 @@ def run_here(arguments: list[str], targets: Any | None = None) -> int:
         assert targets is not None
         return Teacher(thread.call(targets.open()), targets)
 
-    real = components.open_teacher
+    real = build_components.open_teacher
     if targets is not None:
-        components.open_teacher = open_here
+        build_components.open_teacher = open_here
     try:
         with ExitStack() as stack:
             return loop.train(build(compose(arguments), StopSignals(), stack))
     finally:
-        components.open_teacher = real
+        build_components.open_teacher = real
         torch.set_num_threads(threads)
 
 

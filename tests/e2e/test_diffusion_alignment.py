@@ -21,7 +21,7 @@ from student_trainer.batch.view import NEVER, Attention, OrderedDocuments, ViewS
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.losses import token_term
 from student_trainer.settings import DiffusionSettings, StudentSettings, TeacherSettings
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread

@@ -17,6 +17,7 @@ from student_trainer.batch.batch import Batch, Kind
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
+from student_trainer.build_components import build_components
 from student_trainer.calibration.start import calibrate_at_start
 from student_trainer.checkpoint import checkpoints as checkpoint
 from student_trainer.checkpoint.checkpoints import Checkpoints
@@ -25,7 +26,7 @@ from student_trainer.checkpoint.files import Snapshot
 from student_trainer.checkpoint.remote import RemoteCheckpoints
 from student_trainer.checkpoint.resume import check_student
 from student_trainer.checkpoint.run_folder import RunFolder, find_earlier, open_folder, write_settings
-from student_trainer.components import Components, build_components
+from student_trainer.components import Components
 from student_trainer.data.ahead import documents_ahead
 from student_trainer.data.classification import class_words, one_set_of_words
 from student_trainer.data.loader import BatchSource
@@ -55,7 +56,7 @@ from student_trainer.settings.mixture import InfluenceMixture
 from student_trainer.settings.redact import public
 from student_trainer.state import TrainState
 from student_trainer.students.compute import as_begun, name_compute
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.identity import student_identity
 from student_trainer.students.sharding import Unsharded, shard
 from student_trainer.students.student import Student

@@ -1,4 +1,5 @@
-"""Which device a run computes on, asked of the machine. Called by `ranks`, before they connect, and by `components`.
+"""Which device a run computes on, asked of the machine. Called by `ranks`, before they connect, and by
+`build_components`.
 
 On a machine with GPUs every rank has one of its own, which is made the process's current one before anything else uses
 CUDA: collectives, random states and caches of that process then lie there, and not all on the first.

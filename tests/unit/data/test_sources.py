@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from student_trainer.data.documents import Source
 from student_trainer.data.loader import open_source
+from student_trainer.data.source import Source
 from student_trainer.settings.data import SourceSettings
 
 TEXTS = [f'document {i} – with ümlauts, "quotes" and\na second line' for i in range(300)]

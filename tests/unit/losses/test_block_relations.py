@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer import components as building
+from student_trainer import build_components as building
 from student_trainer import loop
 from student_trainer.batch.align import cut
 from student_trainer.batch.batch_targets import BatchTargets

@@ -17,7 +17,7 @@ from student_trainer.rollouts.block_decoding import BlockDecoder, _Filling
 from student_trainer.rollouts.block_sampler import sampler_of
 from student_trainer.rollouts.sampler import GenerateSampler, Passes
 from student_trainer.settings import DiffusionSettings, StudentSettings
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.student import Student
 from tests.models import VOCAB_SIZE, save_tiny_llama
 

@@ -23,7 +23,7 @@ from student_trainer.rollouts.block_decoding import _Filling
 from student_trainer.rollouts.block_sampler import sampler_of
 from student_trainer.rollouts.prompts import Prompt, rollout_batch
 from student_trainer.settings import DiffusionSettings, StudentSettings
-from student_trainer.students.trajectory import left_to_write
+from student_trainer.students.diffusion_reader import left_to_write
 from tests.models import VOCAB_SIZE, save_tiny_llama
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, run_here, trace_of
 

@@ -24,7 +24,7 @@ from student_trainer.losses.terms import CleanTerm
 from student_trainer.settings import DiffusionSettings, StudentSettings
 from student_trainer.settings.student import GrowthSettings
 from student_trainer.settings.terms import AutoregressiveSettings
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord, read_diffusion, text_rows
 from student_trainer.students.student import Student
 from teacher_proto.identity import tokenizer_sha256

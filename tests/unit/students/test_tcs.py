@@ -18,7 +18,7 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.view import ViewSeed
 from student_trainer.cli.compose import compose
 from student_trainer.losses import head_loss, token_term
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer import components as building
+from student_trainer import build_components as building
 from student_trainer import loop
 from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch

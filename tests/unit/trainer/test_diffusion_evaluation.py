@@ -24,7 +24,7 @@ from student_trainer.evaluation.mask_rates import MaskRates, masked_share
 from student_trainer.ranks import ALONE
 from student_trainer.rollouts import block_decoding
 from student_trainer.settings import DiffusionSettings, EvaluationSettings, StudentSettings
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord
 from student_trainer.students.student import Student
 from teacher_proto.requests import TargetSpec

@@ -43,7 +43,7 @@ def test_a_documents_figures_are_its_own(workshop: Workshop, tmp_path: Path) -> 
     lines = ("evaluation.every=1", "run.steps=1")
     assert run_here(workshop.settings(tmp_path, *lines), ScriptedTargets()) == 0
     settings = compose(workshop.settings(tmp_path))
-    from student_trainer.components import load_tokenizer
+    from student_trainer.build_components import load_tokenizer
 
     source = BatchSource(settings.data, load_tokenizer(settings), 0)
     held_out = {

@@ -1,4 +1,4 @@
-"""The student that the settings name: out of a model, an export, or an earlier run. Called by `components` and
+"""The student that the settings name: out of a model, an export, or an earlier run. Called by `build_components` and
 `cli.export`.
 
 `student.checkpoint_path` may be the folder of a run: its student is built as that run built it and takes the weights

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from student_trainer.batch.batch import Batch
+from student_trainer.build_components import build_components
 from student_trainer.checkpoint.earlier_run import recognised
 from student_trainer.cli.compose import compose_arguments
-from student_trainer.components import Components, build_components
+from student_trainer.components import Components
 from student_trainer.losses.chunks import default_chunk_rows
 from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs, Term, TokenTerm

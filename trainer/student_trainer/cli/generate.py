@@ -26,7 +26,7 @@ from student_trainer.rollouts.block_sampler import sampler_of
 from student_trainer.rollouts.sampler import Passes, ends_of_text
 from student_trainer.settings import DiffusionSettings, Settings, StudentSettings
 from student_trainer.settings.student import AUTO
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.student import Student
 
 

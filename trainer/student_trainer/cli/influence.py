@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet
 
+from student_trainer.build_components import build_components
 from student_trainer.cli.compose import compose
-from student_trainer.components import Components, build_components
+from student_trainer.components import Components
 from student_trainer.data.tokenise import pad_id
 from student_trainer.influence.measure import Asked, Influence, Kept, Measure, Options
 from student_trainer.losses.kinds import terms_of

@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from student_trainer.build_components import load_tokenizer
 from student_trainer.cli.compose import compose_arguments
-from student_trainer.components import load_tokenizer
 from student_trainer.data.ahead import documents_ahead
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.policies.decisions import PolicyState

@@ -11,8 +11,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from student_trainer.data.documents import RawDocument, Source, is_held_out
+from student_trainer.data.documents import RawDocument, is_held_out
 from student_trainer.data.mixture import Cursor
+from student_trainer.data.source import Source
 from student_trainer.data.tokenise import TokenDocument, Tokeniser
 
 Address = tuple[int, int, int]  # epoch, shard, block

@@ -7,10 +7,11 @@ document gives one piece before any gives a second, chosen by its hash, so that 
 from collections.abc import Iterator, Sequence
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
-from student_trainer.data.documents import Source, is_held_out
+from student_trainer.data.documents import is_held_out
 from student_trainer.data.draw import cut
 from student_trainer.data.order import key_of
 from student_trainer.data.packing import OpenRows, Rows
+from student_trainer.data.source import Source
 from student_trainer.data.tokenise import TokenDocument, Tokeniser
 from student_trainer.settings.data import DataSettings
 

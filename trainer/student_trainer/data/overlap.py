@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from student_trainer.data.documents import Source, canonical, is_held_out
+from student_trainer.data.documents import canonical, is_held_out
+from student_trainer.data.source import Source
 from teacher_proto.process.stages import stage
 
 

@@ -24,7 +24,7 @@ from student_trainer.rollouts.block_sampler import BlockSampler
 from student_trainer.rollouts.prompts import beginnings
 from student_trainer.rollouts.sampler import Sample
 from student_trainer.settings import EvaluationSettings
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import LARGEST_BLOCK
 from student_trainer.students.student import Student
 

@@ -13,7 +13,7 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import OrderedDocuments, View
 from student_trainer.evaluation.records import Figures
 from student_trainer.ranks import Ranks
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord
 from student_trainer.students.student import Student
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from student_trainer.rollouts.block_decoding import BlockDecoder, Filled
 from student_trainer.rollouts.sampler import GenerateSampler, Sample, Sampler
-from student_trainer.students.diffusion import DiffusionReader
+from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.student import Student
 
 

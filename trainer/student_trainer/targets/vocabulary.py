@@ -1,4 +1,4 @@
-"""Do student and teacher mean the same token by the same id? Called by `components` before anything is trained.
+"""Do student and teacher mean the same token by the same id? Called by `build_components` before anything is trained.
 
 The two may differ at the end: a padded head, tokens added to one of them. What they share is then a prefix of the ids,
 and the losses compare the models on it. Another tokenizer is refused.
