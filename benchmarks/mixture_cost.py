@@ -24,6 +24,7 @@ from benchmarks.train_cpu import RandomTargets, prepare
 from student_trainer import build_components, loop
 from student_trainer.build import build
 from student_trainer.cli.compose import compose
+from student_trainer.run import Run
 from student_trainer.settings.mixture import InfluenceMixture
 from student_trainer.targets.open import Teacher
 from teacher_proto.process.stopping import StopSignals
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
-def open_run(name: str, options: argparse.Namespace, steps: int, stack: ExitStack) -> loop.Run:
+def open_run(name: str, options: argparse.Namespace, steps: int, stack: ExitStack) -> Run:
     """A run that is ready for its first step."""
     changes = POLICIES[name]
     if changes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from teacher_proto.process.parent import end_with_parent_if_asked
 
 if TYPE_CHECKING:
-    from student_trainer.loop import Run
+    from student_trainer.run import Run
 
 # Steps are made until this much time has passed, after one that warms up.
 MEASURE_S = 4.0

@@ -5,16 +5,22 @@ Put together by `build_components`; whoever makes something of a run out of its 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from student_trainer.batch.batch import Kind
 from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.data.loader import BatchSource
+from student_trainer.losses.terms import Term
+from student_trainer.settings import Settings
 from student_trainer.students.student import Student
-from student_trainer.targets.attention import AttentionSource
+from student_trainer.targets.attention import NO_TOKENS, AttentionSource, BesideTokens
 from student_trainer.targets.open import Teacher
+from student_trainer.targets.protocol import Targets, spec_for
 from teacher_proto.client.waiting import Waiting
+from teacher_proto.requests import TargetSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,3 +52,14 @@ class Components:
                 self.attention.waiting() if self.attention else None,
             )
         )
+
+    @property
+    def targets(self) -> Targets | None:
+        """Who answers for batches: for their tokens, and for attention beside them where a loss wants that."""
+        targets = self.teacher.targets if self.teacher else None
+        return targets if targets is None or self.attention is None else BesideTokens(targets, self.attention)
+
+    def spec(self, settings: Settings, terms: Iterable[Term], kind: Kind = "data") -> TargetSpec | None:
+        """What is asked about a batch of this kind for these terms; None: nothing."""
+        spec = spec_for(terms, settings.teacher.top_k, settings.distillation)
+        return NO_TOKENS if spec is None and kind == "data" and self.attention is not None else spec

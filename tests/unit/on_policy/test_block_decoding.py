@@ -14,7 +14,7 @@ from student_trainer.batch.batch import Placed, build_batch
 from student_trainer.batch.view import ViewSeed
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.rollouts.block_decoding import BlockDecoder, _Filling
-from student_trainer.rollouts.block_sampler import sampler_of
+from student_trainer.rollouts.open import sampler_of
 from student_trainer.rollouts.sampler import GenerateSampler, Passes
 from student_trainer.settings import DiffusionSettings, StudentSettings
 from student_trainer.students.diffusion_reader import DiffusionReader

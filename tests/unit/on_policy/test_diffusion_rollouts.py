@@ -20,7 +20,7 @@ from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.export import main as export
 from student_trainer.cli.generate import Writer
 from student_trainer.rollouts.block_decoding import _Filling
-from student_trainer.rollouts.block_sampler import sampler_of
+from student_trainer.rollouts.open import sampler_of
 from student_trainer.rollouts.prompts import Prompt, rollout_batch
 from student_trainer.settings import DiffusionSettings, StudentSettings
 from student_trainer.students.diffusion_reader import left_to_write

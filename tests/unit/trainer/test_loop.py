@@ -19,6 +19,8 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.cli.compose import compose
 from student_trainer.data.loader import BatchSource
+from student_trainer.run import Run
+from student_trainer.students.sharding import Unsharded
 from student_trainer.targets.guard import NonFiniteError
 from student_trainer.targets.protocol import Queries
 from teacher_proto.errors import InvalidTargetsError, TeacherUnavailableError
@@ -326,16 +328,39 @@ def test_an_update_that_is_dropped_half_way_leaves_no_trace(
     )
     done = []
 
-    def pause(run: loop.Run) -> None:
+    def pause(run: Run) -> None:
         done.append(run.state.step)
         if len(done) == micro_batch:
             raise StopSignals.Stop("a test stopped the run")
 
     assert run_here([*arguments, "run.id=straight"], ScriptedTargets()) == loop.DONE
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Run, "pause", pause)
+        patched.setattr(Run, "pause", pause)
         assert run_here([*arguments, "run.id=stopped"], ScriptedTargets()) == loop.STOPPED
     assert steps_of(tmp_path / "stopped") == list(range(1, micro_batch // 4 + 1))
     assert run_here([*arguments, "run.id=stopped"], ScriptedTargets()) == loop.DONE
     assert trace_of(tmp_path / "stopped") == trace_of(tmp_path / "straight")
     assert final_files(tmp_path / "stopped", 12) == final_files(tmp_path / "straight", 12)
+
+
+OWN_TEXT = ("on_policy.share=0.5", "on_policy.lag=0", "on_policy.prompt_tokens=6", "on_policy.new_tokens=4")
+SHARES = "distillation.balance.shares={cross_entropy: 1, top_k_kl: 1}"
+GATHER = ("distillation.terms.top_k_kl.support=gather", "distillation.terms.top_k_kl.kind=reverse_kl")
+ALONE = {
+    "nothing": ((), []),
+    "measured": ((SHARES, "distillation.balance.every=4"), [0, 4, 8]),
+    "written": (("on_policy=gkd", *OWN_TEXT), [1, 3, 5, 7, 9, 11]),
+    "asked": (GATHER, [*range(12)]),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_student_is_gathered_only_for_updates_that_have_it_whole_on_a_rank(
+    workshop: Workshop, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, expected = ALONE[name]
+    gathered: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Unsharded, "refresh", lambda _, step: gathered.append(step))
+        assert run_here(workshop.settings(tmp_path, *given), ScriptedTargets()) == loop.DONE
+    assert gathered == expected

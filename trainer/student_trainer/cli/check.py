@@ -20,7 +20,7 @@ from student_trainer.cli.compose import compose_arguments
 from student_trainer.components import Components
 from student_trainer.losses.chunks import default_chunk_rows
 from student_trainer.losses.kinds import terms_of
-from student_trainer.losses.terms import Needs, Term, TokenTerm
+from student_trainer.losses.terms import Term, TokenTerm
 from student_trainer.rollouts.prompts import prompts_of
 from student_trainer.settings import Settings
 from student_trainer.students.quant_linear import quant_linears
@@ -122,9 +122,9 @@ def _targets(
         ours = ", ".join(map(str, sorted(components.student.capture(terms).attention)))
         layers = f"the teacher's layer {states[0].layer}, the student's {ours}"
         yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
-    if components.teacher is None or not Needs.of(terms).kinds:
-        return
     spec = spec_for(terms, settings.teacher.top_k, settings.distillation)
+    if components.teacher is None or spec is None:
+        return
     with stage("targets of batch 0", note=components.describe_waiting):
         answered = thread.call(components.teacher.targets.fetch(batch, queries_of(batch, spec)))
     yield "targets", f"{', '.join(spec.kinds)} with K = {spec.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from student_trainer.checkpoint.earlier_run import earlier_run, load_student, model_behind, recognised, settings_of
 from student_trainer.data.tokenise import pad_id
-from student_trainer.rollouts.block_sampler import sampler_of
+from student_trainer.rollouts.open import sampler_of
 from student_trainer.rollouts.sampler import Passes, ends_of_text
 from student_trainer.settings import DiffusionSettings, Settings, StudentSettings
 from student_trainer.settings.student import AUTO

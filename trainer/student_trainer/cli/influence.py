@@ -27,9 +27,7 @@ from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings
 from student_trainer.settings.data import DataSettings, SourceSettings
-from student_trainer.targets.attention import NO_TOKENS, BesideTokens
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.protocol import spec_for
 from teacher_proto.process.stages import DISPLAY, stage
 
 ROWS_A_GROUP = 4096
@@ -87,11 +85,8 @@ def _asked(settings: Settings, components: Components) -> Asked:
             f"the loss asks the teacher at ids that a step chooses ({', '.join(sorted(needs.late))}), which documents "
             "alone don't: weigh them by a loss without support gather, as distillation=logits_only"
         )
-    targets = components.teacher.targets if components.teacher else None
-    spec = spec_for(terms, settings.teacher.top_k, settings.distillation) if needs.kinds else None
-    if targets is not None and components.attention is not None:
-        targets, spec = BesideTokens(targets, components.attention), spec or NO_TOKENS
-    return Asked(terms, settings.distillation.chunk_rows, spec, targets, components.head)
+    spec = components.spec(settings, terms)
+    return Asked(terms, settings.distillation.chunk_rows, spec, components.targets, components.head)
 
 
 def write(out: Path, components: Components, source: SourceSettings, influence: Influence) -> None:

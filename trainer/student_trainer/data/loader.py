@@ -6,7 +6,7 @@ batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and ge
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from student_trainer.data.source import Source
 from student_trainer.data.streamed import StreamedSource, open_shards
 from student_trainer.data.tokenise import TokenDocument, Tokeniser, pad_id, plain_backend
 from student_trainer.settings.data import DataSettings, SourceSettings
+from student_trainer.settings.mixture import InfluenceMixture
 
 CHARACTERS_A_TOKEN = 4
 
@@ -152,8 +153,13 @@ class BatchSource:
                 placed = None if document is None else cut(number, name, document, 0, self.settings.seq_len)
                 yield raw, placed if placed is not None and _teaches(placed) else None
 
-    def check_probe(self, names: Sequence[str]) -> None:
-        """ValueError if what is held out of these sources is trained on in another, or nothing is held out of one."""
+    def check_probe(self) -> None:
+        """ValueError if what is held out of the probe's sources is trained on in another, or nothing is held out of
+        one. Nothing for a mixture without a probe.
+        """
+        if not isinstance(self.settings.mixture, InfluenceMixture):
+            return
+        names = self.settings.probe
         if not names:
             raise ValueError("policy influence needs a probe, but no source has a held_out_fraction above 0")
         for name in names:

@@ -1,17 +1,14 @@
-"""Held-out figures, by source: cross-entropy, KL(teacher‖student), agreement. Built by `build`, called by `loop`.
+"""Held-out figures, by source: cross-entropy, KL(teacher‖student), agreement. Made in `open`, called by `run`.
 
-The teacher is asked for the held-out rows once; they are kept in memory, so that every evaluation compares with the
-same answers. KL is at temperature 1, over the served K ids and one bucket for all others, which is a lower bound of the
+KL is at temperature 1, over the served K ids and one bucket for all others, which is a lower bound of the
 full KL, or with `evaluation.kl=full` over the whole vocabulary.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +22,7 @@ from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import ViewSeed
 from student_trainer.evaluation.classes import ClassSums
 from student_trainer.evaluation.documents import DocumentSums
+from student_trainer.evaluation.held_out import HeldOut
 from student_trainer.evaluation.mask_rates import MaskRates
 from student_trainer.evaluation.passage import can_be_shown, make_passage
 from student_trainer.evaluation.records import ClassFigures, DocumentFigures, Evaluation, Figures
@@ -34,48 +32,13 @@ from student_trainer.losses.terms import TokenTerm
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import EvaluationSettings
 from student_trainer.students.student import Student
-from student_trainer.targets.background import EventThread
-from student_trainer.targets.protocol import Targets
-from student_trainer.targets.queries import queries_of
 from teacher_proto.process.stages import stage
-from teacher_proto.requests import TargetSpec
 
 CROSS_ENTROPY = token_term("cross_entropy", "cross_entropy")
 KL: dict[str, TokenTerm] = {
     "top_k": token_term("kl", "top_k_kl"),
     "full": token_term("kl", "forward_kl", support="full"),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOut:
-    """The held-out rows of all sources with the teacher's answers, ready to be read."""
-
-    batches: Mapping[str, Sequence[Batch]]
-    targets: Mapping[str, Sequence[BatchTargets | None]]
-
-
-def fetch_held_out(
-    batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, spec: TargetSpec,
-    waiting: Callable[[], str] = str,
-) -> HeldOut:  # fmt: skip
-    """Ask the teacher for all of them, side by side; the first failure is raised. `waiting` says how far they are."""
-    if targets is None:
-        return HeldOut(batches, {name: [None] * len(group) for name, group in batches.items()})
-    ordered = [batch for group in batches.values() for batch in group]
-
-    with stage("held-out targets", len(ordered), "batches", note=waiting, paced=False) as doing:
-
-        async def fetch(batch: Batch) -> BatchTargets:
-            answer = await targets.fetch(batch, queries_of(batch, spec))
-            doing.done += 1
-            return answer
-
-        async def fetch_all() -> list[BatchTargets]:
-            return await asyncio.gather(*map(fetch, ordered))
-
-        answers = iter(thread.call(fetch_all()))
-    return HeldOut(batches, {name: [next(answers) for _ in group] for name, group in batches.items()})
 
 
 class SourceFigures(Protocol):

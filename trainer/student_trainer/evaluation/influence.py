@@ -1,5 +1,5 @@
 """Measures for the mixture policy `influence`: sketches of the sources' gradients in updates that are made anyway, and
-of the probe's where a decision is due. Built by `build`, called by `loop`.
+of the probe's where a decision is due. Made in `open`, called by `loop`.
 
 The probe is measured before the update that its decision follows, with the parameters that this update starts from: it
 changes nothing of the student, and an update that is given up takes its probe along.
@@ -42,6 +42,10 @@ class HasMoments(Protocol):
 class NoMeter:
     """Of a run whose mixture does not go by gradients."""
 
+    def probes(self, state: TrainState) -> bool:
+        """Whether `begin` will measure the probe ahead of the next update: on all ranks alike."""
+        return False
+
     def begin(
         self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
     ) -> None:
@@ -74,6 +78,11 @@ class InfluenceMeter(NoMeter):
         self._active = False
         self._probed: tuple[Tensor, float] | None = None
 
+    def probes(self, state: TrainState) -> bool:
+        policy = state.policy.policy
+        assert isinstance(policy, Influence)
+        return policy.due(state.step)
+
     def begin(
         self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
     ) -> None:
@@ -82,7 +91,7 @@ class InfluenceMeter(NoMeter):
         assert isinstance(policy, Influence)
         self._active = kind == "data" and policy.sketched(state.step)
         self._probed = None
-        if policy.due(state.step):
+        if self.probes(state):
             self._student.before_step(state.step)
             self._probed = self._measure([micro for each in self._probe for micro in ask(each).micro], terms, pause)
         self._sketches.scales = self._preconditioners() if self._active and self._settings.precondition else {}

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from student_trainer.batch.batch import Kind
 from student_trainer.losses.balance import GradientBalance
 from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Term
-from student_trainer.settings import DistillationSettings, OnPolicySettings
+from student_trainer.losses.watched import watched_terms
+from student_trainer.settings import DistillationSettings, OnPolicySettings, Settings
 
 Points = Sequence[tuple[int, float]]
 
@@ -102,6 +104,16 @@ def weighting_of(settings: DistillationSettings | OnPolicySettings) -> Weighting
     terms = terms_of(settings)
     schedules = {term.name: term.settings.schedule for term in terms if term.settings.schedule is not None}
     return Weighting(terms, schedules, balance)
+
+
+def weightings(settings: Settings, watched: Sequence[str]) -> dict[Kind, Weighting]:
+    """The terms on each kind of batch that the run has; on the data's own, with what the mixture goes by."""
+    data = weighting_of(settings.distillation)
+    data = replace(data, watched=watched_terms(watched, settings.distillation.by_name()))
+    losses: dict[Kind, Weighting] = {"data": data}
+    if settings.on_policy.active:
+        losses["rollout"] = weighting_of(settings.on_policy)
+    return losses
 
 
 def _balance(settings: DistillationSettings) -> GradientBalance | None:

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from student_trainer.checkpoint.files import replace_text
 from student_trainer.reporting.progress import Progress
 from student_trainer.reporting.step_metrics import StepMetrics
+from student_trainer.reporting.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from student_trainer.evaluation.records import Evaluation, SampledText
-    from student_trainer.reporting.trackers import Tracker
+    from student_trainer.ranks import Ranks
+    from student_trainer.settings import Settings
     from student_trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -128,6 +130,14 @@ class LineFile:
         descriptor.close()
         self._file = self._path.open("a")
         self._file.truncate(size)
+
+
+def open_log(settings: Settings, run_id: str, folder: Path, step: int, ranks: Ranks) -> RunLog:
+    """The log of a run that stands at `step`, with the trackers that it asks for; of the first rank alone."""
+    if not ranks.first:
+        return RunLog(None, Progress(settings.run.steps, step, "off"), ())
+    progress = Progress(settings.run.steps, step, settings.logging.progress)
+    return RunLog(folder, progress, open_trackers(settings, run_id, folder))
 
 
 def forget_after(folder: Path, step: int) -> None:

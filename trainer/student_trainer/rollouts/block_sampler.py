@@ -1,4 +1,4 @@
-"""`Sampler` of a student that fills in blocks, and which sampler a student has. Called by `build` and `generate`."""
+"""`Sampler` of a student that fills in blocks. Made in `open`, and for figures by `evaluation.decoding`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from student_trainer.rollouts.block_decoding import BlockDecoder, Filled
-from student_trainer.rollouts.sampler import GenerateSampler, Sample, Sampler
+from student_trainer.rollouts.sampler import Sample
 from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.student import Student
 
@@ -46,12 +46,3 @@ class BlockSampler:
 
 def _continuation(filled: Filled, given: int) -> Sample:
     return Sample(filled.ids_N[given:], filled.ended, filled.logprob, filled.written_at_N[given:], filled.passes)
-
-
-def sampler_of(student: Student, ends: Sequence[int], pad_id: int, at_once: int | None = None) -> Sampler | None:
-    """How the student writes: from left to right, or block by block. None for one that can't."""
-    if student.autoregressive:
-        return GenerateSampler(student, ends, pad_id, at_once)
-    if isinstance(student.reader, DiffusionReader):
-        return BlockSampler(student, ends, at_once)
-    return None

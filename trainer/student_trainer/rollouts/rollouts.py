@@ -65,6 +65,7 @@ class RolloutStream:
         self._reading = False
         self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
         self._reached = -1  # the last batch that was read
+        self._written_to = 0  # `write` has been through all batches before this one
         self._jobs: dict[int, RolloutJob] = {}
         self._samples: dict[int, list[RowSample]] = _unpacked(saved, range(self._first_row, self._first_row + rows))
 
@@ -90,10 +91,26 @@ class RolloutStream:
                 del self._samples[number]
                 self._jobs.pop(number, None)
         with stage("the student writes", closing=False):
-            for number in range(step, min(step + self._settings.lag + 1, self._steps)):
-                if is_rollout(self._settings.share, self._seed, number):
-                    self._write(number, meanwhile)
+            for number in self._due(step):
+                self._write(number, meanwhile)
+        self._written_to = self._end(step)
         return time.monotonic() - started
+
+    def due(self, step: int) -> bool:
+        """Whether `write` may have something to write after `step` updates: on all ranks alike, whatever their rows
+        hold.
+        """
+        return bool(self._due(step))
+
+    def is_rollout(self, number: int) -> bool:
+        """Whether the student writes batch `number`."""
+        return is_rollout(self._settings.share, self._seed, number)
+
+    def _due(self, step: int) -> list[int]:
+        return [number for number in range(max(step, self._written_to), self._end(step)) if self.is_rollout(number)]
+
+    def _end(self, step: int) -> int:
+        return min(step + self._settings.lag + 1, self._steps)
 
     def pending(self, step: int) -> dict[str, Tensor]:
         """What was written and is not learnt from before update `step`, for a checkpoint."""
@@ -139,7 +156,7 @@ class RolloutStream:
                 self._changed.notify_all()
 
     def _item(self, batch: Batch) -> Batch | Future[Batch]:
-        if not is_rollout(self._settings.share, self._seed, batch.number):
+        if not self.is_rollout(batch.number):
             return batch
         prompts = prompts_of(batch, self._settings, self._seed, self._first_row)
         if not prompts and self._alone:

@@ -60,12 +60,20 @@ class Unsharded:
 
     def __init__(self, learning: Student, copied: bool):
         self._learning = learning
+        self._as_of = -1
         self.student = copy.deepcopy(learning) if copied else learning
 
-    def refresh(self) -> None:
-        """Take over the parameters of the student that learns; all ranks must call."""
+    def at(self, step: int) -> Student:
+        """The student as update `step` starts from it."""
+        assert self.student is self._learning or self._as_of == step, f"gathered at {self._as_of}, used at {step}"
+        self.student.before_step(step)
+        return self.student
+
+    def refresh(self, step: int) -> None:
+        """Take over the parameters that update `step` starts from; all ranks must call."""
         if self.student is self._learning:
             return
+        self._as_of = step
         shards = self._learning.tensors()
         for name, tensor in self.student.tensors().items():
             tensor.copy_(full_tensor(shards[name]))

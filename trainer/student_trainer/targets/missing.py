@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from student_trainer.data.ahead import documents_ahead
+from student_trainer.data.loader import BatchSource
+from student_trainer.settings import Settings
+from student_trainer.state import TrainState
 from student_trainer.targets.cached import CachedTargets, MissingTargetsError, fill_options
+from student_trainer.targets.protocol import Targets
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.requests import TargetSpec
 
@@ -19,60 +27,91 @@ AT_ONCE = 4096
 
 
 def list_missing(
-    targets: CachedTargets, documents: Iterator[tuple[str, list[int]]], specs: Sequence[TargetSpec], file: Path
-) -> None:
-    """Look up all documents in the dataset's index, and write those that it lacks to `file`, once each.
+    settings: Settings, targets: Targets | None, specs: Sequence[TargetSpec], tokenizer: Any, state: TrainState,
+    folder: Path,
+) -> None:  # fmt: skip
+    """Look up all documents of the rest of a run in its target dataset, and write those that it lacks to a file in
+    `folder`. Nothing for a run that has no dataset, or whose documents its losses decide.
 
     MissingTargetsError where there are some, or where the dataset was asked less than `specs`, and nobody else may be
     asked; a warning where somebody may.
     """
-    dataset = targets.dataset
-    assert dataset is not None, "a target store has no index of documents"
-    lacking = [spec for spec in specs if not dataset.covers(spec)]
-    if lacking:
-        _refuse_query(dataset, lacking[0], targets.writes_through)
+    if not isinstance(targets, CachedTargets) or targets.dataset is None or not settings.teacher.list_missing:
         return
-    seen: set[bytes] = set()
-    waiting: list[tuple[str, list[int]]] = []
-    tokens = missing = missing_tokens = 0
-    first: list[str] = []
+    if state.policy.policy.varies:
+        logger.info("teacher.list_missing has no effect: the losses decide which documents this run draws")
+        return
+    if lacking := [spec for spec in specs if not targets.dataset.covers(spec)]:
+        _refuse_query(targets.dataset, lacking[0], targets.writes_through)
+        return
+    # Of its own, so that the run's counters begin with the run.
+    source = BatchSource(settings.data, tokenizer, settings.run.seed)
+    try:
+        ahead = documents_ahead(source, state.mixture, settings.run.steps - state.step, settings.evaluation.every > 0)
+        _report(look_up(targets.dataset, ahead, folder / "missing.jsonl"), targets.dataset, targets.writes_through)
+    finally:
+        source.close()
+
+
+@dataclass
+class Coverage:
+    """Of the documents of a run, each counted once, what a dataset has. `file` holds those that are missing, of which
+    `first` are the names of a few.
+    """
+
+    file: Path
+    documents: int = 0
+    tokens: int = 0
+    missing: int = 0
+    missing_tokens: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+def look_up(dataset: TargetDataset, documents: Iterable[tuple[str, list[int]]], file: Path) -> Coverage:
+    """Each document's name and token ids, looked up by its tokens."""
+    found = Coverage(file)
+    distinct = _distinct(documents)
     with file.open("w") as out:
-
-        def look_up() -> None:
-            nonlocal missing, missing_tokens
-            there = dataset.holds([np.array(ids, dtype=np.int64) for _, ids in waiting])
-            for (key, ids), has in zip(waiting, there, strict=True):
+        while group := list(islice(distinct, AT_ONCE)):
+            there = dataset.holds([np.array(ids, dtype=np.int64) for _, ids in group])
+            for (key, ids), has in zip(group, there, strict=True):
+                found.documents, found.tokens = found.documents + 1, found.tokens + len(ids)
                 if not has:
-                    missing, missing_tokens = missing + 1, missing_tokens + len(ids)
-                    first.append(key) if len(first) < 3 else None
+                    found.missing, found.missing_tokens = found.missing + 1, found.missing_tokens + len(ids)
+                    found.first += [key] if len(found.first) < 3 else []
                     out.write(json.dumps({"input_ids": ids}) + "\n")
-            waiting.clear()
-
-        for key, ids in documents:
-            digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=8).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-            tokens += len(ids)
-            waiting.append((key, ids))
-            if len(waiting) >= AT_ONCE:
-                look_up()
-        look_up()
-    if not missing:
+    if not found.missing:
         file.unlink()
+    return found
+
+
+def _distinct(documents: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str, list[int]]]:
+    """Those whose tokens did not come before. Eight bytes of each are kept: a run may have many millions."""
+    seen: set[bytes] = set()
+    for key, ids in documents:
+        digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=8).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield key, ids
+
+
+def _report(found: Coverage, dataset: TargetDataset, writes_through: bool) -> None:
+    if not found.missing:
         logger.info(
-            "the target dataset at %s has all %d documents of the run, %d tokens", dataset.path, len(seen), tokens
-        )
+            "the target dataset at %s has all %d documents of the run, %d tokens", dataset.path, found.documents,
+            found.tokens,
+        )  # fmt: skip
         return
     said = (
-        f"the target dataset at {dataset.path} lacks {missing:,} of the {len(seen):,} documents of this run, "
-        f"{missing_tokens:,} of its {tokens:,} tokens (first {', '.join(first)}); they are in {file}"
+        f"the target dataset at {dataset.path} lacks {found.missing:,} of the {found.documents:,} documents of this "
+        f"run, {found.missing_tokens:,} of its {found.tokens:,} tokens (first {', '.join(found.first)}); they are in "
+        f"{found.file}"
     )
-    if targets.writes_through:
+    if writes_through:
         logger.warning("%s, and are asked of the teacher behind it as they come", said)
         return
     raise MissingTargetsError(
-        f"{said}. Have them scored with `stillhouse-teacher fill MODEL {file} --output {dataset.path}"
+        f"{said}. Have them scored with `stillhouse-teacher fill MODEL {found.file} --output {dataset.path}"
         f"{fill_options(dataset.manifest.spec)}`, or have a teacher asked for them with teacher.on_miss=remote"
     )
 

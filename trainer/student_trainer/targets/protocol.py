@@ -21,7 +21,7 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
 
 if TYPE_CHECKING:
-    from student_trainer.settings import DistillationSettings
+    from student_trainer.settings import DistillationSettings, Settings
 
 # What is asked about a batch, by document: None of one about which nothing is asked; all of one spec.
 Queries = Sequence[Query | None]
@@ -117,13 +117,16 @@ class Targets(Protocol):
     async def close(self) -> None: ...
 
 
-def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettings) -> TargetSpec:
-    """What these losses need of a teacher ahead of the step; top K at least, which the sanity check and the figures
-    want. `gather` is not among it: its ids are known when the step begins (`student_support`), its `log_z` is top K's.
+def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettings) -> TargetSpec | None:
+    """What these losses need of a teacher ahead of the step: None where none reads targets, else top K at least, which
+    the sanity check and the figures want. `gather` is not among it: its ids are known when the step begins
+    (`student_support`), its `log_z` is top K's.
 
     ValueError for losses on samples at several temperatures: the teacher draws at one.
     """
     needs = Needs.of(terms)
+    if not needs.kinds:
+        return None
     kinds, drawn = needs.ahead | {"top_k"}, sorted(needs.sampled_at)
     if len(drawn) > 1:
         raise ValueError(f"there are losses on samples at the temperatures {drawn}; give them all the same")
@@ -136,3 +139,11 @@ def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettin
         seed=distillation.sample_seed if drawn else 0,
         hidden_dtype=distillation.hidden_dtype if "hidden" in kinds else None,
     )
+
+
+def held_out_spec(settings: Settings) -> TargetSpec:
+    """What is asked about held-out rows, whatever the losses are."""
+    top_k = settings.evaluation.top_k or settings.teacher.top_k
+    if settings.evaluation.kl == "full":
+        return TargetSpec(("top_k", "hidden"), top_k, hidden_dtype="float16")
+    return TargetSpec(("top_k",), top_k)

@@ -1,0 +1,92 @@
+"""What is asked of the teacher between two updates, because the question comes out of the student's weights. Made by
+`build`, called by `run`: a batch that was prefetched, with what its losses lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from student_trainer.batch.batch import Kind
+from student_trainer.data.classification import one_set_of_words
+from student_trainer.losses.kinds import all_terms, terms_of
+from student_trainer.losses.terms import Needs, TeacherTerm, Term
+from student_trainer.settings import Settings
+from student_trainer.students.student import Student
+from student_trainer.targets.background import EventThread
+from student_trainer.targets.lookahead import Lookahead
+from student_trainer.targets.open import Teacher
+from student_trainer.targets.prefetch import Ready
+from student_trainer.targets.student_support import StudentSupport
+
+
+@dataclass(frozen=True, eq=False)
+class LateQueries:
+    """Either may be missing: a run may ask nothing that its student decides."""
+
+    lookahead: Lookahead | None = None
+    support: StudentSupport | None = None
+
+    def due(self, kind: Kind, terms: tuple[Term, ...]) -> bool:
+        """Whether there is something to ask about a batch of this kind, for these losses: on all ranks alike."""
+        return self._looks_ahead(kind) or self._gathers(terms)
+
+    def add(
+        self, student: Student, ready: Ready, terms: tuple[Term, ...], while_waiting: Callable[[float], None]
+    ) -> Ready:
+        """The batch with its rows of masked tokens by what follows them, if they are looked ahead of, and with what the
+        teacher says of the ids that the student finds likeliest, if a loss wants that.
+        """
+        if self._looks_ahead(ready.batch.kind):
+            assert self.lookahead is not None
+            ready = self.lookahead.add(student, ready, while_waiting)
+        if self._gathers(terms):
+            assert self.support is not None
+            ready = self.support.add(student, ready, while_waiting)
+        return ready
+
+    def _looks_ahead(self, kind: Kind) -> bool:
+        return self.lookahead is not None and kind == "data"
+
+    def _gathers(self, terms: tuple[Term, ...]) -> bool:
+        return self.support is not None and bool(Needs.of(terms).late)
+
+
+def asks_late(settings: Settings) -> bool:
+    """Whether a run of these settings asks anything between two updates."""
+    return settings.distillation.lookahead.window is not None or bool(Needs.of(all_terms(settings)).late)
+
+
+def open_late(
+    settings: Settings, student: Student, teacher: Teacher | None, tokenizer: Any, thread: EventThread
+) -> LateQueries:
+    """ValueError where something is to be looked ahead of that can't be."""
+    support = None
+    if teacher is not None and Needs.of(all_terms(settings)).late:
+        wanted = settings.distillation
+        words = one_set_of_words(settings.data, tokenizer) if wanted.gather_at == "labels" else ()
+        support = StudentSupport(teacher.targets, thread, wanted.gather_k, words)
+    return LateQueries(_lookahead(settings, student, teacher, thread), support)
+
+
+def _lookahead(settings: Settings, student: Student, teacher: Teacher | None, thread: EventThread) -> Lookahead | None:
+    wanted = settings.distillation.lookahead
+    if wanted.window is None:
+        return None
+    if student.autoregressive:
+        raise ValueError(
+            "distillation.lookahead.window is set, but the student predicts a token from what stands before it alone: "
+            "what follows tells it nothing; use student=diffusion, or leave it out"
+        )
+    if teacher is None or "score" not in teacher.card.kinds:
+        who = "there is no teacher" if teacher is None else f"the teacher {teacher.card.name} has no kind score"
+        raise ValueError(f"distillation.lookahead.window is set, but {who}: leave it out")
+    if wanted.candidates > settings.teacher.top_k:
+        raise ValueError(
+            f"distillation.lookahead.candidates is {wanted.candidates}, teacher.top_k is {settings.teacher.top_k}: "
+            "candidates come out of the teacher's top K, give fewer"
+        )
+    if not any(isinstance(term, TeacherTerm) for term in terms_of(settings.distillation)):
+        raise ValueError("distillation.lookahead.window is set, but no loss compares with the teacher's top K")
+    return Lookahead(teacher.targets, thread, wanted, settings.run.seed)
