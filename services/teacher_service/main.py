@@ -16,8 +16,9 @@ theirs; they obey SIGTERM and Ctrl-C within 5 s and end with 75: start them agai
 from __future__ import annotations
 
 from serving.main import run_command
+from teacher_proto.process.command_end import stoppable
 from teacher_proto.process.parent import end_spawned_with_parent
-from teacher_proto.process.stopping import StopSignals, stoppable
+from teacher_proto.process.stopping import StopSignals
 
 # multiprocessing imports the main module first in a process that it spawns: those of vLLM end with theirs.
 end_spawned_with_parent()

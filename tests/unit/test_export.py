@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from student_trainer.export import check as export_check
-from student_trainer.export.bitnet import CannotExpressError, as_architecture
+from student_trainer.export.bitnet import as_architecture
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import compare_logits, transformers_logits
-from student_trainer.export.export import EXPORTS, export_bitnet, export_hf
+from student_trainer.export.export import EXPORTS
+from student_trainer.export.expression import CannotExpressError
+from student_trainer.export.hf import export_bitnet, export_hf
 from student_trainer.students.quant_linear import quant_linears, set_quantisation_blend
 from student_trainer.students.quantisers.bitnet import BITNET
 from tests.unit.students.tiny import convert_to_bitnet, spread_weights, ternary_codes, tiny_config, tiny_ids, tiny_model

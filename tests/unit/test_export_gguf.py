@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from student_trainer.export.bitnet import CannotExpressError
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import compare_logits, llama_cpp_logits
-from student_trainer.export.export import export_gguf
-from student_trainer.export.gguf import q4_0_blocks, tensor_name
+from student_trainer.export.expression import CannotExpressError
+from student_trainer.export.gguf import export_gguf, q4_0_blocks, tensor_name
 from student_trainer.export.gguf_tokenizer import add_tokenizer, pre_tokeniser_name
 from student_trainer.students.quant_linear import quant_linears
 from tests.unit.students.tiny import ternary_codes, tiny_ids

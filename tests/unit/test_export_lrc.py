@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from student_trainer.cli import export as cli_export
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import compare_logits
-from student_trainer.export.export import export_dense, export_hf
+from student_trainer.export.dense import export_dense
+from student_trainer.export.hf import export_hf
 from student_trainer.settings import LRCSettings, StudentSettings
 from student_trainer.students.adapters.low_rank import corrections, read_peft
 from student_trainer.students.load import adapt

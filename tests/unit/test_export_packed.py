@@ -14,10 +14,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from student_trainer.export import packed_reader
-from student_trainer.export.bitnet import CannotExpressError
 from student_trainer.export.bits import bits_a_weight
-from student_trainer.export.export import EXPORTS, export_dense, export_hf, export_packed
-from student_trainer.export.packed import load_packed, pack, unpack
+from student_trainer.export.dense import export_dense
+from student_trainer.export.export import EXPORTS
+from student_trainer.export.expression import CannotExpressError
+from student_trainer.export.hf import export_hf
+from student_trainer.export.packed import export_packed, load_packed, pack, unpack
 from student_trainer.export.packed_reader import read_packed
 from student_trainer.students.adapters.low_rank import LowRank
 from student_trainer.students.pretrained import load_quantised

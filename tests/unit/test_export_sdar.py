@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from student_trainer import loop
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.export import main as export
-from student_trainer.export.bitnet import CannotExpressError
+from student_trainer.export.expression import CannotExpressError
 from student_trainer.export.mask_token import with_mask_token
 from student_trainer.export.sdar import MASK, sdar_config, sdar_weights
 from student_trainer.settings import StudentSettings

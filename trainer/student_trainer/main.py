@@ -27,8 +27,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from teacher_proto.process.command_end import hasten_end, skip_teardown, stoppable
 from teacher_proto.process.parent import end_with_parent_if_asked
-from teacher_proto.process.stopping import hasten_end, skip_teardown, stoppable
 
 if TYPE_CHECKING:
     from teacher_proto.process.stopping import StopSignals

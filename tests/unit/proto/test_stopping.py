@@ -18,7 +18,8 @@ from teacher_proto.process.tree import descendants
 # What every program below begins with. `stuck` is a native call that no signal ends: a mutex that is locked twice.
 BEGINNING = """
 import asyncio, ctypes, os, subprocess, sys, time
-from teacher_proto.process.stopping import Stop, StopSignals, finishing, stoppable
+from teacher_proto.process.command_end import stoppable
+from teacher_proto.process.stopping import Stop, StopSignals, finishing
 
 def say(text):
     print(text, flush=True)

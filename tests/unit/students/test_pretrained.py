@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from student_trainer.export.card import ModelCard
-from student_trainer.export.export import export_bitnet, export_hf
+from student_trainer.export.hf import export_bitnet, export_hf
 from student_trainer.students.pretrained import load_quantised
 from student_trainer.students.quant_linear import quant_linears
 from tests.unit.students.tiny import convert_to_bitnet, tiny_config, tiny_ids, tiny_model

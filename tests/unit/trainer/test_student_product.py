@@ -19,10 +19,10 @@ from student_trainer import loop
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli import check
 from student_trainer.cli.export import model_of
-from student_trainer.export.bitnet import CannotExpressError
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import compare_logits, transformers_logits
 from student_trainer.export.export import EXPORTS
+from student_trainer.export.expression import CannotExpressError
 from student_trainer.export.packed import load_packed
 from student_trainer.export.packed_reader import read_packed
 from student_trainer.settings import LoRASettings, LRCSettings, QuantisationSettings, StudentSettings

@@ -23,7 +23,8 @@ from student_trainer.checkpoint.earlier_run import earlier_run, load_student, mo
 from student_trainer.checkpoint.files import Snapshot
 from student_trainer.export.card import ModelCard
 from student_trainer.export.check import LogitsComparison, compare_logits, llama_cpp_logits, transformers_logits
-from student_trainer.export.export import EXPORTS, ExportReport
+from student_trainer.export.export import EXPORTS
+from student_trainer.export.folder import ExportReport
 from student_trainer.export.packed import load_packed
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.redact import public_tree

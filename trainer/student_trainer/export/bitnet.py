@@ -9,72 +9,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from student_trainer.export.expression import CannotExpressError, Expression, express, latent_weights, record_of
 from student_trainer.students.adapters.low_rank import Correction, corrections, put_corrections
 from student_trainer.students.diffusion_record import read_diffusion, write_diffusion
-from student_trainer.students.quant_linear import BLEND, quant_linears, quantise_as, quantiser_of
-from student_trainer.students.quantisers.none import NONE
-from student_trainer.students.quantisers.record import Record, read_record
+from student_trainer.students.quant_linear import quant_linears, quantise_as
+from student_trainer.students.quantisers.record import read_record
 
 # Of the logits' spread. Rounding in float32 stays under 1e-5 at 30 layers; a norm's eps that is off gives 8e-3.
 SAME_LOGITS = 1e-3
 BF16_SAME_LOGITS = 5e-2
 _FULL_ACTIVATIONS = "activations are not quantised, and there they always are"
 NORM_NAMES = {"self_attn.o_proj.rms_norm": "self_attn.attn_sub_norm", "mlp.down_proj.rms_norm": "mlp.ffn_sub_norm"}
-
-
-@dataclass(frozen=True)
-class Expression:
-    """A student as transformers would hold it: config, latent weights by name, and the names of quantised weights.
-    `corrections`: what an adapter adds, by the layer's name. `codes`: of a quantised weight, as its quantiser has them.
-    """
-
-    config: Any
-    weights: dict[str, Tensor]
-    ternary_names: tuple[str, ...]
-    corrections: dict[str, Correction]
-    codes: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class CannotExpressError(ValueError):
-    """transformers has no model that computes this; `reasons` names each part."""
-
-    def __init__(self, target: str, reasons: list[str]) -> None:
-        super().__init__(f"{target} cannot express this student: {'; '.join(reasons)}")
-        self.target, self.reasons = target, reasons
-
-
-def latent_weights(model: Any) -> dict[str, Tensor]:
-    """The state dict without what only training needs, and without the copies of tied tensors."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {
-        name: tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if not name.endswith(f".{BLEND}")
-        and ".correction." not in name
-        and not (model.config.tie_word_embeddings and name in tied)
-    }
-
-
-def record_of(model: Any) -> Record:
-    """How a quantised model is quantised."""
-    record = read_record(model.config)
-    assert record is not None, "a quantised model has its record"
-    return record
-
-
-def express(model: Any, config: Any, weights: dict[str, Tensor], added: dict[str, Correction]) -> Expression:
-    """The model's layers under another config or other values of its weights."""
-    layers = dict(quant_linears(model))
-    quantiser = quantiser_of(next(iter(layers.values()))) if layers else NONE
-    return Expression(config, weights, tuple(f"{name}.weight" for name in layers), added, quantiser.codes)
 
 
 def in_transformers(model: Any) -> Expression:

@@ -1,4 +1,5 @@
-"""A quantised student as a plain model of full-precision weights, each worth what its codes were. Called by `export`.
+"""A quantised student as a plain model of full-precision weights, each worth what its codes were. A format of
+`export`.
 
 Nothing is saved by it; whoever knows no such codes gets the student's own answers. What an adapter adds is added in, or
 written beside it.
@@ -6,15 +7,44 @@ written beside it.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from student_trainer.export.bitnet import CannotExpressError, latent_weights, record_of
+from student_trainer.export.card import ModelCard
+from student_trainer.export.expression import CannotExpressError, express, latent_weights, record_of
+from student_trainer.export.folder import (
+    LOAD_ADAPTED,
+    LOAD_TRANSFORMERS,
+    ExportReport,
+    check_finished,
+    factory_of,
+    write_folder,
+)
 from student_trainer.students.adapters.low_rank import corrections
 from student_trainer.students.quant_linear import quant_linears, quantiser_of
 from student_trainer.students.quantisers.record import ENTRY
+
+Placed = Literal["merged", "beside"]  # where a dense model has what an adapter adds
+
+
+def export_dense(
+    model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, adapter: Placed = "merged"
+) -> ExportReport:
+    """Write what the codes are worth in full precision, for whatever loads the original model; adapters are added in,
+    or written "beside" it for peft.
+
+    Raises CannotExpressError naming what a plain model lacks: SubLN, rounded activations.
+    """
+    check_finished(model, "dense")
+    config, weights = dense_weights(model, merged=adapter == "merged")
+    added = {} if adapter == "merged" else corrections(model)
+    what = "What the quantised weights are worth, in full precision: the student's answers, at a plain model's size."
+    loading = (LOAD_ADAPTED if added else LOAD_TRANSFORMERS).format(factory=factory_of(model))
+    return write_folder(model, tokenizer, folder, card, express(model, config, weights, added), weights,
+                        report=("dense", True, ()), what=what, loading=loading)  # fmt: skip
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A ternary student as a GGUF file of llama.cpp's `bitnet` architecture. Called by `export.export_gguf`.
+"""A ternary student as a GGUF file of llama.cpp's `bitnet` architecture. A format of `export`.
 
 llama.cpp's graph for it is a Llama with attn_sub_norm and ffn_sub_norm, SiLU, RoPE in Hugging Face's layout and the
 head tied to the embeddings. TQ1_0 and TQ2_0 come in blocks of 256 along the input width. Where 256 does not divide it
@@ -8,6 +8,7 @@ a Q4_0 block of 32 takes the same values exactly: d = scale, nibbles 7, 8 and 9 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from student_trainer.export.bitnet import CannotExpressError, Expression, as_architecture
+from student_trainer.export.bitnet import as_architecture
+from student_trainer.export.bits import bits_a_weight
+from student_trainer.export.card import ModelCard, write_card
+from student_trainer.export.expression import CannotExpressError, Expression, quantiser_in
+from student_trainer.export.folder import ExportReport, check_finished, fresh_folder, size_of
 from student_trainer.export.gguf_tokenizer import add_tokenizer
+from student_trainer.students.diffusion_record import read_diffusion
 
 TernaryType = Literal["TQ1_0", "TQ2_0"]
 
@@ -35,6 +41,40 @@ TENSOR_NAMES = {
     "mlp.ffn_sub_norm": "ffn_sub_norm",
 }
 OUTER_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+
+
+def export_gguf(
+    model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, ternary_type: TernaryType = "TQ2_0"
+) -> ExportReport:
+    """Write `<card name>.gguf` of llama.cpp's bitnet architecture, read back and compared tensor by tensor.
+
+    `tokenizer` None writes no vocabulary: such a file takes and gives token ids alone. Raises CannotExpressError for
+    what the architecture has no place for, and ValueError for a tokenizer that GGUF has no name for.
+    """
+    check_finished(model, "gguf")
+    if read_diffusion(model.config) is not None:
+        raise CannotExpressError(TARGET, ["it reads from left to right, not by blocks"])
+    file_name = f"{card.name.replace('/', '--')}.gguf"
+    with fresh_folder(folder) as unfinished:
+        types = write_gguf(model, tokenizer, unfinished / file_name, card.name, ternary_type=ternary_type)
+        notes = _gguf_notes(types)
+        what = "One GGUF file: ternary matrices, full-precision norms, 16-bit embeddings. Tensor types: " + ", ".join(
+            f"{count} {kind}" for kind, count in sorted(types.items())
+        )
+        loading = f"```\nllama-cli -m {file_name} -p 'Once upon a time'\n```"
+        write_card(card, unfinished / "README.md", library="gguf", what=what + ".", loading=loading, notes=notes,
+                   quantiser=quantiser_in(model), bits=bits_a_weight(model))  # fmt: skip
+    return ExportReport("gguf", folder, "bitnet", True, size_of(folder), notes)
+
+
+def _gguf_notes(types: Mapping[str, int]) -> tuple[str, ...]:
+    notes = ["llama.cpp rounds activations in blocks, the student per token: logits agree to that rounding."]
+    if types.get("Q4_0"):
+        notes.append(
+            f"{types['Q4_0']} matrices have an input width that TQ blocks of 256 do not divide; they are Q4_0 blocks "
+            "that hold the same three values exactly, at 4.5 bits."
+        )
+    return tuple(notes)
 
 
 def write_gguf(model: Any, tokenizer: Any, file: Path, name: str, *, ternary_type: TernaryType) -> dict[str, int]:

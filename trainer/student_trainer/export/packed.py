@@ -1,4 +1,4 @@
-"""Codes of two bits, four a byte, with their scales: the format of `export.export_packed`, written and opened again.
+"""Codes of two bits, four a byte, with their scales: a format of `export`, written and opened again.
 
     packed.safetensors    NAME.codes   uint8 [..., ceil(I / 4)], code j of a row in bits 2 (j mod 4) of byte j // 4
                           NAME.scales  float32, what the codes are worth
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from student_trainer.export.card import ModelCard
+from student_trainer.export.expression import express_original
+from student_trainer.export.folder import ExportReport, check_finished, write_folder
 from student_trainer.export.packed_reader import CODES, PACKING, SCALES, STEM, VERSION, files_of
 from student_trainer.students.adapters.low_rank import FOLDER, put_corrections, read_peft
 from student_trainer.students.quant_linear import quant_linears, quantise_as, quantiser_of
@@ -25,6 +28,27 @@ from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.students.quantisers.record import read_record
 
 FILE_PATTERN = STEM + "{suffix}.safetensors"
+_LOAD_PACKED = """```python
+from student_trainer.export.packed import load_packed
+
+model = load_packed(FOLDER)
+```
+
+`student_trainer.export.packed_reader.read_packed(FOLDER)` gives the weights with numpy alone."""
+
+
+def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
+    """Write codes of two bits and their scales, four codes a byte along the input; `load_packed` opens them."""
+    check_finished(model, "packed")
+    expression = express_original(model)
+    tensors, entry = packed_weights(model, expression.weights)
+    setattr(expression.config, PACKING, entry)
+    what = "Codes of two bits, four a byte, and what they are worth; all else in full precision. Not trainable."
+    note = (
+        "transformers alone finds no weights here: a reader must know the codes, as student_trainer.export.packed does."
+    )
+    return write_folder(model, tokenizer, folder, card, expression, tensors, report=("packed", False, (note,)),
+                        what=what, loading=_LOAD_PACKED, pattern=FILE_PATTERN)  # fmt: skip
 
 
 def pack(codes: Tensor) -> Tensor:

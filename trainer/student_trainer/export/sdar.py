@@ -1,4 +1,4 @@
-"""A diffusion student as a folder of SDAR's form, which SGLang serves. Called by `export`.
+"""A diffusion student as a folder of SDAR's form, which SGLang serves. A format of `export`.
 
 The form is Qwen3's keys and names of weights with blocks and a mask token. SGLang reads less of a folder than it seems
 to, and says nothing of what it misses, so whatever it would compute otherwise is refused here by its reason:
@@ -21,11 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
-from student_trainer.export.bitnet import CannotExpressError, latent_weights
+from student_trainer.export.card import ModelCard, write_card
+from student_trainer.export.expression import CannotExpressError, latent_weights
+from student_trainer.export.folder import ExportReport, fresh_folder, size_of
 from student_trainer.export.mask_token import with_mask_token
 from student_trainer.students.adapters.low_rank import corrections
 from student_trainer.students.diffusion_record import DiffusionRecord, read_diffusion
 from student_trainer.students.quant_linear import is_quantised
+from student_trainer.students.quantisers.none import NONE
 
 MASK = 151669
 BLOCK = 4  # SGLang's where nothing else is said
@@ -39,6 +42,29 @@ KEPT = (
     "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "sliding_window", "use_cache", "use_sliding_window",
     "vocab_size",
 )  # fmt: skip
+_SERVE_SDAR = """```sh
+python -m sglang.launch_server --model-path FOLDER --trust-remote-code --dllm-algorithm LowConfidence \\
+    --dllm-algorithm-config FOLDER/{file} --max-running-requests 16
+```
+
+`--trust-remote-code` is for `configuration_sdar.py` of this folder. One GPU: no pipeline parallelism, no LoRA. Without
+`--max-running-requests` it serves one request at a time, and whatever temperature is asked for, it is greedy."""
+_SDAR_NOTE = (
+    "The files are held to SDAR's form as SGLang 0.5.23 reads it; they have not been served by SGLang here. In "
+    "transformers, `trust_remote_code` takes `modeling_sdar.py`: passes over whole texts, without generation."
+)
+
+
+def export_sdar(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
+    """Write a block-diffusion student in SDAR's form. Raises CannotExpressError with every reason why it can't be."""
+    record = check_sdar(model, tokenizer)
+    with fresh_folder(folder) as unfinished:
+        write_sdar(model, tokenizer, unfinished, record)
+        what = "A block-diffusion model in SDAR's form: Qwen3's weights, which fill in masked tokens block by block."
+        write_card(card, unfinished / "README.md", library="transformers", what=what,
+                   loading=_SERVE_SDAR.format(file=SAMPLER_FILE), notes=(_SDAR_NOTE,), quantiser=NONE,
+                   bits=None)  # fmt: skip
+    return ExportReport("sdar", folder, "SDARForCausalLM", True, size_of(folder), (_SDAR_NOTE,))
 
 
 def check_sdar(model: Any, tokenizer: Any) -> DiffusionRecord:
