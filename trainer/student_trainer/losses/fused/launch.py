@@ -15,7 +15,8 @@ from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.fused.divergences import KINDS
-from student_trainer.losses.fused.gradient import compare, gradient
+from student_trainer.losses.fused.compare import compare
+from student_trainer.losses.fused.gradient import gradient
 from student_trainer.losses.fused.normalise import BUCKET, LABEL, PLAIN, RENORMALISE, normalise
 from student_trainer.losses.passes import Pass
 from student_trainer.losses.projection import HeadProjection
