@@ -167,7 +167,7 @@ FORCED: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         (f"{SIDES}a_chunk_is_as_tall_as_the_device_s_memory_allows_and_never_low",),
     ),
-    f"{TRAINER}losses/chunks.py::walk": (
+    f"{TRAINER}losses/chunks.py::run_chunks": (
         1,
         ("unit/losses/test_fused.py::test_kernels_agree_with_the_reference",),
     ),

@@ -16,8 +16,8 @@ from torch import Tensor
 from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, TokenTerm, chunks, head_loss, token_term
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
 from student_trainer.losses.fused import divergences, launch
+from student_trainer.losses.passes import HOLE
 from student_trainer.losses.supports import LOG_FLOOR
-from student_trainer.losses.sweeps import HOLE
 from tests.unit.losses import dense
 
 ROWS, VOCAB, WIDTH, K, CHUNK = 9, 75, 6, 5, 4

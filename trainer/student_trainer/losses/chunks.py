@@ -1,4 +1,4 @@
-"""The walk over a call's rows: a chunk of rows for the matrix products, and within it blocks for everything else.
+"""All of a call's rows: a chunk of rows for the matrix products, and within it blocks for everything else.
 
 Called by `head`. On a CPU a chunk must be tall, or the products are slow, and a block small enough for the caches, or
 each pass over the logits waits for memory. On a GPU a chunk goes through the kernels of `fused` as it is.
@@ -7,56 +7,20 @@ each pass over the logits waits for memory. On a GPU a chunk goes through the ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from student_trainer.batch.teacher_rows import TeacherRows
-from student_trainer.losses.passes import Block, Pass, run_pass
+from student_trainer.losses.passes import Block, run_pass
+from student_trainer.losses.plan import Between, Job, Outcome, Rows, within
 from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.losses.terms import TeacherTerm, TokenTerm
 from teacher_proto.hardware import runs_triton
 
-# Rows of a call: positions, or all from one on.
-Rows: TypeAlias = Tensor | slice
-
 BLOCK_ELEMENTS = 2**21
 CPU_CHUNK_ELEMENTS = 2**24
 GPU_CHUNK_ELEMENTS = 2**27
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call of `head.head_loss`, its arguments checked."""
-
-    labels_N: Tensor
-    teacher: TeacherRows | None
-    terms: tuple[TokenTerm, ...]
-    passes: tuple[Pass, ...]
-    counted: dict[str, Tensor]
-    shared: int
-    softcap: float | None
-    scale: float
-    chunk_rows: int
-    want_top1: bool
-    wants_grad: bool
-    compute: torch.dtype
-    every_row: bool = False
-    weights_N: Tensor | None = None
-
-
-@dataclass
-class Outcome:
-    """What a walk leaves behind: values by term [terms, N], the most likely ids, and the gradients asked for."""
-
-    values_MN: Tensor
-    top1_N: Tensor
-    hidden_ND: Tensor | None = None
-    weight_VD: Tensor | None = None
-    bias_V: Tensor | None = None
 
 
 def default_chunk_rows(vocab_size: int, device: torch.device, heads: int = 1) -> int:
@@ -69,7 +33,9 @@ def default_chunk_rows(vocab_size: int, device: torch.device, heads: int = 1) ->
     return max(256, elements // vocab_size)
 
 
-def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, ...]) -> Outcome:
+def run_chunks(
+    job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, ...]
+) -> Outcome:
     """Values, and the gradients by (hidden, weight, bias) that `needs` names, over all rows that count for any term."""
     head = HeadProjection(weight_VD, bias_V, job.softcap, job.scale, hidden_ND.dtype, job.compute)
     teacher_head = _teacher_projection(job)
@@ -80,35 +46,34 @@ def walk(job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, 
         rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
     count = len(hidden_ND) if isinstance(rows_M, slice) else len(rows_M)
     if outcome.weight_VD is not None and not count:
+        # It is left as memory happens to be until the first chunk writes it, and here there is none.
         outcome.weight_VD.zero_()
     height = min(job.chunk_rows, max(1, count))
+    # One chunk's logits, and the teacher's where whole vocabularies are compared: every chunk is written over the last.
     z_CV = torch.empty(height, len(weight_VD), dtype=head.accumulator, device=hidden_ND.device)
     teacher_CW: Tensor | None = None
     if teacher_head is not None:
         teacher_CW = z_CV.new_empty(height, job.shared, dtype=teacher_head.accumulator)
     between: Between = _Blocks(job, head, teacher_head, outcome)
     if kernels_serve(hidden_ND.device) and _have_kernels(job.terms):
-        between = _Kernels(job, head, teacher_head, outcome, rows_M, height)
+        from student_trainer.losses.fused.launch import FusedTerms  # brings Triton
+
+        between = FusedTerms(job, head, teacher_head, outcome, rows_M, height)
     for start in range(0, count, height):
         chunk = slice(start, min(count, start + height))
         rows_C, z_cV = within(rows_M, chunk), z_CV[: chunk.stop - start]
         teacher_cW = None if teacher_CW is None else teacher_CW[: chunk.stop - start]
+        # Two products forward, student's and teacher's; then values and, in place of the products, the gradient by them;
+        # two products back, to the hidden states and to the weight.
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
         head.project(hidden_CD, z_cV)
         if teacher_head is not None and teacher_cW is not None:
             _project_teacher(job, teacher_head, rows_C, teacher_cW)
         gradient_CV = between.run(start, rows_C, z_cV, teacher_cW)
         if gradient_CV is not None:
-            _push_back(head, outcome, rows_C, hidden_CD, gradient_CV, begin=start == 0)
-    between.finish(rows_M)
+            _backward(head, outcome, rows_C, hidden_CD, gradient_CV, begin=start == 0)
+    between.finish()
     return outcome
-
-
-def within(rows: Rows, part: slice) -> Rows:
-    """Of some rows those at the places `part`."""
-    if isinstance(rows, slice):
-        return slice(rows.start + part.start, rows.start + part.stop)
-    return rows[part]
 
 
 def kernels_serve(device: torch.device) -> bool:
@@ -121,56 +86,6 @@ def _have_kernels(terms: Sequence[TokenTerm]) -> bool:
     from student_trainer.losses.fused.divergences import KINDS, LABEL_KINDS  # bring Triton
 
     return all(term.kind in (*KINDS, *LABEL_KINDS) for term in terms)
-
-
-class Between(Protocol):
-    """What is done between the products of a chunk."""
-
-    def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
-        """Products of rows `rows_C`, the first of which is row `start` of those that count, to values in the outcome.
-        Returns the gradient by the products, if one is wanted; `z_CV` may be written over.
-        """
-        ...
-
-    def finish(self, rows_M: Rows) -> None:
-        """Called when all chunks are done."""
-        ...
-
-
-class _Kernels:
-    """By the kernels of `fused`: one launch for the values of a chunk, one for its gradient."""
-
-    def __init__(
-        self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome, rows_M: Rows,
-        height: int,
-    ):  # fmt: skip
-        from student_trainer.losses.fused.launch import FusedTerms
-
-        self._outcome = outcome
-        self._terms = FusedTerms(
-            job.passes, job.terms, head, teacher_head, job.labels_N[rows_M],
-            torch.stack([job.counted[term.name][rows_M] for term in job.terms]),
-            job.teacher if job.teacher is None or job.every_row else job.teacher.select(rows_M), job.shared,
-            None if job.weights_N is None else job.weights_N[rows_M],
-        )  # fmt: skip
-        self._out_CV: Tensor | None = None
-        if job.wants_grad and head.back_dtype != head.accumulator:
-            self._out_CV = torch.empty(height, len(head.weight_VD), dtype=head.back_dtype, device=job.labels_N.device)
-        self._wants_grad = job.wants_grad
-        self._top1_M = torch.empty_like(job.labels_N[rows_M]) if job.want_top1 else None
-
-    def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
-        out_CV: Tensor | None = None
-        if self._wants_grad:
-            out_CV = z_CV if self._out_CV is None else self._out_CV[: len(z_CV)]
-        top1_C = None if self._top1_M is None else self._top1_M[start : start + len(z_CV)]
-        self._terms.run(start, z_CV, teacher_CW, out_CV, top1_C)
-        return out_CV
-
-    def finish(self, rows_M: Rows) -> None:
-        self._outcome.values_MN[:, rows_M] = self._terms.values_MR
-        if self._top1_M is not None:
-            self._outcome.top1_N[rows_M] = self._top1_M
 
 
 class _Blocks:
@@ -187,7 +102,7 @@ class _Blocks:
             _run_block(self._job, self._head, within(rows_C, block), z_CV[block], teacher_BW, self._outcome)
         return z_CV if self._job.wants_grad else None
 
-    def finish(self, rows_M: Rows) -> None:
+    def finish(self) -> None:
         """Every block has written its own."""
 
 
@@ -205,15 +120,18 @@ def _run_block(
         teacher_logits_NW=teacher_BW,
         weights_N=None if job.weights_N is None else job.weights_N[rows_B],
     )
+    # The logits are wanted again by the next pass, and by a cap's derivative.
     may_overwrite = len(job.passes) == 1 and head.softcap is None
     gradient_BV: Tensor | None = None
     for run in job.passes:
         values, part_BW = run_pass(run, z_BV, block, job.wants_grad, overwrite=may_overwrite)
+        # A pass has its own terms alone; rows of `values_MN` are in the order of the call's.
         for index, term in enumerate(job.terms):
             if term.name in values:
                 outcome.values_MN[index, rows_B] = values[term.name]
         gradient_BV = _add(gradient_BV, part_BW, z_BV)
     if gradient_BV is not None:
+        # So far by the logits; by the products it is that times the derivative of cap and scale.
         head.uncap_(gradient_BV, z_BV)
         if gradient_BV is not z_BV:
             z_BV.copy_(gradient_BV)
@@ -231,9 +149,10 @@ def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Te
     return total_BV
 
 
-def _push_back(
+def _backward(
     head: HeadProjection, outcome: Outcome, rows_C: Rows, hidden_CD: Tensor, gradient_CV: Tensor, *, begin: bool
 ) -> None:
+    # z = h W^T + b: d b = sum of rows of G, d h = G W, d W = G^T h, with G the gradient by the products.
     if outcome.bias_V is not None:
         outcome.bias_V.add_(gradient_CV.sum(0, dtype=outcome.bias_V.dtype))
     gradient_CV = gradient_CV.to(head.back_dtype)

@@ -27,6 +27,7 @@ def cross_entropy(log_q_label_N: Tensor, settings: TermSettings) -> tuple[Tensor
 def forward_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: TermSettings) -> tuple[Tensor, Tensor]:
     """KL(p‖q) = sum p (log p - log q)."""
     p_NB = log_p_NB.exp()
+    # Of p log p - p log q only the second has q in it.
     return (p_NB * (log_p_NB - log_q_NB)).sum(-1), -p_NB
 
 
@@ -34,6 +35,7 @@ def reverse_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: TermSettings) -> tu
     """KL(q‖p) = sum q (log q - log p)."""
     q_NB = log_q_NB.exp()
     gap_NB = log_q_NB - log_p_NB
+    # d / d log q of q (log q - log p) is q gap + q, whose multiple of q is left out.
     return (q_NB * gap_NB).sum(-1), q_NB * gap_NB
 
 
@@ -41,6 +43,8 @@ def jsd(log_p_NB: Tensor, log_q_NB: Tensor, settings: JSDSettings) -> tuple[Tens
     """beta KL(p‖m) + (1 - beta) KL(q‖m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1)."""
     beta = settings.beta
     log_m_NB = torch.logaddexp(log_p_NB + math.log(beta), log_q_NB + math.log1p(-beta))
+    # Slope: (1 - beta) q (log q - log m + 1) less the mixture's (beta p + (1 - beta) q) (1 - beta) q / m = (1 - beta) q,
+    # so what is left is the student's summand itself.
     student_NB = (1.0 - beta) * log_q_NB.exp() * (log_q_NB - log_m_NB)
     teacher_NB = beta * log_p_NB.exp() * (log_p_NB - log_m_NB)
     return (teacher_NB + student_NB).sum(-1), student_NB
@@ -53,6 +57,7 @@ def skewed_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: SkewedKLSettings) ->
     """
     log_m_NB = _log_mixture(log_p_NB, log_q_NB, settings.alpha)
     p_NB = log_p_NB.exp()
+    # d log m / d log q = (1 - alpha) q / m.
     slope_NB = -(1.0 - settings.alpha) * (log_p_NB + log_q_NB - log_m_NB).exp()
     return (p_NB * (log_p_NB - log_m_NB)).sum(-1), slope_NB
 
@@ -62,6 +67,7 @@ def skewed_reverse_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: SkewedRevers
     log_m_NB = _log_mixture(log_q_NB, log_p_NB, settings.alpha)
     q_NB = log_q_NB.exp()
     gap_NB = log_q_NB - log_m_NB
+    # d / d log q of q (log q - log m): q gap + q (1 - alpha q / m).
     slope_NB = q_NB * (gap_NB + 1.0 - settings.alpha * gap_NB.exp())
     return (q_NB * gap_NB).sum(-1), slope_NB
 

@@ -1,4 +1,5 @@
-"""The algebra of a block of rows: logits in, values of every term and the gradient by the logits out. Called by `head`.
+"""The algebra of a block of rows: logits in, values of every term and the gradient by the logits out. Called by
+`chunks`.
 
 A pass is one softmax of the logits at one temperature, shared by all terms that need it. Let b run over the buckets of
 a divergence (K ids, and perhaps the tail), and g_b = d value / d log q_b. With log q_b = lse_b(z/T) - lse(z/T),
@@ -6,13 +7,17 @@ a divergence (K ids, and perhaps the tail), and g_b = d value / d log q_b. With 
     d value / d z_j = (1/T) (g_b(j) q_j / q_b(j) - q_j sum_b g_b),
 
 so outside the support the gradient is one number a row times the softmax, and inside it is K numbers a row: no second
-array of the vocabulary's width is needed. The K logits are taken out before the sweeps (`sweeps`), so the student's
-tail is summed and softened by itself: one minus the rest would lose all digits of a small tail.
+array of the vocabulary's width is needed. The K logits are taken out before the sweeps, so the student's tail is summed
+and softened by itself: one minus the rest would lose all digits of a small tail.
+
+All that torch does to an array as wide as the vocabulary is one sweep in and one sweep out; between them everything is
+a few numbers a row. The first sweep keeps the softmax for the second, since on a CPU another exp costs more than the
+memory. A GPU's kernels make it again, see `fused`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +25,12 @@ from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
-from student_trainer.losses.supports import LOG_FLOOR, SUPPORTS, SupportRows, read_support, renormalised, with_tail
-from student_trainer.losses.sweeps import HOLE, sweep_in, sweep_out
-from student_trainer.losses.terms import LabelTerm, TeacherTerm, TokenTerm
+from student_trainer.losses.plan import Pass, is_dense
+from student_trainer.losses.supports import LOG_FLOOR, SupportRows, read_support, renormalised, with_tail
+from student_trainer.losses.terms import TeacherTerm, TokenTerm
 
-
-@dataclass(frozen=True)
-class Pass:
-    """Terms that share one softmax over the first `width` logits at `temperature`, and one support."""
-
-    temperature: float
-    width: int
-    support: str | None
-    terms: tuple[TeacherTerm, ...]
-    label_terms: tuple[LabelTerm, ...] = ()
+# What stands in the logits where an id is taken out: its exponential vanishes, and unlike -inf it survives a row of it.
+HOLE = -1e20
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class _Student:
 
 
 @dataclass
-class _Push:
+class _GradientParts:
     """A pass's gradient by z / T in parts: everywhere (times q), on the tail (times q within it), at ids, at the label.
 
     The term that puts a slope g on the tail's bucket adds g to `tail_N`; see the module's formula.
@@ -71,27 +68,6 @@ class _Push:
     at_NK: Tensor | None = None
 
 
-def plan_passes(terms: Sequence[TokenTerm], vocab_size: int, shared_vocab: int) -> tuple[Pass, ...]:
-    """As few passes as the terms allow; losses at the label ride along where a pass has their softmax anyway."""
-    groups: dict[tuple[float, int, str | None], list[TeacherTerm]] = {}
-    for term in terms:
-        if isinstance(term, TeacherTerm):
-            groups.setdefault((term.temperature, shared_vocab, term.support), []).append(term)
-    labels = tuple(term for term in terms if isinstance(term, LabelTerm))
-    host = next((key for key in groups if key[:2] == (1.0, vocab_size) and not is_dense(key[2])), None)
-    if labels and host is None:
-        host = (1.0, vocab_size, None)
-        groups[host] = []
-    return tuple(
-        Pass(*key, terms=tuple(members), label_terms=labels if key == host else ()) for key, members in groups.items()
-    )
-
-
-def is_dense(support: str | None) -> bool:
-    """Whether a pass compares whole vocabularies."""
-    return support is not None and SUPPORTS[support].student == "vocabulary"
-
-
 def run_pass(
     job: Pass, z_NV: Tensor, block: Block, wants_grad: bool, *, overwrite: bool = False
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -100,7 +76,7 @@ def run_pass(
     With `overwrite`, and where the pass is as wide as `z_NV`, the gradient is written over `z_NV`, whose logits are
     otherwise as before when the pass is done.
     """
-    z_NW = z_NV[:, : job.width]
+    z_NW = z_NV[:, : job.width]  # a view: what is written there is written in `z_NV`
     if is_dense(job.support):
         return _dense_pass(job, z_NW, block, wants_grad)
     overwrite = overwrite and wants_grad and z_NW.shape == z_NV.shape
@@ -109,20 +85,24 @@ def run_pass(
     z_label_N = z_NV.gather(1, label_N1)[:, 0]
     support, z_NK = _take_out(job, z_NW, block)
     swept = sweep_in(z_NW, job.temperature)
+    # Each term adds what it asks for; the gradient by all logits is made once, from the sum.
     nothing_N = torch.zeros_like(swept.lse_N)
-    push = _Push(nothing_N, nothing_N.clone(), nothing_N.clone())
+    parts = _GradientParts(nothing_N, nothing_N.clone(), nothing_N.clone())
     lse_N, student = _normalise(job, swept.lse_N, support, z_NK)
-    values = _label_terms(job, z_label_N - lse_N, block, push)
+    values = _label_terms(job, z_label_N - lse_N, block, parts)
     if student is not None:
-        values |= _support_terms(job, student, block, push)
+        values |= _support_terms(job, student, block, parts)
     gradient_NW = None
     if wants_grad:
-        row_N = push.spread_N if student is None else push.spread_N * student.log_tail_N.exp() + push.tail_N
+        # An id outside the support: q_j spread + (q_j / q_tail) tail. The sweep's softmax is of the rest alone, so it is
+        # q_j / q_tail, and one number a row multiplies it; 1 / T, since softmaxes are of z / T.
+        row_N = parts.spread_N if student is None else parts.spread_N * student.log_tail_N.exp() + parts.tail_N
         gradient_NW = sweep_out(swept, z_NW, row_N / job.temperature, overwrite=overwrite)
-        if student is not None and push.at_NK is not None:
-            gradient_NW.scatter_add_(1, student.support.ids_NK, push.at_NK / job.temperature)
-        if job.label_terms:
-            gradient_NW.scatter_add_(1, label_N1, push.at_label_N[:, None])
+        # The ids were taken out of the rest, so nothing stands there yet but exp(HOLE) = 0. A label may be one of them.
+        if student is not None and parts.at_NK is not None:
+            gradient_NW.scatter_add_(1, student.support.ids_NK, parts.at_NK / job.temperature)
+        if job.label_terms:  # at T = 1
+            gradient_NW.scatter_add_(1, label_N1, parts.at_label_N[:, None])
     if support is not None and z_NK is not None and not overwrite:
         z_NW.scatter_(1, support.ids_NK, z_NK)
     return values, gradient_NW
@@ -146,25 +126,27 @@ def _normalise(
     """lse(z / T) over all, from that of the rest and the logits that were taken out; and the student relative to it."""
     if support is None or z_NK is None:
         return rest_N, None
+    # log(exp(lse of the rest) + sum over k of exp(z_k / T)), the K logits without what is only padding.
     z_NK = torch.where(support.live_NK, z_NK / job.temperature, HOLE)
     lse_N = torch.logaddexp(rest_N, z_NK.logsumexp(-1))
     log_q_NK = torch.where(support.live_NK, z_NK - lse_N[:, None], LOG_FLOOR)
     return lse_N, _Student(support, log_q_NK, rest_N - lse_N)
 
 
-def _label_terms(job: Pass, log_q_label_N: Tensor, block: Block, push: _Push) -> dict[str, Tensor]:
+def _label_terms(job: Pass, log_q_label_N: Tensor, block: Block, parts: _GradientParts) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for term in job.label_terms:
         counted_N = block.counted[term.name]
         weight_N = _weight(term, block, log_q_label_N)
+        # One bucket, g = d value / d log q(label): d value / d z_j = g ([j = label] - q_j).
         value_N, slope_N = LABEL_LOSSES[term.kind](log_q_label_N, term.settings)
         values[term.name] = torch.where(counted_N, value_N, 0.0)
-        push.spread_N -= weight_N * slope_N
-        push.at_label_N += weight_N * slope_N
+        parts.spread_N -= weight_N * slope_N
+        parts.at_label_N += weight_N * slope_N
     return values
 
 
-def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> dict[str, Tensor]:
+def _support_terms(job: Pass, student: _Student, block: Block, parts: _GradientParts) -> dict[str, Tensor]:
     live_NK = student.support.live_NK
     at_NK = torch.zeros_like(student.log_q_NK)
     values: dict[str, Tensor] = {}
@@ -174,12 +156,14 @@ def _support_terms(job: Pass, student: _Student, block: Block, push: _Push) -> d
         if term.renormalises:
             value_N, slope_NK = _given_support(term, student)
         else:
+            # Everywhere -q_j sum_b g_b; on the tail's ids also g_tail q_j / q_tail; at an id, its own g.
             value_N, total_N, slope_NK, slope_tail_N = _with_the_rest(term, student, job.width)
-            push.spread_N -= weight_N * total_N
-            push.tail_N += weight_N * slope_tail_N
+            parts.spread_N -= weight_N * total_N
+            parts.tail_N += weight_N * slope_tail_N
         at_NK += weight_N[:, None] * slope_NK
         values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
-    push.at_NK = torch.where(live_NK, at_NK + student.log_q_NK.exp() * push.spread_N[:, None], 0.0)
+    # The sweep gives nothing to ids that were taken out of it, so they get their share of what is spread here.
+    parts.at_NK = torch.where(live_NK, at_NK + student.log_q_NK.exp() * parts.spread_N[:, None], 0.0)
     return values
 
 
@@ -188,13 +172,14 @@ def _given_support(term: TeacherTerm, student: _Student) -> tuple[Tensor, Tensor
     live_NK = student.support.live_NK
     log_p_NK, log_q_NK = (renormalised(x, live_NK) for x in (student.support.logprobs_NK, student.log_q_NK))
     value_N, slope_NK = DIVERGENCES[term.kind](log_p_NK, log_q_NK, term.settings)
+    # q' = q / sum q over the support is a softmax of its K logits alone: d value / d z_k = g_k - q'_k sum g.
     gradient_NK = slope_NK - log_q_NK.exp() * slope_NK.sum(-1, keepdim=True)
     return value_N, gradient_NK
 
 
 def _with_the_rest(term: TeacherTerm, student: _Student, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(value, sum of slopes, slopes at the ids, slope of the tail) of a divergence over the whole vocabulary's mass."""
-    if term.plain:
+    if term.plain:  # the ids are weights of a sum over logprobs: no bucket stands for the rest
         value_N, slope_NK = DIVERGENCES[term.kind](student.support.logprobs_NK, student.log_q_NK, term.settings)
         return value_N, slope_NK.sum(-1), slope_NK, torch.zeros_like(value_N)
     log_q_NB = torch.cat([student.log_q_NK, student.log_tail_N[:, None]], 1)
@@ -214,6 +199,7 @@ def _dense_pass(job: Pass, z_NW: Tensor, block: Block, wants_grad: bool) -> tupl
         value_N, slope_NW = DIVERGENCES[term.kind](log_p_NW, log_q_NW, term.settings)
         values[term.name] = torch.where(counted_N, value_N * term.squared, 0.0)
         if wants_grad:
+            # w / T (g_j - q_j sum g), in the memory of the slopes and of log q's exponential.
             weight_N = _weight(term, block, log_q_NW) / job.temperature
             part_NW = slope_NW.sub_(log_q_NW.exp().mul_(slope_NW.sum(-1, keepdim=True))).mul_(weight_N[:, None])
             gradient_NW = part_NW if gradient_NW is None else gradient_NW.add_(part_NW)
@@ -224,3 +210,24 @@ def _weight(term: TokenTerm, block: Block, like: Tensor) -> Tensor:
     """What the term's value counts in the total, row by row."""
     weight_N = block.counted[term.name].to(like.dtype) * (term.coefficient * term.squared)
     return weight_N if block.weights_N is None else weight_N * block.weights_N.to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """lse(z / T) of each row, and its softmax."""
+
+    lse_N: Tensor
+    q_NW: Tensor
+
+
+def sweep_in(z_NW: Tensor, temperature: float) -> Swept:
+    """The normaliser of softmax(z / T)."""
+    # Without a division at T = 1, which would copy the whole array.
+    q_NW = torch.softmax(z_NW if temperature == 1.0 else z_NW / temperature, -1)
+    # max q = exp(max z / T - lse), so the largest entry gives the lse; torch.logsumexp would take every exponential again.
+    return Swept(z_NW.amax(-1) / temperature - q_NW.amax(-1).log(), q_NW)
+
+
+def sweep_out(swept: Swept, z_NW: Tensor, row_N: Tensor, *, overwrite: bool) -> Tensor:
+    """softmax(z / T) times a number a row; with `overwrite` written over `z_NW`, else over the softmax."""
+    return torch.mul(swept.q_NW, row_N[:, None], out=z_NW if overwrite else swept.q_NW)

@@ -56,6 +56,7 @@ class HeadProjection:
     ):  # fmt: skip
         wide = torch.promote_types(torch.promote_types(hidden, weight_VD.dtype), torch.float32)
         # What the student computes in is not asked of the hardware again: a run goes on elsewhere as it began.
+        # Whether products may take bf16 factors at all; float64 inputs ask for float64.
         low = compute == torch.bfloat16 or (hidden == torch.bfloat16 and computes_bfloat16(weight_VD.device))
         low = low and wide == torch.float32
         self.fused = low and multiplies_into_float32(weight_VD.device)
@@ -92,6 +93,7 @@ class HeadProjection:
     def uncap_(self, gradient_NV: Tensor, z_NV: Tensor) -> None:
         """The gradient by logits `z_NV` to the gradient by (hidden @ weight.T + bias), in place."""
         if self.softcap is not None:
+            # z = C tanh(y / C), so dz / dy = 1 - tanh^2 = 1 - (z / C)^2.
             gradient_NV.mul_(1.0 - (z_NV / self.softcap).square_())
         if self.scale != 1.0:
             gradient_NV.mul_(self.scale)
@@ -117,6 +119,7 @@ class HeadProjection:
         elif self.fused and adds_into_float32(total_VD.device):
             torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
         else:
+            # No product adds to float32 here: a slice of the head at a time, whose product is added up in float32.
             wide = {"out_dtype": torch.float32} if self.fused else {}
             for total_vD, gradient_Nv in zip(total_VD.split(SLICE), gradient_NV.split(SLICE, 1), strict=True):
                 product_vD = torch.mm(gradient_Nv.t(), hidden_ND, **wide)

@@ -42,21 +42,25 @@ def divergence(log_p, log_q, KIND: tl.constexpr, LOG_A: tl.constexpr, LOG_1_A: t
         slope = -p
     elif KIND == REVERSE_KL:
         value = q * (log_q - log_p)
-        slope = value
+        slope = value  # less a multiple of q, see `losses.divergences`
     elif KIND == JSD:
+        # m = A p + (1 - A) q
         log_m = log_add_exp(log_p + LOG_A, log_q + LOG_1_A)
         slope = (1.0 - A) * q * (log_q - log_m)
         value = A * p * (log_p - log_m) + slope
     elif KIND == SKEWED_KL:
         log_m = log_add_exp(log_p + LOG_A, log_q + LOG_1_A)
         value = p * (log_p - log_m)
+        # -p d log m / d log q = -(1 - A) p q / m
         slope = -(1.0 - A) * tl.exp(log_p + log_q - log_m)
     elif KIND == SKEWED_REVERSE_KL:
+        # m = A q + (1 - A) p; exp(gap) = q / m
         gap = log_q - log_add_exp(log_q + LOG_A, log_p + LOG_1_A)
         value = q * gap
         slope = q * (gap + 1.0 - A * tl.exp(gap))
     elif KIND == TVD:
         value = 0.5 * tl.abs(q - p)
+        # d |q - p| / d log q = q sign(q - p)
         slope = 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
     else:
         tl.static_assert(KIND == SAMPLED, "a kind without a kernel")

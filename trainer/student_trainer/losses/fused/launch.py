@@ -1,11 +1,10 @@
-"""The kernels of one call of `head.head_loss`: what they read is laid out once, and each chunk launches them. Used by
-`chunks`.
+"""The kernels of one call of `head.head_loss`: what they read is laid out once, and each chunk launches them. Made by
+`chunks`, where the hardware runs Triton.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,11 @@ import triton
 from torch import Tensor
 
 from student_trainer.batch.teacher_rows import TeacherRows
-from student_trainer.losses.fused.divergences import KINDS
 from student_trainer.losses.fused.compare import compare
+from student_trainer.losses.fused.divergences import KINDS
 from student_trainer.losses.fused.gradient import gradient
 from student_trainer.losses.fused.normalise import BUCKET, LABEL, PLAIN, RENORMALISE, normalise
-from student_trainer.losses.passes import Pass
+from student_trainer.losses.plan import Job, Outcome, Pass, Rows
 from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS, read_support, tail_of
 from student_trainer.losses.terms import TeacherTerm, TokenTerm
@@ -41,23 +40,33 @@ class Support:
 
 
 class FusedTerms:
-    """All terms of a call over its R rows that count, chunk after chunk. `values_MR`: by term, in nats.
-
-    `counted_MR` says which rows count for which term, `weights_R` by what each row is multiplied
-    in the total. A head's softcap, scale and bias are those of its projection.
+    """What lies between the products of a chunk, by kernels: one launch for the values, one for the gradient. Over
+    the R rows of a call, which are `rows_R` of all; chunks of at most `height` rows come one after another.
     """
 
     def __init__(
-        self, passes: Sequence[Pass], terms: Sequence[TokenTerm], head: HeadProjection,
-        teacher_head: HeadProjection | None, labels_R: Tensor, counted_MR: Tensor, teacher: TeacherRows | None,
-        shared: int, weights_R: Tensor | None,
+        self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome, rows_R: Rows,
+        height: int,
     ):  # fmt: skip
+        self._outcome, self._rows_R = outcome, rows_R
+        labels_R = job.labels_N[rows_R]
+        counted_MR = torch.stack([job.counted[term.name][rows_R] for term in job.terms])
+        teacher = job.teacher if job.teacher is None or job.every_row else job.teacher.select(rows_R)
+        passes, terms = job.passes, job.terms
+        self._wants_grad = job.wants_grad
+        # The gradient is written over the products, unless its own products take it in another dtype.
+        self._out_CV: Tensor | None = None
+        if job.wants_grad and head.back_dtype != head.accumulator:
+            self._out_CV = torch.empty(height, len(head.weight_VD), dtype=head.back_dtype, device=job.labels_N.device)
+        self._top1_R = torch.empty_like(labels_R) if job.want_top1 else None
         self._head, self._teacher_head = head, teacher_head
-        self._rows, self._vocab, self._shared = len(labels_R), len(head.weight_VD), shared
+        self._rows, self._vocab, self._shared = len(labels_R), len(head.weight_VD), job.shared
+        # An ignored label (-100) is not read beyond the row: it counts for nothing, wherever it points.
         self._labels_R = labels_R.clamp(0, self._vocab - 1)
         self._counted_MR = counted_MR
         index = {term.name: number for number, term in enumerate(terms)}
         dense = [name for name, support in SUPPORTS.items() if support.student == "vocabulary"]
+        # Passes on a support or the label go by `normalise`, those over whole vocabularies by `compare`.
         self._sparse = [each for each in passes if each.support not in dense]
         self._names = list(dict.fromkeys(each.support for each in self._sparse if each.support is not None))
         self._supports = [self._support(name, teacher, index) for name in self._names]
@@ -71,36 +80,40 @@ class FusedTerms:
             [row_R * (term.coefficient * term.squared)
              for row_R, term in zip(counted_MR.to(head.accumulator), terms, strict=True)]
         )  # fmt: skip
-        if weights_R is not None:
-            self._weights_MR *= weights_R.to(head.accumulator)
+        if job.weights_N is not None:
+            self._weights_MR *= job.weights_N[rows_R].to(head.accumulator)
         self._index = index
         self._values_MR = torch.zeros_like(self._weights_MR)
         self._rest_SR = self._weights_MR.new_zeros(max(1, len(self._sparse)), self._rows)
         self._row_SR = torch.zeros_like(self._rest_SR)
         self._at_label_R = self._weights_MR.new_zeros(self._rows)
 
-    @property
-    def values_MR(self) -> Tensor:
-        return torch.where(self._counted_MR, self._values_MR, 0.0)
-
-    def run(
-        self, start: int, z_CV: Tensor, teacher_CW: Tensor | None, out_CV: Tensor | None, top1_C: Tensor | None
-    ) -> None:
-        """Products `z_CV` of the rows from `start` on to values, and to the gradient by them in `out_CV`, which may be
-        `z_CV`. `teacher_CW`: the products of the teacher's head. `top1_C`: takes the most likely ids.
-        """
+    def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
+        """See `plan.Between`."""
+        out_CV: Tensor | None = None
+        if self._wants_grad:
+            out_CV = z_CV if self._out_CV is None else self._out_CV[: len(z_CV)]
+        top1_C = None if self._top1_R is None else self._top1_R[start : start + len(z_CV)]
         for number in range(max(1, len(self._supports))):
             if self._sparse or top1_C is not None:
                 self._normalise(number, start, z_CV, top1_C if number == 0 else None)
         lse_DR, totals_MR = self._compare(start, z_CV, teacher_CW) if self._dense else (z_CV, z_CV)
         if out_CV is not None:
             self._gradient(start, z_CV, teacher_CW, out_CV, lse_DR, totals_MR)
+        return out_CV
+
+    def finish(self) -> None:
+        """Values and most likely ids into the outcome, once all chunks are done."""
+        self._outcome.values_MN[:, self._rows_R] = torch.where(self._counted_MR, self._values_MR, 0.0)
+        if self._top1_R is not None:
+            self._outcome.top1_N[self._rows_R] = self._top1_R
 
     def _support(self, name: str, teacher: TeacherRows | None, index: dict[str, int]) -> Support:
         assert teacher is not None
         logprobs, tails = [], []
         ids_RK: Tensor | None = None
         for each in self._of(name):
+            # One table of logprobs a temperature; where one has an id and another has none, LOG_FLOOR stands in its place.
             counted_R = torch.stack([self._counted_MR[index[term.name]] for term in each.terms]).any(0)
             rows = read_support(teacher, name, each.temperature, each.width, counted_R)
             ids_RK = torch.where(rows.live_NK, rows.ids_NK, -1 if ids_RK is None else ids_RK)
@@ -117,6 +130,7 @@ class FusedTerms:
         name = self._names[number] if self._names else None
         own = self._of(name)
         chosen = own + (self._of(None) if number == 0 and name is not None else [])
+        # Tables that a launch has no use of are stood in for by others: none of them is read.
         if name is None:
             softmaxes = [(1.0 / each.temperature, self._wide(each), -1, self._sparse.index(each)) for each in chosen]
             ids_CK, at_CK, logprobs_PCK, tails_P2C, width = self._labels_R, z_CV, z_CV, z_CV, 0

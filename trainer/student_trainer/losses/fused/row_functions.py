@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# The numbers of `sweeps.HOLE` and `supports.LOG_FLOOR`; a test holds them equal.
+# The numbers of `passes.HOLE` and `supports.LOG_FLOOR`; a test holds them equal.
 HOLE = tl.constexpr(-1e20)
 LOG_FLOOR = tl.constexpr(-87.0)
 # Below every logit and every hole, and still finite: a running maximum begins here.
