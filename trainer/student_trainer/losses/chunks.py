@@ -63,8 +63,8 @@ def run_chunks(
         chunk = slice(start, min(count, start + height))
         rows_C, z_cV = within(rows_M, chunk), z_CV[: chunk.stop - start]
         teacher_cW = None if teacher_CW is None else teacher_CW[: chunk.stop - start]
-        # Two products forward, student's and teacher's; then values and, in place of the products, the gradient by them;
-        # two products back, to the hidden states and to the weight.
+        # Products forward, the student's and the teacher's; then values and, in place of the products, the gradient by
+        # them; products back, to the hidden states and to the weight.
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
         head.project(hidden_CD, z_cV)
         if teacher_head is not None and teacher_cW is not None:

@@ -43,8 +43,8 @@ def jsd(log_p_NB: Tensor, log_q_NB: Tensor, settings: JSDSettings) -> tuple[Tens
     """beta KL(p‖m) + (1 - beta) KL(q‖m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1)."""
     beta = settings.beta
     log_m_NB = torch.logaddexp(log_p_NB + math.log(beta), log_q_NB + math.log1p(-beta))
-    # Slope: (1 - beta) q (log q - log m + 1) less the mixture's (beta p + (1 - beta) q) (1 - beta) q / m = (1 - beta) q,
-    # so what is left is the student's summand itself.
+    # Slope: (1 - beta) q (log q - log m + 1), less m d log m / d log q = (1 - beta) q of the mixture: what is left is
+    # the student's summand itself.
     student_NB = (1.0 - beta) * log_q_NB.exp() * (log_q_NB - log_m_NB)
     teacher_NB = beta * log_p_NB.exp() * (log_p_NB - log_m_NB)
     return (teacher_NB + student_NB).sum(-1), student_NB

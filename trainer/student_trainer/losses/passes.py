@@ -94,8 +94,8 @@ def run_pass(
         values |= _support_terms(job, student, block, parts)
     gradient_NW = None
     if wants_grad:
-        # An id outside the support: q_j spread + (q_j / q_tail) tail. The sweep's softmax is of the rest alone, so it is
-        # q_j / q_tail, and one number a row multiplies it; 1 / T, since softmaxes are of z / T.
+        # An id outside the support: q_j spread + (q_j / q_tail) tail. The sweep's softmax is of the rest alone, which is
+        # q_j / q_tail: one number a row multiplies it. 1 / T, since softmaxes are of z / T.
         row_N = parts.spread_N if student is None else parts.spread_N * student.log_tail_N.exp() + parts.tail_N
         gradient_NW = sweep_out(swept, z_NW, row_N / job.temperature, overwrite=overwrite)
         # The ids were taken out of the rest, so nothing stands there yet but exp(HOLE) = 0. A label may be one of them.
@@ -224,7 +224,7 @@ def sweep_in(z_NW: Tensor, temperature: float) -> Swept:
     """The normaliser of softmax(z / T)."""
     # Without a division at T = 1, which would copy the whole array.
     q_NW = torch.softmax(z_NW if temperature == 1.0 else z_NW / temperature, -1)
-    # max q = exp(max z / T - lse), so the largest entry gives the lse; torch.logsumexp would take every exponential again.
+    # max q = exp(max z / T - lse): the largest entry gives the lse; torch.logsumexp would take every exponential again.
     return Swept(z_NW.amax(-1) / temperature - q_NW.amax(-1).log(), q_NW)
 
 

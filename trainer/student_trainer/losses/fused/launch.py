@@ -113,7 +113,7 @@ class FusedTerms:
         logprobs, tails = [], []
         ids_RK: Tensor | None = None
         for each in self._of(name):
-            # One table of logprobs a temperature; where one has an id and another has none, LOG_FLOOR stands in its place.
+            # One table of logprobs a temperature; where another has an id that it has not, LOG_FLOOR stands in it.
             counted_R = torch.stack([self._counted_MR[index[term.name]] for term in each.terms]).any(0)
             rows = read_support(teacher, name, each.temperature, each.width, counted_R)
             ids_RK = torch.where(rows.live_NK, rows.ids_NK, -1 if ids_RK is None else ids_RK)
