@@ -51,11 +51,13 @@ class ShardedWriter:
 
         OSError on all ranks if one could not write, RankError if one is gone; neither leaves a checkpoint.
         """
+        # DCP calls `writer` back: plans are gathered on rank 0, then each rank writes the pieces that fell to it.
         writer = _Writer(root, snapshot, self._ranks.rank)
         try:
             with self._ranks.noticing_the_gone():
                 dcp.save(dict(shards), storage_writer=writer, process_group=self._group)
         except dcp.CheckpointException as error:
+            # DCP gathers all ranks' failures and raises them on each: none goes on with a checkpoint half there.
             errors = {rank: failure for rank, (failure, _) in error.failures.items()}
             if not all(isinstance(failure, OSError) for failure in errors.values()):
                 raise RuntimeError(f"saving the shards failed: {error}") from error
@@ -67,10 +69,12 @@ class ShardedWriter:
         return root / files.folder_name(snapshot.step)
 
     def _copied(self, tensor: Tensor) -> Tensor:
+        # Of a sharded parameter this rank has some rows. A copy, since training goes on while the thread writes.
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         copy = local.to("cpu", copy=True).contiguous()
         if not isinstance(tensor, DTensor):
             return copy
+        # Wrapped again on a CPU mesh over a group of its own, so that DCP knows where in the whole the rows belong.
         return DTensor.from_local(
             copy, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )
@@ -107,10 +111,12 @@ class _Writer(dcp.StorageWriter):
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor), f"{item.index.fqn} is no tensor"
             if tensor.numel():
+                # The piece under the parameter's name; where it begins in the whole stands in the file's header.
                 tensors[item.index.fqn] = tensor
                 offsets[item.index.fqn] = {OFFSETS: list(item.index.offset or ())}
         name = f"{SHARD}{self._rank:05d}.safetensors"
         files.save_tensors(tensors, self._folder / name, {SHARDING_INFO: json.dumps(offsets), "format": "pt"})
+        # Size and digest travel to rank 0 as DCP's result, which puts them into the manifest.
         sealed = files.seal(self._folder / name)
         future: Future[list[WriteResult]] = Future()
         future.set_result([WriteResult(MetadataIndex(name), sealed["bytes"], sealed)])

@@ -42,10 +42,12 @@ class Sketch:
     def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:
         self.size = size
         draw = np.random.default_rng([seed, 0x5EED])
+        # Beyond that many coordinates the map itself would be as large as the model.
         share = min(1.0, MOST_COORDINATES / sum(parameter.numel() for parameter in parameters))
         self._maps: list[tuple[Tensor | None, Tensor, Tensor]] = []
         for parameter in parameters:
             count = parameter.numel() if share == 1 else max(1, int(share * parameter.numel()))
+            # Drawn with replacement: a coordinate drawn twice counts twice, the same in every document's gradient.
             places = None if share == 1 else torch.from_numpy(draw.integers(0, parameter.numel(), count))
             buckets = torch.from_numpy(draw.integers(0, size, count))
             signs = torch.from_numpy(draw.integers(0, 2, count).astype(np.float32) * 2 - 1)
@@ -59,6 +61,7 @@ class Sketch:
         for gradient, (places, buckets, signs) in zip(gradients, self._maps, strict=True):
             if gradient is not None:
                 values = gradient.flatten().float()
+                # s_b = sum of sign_i g_i over the i of bucket b: E <s, s'> = <g, g'>, unlike i cancel on average.
                 made_R.index_add_(0, buckets, signs * (values if places is None else values[places]))
         return made_R.cpu()
 
@@ -86,6 +89,7 @@ def document_gradient(
     """Of the loss on one document, all its views together; None where nothing of it is learnt."""
     if not views:
         return [None] * len(parameters)
+    # Sums, not means: a long document pulls as hard as its tokens do in training.
     total = sum(student.loss(view, terms, chunk_rows).total for view in views)
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, list(parameters), allow_unused=True))

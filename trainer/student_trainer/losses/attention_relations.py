@@ -184,6 +184,7 @@ class _BlockwiseDivergence(torch.autograd.Function):
                 total += value
                 if gradient_RTd is not None:
                     block_Rrd = factor_RTd.index_select(1, rows_r[block])
+                    # S = A_r A^T, so d A gets dS A at the rows r and dS^T A_r at all T: a position is query and key.
                     gradient_RTd.index_add_(1, rows_r[block], slope_RrT @ factor_RTd)
                     gradient_RTd.baddbmm_(slope_RrT.transpose(1, 2), block_Rrd)
         if gradient_RTd is not None:
@@ -204,9 +205,11 @@ def _divergence(similarity_RrT: Tensor, log_teacher_RrT: Tensor, form: RelationF
     pulled_RrT = teacher_RrT
     if form.floor:
         floor = math.log(form.floor)
+        # Under the floor the student's logarithm is a constant: its teacher mass pulls at nothing.
         pulled_RrT = teacher_RrT * (log_student_RrT >= floor)
         log_student_RrT = log_student_RrT.clamp(min=floor)
     terms_RrT = teacher_RrT * (log_teacher_RrT - log_student_RrT)
     # A masked or vanishing teacher probability adds nothing; its logarithms are -inf on both sides.
     value = terms_RrT.masked_fill(teacher_RrT == 0, 0.0).sum()
+    # d KL / d S = softmax(S) sum t - t, row by row, with the t that pull.
     return value, student_RrT * pulled_RrT.sum(dim=-1, keepdim=True) - pulled_RrT

@@ -89,9 +89,11 @@ def block_relations(
                 values_BlS = values_BlS + _divergence(
                     scores[0], scores[1], seen_BlS, causal=chosen.causal, floor=chosen.floor
                 )
+            # The mean over relation heads; the official form divides by R once more, as the released code does.
             values_BlS = values_BlS / relation_heads ** (2 if chosen.per_head else 1)
     counts_BlS = seen_BlS
     if last_rows:
+        # A place is its block's last one where the next of the table is none.
         counts_BlS = seen_BlS & ~torch.nn.functional.pad(seen_BlS[:, 1:], (0, 1))
     document_Bl = blocks.document_Bl.to(device)
     sums_D, counts_D = (
@@ -104,6 +106,7 @@ def block_relations(
 def _divergence(their_BlRSS: Tensor, our_BlRSS: Tensor, seen_BlS: Tensor, *, causal: bool, floor: float) -> Tensor:
     """KL of the rows' softmax over the block's tokens, summed over heads: [Bl, S]."""
     size = seen_BlS.shape[1]
+    # A row's softmax is over the tokens of its own block; from left to right where the form is causal.
     shown_BlSS = seen_BlS[:, None, :].expand(-1, size, -1)
     if causal:
         shown_BlSS = shown_BlSS & torch.ones(size, size, dtype=torch.bool, device=seen_BlS.device).tril()
@@ -113,8 +116,10 @@ def _divergence(their_BlRSS: Tensor, our_BlRSS: Tensor, seen_BlS: Tensor, *, cau
         scores.masked_fill(~shown_BlSS[:, None], -math.inf).log_softmax(-1) for scores in (their_BlRSS, our_BlRSS)
     )
     if floor:
+        # Probabilities under the floor count as the floor on both sides, as in the released code.
         log_p, log_q = (each.clamp(min=math.log(floor)) for each in (log_p, log_q))
     apart = (log_p - log_q).masked_fill(~shown_BlSS[:, None], 0.0)
+    # sum over keys of p (log p - log q), then over heads.
     return (log_p.exp() * apart).sum(-1).sum(1)
 
 

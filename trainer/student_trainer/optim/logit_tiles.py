@@ -56,6 +56,7 @@ class Visibility:
             return tile if tile.dtype == torch.bool else tile > HIDDEN_BELOW
         if self.mask is not None:
             return self._of_blocks(queries, keys)
+        # No key of the tile lies behind its first query: nothing is hidden.
         if not self.causal or keys.stop <= queries.start + 1:
             return None
         place_T = torch.arange(self.length, device=self.device)
@@ -67,6 +68,7 @@ class Visibility:
         mask_mod = self.mask.mask_mod
 
         def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            # The mask counts from the row's beginning, the tile from its own.
             return mask_mod(b, h, q + queries.start, k + keys.start)
 
         batch, heads = self.mask.shape[:2]
@@ -85,6 +87,7 @@ class Visibility:
         if self.mask is None and self.valid_BT is None:
             if not self.causal:
                 return [Span(block, everything, slice(0, 0)) for block in blocks]
+            # Causal: keys up to the block's end, of which those behind its first query are not seen by all.
             return [Span(block, slice(0, block.stop), slice(block.start + 1, block.stop)) for block in blocks]
         bounds = []
         for block in blocks:
@@ -119,6 +122,7 @@ def largest_logits(query_BHTd: Tensor, key_BKTd: Tensor, visibility: Visibility,
     for span in visibility.spans(rows):
         if span.keys.stop <= span.keys.start:
             continue
+        # The G query heads that share a key head as so many more rows of one product.
         tile = query_BKGTd[:, :, :, span.queries].flatten(2, 3) @ key_BKTd[:, :, span.keys].transpose(2, 3)
         tile = tile.unflatten(2, (group, -1))
         seen = visibility.tile(span.queries, span.partly) if span.partly.stop > span.partly.start else None
@@ -126,5 +130,6 @@ def largest_logits(query_BHTd: Tensor, key_BKTd: Tensor, visibility: Visibility,
             seen = seen[:, :, None] if seen.shape[1] == 1 else seen.unflatten(1, (key_heads, group))
             hidden = slice(span.partly.start - span.keys.start, span.partly.stop - span.keys.start)
             tile[..., hidden].masked_fill_(~seen, -torch.inf)
+        # Over keys, then over batch and queries. Scaling is positive and commutes with the maximum: once, at the end.
         largest_KG = torch.maximum(largest_KG, tile.amax(4).amax((0, 3)))
     return largest_KG.flatten().float() * scaling

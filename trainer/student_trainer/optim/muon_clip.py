@@ -79,6 +79,7 @@ class ShardedMuon(torch.optim.Muon):
                 some = parameters[first : first + ranks]
                 updates = _orthogonal([self._direction(parameter, group) for parameter in some], group)
                 for parameter, update in zip(some, updates, strict=True):
+                    # Decoupled decay first, then the step: the order of torch.optim.Muon.
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     # match_rms_adamw: an update about as large as AdamW's.
                     parameter.add_(update, alpha=-(group["lr"] * (0.2 * math.sqrt(max(parameter.shape)))))
@@ -89,6 +90,7 @@ class ShardedMuon(torch.optim.Muon):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         momentum = state["momentum_buffer"]
+        # m <- mu m + (1 - mu) g; Nesterov looks one step on: (1 - mu) g + mu m.
         momentum.lerp_(parameter.grad, 1 - group["momentum"])
         return parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
@@ -96,6 +98,7 @@ class ShardedMuon(torch.optim.Muon):
 def _orthogonal(matrices: list[DTensor], group: dict[str, Any]) -> list[DTensor]:
     """Each matrix's orthogonal one in bfloat16, sharded as it is; at most as many as there are ranks."""
     mesh = matrices[0].device_mesh
+    # All ranks must gather all of them, in one order; what a rank does not need it drops below.
     wholes = [matrix.bfloat16().full_tensor() for matrix in matrices]
     rank = mesh.get_local_rank()
     if rank < len(wholes):
@@ -114,8 +117,10 @@ def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], step
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
+    # The Frobenius norm bounds the largest singular value, and the iteration converges from at most 1.
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
+        # On the shorter side, so that the Gram matrix is the smaller of the two.
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).contiguous()

@@ -155,11 +155,14 @@ class _Filling:
         blocks = rows.tokens_PC.shape[1] // size
         for block in range(rows.first, blocks):
             start, stop = block * size, (block + 1) * size
+            # token_shift: a row predicts the token behind it, a block's first one is read off the row before the block.
             if self.shift and last_PD is not None:
                 at_PC = rows.masked_PC & (np.arange(rows.masked_PC.shape[1]) == start)
                 self.write(at_PC, last_PD[torch.from_numpy(at_PC.any(axis=1)).to(last_PD.device)])
+            # At least one token a pass and sequence: this ends after as many passes as a block has tokens.
             while rows.masked_PC[:, start:stop].any():
                 self.denoise(start, stop)
+            # The block as it now is goes into the cache, if anybody reads on; where a text has ended nothing is masked.
             following_P = rows.masked_PC[:, stop:].any(axis=1)
             if not following_P.any():
                 break
@@ -174,6 +177,7 @@ class _Filling:
         self.count("denoising", masked_PS.any(axis=1))
         if self.shift:
             hidden_PSD = hidden_PSD.roll(1, 1)  # a block's first token is written before
+        # Of all sequences at once: those whose block is whole already are read along and write nothing.
         at_PC = np.zeros_like(self.rows.masked_PC)
         at_PC[:, start:stop] = masked_PS
         self.write(at_PC, hidden_PSD[torch.from_numpy(masked_PS).to(hidden_PSD.device)])
@@ -183,6 +187,7 @@ class _Filling:
         self.meanwhile()
         student, rows, device = self.student, self.rows, self.student.device
         first = start if self.cache is not None else 0
+        # Without a cache all columns from 0 on are read again, and what stands before `start` is cut off below.
         tokens_PQ = rows.tokens_PC[:, first:stop]
         sees_PQK = self.sees(first, stop, noisy_from=stop if clean else start)
         body = student.body
@@ -192,16 +197,20 @@ class _Filling:
             torch.from_numpy(sees_PQK).to(device), self.cache,
         )  # fmt: skip
         if self.cache is not None and not keep:
+            # A noisy block's keys and values are of this pass alone: a negative length is how many to take off the end.
             self.cache.crop(start - stop)
         return hidden_PQD[:, start - first :]
 
     def sees(self, first: int, stop: int, noisy_from: int) -> np.ndarray:
         """[P, Q, K] bool: which of the columns up to `stop` those from `first` on see. Padding sees padding."""
         query_Q1, key_K = np.arange(first, stop)[:, None], np.arange(stop)
+        # Block by block: a place sees its own block and all before it.
         sees_QK = key_K // self.size <= query_Q1 // self.size
         if self.decoder.record.clean_half == "causal":
+            # What is clean reads from left to right where it did so in training; a noisy block sees itself whole.
             sees_QK = np.where(query_Q1 < noisy_from, key_K <= query_Q1, sees_QK)
         exists_PK = self.rows.exists_PC[:, :stop]
+        # Padding stands in front of the shorter sequences, in whole blocks that no token of theirs sees.
         same_PQK = exists_PK[:, first:, None] == exists_PK[:, None, :]
         own_QK = key_K == query_Q1
         return same_PQK & (sees_QK | (own_QK & ~exists_PK[:, first:, None]))
@@ -214,6 +223,7 @@ class _Filling:
         if not len(row_M):
             return
         ids_M, logprob_M = self.choose(hidden_MD, self.uniforms(row_M, column_M))
+        # Confidence threshold; and the likeliest of each sequence in any case.
         chosen_M = logprob_M > np.log(self.decoder.threshold)
         for row in np.unique(row_M):
             of_row = np.flatnonzero(row_M == row)
@@ -242,10 +252,12 @@ class _Filling:
             chunk = slice(first, first + CHUNK_ROWS)
             z_MV = self.student.logits_of(hidden_MD[chunk])[:, : self.vocab]
             if self.decoder.record.mask_token_id < self.vocab:
+                # A mask token is no text: it is never written, and its mass goes to the others.
                 z_MV[:, self.decoder.record.mask_token_id] = -torch.inf
             if uniform_M is None:
                 ids_M = z_MV.argmax(-1)
             else:
+                # Inverse of the distribution function: the first id at which the running sum of p at T exceeds u.
                 mass_MV = torch.softmax(z_MV.double() / self.decoder.temperature, -1).cumsum(-1)
                 # Against the sum itself, which rounding keeps from being 1.
                 uniform_M1 = torch.from_numpy(uniform_M[chunk]).to(mass_MV)[:, None] * mass_MV[:, -1:]
@@ -259,6 +271,7 @@ class _Filling:
         wrote_C = self.written_at_PC[row] > 0
         ends = np.flatnonzero(wrote_C & np.isin(self.rows.tokens_PC[row], self.decoder.ends))
         if len(ends) and not self.rows.masked_PC[row, : ends[0]].any():
+            # What stands behind the end is dropped, so none of it needs to be written any more.
             self.end_P[row] = ends[0]
             self.rows.masked_PC[row] = False
 

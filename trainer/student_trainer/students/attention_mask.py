@@ -41,6 +41,7 @@ def rule_of(attention: Attention, window: int | None = None) -> Rule:
     if isinstance(attention, CausalDocuments):
 
         def causal(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            # Same document, and no later place of the row: packed documents never see each other.
             inside = (document_ids_BT[b, q] == document_ids_BT[b, k]) & (q >= k)
             return inside if window is None else inside & (q - k < window)
 
@@ -49,6 +50,7 @@ def rule_of(attention: Attention, window: int | None = None) -> Rule:
     groups_BT, places_BT = attention.groups_BT, attention.places_BT
 
     def ordered(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        # By order: a key that is shown by the time that the query sees to. By group: those who see each other whole.
         shown = shown_at_BT[b, k] <= sees_to_BT[b, q]
         together = (groups_BT[b, k] == groups_BT[b, q]) & (groups_BT[b, k] >= 0)
         inside = (document_ids_BT[b, q] == document_ids_BT[b, k]) & (shown | together)
@@ -75,6 +77,7 @@ def block_mask(attention: Attention, window: int | None = None) -> Any:
     whole_S = first_S + BLOCK <= length
     # Padding counts as the last document.
     documents_BS = _Range.of(torch.where(document_ids_BT < 0, torch.iinfo(document_ids_BT.dtype).max, document_ids_BT))
+    # For each pair of blocks: may any query see any key, and do all see all? Bounds answer both without the pairs.
     some_BQS, all_BQS = _causal(first_S, length) if isinstance(attention, CausalDocuments) else _ordered(attention)
     if window is not None:
         places_BS = (
@@ -83,7 +86,9 @@ def block_mask(attention: Attention, window: int | None = None) -> Any:
         # The nearest and the farthest that a key of block S lies behind a query of block Q.
         some_BQS = some_BQS & (places_BS.least_BS[:, :, None] - places_BS.most_BS[:, None, :] < window)
         all_BQS = all_BQS & (places_BS.most_BS[:, :, None] - places_BS.least_BS[:, None, :] < window)
+    # A block that holds an edge of a document or of the row is decided entry by entry.
     all_BQS = all_BQS & documents_BS.one_value() & whole_S[:, None] & whole_S[None, :]
+    # Blocks whose ranges of document ids do not meet have no pair in one document.
     return listed(some_BQS & documents_BS.meet(), all_BQS, seen, length)
 
 
@@ -105,6 +110,7 @@ class _Range:
     def meet(self) -> Tensor:
         """[B, Q, S]: whether blocks Q and S may hold a number in common."""
         least_BS, most_BS = self.least_BS, self.most_BS
+        # Two intervals meet where each begins no later than the other ends.
         return (least_BS[:, None, :] <= most_BS[:, :, None]) & (least_BS[:, :, None] <= most_BS[:, None, :])
 
     def one_value(self) -> Tensor:
@@ -130,10 +136,12 @@ def _causal(first_S: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _ordered(attention: OrderedDocuments) -> tuple[Tensor, Tensor]:
     """[B, Q, S] twice: whether any pair, and whether every pair, of query and key may see by order or by group."""
     shown_BS, sees_BS, groups_BS = map(_Range.of, (attention.shown_at_BT, attention.sees_to_BT, attention.groups_BT))
+    # The earliest key against the query that sees farthest, and the latest key against the one that sees least.
     shown_some = shown_BS.least_BS[:, None, :] <= sees_BS.most_BS[:, :, None]
     shown_all = shown_BS.most_BS[:, None, :] <= sees_BS.least_BS[:, :, None]
     # Of groups, positions in none aside.
     in_some_BS = groups_BS.most_BS >= 0
+    # The least group of those that are in one: -1 would reach down to every other block's.
     least_BS = _Range.of(torch.where(attention.groups_BT < 0, NEVER, attention.groups_BT)).least_BS
     both_BQS = in_some_BS[:, :, None] & in_some_BS[:, None, :]
     group_some = both_BQS & _Range(least_BS, groups_BS.most_BS).meet()
@@ -154,5 +162,6 @@ def listed(some_BQS: Tensor, all_BQS: Tensor, seen: Any, length: int) -> Any:
         blocks_B1QS = blocks_BQS[:, None].to(torch.int32)
         # Stable: the blocks that count come first, in their order.
         order_B1QS = torch.argsort(blocks_B1QS, dim=-1, descending=True, stable=True).to(torch.int32)
+        # How many key blocks each query block has, and which, the others behind them: flex attention's own form.
         numbers += [blocks_B1QS.sum(-1, dtype=torch.int32), order_B1QS.contiguous()]
     return BlockMask.from_kv_blocks(*numbers, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length))

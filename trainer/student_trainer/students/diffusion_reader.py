@@ -74,12 +74,15 @@ class DiffusionReader:
             # The same draws for every row, whatever it holds: the first of a block's places has the block's own.
             noise_T, chance_T = seed.generator(batch, row).random((2, len(maskable_T)))
             place_T, ordinal_T = batch.position_ids_BT[row], self._blocks(batch, row)
+            # One t a block: `ordinal_T` numbers the blocks, and each place looks up its block's first number.
             noise_T = noise_T[np.r_[True, np.diff(ordinal_T) != 0]][ordinal_T]
             if self.masks == "uniform":
+                # p = (1 - eps) t + eps, and each token masked with that chance.
                 share_BT[row] = (1.0 - LEAST) * noise_T + LEAST
                 masked_BT[row] = maskable_T & (chance_T < share_BT[row])
                 continue
             within_M, place_M = np.flatnonzero(maskable_T), place_T[maskable_T] % self.record.block_size
+            # Suffix masks take the last places of a block: their key is the place itself.
             key_M = place_M.astype(float)
             if self.masks == "position_dependent":
                 key_M = self._late_places(place_M, noise_T[within_M], chance_T[within_M])
@@ -89,6 +92,7 @@ class DiffusionReader:
 
     def _blocks(self, batch: Batch, row: int) -> np.ndarray:
         """[T]: the block of each place of the row, counted from 0 over all its documents."""
+        # A new block begins at a multiple of the size in its document, and at every document.
         block_T, document_T = batch.position_ids_BT[row] // self.record.block_size, batch.document_ids_BT[row]
         return np.cumsum(np.r_[False, (np.diff(block_T) != 0) | (np.diff(document_T) != 0)])
 
@@ -96,7 +100,9 @@ class DiffusionReader:
         """Keys of which the largest k are a draw without replacement, weights exp(beta (1 - t) i) at place i of the
         block (Gumbel); beta doubles the weight over a tenth of a block (Efficient-DLM, arXiv 2512.14067).
         """
+        # exp(beta i) doubles every tenth of a block; at t = 1 all places weigh alike, at t = 0 the late ones most.
         beta = math.log(2.0) / (0.1 * self.record.block_size)
+        # Gumbel noise: the largest of log w + G is i with chance w_i / sum w, the k largest a draw without replacement.
         gumbel_M = -np.log(-np.log(np.clip(chance_M, 1e-12, 1.0 - 1e-12)))
         return beta * (1.0 - noise_M) * place_M + gumbel_M
 
@@ -105,6 +111,7 @@ class DiffusionReader:
         row_C, column_C = batch.counted()
         counted_N = np.flatnonzero(masked_BT[row_C, column_C + 1])
         row_N, column_N = row_C[counted_N], column_C[counted_N]
+        # Left half noisy, right half clean: the noisy rows are those that predict.
         noisy_BT = np.where(masked_BT, self.record.mask_token_id, batch.tokens_BT)
         width = 2 * batch.tokens_BT.shape[1]
         # Of the noisy half; token column + 1 is predicted by its own row, or by the one before it.
@@ -129,8 +136,10 @@ class DiffusionReader:
         places_BT, size = batch.position_ids_BT, self.record.block_size
         blocks_BT = places_BT // size
         if self.record.clean_half == "causal":
+            # Order by places: a noisy token sees clean ones up to the last place before its block.
             clean_BT, before_BT = places_BT, blocks_BT * size - 1
         else:
+            # Order by blocks: clean blocks up to the one before, and a clean token its own block.
             clean_BT, before_BT = blocks_BT, blocks_BT - 1
 
         def halves(noisy_BT: np.ndarray, clean_BT: np.ndarray) -> torch.Tensor:
@@ -161,10 +170,12 @@ def _largest(
     """[M] twice: whether each is among the k largest keys of its block's n tokens, and k / n. `noise_M`: t of its
     block. k is at least 1: with `up_to_all` each of 1 to n alike often, else t n rounded.
     """
+    # By block, and within it by key: the place in that order less where the block begins is the rank.
     order_M = np.lexsort((key_M, ordinal_M))
     rank_M = np.empty(len(key_M), int)
     sorted_M = ordinal_M[order_M]
     rank_M[order_M] = np.arange(len(key_M)) - np.searchsorted(sorted_M, sorted_M)
+    # How many tokens the block has that may be masked.
     n_M = np.searchsorted(sorted_M, ordinal_M, side="right") - np.searchsorted(sorted_M, ordinal_M)
     k_M = np.floor(noise_M * n_M).astype(int) + 1 if up_to_all else np.rint(noise_M * n_M).astype(int)
     k_M = np.clip(k_M, 1, n_M)
@@ -185,6 +196,7 @@ def left_to_write(
     for block in np.unique(blocks_T[written_T]):
         places = np.flatnonzero(blocks_T == block)
         writes = np.unique(written_at_T[places][written_T[places]])
+        # A state is what stood before one of the block's writes: that write and all later ones are still to be made.
         before = writes[int(chance_T[places[0]] * len(writes))]
         masked_T[places] = written_T[places] & (written_at_T[places] >= before)
     return masked_T

@@ -39,6 +39,7 @@ def attend(
         return sdpa_attention_forward(module, query_BHTd, key_BKTd, value_BKTd, attention_mask, **kwargs)
     # The model's own: it adds its mask to the scores.
     eager = sys.modules[type(module).__module__].eager_attention_forward
+    # Booleans as a summand: 0 where seen, the dtype's least number elsewhere, whose exponential is 0.
     added = torch.where(attention_mask, 0.0, torch.finfo(query_BHTd.dtype).min).to(query_BHTd.dtype)
     return eager(module, query_BHTd, key_BKTd, value_BKTd, added, **kwargs)
 

@@ -60,6 +60,7 @@ def choose(model: nn.Module, names: tuple[str, ...], count: int) -> list[Chosen]
             f"data.mixture.modules: nothing is trained in modules called {' or '.join(names)}; name some that "
             "are, as q_proj of a LoRA on the attention"
         )
+    # `count` of them from the first to the last, as evenly as whole numbers allow.
     places = {round(i * (len(last) - 1) / max(1, count - 1)) for i in range(count)} if count > 1 else {len(last) - 1}
     return [last[place] for place in sorted(places)]
 
@@ -78,6 +79,7 @@ class GradientSketches:
         sources_P = sources_of_positions(micro)
         if together:
             sources_P = sources_P.clamp_max(0)
+        # A pass has its own sums, added up in `take` in their order: the same bits whoever adds how many passes.
         sums = torch.zeros(self._sources, self._size, device=self._student.device)
         self._passes.append(sums)
         handles = [
@@ -102,6 +104,7 @@ class GradientSketches:
         self, each: Chosen, sources_P: Tensor, sums: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         if torch.is_grad_enabled() and output.requires_grad:
+            # What arrives at the output in the backward pass, d loss / d output [P, O]; the input is kept as it was.
             output.register_hook(partial(self._add, each, sources_P, sums, args[0].detach()))
 
     def _add(self, each: Chosen, sources_P: Tensor, sums: Tensor, input: Tensor, gradient: Tensor) -> None:
@@ -112,10 +115,12 @@ class GradientSketches:
             if source < 0:
                 continue
             rows = (sources_P == source).nonzero()[:, 0]
+            # The module once more for this source's positions alone: y_R = f(x_R; w) with a graph to w.
             with torch.enable_grad(), torch.autocast(device, dtype=compute, enabled=compute != torch.float32):
                 output_RD = each.module.forward(input_PD[rows])
             parameters = [each.module.get_parameter(own) for own in each.parameters.values()]
             upstream_RD = gradient_PD[rows].to(output_RD.dtype)
+            # Vector-Jacobian product with the gradient that arrived there: d (this source's loss) / d w.
             parts = torch.autograd.grad(output_RD, parameters, upstream_RD, allow_unused=True)
             for name, part in zip(each.parameters, parts, strict=True):
                 if part is not None:
@@ -139,7 +144,9 @@ def sources_of_positions(micro: MicroBatch) -> Tensor:
     row_BT = torch.arange(rows, device=documents_BT.device)[:, None]
     places_P = (row_BT * most + documents_BT + 1).flatten()
     table = torch.full((rows * most,), -1, dtype=torch.long, device=documents_BT.device)
+    # A label's row lies in its document, so each document with a label gets its source.
     table[places_P[view.rows_N]] = micro.sources_N
+    # Padding shares place 0 of its row, into which nothing may have been written.
     table[torch.arange(rows, device=table.device) * most] = -1
     return table[places_P]
 
@@ -158,10 +165,13 @@ def sketch(values: Tensor, size: int, seed: int) -> Tensor:
     for first in range(0, len(matrix_OI), height):
         part_OI = matrix_OI[first : first + height]
         row_O = torch.arange(first, first + len(part_OI), device=values.device)
+        # A sign for each number, by its row and column: unlike numbers cancel on average.
         signed_OI = part_OI * _sign(_hash(row_O[:, None] * 2**32 + column_I, seed))
+        # Columns that are `size` apart fall into one place: a cheap fold in the place of a scatter.
         folded_OS = nn.functional.pad(signed_OI, (0, padding)).reshape(len(part_OI), -1, size).sum(1)
         # Each row has an order of its own, by an odd stride: what lies in one column, or in two rows, is spread.
         start_O1, stride_O1 = (_hash(row_O, seed ^ salt)[:, None] & 0x7FFFFFFF for salt in (0x5EED, 0x51DE))
+        # Odd strides are bijections modulo a power of two, so `& (size - 1)` permutes the row's places.
         total += folded_OS.gather(1, (slot_S * (stride_O1 | 1) + start_O1) & (size - 1)).sum(0)
     return total
 
@@ -169,9 +179,11 @@ def sketch(values: Tensor, size: int, seed: int) -> Tensor:
 def _hash(places: Tensor, seed: int) -> Tensor:
     """SplitMix64 of int64 numbers; products wrap."""
     mixed = (places + seed) * MULTIPLY_A
+    # Shifts of signed numbers carry the sign along; the masks make them the unsigned shifts of SplitMix64.
     mixed = (mixed ^ ((mixed >> 30) & (2**34 - 1))) * MULTIPLY_B
     return mixed ^ ((mixed >> 27) & (2**37 - 1))
 
 
 def _sign(hashed: Tensor) -> Tensor:
+    # Bit 33 of the hash: 0 or 1 to +1 or -1. The low bits decide the order of places.
     return 1.0 - 2.0 * ((hashed >> 33) & 1)

@@ -74,6 +74,7 @@ class QuantLinear(nn.Linear):
         sub_norm_eps: float | None,
     ) -> QuantLinear:  # fmt: skip
         """Takes over the parameters themselves: nothing is copied, and ties and optimizers stay valid."""
+        # Not __init__, which would allocate and draw a weight only for it to be replaced.
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.in_features, new.out_features = linear.in_features, linear.out_features
@@ -84,6 +85,7 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.rms_norm is not None:
             input = self.rms_norm(input)
+        # The correction sees the exact input: it is there to mend what rounding does.
         rounded = input
         if self.activation_quantiser is not None:
             rounded = self.activation_quantiser(input, self.quantisation_blend)

@@ -80,6 +80,7 @@ class Lookahead:
         label_M = np.flatnonzero(chosen_C[counted_N])
         if not len(label_M):
             return None
+        # Costs a forward pass of its own, without dropout, as the student stands now.
         best_N1 = likeliest(student, micro, 1).cpu().numpy() if self._settings.student_best else None
         candidates_MG = candidates(
             micro.teacher.ids_NK.cpu().numpy()[label_M], self._settings.candidates,

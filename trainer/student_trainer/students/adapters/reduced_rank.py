@@ -74,6 +74,7 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
             f"the calibration inputs span less than their {len(moment_II)} dimensions: give more tokens, or a damping "
             "above 0"
         )
+    # L^-1 C^T = (C L^-T)^T, whose columns' left singular vectors are wanted.
     whitened_IO = torch.linalg.solve_triangular(factor_II, cross_OI.T, upper=False)
     if whitened_IO.shape[1] <= whitened_IO.shape[0]:
         values_K, u_OK = torch.linalg.eigh(whitened_IO.T @ whitened_IO)
@@ -83,12 +84,14 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
         values_K, right_IK = values_K.flip(0), right_IK.flip(1)
         # Orthogonal already, but for directions without weight, which are rounding: those become some others.
         u_OK = torch.linalg.qr(whitened_IO.T @ right_IK).Q
+    # V^T = U^T C S^-1, by two triangular solves with L.
     vt_KI = torch.cholesky_solve(cross_OI.T @ u_OK, factor_II).T
     return Solution(u_OK, vt_KI, values_K.clamp_min(0.0))
 
 
 def error(residuals: Residuals, moment_II: Tensor, u_OR: Tensor, vt_RI: Tensor) -> Tensor:
     """|R - U V^T X|^2, of any U and V."""
+    # |R - UV^T X|^2 = |R|^2 - 2 tr(U^T C V) + tr(U^T U V^T S V), with C = R X^T and S = X X^T.
     explained = (u_OR * (residuals.cross_OI @ vt_RI.T)).sum()
     return residuals.square - 2.0 * explained + ((u_OR.T @ u_OR) * (vt_RI @ moment_II @ vt_RI.T)).sum()
 
@@ -97,6 +100,7 @@ def balanced(u_OR: Tensor, vt_RI: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with columns of U as long as rows of V^T, so that both learn at one rate. A direction that
     corrects nothing keeps a unit column beside a zero row: with both at zero neither would ever have a gradient.
     """
+    # U has columns of length 1: sqrt of V's length from V to U makes both sqrt as long.
     length_R = vt_RI.norm(dim=1)
     gain_R = torch.where(length_R > NEGLIGIBLE * length_R.max(), length_R.sqrt(), 1.0)
     return u_OR * gain_R, vt_RI / gain_R[:, None]

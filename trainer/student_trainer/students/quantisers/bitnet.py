@@ -35,11 +35,13 @@ class _TernaryWeight(torch.autograd.Function):
     def forward(ctx: Any, weight_OI: Tensor, blend_: Tensor) -> Tensor:
         latent_OI = weight_OI.float()
         inverse = inverse_scale(latent_OI)
+        # codes / (1 / s): the quotient that transformers takes, not a product with s, which rounds otherwise.
         value_OI = (latent_OI * inverse).round_().clamp_(-1, 1).div_(inverse)
         return torch.lerp(latent_OI, value_OI, blend_.float(), out=value_OI).to(weight_OI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Straight through: round and clip have derivative 0 or none, and are taken for the identity.
         return gradients[0], None
 
 

@@ -41,6 +41,7 @@ def planes(weight_OI: Tensor, stages: int) -> tuple[Tensor, Tensor]:
     for re_OI, im_OI in _doubled_parts(exact(weight_OI.detach())):
         for _ in range(stages):
             real_OI, imaginary_OI, worth = _nearest(re_OI, im_OI)
+            # 1, i, -1, -i are k = 0..3: 0 or 2 by the sign of the real part, 1 or 3 by that of the imaginary.
             codes.append(torch.where(real_OI > 0, 2 * torch.signbit(re_OI), 1 + 2 * torch.signbit(im_OI)))
             scales.append(torch.stack(worth))
             _step(re_OI, im_OI, real_OI, imaginary_OI, worth)
@@ -55,6 +56,7 @@ def dense(codes_SUOI: Tensor, scales_SUP: Tensor) -> Tensor:
     """The real weight [O, I] that the outcome of `planes` stands for, to the bit what a layer multiplies by."""
     part_PUOI = scales_SUP.new_zeros(2, *codes_SUOI.shape[1:])
     for codes_UOI, scales_UP in zip(codes_SUOI, scales_SUP, strict=True):
+        # k = 2 and 3 are the negative directions, odd k the imaginary ones: value = sign x scale on one axis.
         sign_UOI = torch.where(codes_UOI >= 2, -1.0, 1.0).to(scales_UP.dtype)
         imaginary_UOI = codes_UOI % 2 == 1
         for axis, chosen in enumerate((~imaginary_UOI, imaginary_UOI)):
@@ -66,6 +68,7 @@ def dense(codes_SUOI: Tensor, scales_SUP: Tensor) -> Tensor:
 def _blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A11, A12, A21 and A22, views."""
     rows, columns = weight_OI.shape
+    # [2, O/2, 2, I/2] to [2, 2, O/2, I/2]: the block row and the block column first.
     block_RCOI = weight_OI.view(2, rows // 2, 2, columns // 2).transpose(1, 2)
     return block_RCOI[0, 0], block_RCOI[0, 1], block_RCOI[1, 0], block_RCOI[1, 1]
 
@@ -81,6 +84,7 @@ def _real(u_re: Tensor, u_im: Tensor, w_re: Tensor, w_im: Tensor) -> Tensor:
     """The real weight [O, I] of the parts of U and W: the inverse of `_doubled_parts`, halved."""
     weight_OI = u_re.new_empty(2 * u_re.shape[0], 2 * u_re.shape[1])
     a11, a12, a21, a22 = _blocks(weight_OI)
+    # A11 = Re U + Re W, A12 = Im W - Im U, A21 = Im U + Im W, A22 = Re U - Re W.
     torch.add(u_re, w_re, out=a11)
     torch.sub(w_im, u_im, out=a12)
     torch.add(u_im, w_im, out=a21)
@@ -95,13 +99,16 @@ def _nearest(re_OI: Tensor, im_OI: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor
     Numbers in the place of truth values, in place: a comparison, or a choice by one, takes as long as ten of these.
     """
     size_re_OI, size_im_OI = re_OI.abs(), im_OI.abs()
+    # +1 where the real part is larger, -1 where the imaginary one is, 0 on the diagonals.
     real_OI = (size_re_OI - size_im_OI).sign_()
     apart_OI = (re_OI + im_OI).abs_().sign_()  # 0 where the parts are each other's negative
+    # 1 stays 1 and -1 becomes 0; on a diagonal 1 where the parts are each other's negative, else 0.
     real_OI.sub_(apart_OI).add_(1).clamp_(0, 1)
     imaginary_OI = torch.sub(1, real_OI, out=apart_OI)
     worth = []
     for size_OI, kept_OI in ((size_re_OI, real_OI), (size_im_OI, imaginary_OI)):
         count = kept_OI.sum().clamp_(min=1)
+        # The mean size of the entries that point along the axis; halved, since the parts here are doubled.
         worth.append((size_OI.mul_(kept_OI).sum() / (2 * count)).clamp_(min=SMALLEST_SCALE))
     return real_OI, imaginary_OI, (worth[0], worth[1])
 
@@ -111,6 +118,7 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """The parts of the nearest directions, which are taken off the doubled ones. In place."""
     step_re_OI, step_im_OI = real_OI.mul_(worth[0]).copysign_(re_OI), imaginary_OI.mul_(worth[1]).copysign_(im_OI)
+    # Off the doubled parts, so twice: what is left is what the next stage quantises.
     re_OI.sub_(step_re_OI, alpha=2)
     im_OI.sub_(step_im_OI, alpha=2)
     return step_re_OI, step_im_OI

@@ -49,6 +49,7 @@ class _SteppedWeight(torch.autograd.Function):
     def forward(ctx: Any, weight_OI: Tensor, alpha_O: Tensor, blend_: Tensor) -> Tensor:
         ctx.save_for_backward(weight_OI, alpha_O, blend_)
         latent_OI, half_O1 = exact(weight_OI), _half(alpha_O)
+        # (round(clip(2 w / alpha) - .5) + .5) alpha / 2: levels -1.5, -.5, .5 and 1.5 of half an alpha.
         value_OI = _whole(latent_OI / half_O1).add_(0.5).mul_(half_O1)
         return torch.lerp(latent_OI, value_OI, blend_.to(latent_OI.dtype), out=value_OI).to(weight_OI.dtype)
 
@@ -61,7 +62,9 @@ class _SteppedWeight(torch.autograd.Function):
         outside_OI = (ratio_OI - ratio_OI.clamp(-2 * EDGE, 2 * EDGE)).abs_().sign_()
         # In units of half alpha, so that the slope is half of it: level less ratio inside, and the level outside.
         slope_OI = (ratio_OI * outside_OI).sub_(ratio_OI).add_(_whole(ratio_OI)).add_(0.5)
+        # Learnt step sizes scale their gradient by 1 / sqrt(numbers), or alpha would move faster than its weights.
         of_alpha_O = slope_OI.mul_(gradient_OI).sum(1).mul_(blend_ / (2 * math.sqrt(weight_OI.numel())))
+        # (1 - blend x clipped) g: of the exact share all, of the quantised share what is not clipped.
         of_weight_OI = outside_OI.mul_(-blend_).add_(1).mul_(gradient_OI)
         return of_weight_OI.to(weight_OI.dtype), of_alpha_O.to(alpha_O.dtype), None
 
