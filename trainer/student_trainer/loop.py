@@ -72,6 +72,7 @@ def advance(run: Run, steps: int, started: float) -> int:
     """One update with all that follows it. Returns the last step: `steps`, or this one where the time is over."""
     began = time.monotonic()
     run.refresh()
+    # What a save in the midst of the update has to restore: an update that is dropped leaves no trace.
     run.before = Before(randomness.capture(), run.losses)
     with run.ranks.sync_errors(), run.interruptible():
         run.signals.check()
@@ -79,6 +80,7 @@ def advance(run: Run, steps: int, started: float) -> int:
         with stage(f"waiting for the targets of step {run.state.step + 1}", note=run.waiting, closing=False):
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)
+        # With the weights that this update starts from, so it can't have been asked ahead.
         ready = run.ask_late(ready)
         run.meter.begin(run.state, ready.batch.kind, run.terms("data"), run.ask_late, run.pause)
     metrics = replace(step(run, ready), wrote_s=wrote_s)
@@ -122,11 +124,13 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
         for micro in ready.micro if count else ():
             with run.optimizer.watching(micro.view.attention.document_ids_BT >= 0), run.meter.watching(micro):
                 loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
+            # One division, by all ranks' tokens: d (sum / count), whatever micro batches the sum is made of.
             (loss.total / count).backward()
             sums.add(loss, micro)
             doing.done += 1
             run.compiles = False
             run.pause()
+    # sqrt of the sum of squares over all parameters; of sharded ones over all ranks.
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
     )
@@ -141,6 +145,7 @@ def step(run: Run, ready: Ready) -> StepMetrics:
         terms, norm = gradient.terms, gradient.norm
         losses = gradient.sums.metrics(norm, run.ranks)
         waited_s = run.ranks.largest(ready.waited_s)
+    # So far a signal ends the update and nothing is changed; from here on it is made to its end, if it is finite.
     run.guard.require_finite(losses, gradient.sums, ready, run.student, number)
     if run.settings.optim.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)

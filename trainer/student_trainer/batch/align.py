@@ -110,6 +110,7 @@ def _teacher_rows(
         if answer is None:
             continue
         mask_T = batch.loss_mask_BT[document.row, document.start : document.stop]
+        # The answer begins at row `start` of the document: of its rows those that count, in their order.
         counted_R = mask_T[answer.start : answer.start + answer.num_rows]
         assert counted_R.sum() == mask_T.sum(), "a row that counts was not asked for"
         for name, array in arrays_of(answer, counted_R).items():

@@ -62,6 +62,7 @@ def rows_of(
     """The tensors of several answers, by the name of the record's tensor, as `arrays_of` gives them."""
     arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
     if "sampled_lengths" in arrays:
+        # Offsets of the pieces put together are the running sum of how many each row has.
         arrays["sampled_offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("sampled_lengths"))])
     if "hidden" not in arrays:
         head = None
@@ -77,6 +78,7 @@ def arrays_of(answer: TokenTargets, counted_R: np.ndarray) -> dict[str, np.ndarr
     ragged = {}
     if answer.sampled_offsets is not None:
         lengths_R = np.diff(arrays.pop("sampled_offsets"))
+        # Draws lie row behind row: each has the flag of its row.
         drawn_M = np.repeat(counted_R, lengths_R)
         ragged = {name: arrays.pop(name)[drawn_M] for name in ("sampled_ids", "sampled_counts")}
         ragged["sampled_lengths"] = lengths_R[counted_R]
@@ -89,5 +91,6 @@ def hidden_numbers(hidden_RD: np.ndarray, scale_R: np.ndarray | None) -> np.ndar
     if scale_R is not None:
         return hidden_RD.astype(np.float32) * scale_R[:, None]
     if hidden_RD.dtype == np.uint16:
+        # A bfloat16 is the upper half of a float32.
         return (hidden_RD.astype(np.uint32) << 16).view(np.float32)
     return hidden_RD

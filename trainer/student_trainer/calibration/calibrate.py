@@ -60,6 +60,7 @@ def calibrate(
         passes = _Passes(student, layers, micros, settings, ranks)
         kept = 0
         for number, layer in enumerate(layers):
+            # Only an unbroken row of layers from the first on: a later one was solved behind others than these.
             found = files.read(number) if kept == number else None
             # Ranks that have their files on different disks go on from what all of them have.
             with quantised_once(layer):
@@ -152,8 +153,10 @@ class _Passes:
             rounded_NI = (
                 ours_NI if (rounds := group[0].activation_quantiser) is None else rounds(ours_NI, _one(group[0]))
             )
+            # S = X X^T of the student's own exact input, which is what the correction will be given.
             inputs.add(ours_NI.double())
             for linear, weight_OI, residual in zip(group, quantised, residuals, strict=True):
+                # R: the full-precision layer's output less what the quantised weight makes of the rounded input.
                 lacking_NO = F.linear(exact_NI, linear.weight.float()) - F.linear(rounded_NI, weight_OI.float())
                 residual.add(lacking_NO.double(), ours_NI.double())
         self._ranks.add_up(inputs.moment_II)
@@ -186,6 +189,7 @@ class _Passes:
         """Put the best correction into the linear. All ranks take the first one's, whatever their own libraries do."""
         correction = linear.correction
         assert isinstance(correction, LowRank) and correction.alpha == correction.rank
+        # Every rank has the same sums, but eigenvectors by other libraries may differ in sign and more.
         u_OR, vt_RI = solve(residual.cross_OI, moment_II, self._settings.damping).cut(correction.rank)
         for mine, values in zip((correction.lora_B, correction.lora_A), balanced(u_OR, vt_RI), strict=True):
             values = values.contiguous()  # ranks add memory up, in whichever order it lies

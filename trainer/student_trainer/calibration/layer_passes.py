@@ -45,6 +45,7 @@ def standing_still(student: Student) -> Iterator[list[nn.Module]]:
     student.model.eval()
     try:
         for layer in layers:
+            # Hooks and replaced `forward`s are not seen by code that is compiled already.
             layer._compiled_call_impl = None
         with torch.no_grad():
             yield layers
@@ -61,11 +62,13 @@ def enter(student: Student, layers: Sequence[nn.Module], micro: MicroBatch) -> E
 
     def keep(hidden_states: Tensor, *rest: Any, **more: Any) -> Tensor:
         first.append(hidden_states)
+        # Masks, positions and rotary embeddings: made once by the model, the same in both passes of the text.
         calls.append((rest, more))
         return hidden_states
 
     with ExitStack() as stack:
         for layer in layers:
+            # Each layer hands its input on as it is, so the model's own pass costs next to nothing.
             layer.forward = keep
             stack.callback(delattr, layer, "forward")
         view = micro.view
@@ -94,6 +97,7 @@ def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor | None:
 
     def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.append(args[0])
+        # The rest of the pass would be thrown away.
         raise Reached
 
     hook = linear.register_forward_pre_hook(reach)
@@ -113,6 +117,7 @@ def groups(layer: nn.Module, run: Callable[[], object]) -> list[list[QuantLinear
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, QuantLinear)
         for seen, group in order:
+            # The same tensor, not an equal one: q, k and v of one norm's output share their second moment.
             if seen is args[0]:
                 group.append(module)
                 return

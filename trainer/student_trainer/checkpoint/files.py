@@ -74,14 +74,18 @@ def commit(root: Path, snapshot: Snapshot, version: int, sealed: Mapping[str, An
     for name, tensors in snapshot.tensors.items():
         save_tensors(tensors, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1))
+    # Shards of other ranks may lie on a disk that this one sees late: their entries come with `sealed`.
     names = sorted({path.name for path in folder.iterdir()} | sealed.keys())
     files = {name: sealed[name] if name in sealed else seal(folder / name) for name in names}
     manifest = {"version": version, "step": snapshot.step, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    # The manifest after all that it names, then the folder's entries, then the name: in this order on the disk.
     seal(folder / MANIFEST)
     sync_folder(folder)
     make_way(final)
+    # On one file system a rename is there whole or not at all.
     folder.rename(final)
+    # The rename itself is an entry of the folder above.
     sync_folder(root)
     return final
 

@@ -37,6 +37,7 @@ class Pieces(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         stored = self._reader.read_metadata().state_dict_metadata[name]
+        # DCP copies each piece to its offsets in a tensor of the whole size, whatever ranks wrote them.
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         with warnings.catch_warnings():
             # Every rank reads for itself, and so does a process that is none.

@@ -48,12 +48,14 @@ class Draws:
         slot = self._mixer.turn(source)
         if slot is None:
             first, document = self._feeds[source].first(cursor)
+            # A document of the next epoch may not begin before this one's are read out.
             slot = self._mixer.unfinished(source, first.epoch)
         if slot is None:
             start, cursor = first, replace(first, document=first.document + 1)
             self._documents[source, start] = document
         else:
             start, document = slot, self._documents[source, replace(slot, offset=0)]
+        # A prefix without a token behind it teaches nothing.
         if space <= len(document.prefix):
             return None
         sequence = cut(source, self._feeds[source].source.name, document, start.offset, space)

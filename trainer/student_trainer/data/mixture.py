@@ -125,6 +125,7 @@ class Mixer:
 
     def next_source(self) -> int:
         """The source most behind its weight; of equals the heavier, of those the first."""
+        # Of weight 0 none is drawn, however much credit it has left from a time when it had one.
         candidates = [i for i, weight in enumerate(self._weights) if weight > 0]
         return max(candidates, key=lambda i: (self._credits[i], self._weights[i], -i))
 
@@ -146,6 +147,7 @@ class Mixer:
         cursor: the next document from now on. slot: what the slot it came from held; rest: what it holds now.
         """
         for i, weight in enumerate(self._weights):
+            # Weights sum to 1, so what all credits gain is what the one of the source loses: their sum stays 0.
             self._credits[i] += weight * tokens
         self._credits[source] -= tokens
         state = self._states[source]
@@ -153,6 +155,7 @@ class Mixer:
         self._states[source] = replace(
             state,
             cursor=cursor,
+            # The slot goes to the back with what is left of its document, so that the next one has its turn.
             slots=(*state.slots[turn + 1 :], *state.slots[:turn], rest),
             tokens=state.tokens + tokens,
             documents=state.documents + (rest is None),

@@ -30,6 +30,7 @@ class OpenRows:
 
     def place(self, length: int) -> int | None:
         """The row that takes `length` tokens, or None."""
+        # The first row whose space is no less: of all that take the sequence the fullest.
         found = bisect_left(self._spaces, (length, -1))
         if found == len(self._spaces):
             return None
@@ -52,8 +53,10 @@ def best_fit(draws: Draws, pending: Iterable[Start], settings: DataSettings) -> 
         else:
             rows[row].append(drawn.sequence)
 
+    # Those that waited go first, or a long document might wait for ever.
     for start in pending:
         place(draws.again(start, settings.seq_len))
+    # What is drawn and fits nowhere is booked already: `packing_window` bounds how many may wait.
     while open_rows.largest and len(waiting) < settings.packing_window:
         place(draws.next(settings.seq_len))
     return rows, waiting

@@ -47,10 +47,12 @@ class Propagation:
         landmarks_LE = embeddings_LE.double()
         distance_LL = torch.cdist(landmarks_LE, landmarks_LE)
         pairs = distance_LL[~torch.eye(len(landmarks_LE), dtype=torch.bool)]
+        # Of the off-diagonal distances: the diagonal is 0 and would narrow the kernel.
         width = float(pairs.median()) if len(pairs) else 1.0
         mean = float(influence_L.double().mean())
         kernel_LL = _kernel(distance_LL, width)
         damped_LL = kernel_LL + damping * torch.eye(len(landmarks_LE), dtype=torch.float64)
+        # (K + damping I)^-1 (p - mean): what is left over is added back, so far from all landmarks it is the mean.
         coefficients_L = torch.linalg.solve(damped_LL, influence_L.double() - mean)
         return cls(landmarks_LE, coefficients_L, mean, width)
 
@@ -99,6 +101,8 @@ def sample_weights(influence_N: Tensor, strength: float) -> Tensor:
     # Euclidean projection onto the simplex of sum N: c follows from how many stay above 0.
     ordered_N = pull_N.sort(descending=True).values
     count_N = torch.arange(1, len(ordered_N) + 1, dtype=torch.float64)
+    # With the k largest above 0, sum of (pull + c) over them is N: c = (N - their sum) / k.
     c_N = (len(ordered_N) - ordered_N.cumsum(0)) / count_N
+    # The largest k for which the k-th is still above 0.
     above = int((ordered_N + c_N > 0).nonzero().max())
     return (pull_N + c_N[above]).clamp_min(0)

@@ -94,7 +94,7 @@ def run_pass(
         values |= _support_terms(job, student, block, parts)
     gradient_NW = None
     if wants_grad:
-        # An id outside the support: q_j spread + (q_j / q_tail) tail. The sweep's softmax is of the rest alone, which is
+        # An id outside the support: q_j spread + (q_j / q_tail) tail. The sweep's softmax is of the rest alone, that is
         # q_j / q_tail: one number a row multiplies it. 1 / T, since softmaxes are of z / T.
         row_N = parts.spread_N if student is None else parts.spread_N * student.log_tail_N.exp() + parts.tail_N
         gradient_NW = sweep_out(swept, z_NW, row_N / job.temperature, overwrite=overwrite)

@@ -72,13 +72,16 @@ class QKClip:
 
     def _clip(self, number: int, largest: list[float]) -> list[float]:
         """Scale a layer whose heads' largest logits are given. Returns what each query head's logits were scaled by."""
+        # gamma = tau / largest logit: with q scaled by gamma^alpha and k by gamma^(1 - alpha), the largest is tau.
         gammas = [self.tau / logit if logit > self.tau else 1.0 for logit in largest]
         layer = self._layers.get(number)
         if layer is None or min(gammas) == 1.0:
             return [1.0] * len(gammas)
         if layer.group is None:
+            # A quantised matrix, or one norm for all heads, has one scale: that of the head which needs it most.
             query = key = [min(gammas)]
         else:
+            # Query heads share a key head, which can be scaled by one number.
             key = [min(gammas[start : start + layer.group]) for start in range(0, len(gammas), layer.group)]
             query = [gamma for gamma in key for _ in range(layer.group)]
         layer.query.scale([gamma**self.alpha for gamma in query])

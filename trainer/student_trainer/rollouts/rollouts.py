@@ -74,6 +74,7 @@ class RolloutStream:
 
     def __next__(self) -> Item:
         with self._changed:
+            # Either `write` has read ahead and left batches here, or this thread reads the next one itself.
             self._changed.wait_for(lambda: self._ahead or not self._reading)
             if self._ahead:
                 return self._ahead.popleft()
@@ -167,6 +168,7 @@ class RolloutStream:
             return batch
         job = self._jobs[batch.number] = RolloutJob(batch, prompts, Future())
         saved = self._samples.pop(batch.number, [])
+        # Of a run that goes on: the samples of its checkpoint are the ones that were drawn for these prompts.
         if len(saved) == len(prompts):  # else the settings were changed: it is written anew
             self._keep(job, [sample for _, sample in saved])
         return job.promise

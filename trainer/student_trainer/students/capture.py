@@ -24,6 +24,7 @@ def capturing(model: Any, wanted: Capture) -> Iterator[Callable[[Tensor], Captur
         states = {
             layer: stack.enter_context(AttentionStates(model, layer)) for layer in sorted(wanted.attention)
         }  # fmt: skip
+        # The states stay part of the graph: their term's gradient flows back through the layers below.
         yield lambda hidden_ND: Captured(hidden_ND, {layer: each.take() for layer, each in states.items()})
 
 

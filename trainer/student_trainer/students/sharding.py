@@ -41,6 +41,7 @@ def shard(student: Student, ranks: Ranks) -> None:
     gathered = Gathered(student.model)
     for module in (*decoder_layers(student.model), gathered):
         sharded: FSDPModule = fully_shard(module, mesh=mesh)
+        # FSDP averages over the ranks by default; here the loss is divided by the count of all ranks already.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 

@@ -165,6 +165,7 @@ class Student:
         """By term, the norm of its gradient at coefficient 1: at the hidden rows, where terms on those alone meet; with
         a term on other states among them, at the weights that make those states.
         """
+        # Of the hidden states alone: a head without gradient spares a product of the vocabulary's size a term.
         head = replace(self.head, weight_VD=self.head.weight_VD.detach())
         if head.bias_V is not None:
             head = replace(head, bias_V=head.bias_V.detach())

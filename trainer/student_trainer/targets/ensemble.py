@@ -69,6 +69,7 @@ def share_draws(spec: TargetSpec, weights: Sequence[float]) -> list[TargetSpec]:
         return [spec] * len(weights)
     quota = np.array(weights) * spec.num_samples
     counts = np.floor(quota).astype(int)
+    # Largest remainders first, until all draws are handed out.
     for index in np.argsort(counts - quota, kind="stable")[: spec.num_samples - counts.sum()]:
         counts[index] += 1
     if not counts.all():
@@ -115,6 +116,7 @@ def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, spec:
     softened = [wide_RC]
     for index, temperature in enumerate(spec.temperatures):
         assert answer.log_z is not None
+        # log p(T) = log p(1) / T - log_z, with log_z = lse(z / T) - lse(z) / T.
         softened.append(wide_RC / temperature - answer.log_z[:, index, None])
     return np.exp(np.stack(softened, -1))
 
@@ -122,11 +124,13 @@ def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, spec:
 def _largest_sums(ids_RC: np.ndarray, parts_RCS: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each row, the parts of equal ids added up; the ids of the `top_k` largest sums [., ., 0], largest first."""
     rows, width = ids_RC.shape
+    # Equal ids side by side: a group begins wherever the id changes.
     order_RC = np.argsort(ids_RC, axis=1, kind="stable")
     sorted_RC = np.take_along_axis(ids_RC, order_RC, axis=1)
     first_RC = np.ones_like(sorted_RC, dtype=bool)
     first_RC[:, 1:] = sorted_RC[:, 1:] != sorted_RC[:, :-1]
     group_RC = np.cumsum(first_RC, axis=1) - 1
+    # One index over all rows, so that a single `np.add.at` adds up every row's groups.
     flat_RC = group_RC + np.arange(rows)[:, None] * width
     ids_RG = np.zeros((rows, width), dtype=np.int64)
     ids_RG.reshape(-1)[flat_RC[first_RC]] = sorted_RC[first_RC]
@@ -141,6 +145,7 @@ def _largest_sums(ids_RC: np.ndarray, parts_RCS: np.ndarray, top_k: int) -> tupl
 
 def _log_mean(logprobs: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """log sum_i w_i exp(logprob_i) as fp32; NaN where one is."""
+    # log of a weighted sum of probabilities, in logarithms throughout: a small one is not lost.
     terms = [np.log(weight) + x.astype(np.float64) for x, weight in zip(logprobs, weights, strict=True)]
     with np.errstate(invalid="ignore"):
         return np.logaddexp.reduce(terms, axis=0).astype(np.float32)
@@ -157,6 +162,7 @@ def _mix_draws(answers: Sequence[TokenTargets], num_rows: int) -> dict[str, np.n
         ids.append(answer.sampled_ids.astype(np.int64))
         counts.append(answer.sampled_counts.astype(np.int64))
     row_M, id_M, count_M = np.concatenate(rows), np.concatenate(ids), np.concatenate(counts)
+    # Pairs (row, id) in order, each once; counts of the same id by several teachers add up.
     pairs_U, inverse_M = np.unique(np.stack([row_M, id_M]), axis=1, return_inverse=True)
     summed_U = np.bincount(inverse_M.reshape(-1), weights=count_M, minlength=pairs_U.shape[1])
     offsets = np.concatenate([[0], np.cumsum(np.bincount(pairs_U[0], minlength=num_rows))])

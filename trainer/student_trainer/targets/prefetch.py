@@ -86,6 +86,7 @@ class Prefetch:
             self._calls += 1
             self._room.notify_all()
         future: Future[Ready] | None = None
+        # Polled, so that `while_waiting` is called: it says what is waited for, and gives up on a signal.
         while future is None or not future.done():
             if future is None:
                 future = self._head()
@@ -127,6 +128,7 @@ class Prefetch:
         """Pulls batches from the stream, one thread and in order, as there is room."""
         while self._wait_for_room():
             try:
+                # One thread alone reads, so batches come in the order of their numbers.
                 batch, state = next(self._stream)
             except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
                 failed: Future[Ready] = Future()
@@ -138,6 +140,7 @@ class Prefetch:
 
     def _wait_for_room(self) -> bool:
         with self._room:
+            # `_calls` steps have asked for theirs; `depth` more may be under way.
             while not self._closed and self._started >= self._calls + self.control.depth:
                 self._room.wait()
             self._started += 1
@@ -154,6 +157,7 @@ class Prefetch:
             future.cancel()
 
     async def _make(self, item: Batch | Future[Batch], state: MixtureState) -> Ready:
+        # A batch that the student writes may come late; those behind it are fetched meanwhile.
         batch = await asyncio.wrap_future(item) if isinstance(item, Future) else item
         start = time.monotonic()
         targets = None
@@ -161,6 +165,7 @@ class Prefetch:
         try:
             if self._targets is not None and (spec := self._asked[batch.kind]) is not None:
                 targets = await self._targets.fetch(batch, queries_of(batch, spec))
+            # Off the event loop: alignment is numpy on megabytes, and requests would wait for it.
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
         except InvalidTargetsError as error:
             raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error
@@ -194,6 +199,7 @@ class DepthControl:
     def _wanted(self) -> int:
         step_s = max(sorted(self._steps)[len(self._steps) // 2], 1e-3)
         latencies = sorted(self._latencies)
+        # A batch asked for when the step begins must be there `latency` later: latency / step of them cover that.
         covering = math.ceil(latencies[int(0.9 * (len(latencies) - 1))] / step_s) + 1
         unloaded = math.ceil(latencies[0] / step_s)
         by_bytes = self._settings.max_bytes // self._largest if self._largest else self._settings.max_depth

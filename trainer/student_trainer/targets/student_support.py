@@ -41,6 +41,7 @@ class StudentSupport:
 
     def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
         """The batch with `gather_*` beside its other targets. `while_waiting` as in `Prefetch.next`."""
+        # A micro batch of ranks that have no label here asks nothing.
         counting = [micro for micro in ready.micro if len(micro.view.labels_N)]
         parts = [ready.batch.rows(micro.first_row, micro.first_row + micro.rows) for micro in counting]
         ids = [self._ids(student, micro) for micro in counting]
@@ -109,6 +110,7 @@ def slots_of(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
     order_N = np.argsort(counted_N, kind="stable")
     sorted_N = counted_N[order_N]
     slot_N = np.empty_like(counted_N)
+    # The place among the sorted, less where its equals begin: 0 for the first label of a position, 1 for the next.
     slot_N[order_N] = np.arange(len(counted_N)) - np.searchsorted(sorted_N, sorted_N)
     return counted_N, slot_N
 

@@ -46,6 +46,7 @@ class Ado(Adaptive):
             self,
             means=self.means.add(of_sources(metrics, LOSS, self.prior), metrics),
             tokens=self.tokens + whole,
+            # Exponential mean of the shares drawn, which the prior begins.
             drawn={n: HISTORY * drawn[n] + (1 - HISTORY) * counts[n] / whole for n in self.prior},
         )
         if (step + 1) % max(1, self.settings.update_interval // A_DECISION) == 0 or self.due(step):
@@ -67,7 +68,9 @@ class Ado(Adaptive):
         mean = sum(slopes.values()) / len(slopes)  # for a source of which too little was drawn
         average = self.average or self.prior
         says = preferences(self.prior, {n: slopes.get(n, mean) for n in self.prior}, self.drawn)
+        # Mostly the mean of all that the laws have said: one fit alone is noisy.
         wanted = {name: 0.9 * average[name] + 0.1 * says[name] for name in self.prior}
+        # A running mean over the prior and all decisions so far.
         part = 1.0 / (self.decisions + 2)  # the prior counts as one
         average = {name: (1.0 - part) * average[name] + part * says[name] for name in self.prior}
         reasons = {

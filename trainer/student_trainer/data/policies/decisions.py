@@ -51,6 +51,7 @@ class PolicyState:
         policy = self.policy if sketches is None else self.policy.take_in(sketches)
         policy = policy.observe(self.step, metrics)
         weights = normalised(json.loads(ranks.from_first(json.dumps(dict(policy.weights(self.step))))))
+        # Batches up to this update are made; those decisions are of no use to anybody any more.
         decided = {number: weights for number, weights in self.decided.items() if number > self.step}
         return replace(self, policy=policy, step=self.step + 1, decided=decided | {self.step + self.lag: weights})
 
@@ -96,6 +97,7 @@ class BatchWeights:
         if not self._state.policy.varies:
             return None
         with self._changed:
+            # Decided after update number - lag, which needs no batch from this one on: the wait comes to an end.
             while number >= self._first_decided and number not in self._state.decided and not closed.is_set():
                 self._changed.wait(POLL_S)
             return self._state.decided.get(number)
