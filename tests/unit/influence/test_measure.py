@@ -29,7 +29,8 @@ from student_trainer.influence.gradients import (
     document_gradient,
     noise,
 )
-from student_trainer.influence.measure import Kept, Options
+from student_trainer.influence.measure import Options
+from student_trainer.influence.part_files import PartFiles
 from student_trainer.influence.scores import alignments, rank_correlation
 from student_trainer.losses.kinds import token_term
 from student_trainer.settings import StudentSettings
@@ -270,14 +271,14 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     kept = {path: path.stat().st_mtime_ns for path in work.glob("*.npy")}
     assert kept and not stopped.exists()
     made: list[str] = []
-    keep = Kept.keep
+    keep = PartFiles.keep
 
-    def noting(self: Kept, name: str, part: torch.Tensor) -> torch.Tensor:
+    def noting(self: PartFiles, name: str, part: torch.Tensor) -> torch.Tensor:
         made.append(name)
         return keep(self, name, part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kept, "keep", noting)
+        patch.setattr(PartFiles, "keep", noting)
         assert main.run(arguments) == 0
     assert made and not {path.stem for path in kept} & set(made), "nothing is computed twice"
     tables = [pyarrow.parquet.read_table(path) for path in (whole, stopped)]
@@ -297,9 +298,9 @@ def slow_groups() -> None:
 
 def test_parts_of_another_question_are_thrown_away(tmp_path: Path) -> None:
     folder = tmp_path / "work"
-    Kept(folder, "a").keep("x", torch.ones(2))
-    assert Kept(folder, "a").find("x") is not None
-    assert Kept(folder, "b").find("x") is None
+    PartFiles(folder, "a").keep("x", torch.ones(2))
+    assert PartFiles(folder, "a").find("x") is not None
+    assert PartFiles(folder, "b").find("x") is None
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def uploaded(store: dict[str, Any], root: Path, *steps: int, **settings: Any) ->
     remote = RemoteCheckpoints(CheckpointSettings(**store, **settings), "run")
     for step in steps:
         single = RemoteCheckpoints(CheckpointSettings(**store, **settings), "run")
-        single.push(sealed(root, step))
+        single.upload(sealed(root, step))
         single.close()
     return remote
 

@@ -133,7 +133,7 @@ def test_a_copy_elsewhere_is_whole(saved: tuple[str, list[Path]], tmp_path: Path
     kind, roots = saved
     settings = CheckpointSettings(url=str(tmp_path / "store"))
     remote = RemoteCheckpoints(settings, "run")
-    remote.push(roots[2] / "checkpoints" / "step-00000002")
+    remote.upload(roots[2] / "checkpoints" / "step-00000002")
     remote.close()
     (tmp_path / "fresh").mkdir()
     RemoteCheckpoints(settings, "run").pull(tmp_path / "fresh" / "checkpoints", -1, "0")

@@ -147,7 +147,7 @@ class Checkpoints:
         files.replace_text(self._root / LATEST, folder.name)
         self._saved_step = step
         if self._remote is not None:
-            self._remote.push(folder)
+            self._remote.upload(folder)
         for old in _folders(self._root)[self._settings.keep :]:
             if self._remote is not None and self._remote.needs(old):
                 continue

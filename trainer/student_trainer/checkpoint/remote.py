@@ -44,7 +44,7 @@ class RemoteCheckpoints:
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._thread.start()
 
-    def push(self, folder: Path) -> None:
+    def upload(self, folder: Path) -> None:
         """Upload a sealed checkpoint, in the background; it takes the place of one that is still waiting."""
         with self._wake:
             self._waiting = folder

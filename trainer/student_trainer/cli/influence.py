@@ -22,7 +22,8 @@ from student_trainer.build_components import build_components
 from student_trainer.cli.compose import compose
 from student_trainer.components import Components
 from student_trainer.data.tokenise import pad_id
-from student_trainer.influence.measure import Asked, Influence, Kept, Measure, Options
+from student_trainer.influence.measure import Influence, Measure, Objective, Options
+from student_trainer.influence.part_files import PartFiles
 from student_trainer.losses.kinds import terms_of
 from student_trainer.losses.terms import Needs
 from student_trainer.settings import Settings
@@ -51,9 +52,11 @@ def main(arguments: Sequence[str]) -> int:
         stack.callback(DISPLAY.close)
         thread = stack.enter_context(EventThread())
         components = build_components(settings, thread, stack)
-        asked = _asked(settings, components)
-        measure = Measure(components.source, components.student, asked, thread, options, pad_id(components.tokenizer))
-        kept = Kept(out.with_name(out.name + ".work"), measure.question())
+        objective = _objective(settings, components)
+        measure = Measure(
+            components.source, components.student, objective, thread, options, pad_id(components.tokenizer)
+        )
+        kept = PartFiles(out.with_name(out.name + ".work"), measure.fingerprint())
         influence = measure(kept)
         write(out, components, settings.data.sources["data"], influence)
         kept.remove()
@@ -77,7 +80,7 @@ def _source(data: DataSettings, text: str) -> SourceSettings:
     return SourceSettings(kind=KINDS.get(Path(text).suffix, "text"), path=(text,), held_out_fraction=0.0)
 
 
-def _asked(settings: Settings, components: Components) -> Asked:
+def _objective(settings: Settings, components: Components) -> Objective:
     terms = terms_of(settings.distillation)
     needs = Needs.of(terms)
     if needs.late:
@@ -86,7 +89,7 @@ def _asked(settings: Settings, components: Components) -> Asked:
             "alone don't: weigh them by a loss without support gather, as distillation=logits_only"
         )
     spec = components.spec(settings, terms)
-    return Asked(terms, settings.distillation.chunk_rows, spec, components.targets, components.head)
+    return Objective(terms, settings.distillation.chunk_rows, spec, components.targets, components.head)
 
 
 def write(out: Path, components: Components, source: SourceSettings, influence: Influence) -> None:

@@ -123,7 +123,7 @@ class InfluenceMeter(NoMeter):
         with stage("measuring the probe", len(micros), "micro batches", closing=False) as doing:
             for micro in micros:
                 micro = micro.to(self._student.device)
-                with self._sketches.watching(micro, together=True):
+                with self._sketches.watching(micro, one_source=True):
                     loss = self._student.loss(micro, terms, self._chunk_rows)
                 (loss.total / max(count, 1)).backward()
                 lost += loss.total.detach().double().cpu()

@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
-from shutil import rmtree
 from typing import TypeVar
 
 import numpy as np
@@ -34,6 +32,7 @@ from student_trainer.data.order import hashed, key_of
 from student_trainer.influence import gradients, scores
 from student_trainer.influence.embeddings import FirstBlocks, embed
 from student_trainer.influence.gradients import Sketch, chosen_parameters, document_gradient
+from student_trainer.influence.part_files import PartFiles
 from student_trainer.losses.terms import Term
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread, gather
@@ -62,7 +61,7 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Objective:
     """What is trained on, and who answers: the loss's terms, and of the teacher what they need; None without one."""
 
     terms: tuple[Term, ...]
@@ -85,64 +84,40 @@ class Influence:
     trust: float | None = None
 
 
-@dataclass(eq=False)
-class Kept:
-    """Parts of what is under way, in a folder; those of another question are thrown away."""
-
-    folder: Path
-    question: str
-    made: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        asked = self.folder / "question.json"
-        if self.folder.exists() and (not asked.exists() or asked.read_text() != self.question):
-            rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        asked.write_text(self.question)
-
-    def find(self, name: str) -> Tensor | None:
-        path = self.folder / f"{name}.npy"
-        return torch.from_numpy(np.load(path)) if path.exists() else None
-
-    def keep(self, name: str, part: Tensor) -> Tensor:
-        unfinished = self.folder / f"{name}.unfinished.npy"
-        np.save(unfinished, part.numpy())
-        unfinished.replace(self.folder / f"{name}.npy")
-        self.made += 1
-        return part
-
-    def remove(self) -> None:
-        rmtree(self.folder)
-
-
 class Measure:
     """Of the sources `data` and `target` of `source`."""
 
     def __init__(
-        self, source: BatchSource, student: Student, asked: Asked, thread: EventThread, options: Options, pad_id: int
+        self,
+        source: BatchSource,
+        student: Student,
+        objective: Objective,
+        thread: EventThread,
+        options: Options,
+        pad_id: int,
     ) -> None:
-        self._source, self._student, self._asked, self._thread = source, student, asked, thread
+        self._source, self._student, self._objective, self._thread = source, student, objective, thread
         self._options, self._pad_id, self._seed = options, pad_id, source.seed
         self._parameters = list(chosen_parameters(student.model, options.parameters).values())
         self._sketch = Sketch(self._parameters, options.sketch, source.seed)
         self._first = FirstBlocks(student, options.blocks)
 
-    def question(self) -> str:
+    def fingerprint(self) -> str:
         """All that the parts follow from."""
         weights = [float(parameter.detach().double().sum()) for parameter in self._student.model.parameters()]
         state = self._source.initial_state()
         known = {
             "options": asdict(self._options) | {"strength": None},
             "sources": [source.fingerprint for source in state.sources],
-            "terms": [repr(term) for term in self._asked.terms],
-            "spec": repr(self._asked.spec),
+            "terms": [repr(term) for term in self._objective.terms],
+            "spec": repr(self._objective.spec),
             "seq_len": self._source.settings.seq_len,
             "student": hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
             "seed": self._seed,
         }
         return json.dumps(known, sort_keys=True)
 
-    def __call__(self, kept: Kept) -> Influence:
+    def __call__(self, kept: PartFiles) -> Influence:
         """ValueError where there is nothing to measure, or data and targets share a document."""
         target = [placed for _, placed in islice(self._learnt("target"), self._options.target_documents)]
         if not target:
@@ -191,7 +166,7 @@ class Measure:
                 yield place, placed
 
     def _read(
-        self, wanted: set[int], count: int, exact: bool, kept: Kept
+        self, wanted: set[int], count: int, exact: bool, kept: PartFiles
     ) -> tuple[dict[int, Placed], list[int], Tensor | None]:
         """The landmarks by place; and where there are other documents, all places and their embeddings."""
         landmarks: dict[int, Placed] = {}
@@ -223,7 +198,7 @@ class Measure:
         in_order[order] = made_NE
         return in_order
 
-    def _gradients(self, what: str, documents: Sequence[Placed], kept: Kept) -> Tensor:
+    def _gradients(self, what: str, documents: Sequence[Placed], kept: PartFiles) -> Tensor:
         """[documents, R] sketches."""
         parts = []
         with (
@@ -245,20 +220,22 @@ class Measure:
         made = []
         for batch, answer in zip(batches, self._answers(batches), strict=True):
             views = self._views(batch, answer)
-            found = document_gradient(self._student, views, self._asked.terms, self._asked.chunk_rows, self._parameters)
+            found = document_gradient(
+                self._student, views, self._objective.terms, self._objective.chunk_rows, self._parameters
+            )
             made.append(self._sketch(found))
         return torch.stack(made)
 
     def _answers(self, batches: Sequence[Batch]) -> Sequence[BatchTargets | None]:
-        asked = self._asked
-        if asked.targets is None or asked.spec is None:
+        objective = self._objective
+        if objective.targets is None or objective.spec is None:
             return [None] * len(batches)
-        fetched = gather(asked.targets.fetch(batch, queries_of(batch, asked.spec)) for batch in batches)
+        fetched = gather(objective.targets.fetch(batch, queries_of(batch, objective.spec)) for batch in batches)
         return self._thread.call(fetched)
 
     def _views(self, batch: Batch, answer: BatchTargets | None) -> tuple[MicroBatch, ...]:
         seed = ViewSeed(self._seed, EVALUATION)
-        views = cut(batch, answer, self._student, seed, head=self._asked.head)
+        views = cut(batch, answer, self._student, seed, head=self._objective.head)
         return tuple(view.to(self._student.device) for view in views)
 
     def _batch(self, rows: Sequence[Placed], number: int) -> Batch:

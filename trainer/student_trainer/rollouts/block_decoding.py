@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from student_trainer.rollouts.block_rows import BlockRows
 from student_trainer.rollouts.sampler import Passes, writing
 from student_trainer.students.causal import DecoderBody
 from student_trainer.students.diffusion_record import DiffusionRecord, text_rows
@@ -86,51 +87,16 @@ class BlockDecoder:
             return []
         if self.temperature > 0 and draws is None:
             raise ValueError(f"temperature is {self.temperature}, but no generators to draw from are given")
-        rows = _Rows.of(sequences, self.record)
+        rows = BlockRows.of(sequences, self.record)
         with writing(self.student):
             return _Filling(self, rows, draws if self.temperature > 0 else None, meanwhile).run()
-
-
-@dataclass(eq=False)
-class _Rows:
-    """Sequences in columns, so that the first masked block of each begins at the same one; `pad_P` columns of whole
-    blocks stand before a shorter one. On the CPU.
-    """
-
-    size: int
-    first: int  # the first masked block
-    pad_P: np.ndarray
-    tokens_PC: np.ndarray  # int64
-    exists_PC: np.ndarray  # bool
-    masked_PC: np.ndarray  # bool
-
-    @classmethod
-    def of(cls, sequences: Sequence[np.ndarray], record: DiffusionRecord) -> _Rows:
-        size, mask = record.block_size, record.mask_token_id
-        for row, ids_N in enumerate(sequences):
-            if not len(ids_N) or ids_N[0] == mask:
-                raise ValueError(f"sequence {row}: its first token must be given, a student predicts from it")
-        blocks_P = np.array([_first(ids_N == mask) // size for ids_N in sequences])
-        first = int(blocks_P.max())
-        pad_P = (first - blocks_P) * size
-        width = max(-(-(len(ids_N) + pad) // size) * size for ids_N, pad in zip(sequences, pad_P, strict=True))
-        tokens_PC = np.zeros((len(sequences), width), np.int64)
-        exists_PC = np.zeros(tokens_PC.shape, bool)
-        for row, (ids_N, pad) in enumerate(zip(sequences, pad_P, strict=True)):
-            tokens_PC[row, pad : pad + len(ids_N)] = ids_N
-            exists_PC[row, pad : pad + len(ids_N)] = True
-        return cls(size, first, pad_P, tokens_PC, exists_PC, exists_PC & (tokens_PC == mask))
-
-    def places(self, start: int, stop: int) -> np.ndarray:
-        """[P, stop - start]: places in their sequences; 0 for padding."""
-        return np.maximum(np.arange(start, stop) - self.pad_P[:, None], 0)
 
 
 class _Filling:
     """One call of `fill_in` under way."""
 
     def __init__(
-        self, decoder: BlockDecoder, rows: _Rows, draws: Sequence[np.random.Generator] | None,
+        self, decoder: BlockDecoder, rows: BlockRows, draws: Sequence[np.random.Generator] | None,
         meanwhile: Callable[[], None],
     ):  # fmt: skip
         self.decoder, self.rows, self.draws, self.meanwhile = decoder, rows, draws, meanwhile
@@ -289,8 +255,3 @@ class _Filling:
             self.rows.tokens_PC[row, keep_C].astype(np.int32), self.written_at_PC[row, keep_C],
             float(self.logprob_PC[row, keep_C].sum()), bool(ended), self.passes[row],
         )  # fmt: skip
-
-
-def _first(at_N: np.ndarray) -> int:
-    """The first place that is True; the last one where none is: then all is read, and nothing written."""
-    return int(at_N.argmax()) if at_N.any() else len(at_N) - 1

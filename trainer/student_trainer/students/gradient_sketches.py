@@ -74,10 +74,10 @@ class GradientSketches:
         self._passes: list[Tensor] = []  # by pass [sources, size]: added up in the end, alike for ranks and passes
 
     @contextmanager
-    def watching(self, micro: MicroBatch, together: bool = False) -> Iterator[None]:
-        """A forward pass whose backward pass, whenever it comes, is sketched. `together`: all as of source 0."""
+    def watching(self, micro: MicroBatch, one_source: bool = False) -> Iterator[None]:
+        """A forward pass whose backward pass, whenever it comes, is sketched. `one_source`: all as of source 0."""
         sources_P = sources_of_positions(micro)
-        if together:
+        if one_source:
             sources_P = sources_P.clamp_max(0)
         # A pass has its own sums, added up in `take` in their order: the same bits whoever adds how many passes.
         sums = torch.zeros(self._sources, self._size, device=self._student.device)

@@ -36,7 +36,7 @@ CHOICE = 2  # beside the purposes of views: what of a row is looked ahead of
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class CandidateTexts:
     """What is asked about one micro batch: for each of M labels its candidates [M, G], -1 where there are fewer,
     and the texts with one of them each, in the order of the table.
     """
@@ -69,7 +69,7 @@ class Lookahead:
         )
         return replace(ready, micro=micro, waited_s=ready.waited_s + waited_s)
 
-    def _ask(self, student: Student, micro: MicroBatch, batch: Batch) -> Asked | None:
+    def _ask(self, student: Student, micro: MicroBatch, batch: Batch) -> CandidateTexts | None:
         if not len(micro.view.labels_N):
             return None
         assert micro.teacher is not None and micro.teacher.ids_NK is not None
@@ -88,7 +88,7 @@ class Lookahead:
         )  # fmt: skip
         # The position that counts at column t is the prediction of token t + 1.
         place_M2 = np.stack([row_C, column_C + 1], 1)[counted_N[label_M]]
-        return Asked(label_M, candidates_MG, *texts_of(part, place_M2, candidates_MG, self._window))
+        return CandidateTexts(label_M, candidates_MG, *texts_of(part, place_M2, candidates_MG, self._window))
 
     def _chosen(self, part: Batch, row_C: np.ndarray) -> np.ndarray:
         """[C] bool: at most `positions` of each row's tokens, whichever view masks them."""
@@ -138,7 +138,7 @@ def texts_of(part: Batch, place_M2: np.ndarray, candidates_MG: np.ndarray, windo
     return build_batch(part.number, rows, longest, 0, part.source_names), tuple(queries)
 
 
-def _with_rows(micro: MicroBatch, asked: Asked, answer: BatchTargets) -> MicroBatch:
+def _with_rows(micro: MicroBatch, asked: CandidateTexts, answer: BatchTargets) -> MicroBatch:
     """The micro batch with the candidates' distributions in place of the top-K rows."""
     teacher = micro.teacher
     assert teacher is not None and teacher.ids_NK is not None and teacher.logprobs_NK is not None
