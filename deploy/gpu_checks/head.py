@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deploy.gpu_checks.report import Options, Report
-from student_trainer.batch.teacher_rows import TeacherHead, TeacherRows
+from student_trainer.batch.head import Head
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.head import head_loss
 from student_trainer.settings.terms import KINDS
 from tests.unit.losses import dense
@@ -94,7 +95,7 @@ class _Inputs:
             sampled_counts=torch.cat([counts for _, counts in found]).int(),
             sampled_temperature=temperature,
             teacher_hidden_NE=self.teacher_hidden_NE,
-            teacher_head=TeacherHead(self.teacher_weight_VE),
+            teacher_head=Head(self.teacher_weight_VE),
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.losses import TeacherHead, TeacherRows, TokenTerm, head_loss, token_term
+from student_trainer.losses import Head, TeacherRows, TokenTerm, head_loss, token_term
 from tests.unit.losses import dense
 
 KINDS = ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd"]
@@ -79,7 +79,7 @@ def make(seed: int, n: int, vocab: int, k: int) -> Case:
         sampled_ids=(drawn_NV > 0).nonzero()[:, 1],
         sampled_counts=drawn_NV[drawn_NV > 0],
         teacher_hidden_NE=teacher_NV,
-        teacher_head=TeacherHead(torch.eye(vocab, dtype=torch.float64)),
+        teacher_head=Head(torch.eye(vocab, dtype=torch.float64)),
     )
     return Case(normal(n, 6), normal(vocab, 6), labels_N, rows)
 

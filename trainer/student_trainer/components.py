@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.batch.batch import Kind
-from student_trainer.batch.teacher_rows import TeacherHead
+from student_trainer.batch.head import Head
 from student_trainer.data.loader import BatchSource
 from student_trainer.losses.terms import Term
 from student_trainer.settings import Settings
@@ -31,7 +31,7 @@ class Components:
     tokenizer: PreTrainedTokenizerBase
     source: BatchSource
     student: Student
-    head: TeacherHead | None  # the teacher's, where something is compared over the whole vocabulary
+    head: Head | None  # the teacher's, where something is compared over the whole vocabulary
     attention: AttentionSource | None = None
 
     def reason(self) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, TokenTerm, chunks, head_loss, token_term
+from student_trainer.losses import Head, HeadLoss, TeacherRows, TokenTerm, chunks, head_loss, token_term
 from student_trainer.losses.divergences import DIVERGENCES, LABEL_LOSSES
 from student_trainer.losses.fused import divergences, launch
 from student_trainer.losses.passes import HOLE
@@ -53,7 +53,7 @@ def inputs(dtype: torch.dtype = torch.float64, spread: float = 2.0) -> dict[str,
             gather_logprobs_NG=teacher_NV.log_softmax(-1).gather(1, chosen_NG),
             sampled_offsets=torch.cat([torch.zeros(1, dtype=torch.long), lengths_N.cumsum(0)]), sampled_ids=ids,
             sampled_counts=torch.randint(1, 5, ids.shape), teacher_hidden_NE=torch.randn(ROWS, 4, dtype=dtype) * 2,
-            teacher_head=TeacherHead(torch.randn(VOCAB, 4, dtype=dtype), torch.randn(VOCAB, dtype=dtype), 7.0, 1.3),
+            teacher_head=Head(torch.randn(VOCAB, 4, dtype=dtype), torch.randn(VOCAB, dtype=dtype), 7.0, 1.3),
         ),
     }  # fmt: skip
 
@@ -63,7 +63,7 @@ def in_float64(teacher: TeacherRows) -> TeacherRows:
     head = teacher.teacher_head
     if head is not None:
         assert head.bias_V is not None and teacher.teacher_hidden_NE is not None
-        head = replace(head, weight_VE=head.weight_VE.double(), bias_V=head.bias_V.double())
+        head = replace(head, weight_VD=head.weight_VD.double(), bias_V=head.bias_V.double())
         teacher = replace(teacher, teacher_head=head, teacher_hidden_NE=teacher.teacher_hidden_NE.double())
     return teacher
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, head_loss, token_term
+from student_trainer.losses import Head, HeadLoss, TeacherRows, head_loss, token_term
 from student_trainer.losses.kinds import TERMS, term_of
 from student_trainer.losses.student_support import student_top_ids
 from student_trainer.losses.supports import SUPPORTS
@@ -53,7 +53,7 @@ def test_no_array_of_rows_by_vocabulary_outlives_a_chunk() -> None:
     """Nothing larger than a chunk of logits is ever allocated; the naive form, watched alike, allocates it all."""
     n, vocab, chunk = 512, 4096, 32
     hidden_ND, weight_VD, labels_N, rows = case(n, vocab)
-    full = TeacherRows(teacher_hidden_NE=torch.randn(n, 8), teacher_head=TeacherHead(torch.randn(vocab, 8)))
+    full = TeacherRows(teacher_hidden_NE=torch.randn(n, 8), teacher_head=Head(torch.randn(vocab, 8)))
     whole = token_term("full", "jsd", 1.0, support="full")
     for targets, terms in ((rows, [CE, KD, token_term("r", "reverse_kl", 1.0)]), (full, [CE, whole])):
         with LargestStorage() as watched:
@@ -164,10 +164,10 @@ def test_student_top_ids_are_the_largest_logits() -> None:
 
 
 def test_rows_move_between_devices_whole() -> None:
-    rows = dataclasses.replace(case()[3], teacher_head=TeacherHead(torch.randn(4, 3), torch.randn(4)))
+    rows = dataclasses.replace(case()[3], teacher_head=Head(torch.randn(4, 3), torch.randn(4)))
     moved = rows.to("meta")
     assert moved.ids_NK is not None and moved.ids_NK.is_meta and moved.temperatures == (2.0,)
-    assert moved.teacher_head is not None and moved.teacher_head.weight_VE.is_meta
+    assert moved.teacher_head is not None and moved.teacher_head.weight_VD.is_meta
     assert moved.teacher_head.bias_V is not None and moved.teacher_head.bias_V.is_meta
 
 

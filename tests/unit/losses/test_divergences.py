@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import TeacherHead, TeacherRows, head_loss, token_term
+from student_trainer.losses import Head, TeacherRows, head_loss, token_term
 from student_trainer.losses.student_support import student_top_ids
 from tests.unit.losses import dense
 
@@ -17,15 +17,15 @@ TEMPERATURES = [1.0, 2.0, 5.0]
 N, V, D, E = 26, 75, 18, 11
 
 
-def random_pair() -> tuple[list[Tensor], Tensor, TeacherHead, Tensor]:
+def random_pair() -> tuple[list[Tensor], Tensor, Head, Tensor]:
     """Student leaves (hidden, weight, bias), the teacher's hidden states and head, and the teacher's logits."""
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((N, D), (V, D), (V,))]
     teacher_hidden_NE = torch.randn(N, E, dtype=torch.float64)
-    head = TeacherHead(torch.randn(V, E, dtype=torch.float64), torch.randn(V, dtype=torch.float64))
-    return leaves, teacher_hidden_NE, head, dense.logits(teacher_hidden_NE, head.weight_VE, head.bias_V)
+    head = Head(torch.randn(V, E, dtype=torch.float64), torch.randn(V, dtype=torch.float64))
+    return leaves, teacher_hidden_NE, head, dense.logits(teacher_hidden_NE, head.weight_VD, head.bias_V)
 
 
-def served(support: str, teacher_NV: Tensor, hidden_NE: Tensor, head: TeacherHead, own_ids_NG: Tensor) -> TeacherRows:
+def served(support: str, teacher_NV: Tensor, hidden_NE: Tensor, head: Head, own_ids_NG: Tensor) -> TeacherRows:
     rows = dense.rows_of(teacher_NV, 9, (2.0, 5.0))
     gathered_NG = teacher_NV.log_softmax(-1).gather(1, own_ids_NG)
     return dataclasses.replace(
@@ -87,7 +87,7 @@ def test_student_equal_to_teacher_gives_zero_for_every_divergence(kind: str, tem
         gather_ids_NG=rows.ids_NK,
         gather_logprobs_NG=rows.logprobs_NK,
         teacher_hidden_NE=teacher_NV,
-        teacher_head=TeacherHead(identity),
+        teacher_head=Head(identity),
     )
     # The total variation is linear in the rounding error, the others quadratic.
     bound = 2e-3 if kind == "tvd" else 2e-4
@@ -111,7 +111,7 @@ def test_full_vocabulary_agrees_with_trl_chunked(kind: str, beta: float, tempera
     leaves, hidden_NE, head, _ = random_pair()
     leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
     assert head.bias_V is not None
-    head = TeacherHead(head.weight_VE.float(), head.bias_V.float(), softcap=9.0, scale=0.8)
+    head = Head(head.weight_VD.float(), head.bias_V.float(), softcap=9.0, scale=0.8)
     rows = TeacherRows(teacher_hidden_NE=hidden_NE.float(), teacher_head=head)
     term = dense.term_of(kind, temperature=temperature, beta=beta, support="full")
     labels_N = torch.zeros(N, dtype=torch.long)
@@ -119,7 +119,7 @@ def test_full_vocabulary_agrees_with_trl_chunked(kind: str, beta: float, tempera
         *leaves[:2], labels_N, rows, [term], head_bias_V=leaves[2], logit_softcap=7.0, logit_scale=1.5, chunk_rows=7
     )
     theirs_N, _entropy = ChunkedDivergenceFunction.apply(
-        *leaves, rows.teacher_hidden_NE, head.weight_VE, head.bias_V, beta, temperature, 1.5, 7.0, 0.8, 9.0
+        *leaves, rows.teacher_hidden_NE, head.weight_VD, head.bias_V, beta, temperature, 1.5, 7.0, 0.8, 9.0
     )
     torch.testing.assert_close(ours.per_term["kd"], theirs_N.detach(), rtol=1e-4, atol=1e-5)
     for got, want in zip(
@@ -136,11 +136,11 @@ def test_cross_entropy_and_full_vocabulary_agree_with_liger(kind: str, beta: flo
     leaves, hidden_NE, head, _ = random_pair()
     leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
     assert head.bias_V is not None
-    head = TeacherHead(head.weight_VE.float(), head.bias_V.float())
+    head = Head(head.weight_VD.float(), head.bias_V.float())
     labels_N = torch.randint(V, (N,))
     labels_N[::4] = -100
     peer = liger.LigerFusedLinearJSDLoss(0.4, 0.6, beta, temperature=temperature, compiled=False, chunk_size=8)
-    theirs = peer(*leaves[:2], hidden_NE.float(), head.weight_VE, labels_N, leaves[2], head.bias_V)
+    theirs = peer(*leaves[:2], hidden_NE.float(), head.weight_VD, labels_N, leaves[2], head.bias_V)
     terms = [
         token_term("ce", "cross_entropy", 0.4),
         dense.term_of(kind, 0.6, temperature=temperature, beta=beta, support="full"),
@@ -208,7 +208,7 @@ def test_jsd_is_the_same_from_either_side_at_one_half() -> None:
             student_NV,
             identity,
             labels_N,
-            TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(identity)),
+            TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=Head(identity)),
             [token_term("jsd", "jsd", 1.0, support="full")],
         ).per_term["jsd"]
         for student_NV, teacher_NV in ((first_NV, second_NV), (second_NV, first_NV))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import TeacherHead, TokenTerm, chunks, head_loss, token_term
+from student_trainer.losses import Head, TokenTerm, chunks, head_loss, token_term
 from tests.unit.losses import dense
 
 HERE = Path(__file__).parent
@@ -101,7 +101,7 @@ def launch_all(rows: int, terms: list[TokenTerm], **options: Any) -> None:
     teacher = replace(
         teacher, gather_ids_NG=torch.arange(5).expand(rows, -1),
         gather_logprobs_NG=torch.randn(rows, 5).log_softmax(-1), teacher_hidden_NE=torch.randn(rows, 3),
-        teacher_head=TeacherHead(torch.randn(vocab, 3), torch.randn(vocab), 9.0),
+        teacher_head=Head(torch.randn(vocab, 3), torch.randn(vocab), 9.0),
     )  # fmt: skip
     hidden_ND, weight_VD = (torch.randn(n, 3, dtype=torch.bfloat16, requires_grad=True) for n in (rows, vocab))
     labels_N = torch.zeros(rows, dtype=torch.long)

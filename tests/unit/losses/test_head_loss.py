@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from student_trainer.losses import TeacherHead, TeacherRows, TokenTerm, head_loss, token_term
+from student_trainer.losses import Head, TeacherRows, TokenTerm, head_loss, token_term
 from tests.unit.losses import dense
 
 GOLDEN = {
@@ -36,7 +36,7 @@ def test_golden_table(form: str, temperature: float) -> None:
     student_NV, teacher_NV = golden_logits()
     teacher = dense.rows_of(teacher_NV, 16, (2.0,))
     if form == "full":
-        teacher = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(512)))
+        teacher = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=Head(torch.eye(512)))
         term = token_term("kl", "forward_kl", 1.0, temperature=temperature, support="full")
     else:
         term = token_term("kl", "top_k_kl", 1.0, temperature=temperature, tail=form)
@@ -116,7 +116,7 @@ def test_weights_of_rows_multiply_value_and_gradient_alike(kind: str, support: s
     weights_N[::7] = 0.0
     rows = dense.rows_of(teacher_NV, 7, (2.0,))
     if support == "full":
-        rows = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(90, dtype=torch.float64)))
+        rows = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=Head(torch.eye(90, dtype=torch.float64)))
     result = head_loss(
         hidden_ND, weight_VD, labels_N, rows, terms, head_bias_V=bias_V, weights_N=weights_N, chunk_rows=8
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import HeadLoss, TeacherHead, TeacherRows, head_loss, projection, token_term
+from student_trainer.losses import Head, HeadLoss, TeacherRows, head_loss, projection, token_term
 from student_trainer.losses.student_support import student_top_ids
 
 ROWS, VOCAB, WIDTH = 24, 90, 16
@@ -59,7 +59,7 @@ def leaves(round_to: torch.dtype | None = None) -> list[Tensor]:
 
 def loss(x: list[Tensor], **options: Any) -> tuple[HeadLoss, list[Tensor]]:
     hidden_ND, weight_VD = (leaf.requires_grad_() for leaf in x[:2])
-    teacher = TeacherRows(teacher_hidden_NE=x[2], teacher_head=TeacherHead(x[3]))
+    teacher = TeacherRows(teacher_hidden_NE=x[2], teacher_head=Head(x[3]))
     found = head_loss(hidden_ND, weight_VD, torch.arange(ROWS), teacher, TERMS, chunk_rows=7, **options)
     return found, list(torch.autograd.grad(found.total, (hidden_ND, weight_VD)))
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from student_trainer.losses import TeacherHead, TeacherRows, head_loss, token_term
+from student_trainer.losses import Head, TeacherRows, head_loss, token_term
 from student_trainer.losses.supports import read_support, with_tail
 from tests.unit.losses import dense
 
@@ -26,7 +26,7 @@ def case(n: int = 20, vocab: int = 64) -> tuple[torch.Tensor, torch.Tensor, torc
 def test_rows_without_a_teacher_add_nothing_whatever_stands_there() -> None:
     hidden_ND, weight_VD, labels_N, teacher_NV = case()
     rows = dense.rows_of(teacher_NV, 6, (2.0,))
-    rows = dataclasses.replace(rows, teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(64).double()))
+    rows = dataclasses.replace(rows, teacher_hidden_NE=teacher_NV, teacher_head=Head(torch.eye(64).double()))
     valid_N = torch.rand(20) < 0.5
     valid_N[0] = True
     terms = [CE, KD, REVERSE, token_term("full", "jsd", 1.0, support="full")]
@@ -113,7 +113,7 @@ def test_a_larger_teacher_is_taken_given_the_shared_ids() -> None:
             # The served row of a small K may not name all the teacher's own ids; their mass then stands in the tail.
             assert float(got.per_term["kd"][known_N].abs().sum()) < 1e-5
             assert bool(torch.isfinite(got.per_term["kd"]).all())
-    full = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=TeacherHead(torch.eye(67).double()))
+    full = TeacherRows(teacher_hidden_NE=teacher_NV, teacher_head=Head(torch.eye(67).double()))
     term = token_term("kd", "reverse_kl", 1.0, support="full")
     assert float(head_loss(hidden_ND, weight_VD, labels_N, full, [term], shared_vocab=64).total) < 1e-9
 

@@ -161,7 +161,7 @@ def test_what_is_sure_is_written_side_by_side_and_else_the_surest(folder: Path) 
         view = reader._view(batch, np.array([[False] * 4 + [True] * 4]), None)
         assert torch.equal(view.input_ids_BT[:, :8], view_tokens)
         hidden_TD = student.body(view.input_ids_BT, view.position_ids_BT, view.attention)[0, 4:8]
-        logits_SV = student.logits_of(hidden_TD)[:, :VOCAB_SIZE]
+        logits_SV = student.head.logits(hidden_TD)[:, :VOCAB_SIZE]
     best_S = torch.softmax(logits_SV.double(), -1).amax(-1)
     assert int(best_S.argmax()) == int(np.flatnonzero(one_by_one.written_at_N[4:8] == 1)[0])
     assert at_once.ids_N[4:8].tolist() == logits_SV.argmax(-1).tolist()

@@ -246,7 +246,7 @@ def test_the_teachers_head_makes_the_logits_that_the_wire_defines(soft_cap: floa
         file["soft_cap"] = torch.tensor(soft_cap)
         product_NV = soft_cap * torch.tanh(product_NV / soft_cap)
     head = read_head(save(file), torch.device("cpu"))
-    logits_NV = head.scale * (hidden_ND @ head.weight_VE.T + head.bias_V)
+    logits_NV = head.scale * (hidden_ND @ head.weight_VD.T + head.bias_V)
     if head.softcap is not None:
         logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
     assert torch.allclose(logits_NV, 0.5 * product_NV, atol=1e-5)

@@ -36,8 +36,8 @@ def test_attention_is_flex_on_a_gpu_and_sdpa_elsewhere_unless_it_is_named() -> N
 
 def test_a_teacher_s_head_is_float32_on_a_cpu_and_keeps_its_dtype_elsewhere() -> None:
     file = save({"weight": torch.ones(4, 3, dtype=torch.bfloat16), "scale": torch.tensor(2.0)})
-    assert read_head(file, CPU).weight_VE.dtype == torch.float32
-    assert read_head(file, torch.device("meta")).weight_VE.dtype == torch.bfloat16
+    assert read_head(file, CPU).weight_VD.dtype == torch.float32
+    assert read_head(file, torch.device("meta")).weight_VD.dtype == torch.bfloat16
 
 
 def test_the_widest_row_of_draws_is_looked_up_only_where_nothing_is_waited_for() -> None:

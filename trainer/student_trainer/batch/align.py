@@ -18,8 +18,9 @@ import torch
 from student_trainer.batch.answer_rows import arrays_of, rows_of
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.head import Head
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.batch.teacher_rows import TeacherAttention, TeacherHead, TeacherRows
+from student_trainer.batch.teacher_rows import TeacherAttention, TeacherRows
 from student_trainer.batch.view import Reader, View, ViewSeed
 from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.compute.relations import QKV
@@ -30,7 +31,7 @@ from teacher_proto.targets import TokenTargets
 
 def cut(
     batch: Batch, targets: BatchTargets | None, reader: Reader, seed: ViewSeed, *, rows: int | None = None,
-    head: TeacherHead | None = None, keep_empty: bool = False,
+    head: Head | None = None, keep_empty: bool = False,
 ) -> tuple[MicroBatch, ...]:  # fmt: skip
     """The batch's views, of at most `rows` rows each, on the CPU. Those that add nothing to the count of labels are
     left out, if not `keep_empty`: ranks that gather parameters together must all make as many passes.
@@ -56,7 +57,7 @@ def _between(batch: Batch, first: int, stop: int) -> slice:
 
 def _micro_batches(
     part: Batch, targets: BatchTargets | None, reader: Reader, seed: ViewSeed, first_row: int, documents: slice,
-    head: TeacherHead | None,
+    head: Head | None,
 ) -> list[MicroBatch]:  # fmt: skip
     """The views of some rows, each with what belongs to its labels; `documents`: theirs among those of `targets`."""
     row_C, column_C = part.counted()
@@ -99,7 +100,7 @@ def _document_of_each(part: Batch, row_C: np.ndarray, column_C: np.ndarray) -> n
 
 
 def _teacher_rows(
-    batch: Batch, answers: Sequence[TokenTargets | None], spec: TargetSpec, head: TeacherHead | None
+    batch: Batch, answers: Sequence[TokenTargets | None], spec: TargetSpec, head: Head | None
 ) -> TeacherRows | None:
     """Rows of the batch's counted positions, in their order; documents come in that order. None where there are none.
 

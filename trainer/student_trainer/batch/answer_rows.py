@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from student_trainer.batch.batch_targets import TEMPERED
-from student_trainer.batch.teacher_rows import TeacherHead, TeacherRows
+from student_trainer.batch.head import Head
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.batch.tensors import own_tensor
 from teacher_proto.targets import TokenTargets
 
@@ -32,7 +33,7 @@ _DTYPES = {"ids": torch.int32, "sampled_ids": torch.int32, "sampled_offsets": to
 
 def teacher_rows(
     answers: Sequence[TokenTargets], temperatures: Sequence[float] = (), *, sample_temperature: float = 1.0,
-    head: TeacherHead | None = None,
+    head: Head | None = None,
 ) -> TeacherRows:  # fmt: skip
     """All rows of all answers, in their order. `temperatures`, `sample_temperature`: as they were asked for; `head`:
     the teacher's, for answers of kind `hidden`. ValueError for no answers, or answers to different questions.
@@ -57,7 +58,7 @@ def teacher_rows(
 
 def rows_of(
     pieces: Mapping[str, Sequence[np.ndarray]], temperatures: tuple[float, ...], sample_temperature: float,
-    head: TeacherHead | None,
+    head: Head | None,
 ) -> TeacherRows:  # fmt: skip
     """The tensors of several answers, by the name of the record's tensor, as `arrays_of` gives them."""
     arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.batch.head import Head
 from student_trainer.batch.tensors import moved, to_device
 from teacher_proto.compute.relations import QKV
 
@@ -33,19 +34,6 @@ _ROW_FIELDS = (
 
 
 @dataclass(frozen=True)
-class TeacherHead:
-    """The teacher's output head: logits = cap(scale * (hidden @ weight.T + bias)), cap(z) = softcap tanh(z / softcap).
-
-    Needed by terms with `support="full"`. `weight_VE` has the teacher's vocabulary, `bias_V` is optional.
-    """
-
-    weight_VE: Tensor
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
 class TeacherRows:
     """N teacher rows; row n belongs to the student's hidden row n. A field that was not asked for is None.
 
@@ -58,7 +46,8 @@ class TeacherRows:
     `gather_*`: logprobs at ids which the student chose. `sampled_*`: row n drew `sampled_ids[o[n]:o[n+1]]`, each
     `sampled_counts` times, from the teacher at `sampled_temperature`. `sampled_width`: the most distinct ids that any
     row drew, where that is known without asking a device.
-    `teacher_hidden_NE`: final hidden states after the last norm, with the `teacher_head` that turns them into logits.
+    `teacher_hidden_NE`: final hidden states after the last norm, with the `teacher_head` that makes them logits of the
+    teacher's vocabulary; for terms with `support="full"`.
     """
 
     ids_NK: Tensor | None = None
@@ -77,7 +66,7 @@ class TeacherRows:
     sampled_temperature: float = 1.0
     sampled_width: int | None = None
     teacher_hidden_NE: Tensor | None = None
-    teacher_head: TeacherHead | None = None
+    teacher_head: Head | None = None
 
     def select(self, index: Tensor | slice) -> TeacherRows:
         """The rows that `index` (positions, a mask or a slice) names, in its order."""

@@ -17,8 +17,8 @@ import torch
 from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.head import Head
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import ViewSeed
 from student_trainer.evaluation.classes import ClassSums
 from student_trainer.evaluation.documents import DocumentSums
@@ -56,7 +56,7 @@ class Evaluator:
 
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None,
-        decode: Callable[[Sequence[int]], str], passage_file: Path, seed: ViewSeed, head: TeacherHead | None = None,
+        decode: Callable[[Sequence[int]], str], passage_file: Path, seed: ViewSeed, head: Head | None = None,
         classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE, decoding: SourceFigures | None = None,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows

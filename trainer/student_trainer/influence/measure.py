@@ -23,8 +23,8 @@ from torch import Tensor
 from student_trainer.batch.align import cut
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.batch.head import Head
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.batch.teacher_rows import TeacherHead
 from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.data.documents import RawDocument, canonical
 from student_trainer.data.loader import BatchSource
@@ -68,7 +68,7 @@ class Objective:
     chunk_rows: int | None
     spec: TargetSpec | None = None
     targets: Targets | None = None
-    head: TeacherHead | None = None
+    head: Head | None = None
 
 
 @dataclass(frozen=True, eq=False)

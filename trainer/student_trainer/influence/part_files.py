@@ -1,5 +1,5 @@
-"""What is computed for a measure of influence, part by part in a folder beside its result. Made by `cli.influence`, filled
-and read by `measure`.
+"""What is computed for a measure of influence, part by part in a folder beside its result. Made by `cli.influence`,
+filled and read by `measure`.
 """
 
 from __future__ import annotations

@@ -6,15 +6,16 @@ makes a client's answers into `TeacherRows`, which is what the teacher said, row
 """
 
 from student_trainer.batch.answer_rows import teacher_rows
-from student_trainer.batch.teacher_rows import TeacherHead, TeacherRows
+from student_trainer.batch.head import Head
+from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.head import head_loss
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.terms import TeacherTerm, Term, TokenTerm
 from student_trainer.losses.values import HeadLoss
 
 __all__ = [
+    "Head",
     "HeadLoss",
-    "TeacherHead",
     "TeacherRows",
     "TeacherTerm",
     "Term",

@@ -158,7 +158,7 @@ def _check_range(term: TeacherTerm, ids: Tensor, limit: int | None) -> DeferredC
 
 def _check_full(term: TeacherTerm, teacher: TeacherRows, counted_N: Tensor) -> None:
     assert teacher.teacher_hidden_NE is not None and teacher.teacher_head is not None
-    weight_VE = teacher.teacher_head.weight_VE
+    weight_VE = teacher.teacher_head.weight_VD
     if teacher.teacher_hidden_NE.shape != (len(counted_N), weight_VE.shape[1]):
         raise ValueError(
             f"loss '{term.name}': got teacher_hidden_NE {tuple(teacher.teacher_hidden_NE.shape)} for a head of "

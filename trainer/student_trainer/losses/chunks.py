@@ -195,7 +195,7 @@ def _teacher_projection(job: Job) -> HeadProjection | None:
     head, hidden_NE = job.teacher.teacher_head, job.teacher.teacher_hidden_NE
     assert head is not None and hidden_NE is not None
     bias_W = None if head.bias_V is None else head.bias_V[: job.shared]
-    return HeadProjection(head.weight_VE[: job.shared], bias_W, head.softcap, head.scale, hidden_NE.dtype, job.compute)
+    return HeadProjection(head.weight_VD[: job.shared], bias_W, head.softcap, head.scale, hidden_NE.dtype, job.compute)
 
 
 def _compares_vocabularies(term: TokenTerm) -> bool:

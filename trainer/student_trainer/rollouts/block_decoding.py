@@ -216,7 +216,7 @@ class _Filling:
         ids, logprobs = [], []
         for first in range(0, len(hidden_MD), CHUNK_ROWS):
             chunk = slice(first, first + CHUNK_ROWS)
-            z_MV = self.student.logits_of(hidden_MD[chunk])[:, : self.vocab]
+            z_MV = self.student.head.logits(hidden_MD[chunk])[:, : self.vocab]
             if self.decoder.record.mask_token_id < self.vocab:
                 # A mask token is no text: it is never written, and its mass goes to the others.
                 z_MV[:, self.decoder.record.mask_token_id] = -torch.inf

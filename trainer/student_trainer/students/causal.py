@@ -139,11 +139,8 @@ def check_head(student: Student) -> None:
     with torch.no_grad():
         hidden_BTD = student.body(tokens_BT, positions_BT, attention)
         theirs_BTV = student.model(input_ids=tokens_BT, use_cache=False).logits.float()
-        head = student.head
-        ours_BTV = nn.functional.linear(hidden_BTD, head.weight_VD, head.bias_V).float() * head.scale
+        ours_BTV = student.head.logits(hidden_BTD)
     student.model.train(was_training)
-    if head.softcap is not None:
-        ours_BTV = head.softcap * torch.tanh(ours_BTV / head.softcap)
     gap = float((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp_min(1e-6))
     if not gap <= HEAD_TOLERANCE:
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from student_trainer.batch.batch import Batch
+from student_trainer.batch.head import Head
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import Attention, Reader, View, ViewSeed
 from student_trainer.losses.balance import gradient_norms, term_gradient_norms
@@ -23,16 +24,6 @@ from student_trainer.losses.values import HeadLoss
 from student_trainer.settings import StudentSettings
 from student_trainer.students.capture import capturing, check_capture, parameters_behind
 from student_trainer.students.quant_linear import is_quantised, set_quantisation_blend, warmup_blend
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """logits = cap(scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap) where there is one."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
 
 
 class Body(Protocol):
@@ -229,14 +220,7 @@ class Student:
         return logits_NV
 
     def _logits(self, micro: MicroBatch) -> Tensor:
-        return self.logits_of(self.hidden(micro))
-
-    def logits_of(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] fp32 of hidden rows, in the head's own dtype."""
-        head = self.head
-        hidden_ND = hidden_ND.to(head.weight_VD.dtype)
-        z_NV = nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V).float() * head.scale
-        return z_NV if head.softcap is None else head.softcap * torch.tanh(z_NV / head.softcap)
+        return self.head.logits(self.hidden(micro))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, each once however often it is tied: what a checkpoint keeps."""

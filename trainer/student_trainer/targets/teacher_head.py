@@ -6,13 +6,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from student_trainer.batch.teacher_rows import TeacherHead
+from student_trainer.batch.head import Head
 from teacher_proto.errors import InvalidTargetsError
 
 NAMES = {"weight", "bias", "scale", "soft_cap"}
 
 
-def read_head(file: bytes, device: torch.device) -> TeacherHead:
+def read_head(file: bytes, device: torch.device) -> Head:
     """The head on `device`, in the dtype that its products run in there. InvalidTargetsError if it is none.
 
     The file's logits are scale * c * tanh(z / c); ours are C * tanh(scale * z / C), the same with C = scale * c.
@@ -29,8 +29,8 @@ def read_head(file: bytes, device: torch.device) -> TeacherHead:
         raise InvalidTargetsError(f"the teacher's head has {list(bias_V.shape)} biases for {len(weight_VE)} ids")
     scale = float(tensors["scale"])
     dtype = torch.float32 if device.type == "cpu" else weight_VE.dtype
-    return TeacherHead(
-        weight_VE=weight_VE.to(device, dtype),
+    return Head(
+        weight_VD=weight_VE.to(device, dtype),
         bias_V=None if bias_V is None else bias_V.to(device, dtype),
         softcap=scale * float(tensors["soft_cap"]) if "soft_cap" in tensors else None,
         scale=scale,
