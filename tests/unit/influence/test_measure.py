@@ -245,7 +245,7 @@ def test_it_is_measured_on_the_loss_that_is_trained(tmp_path: Path, monkeypatch:
 
         return Teacher(thread.call(targets.open()), targets)
 
-    monkeypatch.setattr("student_trainer.components.open_teacher", open_here)
+    monkeypatch.setattr("student_trainer.build_components.open_teacher", open_here)
     changes = {"teacher=none": "teacher.url=http://none", "distillation=cross_entropy": "distillation=logits_only"}
     arguments = [changes.get(text, text) for text in command(tmp_path, outs[1], "teacher.top_k=16")]
     assert main.run(arguments) == 0
@@ -324,7 +324,7 @@ def test_what_cannot_be_is_refused(
 def test_a_loss_on_ids_that_a_step_chooses_is_refused() -> None:
     settings = compose(["data=movie_reviews", "distillation=classification", "teacher.url=http://none"])
     with pytest.raises(ValueError, match="which documents alone don't"):
-        influence._asked(settings, None)  # type: ignore[arg-type]
+        influence._objective(settings, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("student", ["student=bitnet", "student=diffusion"])
