@@ -117,7 +117,7 @@ class Student:
         with capturing(self.model, self.capture(terms)) as captured:
             hidden_ND = self.hidden(micro, clean=_any_clean(terms))
         loss = self.loss_of(captured(hidden_ND), self.head, micro, terms, chunk_rows, want_top1, defer=True)
-        logits_NV = self.logits_of(hidden_ND[: len(micro.view.labels_N)]) if want_logits else None
+        logits_NV = self.head.logits(hidden_ND[: len(micro.view.labels_N)]) if want_logits else None
         return loss.total, loss.per_term, loss.counted, loss.top1_N, loss.deferred, logits_NV
 
     def loss_of(
