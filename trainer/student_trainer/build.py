@@ -72,8 +72,10 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     else:
         source.check_probe()
         calibrate_at_start(settings, student, source, identity, folder.path, ranks)
+    # Before the shards are made: it is copied from the whole student.
     unsharded = Unsharded(student, copied=not ranks.alone and _passes_alone(settings))
     shard(student, ranks)
+    # Behind `shard`, whose parameters are others than those before it.
     optimizer = build_optimizer(settings.optim, student.model, student.head_module, settings.run.steps)
     losses, state = _state(settings, components, optimizer, snapshot)
     if ranks.first:

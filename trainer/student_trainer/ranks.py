@@ -81,6 +81,7 @@ class Ranks:
         """The maximum over the ranks."""
         if self.alone:
             return value
+        # On the CPU by gloo, in float64: the number itself comes back, not a rounded one.
         largest = torch.tensor(value, dtype=torch.float64)
         _exchange(largest, dist.ReduceOp.MAX)
         return float(largest)
@@ -96,6 +97,7 @@ class Ranks:
         if self.alone:
             return text
         size = self.total(len(text.encode()) if self.first else 0)
+        # Zeros on all others, so that the sum over the ranks is the first one's bytes.
         data = torch.zeros(size, dtype=torch.int32)
         if self.first:
             data += torch.tensor(list(text.encode()), dtype=torch.int32)
@@ -126,6 +128,7 @@ class SyncErrors:
     ) -> None:
         if self.ranks.alone:
             return
+        # The worst of the states, and each rank that is better off raises for it: none waits for one that has left.
         mine = _state_of(error)
         worst = int(self.ranks.largest(mine))
         if worst == mine:

@@ -101,6 +101,7 @@ class Run:
         if not ready.micro or not weighting.due(self.state.step):
             return {}
         terms, chunk_rows = weighting.measured_terms, self.settings.distillation.chunk_rows
+        # The first rank measures one micro batch and all take its numbers; norms of 0 change nothing.
         norms = dict.fromkeys((term.name for term in terms), 0.0)
         if self.ranks.first and len(ready.micro[0].view.labels_N):
             norms = self.unsharded.at(self.state.step).gradient_norms(ready.micro[0], terms, chunk_rows)
@@ -157,6 +158,7 @@ class Run:
     def save(self) -> None:
         """Save the run as the last update left it, in the background; `checkpoints.finish` waits for it."""
         rollouts = concat(self.ranks.gather(self.rollouts.pending(self.state.step))) if self.rollouts else {}
+        # Between two updates what is now; in the midst of one what was before it.
         before = self.before or Before(randomness.capture(), self.losses)
         balance = before.losses["data"].state()
         self.checkpoints.save(self.state, self.student, self.optimizer, rollouts, balance, before.random)

@@ -85,6 +85,7 @@ class Checkpoints:
         """
         with self._ranks.sync_errors():
             self.finish()
+        # On all ranks alike: a save is a collective.
         if self._ranks.largest(self._ranks.first and self._saved_step == state.step):
             return
         random_tensors, random_plain = random or randomness.capture()
@@ -99,6 +100,7 @@ class Checkpoints:
             "wire_version": WIRE_VERSION,
             **self._constant,
         }
+        # Copies are made here, before the next update; the thread then writes what no longer changes.
         model, states = student.tensors(), optimizer.state()
         if self._sharded is None:
             whole = {"model": _copied(model), "optimizer": _copied(states)}

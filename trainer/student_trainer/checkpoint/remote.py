@@ -151,6 +151,7 @@ class RemoteCheckpoints:
         if store.exists(f"{target}/{MANIFEST}"):
             store.rm_file(f"{target}/{MANIFEST}")
         store.makedirs(target, exist_ok=True)
+        # The manifest last: until it is there, nobody takes the folder for a checkpoint.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
             store.put_file(str(path), f"{target}/{path.name}")
 

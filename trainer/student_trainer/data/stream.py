@@ -95,6 +95,7 @@ class BatchStream:
                 began = time.monotonic()
                 if self._weights is not None and (weights := self._weights.wait_for(state.number, self._stop)):
                     state = state.with_weights(weights)
+                # Waiting for a decision of the training thread is no fault of the data.
                 undecided_s = time.monotonic() - began
                 batch, state = self._source.batch(state, state.number)
                 self._put((batch, state, undecided_s))

@@ -117,6 +117,7 @@ class InfluenceMeter(NoMeter):
         self, micros: Sequence[MicroBatch], terms: tuple[Term, ...], pause: Callable[[], None]
     ) -> tuple[Tensor, float]:
         """The sketch of the probe's gradient, and its loss, a token."""
+        # The probe's gradient is not preconditioned: Adam's step is P g_source, and its gain <g_probe, P g_source>.
         self._sketches.scales = {}
         count = self._ranks.total(sum(micro.view.count for micro in micros))
         lost = torch.zeros((), dtype=torch.float64)
@@ -129,6 +130,7 @@ class InfluenceMeter(NoMeter):
                 lost += loss.total.detach().double().cpu()
                 doing.done += 1
                 pause()
+        # What the probe's backward pass left in `grad` is none of the update's.
         self._optimizer.zero_grad()
         (total,) = self._ranks.totals([float(lost)])
         return self._ranks.add_up(self._sketches.take())[0], total / max(count, 1)
@@ -140,6 +142,7 @@ class InfluenceMeter(NoMeter):
         for name in self._names:
             if (second := state.get(f"{name}//exp_avg_sq")) is None:
                 continue
+            # Adam's v / (1 - beta2^t): without the correction early estimates are too small.
             corrected = full_tensor(second).float() / (1.0 - self._optim.betas[1] ** float(state[f"{name}//step"]))
             scales[name] = 1.0 / (corrected.sqrt() + self._optim.eps)
         return scales

@@ -36,6 +36,7 @@ class MaskRates:
     def add(self, micro: MicroBatch, cross_entropy_N: Tensor) -> None:
         if not len(micro.view.labels_N):
             return
+        # Bin r has shares above the rate before it and up to its own.
         share_N = masked_share(micro.view, self._record)
         edges_R = torch.tensor(PER_CENT, device=share_N.device)
         at_N = torch.searchsorted(edges_R, (100.0 * share_N).contiguous()).clamp_max(len(PER_CENT) - 1)
@@ -62,5 +63,6 @@ def masked_share(view: View, record: DiffusionRecord) -> Tensor:
     masked_BT = (view.input_ids_BT == record.mask_token_id) & (groups_BT >= 0)
     place_N = view.rows_N + (1 if record.family == "token_shift" else 0)
     of_N, size = block_BT.flatten()[place_N], int(block_BT.max()) + 1
+    # Masked tokens of each block over all its tokens, looked up for each label's block.
     count_M = torch.bincount(block_BT[masked_BT], minlength=size)
     return count_M[of_N].float() / torch.bincount(block_BT[groups_BT >= 0], minlength=size)[of_N]

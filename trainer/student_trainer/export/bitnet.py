@@ -133,6 +133,7 @@ def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor], adde
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
+        # On meta: no second set of weights is allocated, the student's own are assigned.
         rebuilt = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     rebuilt.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
     rebuilt.tie_weights()
@@ -143,6 +144,7 @@ def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor], adde
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(config.vocab_size, (2, 32), generator=generator).to(model.device)
     ours, theirs = (_exact_activation_logits(each, ids_BT) for each in (model, rebuilt))
+    # Root mean square of the difference over the spread of the logits.
     difference = ((ours - theirs).pow(2).mean().sqrt() / ours.std()).item()
     if not difference < (SAME_LOGITS if model.dtype == torch.float32 else BF16_SAME_LOGITS):
         reason = f"{model.config.model_type} computes something else: logits differ by {difference:.2g} of their spread"
@@ -191,6 +193,7 @@ def packed(expression: Expression) -> dict[str, Tensor]:
         raise CannotExpressError("transformers' packed BitNet", reasons)
     for name in expression.ternary_names:
         codes_OI, scale = expression.codes(tensors[name])
+        # Code + 1 in two bits; four rows O/4 apart make one row of bytes.
         tensors[name] = pack_weights(codes_OI)
         tensors[f"{name}_scale"] = scale.reshape(1)
     return tensors

@@ -94,6 +94,7 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, name: str, *, ternary_typ
         expected = {}
         for hf_name, tensor in expression.weights.items():
             gguf_name = tensor_name(hf_name)
+            # From the codes, not from the weights: the file holds what the student multiplies by.
             codes = expression.codes(tensor) if hf_name in expression.ternary_names else None
             data, kind, values = _encode(hf_name, tensor, codes, ternary_type)
             writer.add_tensor(gguf_name, data, raw_dtype=kind)
@@ -163,6 +164,7 @@ def _encode(
     types = gguf.GGMLQuantizationType
     tensor = tensor.detach().cpu()
     if codes is None:
+        # llama.cpp wants norms in float32; embeddings are 16-bit.
         values = tensor.float().numpy() if tensor.dim() == 1 else tensor.to(torch.float16).numpy()
         if not np.isfinite(values).all():
             raise ValueError(f"gguf: {name} has values beyond what fp16 holds")
@@ -174,6 +176,7 @@ def _encode(
     values_OI = codes_OI.numpy().astype(np.float32) * np.float32(half)
     width = values_OI.shape[1]
     if width % 256 == 0:
+        # {-s, 0, s} is what a TQ block holds exactly, with s as its scale: nothing is rounded but s to fp16.
         return gguf.quants.quantize(values_OI, types[kind]), types[kind], values_OI
     if width % 32 == 0:
         return q4_0_blocks(codes_OI.numpy(), half), types.Q4_0, values_OI
@@ -183,6 +186,7 @@ def _encode(
 def q4_0_blocks(codes_OI: np.ndarray, scale: np.float16) -> np.ndarray:
     """Ternary codes as Q4_0: 18 bytes for 32 values, fp16 d and then value i in the low, i + 16 in the high nibble."""
     rows, width = codes_OI.shape
+    # Value = d (nibble - 8): 7, 8 and 9 are -1, 0 and 1.
     nibbles = (codes_OI + 8).astype(np.uint8).reshape(rows, width // 32, 2, 16)
     packed = nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)
     scales = np.full((rows, width // 32, 1), scale, np.float16).view(np.uint8)

@@ -68,6 +68,7 @@ class AttentionTerm(StatesTerm):
             relation_heads=self.settings.relation_heads, document_ids_BT=teacher.document_ids_BT,
         )  # fmt: skip
         counts_D = loss.per_document_D.new_tensor(loss.counts_D)
+        # Each label has its document's mean, so the loss's mean over labels weighs documents by their labels.
         return (loss.per_document_D / counts_D)[micro.documents_N]
 
     def _in_blocks(self, captured: Captured, teacher: TeacherAttention, config: Any) -> Tensor:

@@ -65,6 +65,7 @@ class GradientBalance:
         means, weights = dict(self.means), dict(self.weights)
         for name, norm in norms.items():
             if norm > 0:
+                # m <- ema m + (1 - ema) norm, and w the sum of the weights: m / w is a mean from the first one on.
                 means[name] = self.ema * means.get(name, 0.0) + (1.0 - self.ema) * norm
                 weights[name] = self.ema * weights.get(name, 0.0) + (1.0 - self.ema)
         return replace(self, means=means, weights=weights)
@@ -72,6 +73,7 @@ class GradientBalance:
     def coefficients(self) -> dict[str, float]:
         """By term, what its value is multiplied by. A term that was not measured yet counts as the reference does."""
         mean = {name: self.means[name] / self.weights[name] for name in self.means if self.reference in self.means}
+        # c = share / reference's share x its |g| / own |g|: then |c g| are to each other as the shares are.
         pull = mean.get(self.reference, 1.0)
         return {
             name: min(LARGEST, share / self.shares[self.reference] * pull / mean.get(name, pull))
@@ -101,6 +103,7 @@ def term_gradient_norms(
     """
     norms = {}
     for term in terms:
+        # A leaf: the graph behind the hidden states is not walked again for every term.
         leaf_ND = hidden_ND.detach().requires_grad_()
         with torch.enable_grad():
             total = loss(leaf_ND, (replace(term, coefficient=1.0),)).total

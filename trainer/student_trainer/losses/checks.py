@@ -55,6 +55,7 @@ def check_shapes(
 
 def check_labels(labels_N: Tensor, vocab_size: int) -> Iterator[DeferredCheck]:
     """A label that is neither ignored nor an id of the student."""
+    # A tensor, not yet a number: reading it would wait for the device.
     wrong_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= vocab_size))
 
     def words() -> str:

@@ -71,11 +71,13 @@ class LossSums:
         width = len(self._sources)
         parts = []
         for term in self._terms:
+            # In float64, so that sums over millions of tokens keep their digits whatever order they come in.
             values_N, counted_N = loss.per_term[term.name].double(), loss.counted[term.name].double()
             weighed_N = counted_N
             if weights_N is not None:
                 values_N, weighed_N = values_N * weights_N, counted_N * weights_N
             values_3N = torch.stack([values_N, weighed_N, counted_N])
+            # By source: each label adds to the column of its own.
             parts.append(values_3N.new_zeros(3, width).index_add(1, micro.sources_N, values_3N))
         self._sums.append(torch.stack(parts))
 
@@ -89,6 +91,7 @@ class LossSums:
         summed = ranks.add_up(torch.stack(self._sums).sum(0)) if self._sums else torch.zeros(shape, dtype=torch.float64)
         norm = torch.zeros(1) if grad_norm is None else grad_norm.detach().reshape(1)
         flags = flags_of(self._deferred) if self._deferred else norm[:0]
+        # Flags, sums and norm in one copy from the device: each copy would wait for it.
         *flat, norm_value = torch.cat([flags.to(summed), summed.flatten(), norm.to(summed)]).tolist()
         raise_failed(self._deferred, flat[: len(flags)])
         flat = flat[len(flags) :]
@@ -98,11 +101,14 @@ class LossSums:
         for index, term in enumerate(self._terms):
             begin = 3 * index * width
             values, weights, counts = (flat[begin + part * width : begin + (part + 1) * width] for part in range(3))
+            # Weighted mean over the rows that count for this term, which may be fewer than the batch's tokens.
             terms[term.name] = _mean(sum(values), sum(weights))
+            # As it is in the loss: coefficient x sum / tokens of the batch, so that these add up to `loss`.
             weighted[term.name] = term.coefficient * _mean(sum(values), float(tokens))
             for name, value, weight, count in zip(self._sources, values, weights, counts, strict=True):
                 if count:
                     by_source.setdefault(name, {})[term.name] = _mean(value, weight)
+                    # Of several terms the one that counts most rows: those of the label losses are all labels.
                     by_source[name]["tokens"] = max(by_source[name].get("tokens", 0), int(count))
         return LossMetrics(
             tokens=tokens,

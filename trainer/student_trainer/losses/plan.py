@@ -89,6 +89,7 @@ def plan_passes(terms: Sequence[TokenTerm], vocab_size: int, shared_vocab: int) 
         if isinstance(term, TeacherTerm):
             groups.setdefault((term.temperature, shared_vocab, term.support), []).append(term)
     labels = tuple(term for term in terms if isinstance(term, LabelTerm))
+    # A pass at T = 1 over the student's whole vocabulary has the label's softmax anyway.
     host = next((key for key in groups if key[:2] == (1.0, vocab_size) and not is_dense(key[2])), None)
     if labels and host is None:
         host = (1.0, vocab_size, None)

@@ -160,6 +160,7 @@ class TeacherTerm(TokenTerm):
         at = frozenset({self.temperature})
         return Needs(
             kinds=frozenset({support.kind}),
+            # At T = 1 the served logprobs are normalised as they are; sampled ids carry their own temperature.
             temperatures=at - {1.0} if support.normalised else frozenset(),
             sampled_at=at if support.drawn else frozenset(),
         )

@@ -40,6 +40,7 @@ class Weighting:
         """The terms with the coefficients of update `step`, counted from 0."""
         own = {term.name: term.coefficient for term in self.terms}
         if self.balance is not None:
+            # Balanced coefficients are relative to the reference's, whose setting still scales the whole.
             scale = own[self.balance.reference]
             own |= {name: scale * balanced for name, balanced in self.balance.coefficients().items()}
         return (
@@ -94,6 +95,7 @@ def weight_at(points: Sequence[tuple[int, float]], step: int) -> float:
         return points[0][1]
     for (start, before), (stop, after) in pairwise(points):
         if step < stop:
+            # Linear between the two points around the step.
             return before + (after - before) * (step - start) / (stop - start)
     return points[-1][1]
 

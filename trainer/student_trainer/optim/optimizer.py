@@ -46,6 +46,7 @@ class Optimizer:
         self._settings = settings
         self._steps = steps
         self._clip = clip
+        # The monitor saw this rank's rows alone; its maxima are taken over the ranks of the parameters' mesh.
         sharded = next((parameter for parameter in self.parameters if isinstance(parameter, DTensor)), None)
         self._group = None if sharded is None else sharded.device_mesh.get_group()
         self.clipped: ClipReport | None = None
@@ -81,6 +82,7 @@ class Optimizer:
         for optimizer in self._optimizers:
             optimizer.step()
         if self._clip is not None:
+            # After the update: it scales the weights that the next step starts from.
             self.clipped = self._clip.apply(self._group)
         return rates
 

@@ -63,12 +63,14 @@ def plan_layer(module: Any) -> Layer:
         raise ValueError("an adapter adds to them what a clip would not reach")
     group = int(getattr(module, "num_key_value_groups", 1))
     rows = [side.module.weight.numel() if norms else side.module.out_features for side in (query, key)]
+    # One gain vector for all heads: no head can be scaled by itself.
     if norms and rows == [module.head_dim, module.head_dim]:
         return Layer(query, key, None)
     if rows[0] != group * rows[1] or rows[1] % module.head_dim:
         raise ValueError(
             f"query and key have {rows[0]} and {rows[1]} rows, expected {group} times {module.head_dim} to one"
         )
+    # A norm behind the linears decides the scale alone, whatever quantises them.
     quantisers = [] if norms else [quantiser_of(side.module) for side in (query, key)]
     for quantiser in quantisers:
         if quantiser.qk_clip == "nothing":
@@ -100,6 +102,7 @@ def _offset(norm: nn.Module) -> float:
         signs = torch.ones_like(weight)
         signs.flatten()[::2] = -1.0
         output = torch.func.functional_call(norm, parameters, (signs[None],))[0]
+        # Input of +1 and -1, so output / input = output x input are the gains.
         gains = signs * (output if bias is None else output - bias)
     for offset in (0.0, 1.0):
         if torch.allclose(gains, weight + offset, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE):
@@ -117,11 +120,13 @@ def _linears(module: Any) -> tuple[Side, Side]:
 def _multiply(parameter: Tensor, factors: Sequence[float], offset: float = 0.0) -> None:
     """parameter = (parameter + offset) * factor - offset, with the factors spread evenly over its first dimension."""
     if offset:
+        # Gains are weight + offset, and it is the gains that are scaled.
         parameter.add_(offset)
     if len(factors) == 1:
         parameter.mul_(factors[0])
     else:
         heads = torch.tensor(factors, dtype=torch.float32, device=parameter.device)
+        # The rows of a head stand together: [f0, f0, ..., f1, f1, ...].
         rows = heads.repeat_interleave(parameter.shape[0] // len(factors))
         parameter.mul_(like(parameter, rows.view(-1, *[1] * (parameter.ndim - 1))))
     if offset:

@@ -45,6 +45,7 @@ class AttentionHook:
         hooked = self.module.__dict__.get(_HOOKED)
         if hooked is None:
             hooked = _Hooked(self.module)
+            # A copy for this layer alone: all layers share one config, and the others keep their attention.
             config = copy.copy(self.module.config)
             config._attn_implementation = IMPLEMENTATION
             self.module.config = config
@@ -65,6 +66,7 @@ def attention_modules(model: nn.Module) -> dict[int, Any]:
     modules: dict[int, Any] = {}
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
+        # What has these three is what transformers dispatches by its config.
         if layer is None or not hasattr(module, "is_causal") or not hasattr(module, "config"):
             continue
         if layer in modules:
@@ -98,6 +100,7 @@ def _dispatch(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     hooked: _Hooked = module.__dict__[_HOOKED]
+    # The states as attention gets them; the kernel that was configured then attends as it would have.
     for hook in hooked.hooks:
         hook.note(module, query, key, value, attention_mask, kwargs)
     return hooked.attend(module, query, key, value, attention_mask, *args, **kwargs)

@@ -73,6 +73,7 @@ def write_diffusion(config: Any, record: DiffusionRecord) -> None:
 def text_rows(config: Any, rows: int) -> int:
     """How many of a head's `rows` may be tokens of a text: without a mask token that was added behind them."""
     record = read_diffusion(config)
+    # The mask token that was added is the last row.
     return rows - 1 if record is not None and record.mask_token_id == rows - 1 else rows
 
 

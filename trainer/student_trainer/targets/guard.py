@@ -100,6 +100,7 @@ def bad_tokens(sums: LossSums, ready: Ready) -> str:
     """The first token whose loss is not finite, by term, source and document; empty if all are."""
     for values, micro in zip(sums.per_term, ready.micro, strict=True):
         for name, value_N in values.items():
+            # Only now is every token looked at, in a step that is lost anyway.
             bad_N = ~value_N.isfinite()
             if bad_N.any():
                 index = int(bad_N.int().argmax())

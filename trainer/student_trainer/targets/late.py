@@ -38,6 +38,7 @@ class LateQueries:
         """The batch with its rows of masked tokens by what follows them, if they are looked ahead of, and with what the
         teacher says of the ids that the student finds likeliest, if a loss wants that.
         """
+        # First: it replaces top-K rows, and what the support adds stands beside them.
         if self._looks_ahead(ready.batch.kind):
             assert self.lookahead is not None
             ready = self.lookahead.add(student, ready, while_waiting)

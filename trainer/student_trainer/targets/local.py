@@ -72,6 +72,7 @@ class LocalTargets:
         progress = _Progress(sum(query.num_tokens for query in asked))
         self._under_way.add(progress)
         try:
+            # One thread, so batches are scored one after another; the event loop goes on meanwhile.
             given = await self._run(self._score, asked, progress)
         finally:
             self._under_way.discard(progress)
@@ -133,6 +134,7 @@ class LocalTargets:
         model = self._model
         given: dict[int, TokenTargets] = {}
         for group in alike(asked, self._settings.max_batch_tokens):
+            # Documents of like length together; the padding costs little, and no row sees it.
             packed = model.score([asked[index] for index in group])
             for index, packed_RB in zip(group, packed, strict=True):
                 layout = layout_of(asked[index], model.vocab_size, model.hidden_size)
@@ -162,6 +164,7 @@ def alike(asked: list[Query], max_tokens: int) -> list[list[int]]:
     lengths = [query.num_tokens for query in asked]
     for index in sorted(range(len(asked)), key=lambda index: (-lengths[index], index)):
         longest = lengths[groups[-1][0]] if groups else 0
+        # Every row of a group is as wide as its longest, which came first.
         fits = bool(groups) and longest * (len(groups[-1]) + 1) <= max_tokens
         if fits and lengths[index] >= SHORTEST * longest:
             groups[-1].append(index)

@@ -89,6 +89,7 @@ def _distinct(documents: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str,
     """Those whose tokens did not come before. Eight bytes of each are kept: a run may have many millions."""
     seen: set[bytes] = set()
     for key, ids in documents:
+        # Its tokens are what a dataset finds a document by.
         digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=8).digest()
         if digest not in seen:
             seen.add(digest)

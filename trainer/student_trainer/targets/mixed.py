@@ -84,9 +84,11 @@ class Ensemble(_Several):
 
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         given = await gather(
+            # Each teacher has its own share of the draws, all else is asked of all alike.
             member.targets.fetch(batch, [None if query is None else replace(query, spec=spec) for query in queries])
             for member, spec in zip(self._members, share_draws(spec_of(queries), self._weights), strict=True)
         )
+        # Off the event loop: sorting and adding up over thousands of rows takes a while.
         documents = await asyncio.to_thread(_mix_all, queries, given, self._weights)
         return BatchTargets(documents, spec_of(queries), self._fingerprint)
 
@@ -154,6 +156,7 @@ def as_one(cards: Mapping[str, TeacherCard], kinds: tuple[Kind, ...], descriptio
     if not kinds:
         served = "; ".join(f"{name} serves {', '.join(card.kinds)}" for name, card in cards.items())
         raise ValueError(f"there is no kind of targets that all teachers serve and that can be mixed: {served}")
+    # Each half of the fingerprint over the members' halves: what the answers mean, and what they are rounded by.
     meaning, rounding = zip(*(card.fingerprint.split(".") for card in cards.values()), strict=True)
     return TeacherCard(
         name=" + ".join(card.name for card in cards.values()),

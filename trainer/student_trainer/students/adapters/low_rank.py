@@ -33,10 +33,12 @@ class LowRank(nn.Module):
         made = {"device": like.device, "dtype": like.dtype}
         self.lora_A = nn.Linear(in_features, rank, bias=False, **made)
         self.lora_B = nn.Linear(rank, out_features, bias=False, **made)
+        # B = 0, so the correction begins as nothing; A is random, or neither would have a gradient.
         nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha = rank, alpha
 
     def forward(self, input: Tensor) -> Tensor:
+        # (alpha / r) B A x, in two thin products: B A itself is never made.
         return self.lora_B(self.lora_A(input)) * (self.alpha / self.rank)
 
     def extra_repr(self) -> str:
@@ -115,6 +117,7 @@ def write_peft(found: Mapping[str, Correction], folder: Path) -> None:
     """Write them as peft's LoRA for a causal language model, each with its own rank and alpha."""
     from peft import LoraConfig
 
+    # The commonest pair as peft's default, the others by patterns of names.
     (rank, alpha), _ = Counter((len(each.a_RI), each.alpha) for each in found.values()).most_common(1)[0]
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=sorted(found), bias="none", task_type="CAUSAL_LM",
