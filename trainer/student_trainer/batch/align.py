@@ -43,6 +43,7 @@ def cut(
     parts: list[MicroBatch] = []
     for first in range(0, len(batch.tokens_BT), size):
         stop = min(first + size, len(batch.tokens_BT))
+        # A micro batch is a batch of fewer rows: its views, its documents, its teacher rows.
         parts += _micro_batches(
             batch.rows(first, stop), targets, reader, seed, first, _between(batch, first, stop), head
         )
@@ -95,6 +96,7 @@ def _document_of_each(part: Batch, row_C: np.ndarray, column_C: np.ndarray) -> n
     """[C] int64: the place among `part.documents` of each counted position's document."""
     place_BT = np.full(part.tokens_BT.shape, -1, np.int64)
     for place, document in enumerate(part.documents):
+        # Written out over the row and read at the counted positions: no search per position.
         place_BT[document.row, document.start : document.stop] = place
     return place_BT[row_C, column_C]
 

@@ -46,9 +46,11 @@ def _load_student(settings: StudentSettings, device: torch.device) -> Student:
             f"{path} trained a student of quantiser {before.quantiser}, student.quantiser is {settings.quantiser}: its "
             f"weights are not a full-precision model's; choose student.quantiser={before.quantiser}"
         )
+    # Recursively: the run before may have begun with a run itself, down to a model.
     student = _load_student(_as_trained(before, settings), device)
     checkpoint.restore_student(snapshot, student)
     if settings.quantiser != before.quantiser:
+        # From full precision to few bits: adapters are added into the weights first, and the result is quantised.
         return quantised_student(merged(student), settings)
     _check_structure(student, settings)
     return begin(student.model, settings, _adapted(student, settings))

@@ -95,9 +95,11 @@ class ContentHasher:
 
     def add(self, column: pa.ChunkedArray) -> None:
         for array in column.chunks:
+            # Lengths apart from bytes: "ab", "c" and "a", "bc" have the same bytes, and are other documents.
             offsets, data = _flat(array)
             start = 0
             while start < len(array):
+                # As far as the leaf goes, which may have begun in the table before.
                 stop = min(len(array), start + LEAF - self._count % LEAF)
                 self._lengths.update(np.diff(offsets[start : stop + 1]).tobytes())
                 self._bytes.update(data[offsets[start] : offsets[stop]].tobytes())
@@ -164,6 +166,7 @@ def _file_hash(path: Path, folder: Path, doing: Stage) -> str:
             while part := file.read(READ_BYTES):
                 digest.update(part)
                 doing.done += len(part) / 1e6
+        # A file that was written to while it was read has no hash that could be kept.
         unchanged = state == state_of([path])
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
@@ -189,6 +192,7 @@ def state_of(files: Sequence[Path]) -> list[list[Any]]:
 
 def keep(path: Path, state: list[list[Any]], content: Content) -> None:
     """Note the content of files that are in this state; where that can't be, they are hashed again next time."""
+    # Renamed into place: another process that reads it meanwhile finds the old one or the new one, whole.
     fresh = path.with_suffix(f".{time.monotonic_ns()}.new")
     noted = {"version": VERSION, "of": state, "count": content.count, "hashes": content.hashes}
     try:
@@ -224,6 +228,7 @@ def _records(arrow: datasets.Dataset, doing: Stage) -> Iterator[str]:
     """Hashes of documents of any columns, nested ones too: of their bytes as Arrow sends them."""
     for start in range(0, len(arrow), SLICE):
         doing.done = start
+        # Metadata may say when or by what a file was written: not what it holds.
         table = arrow[start : start + SLICE].replace_schema_metadata(None)
         for first in range(0, len(table), LEAF):
             leaf = table.slice(first, LEAF).combine_chunks().to_batches()
@@ -238,6 +243,7 @@ def _flat(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Where each document begins in the bytes of all of them, with their end; and the bytes. No copy is made."""
     assert _flat_type(array.type) and not array.null_count, array.type
     _, offsets, *_ = array.buffers()
+    # A slice of an array shares the buffers of the whole: its own offsets begin at `array.offset`.
     offsets_N = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
     if array.type == pa.string():
         data = array.buffers()[2]

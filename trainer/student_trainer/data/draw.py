@@ -30,6 +30,7 @@ def cut(source: int, name: str, document: TokenDocument, offset: int, space: int
     prefix_N = np.array(document.prefix, np.int32)
     counts_N = None
     if document.counts_N is not None:
+        # A prefix is given, not learnt.
         counts_N = np.concatenate([np.zeros(len(prefix_N), bool), document.counts_N[offset:stop]])
     return Placed(source, key, np.concatenate([prefix_N, document.ids_N[offset:stop]]), counts_N)
 

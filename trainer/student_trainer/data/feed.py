@@ -70,6 +70,7 @@ class Feed:
     def _search(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
         start = cursor
         while cursor.epoch <= start.epoch + 1:
+            # Documents are counted through a shard; blocks are what is read and tokenised at a time.
             number, place = divmod(cursor.document, self.source.block_size)
             address = (cursor.epoch, cursor.shard, number)
             block = self._block(address)
@@ -121,6 +122,7 @@ class Feed:
         block: Future[Block] = Future()
         self._blocks[address] = block
         self._next = None
+        # One reader a source, so that blocks are read in order; tokenising runs beside it, in any.
         self._reader.submit(self.source.read, *address).add_done_callback(partial(self._on_read, address, block))
 
     def _on_read(self, address: Address, block: Future[Block], raw: Future[list[RawDocument]]) -> None:
@@ -142,6 +144,7 @@ class Feed:
     def _tokenise(self, documents: list[RawDocument], is_last: bool) -> Block:
         began = time.thread_time()
         fraction = self.source.settings.held_out_fraction
+        # Places of documents that are held out stay, empty: a cursor means the same whatever is held out.
         wanted = [i for i, d in enumerate(documents) if not is_held_out(d.content, fraction)]
         made: list[TokenDocument | None] = [None] * len(documents)
         for i, document in zip(wanted, self.tokeniser([documents[i] for i in wanted]), strict=True):

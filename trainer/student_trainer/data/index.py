@@ -51,6 +51,7 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
     folder = cache_root(cache_folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_digest(files, settings)}.arrow"
+    # One process writes an index, the others wait and then find it.
     with stage(f"waiting for another process that may index source {name!r}"), filelock.FileLock(f"{path}.lock"):
         if path.exists():
             return datasets.Dataset.from_file(str(path))
@@ -67,6 +68,7 @@ def _sweep(folder: Path, ours: str) -> None:
     for left in folder.glob("*.partial"):
         digest = left.name.partition(".")[0]
         lock = filelock.FileLock(folder / f"{digest}.arrow.lock", timeout=0)
+        # A lock that is held has a living process behind it, which is still writing.
         with suppress(filelock.Timeout), nullcontext() if digest == ours else lock:
             left.unlink(missing_ok=True)
 
@@ -92,6 +94,7 @@ def _write(name: str, path: Path, files: list[DataFile], settings: SourceSetting
                 f"source {name!r} holds no documents: {len(files)} files, {size} bytes, "
                 f"the first is {files[0].url}; give files with content"
             )
+        # Whole or not there: a name that is found is never half an index.
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -115,11 +115,13 @@ class BatchSource:
         self.check_state(state)
         with self._lock:
             mixer = Mixer(state)
+            # Those half read or waiting: at hand after the batch before, read anew after a resume.
             documents = fetch_in_use(state, self._feeds, self._at_hand)
             rows, waiting = MODES[self.settings.packing](
                 Draws(mixer, self._feeds, documents), state.pending, self.settings
             )
             after = mixer.freeze(number + 1, tuple(drawn.start for drawn in waiting))
+            # A cache alone: the batch is the same whether anything was at hand or not.
             self._at_hand = {start: documents[start] for start in documents_in_use(after)}
         batch = build_batch(number, rows, self.settings.seq_len, self._pad_id, self.names)
         return self._mine(batch), after
@@ -135,6 +137,7 @@ class BatchSource:
         if feed.source.settings.held_out_fraction == 0:
             return []
         if name not in self._held_out:
+            # Every rank makes them whole and keeps its rows, as it does with batches to train on.
             batches = held_out_batches(feed.source, feed.tokeniser, self.settings, self._pad_id, self.names)
             self._held_out[name] = [self._mine(batch) for batch in batches]
         return self._held_out[name]

@@ -73,6 +73,7 @@ def dense_weights(model: Any, merged: bool = True) -> tuple[Any, dict[str, Tenso
         weight_OI = quantiser_of(layer).weight(layer, torch.ones((), device=layer.weight.device)).detach()
         if (correction := added.get(name)) is not None:
             scale = correction.alpha / len(correction.a_RI)
+            # W + (alpha / r) B A: what base and correction compute together, as one matrix.
             weight_OI = weight_OI + scale * correction.b_OR @ correction.a_RI
         weights[f"{name}.weight"] = weight_OI
     return config, weights

@@ -54,6 +54,7 @@ def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
 def pack(codes: Tensor) -> Tensor:
     """Codes 0 to 3 [..., I], four a byte [..., ceil(I / 4)]; zeros fill the last byte."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    # Four codes of two bits at bits 0, 2, 4 and 6: they do not overlap, so their sum is their union.
     return (padded << _shifts(codes)).sum(-1, dtype=torch.uint8)
 
 

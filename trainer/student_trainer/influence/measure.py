@@ -123,6 +123,7 @@ class Measure:
         if not target:
             raise ValueError("the target has no document that anything is learnt of; give one with text in it")
         count = self._check_apart()
+        # A hash of each place, so the choice follows from seed and data alone.
         chance_N = hashed(count, key_of(self._seed, "landmarks"))
         wanted = set(np.argsort(chance_N, kind="stable")[: self._options.landmarks].tolist())
         exact = count <= self._options.landmarks
@@ -137,6 +138,7 @@ class Measure:
             of_landmarks_LE = embeddings[[row_of[place] for place in landmarks]]
             sure = scores.trust(of_landmarks_LE, influence_L)
             influence_N[places] = scores.Propagation.of(of_landmarks_LE, influence_L)(embeddings)
+        # Landmarks have their own, exactly; what was propagated to them is written over.
         influence_N[list(landmarks)] = influence_L
         known_N = ~influence_N.isnan()
         weights_N = torch.zeros(count, dtype=torch.float64)
@@ -188,6 +190,7 @@ class Measure:
         return landmarks, places, torch.cat(parts) if parts else None
 
     def _embed(self, chunk: Sequence[Placed], number: int) -> Tensor:
+        # By length, so that rows of a pass are padded little; put back in order below.
         order = sorted(range(len(chunk)), key=lambda i: len(chunk[i].ids_N))
         micros = []
         for start in range(0, len(order), ROWS):

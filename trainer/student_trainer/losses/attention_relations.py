@@ -121,6 +121,7 @@ def document_spans(document_ids_BT: np.ndarray | Tensor | None, shape: Sequence[
         raise ValueError(f"document ids: got shape {ids_BT.shape}, the student's states are {(batch, length)}")
     spans = []
     for row in range(batch):
+        # A document is a run of one id: it begins wherever the id changes.
         edges = [0, *(np.flatnonzero(np.diff(ids_BT[row])) + 1).tolist(), length]
         spans += [(row, a, b) for a, b in itertools.pairwise(edges) if ids_BT[row, a] >= 0]
     return spans
@@ -179,6 +180,7 @@ class _BlockwiseDivergence(torch.autograd.Function):
         with torch.autocast(factor_RTd.device.type, enabled=False):
             for first in range(0, len(rows_r), chunk):
                 block = slice(first, first + chunk)
+                # S = A_r A^T for some rows r: [R, r, T] and no more of the [T, T] map at a time.
                 similarity_RrT = similarity_rows(factor_RTd, rows_r[block], form)
                 value, slope_RrT = _divergence(similarity_RrT, teacher_rows(block), form)
                 total += value
@@ -194,6 +196,7 @@ class _BlockwiseDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_RTd,) = ctx.saved_tensors
+        # The gradient was made with the value; here it is only scaled.
         return gradients[0] * gradient_RTd, None, None, None, None
 
 

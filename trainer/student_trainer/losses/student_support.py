@@ -33,8 +33,10 @@ def student_top_ids(
     if not 0 < k <= width:
         raise ValueError(f"got k {k}, expected 1 to {width}")
     bias_W = None if head_bias_V is None else head_bias_V[:width]
+    # Without cap and scale: both keep the order of logits.
     head = HeadProjection(head_weight_VD[:width], bias_W, None, 1.0, hidden_ND.dtype, compute)
     height = min(chunk_rows or default_chunk_rows(width, hidden_ND.device), max(1, len(hidden_ND)))
+    # One chunk of logits, written over by the next.
     z_CW = torch.empty(height, width, dtype=head.accumulator, device=hidden_ND.device)
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     for start in range(0, len(hidden_ND), height):

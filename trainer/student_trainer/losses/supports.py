@@ -51,8 +51,10 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
     ids_NK, logprobs_NK = chosen.read(rows, temperature)
     named_NK = counted_N[:, None] & (logprobs_NK > LOG_FLOOR)
     live_NK = named_NK & (ids_NK >= 0) & (ids_NK < width)
+    # Teacher mass on ids beyond the shared ones, which is neither in the support nor in the tail.
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
     least_N = torch.where(counted_N[:, None], logprobs_NK, LOG_FLOOR).amin(-1)
+    # Of equal values argmax takes the first: the first live id.
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)
     # Several teachers together keep the K likeliest by what all of them list: another id may have more.
     bounds = chosen.largest and rows.tempered_logprobs_NKT is None
@@ -82,6 +84,7 @@ def tail_of(support: SupportRows, width: int) -> tuple[Tensor, Tensor]:
     """(logprob [N] of all that the support does not name, logarithm [N] of that and the support's mass together)."""
     mass_N = torch.where(support.live_NK, support.logprobs_NK.exp(), 0.0).sum(-1)
     tail_N = (1.0 - mass_N - support.outside_N).clamp_min(TAIL_FLOOR)
+    # At most so much on each of the ids that are not named.
     tail_N = torch.minimum(tail_N, support.most_N * (width - support.live_NK.sum(-1)))
     return tail_N.log().clamp_min(LOG_FLOOR), (mass_N + tail_N).log()
 
@@ -108,12 +111,14 @@ def _gather(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
 def _sampled(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
     ids_NU, counts_NU = rows.sampled_padded()
     draws_N1 = counts_NU.sum(-1, keepdim=True).clamp_min(1)
+    # The distribution of the draws: count / draws.
     return ids_NU, (counts_NU / draws_N1).log().clamp_min(LOG_FLOOR)
 
 
 def _softened(logprobs_NK: Tensor, rows: TeacherRows, temperature: float) -> Tensor:
     """Logprobs at `temperature` from those at 1: logprob / T - log_z, exact (see `rows.TeacherRows`)."""
     log_z_N = rows.log_z_at(temperature)
+    # fp16 as served: log_z is fp32, and so is all arithmetic.
     logprobs_NK = logprobs_NK.to(torch.promote_types(logprobs_NK.dtype, torch.float32))
     if log_z_N is not None:
         logprobs_NK = logprobs_NK / temperature - log_z_N[:, None]

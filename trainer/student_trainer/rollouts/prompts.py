@@ -28,6 +28,7 @@ def is_rollout(share: float, seed: int, number: int) -> bool:
 
 
 def _phase(seed: int) -> float:
+    # Runs of other seeds write other batches, spread as evenly.
     return seed * GOLDEN % 1.0
 
 
@@ -59,6 +60,7 @@ def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: i
             if used[row] + length + settings.new_tokens > seq_len:
                 continue
             used[row] += length + settings.new_tokens
+            # By place over all ranks, not by the order of drawing: the same text on any number of ranks.
             drawn = np.random.SeedSequence([seed, batch.number, first_row + row, places[row]]).generate_state(1, "u8")
             places[row] += 1
             source = int(batch.source_ids_BT[row, document.start])

@@ -54,6 +54,7 @@ class DecoderBody:
         """Hidden states [B, Q, D] of the last Q of K places, after those whose keys and values are in `cache`, a cache
         of transformers' or None, which takes these in. A place stands as many columns behind another in all rows.
         """
+        # How many columns a key lies behind a query, which a window limits.
         places_K = torch.arange(sees_BQK.shape[2], device=sees_BQK.device)
         back_QK = places_K[-sees_BQK.shape[1] :, None] - places_K[None, :]
 
@@ -138,6 +139,7 @@ def check_head(student: Student) -> None:
     student.model.eval()
     with torch.no_grad():
         hidden_BTD = student.body(tokens_BT, positions_BT, attention)
+        # The model's own way from hidden states to logits, whatever it does on it.
         theirs_BTV = student.model(input_ids=tokens_BT, use_cache=False).logits.float()
         ours_BTV = student.head.logits(hidden_BTD)
     student.model.train(was_training)

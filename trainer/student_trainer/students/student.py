@@ -143,6 +143,7 @@ class Student:
                 want_top1=want_top1, compute=self.compute, defer=defer,
                 every_row=micro.teacher is None or micro.teacher.valid_N is None,  # a view lists labels that count
             )  # fmt: skip
+            # Clean rows have the same labels: their terms stand beside the others in one record.
             loss = part if these is of_tokens else loss.beside(part)
         for term in terms:
             if isinstance(term, StatesTerm):

@@ -86,6 +86,7 @@ class AttentionSource:
 
     def _check_longest(self, info: AttentionInfo) -> None:
         """ValueError if a document as long as a row would be refused, with what would fit."""
+        # Asked on the settings' longest document now, before hours of training end on it.
         longest = self._request([np.zeros(self._seq_len, np.int64)])
         field = f"a document of data.seq_len {self._seq_len}"
         try:
@@ -101,6 +102,7 @@ class AttentionSource:
         client, given = self._client, dict[int, AttentionTargets]()
         request = self._request([batch.tokens_BT[d.row, d.start : d.stop] for d in batch.documents])
         try:
+            # `given` outlives an attempt: what has come is not asked again.
             answers = await retry_until(
                 lambda: client.attention(request, given=given), self._waiting.outage_timeout_s, self._note,
                 "attention service at teacher.attention_url", lambda: len(given),

@@ -83,7 +83,9 @@ class CachedTargets:
         assert self._info is not None, "open() comes before fetch()"
         fingerprint = self._info.fingerprint
         asked = asked_of(batch, queries, self._info.limits.vocab_size)
+        # On threads: a read of LMDB may wait for the disk.
         found = by_document(queries, await self._run(self._read, fingerprint, asked))
+        # Only what the store lacks is asked of the teacher behind it.
         missing = [None if answer is not None else query for query, answer in zip(queries, found, strict=True)]
         misses = sum(query is not None for query in missing)
         self.hits += len(asked) - misses
@@ -161,6 +163,7 @@ class CachedTargets:
         given = (await self._behind.fetch(batch, missing)).documents
         for query, answer in zip(missing, given, strict=True):
             if query is not None and answer is not None:
+                # On a thread of its own; the step does not wait for the disk.
                 self._writer.add(self._info.fingerprint, query, answer)
         return given
 

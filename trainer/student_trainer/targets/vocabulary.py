@@ -102,6 +102,7 @@ def matching_prefix(tokens: Mapping[int, str], sha256: str) -> int | None:
     for count, index in enumerate(sorted(tokens)):
         entry = json.dumps([index, tokens[index]], separators=(",", ":"))
         running.update((("," if count else "") + entry).encode())
+        # The hash of the list as it would be if it ended here: all beginnings in one pass over the tokens.
         closed = running.copy()
         closed.update(b"]")
         if closed.hexdigest() == sha256:
@@ -119,4 +120,5 @@ def _compare(student: Mapping[int, str], teacher: Mapping[int, str]) -> int:
             f"the student's tokenizer is not the teacher's: {len(differing)} ids mean different tokens, first {shown}. "
             "Targets of one tokenizer teach nothing to a student of another: use a student with the teacher's"
         )
+    # No common id differs, so all up to the end of the shorter one are the same.
     return min(max(student), max(teacher)) + 1
