@@ -62,9 +62,7 @@ class Planes:
 
 
 class Gaps:
-    """Version 2: how many places lie between, by Rice's code, a width for each of the K columns of a document's rows;
-    several levels a byte; the scale in a column of its own.
-    """
+    """Version 2: how many places lie between, by Rice's code; several levels a byte; the scale in its own column."""
 
     columns: ClassVar[Mapping[str, str]] = {
         "coded_ids": "large_binary", "coded_widths": "large_binary", "coded_logprobs": "large_binary",

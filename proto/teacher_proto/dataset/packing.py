@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 # Bits of a number at most, and so of a remainder.
 _WORD = 32
+# How much wider or narrower a row's remainders may be than its columns'.
+_SHIFTS = range(-3, 4)
 
 
 def planes(numbers: np.ndarray, count: int) -> bytes:
@@ -48,44 +48,74 @@ def one_by_one(data: bytes, bits: int, count: int) -> np.ndarray:
 
 
 def rice(numbers_RK: np.ndarray) -> tuple[bytes, bytes]:
-    """Rice's code, by columns: a number is a quotient by a power of two, as so many zeros and a one, and a remainder in
-    plain bits. Returns the bits of each column's remainder, a byte a column, and the code: remainders by their width,
-    then all quotients. For numbers that fall off geometrically from 0 it comes within some per cent of their entropy.
+    """Rice's code: a number is a quotient by a power of two, as so many zeros and a one, and a remainder in plain bits.
+    For numbers that fall off geometrically from 0 that is within some per cent of their entropy. How many bits a
+    remainder has is a number of its column's plus one of its row's, since some rows spread wider than others.
+
+    Returns those numbers, a byte a column and a byte a row, and the code: remainders by width, then all quotients.
     """
     numbers_RK = np.ascontiguousarray(numbers_RK, dtype=np.uint32)
-    widths_K = _widths(numbers_RK)
-    parts = []
-    for width in np.unique(widths_K[widths_K > 0]):
-        bits = np.unpackbits(numbers_RK[:, widths_K == width].astype(">u4").reshape(-1, 1).view(np.uint8), axis=1)
-        parts.append(np.packbits(bits[:, _WORD - width :]).tobytes())
-    ends = np.cumsum((numbers_RK >> widths_K).reshape(-1).astype(np.int64) + 1)
+    widths_K, shifts_R = _fitted(numbers_RK)
+    order, edges, widths = _by_width(widths_K, shifts_R)
+    sorted_M = numbers_RK.reshape(-1)[order].astype(">u4").reshape(-1, 1).view(np.uint8)
+    parts = [
+        np.packbits(np.unpackbits(sorted_M[begin:end], axis=1)[:, _WORD - width :]).tobytes()
+        for width, begin, end in edges
+    ]
+    ends = np.cumsum((numbers_RK.reshape(-1) >> widths).astype(np.int64) + 1)
     unary = np.zeros(ends[-1] if len(ends) else 0, np.uint8)
     unary[ends - 1] = 1
-    return widths_K.astype(np.uint8).tobytes(), b"".join((*parts, np.packbits(unary).tobytes()))
+    told = np.concatenate([widths_K, shifts_R - _SHIFTS[0]]).astype(np.uint8).tobytes()
+    return told, b"".join((*parts, np.packbits(unary).tobytes()))
 
 
-def unrice(widths: bytes, code: bytes, rows: int) -> np.ndarray:
+def unrice(told: bytes, code: bytes, rows: int) -> np.ndarray:
     """The numbers [rows, K], as int32."""
-    widths_K, data = np.frombuffer(widths, np.uint8), np.frombuffer(code, np.uint8)
-    remainders_RK = np.zeros((rows, len(widths_K)), np.int32)
+    both, data = np.frombuffer(told, np.uint8).astype(np.int64), np.frombuffer(code, np.uint8)
+    widths_K, shifts_R = both[: len(both) - rows], both[len(both) - rows :] + _SHIFTS[0]
+    order, edges, widths = _by_width(widths_K, shifts_R)
+    sorted_M = np.zeros(len(order), np.int32)
     at = 0
-    for width in np.unique(widths_K[widths_K > 0]):
-        columns = np.flatnonzero(widths_K == width)
-        count = rows * len(columns)
-        size = math.ceil(count * int(width) / 8)
-        bits = np.zeros((count, _WORD), np.uint8)
-        bits[:, _WORD - width :] = np.unpackbits(data[at : at + size], count=count * int(width)).reshape(count, width)
-        remainders_RK[:, columns] = np.packbits(bits, axis=1).view(">u4").reshape(rows, -1)
+    for width, begin, end in edges:
+        bits = np.zeros((end - begin, _WORD), np.uint8)
+        size = -(-(end - begin) * width // 8)
+        plain = np.unpackbits(data[at : at + size], count=(end - begin) * width)
+        bits[:, _WORD - width :] = plain.reshape(-1, width)
+        sorted_M[begin:end] = np.packbits(bits, axis=1).view(">u4")[:, 0]
         at += size
-    ends = np.flatnonzero(np.unpackbits(data[at:]))[: remainders_RK.size]
-    quotients_RK = (np.diff(ends, prepend=-1) - 1).astype(np.int32).reshape(remainders_RK.shape)
-    return (quotients_RK << widths_K.astype(np.int32)) + remainders_RK
+    ends = np.flatnonzero(np.unpackbits(data[at:]))[: len(order)]
+    numbers_M = (np.diff(ends, prepend=-1) - 1).astype(np.int32) << widths
+    numbers_M[order] += sorted_M
+    return numbers_M.reshape(rows, len(widths_K))
 
 
-def _widths(numbers_RK: np.ndarray) -> np.ndarray:
-    """The width that makes each column's code shortest, of the one that its mean suggests and the two beside it."""
+def _by_width(widths_K: np.ndarray, shifts_R: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]], np.ndarray]:
+    """The numbers' places in the order of their widths, (width, begin, end) of those that have one, and all widths."""
+    widths = _widths(widths_K, shifts_R).reshape(-1)
+    order = np.argsort(widths, kind="stable")  # of bytes: a radix sort
+    ends = np.cumsum(np.bincount(widths, minlength=1))
+    edges = [(width, int(ends[width - 1]), int(ends[width])) for width in range(1, len(ends))]
+    return order, [edge for edge in edges if edge[1] < edge[2]], widths
+
+
+def _widths(widths_K: np.ndarray, shifts_R: np.ndarray) -> np.ndarray:
+    return np.maximum(widths_K[None, :] + shifts_R[:, None], 0).astype(np.uint8)
+
+
+def _fitted(numbers_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Widths of columns and shifts of rows that make the code short: in turn, each by the other, from the means on."""
     mean_K = numbers_RK.mean(axis=0) if len(numbers_RK) else np.zeros(numbers_RK.shape[1])
-    guess_K = np.round(np.log2(np.maximum(mean_K * math.log(2), 1.0))).astype(np.int64)
-    tried = np.stack([np.maximum(guess_K - 1, 0), guess_K, guess_K + 1]).astype(np.uint32)
-    bits = np.stack([(numbers_RK >> widths_K).sum(axis=0) + len(numbers_RK) * widths_K for widths_K in tried])
-    return np.take_along_axis(tried, bits.argmin(axis=0)[None], axis=0)[0]
+    widths_K = np.round(np.log2(np.maximum(mean_K * np.log(2), 1.0))).astype(np.int64)
+    shifts_R = np.zeros(len(numbers_RK), np.int64)
+    for _ in range(2):
+        bits = [_bits(numbers_RK, _widths(widths_K, shifts_R * 0 + shift)).sum(axis=1) for shift in _SHIFTS]
+        shifts_R = np.array(_SHIFTS)[np.argmin(bits, axis=0)]
+        tried = [np.maximum(widths_K + step, 0) for step in (-1, 0, 1)]
+        bits = [_bits(numbers_RK, _widths(one_K, shifts_R)).sum(axis=0) for one_K in tried]
+        widths_K = np.choose(np.argmin(bits, axis=0), tried)
+    return widths_K, shifts_R
+
+
+def _bits(numbers_RK: np.ndarray, widths_RK: np.ndarray) -> np.ndarray:
+    """Of each number's code, but for its one."""
+    return (numbers_RK >> widths_RK) + widths_RK
