@@ -37,7 +37,7 @@ class Arm:
     relates: bool = False
 
 
-RATES = (3e-4, 1e-3)
+RATES = (1e-3, 3e-4)
 DISTILLED = ("recipe=bitdistill", "optim=adamw")
 ARMS: Mapping[str, Arm] = {
     "full_precision": Arm("the classes, in full precision", ("recipe=classification_teacher",)),
@@ -152,10 +152,11 @@ def next_run(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) ->
 
 def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
     """All that are known by what is done: a choice's followers come when it can be made."""
-    searched = rates(plan)
-    runs = [Run("teacher", "teacher", plan.teacher_steps), *(run for run in searched if not run.stage2)]
+    first, *others = rates(plan)
+    runs = [Run("teacher", "teacher", plan.teacher_steps), *(run for run in first if not run.stage2)]
     runs += [Run("stage2", f"stage2-{steps}", steps, stage2=steps) for steps in plan.lengths[1:]]
-    runs += [run for run in searched if run.stage2]
+    runs += [run for run in first if run.stage2]
+    runs += [run for these in others for run in these]
     if not all(run.name in done for run in runs):
         return runs
     runs += gammas(plan, done)
@@ -165,13 +166,14 @@ def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) 
     return runs + final(plan, done, seeds)
 
 
-def rates(plan: Plan) -> list[Run]:
-    """Every arm at each of its rates."""
+def rates(plan: Plan) -> list[list[Run]]:
+    """Every arm at the first rate, then at the next: what is done when it is stopped can be compared."""
     longest = plan.lengths[-1]
     return [
-        Run("rates", f"rate-{name}-{rate:g}", plan.search_steps, name, 0, rate, GAMMAS[0] if arm.relates else "",
-            longest if arm.stage2 else 0)
-        for name, arm in ARMS.items() for rate in RATES
+        [Run("rates", f"rate-{name}-{rate:g}", plan.search_steps, name, 0, rate, GAMMAS[0] if arm.relates else "",
+             longest if arm.stage2 else 0)
+         for name, arm in ARMS.items()]
+        for rate in RATES
     ]  # fmt: skip
 
 
@@ -209,7 +211,7 @@ def final(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> li
 
 
 def best_rate(plan: Plan, done: Mapping[str, Mapping[str, float]], arm: str) -> Run:
-    return best(done, [run for run in rates(plan) if run.arm == arm])
+    return best(done, [run for these in rates(plan) for run in these if run.arm == arm])
 
 
 def best(done: Mapping[str, Mapping[str, float]], runs: list[Run]) -> Run:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +32,7 @@ from demo.classification_plan import (
 from demo.classification_table import arm_rows, figures_of, length_rows, lines_of, spread, verdict, write_results
 from demo.measure import Machine
 from demo.prepare import TEACHER
+from demo.served import Teacher
 from student_trainer.cli.compose import compose_arguments
 
 PLAN = planned(15, 24, {"cpu": "a CPU"})
@@ -51,10 +56,14 @@ def test_a_fast_machine_trains_all_layers_and_a_slow_one_fewer() -> None:
 
 
 def all_runs(seeds: int, accuracy: dict[str, float]) -> list[Run]:
+    return all_runs_of(PLAN, seeds, accuracy)
+
+
+def all_runs_of(plan: Plan, seeds: int, accuracy: dict[str, float]) -> list[Run]:
     """Made one after another, as the demo makes them; accuracy 0.5 where nothing is said of a run."""
     done: dict[str, dict[str, float]] = {}
     made = []
-    while (run := next_run(PLAN, done, seeds)) is not None:
+    while (run := next_run(plan, done, seeds)) is not None:
         assert run.name not in done
         made.append(run)
         done[run.name] = {"accuracy": accuracy.get(run.name, 0.5), "cross_entropy": 0.7}
@@ -169,6 +178,53 @@ def test_the_verdict_says_too_where_it_does_not_keep_up(tmp_path: Path) -> None:
     said = verdict(lines_of(tmp_path, PLAN))
     assert "+0.5 points from BitNet-SFT, not more than twice" in said and "not within 2" in said
     assert "Too few runs" in verdict([]) and spread([]) == "–" and spread([1.0]) == "1.0"
+
+
+def test_it_goes_on_where_it_was_stopped_and_starts_each_service_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command as it is typed, with a trainer that is done at once."""
+    made: list[str] = []
+    served: list[str] = []
+
+    def train(processes: Any, what: str, settings: list[str], *_: Any) -> None:
+        if settings[0] == "export":
+            served.append("export")
+            return
+        given = dict(line.split("=", 1) for line in settings)
+        made.append(given["run.id"])
+        shutil.rmtree(tmp_path / given["run.id"], ignore_errors=True)
+        leave(tmp_path / given["run.id"], Run("", "", int(given["run.steps"])), 0.5)
+        assert ("teacher.url" in given) == (given.get("recipe") == "bitdistill" and "teacher" not in given)
+        (tmp_path / given["run.id"] / "checkpoints").mkdir(exist_ok=True)
+
+    @contextmanager
+    def serve(name: str) -> Iterator[Callable[[], Any]]:
+        served.append(name)
+        yield lambda: Teacher("http://t", {}) if name == "teacher" else "http://a"
+
+    monkeypatch.setattr(demo, "RUNS", tmp_path)
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "prepared", lambda *_: None)
+    monkeypatch.setattr(demo.prepare, "first_layers", lambda layers: None)
+    monkeypatch.setattr(demo, "serve_teacher", lambda *_: serve("teacher"))
+    monkeypatch.setattr(demo.Processes, "serve", lambda self, name, arguments, log: serve(name))
+
+    def typed(*more: str) -> None:
+        monkeypatch.setattr("sys.argv", ["classification", "--steps", "4", "--seeds", "1", *more])
+        assert demo.main() == 0
+
+    typed("--runs", "1")
+    assert made == ["teacher"] and served == ["export"]
+    typed("--minutes", "0")
+    assert made == ["teacher"], "no run begins after the time"
+    typed()
+    assert made == [run.name for run in all_runs_of(planned(LAYERS[-1], 4, {}), 1, {})]
+    assert served == ["export", "teacher", "stillhouse-attention"]
+    kept = {folder.parent.name for folder in tmp_path.glob("*/checkpoints")}
+    assert kept == {"teacher", "stage2-4", "stage2-8"}, "only what another run begins with"
+    typed("--again", "--runs", "2")
+    assert made[-2:] == ["teacher", "rate-full_precision-0.001"]
 
 
 def test_a_longer_stage_2_begins_with_the_shorter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
