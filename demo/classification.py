@@ -30,7 +30,7 @@ from demo.screen import Screen
 from demo.served import Teacher, measure_machine, serve_teacher
 
 RUNS = Path("runs/classification")
-TEACHER_MODEL, NAME = RUNS / "teacher_model", "SmolLM2-135M-reviews"
+NAME = "SmolLM2-135M-reviews"
 TOP_K = 16  # of the evaluations: a fine-tuned teacher has the words of the classes among its likeliest
 
 
@@ -119,15 +119,16 @@ class Services:
 
     def settings(self, relates: bool) -> list[str]:
         """Where they are."""
+        model = teacher_model(self.processes)
         if self.teacher is None:
             ready = self._stack.enter_context(
                 # That of transformers: it starts in seconds, and a prompt has thirty tokens.
-                serve_teacher(self.processes, RUNS, TEACHER_MODEL, NAME, "--engine", "hf")
+                serve_teacher(self.processes, RUNS, model, NAME, "--engine", "hf")
             )
             self.teacher = ready()
         settings = [f"teacher.url={self.teacher.url}"]
         if relates and self.attention_url is None:
-            beside = [str(TEACHER_MODEL), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url]
+            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url]
             served = self.processes.serve("stillhouse-attention", beside, RUNS / "attention.log")
             self.attention_url = self._stack.enter_context(served)()
         return [*settings, f"teacher.attention_url={self.attention_url}"] if relates else settings
@@ -143,12 +144,20 @@ def make_run(processes: Processes, services: Services, plan: Plan, run: Run) -> 
     if run.phase != "teacher" and plan.layers < LAYERS[0]:
         prepare.first_layers(plan.layers)
     train(processes, run.name, settings, progress_of(RUNS / run.name, run.steps))
-    if run.phase == "teacher":
-        shutil.rmtree(TEACHER_MODEL, ignore_errors=True)
-        train(processes, "export", ["export", str(RUNS / "teacher"), "--format", "hf", "--out", str(TEACHER_MODEL)])
-    elif run.phase != "stage2":
+    if run.phase not in ("teacher", "stage2"):
         # What is compared is written down; the checkpoints are large.
         shutil.rmtree(RUNS / run.name / "checkpoints", ignore_errors=True)
+
+
+def teacher_model(processes: Processes) -> Path:
+    """The fine-tuned teacher as a folder that can be served; a folder that is there is complete."""
+    folder = RUNS / "teacher_model"
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        train(processes, "export", ["export", str(RUNS / "teacher"), "--format", "hf", "--out", str(unfinished)])
+        unfinished.rename(folder)
+    return folder
 
 
 def go_on(run: Run, plan: Plan) -> None:
