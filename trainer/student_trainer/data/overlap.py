@@ -48,5 +48,6 @@ def _check(source: Source, held: dict[bytes, str]) -> None:
 
 
 def _digest(content: Any) -> bytes:
+    # Copies that differ in white space alone are copies.
     text = " ".join(canonical(content).split())
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -56,6 +56,7 @@ class FirstBlocks:
             handle.remove()
         last_M = torch.full((micro.rows,), -1, dtype=torch.int64, device=hidden_ND.device)
         places_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
+        # A row is a document here: the largest place of its labels is its last one.
         last_M.scatter_reduce_(0, micro.documents_N.to(hidden_ND.device), places_N, "amax")
         return hidden_ND[last_M] * (last_M >= 0).unsqueeze(1)
 
@@ -73,6 +74,7 @@ def embed(first: FirstBlocks, micros: Sequence[MicroBatch], tangents: int, seed:
         for sign in (1.0, -1.0):
             with moved(first.parameters, seed * 1009 + tangent, sign * STEP):
                 states.append(torch.cat([first(micro) for micro in micros]))
+        # f(w + h d) - f(w - h d), the directional derivative but for 1 / 2h, which the length takes out.
         slope_ND = states[0] - states[1]
         parts.append(slope_ND / slope_ND.norm(dim=1, keepdim=True).clamp_min(1e-30))
     return torch.cat(parts, 1).cpu()
@@ -91,4 +93,5 @@ def moved(parameters: Sequence[nn.Parameter], seed: int, step: float) -> Iterato
         yield
     finally:
         for parameter, value in zip(parameters, before, strict=True):
+            # Copied back, not stepped back: a sum and a difference would leave rounding behind.
             parameter.data.copy_(value)

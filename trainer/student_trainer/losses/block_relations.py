@@ -41,11 +41,13 @@ class BlockTable:
         """`document_ids_BT` is -1 where a position is not to be compared."""
         flat_M = np.flatnonzero(document_ids_BT.reshape(-1) >= 0)
         row_M = flat_M // document_ids_BT.shape[1]
+        # (row, document, block) of each position that is compared: a block ends where any of them changes.
         named_M3 = np.stack([row_M, document_ids_BT.reshape(-1)[flat_M], blocks_BT.reshape(-1)[flat_M]], 1)
         new_M = np.r_[True, (np.diff(named_M3, axis=0) != 0).any(1)] if len(flat_M) else np.zeros(0, bool)
         document_M = np.cumsum(np.r_[False, (np.diff(named_M3[:, :2], axis=0) != 0).any(1)]) if len(flat_M) else flat_M
         block_M = np.cumsum(new_M) - 1
         first_Bl = np.flatnonzero(new_M)
+        # The place within its block, which is its column in the table.
         within_M = np.arange(len(flat_M)) - first_Bl[block_M] if len(flat_M) else flat_M
         table = np.full((len(first_Bl), int(within_M.max(initial=0)) + 1), -1)
         table[block_M, within_M] = flat_M
@@ -70,6 +72,7 @@ def block_relations(
     order_BlS = (seen_BlS.flatten().cumsum(0) - 1).view_as(place_BlS).clamp(min=0)
     values_BlS = torch.zeros(place_BlS.shape, device=device)
     with torch.autocast(device.type, enabled=False):
+        # [Bl, S, H, dh]: the states of a block's positions side by side.
         ours = [part.flatten(0, 1)[place_BlS.clamp(min=0)].float() for part in student]
         theirs = [torch.cat([getattr(each, part) for each in teacher]).to(device)[order_BlS].float() for part in PARTS]
         if form == MAPS:
@@ -95,6 +98,7 @@ def block_relations(
     if last_rows:
         # A place is its block's last one where the next of the table is none.
         counts_BlS = seen_BlS & ~torch.nn.functional.pad(seen_BlS[:, 1:], (0, 1))
+    # Blocks to documents: sums over the counted rows, and how many those are.
     document_Bl = blocks.document_Bl.to(device)
     sums_D, counts_D = (
         torch.zeros(len(teacher), device=device).index_add(0, document_Bl, each)
@@ -127,6 +131,7 @@ def _map_scores(parts: Sequence[Tensor]) -> Tensor:
     """Query times key at the usual scale: [Bl, H, S, S]; several query heads may share a key."""
     query_BlSHd, key_BlSHd = parts[0], parts[1]
     shared = query_BlSHd.shape[2] // key_BlSHd.shape[2]
+    # Query head h reads key head h // shared, as transformers repeats them.
     key_BlSHd = key_BlSHd.repeat_interleave(shared, dim=2)
     return query_BlSHd.transpose(1, 2) @ key_BlSHd.permute(0, 2, 3, 1) * query_BlSHd.shape[-1] ** -0.5
 

@@ -171,6 +171,7 @@ def _empty(
     needs: tuple[bool, ...],
 ) -> Outcome:
     device = hidden_ND.device
+    # A row that counts for no term is never computed: its values are 0, its most likely id -1.
     values_MN = torch.zeros(len(job.terms), len(hidden_ND), dtype=head.accumulator, device=device)
     outcome = Outcome(values_MN, torch.full((len(hidden_ND),), -1, dtype=torch.long, device=device))
     if job.wants_grad:
@@ -182,6 +183,7 @@ def _empty(
 
 
 def _blocks(height: int, z_CV: Tensor) -> Iterator[slice]:
+    # A few rows at a time on a CPU: their logits stay in cache between one sweep and the next.
     step = max(1, BLOCK_ELEMENTS // z_CV.shape[1])
     for start in range(0, height, step):
         yield slice(start, min(height, start + step))

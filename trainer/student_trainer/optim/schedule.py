@@ -28,6 +28,7 @@ def rate_factor(
     start = warmup_steps
     if kind == "wsd":
         start = max(warmup_steps, steps - (decay_steps if decay_steps is not None else max(1, steps // 10)))
+    # How much of the fall is over after this update: 1 at the last one.
     done = 0.0 if step < start else min(1.0, (step - start + 1) / max(1, steps - start))
     fall = 0.5 * (1.0 - math.cos(math.pi * done)) if kind == "cosine" else done
     return 1.0 - (1.0 - floor) * fall

@@ -31,9 +31,11 @@ class BlockRows:
         for row, ids_N in enumerate(sequences):
             if not len(ids_N) or ids_N[0] == mask:
                 raise ValueError(f"sequence {row}: its first token must be given, a student predicts from it")
+        # All sequences begin to be filled in at one column: whole blocks of padding go before the shorter ones.
         blocks_P = np.array([_first(ids_N == mask) // size for ids_N in sequences])
         first = int(blocks_P.max())
         pad_P = (first - blocks_P) * size
+        # Rounded up to whole blocks.
         width = max(-(-(len(ids_N) + pad) // size) * size for ids_N, pad in zip(sequences, pad_P, strict=True))
         tokens_PC = np.zeros((len(sequences), width), np.int64)
         exists_PC = np.zeros(tokens_PC.shape, bool)
@@ -44,6 +46,7 @@ class BlockRows:
 
     def places(self, start: int, stop: int) -> np.ndarray:
         """[P, stop - start]: places in their sequences; 0 for padding."""
+        # Positions count from each sequence's own beginning.
         return np.maximum(np.arange(start, stop) - self.pad_P[:, None], 0)
 
 

@@ -127,6 +127,7 @@ class GradientSketches:
                     sums[source] += self._sketch(name, part)
 
     def _sketch(self, name: str, gradient: Tensor) -> Tensor:
+        # Of a sharded parameter the whole: places in the sketch are those in the whole tensor.
         gradient = full_tensor(gradient).float()
         if name in self.scales:
             gradient = gradient * self.scales[name]

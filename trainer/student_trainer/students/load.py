@@ -60,6 +60,7 @@ def student_from_model(settings: StudentSettings, device: torch.device) -> Stude
     if not settings.checkpoint_path:
         raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
     model = _load_model(settings, attention_for(settings, device))
+    # The adapter before the architecture: its layers are compiled and checkpointed with the others.
     return begin(model.to(device), settings, adapt(model, settings))
 
 

@@ -109,7 +109,9 @@ def candidates(ids_MK: np.ndarray, most: int, label_M: np.ndarray, best_M: np.nd
     """
     rows = []
     for index, ids_K in enumerate(ids_MK):
+        # In order and each once: the student's best is often the clean token.
         own = dict.fromkeys([int(label_M[index]), *([] if best_M is None else [int(best_M[index])])])
+        # Those of the teacher that are not there already, as many as the row has room for.
         theirs = [int(each) for each in ids_K[:most] if int(each) not in own]
         rows.append([*theirs[: max(0, len(ids_K) - len(own))], *own][: len(ids_K)])
     table = np.full((len(rows), max(map(len, rows))), -1)

@@ -35,6 +35,7 @@ async def retry_until(
             answer = await attempt()
         except TeacherUnavailableError as error:
             note(str(error))
+            # Something came since the last failure: the outage is a new one.
             if progress() > so_far:
                 started, so_far = time.monotonic(), progress()
             lasted_s = time.monotonic() - started
@@ -62,6 +63,7 @@ class OutageWatch:
     _saved: bool = False
 
     def __call__(self, waited_s: float, save: Callable[[], None] | None) -> None:
+        # Another wait than the last: the step came through in between.
         if waited_s < self._waited_s:
             self._said, self._saved = 0, False
         self._waited_s = waited_s

@@ -69,10 +69,12 @@ def _pairs(batch: Batch, targets: BatchTargets) -> Iterator[Pair]:
 
 def _check_agreement(pairs: list[Pair]) -> None:
     for next_R, ids_RK, logprobs_RK, around_R3 in pairs:
+        # The next token's logprob comes twice: by itself, and where it is among the top K.
         hit_RK = ids_RK == around_R3[:, 1:2]
         hit_R = hit_RK.any(1)
         listed_R = (logprobs_RK * hit_RK).sum(1)
         gap_R = np.abs(listed_R - next_R) - ROUNDING * (1.0 + np.abs(next_R))
+        # They must agree; and what the top K leaves out may not be likelier than the least of them.
         bad_R = (hit_R & (gap_R > 0)) | (~hit_R & (next_R > logprobs_RK[:, -1] + ROUNDING * (1.0 + np.abs(next_R))))
         if bad_R.any():
             row = int(bad_R.argmax())
@@ -92,7 +94,9 @@ def _check_shift(pairs: list[Pair]) -> None:
         ]
     )
     for place, what in ((0, "the token before"), (2, "the token after")):
+        # By how much a neighbour's probability leads that of the token itself, row by row.
         lead_N = given_N3[:, place] - given_N3[:, 1]
+        # The standard error of the mean lead.
         error = lead_N.std() / math.sqrt(len(lead_N))
         if lead_N.mean() > SIGMAS * error and lead_N.mean() > 0:
             raise InvalidTargetsError(

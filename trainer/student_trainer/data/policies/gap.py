@@ -46,6 +46,7 @@ class Gap(Adaptive):
         if not gaps:
             return after
         whole = sum(moving.values())
+        # Shares among those that move; their sum stays what it was.
         stepped = self.step_from({name: weight / whole for name, weight in moving.items()}, gaps)
         wanted = {**self.current, **{name: whole * weight for name, weight in stepped.items()}}
         reasons = {name: {self.reason: gap} for name, gap in gaps.items()}

@@ -27,10 +27,12 @@ class ScalingLaw:
 
     def reducible(self, n: float) -> float:
         """What training on more can still take off after n tokens."""
+        # loss(n) = exp(e) + exp(a) n^-alpha, of which the second part is what n can still take off.
         return math.exp(self.a - self.alpha * math.log(n))
 
     def slope(self, n: float, least_alpha: float = 0.05) -> float:
         """How fast the loss falls with n, the exponent taken for no less than `least_alpha`."""
+        # -d loss / d n = alpha exp(a) n^(-alpha - 1).
         return max(self.alpha, least_alpha) * self.reducible(n) / n
 
 
@@ -43,8 +45,10 @@ def fit(tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
     least_e = min(LEAST_E, float(log_loss_T.min()) - math.log(2.0))
     grid_G3 = torch.cartesian_prod(*GRID).double()
     with torch.no_grad():
+        # The misfit has many local minima: descent begins at the best points of a grid.
         starts = grid_G3[_misfit(grid_G3, log_n_T, log_loss_T, least_e).argsort(stable=True)[:STARTS]]
     fitted = min((_descend(start_3, log_n_T, log_loss_T, least_e) for start_3 in starts), key=lambda pair: pair[0])
+    # Descent is only pushed towards the bounds; here they hold.
     a, e, alpha = fitted[1]
     return ScalingLaw(min(a, LARGEST_A), max(e, least_e), min(max(alpha, 0.0), LARGEST_ALPHA))
 
@@ -69,6 +73,7 @@ def _descend(start_3: Tensor, log_n_T: Tensor, log_loss_T: Tensor, least_e: floa
 def _misfit(law_G3: Tensor, log_n_T: Tensor, log_loss_T: Tensor, least_e: float) -> Tensor:
     """[G]: the sum of Huber's losses, and how far the laws are outside of their bounds."""
     a_G1, e_G1, alpha_G1 = law_G3[:, :1], law_G3[:, 1:2], law_G3[:, 2:]
+    # In logarithms, so that early and late losses count alike.
     log_fit_GT = torch.logaddexp(a_G1 - alpha_G1 * log_n_T, e_G1.expand(-1, len(log_n_T)))
     huber_GT = torch.nn.functional.huber_loss(
         log_fit_GT, log_loss_T.expand_as(log_fit_GT), reduction="none", delta=HUBER

@@ -167,6 +167,7 @@ class FusedTerms:
 
     def _compare(self, start: int, z_CV: Tensor, teacher_CW: Tensor | None) -> tuple[Tensor, Tensor]:
         assert teacher_CW is not None
+        # Of this chunk alone: `gradient` reads them right after.
         lse_DR = self._rest_SR.new_empty(2 * len(self._dense), self._rows)
         totals_MR = self._rest_SR.new_empty(len(self._dense_terms), self._rows)
         constants = self._constants() | self._teacher_constants()
@@ -189,6 +190,7 @@ class FusedTerms:
         groups: list[Any] = []
         for support in self._supports:
             groups += [support.ids_RK[start:], support.at_RK[start:], support.ids_RK.shape[1]]
+        # A kernel takes three groups; what is missing is stood in for, and has no ids.
         groups += [self._labels_R, self._rest_SR, 0] * (3 - len(self._supports))
         constants = self._constants() | self._teacher_constants()
         teacher = z_CV if teacher_CW is None else teacher_CW

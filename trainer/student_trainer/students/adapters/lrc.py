@@ -38,6 +38,7 @@ class LRC(Adapter):
             torch.manual_seed(SEED)
             for layer in chosen.values():
                 rank = rank_of(layer, settings.lrc.rank)
+                # alpha = rank, so that the scale alpha / r is 1 and the closed form is put in as it is.
                 layer.correction = LowRank(layer.in_features, layer.out_features, rank, rank, layer.weight)
         train_corrections_alone(model)
 

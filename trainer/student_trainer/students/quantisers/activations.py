@@ -24,7 +24,9 @@ class _RoundedActivations(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input_ND: Tensor, blend_: Tensor, top: int) -> Tensor:
         exact_ND = input_ND.float()
+        # A grid of its own for each token: the largest |x| of it is `top` steps.
         inverse_N1 = float(top) / exact_ND.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
+        # As transformers computes it, bit for bit: a product with the inverse, then a quotient by it.
         value_ND = (exact_ND * inverse_N1).round_().clamp_(-top - 1, top).div_(inverse_N1)
         return torch.lerp(exact_ND, value_ND, blend_.float(), out=value_ND).to(input_ND.dtype)
 

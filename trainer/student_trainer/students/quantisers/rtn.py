@@ -25,8 +25,10 @@ def round_to_nearest(weight_OI: Tensor, bits: int, group_size: int | None) -> Te
     latent_OGg = latent_OI.unflatten(1, (-1, group_size or latent_OI.shape[1]))
     top = 2**bits - 1
     low_OG1, high_OG1 = latent_OGg.aminmax(dim=-1, keepdim=True)
+    # The grid holds 0, so that weights of 0 stay 0.
     low_OG1, high_OG1 = low_OG1.clamp_max(0.0), high_OG1.clamp_min(0.0)
     step_OG1 = ((high_OG1 - low_OG1) / top).clamp_min(torch.finfo(torch.float32).tiny)
+    # Which code is worth 0: code = round(w / step) + zero, value = (code - zero) step.
     zero_OG1 = (-low_OG1 / step_OG1).round_()
     codes_OGg = (latent_OGg / step_OG1).round_().add_(zero_OG1).clamp_(0, top)
     return codes_OGg.sub_(zero_OG1).mul_(step_OG1).flatten(1)
@@ -66,6 +68,7 @@ class RoundToNearest(Quantiser):
         return _RoundedWeight.apply(layer.weight, blend_, int(self.bits), self.group_size)
 
     def stored_bits(self, out_features: int, in_features: int) -> float:
+        # A group has a step in 16 bits and a zero in as many as a code.
         return self.bits + (STEP_BITS + self.bits) / (self.group_size or in_features)
 
 
