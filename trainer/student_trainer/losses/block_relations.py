@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_proto.compute.relations import PARTS, QKV, relation_form, similarity_factor
+from teacher_proto.compute.relations import PARTS, QKV, RelationForm, relation_form, similarity_factor
 
 MAPS = "maps"
 
@@ -70,30 +70,14 @@ def block_relations(
     seen_BlS = place_BlS >= 0
     # The documents' tokens stand in the order of the places: the teacher's row is the count of those before.
     order_BlS = (seen_BlS.flatten().cumsum(0) - 1).view_as(place_BlS).clamp(min=0)
-    values_BlS = torch.zeros(place_BlS.shape, device=device)
     with torch.autocast(device.type, enabled=False):
         # [Bl, S, H, dh]: the states of a block's positions side by side.
         ours = [part.flatten(0, 1)[place_BlS.clamp(min=0)].float() for part in student]
         theirs = [torch.cat([getattr(each, part) for each in teacher]).to(device)[order_BlS].float() for part in PARTS]
         if form == MAPS:
-            _check_heads(ours[0], theirs[0])
-            values_BlS = _divergence(_map_scores(theirs), _map_scores(ours), seen_BlS, causal=True, floor=0.0)
-            values_BlS = values_BlS / ours[0].shape[2]
+            values_BlS = _map_values(ours, theirs, seen_BlS)
         else:
-            chosen = relation_form(form)
-            for our_BlSHd, their_BlSHd in zip(ours, theirs, strict=True):
-                scores = [
-                    factor @ factor.transpose(-2, -1)
-                    for factor in (
-                        similarity_factor(part, form=chosen, relation_heads=relation_heads)
-                        for part in (their_BlSHd, our_BlSHd)
-                    )
-                ]
-                values_BlS = values_BlS + _divergence(
-                    scores[0], scores[1], seen_BlS, causal=chosen.causal, floor=chosen.floor
-                )
-            # The mean over relation heads; the official form divides by R once more, as the released code does.
-            values_BlS = values_BlS / relation_heads ** (2 if chosen.per_head else 1)
+            values_BlS = _relation_values(ours, theirs, seen_BlS, relation_form(form), relation_heads)
     counts_BlS = seen_BlS
     if last_rows:
         # A place is its block's last one where the next of the table is none.
@@ -105,6 +89,30 @@ def block_relations(
         for each in ((values_BlS * counts_BlS).sum(1), counts_BlS.sum(1).float())
     )
     return sums_D / counts_D.clamp(min=1)
+
+
+def _map_values(ours: Sequence[Tensor], theirs: Sequence[Tensor], seen_BlS: Tensor) -> Tensor:
+    """[Bl, S]: the mean over heads of the KL of attention maps."""
+    _check_heads(ours[0], theirs[0])
+    values_BlS = _divergence(_map_scores(theirs), _map_scores(ours), seen_BlS, causal=True, floor=0.0)
+    return values_BlS / ours[0].shape[2]
+
+
+def _relation_values(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], seen_BlS: Tensor, form: RelationForm, relation_heads: int
+) -> Tensor:
+    """[Bl, S]: the KL of the relations of Q, K and V, added up."""
+    values_BlS = torch.zeros(seen_BlS.shape, device=seen_BlS.device)
+    for our_BlSHd, their_BlSHd in zip(ours, theirs, strict=True):
+        scores = [
+            factor @ factor.transpose(-2, -1)
+            for factor in (
+                similarity_factor(part, form=form, relation_heads=relation_heads) for part in (their_BlSHd, our_BlSHd)
+            )
+        ]
+        values_BlS = values_BlS + _divergence(scores[0], scores[1], seen_BlS, causal=form.causal, floor=form.floor)
+    # The mean over relation heads; the official form divides by R once more, as the released code does.
+    return values_BlS / relation_heads ** (2 if form.per_head else 1)
 
 
 def _divergence(their_BlRSS: Tensor, our_BlRSS: Tensor, seen_BlS: Tensor, *, causal: bool, floor: float) -> Tensor:
