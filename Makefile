@@ -4,6 +4,7 @@
 #   make bitdistill   make SmolLM2-135M ternary, teach and export it; report in runs/bitdistill/report.html
 #   make diffusion    make it a block-diffusion student, with and without the teacher; table in runs/diffusion/main/table.md
 #   make classification    film reviews: a ternary student against full precision, with and without the teacher
+#   make quality      what a student keeps of its teacher, by loss, temperature, codec and staleness; docs/quality.md
 #   make test         every test that a CPU can run, the real vLLM engine included
 #   make check        ruff, mypy, the import contracts, a scan for secrets, an audit of packages without a network
 #   make test-slow    the tests of over a minute
@@ -34,10 +35,10 @@ export TOKENIZERS_PARALLELISM ?= true
 # Without compiled files every start of a process compiles thousands of modules anew: vLLM's imports take twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo bitdistill diffusion classification test test-slow check format tree docs audit gpu-check clean $(BENCHMARKS)
+.PHONY: help install demo bitdistill diffusion classification quality test test-slow check format tree docs audit gpu-check clean $(BENCHMARKS)
 
 help:
-	@sed -n '3,14s/^# \{0,3\}//p' Makefile
+	@sed -n '3,15s/^# \{0,3\}//p' Makefile
 
 install: $(VENV)/.installed-dev
 
@@ -52,6 +53,9 @@ diffusion: $(VENV)/.installed-demo
 
 classification: $(VENV)/.installed-demo
 	@$(BIN)/python -m demo.classification $(ARGS)
+
+quality: $(VENV)/.installed-dev
+	@$(BIN)/python -m benchmarks.quality --docs $(ARGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m demo.prepare

@@ -17,8 +17,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.quality import mean, spread
 from benchmarks.report import report
+from benchmarks.seeded_results import mean, spread
 from demo.prepare import STUDENT, TEACHER, prepare
 from demo.processes import Processes
 from demo.screen import Screen

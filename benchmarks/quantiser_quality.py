@@ -24,9 +24,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import learn, mean, spread
 from benchmarks.report import machine, markdown, publish, report
-from demo.prepare import STUDENT, TEACHER, TEXT, prepare
+from benchmarks.seeded_results import mean, spread
+from benchmarks.small_models import export, make_untrained, run_afresh
+from demo.prepare import STUDENT, TEACHER, prepare
 
 ROOT = Path("runs/quantiser-quality")
 DOCS = Path("docs/quantisers.md")
@@ -92,7 +93,7 @@ def main() -> int:
         folder = folder_of(options, seed, arm, loss)
         # What quantising alone did is the same for every seed and loss.
         before = (seed, loss) == (options.seeds[0], next(iter(LOSSES)))
-        run(folder, [
+        run_afresh(folder, [
             *common(options.scale, start, options.scale.rate), "teacher.kind=local", f"teacher.model={teacher}",
             *ARMS[arm], LOSSES[loss], f"run.seed={seed}", f"run.steps={options.steps}",
             f"evaluation.every={options.steps}", f"evaluation.at_start={str(before).lower()}",
@@ -116,53 +117,15 @@ def models(scale: Scale) -> tuple[Path, Path]:
         if not teacher.is_dir():
             alone = ["teacher=none", "distillation=cross_entropy", "run.seed=101", "evaluation.every=0"]
             from_scratch = common(scale, ROOT / "untrained-teacher", scale.start_rate)
-            run(ROOT / "teacher-run", [*from_scratch, *alone, f"run.steps={scale.teacher_steps}"])
+            run_afresh(ROOT / "teacher-run", [*from_scratch, *alone, f"run.steps={scale.teacher_steps}"])
             export(ROOT / "teacher-run", teacher)
     start = ROOT / name
     if not any((start / "checkpoints").glob("step-*")):
-        run(start, [
+        run_afresh(start, [
             *common(scale, student, scale.start_rate), "teacher=none", "distillation=cross_entropy", "run.seed=100",
             f"run.steps={scale.start_steps}", f"evaluation.every={scale.start_steps}", "evaluation.at_start=false",
         ])  # fmt: skip
     return teacher, start
-
-
-def make_untrained(folder: Path, vocab_size: int, shape: tuple[int, int, int]) -> None:
-    """A Llama of random weights with a byte-level BPE of the demo's prose."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-    if folder.is_dir():
-        return
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    texts = (json.loads(line)["text"] for line in (TEXT / "prose.jsonl").read_text().splitlines())
-    backend.train_from_iterator(texts, trainer)
-    width, inner, layers = shape
-    set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1,
-    ))  # fmt: skip
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-
-
-def run(folder: Path, arguments: list[str]) -> None:
-    """One run from its beginning; what an earlier slice left of it is taken away."""
-    shutil.rmtree(folder, ignore_errors=True)
-    learn([*arguments, f"run.id={folder.name}"])
-
-
-def export(run_folder: Path, folder: Path) -> None:
-    from student_trainer.cli.export import main as export_main
-
-    export_main([str(run_folder), "--format", "hf", "--out", str(folder), "--skip-check"])
 
 
 def common(scale: Scale, student: Path, rate: float) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_MARKED = re.compile(r"(<!-- table: [^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: ([^\n]*)-->\n).*?(<!-- end of table -->)", re.DOTALL)
 BENCH_DIR = Path(__file__).resolve().parent.parent / "runs" / "bench"
 
 
@@ -64,12 +64,19 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def publish(page: Path, body: str) -> None:
-    """Put `body` between the marks of a page of docs/. ValueError for a page without them."""
+def publish(page: Path, body: str, table: str = "") -> None:
+    """Put `body` between the marks of a page of docs/, of the one table whose mark begins with `table` where there are
+    several. ValueError for a page without them.
+    """
     text = page.read_text(encoding="utf-8")
-    if not _MARKED.search(text):
-        raise ValueError(f"{page} lacks the lines '<!-- table: ... -->' and '<!-- end of table -->'")
-    page.write_text(_MARKED.sub(lambda found: f"{found[1]}\n{body}\n\n{found[2]}", text), encoding="utf-8")
+    marked = [found for found in _MARKED.finditer(text) if found[2].startswith(table)]
+    if len(marked) != 1:
+        raise ValueError(
+            f"{page} has {len(marked)} times the lines '<!-- table: {table}... -->' and '<!-- end of table -->', "
+            "once was expected"
+        )
+    start, stop = marked[0].end(1), marked[0].start(3)
+    page.write_text(f"{text[:start]}\n{body}\n\n{text[stop:]}", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

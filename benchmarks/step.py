@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import fill, serve_teacher
 from benchmarks.report import report
+from benchmarks.served_teacher import fill, serve_teacher
 from demo.prepare import STUDENT, prepare
 
 ROOT = Path("runs/step")

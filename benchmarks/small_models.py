@@ -1,0 +1,85 @@
+"""Models that benchmarks make for themselves: a Llama of random weights with a tokenizer of the demo's text, what a run
+of the trainer makes of it, and models without some of their layers. Used by `quality` and `quantiser_quality`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from demo.prepare import TEXT
+
+
+def make_untrained(
+    folder: Path, vocab_size: int, shape: tuple[int, int, int], texts: Sequence[str] = ("prose",)
+) -> None:
+    """A Llama of random weights, of a width, of an MLP's, and of so many layers, with a byte-level BPE of the text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    if folder.is_dir():
+        return
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    lines = [line for name in texts for line in (TEXT / f"{name}.jsonl").read_text().splitlines()[:400]]
+    backend.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    width, inner, layers = shape
+    set_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1,
+    ))  # fmt: skip
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def keep_layers(model_folder: Path, keep: int, folder: Path, dtype: str) -> Path:
+    """The model with `keep` of its layers, spread evenly, the first and the last among them."""
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if folder.is_dir():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList(layers[i] for i in evenly(len(layers), keep))
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = keep
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder
+
+
+def evenly(number: int, keep: int) -> list[int]:
+    """`keep` of `range(number)`, spread evenly, the first and the last among them."""
+    return sorted({round(i * (number - 1) / (keep - 1)) for i in range(keep)})
+
+
+def learn(arguments: list[str]) -> None:
+    """One run, as `stillhouse-train` makes it, in this process: what it imports is imported once."""
+    from student_trainer import main as trainer
+
+    code = trainer.run([*arguments, "run.resume=never"])
+    if code:
+        raise SystemExit(f"stillhouse-train ended with code {code}: {arguments[-1]}")
+
+
+def run_afresh(folder: Path, arguments: list[str]) -> None:
+    """One run from its beginning; what an earlier slice left of it is taken away."""
+    shutil.rmtree(folder, ignore_errors=True)
+    learn([*arguments, f"run.id={folder.name}"])
+
+
+def export(run_folder: Path, folder: Path) -> None:
+    """The run's student as a Hugging Face checkpoint."""
+    from student_trainer.cli.export import main as export_main
+
+    export_main([str(run_folder), "--format", "hf", "--out", str(folder), "--skip-check"])
