@@ -225,7 +225,7 @@ def test_it_goes_on_where_it_was_stopped_and_starts_each_service_once(
     kept = {folder.parent.name for folder in tmp_path.glob("*/checkpoints")}
     assert kept == {"teacher", "stage2-4", "stage2-8"}, "only what another run begins with"
     typed("--again", "--runs", "2")
-    assert made[-2:] == ["teacher", "rate-full_precision-0.001"]
+    assert made[-2:] == ["teacher", "rate-full_precision-0.0003"]
 
 
 def test_a_longer_stage_2_begins_with_the_shorter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
