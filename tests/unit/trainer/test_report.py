@@ -111,3 +111,23 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
     assert read_lines(file) == []
     file.write_text('{"step": 1}\n{"step": 2, "text": "a\u2028b"}\n{"step": 3, "lo')
     assert [line["step"] for line in read_lines(file)] == [1, 2]
+
+
+def test_what_each_says_stands_under_its_name_where_runs_have_other_examples(tmp_path: Path) -> None:
+    """The teacher is silent on one example, and the runs were evaluated on others."""
+    for name, documents in (("plain", "ab"), ("taught", "bc")):
+        examples = [
+            {"document": key, "prompt": f"text {key}", "right": 0, "student": 1, "student_probability": 0.75,
+             "teacher": 0 if key == "c" else None, "teacher_probability": 0.9 if key == "c" else None}
+            for key in documents
+        ]  # fmt: skip
+        line = {"step": 2, "source": "prose", "words": [" no", " yes"], "student": [[0, 2], [0, 0]],
+                "teacher": [[1, 0], [0, 0]] if name == "taught" else None, "examples": examples}  # fmt: skip
+        (_write_run(tmp_path / name, 1.0) / "classes.jsonl").write_text(json.dumps(line) + "\n")
+    runs = [RunRecord.read(tmp_path / name) for name in ("plain", "taught")]
+    write_report(runs, tmp_path / "report.html", title="two")
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>teacher</th><th>plain</th><th>taught</th>" in page
+    rows = {key: page.split(f"<td>text {key}</td>")[1].split("</tr>")[0] for key in "abc"}
+    assert [row.count("yes 75 %") for row in rows.values()] == [1, 2, 1]
+    assert rows["a"].index("yes 75 %") < rows["a"].rindex("–") and rows["c"].index("no 90 %") < rows["c"].index("–")

@@ -35,7 +35,10 @@ def _picture(source: str, runs: Sequence[tuple[str, Lines]]) -> dict[str, Any]:
         matrices.append(_matrix(name, words, last["student"]))
         for example in last["examples"]:
             _say(examples, example, name, words)
-    return {"source": source, "words": list(words), "matrices": matrices, "examples": list(examples.values())}
+    who = [matrix["who"] for matrix in matrices]
+    return {
+        "source": source, "words": list(words), "matrices": matrices, "who": who, "examples": list(examples.values()),
+    }  # fmt: skip
 
 
 def _matrix(who: str, words: Sequence[str], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -57,16 +60,16 @@ def _say(examples: dict[str, dict[str, Any]], example: Mapping[str, Any], run: s
             "document": example["document"],
             "prompt": example["prompt"],
             "right": words[example["right"]].strip(),
-            "by": [],
+            "by": {},
         },
     )
-    if example["teacher"] is not None and not any(by["who"] == "teacher" for by in shown["by"]):
-        shown["by"].insert(0, _said("teacher", example, "teacher", words))
-    shown["by"].append(_said(run, example, "student", words))
+    if example["teacher"] is not None:
+        shown["by"].setdefault("teacher", _said(example, "teacher", words))
+    shown["by"][run] = _said(example, "student", words)
 
 
-def _said(who: str, example: Mapping[str, Any], whose: str, words: Sequence[str]) -> dict[str, Any]:
+def _said(example: Mapping[str, Any], whose: str, words: Sequence[str]) -> dict[str, Any]:
     return {
-        "who": who, "word": words[example[whose]].strip(),
+        "word": words[example[whose]].strip(),
         "probability": example[f"{whose}_probability"], "correct": example[whose] == example["right"],
     }  # fmt: skip
