@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from attention_service.settings import AttentionSettings
 from serving.engine import Job
+from serving.logs import stage
 from serving.scheduling.batches import Batches
-from serving.startup import stage
 from teacher_proto.attention import AttentionLimits, AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client.teacher_client import TeacherClient

@@ -23,7 +23,7 @@ def _serve(arguments: list[str]) -> int:
 
     settings = parse_settings(arguments)
     # Only now the imports that take their time: --help and a misspelt option are answered at once.
-    from attention_service.run import run
+    from attention_service.app import run
 
     return run(settings)
 

@@ -1,16 +1,23 @@
 """Structured logs on stderr, a line an event: JSON for machines, plain for people. Set up once by each main.
 
-Headers, keys, bodies and query strings are never passed to a logger.
+Headers, keys, bodies and query strings are never passed to a logger. What a service does until it is ready is said as
+it goes (`stage`): a line a stage with its seconds, and while one lasts, that it does.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import structlog
 
+log = structlog.get_logger("stillhouse.start")
+SAY_EVERY_S = 10.0
 LogFormat = Literal["json", "text"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -40,3 +47,25 @@ def set_up_logs(form: LogFormat, level: LogLevel) -> None:
         structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer,
     ]))  # fmt: skip
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+@contextmanager
+def stage(what: str, **facts: object) -> Iterator[None]:
+    """Around one stage of a start, in any thread. Its line comes at its end, and one every 10 s while it lasts."""
+    began, over = time.monotonic(), threading.Event()
+
+    def say_that_it_lasts() -> None:
+        while not over.wait(SAY_EVERY_S):
+            log.info("starting", still=what, seconds=round(time.monotonic() - began, 1), **facts)
+
+    threading.Thread(target=say_that_it_lasts, name="start-stage", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+    done(what, time.monotonic() - began, **facts)
+
+
+def done(what: str, seconds: float, **facts: object) -> None:
+    """The line of a stage that somebody else has timed."""
+    log.info("starting", done=what, seconds=round(seconds, 2), **facts)

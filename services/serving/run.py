@@ -17,12 +17,11 @@ from serving.http.keys import Keys
 from serving.http.reload import Watched
 from serving.http.server import bind
 from serving.http.tls import TlsFiles
-from serving.logs import set_up_logs
+from serving.logs import done, set_up_logs
 from serving.main import BEGAN
 from serving.process import Process, leave_at_once
 from serving.service import Service
 from serving.settings import ServiceSettings
-from serving.startup import done
 
 log = structlog.get_logger("stillhouse.run")
 ServiceT = TypeVar("ServiceT", bound=Service[Any, Any, Any, Any])

@@ -110,7 +110,7 @@ class ServedHead:
         return f"sha-256=:{base64.b64encode(self.sha256).decode()}:"
 
 
-class HeadShelf:
+class KeptHead:
     """The head of an engine, hashed when somebody first asks for it; those who ask meanwhile wait for that."""
 
     def __init__(self, engine: Engine):

@@ -18,7 +18,7 @@ from teacher_proto.requests import Query, TargetSpec, TargetsRequest
 from teacher_proto.targets import TokenTargets
 from teacher_service.engines.protocol import Engine
 from teacher_service.engines.scripted_model import WIDTH as SCRIPTED_WIDTH
-from teacher_service.head_file import HeadShelf, ServedHead
+from teacher_service.head_file import KeptHead, ServedHead
 from teacher_service.reading import check_sound
 from teacher_service.settings import TeacherSettings
 from teacher_service.text import JsonPieces, Text, Turns
@@ -41,7 +41,7 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
         self.hidden_width = _HIDDEN_WIDTH
         self._folder: ModelFolder | None = None
         self._canary: TargetsRequest | None = None
-        self._head = HeadShelf(engine)
+        self._head = KeptHead(engine)
         self._reading_text = asyncio.Lock()
         self.tokenising = Turns()
         self._text: tuple[Text, JsonPieces] | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from teacher_proto.store import verify as shelf_check
+from teacher_proto.store import verify
 from teacher_proto.store.target_store import TargetStore
 from teacher_proto.store.verify import UncheckedError, check
 from tests.chaos.test_store import WRITER, start, stored
@@ -53,9 +53,9 @@ def damaged_files(path: Path) -> list[Path]:
     return list(path.glob("*.damaged*"))
 
 
-@pytest.mark.parametrize("map_size", [shelf_check.READER_MAP, 0], ids=["roomy map", "map of the file's size"])
+@pytest.mark.parametrize("map_size", [verify.READER_MAP, 0], ids=["roomy map", "map of the file's size"])
 def test_a_store_may_grow_under_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, map_size: int) -> None:
-    monkeypatch.setattr(shelf_check, "READER_MAP", map_size)
+    monkeypatch.setattr(verify, "READER_MAP", map_size)
     with TargetStore(tmp_path, 2**20) as store:
         put(store, stored(0))
     with TargetStore(tmp_path, readonly=True) as reader:
@@ -90,7 +90,7 @@ def test_a_store_that_is_checked_while_somebody_writes_is_not_damaged(tmp_path: 
     assert writer.stdout is not None and writer.stdout.readline()
     try:
         # What `check` runs in a process of its own, without the start of an interpreter each time.
-        faults = [shelf_check._fault(tmp_path) for _ in range(times)]
+        faults = [verify._fault(tmp_path) for _ in range(times)]
         opener = start(OPENER, tmp_path, 4 * 2**20, max(2, times // 10))
         _, errors = opener.communicate(timeout=600)
         assert opener.returncode == 0, errors
@@ -127,7 +127,7 @@ def test_a_check_that_somebody_ends_says_nothing_of_the_file(
     dies = f"import os, signal; number = {int(number)}; number == 9 or signal.signal(number, signal.SIG_DFL)"
     ended = [sys.executable, "-c", f"{dies}; os.kill(os.getpid(), number)"]
     real = subprocess.run
-    monkeypatch.setattr(shelf_check.subprocess, "run", lambda command, **named: real(ended, **named))
+    monkeypatch.setattr(verify.subprocess, "run", lambda command, **named: real(ended, **named))
     with pytest.raises(UncheckedError, match="could not be found out"):
         TargetStore(tmp_path, LIMIT)
     # Nor does one that could not begin.

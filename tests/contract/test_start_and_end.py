@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving import startup
+from serving import logs
 from tests.models import save_tiny_llama
 from tests.teacher_process import AttentionProcess, ServiceProcess, TeacherProcess
 
@@ -89,14 +89,12 @@ def test_a_service_that_starts_obeys_at_once(tiny_llama: Path, after_s: float) -
 
 def test_a_stage_that_lasts_says_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, object]] = []
-    monkeypatch.setattr(
-        startup.log, "info", lambda event, **facts: said.append({"event": event, **facts}), raising=False
-    )
-    monkeypatch.setattr(startup, "SAY_EVERY_S", 0.02)
-    with startup.stage("weights loaded", gpu=1):
+    monkeypatch.setattr(logs.log, "info", lambda event, **facts: said.append({"event": event, **facts}), raising=False)
+    monkeypatch.setattr(logs, "SAY_EVERY_S", 0.02)
+    with logs.stage("weights loaded", gpu=1):
         while len(said) < 3:
             time.sleep(0.005)
     assert said[0]["still"] == "weights loaded" and said[0]["gpu"] == 1 and said[-1]["done"] == "weights loaded"
-    with pytest.raises(ValueError, match="no such model"), startup.stage("model found"):
+    with pytest.raises(ValueError, match="no such model"), logs.stage("model found"):
         raise ValueError("no such model")
     assert said[-1]["done"] == "weights loaded", "a stage that failed is not done"

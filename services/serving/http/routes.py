@@ -1,23 +1,27 @@
-"""The routes that every service has, and the application around them: probes, metrics, status, pages.
+"""The routes that every service has, and the application around them: probes, metrics, status, pages for people.
 
-Every route but the probes depends on `require_client`.
+Every route but the probes depends on `require_client`. The pages are single files without a build step, which need no
+network but this service.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from serving.http.bodies import BodyGuard, BodyLimits
 from serving.http.context import RequestContext
 from serving.http.error_table import install_error_table
 from serving.http.keys import require_client
 from serving.http.openapi import ASKING, METRICS_ANSWER, Health, errors
-from serving.http.pages import page
 from serving.http.requests import max_body
 from serving.metrics import MEDIA_TYPE
 from serving.service import Service
@@ -25,6 +29,7 @@ from serving.status import StatusBody
 
 Client = Annotated[str, Depends(require_client)]
 AnyService = Service[Any, Any, Any, Any]
+_PAGES = Path(__file__).parent / "pages"
 
 
 def keyed_router() -> APIRouter:
@@ -97,15 +102,39 @@ async def get_ready(service: TheService) -> Health:
 
 @common.get("/", include_in_schema=False)
 async def get_page() -> Response:
-    return page("status.html")
+    return _page("status.html")
 
 
 @common.get("/docs", include_in_schema=False)
 async def get_docs() -> Response:
-    return page("docs.html")
+    return _page("docs.html")
 
 
 @common.get("/openapi.json", include_in_schema=False)
 async def get_openapi(request: Request, service: TheService) -> JSONResponse:
     service.require_started()
     return JSONResponse(request.app.state.describe(request.app))
+
+
+@cache
+def _read_page(name: str) -> tuple[str, str]:
+    """A page and the policy that lets its own script and style run and nothing else."""
+    text = (_PAGES / name).read_text(encoding="utf-8")
+    sources = {
+        tag: " ".join(f"'sha256-{_digest(body)}'" for body in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+        for tag in ("script", "style")
+    }
+    policy = (
+        f"default-src 'none'; connect-src 'self'; img-src data:; script-src {sources['script']}; "
+        f"style-src {sources['style']}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _page(name: str) -> HTMLResponse:
+    text, policy = _read_page(name)
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.engine import Job
+from serving.logs import stage
 from serving.scheduling.batches import Batches
-from serving.startup import stage
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.model_files import find_model
 from teacher_proto.requests import KINDS, Kind, Limits, Query

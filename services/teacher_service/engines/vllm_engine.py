@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from serving.engine import Job
-from serving.startup import stage
+from serving.logs import stage
 from teacher_proto.compute.reduction import sample_key
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity

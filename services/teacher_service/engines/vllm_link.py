@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.startup import done
+from serving.logs import done
 from teacher_service.engines import vllm_process
 from teacher_service.engines.vllm_messages import receive, send
 
