@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -26,6 +26,14 @@ from teacher_proto.request_checks import (
 
 Kind = Literal["top_k", "score", "gather", "sampled", "hidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# The fields of a `TargetSpec` that each kind reads. What its answer holds is in `targets.TENSORS`.
+READS: dict[Kind, tuple[str, ...]] = {
+    "top_k": ("top_k", "temperatures"),
+    "score": (),
+    "gather": ("temperatures",),
+    "sampled": ("num_samples", "sample_temperature", "seed"),
+    "hidden": ("hidden_dtype",),
+}
 HiddenDtype = Literal["float16", "bfloat16", "int8"]
 
 
@@ -72,6 +80,13 @@ class TargetSpec:
     sample_temperature: float = 1.0
     seed: int = 0
     hidden_dtype: HiddenDtype | None = None
+
+    @classmethod
+    def of(cls, kinds: Collection[Kind], given: object) -> TargetSpec:
+        """These kinds, with what they read of the fields of `given`."""
+        asked = [kind for kind in KINDS if kind in kinds]
+        read = {name: getattr(given, name) for kind in asked for name in READS[kind]}
+        return cls(kinds=tuple(asked), **read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,17 +163,7 @@ class TargetsRequest(SequencesRequest):
 
     @property
     def spec(self) -> TargetSpec:
-        kinds = tuple(kind for kind in KINDS if kind in self.kinds)
-        sampled = "sampled" in kinds
-        return TargetSpec(
-            kinds=kinds,
-            top_k=self.top_k if "top_k" in kinds else 0,
-            temperatures=self.temperatures if {"top_k", "gather"} & set(kinds) else (),
-            num_samples=self.num_samples if sampled else 0,
-            sample_temperature=self.sample_temperature if sampled else 1.0,
-            seed=self.seed if sampled else 0,
-            hidden_dtype=self.hidden_dtype if "hidden" in kinds else None,
-        )
+        return TargetSpec.of(self.kinds, self)
 
     def query(self, index: int) -> Query:
         """What is asked about sequence `index`."""

@@ -100,19 +100,16 @@ def asked_entries(fingerprint: str, query: Query) -> list[Entry]:
 
 
 def _asked_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
-    spec, gathered = query.spec, ""
+    gathered = ""
     if kind == "gather":
         assert query.gather_ids_RG is not None, "kind gather comes with its ids"
         ids = np.ascontiguousarray(query.gather_ids_RG, dtype="<i8")
         gathered = hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
-    sampled = kind == "sampled"
+    spec = TargetSpec.of((kind,), query.spec)
     return Entry(
         fingerprint=fingerprint, tokens_T=query.tokens_T, kind=kind, start=query.rows[0], stop=query.rows[1],
-        top_k=spec.top_k if kind == "top_k" else 0,
-        temperatures=tuple(float(t) for t in spec.temperatures) if kind in ("top_k", "gather") else (),
-        num_samples=spec.num_samples if sampled else 0,
-        sample_temperature=spec.sample_temperature if sampled else 1.0, seed=spec.seed if sampled else 0,
-        hidden_dtype=spec.hidden_dtype if kind == "hidden" else None, gathered=gathered,
+        top_k=spec.top_k, temperatures=tuple(float(t) for t in spec.temperatures), num_samples=spec.num_samples,
+        sample_temperature=spec.sample_temperature, seed=spec.seed, hidden_dtype=spec.hidden_dtype, gathered=gathered,
     )  # fmt: skip
 
 
