@@ -18,7 +18,8 @@ from teacher_proto.attention import AttentionRequest
 from teacher_proto.client.attention_client import AttentionClient
 from teacher_proto.client.retry import RetryPolicy
 from teacher_proto.errors import TeacherUnavailableError, WrongTeacherError
-from teacher_proto.wire.attention import AttentionDecoder
+from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.attention import ATTENTION_FORMAT
 from teacher_proto.wire.records import MSGPACK, Progress
 from teacher_proto.wire.requests import encode_request
 from tests.chaos.crowd import until_admitted, until_gauge
@@ -61,7 +62,7 @@ async def post(http: httpx.AsyncClient, asked: AttentionRequest) -> httpx.Respon
 
 
 def is_whole(response: httpx.Response) -> bool:
-    decoder = AttentionDecoder()
+    decoder = AnswerDecoder(ATTENTION_FORMAT)
     messages = list(decoder.feed(response.content))
     decoder.close()
     return len(messages) == 3
@@ -108,7 +109,7 @@ async def test_a_client_that_asks_for_it_hears_of_its_progress(http: httpx.Async
     async def progress(seed: int) -> list[Progress]:
         headers = {"Content-Type": MSGPACK, "X-Progress": "1"}
         response = await http.post("/v1/attention", content=encode_request(slow(seed)), headers=headers)
-        decoder = AttentionDecoder()
+        decoder = AnswerDecoder(ATTENTION_FORMAT)
         messages = list(decoder.feed(response.content))
         decoder.close()
         return [message for message in messages if isinstance(message, Progress)]

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from serving.http.replies import JSON_WEIGHT
-from serving.scheduling.admission import VALUE_BYTES
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.wire.records import JSON, MSGPACK, encode_request
 from tests.chaos.crowd import lag_of
@@ -21,6 +20,8 @@ from tests.teacher_process import TeacherProcess
 
 MIB = 2**20
 VOCAB = 512
+# What a unit of cost stands for: an id with its logprob as the engine gives them, in memory, and on its way out.
+VALUE_BYTES = 16
 HIDDEN = 32  # what the scripted model has; the service takes it to have 4096, so that less is let in
 SPARE = 24 * MIB  # threads, allocator, what an engine computes with
 

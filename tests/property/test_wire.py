@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as npst
 from teacher_proto.errors import RequestError, WireError
 from teacher_proto.requests import KINDS, Limits, TargetsRequest, check_request, parse_request
 from teacher_proto.targets import TENSORS, TokenTargets, check_targets, id_dtype
-from teacher_proto.wire.as_json import decode_json_request, json_message
+from teacher_proto.wire.as_json import decode_json_request
 from teacher_proto.wire.reader import Budget, read_message
 from teacher_proto.wire.records import (
     ResponseDecoder,
@@ -30,7 +30,7 @@ from teacher_proto.wire.records import (
     encode_tensor,
 )
 from tests.unit.proto.fake_teacher import same_bits
-from tests.unit.proto.records import make_body, make_header, make_record
+from tests.unit.proto.records import json_message, make_body, make_header, make_record
 
 LIMITS = Limits(vocab_size=300, max_sequence_length=512)
 temperatures = st.floats(0.001, 1000.0)

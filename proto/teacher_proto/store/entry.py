@@ -28,7 +28,6 @@ from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 
 _HEAD = struct.Struct("<II")
 _BUDGET = Budget(containers=8, items=64)
-SEQUENCE_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,10 +36,6 @@ class StoreWriter:
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
-    @property
-    def pending_bytes(self) -> int:
-        return self._pending_bytes
-
     def add(self, fingerprint: str, query: Query, targets: TokenTargets) -> bool:
         """Have an answer written. False, and nothing done, if too much waits already."""
         size = targets.nbytes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.records import Failure, Header, Message, Progress, Targets
+from teacher_proto.wire.records import Header
 
 _CONTAINERS = 1024
 PIECE_VALUES = 4096
@@ -41,20 +40,6 @@ def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise WireError(f"the body is a JSON {type(fields).__name__}, an object was expected")
     return fields
-
-
-def json_message(message: Message) -> dict[str, Any]:
-    """A message of an answer as a JSON-ready map, with the keys that its msgpack form has."""
-    if isinstance(message, Header):
-        return {"type": "header", **header_fields(message)}
-    if isinstance(message, Targets):
-        fields = sequence_fields(message.index, message.targets)
-        return {"type": "targets"} | {n: json_values(v) if isinstance(v, np.ndarray) else v for n, v in fields.items()}
-    if isinstance(message, Failure):
-        return {"type": "error", "index": message.index, **message.error.to_json()}
-    if isinstance(message, Progress):
-        return {"type": "progress", **asdict(message)}
-    return {"type": "end", "num_sequences": message.num_sequences}
 
 
 def json_document(header: Header, answers: Mapping[int, TokenTargets | StillhouseError]) -> bytes:

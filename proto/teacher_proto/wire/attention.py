@@ -15,13 +15,8 @@ from teacher_proto.attention import ATTENTION_KINDS, AttentionKind
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets
 from teacher_proto.errors import StillhouseError, WireError
 from teacher_proto.wire.answers import (
-    MAX_MESSAGE_BYTES,
     VERSION,
-    AnswerDecoder,
     AnswerFormat,
-    End,
-    Failure,
-    Targets,
     integer,
     read_names,
     read_tensors,
@@ -44,9 +39,6 @@ class AttentionHeader:
     version: int = VERSION
 
 
-AttentionMessage = AttentionHeader | Targets[AttentionTargets] | Failure | End
-
-
 def encode_attention_header(header: AttentionHeader) -> bytes:
     return msgpack.packb({"type": "header", **asdict(header)})
 
@@ -55,13 +47,6 @@ def encode_attention(index: int, targets: AttentionTargets) -> bytes:
     """An `attention` message; its checksum is CRC-32 over the tensors' data in the order of ATTENTION_TENSORS."""
     tensors = {name: encode_tensor(array) for name, array in targets.tensors().items()}
     return msgpack.packb(record_message("attention", index, {}, tensors))
-
-
-class AttentionDecoder(AnswerDecoder[AttentionHeader, AttentionTargets]):
-    """An `AnswerDecoder` of `POST /v1/attention`; tensors are views of the body."""
-
-    def __init__(self, max_message_bytes: int = MAX_MESSAGE_BYTES):
-        super().__init__(ATTENTION_FORMAT, max_message_bytes)
 
 
 def attention_document(header: AttentionHeader, answers: Mapping[int, AttentionTargets | StillhouseError]) -> bytes:

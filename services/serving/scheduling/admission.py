@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from serving.scheduling.rate import Rate
 from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError, StillhouseError
 
-# What a unit of cost stands for: an id with its logprob as the engine gives them, in memory, and on its way out.
-VALUE_BYTES = 16
 # A client counts among those who share for so long after it last asked.
 _ACTIVE_S = 5.0
 # What nobody is told about waits for so long, and only if it is so large a part of the capacity that small requests

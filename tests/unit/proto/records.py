@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from teacher_proto.requests import KINDS, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.records import Header, encode_end, encode_header, encode_targets
+from teacher_proto.wire.as_json import header_fields, json_values, sequence_fields
+from teacher_proto.wire.records import (
+    Failure,
+    Header,
+    Message,
+    Progress,
+    Targets,
+    encode_end,
+    encode_header,
+    encode_targets,
+)
 from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 FINGERPRINT = "5e1f.c0de"
@@ -43,3 +54,17 @@ def make_body(request: TargetsRequest, vocab_size: int = 300) -> bytes:
     parts = [encode_header(make_header(request, vocab_size))]
     parts += [encode_targets(i, make_record(request, i, vocab_size), vocab_size) for i in range(len(request.sequences))]
     return b"".join([*parts, encode_end(len(request.sequences))])
+
+
+def json_message(message: Message) -> dict[str, Any]:
+    """A message of an answer as a JSON-ready map, with the keys that its msgpack form has."""
+    if isinstance(message, Header):
+        return {"type": "header", **header_fields(message)}
+    if isinstance(message, Targets):
+        fields = sequence_fields(message.index, message.targets)
+        return {"type": "targets"} | {n: json_values(v) if isinstance(v, np.ndarray) else v for n, v in fields.items()}
+    if isinstance(message, Failure):
+        return {"type": "error", "index": message.index, **message.error.to_json()}
+    if isinstance(message, Progress):
+        return {"type": "progress", **asdict(message)}
+    return {"type": "end", "num_sequences": message.num_sequences}

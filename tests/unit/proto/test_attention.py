@@ -35,7 +35,8 @@ from teacher_proto.errors import (
     WrongTeacherError,
 )
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.attention import AttentionDecoder, AttentionHeader, encode_attention, encode_attention_header
+from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.attention import ATTENTION_FORMAT, AttentionHeader, encode_attention, encode_attention_header
 from teacher_proto.wire.requests import decode_request, encode_request
 from tests.unit.proto.attention_records import LIMITS, SHAPE, make_body, make_info, make_record
 from tests.unit.proto.fake_teacher import FakeClock, Replica, identity, network, sequences
@@ -56,7 +57,7 @@ each_request = pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUES
 
 
 def decode(body: bytes, piece: int = 1 << 20) -> list[Any]:
-    decoder = AttentionDecoder()
+    decoder = AnswerDecoder(ATTENTION_FORMAT)
     messages = [m for at in range(0, len(body), piece) for m in decoder.feed(body[at : at + piece])]
     decoder.close()
     return messages
@@ -110,7 +111,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed(request_: AttentionRequest) 
         flipped = bytearray(record)
         flipped[at] ^= 1
         with pytest.raises(ChecksumError):
-            list(AttentionDecoder().feed(header + bytes(flipped)))
+            list(AnswerDecoder(ATTENTION_FORMAT).feed(header + bytes(flipped)))
 
 
 @pytest.mark.parametrize("name", REQUESTS)

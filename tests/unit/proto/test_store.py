@@ -321,7 +321,7 @@ def test_writer_batches_and_closes_when_all_is_written(store: TargetStore) -> No
     for number in range(30):
         assert writer.add(FINGERPRINT, ask(seed=number), truth(ask(seed=number)))
     writer.flush()
-    assert store.stats().entries == 30 and writer.pending_bytes == 0
+    assert store.stats().entries == 30 and writer._pending_bytes == 0
     writer.add(FINGERPRINT, ask(seed=99), truth(ask(seed=99)))
     writer.close()
     check(store, ask(seed=99))

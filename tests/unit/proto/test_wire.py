@@ -24,10 +24,9 @@ from teacher_proto.errors import (
 from teacher_proto.requests import Limits, TargetsRequest, parse_request
 from teacher_proto.targets import TENSORS, check_targets
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.as_json import json_message
 from teacher_proto.wire.records import End, Failure, Header, Message, Progress, ResponseDecoder, Targets
 from tests.unit.proto.fake_teacher import same_bits
-from tests.unit.proto.records import all_kinds, make_body, make_header, make_record, make_request
+from tests.unit.proto.records import all_kinds, json_message, make_body, make_header, make_record, make_request
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "wire_v1"
 SPECIFICATION = Path(wire.__file__).parents[1] / "WIRE.md"

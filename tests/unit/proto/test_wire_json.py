@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from teacher_proto.errors import EngineError, TruncatedError
-from teacher_proto.wire.as_json import json_document, json_message, json_values
+from teacher_proto.wire.as_json import json_document, json_values
 from teacher_proto.wire.records import End, Failure, Targets
-from tests.unit.proto.records import all_kinds, make_header, make_record, make_request
+from tests.unit.proto.records import all_kinds, json_message, make_header, make_record, make_request
 
 
 def test_document_holds_every_tensor_in_the_order_asked() -> None:
