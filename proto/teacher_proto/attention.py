@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -122,12 +123,14 @@ class AttentionRequest(SequencesRequest):
 
     layer: StrictInt | StrictFloat | StrictStr = "late_middle"
     kind: AttentionKind = "states"
-    dtype: AttentionDtype = "float16"
-    form: Literal["official", "paper", "minilm"] = "official"
-    relation_heads: StrictInt = 32
-    causal: StrictBool | None = None
-    block_size: StrictInt | None = None
-    rows: tuple[Positions, ...] | None = None
+    dtype: AttentionDtype = Field("float16", description="int8: of states")
+    form: Literal["official", "paper", "minilm"] = Field("official", description="kind relations")
+    relation_heads: StrictInt = Field(32, description="kind relations")
+    causal: StrictBool | None = Field(None, description="kind relations: mask what comes after")
+    block_size: StrictInt | None = Field(None, description="kind maps: only within blocks")
+    rows: tuple[Positions, ...] | None = Field(
+        None, description="kinds relations and maps: ascending positions for each sequence; all if absent"
+    )
 
     @property
     def relation_form(self) -> RelationForm:

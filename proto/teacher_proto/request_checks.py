@@ -52,15 +52,15 @@ class SequenceLimits(BaseModel):
 
 
 class SequencesRequest(BaseModel):
-    """Token ids, each [T], and the `fingerprint` of the teacher that must answer, anyone where absent."""
+    """Token ids, each [T], and who must answer; a service's own request adds what is asked of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     # Fields with an item for each sequence, and those of them whose items are arrays of numbers.
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences",)
     tensor_fields: ClassVar[tuple[str, ...]] = ("sequences",)
 
-    sequences: tuple[Sequence, ...]
-    fingerprint: str | None = None
+    sequences: tuple[Sequence, ...] = Field(description="token ids of each sequence")
+    fingerprint: str | None = Field(None, description="the teacher that must answer; anyone if absent")
 
     @property
     def num_tokens(self) -> int:

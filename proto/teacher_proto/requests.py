@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
-from pydantic import BeforeValidator, StrictInt
+from pydantic import BeforeValidator, Field, StrictInt
 
 from teacher_proto.request_checks import (
     SequenceLimits,
@@ -122,22 +122,21 @@ class Query:
 
 
 class TargetsRequest(SequencesRequest):
-    """The body of `POST /v1/targets`.
-
-    `sequences`: token ids, each [T]. `rows`: a [start, stop) a sequence, all rows where absent.
-    `gather_ids`: for kind `gather`, an id matrix [R, G] a sequence. `num_samples`, `sample_temperature`, `seed`:
-    for kind `sampled`. `fingerprint`: the teacher that must answer, anyone where absent.
-    """
+    """The body of `POST /v1/targets`: sequences [T], `gather_ids` [R, G] a sequence; READS says what a kind reads."""
 
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences", "rows", "gather_ids")
     tensor_fields: ClassVar[tuple[str, ...]] = ("sequences", "gather_ids")
 
     kinds: tuple[Kind, ...] = ("top_k",)
-    top_k: StrictInt = 64
-    temperatures: tuple[Number, ...] = ()
-    rows: tuple[tuple[StrictInt, StrictInt], ...] | None = None
-    gather_ids: tuple[GatherIds, ...] | None = None
-    num_samples: StrictInt = 50
+    top_k: StrictInt = Field(64, description="kind top_k: from 1 to the vocabulary")
+    temperatures: tuple[Number, ...] = Field((), description="temperatures to be exact at; 1 always is")
+    rows: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(
+        None, description="a [start, stop) for each sequence; all rows if absent"
+    )
+    gather_ids: tuple[GatherIds, ...] | None = Field(
+        None, description="kind gather: the ids to score, a row of them for each row asked, for each sequence"
+    )
+    num_samples: StrictInt = Field(50, description="kind sampled: draws a row, 1 or more")
     sample_temperature: Number = 1.0
     seed: StrictInt = 0
     hidden_dtype: HiddenDtype = "float16"

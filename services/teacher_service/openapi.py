@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from serving.http.openapi import TENSOR, describe_app, list_of, whole
-from teacher_proto.requests import Kind, Limits
+from serving.http.openapi import describe_app, items_of, list_of, records_answer, request_body, whole, within
+from teacher_proto.requests import Kind, Limits, TargetsRequest
 from teacher_proto.targets import TENSORS
 from teacher_proto.wire import records as wire
 from teacher_service.compat import completion_fields, sglang_fields, token_fields
@@ -22,62 +22,7 @@ the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every an
 may bring its own."""
 
 
-def _request(limits: Limits, kinds: tuple[Kind, ...], *, packed: bool) -> dict[str, Any]:
-    """The body of `POST /v1/targets` with the limits of this very teacher."""
-    ids = list_of(whole(0, limits.vocab_size - 1), 1, limits.max_sequence_length)
-    many = limits.max_sequences
-    temperature = {"type": "number", "minimum": 0.001, "maximum": 1000}
-    gathered = list_of(list_of(whole(0, limits.vocab_size - 1), 1, limits.max_gather), 1, limits.max_sequence_length)
-    sequence = {"anyOf": [ids, TENSOR]} if packed else ids
-    fields = {
-        "sequences": list_of(sequence, 1, many, description="token ids of each sequence"),
-        "kinds": list_of({"enum": list(kinds)}, 1, len(kinds), uniqueItems=True, default=["top_k"]),
-        "top_k": whole(0, limits.max_top_k, default=64, description="kind top_k: from 1 to the vocabulary"),
-        "temperatures": list_of(
-            temperature, 0, limits.max_temperatures, default=[], description="temperatures to be exact at; 1 always is"
-        ),
-        "fingerprint": {"type": ["string", "null"], "description": "the teacher that must answer"},
-        "rows": list_of(
-            list_of(whole(0, limits.max_sequence_length), 2, 2), 1, many, type=["array", "null"],
-            description="a [start, stop) for each sequence; all rows if absent",
-        ),
-        "gather_ids": list_of(
-            {"anyOf": [gathered, TENSOR]} if packed else gathered, 1, many, type=["array", "null"],
-            description="kind gather: the ids to score, a row of them for each row asked, for each sequence",
-        ),
-        "num_samples": whole(0, limits.max_samples, default=50, description="kind sampled: draws a row, 1 or more"),
-        "sample_temperature": temperature | {"default": 1.0},
-        "seed": whole(0, 2**63 - 1, default=0),
-        "hidden_dtype": {"enum": ["float16", "bfloat16", "int8"], "default": "float16"},
-    }  # fmt: skip
-    return {"type": "object", "properties": fields, "required": ["sequences"], "additionalProperties": False}
-
-
-_NUMBERS = {"type": "array", "items": {}}
-_SEQUENCE = {
-    "type": "object",
-    "properties": {"index": {"type": "integer"}, "start": {"type": "integer"}, "error": {"type": "object"}}
-    | dict.fromkeys(TENSORS, _NUMBERS),
-    "required": ["index"],
-    "additionalProperties": False,
-}
-_ANSWER = {
-    "type": "object",
-    "properties": {
-        "version": {"const": wire.VERSION}, "request_id": {"type": "string"}, "fingerprint": {"type": "string"},
-        "num_sequences": {"type": "integer"}, "vocab_size": {"type": "integer"}, "top_k": {"type": "integer"},
-        "temperatures": {"type": "array", "items": {"type": "number"}},
-        "sequences": {"type": "array", "items": _SEQUENCE},
-    },
-    "required": ["version", "request_id", "fingerprint", "num_sequences", "vocab_size", "top_k", "temperatures",
-                 "sequences"],
-    "additionalProperties": False,
-}  # fmt: skip
-
-TARGETS_ANSWER: dict[str, Any] = {
-    "description": "msgpack: messages header, targets or error for each sequence in any order, end. JSON: one document",
-    "content": {wire.JSON: {"schema": _ANSWER}, wire.MSGPACK: {"schema": {"type": "string", "format": "binary"}}},
-}
+TARGETS_ANSWER = records_answer("targets", wire.Header, TENSORS, {"start": {"type": "integer"}})
 COMPLETIONS_ANSWER: dict[str, Any] = {
     "description": "vLLM's completion: `choices` with `prompt_logprobs` and `logprobs`",
     "content": {
@@ -135,11 +80,26 @@ def describe(app: FastAPI, limits: Limits, kinds: tuple[Kind, ...]) -> dict[str,
 
 
 def _targets_body(limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
-    example = {"sequences": [[1, 2, 3]], "top_k": 2, "temperatures": [2.0]}
-    return {
-        wire.JSON: {"schema": _request(limits, kinds, packed=False), "example": example},
-        wire.MSGPACK: {"schema": _request(limits, kinds, packed=True)},
+    """The body of `POST /v1/targets` with the limits of this very teacher."""
+    longest, many = limits.max_sequence_length, items_of(1, limits.max_sequences)
+    token, temperature = whole(0, limits.vocab_size - 1), within(0.001, 1000)
+    bounds = {
+        "sequences": many,
+        "kinds": items_of(1, len(kinds), items={"enum": list(kinds)}, uniqueItems=True),
+        "top_k": within(0, limits.max_top_k),
+        "temperatures": items_of(0, limits.max_temperatures, items={"type": "number"} | temperature),
+        "rows": many | {"items": list_of(whole(0, longest), 2, 2)},
+        "gather_ids": many,
+        "num_samples": within(0, limits.max_samples),
+        "sample_temperature": temperature,
+        "seed": within(0, 2**63 - 1),
     }
+    arrays = {
+        "sequences": list_of(token, 1, longest),
+        "gather_ids": list_of(list_of(token, 1, limits.max_gather), 1, longest),
+    }
+    example = {"sequences": [[1, 2, 3]], "top_k": 2, "temperatures": [2.0]}
+    return request_body(TargetsRequest, bounds, arrays, example)
 
 
 def _completions_body() -> dict[str, Any]:

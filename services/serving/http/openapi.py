@@ -1,13 +1,18 @@
-"""What routes say of themselves in OpenAPI: the error body, the errors a route can give, and who may ask."""
+"""What routes say of themselves in OpenAPI: errors, bodies and answers out of their models, and who may ask.
+
+Each service's `openapi.py` adds its bounds and examples.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
+from teacher_proto.request_checks import SequencesRequest
 from teacher_proto.wire import records as wire
 
 _MEANING = {
@@ -63,12 +68,64 @@ TENSOR = {
 }
 
 
-def whole(low: int, high: int, **more: Any) -> dict[str, Any]:
-    return {"type": "integer", "minimum": low, "maximum": high} | more
+def within(low: float, high: float) -> dict[str, Any]:
+    return {"minimum": low, "maximum": high}
 
 
-def list_of(items: dict[str, Any], low: int, high: int, **more: Any) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": low, "maxItems": high} | more
+def whole(low: int, high: int) -> dict[str, Any]:
+    return {"type": "integer"} | within(low, high)
+
+
+def items_of(low: int, high: int, **more: Any) -> dict[str, Any]:
+    return {"minItems": low, "maxItems": high} | more
+
+
+def list_of(items: dict[str, Any], low: int, high: int) -> dict[str, Any]:
+    return {"type": "array", "items": items} | items_of(low, high)
+
+
+def request_body(
+    kind: type[SequencesRequest], bounds: Mapping[str, dict[str, Any]], arrays: Mapping[str, dict[str, Any]],
+    example: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The content of a POST as JSON and as msgpack: the model's fields, within the `bounds` of this very service.
+    `arrays`: what an item of each field of arrays is; msgpack has tensors for them too."""
+
+    def schema(packed: bool) -> dict[str, Any]:
+        model = kind.model_json_schema()
+        fields = {name: _one_type(field) | bounds.get(name, {}) for name, field in model["properties"].items()}
+        for name, item in arrays.items():
+            fields[name]["items"] = {"anyOf": [item, TENSOR]} if packed else item
+        return {name: model[name] for name in ("type", "required", "additionalProperties")} | {"properties": fields}
+
+    return {
+        wire.JSON: {"schema": schema(packed=False), "example": example},
+        wire.MSGPACK: {"schema": schema(packed=True)},
+    }
+
+
+def _one_type(field: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema, with `null` among its types where pydantic says that it is either of two schemas."""
+    if field.get("anyOf", [])[1:] != [{"type": "null"}]:
+        return field
+    only = field["anyOf"][0]
+    return {name: value for name, value in field.items() if name != "anyOf"} | only | {"type": [only["type"], "null"]}
+
+
+def records_answer(
+    what: str, header: type, tensors: Iterable[str], sequence: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """An answer of records, `what` they are called: the fields of `header`, and what each sequence has beside them."""
+    numbers = {name: {"type": "array", "items": {}} for name in tensors}
+    each = {"index": {"type": "integer"}, "error": {"type": "object"}, **sequence, **numbers}
+    one = {"type": "object", "properties": each, "required": ["index"], "additionalProperties": False}
+    fields = TypeAdapter(header).json_schema()["properties"] | {"version": {"const": wire.VERSION}}
+    fields["sequences"] = {"type": "array", "items": one}
+    document = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return {
+        "description": f"msgpack: header, {what} or error for each sequence in any order, end. JSON: one document",
+        "content": {wire.JSON: {"schema": document}, wire.MSGPACK: {"schema": {"type": "string", "format": "binary"}}},
+    }
 
 
 METRICS_ANSWER: dict[str, Any] = {
