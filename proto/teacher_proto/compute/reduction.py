@@ -141,6 +141,7 @@ def _reduce_in_one_pass(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -
     }  # fmt: skip
     if rows.gather_ids_NG is not None:
         gathered_NG = logits_NV.gather(1, rows.gather_ids_NG).float()
+        # (z - m) - log S(1), not z - lse: lse may be too large a number for fp32 to hold the difference.
         columns["gather_logprobs"] = _half(gathered_NG - found.best_N[:, None] - found.log_sum_N[:, None])
     if spec.num_samples:
         step = max(1, FLOAT_BYTES_ACCELERATOR // (4 * logits_NV.shape[1]))
@@ -176,10 +177,13 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
     vocab_size = workspace.vocab_size
     z_NW, scratch_NW = workspace.logits[: len(logits_NV)], workspace.scratch[: len(logits_NV)]
     z_NW[:, :vocab_size].copy_(logits_NV)
+    # What fills the last block up adds exp(-inf) = 0 to every sum, and is the largest of nothing.
     z_NW[:, vocab_size:] = -math.inf
     maxima_Nb = z_NW.view(len(z_NW), -1, BLOCK).amax(dim=-1)
     best_N1 = maxima_Nb.amax(dim=-1, keepdim=True)
+    # z - m: at most 0, so that no exp overflows, and the largest term of every sum is 1.
     distance_NW = z_NW.sub_(best_N1)
+    # What reads single distances comes first: `_log_sums` writes over them.
     next_N1 = None if rows.next_ids_N is None else distance_NW.gather(1, rows.next_ids_N[:, None].clamp(min=0))
     gathered_NG = None if rows.gather_ids_NG is None else distance_NW.gather(1, rows.gather_ids_NG)
     drawn = {"sampled_ids": draw(distance_NW[:, :vocab_size], rows, spec)} if spec.num_samples else {}
@@ -190,6 +194,7 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
         columns["next_logprob"] = (next_N1 - log_sum_N1)[:, 0]
     if gathered_NG is not None:
         columns["gather_logprobs"] = _half(gathered_NG - log_sum_N1)
+    # log_z(T) = log S(T) - log S(1) / T: the largest logit cancels out.
     columns["log_z"] = log_sum_N1.new_empty((len(log_sum_N1), len(spec.temperatures)))
     for i, temperature in enumerate(spec.temperatures):
         columns["log_z"][:, i] = (log_sums[temperature] - log_sum_N1 / temperature)[:, 0]
@@ -241,10 +246,18 @@ def draw(distance_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -> torch.Tenso
     import torch
 
     assert rows.sample_keys_N is not None and rows.positions_N is not None
+    # Sums of up to 150,000 terms, the smallest of which fp32 would lose; they are not divided by the last of them, but
+    # the noise is multiplied by it, which is N x draws and not N x V operations.
     cumulative_NV = (distance_NV * (1.0 / spec.sample_temperature)).exp().cumsum(dim=-1, dtype=torch.float64)
     uniform_NM = uniform_noise(rows.sample_keys_N, rows.positions_N, spec.num_samples)
+    # The first id whose sum is above: with `right`, none that adds nothing to its sum.
     ids_NM = torch.searchsorted(cumulative_NV, uniform_NM * cumulative_NV[:, -1:], right=True)
+    # NaN in a row sorts beyond its end.
     return ids_NM.clamp(max=distance_NV.shape[1] - 1).sort(dim=-1).values
+
+
+# 2**64 over the golden ratio, 0x9e3779b97f4a7c15, as int64: the step from one state of splitmix64 to the next.
+_GAMMA = -7046029254386353131
 
 
 def uniform_noise(keys_N: torch.Tensor, positions_N: torch.Tensor, count: int) -> torch.Tensor:
@@ -252,19 +265,23 @@ def uniform_noise(keys_N: torch.Tensor, positions_N: torch.Tensor, count: int) -
     import torch
 
     number_M = torch.arange(1, count + 1, device=keys_N.device, dtype=torch.int64)
-    state_N = _splitmix(keys_N + positions_N * -7046029254386353131)
-    bits_NM = _splitmix(state_N[:, None] + number_M * -7046029254386353131)
+    # A generator for each position, seeded by key and position, and the numbers of its sequence.
+    state_N = _splitmix(keys_N + positions_N * _GAMMA)
+    bits_NM = _splitmix(state_N[:, None] + number_M * _GAMMA)
+    # The upper 53 bits: as many as float64 has.
     return _shift_right(bits_NM, 11).to(torch.float64) * 2.0**-53
 
 
 def _splitmix(x: torch.Tensor) -> torch.Tensor:
-    # Steele, Lea and Flood (2014), finaliser of SplittableRandom; int64 wraps as uint64 does.
+    # Steele, Lea and Flood (2014), finaliser of SplittableRandom; int64 wraps as uint64 does. Its factors are
+    # 0xbf58476d1ce4e5b9 and 0x94d049bb133111eb.
     x = (x ^ _shift_right(x, 30)) * -4658895280553007687
     x = (x ^ _shift_right(x, 27)) * -7723592293110705685
     return x ^ _shift_right(x, 31)
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    # int64's shift fills up with the sign, uint64's with zeros.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -278,6 +295,7 @@ def pack_hidden(hidden_ND: torch.Tensor, dtype: HiddenDtype) -> dict[str, Any]:
     if dtype == "bfloat16":
         return {"hidden": hidden_ND.bfloat16()}
     wide_ND = hidden_ND.float()
+    # A row of zeros has the scale 0, and is divided by the smallest number that is not.
     scale_N = wide_ND.abs().amax(dim=-1) / 127
     steps_ND = (wide_ND / scale_N.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
     return {"hidden": steps_ND.clamp(-127, 127).to(torch.int8), "hidden_scale": scale_N}
@@ -294,6 +312,7 @@ def _write(packed_NB: torch.Tensor, columns: dict[str, Any], layout: RowLayout) 
         column = columns[name].contiguous()
         if name in ("ids", "sampled_ids"):
             width = 2 if id_dtype(layout.vocab_size) == "<u2" else 3
+            # The low bytes come first: the first two or three of int32 are the id.
             bytes_NM4 = column.to(torch.int32).view(torch.uint8).reshape(*column.shape, 4)
             column = bytes_NM4[..., :width].contiguous()
         as_bytes = column.reshape(len(column), -1).view(torch.uint8)

@@ -23,6 +23,7 @@ def stream(
     # Neighbouring programs read neighbouring memory. 64 bits: a chunk may have more than 2**31 logits.
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, WIDTH)
+    # log2(e) / T a lane: exp(x / T) is exp2(x * log2(e) / T), and a GPU has exp2 as an instruction.
     per_lane = tl.load(coefficients + lane)
     in_tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     best = tl.full([], float("-inf"), tl.float32)
@@ -71,14 +72,17 @@ def combine(
         sums_NSL + (row * segments + segment[:, None]) * WIDTH + lane[None, :], mask=there[:, None], other=0.0
     )
     best = tl.max(of_segments, axis=0)
-    # A row of nothing but -inf becomes NaN here, as it does in `reduction`.
+    # A segment's sums are relative to its own largest logit m_s: times exp((m_s - m) / T) they are so to the row's m. A
+    # row of nothing but -inf becomes NaN here, as it does in `reduction`.
     moved = tl.exp2((of_segments - best)[:, None] * tl.load(coefficients + lane)[None, :])
     total = tl.sum(sums * moved, axis=0)
     log_sums = tl.log(tl.where(total == 0.0, 1.0, total))  # 0 in lanes that nobody asked for alone
+    # Lane 0 is T = 1: a sum with zeros takes one number out of a vector.
     log_sum = tl.sum(tl.where(lane == 0, log_sums, 0.0), axis=0)
     place = tl.load(places + lane)
     temperature = tl.load(temperatures + lane)
-    # A GPU's division is off by up to 2 of a number's last places, and log_z at T = 1 is 0.
+    # log_z(T) = log S(T) - log S(1) / T, which is 0 at T = 1: a GPU's division is off by up to 2 of a number's last
+    # places.
     log_z = log_sums - tl.where(temperature == 1.0, log_sum, log_sum / temperature)
     tl.store(log_z_NT + row * columns + place, log_z, mask=place >= 0)
     tl.store(best_N + row, best)
@@ -86,9 +90,11 @@ def combine(
     tl.store(lse_N + row, best + log_sum)
     if NEXT:
         at = tl.maximum(tl.load(next_ids + row), 0)
+        # z - m - log S(1), in this order: lse may be too large a number to hold the difference.
         next_logit = tl.load(logits + row * row_stride + at).to(tl.float32)
         tl.store(next_logprob_N + row, next_logit - best - log_sum)
     if CHOOSE:
+        # The blocks whose maxima are above the count-th largest, and of those equal to it the first `left`.
         every = tl.arange(0, BLOCKS_UP)
         kth, left = _kth_largest(_keys_of(maxima_Nb + row * blocks + every, every < blocks), count)
         kept_before, equal_before = 0, 0
@@ -109,6 +115,7 @@ def pick(
     row = tl.program_id(0).to(tl.int64)
     first_logit, first_block = logits + row * row_stride, chosen_NC + row * count
     every, there = _candidates(first_block, tl.arange(0, CANDIDATES), count, vocab_size, COLUMNS)
+    # First the k-th largest of all candidates, then, in pieces, those above it and the first `left` equal to it.
     kth, left = _kth_largest(_keys_of(first_logit + every, there), k)
     kept_before, equal_before = 0, 0
     for start in range(0, CANDIDATES, PIECE):

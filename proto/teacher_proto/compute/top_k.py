@@ -25,9 +25,11 @@ def top_k(x_NV: torch.Tensor, k: int, maxima_Nb: torch.Tensor) -> tuple[torch.Te
     if width % BLOCK:
         x_NV = torch.nn.functional.pad(x_NV, (0, BLOCK - width % BLOCK), value=-torch.inf)
     chosen_NK = _narrowed(maxima_Nb, k, in_order=False)[1]
+    # Row n's first block is number n * blocks of all rows' blocks, one after the other.
     first_N1 = torch.arange(n, device=x_NV.device)[:, None] * maxima_Nb.shape[1]
     blocks_MB = x_NV.reshape(-1, BLOCK).index_select(0, (chosen_NK + first_N1).flatten())
     values_NK, at_NK = _narrowed(blocks_MB.view(n, -1).float(), k)
+    # A place among the chosen blocks is one in the row; what fills the last block up was read as its last column.
     places_NK = chosen_NK.gather(1, at_NK // BLOCK) * BLOCK + at_NK % BLOCK
     return values_NK, places_NK.clamp(max=width - 1)
 
@@ -46,6 +48,7 @@ def _narrowed(x_NC: torch.Tensor, k: int, in_order: bool = True) -> tuple[torch.
     whole = groups * block
     maxima_Ng = x_NC[:, :whole].reshape(n, block, groups).amax(dim=1)
     chosen_NK = _narrowed(maxima_Ng, k, in_order=False)[1]
+    # Group g is columns g, g + groups, g + 2 groups, ...; what is left over after whole groups is searched as it is.
     steps_b = torch.arange(0, whole, groups, device=x_NC.device)
     left_N = torch.arange(whole, width, device=x_NC.device).expand(n, -1)
     places_NC = torch.cat([(chosen_NK[:, None] + steps_b[:, None]).view(n, -1), left_N], dim=1)
