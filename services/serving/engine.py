@@ -1,6 +1,6 @@
 """What an engine is to the parts of a service that both have: something that starts, answers jobs, lives and dies.
 
-A `Job` is a query on its way through a service. Made by the services' `requests.py`.
+A `Job` is a query on its way through a service. Made by each service's `app.py`.
 """
 
 from __future__ import annotations

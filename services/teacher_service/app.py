@@ -1,11 +1,12 @@
 """The routes of the teacher service beside the common ones. `create_app(service)` is a whole ASGI application.
 
-Every route but the probes depends on `require_client`. What a route needs beyond its HTTP is in `requests.py`,
-`compat`, `service.py` and `serving`.
+Every route but the probes depends on `require_client`. What a route needs beyond its HTTP is in `compat`, `service.py`
+and `serving`. Everything wrong with a request is a RequestError with the field at fault.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -13,15 +14,19 @@ from fastapi.responses import Response
 
 from serving.http import replies
 from serving.http.openapi import ASKING, POSTING, errors
-from serving.http.requests import progress_interval, read_json
+from serving.http.replies import JSON_WEIGHT, Reply, check_json_size
+from serving.http.requests import check_fingerprint, progress_interval, read_fields, read_json
 from serving.http.routes import Client, keyed_router, make_app
 from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
+from teacher_proto.requests import Query, TargetsRequest, check_request, parse_request
+from teacher_proto.targets import TokenTargets
+from teacher_proto.wire import records as wire
+from teacher_proto.wire.as_json import json_document
 from teacher_service import openapi
 from teacher_service.compat import completions, sglang_generate, token_generate
 from teacher_service.compat.requests import retried_by_clients
 from teacher_service.head_reply import send_head
-from teacher_service.requests import read_targets
 from teacher_service.service import TeacherService
 
 router = keyed_router()
@@ -48,7 +53,7 @@ Service = Annotated[TeacherService, Depends(service_of)]
 async def post_targets(request: Request, client: Client, service: Service) -> Response:
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
-    reply = await read_targets(request, client, service)
+    reply = await _read_targets(request, client, service)
     every_s = progress_interval(request)
 
     async def work(outlet: Outlet) -> None:
@@ -144,3 +149,29 @@ async def get_models(service: Service) -> dict[str, Any]:
     """The one model that is served, as vLLM lists it."""
     service.require_started()
     return completions.models(service)
+
+
+async def _read_targets(request: Request, client: str, service: TeacherService) -> Reply[Query, TokenTargets]:
+    """What the request asks, checked against the engine's limits, and how it is answered."""
+    engine = service.engine
+    fields, as_json = await read_fields(request, engine.limits, TargetsRequest)
+    asked = parse_request(fields)
+    check_request(asked, engine.limits, engine.kinds)
+    check_fingerprint(asked.fingerprint, engine.identity.fingerprint)
+    if as_json:
+        check_json_size(asked.cost(service.hidden_width))
+    canary = service.is_canary(asked)
+    work = service.work_of(
+        asked, request.state.request_id, client, weight=JSON_WEIGHT if as_json else 1, fresh=canary,
+        urgent=canary and service.control.take(client),
+    )  # fmt: skip
+    spec, vocab_size = asked.spec, engine.limits.vocab_size
+    header = wire.Header(
+        request_id=work.request_id, fingerprint=engine.identity.fingerprint, num_sequences=len(work.jobs),
+        vocab_size=vocab_size, top_k=spec.top_k, temperatures=spec.temperatures,
+    )  # fmt: skip
+    return Reply(
+        work=work, header=wire.encode_header(header),
+        encode=lambda index, targets: wire.encode_targets(index, targets, vocab_size),
+        document=partial(json_document, header), as_json=as_json,
+    )  # fmt: skip

@@ -10,6 +10,8 @@ import numpy as np
 
 from serving.engine import Job
 from serving.http.keys import Keys
+from serving.http.replies import Work
+from serving.scheduling.admission import Permit
 from serving.service import Service
 from teacher_proto.client.expectation import canary_request
 from teacher_proto.info import TeacherInfo
@@ -85,6 +87,17 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
     async def head(self) -> ServedHead:
         """The file of the output head. NotFoundError where the engine can't give hidden states."""
         return await self._head.head()
+
+    def work_of(
+        self, asked: TargetsRequest, request_id: str, client: str, *, weight: int = 1, fresh: bool = False,
+        urgent: bool = False,
+    ) -> Work[Query]:  # fmt: skip
+        """The work of a checked request. `weight`: what its answer takes, of what our wire does. `fresh` as of a `Job`;
+        an `urgent` one goes past queue and admission."""
+        jobs = [Job(query, f"{request_id}-{i}", urgent, fresh) for i, query in enumerate(asked.queries())]
+        values = weight * (asked.values_per_token(self.hidden_width) + 1) - 1
+        permit = Permit(client, 0, 0) if urgent else Permit.of(client, asked.num_tokens, values)
+        return Work(request_id, client, permit, jobs)
 
     def is_canary(self, request: TargetsRequest) -> bool:
         """Whether this is the canary, or those of its sequences that a client still lacks."""

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 from serving.http.replies import JSON_WEIGHT, Work
 from teacher_proto.errors import NotFoundError, OutOfRangeError, OverloadedError, StillhouseError
 from teacher_proto.requests import Query, TargetsRequest, check_request
-from teacher_service.requests import work_of
 from teacher_service.service import TeacherService
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -122,4 +121,4 @@ def checked_work(
         raise OutOfRangeError(message, field=field, got=error.got, limit=error.limit) from None
     values = targets.values_per_token(service.hidden_width)
     check_cost(names["sequences"], targets.num_tokens, values, service, weight)
-    return work_of(targets, request_id, client, service, weight=weight)
+    return service.work_of(targets, request_id, client, weight=weight)
