@@ -91,7 +91,7 @@ async def until_gauge(client: httpx.AsyncClient, name: str, reached: Callable[[f
 
 
 async def until_admitted(client: httpx.AsyncClient, requests: int) -> None:
-    """Return once so many requests are in the house."""
+    """Return once so many requests are in flight."""
     await until_gauge(client, "admitted_requests", lambda value: value >= requests)
 
 

@@ -53,7 +53,7 @@ def request(length: int = 50, *, seed: int = 0, **fields: object) -> AttentionRe
 
 
 def slow(seed: int = 0) -> AttentionRequest:
-    """Three tables of 4 x 2000 x 2000: a second or so, and five fit into the house at once."""
+    """Three tables of 4 x 2000 x 2000: a second or so, and five fit into the capacity at once."""
     return request(2000, seed=seed, kind="relations", relation_heads=4)
 
 

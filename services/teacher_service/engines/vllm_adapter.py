@@ -120,7 +120,7 @@ class TargetsPooler(Pooler):
                 wanted = Slice(start, stop, hidden_ND[start - begin : stop - begin], tokens_T, ids_NG,
                                asked.get("sample_key", 0))  # fmt: skip
                 groups.setdefault(self._layout(asked), []).append((i, wanted))
-        self.settle(hidden_states)
+        self.shares_rows(hidden_states)
         reduce = self._reduce
         assert reduce is not None
         for layout, members in groups.items():
@@ -132,7 +132,7 @@ class TargetsPooler(Pooler):
         return [_take(cache) if done else None
                 for cache, done in zip(caches, cursor.get_finished_mask(), strict=True)]  # fmt: skip
 
-    def settle(self, like_ND: torch.Tensor) -> bool:
+    def shares_rows(self, like_ND: torch.Tensor) -> bool:
         """Whether the ranks of the head share its rows; found out once, by all of them in the same call.
 
         `like` has the hidden states' width, dtype and device.

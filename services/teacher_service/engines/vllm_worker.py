@@ -26,7 +26,7 @@ class TargetsWorker:
             "attention_backends": sorted(backends),
             "soft_cap": getattr(processor, "soft_cap", None),
             "scale": getattr(processor, "scale", 1.0),
-            "shares_rows": model.pooler.settle(
+            "shares_rows": model.pooler.shares_rows(
                 torch.empty((0, config.get_hidden_size()), dtype=config.dtype, device=self.device)
             ),
         }
