@@ -62,7 +62,7 @@ MAIN = Comparison(
     served=True, student=PRUNED,
     settings=("--config-folder", "demo/config", "data=stdlib", f"student.tokenizer={TEACHER}"),
     arms={"cross_entropy": CROSS_ENTROPY, "tcs": TCS}, base="cross_entropy",
-    seq_len=256, rows=1, held_out_rows=8, judged=4, new_tokens=24, infilled=24, learning_rate=3e-4,
+    seq_len=256, rows=1, held_out_rows=8, judged=4, new_tokens=24, infilled=24, learning_rate=1.5e-4,
 )  # fmt: skip
 
 
