@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from student_trainer import build as building
-from student_trainer.reporting import trackers
+from student_trainer.reporting import logs, trackers
 from student_trainer.reporting.trackers import Tracker
 from tests.trainer_run import ScriptedTargets, Workshop, lines_of, run_here, steps_of, trace_of, train
 
@@ -69,7 +68,7 @@ def test_a_bad_tracker_costs_the_run_nothing_and_no_line_is_lost(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(trackers, "QUEUE_LINES", 4)
     monkeypatch.setattr(trackers, "CLOSE_WITHIN_S", 0.2)
-    monkeypatch.setattr(building, "open_trackers", lambda *_: [Tracker("bad", sink)])
+    monkeypatch.setattr(logs, "open_trackers", lambda *_: [Tracker("bad", sink)])
     with caplog.at_level(logging.WARNING):
         assert run_here(workshop.settings(tmp_path), ScriptedTargets()) == 0
     assert said in caplog.text and "metrics.jsonl" in caplog.text

@@ -276,7 +276,7 @@ def test_a_call_with_a_kind_that_has_no_kernel_goes_by_the_reference(
 
     known = getattr(divergences, names)
     monkeypatch.setattr(divergences, names, {kind: number for number, kind in enumerate(known) if kind != unknown})
-    monkeypatch.setattr(chunks, "_Kernels", no_kernels)
+    monkeypatch.setattr(launch, "FusedTerms", no_kernels)
     x = inputs()
     (_, theirs), (_, ours) = both(x, [token_term("x", unknown), token_term("kl", "top_k_kl")], monkeypatch)
     for got, want in zip(ours, theirs, strict=True):
