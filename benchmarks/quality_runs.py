@@ -58,7 +58,7 @@ class Size:
 
 SIZES = {
     "small": Size(
-        "small", "a teacher of 0.8 M weights", 6, (4, 2), 50, 16, 128, 1e-3, 16, (0, 1, 2), (1024, (96, 256, 6), 250),
+        "small", "A teacher of 0.8 M weights", 6, (4, 2), 50, 16, 128, 1e-3, 16, (0, 1, 2), (1024, (96, 256, 6), 250),
     ),
     "smollm2": Size("smollm2", "SmolLM2-135M", 30, (24, 15), 400, 1, 256, 2e-4, 8, (0, 1, 2)),
 }  # fmt: skip
