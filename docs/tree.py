@@ -67,7 +67,7 @@ def files() -> str:
     for package, about in PACKAGES.items():
         modules = sorted(path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py")
         if modules:
-            lines.append(f"{package + '/':<34}{about}")
+            lines.append(f"{package + '/':<46}{about}")
             lines += [f"  {path.name:<26}{_first_sentence(path)}" for path in modules]
     return "\n".join([*lines, "```\n"])
 
@@ -87,8 +87,7 @@ def with_tree(page: str, text: str) -> str:
 def _first_sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     text = " ".join(docstring.split("\n\n")[0].split())
-    sentence = SENTENCE.match(text)[0].rstrip(".") if text else ""
-    return sentence if len(sentence) <= 130 else sentence[:127].rsplit(" ", 1)[0] + " ..."
+    return SENTENCE.match(text)[0].rstrip(".") if text else ""
 
 
 if __name__ == "__main__":

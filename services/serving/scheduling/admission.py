@@ -1,4 +1,5 @@
-"""Who gets in, by what their request will cost. A permit is taken once, in one step, and always given back.
+"""Who gets in, by what their request will cost, and who is told to come again (429, 503). A permit is taken once,
+in one step, and always given back.
 
 Cost is tokens x (values a token + 1), which is what an answer takes in memory and what scoring is attacked through.
 Held by a service's routes around all their work; also where draining begins. What finds no room is refused, or waits:

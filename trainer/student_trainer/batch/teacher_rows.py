@@ -1,6 +1,6 @@
 """What the teacher said about N rows of the student, as tensors on the student's device.
 
-Made by the students, who align teacher rows to their own hidden rows; read by `head.head_loss` alone. Nothing here
+Made by `align` and `answer_rows`, which attach them to the student's rows; read by `head.head_loss` alone. Nothing here
 knows about the wire or about sequences.
 """
 

@@ -1,5 +1,5 @@
-"""Where a teacher's probabilities come from: `SUPPORTS`, and the teacher's side of a loss on one. Called by `passes`,
-`checks` and `terms`.
+"""Where a teacher's probabilities come from, and the tail of its top K as one more bucket (K + 1): `SUPPORTS`, and the
+teacher's side of a loss on one. Called by `passes`, `checks` and `terms`.
 
 Every distillation term compares the two models given that the token is one that both have (`width` leading ids): the
 student's softmax is taken over those, and the teacher's known mass beyond them is divided out. So a padded head, an
@@ -116,7 +116,7 @@ def _sampled(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _softened(logprobs_NK: Tensor, rows: TeacherRows, temperature: float) -> Tensor:
-    """Logprobs at `temperature` from those at 1: logprob / T - log_z, exact (see `rows.TeacherRows`)."""
+    """Logprobs at `temperature` from those at 1: logprob / T - log_z, exact (see `teacher_rows.TeacherRows`)."""
     log_z_N = rows.log_z_at(temperature)
     # fp16 as served: log_z is fp32, and so is all arithmetic.
     logprobs_NK = logprobs_NK.to(torch.promote_types(logprobs_NK.dtype, torch.float32))

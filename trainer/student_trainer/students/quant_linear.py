@@ -1,4 +1,5 @@
-"""Linears that multiply by a quantised weight, and a model's decoder made of them. Used by `load` and `pretrained`.
+"""Linears that multiply by a quantised weight, behind a norm of their input (SubLN) where asked, and a model's decoder
+made of them. Used by `load` and `pretrained`.
 
 `quantise` swaps every linear of the decoder of a Llama-like Hugging Face model for a `QuantLinear`; head and embeddings
 stay in full precision. The latent weights are the original parameters under their original names, so checkpoints and

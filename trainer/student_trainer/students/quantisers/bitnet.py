@@ -1,5 +1,5 @@
-"""BitNet b1.58's ternary weights (arXiv 2402.17764), with int8 activations and SubLN where the settings ask for none
-other. One of `QUANTISERS`; the packed exports read `ternary`.
+"""BitNet b1.58's ternary weights (arXiv 2402.17764); int8 activations and SubLN, which `quant_linear` has, are its
+defaults. One of `QUANTISERS`; the packed exports read `ternary`.
 
 s = mean |W| over the tensor, codes = clip(round(W / s), -1, 1), value codes * s. Computed in float32 and cast back, in
 the order of operations of transformers' BitNet integration (a product with the inverse scale, then a quotient), so that
