@@ -195,7 +195,9 @@ def test_a_file_that_changes_under_a_stream_is_found_out_when_it_is_opened_again
         (tmp_path / "data.backup").hardlink_to(tmp_path / "data")  # changes nothing of what is in it
         _, states = run(source, 60, states[-1])
         (tmp_path / "data.backup").unlink()
-        write_jsonl(tmp_path / "data", lines()[1:201])
+        # At once: the source reads ahead, and must not find a file that is half written.
+        write_jsonl(tmp_path / "other", lines()[1:201])
+        (tmp_path / "other").replace(tmp_path / "data")
         with pytest.raises(ValueError, match="has changed since the run opened it"):
             run(source, 200, states[-1])
 
