@@ -7,6 +7,7 @@ fifth layer of it. Forward passes are tokens that the teachers computed over tok
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,8 @@ def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:
 def make(size: Size, cell: Cell) -> Line:
     prepare(("teacher", "student", "text"))
     root = ROOT / "sharing"
+    for name in LOSSES:  # runs of the cell before, or of one that was stopped
+        shutil.rmtree(root / name, ignore_errors=True)
     with ExitStack() as stack:
         urls = []
         for number in range(cell["teachers"]):
