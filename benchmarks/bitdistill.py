@@ -11,7 +11,6 @@ runs/bitdistill-ablation, and a run that is there is not made again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from benchmarks.seeded_results import mean, spread
 from demo.prepare import STUDENT, TEACHER, prepare
 from demo.processes import Processes
 from demo.screen import Screen
+from student_trainer.reporting.json_lines import read_lines
 
 ROOT = Path("runs/bitdistill-ablation")
 STAGE2 = "stage2"
@@ -98,8 +98,7 @@ def name_of(arm: str, seed: int) -> str:
 
 
 def lines_of(name: str, file: str) -> list[dict[str, float]]:
-    path = ROOT / name / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(ROOT / name / file)
 
 
 def write_table(options: argparse.Namespace) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 
 from benchmarks.report import publish, report
 from demo.classification_plan import Plan
-from demo.classification_table import arm_rows, length_rows, markdown, search_rows, verdict
+from demo.classification_table import arm_rows, length_rows, search_rows, verdict
+from demo.comparison import markdown
+from student_trainer.reporting.json_lines import read_lines
 
 RUNS = Path("runs/classification")
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
@@ -29,9 +31,8 @@ def main() -> int:
     if not (RUNS / "results.jsonl").is_file():
         raise SystemExit(f"{RUNS} has no results.jsonl: run `make classification` first")
     plan = Plan(**json.loads((RUNS / "plan.json").read_text()))
-    text = (RUNS / "results.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    RESULTS.write_text(text)
+    lines = read_lines(RUNS / "results.jsonl")
+    RESULTS.write_text((RUNS / "results.jsonl").read_text())
     report("classification", arm_rows(lines), {"verdict": verdict(lines)}, title=title(plan, lines))
     if options.docs:
         publish(DOCS, body(plan, lines))

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.distillkit import SCHEMES, distillkit, renormalised_kl
 from benchmarks.report import BENCH_DIR, report
 from benchmarks.target_records import TEACHER, TEMPERATURE, TEXT, manifest, of_a_model, renamed, synthetic
+from student_trainer.reporting.json_lines import read_lines
 from teacher_proto.dataset.manifest import Manifest
 from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
 from teacher_proto.requests import Query
@@ -113,7 +114,7 @@ def speed(tokens: int, top_k: int, until: float) -> list[dict[str, Any]] | None:
     """
     SPEEDS.parent.mkdir(parents=True, exist_ok=True)
     SPEEDS.touch()
-    lines = [json.loads(line) for line in SPEEDS.read_text().splitlines()]
+    lines = read_lines(SPEEDS)
     done = {(line["codec"], line["shard"]) for line in lines if line["K"] == top_k}
     drawn: list[tuple[np.ndarray, TokenTargets]] = []
     for number in range(-(-tokens // SHARD_TOKENS)):

@@ -25,8 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import BENCH_DIR, machine, markdown, publish, report
+from benchmarks.report import BENCH_DIR, machine, publish, report
+from demo.comparison import markdown
 from demo.prepare import TEXT, prepare
+from student_trainer.reporting.json_lines import read_lines
 
 ROOT = BENCH_DIR.parent / "mixture"
 RESULTS = Path(__file__).parent / "results" / "mixture.jsonl"
@@ -362,7 +364,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return read_lines(RESULTS)
 
 
 def mean_of(line: Mapping[str, Any], split: str, probe: str, figure: str) -> float:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from benchmarks import quality_codec, quality_losses, quality_sharing, quality_staleness, quality_temperature
 from benchmarks.quality_runs import ROOT, SIZES, Size
-from benchmarks.report import machine, markdown, publish, report
+from benchmarks.report import machine, publish, report
 from benchmarks.seeded_results import Line, Results
+from demo.comparison import markdown
 
 RESULTS, DOCS = Path("benchmarks/results/quality.jsonl"), Path("docs/quality.md")
 # Each has NAME, which its mark in the page begins with, about(size), cells(size, seeds),

@@ -4,7 +4,6 @@ temperature, and as a dataset's codec keeps them. Used by the `quality_*` tables
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality_runs import ROOT, Size, common, local_teacher, teacher_of
+from demo.prepare import make_whole
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.store.entry import split
@@ -73,13 +73,9 @@ def dataset(size: Size, seed: int, codec: str) -> Path:
 
 
 def _kept(size: Size, seed: int, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that is there is complete: it is made under another name and renamed."""
     folder = ROOT / size.name / f"targets-{seed}-{name}"
     if not folder.is_dir():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make(unfinished)
-        unfinished.rename(folder)
+        make_whole(folder, make)
     return folder
 
 

@@ -13,7 +13,6 @@ in runs/quantiser-quality, and a run that is there is not made again. `--docs` w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -24,10 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine, markdown, publish, report
+from benchmarks.report import machine, publish, report
 from benchmarks.seeded_results import mean, spread
 from benchmarks.small_models import export, make_untrained, run_afresh
+from demo.comparison import markdown
 from demo.prepare import STUDENT, TEACHER, prepare
+from student_trainer.reporting.json_lines import read_lines
 
 ROOT = Path("runs/quantiser-quality")
 DOCS = Path("docs/quantisers.md")
@@ -145,8 +146,7 @@ def folder_of(options: argparse.Namespace, seed: int, arm: str, loss: str) -> Pa
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "evaluation.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(folder / "evaluation.jsonl")
 
 
 def result(options: argparse.Namespace, seed: int, arm: str, loss: str) -> dict[str, float] | None:

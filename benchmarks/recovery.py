@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.report import machine, markdown, publish, report
+from benchmarks.report import machine, publish, report
+from demo.comparison import markdown
 from demo.prepare import TEACHER, TEXT, prepare
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import CausalDocuments, View

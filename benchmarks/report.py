@@ -57,13 +57,6 @@ def report(
     return path
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table, numbers to the right of all columns but the first."""
-    columns = list(rows[0])
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([row[column] for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def publish(page: Path, body: str, table: str = "") -> None:
     """Put `body` between the marks of a page of docs/, of the one table whose mark begins with `table` where there are
     several. ValueError for a page without them.

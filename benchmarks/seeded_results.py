@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import machine
+from student_trainer.reporting.json_lines import read_lines
 
 Cell = Mapping[str, Any]
 Line = dict[str, Any]
@@ -32,10 +33,7 @@ class Results:
 
     def lines(self, cell: Cell) -> list[Line]:
         """Those that agree with `cell` in all that it names, in the order in which they were made."""
-        if not self._path.exists():
-            return []
-        read = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-        return [line for line in read if all(line.get(name) == value for name, value in cell.items())]
+        return [line for line in read_lines(self._path) if all(line.get(name) == value for name, value in cell.items())]
 
     def make_missing(self, cells: Iterable[Cell], make: Callable[[Cell], Line], deadline: float) -> int:
         """Make what has no line yet, one after another, and begin nothing after `deadline`, by the monotonic clock.

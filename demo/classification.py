@@ -153,10 +153,8 @@ def teacher_model(processes: Processes) -> Path:
     """The fine-tuned teacher as a folder that can be served; a folder that is there is complete."""
     folder = RUNS / "teacher_model"
     if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        train(processes, "export", ["export", str(RUNS / "teacher"), "--format", "hf", "--out", str(unfinished)])
-        unfinished.rename(folder)
+        arguments = ["export", str(RUNS / "teacher"), "--format", "hf", "--out"]
+        prepare.make_whole(folder, lambda unfinished: train(processes, "export", [*arguments, str(unfinished)]))
     return folder
 
 
@@ -165,10 +163,7 @@ def go_on(run: Run, plan: Plan) -> None:
     shorter = [length for length in plan.lengths[1:] if length < run.steps]
     folder = RUNS / run.name
     if shorter and not folder.exists() and finished(RUNS / f"stage2-{shorter[-1]}", shorter[-1]):
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(RUNS / f"stage2-{shorter[-1]}", unfinished)
-        unfinished.rename(folder)
+        prepare.make_whole(folder, lambda unfinished: shutil.copytree(RUNS / f"stage2-{shorter[-1]}", unfinished))
 
 
 def student_folder(layers: int) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from demo.classification_plan import ARMS, LENGTH_ARM, RATES, Plan, Run, best_rate, known_runs
-from demo.comparison import finished, markdown_table
+from demo.comparison import finished, markdown
 from student_trainer.reporting.json_lines import read_lines
 
 MOST_SEEDS = 20  # that results are looked for of
@@ -95,10 +95,6 @@ def length_rows(lines: Sequence[Line], plan: Plan) -> list[dict[str, str]]:
          "validation %": f"{100 * line['accuracy']:.1f}", "cross-entropy": f"{line['cross_entropy']:.3f}"}
         for line in sorted(tried, key=lambda line: line["stage2_steps"])
     ]  # fmt: skip
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    return markdown_table([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def spread(values: Sequence[float]) -> str:

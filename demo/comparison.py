@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ def kept_plan(file: Path) -> dict[str, Any] | None:
 
 def keep_plan(file: Path, plan: dict[str, Any]) -> None:
     file.write_text(json.dumps(plan, indent=2))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows with the same columns."""
+    columns = list(rows[0])
+    return markdown_table([columns, *([str(row[column]) for column in columns] for row in rows)])
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:

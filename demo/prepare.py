@@ -150,17 +150,22 @@ def _packaged_gguf() -> Path:
     return files[0]
 
 
-def _whole(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A folder that is there is complete: it is made under another name and renamed."""
+def make_whole(folder: Path, make: Callable[[Path], object]) -> None:
+    """A folder that is there is complete: `make` makes it under another name, and it is renamed."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make(unfinished)
+    unfinished.rename(folder)
 
-    def make_whole(folder: Path) -> None:
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+def _whole(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """The same for what writes into a folder that is there."""
+
+    def make_in(unfinished: Path) -> None:
         unfinished.mkdir(parents=True)
         make(unfinished)
-        unfinished.rename(folder)
 
-    return make_whole
+    return lambda folder: make_whole(folder, make_in)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from student_trainer.export.check import LogitsComparison, compare_logits, llama
 from student_trainer.export.export import EXPORTS
 from student_trainer.export.folder import ExportReport
 from student_trainer.export.packed import load_packed
+from student_trainer.reporting.json_lines import read_lines
 from student_trainer.settings import StudentSettings
 from student_trainer.settings.redact import public_tree
 from student_trainer.students.diffusion_record import read_diffusion
@@ -140,8 +141,7 @@ def _sources(sources: dict[str, Any]) -> list[str]:
 def _figures(run: Path, snapshot: Snapshot) -> dict[str, str]:
     """The last evaluation up to the checkpoint's step, and how long the student has learnt."""
     figures = {"steps": f"{snapshot.step:,}", "tokens": f"{snapshot.state['tokens']:,}"}
-    file = run / "evaluation.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = read_lines(run / "evaluation.jsonl")
     last: dict[str, Any] = next((line for line in reversed(lines) if line["step"] <= snapshot.step), {})
     for source, values in last.items():
         if isinstance(values, dict):
