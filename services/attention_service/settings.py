@@ -24,21 +24,29 @@ class AttentionSettings(ServiceSettings):
 
     layer: str = Field(
         "late_middle",
-        description=f"highest layer that is loaded and served: an index from 0, a fraction, or {'|'.join(LAYER_NAMES)}",
+        description=f"highest layer to load and serve: an index from 0, a fraction of the depth, or "
+        f"{'|'.join(LAYER_NAMES)}",
     )
     dtype: str = Field(
         "auto",
-        description="dtype of the weights: bfloat16, float16, float32; auto: the teacher's beside it, or the "
-        "checkpoint's own where the hardware computes in it, else float32",
+        description="dtype of the weights: bfloat16, float16, float32; auto: that of the teacher given by --beside, "
+        "else the checkpoint's own if the hardware computes in it, else float32",
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU where there is one")
+    device: str = Field("auto", description="cpu, cuda, cuda:N; auto: a GPU if there is one")
     beside: str | None = Field(
-        None, description="URL of the teacher to sit beside: its name and dtype are taken, other weights refused"
+        None,
+        description="URL of the teacher that serves the same weights: name and dtype are taken from it, and other "
+        "weights are refused",
     )
-    beside_key: SecretStr | None = Field(None, description="key for that teacher")
-    capacity: int = Field(2**28, ge=1, description="numbers in answers to the requests that are let in at a time")
-    max_entries: int = Field(2**26, ge=1, description="numbers in the answer for one sequence")
-    max_batch_tokens: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
+    beside_key: SecretStr | None = Field(None, description="API key for that teacher")
+    capacity: int = Field(
+        2**28,
+        ge=1,
+        description="largest sum of numbers in the answers to all requests in progress; further requests wait or "
+        "get 503",
+    )
+    max_entries: int = Field(2**26, ge=1, description="largest answer for one sequence, in numbers")
+    max_batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass, padding included")
 
     @model_validator(mode="after")
     def _hang_together(self) -> Self:

@@ -27,31 +27,53 @@ class ServiceSettings(BaseSettings):
     program: ClassVar[str]
     others: ClassVar[tuple[str, ...]] = ()  # variables of other programs; with _ at the end all that begin so
 
-    model: str = Field(description="a folder with a model, or its name on a hub")
+    model: str = Field(description="folder or hub name of the model")
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
-    revision: str | None = Field(None, description="revision of a hub model, a commit for choice")
-    name: str | None = Field(None, description="name to serve the model under, instead of its folder's or hub's")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0: any free port")
+    revision: str | None = Field(None, description="revision on the hub, best a commit")
+    name: str | None = Field(
+        None, description="name under which the model is served; its folder's or hub name if not given"
+    )
     dtype: str = Field(
         "auto",
-        description="dtype of the weights: bfloat16, float16, float32; auto: the checkpoint's own where the hardware "
+        description="dtype of the weights: bfloat16, float16, float32; auto: the checkpoint's own if the hardware "
         "computes in it, else float32",
     )
-    max_model_len: int | None = Field(None, ge=1, description="longest sequence; the model's own limit if not given")
-    keys: Path | None = Field(None, description="file with a line a client: NAME KEY, or NAME sha256:HEX")
-    capacity: int = Field(2**26, ge=1, description="tokens x (K + 1) of the requests that are let in at a time")
-    window: int = Field(16_384, ge=1, description="tokens handed to the engine at a time; turns are shared fairly")
-    keep_time: float = Field(600.0, gt=0, description="seconds that work is kept whose clients left before its end")
-    keep_bytes: int = Field(2**28, ge=0, description="bytes of answers that are kept so")
-    ready_time: float = Field(60.0, gt=0, description="seconds without progress after which a busy engine is not ready")
-    body_timeout: float = Field(10.0, gt=0, description="seconds for a request's body to arrive, and 1 per 64 KiB")
-    stall_timeout: float = Field(60.0, gt=0, description="seconds after which a client that reads nothing is dropped")
-    drain_time: float = Field(60.0, gt=0, description="seconds that accepted requests have after SIGTERM")
-    tls_cert: Path | None = Field(None, description="certificate chain (PEM); turns TLS on")
+    max_model_len: int | None = Field(
+        None, ge=1, description="longest sequence accepted, in tokens; the model's limit if not given"
+    )
+    keys: Path | None = Field(
+        None,
+        description="file of API keys, one line per client: NAME KEY, or NAME sha256:HEX; without it anybody may "
+        "send requests",
+    )
+    capacity: int = Field(
+        2**26,
+        ge=1,
+        description="largest sum of tokens x (K + 1) over all requests in progress; further requests wait or get 503",
+    )
+    window: int = Field(16_384, ge=1, description="tokens given to the engine at a time; clients take turns by tokens")
+    keep_time: float = Field(
+        600.0, gt=0, description="seconds for which answers are kept whose client hung up, for when it asks again"
+    )
+    keep_bytes: int = Field(2**28, ge=0, description="memory for those answers, in bytes")
+    ready_time: float = Field(
+        60.0, gt=0, description="seconds without progress after which a busy engine is reported as not ready"
+    )
+    body_timeout: float = Field(
+        10.0, gt=0, description="seconds in which a request's body has to arrive, plus 1 per 64 KiB"
+    )
+    stall_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a client that stops reading its answer is disconnected"
+    )
+    drain_time: float = Field(60.0, gt=0, description="seconds that accepted requests get to finish after SIGTERM")
+    tls_cert: Path | None = Field(None, description="certificate chain (PEM); turns on TLS, with --tls-key")
     tls_key: Path | None = Field(None, description="private key (PEM)")
-    tls_client_ca: Path | None = Field(None, description="only clients with a certificate signed by this CA (PEM)")
-    log_format: Literal["json", "text"] = Field("json", description="form of the log on stderr")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    tls_client_ca: Path | None = Field(
+        None, description="CA certificate (PEM): only clients with a certificate signed by it are accepted"
+    )
+    log_format: Literal["json", "text"] = Field("json", description="format of the log on stderr")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
 
     @model_validator(mode="after")
     def _tls_hangs_together(self) -> Self:

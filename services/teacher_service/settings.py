@@ -28,12 +28,24 @@ class TeacherSettings(ServiceSettings):
         f"{PREFIX}ATTENTION_", f"{PREFIX}KEY", f"{PREFIX}KEY_", f"{PREFIX}DEMO", f"{PREFIX}DIE_WITH_PARENT",
     )  # fmt: skip
 
-    engine: EngineName = Field("vllm", description="vllm for speed, hf for any machine, scripted for tests")
-    max_top_k: int = Field(256, ge=1, le=4096, description="largest K that may be asked for")
-    engine_args: str = Field("", description="options for the engine itself; unknown options of this command are added")
-    script: str = Field("{}", description="JSON: what the scripted engine is to do")
-    store: Path | None = Field(None, description="folder of the target store; answers are kept there and found again")
-    store_bytes: int = Field(50 * 2**30, ge=2**20, description="size of the store; the least recently used leave")
+    engine: EngineName = Field(
+        "vllm", description="vllm: fast; hf: plain transformers, any causal model; scripted: no model, for tests"
+    )
+    max_top_k: int = Field(256, ge=1, le=4096, description="largest K that a request may ask for")
+    engine_args: str = Field(
+        "",
+        description='options for the engine in one string, as in --engine-args="--tensor-parallel-size 2"; options '
+        "unknown to this command are appended",
+    )
+    script: str = Field("{}", description="engine scripted: what it does, as JSON")
+    store: Path | None = Field(
+        None,
+        description="folder of a target store: answers are written to it, and read from it when a sequence is asked "
+        "for again",
+    )
+    store_bytes: int = Field(
+        50 * 2**30, ge=2**20, description="maximum size of the store; the least recently used answers are evicted"
+    )
 
     @model_validator(mode="after")
     def _hang_together(self) -> Self:
@@ -50,9 +62,10 @@ def parse_settings(arguments: list[str]) -> TeacherSettings:
         TeacherSettings,
         description="Serve a language model as a teacher: POST /v1/targets, GET /v1/teacher, /docs.",
         epilog=f"Every option has an environment variable: --max-top-k is {PREFIX}MAX_TOP_K, MODEL is {PREFIX}MODEL. "
-        "With --engine vllm, options that are not listed here go to vLLM: --tensor-parallel-size 2. "
-        "Without a server: `stillhouse-teacher fill` scores a data set into a target store, `stillhouse-teacher pack` "
-        "makes Parquet of it; each has its --help.",
+        "With --engine vllm, options that are not listed here are passed on to vLLM: --tensor-parallel-size 2. "
+        "Without a server, `stillhouse-teacher fill` computes the targets of a data set, `stillhouse-teacher pack` "
+        "turns a target store into Parquet files, `stillhouse-teacher dataset` checks and merges target datasets; each "
+        "has its own --help.",
     )
     known, rest = parser.parse_known_args(arguments)
     given = {name: value for name, value in vars(known).items() if value is not None}

@@ -1,16 +1,16 @@
 """`stillhouse-train`: distil a student from a served teacher.
 
     stillhouse-train student.checkpoint_path=FOLDER data=text data.sources.text.path=FOLDER teacher.url=http://HOST:PORT
-    stillhouse-train check SETTINGS...     say what would run, without training
-    stillhouse-train report RUN ...        make the page of a run
-    stillhouse-train sequences FILE SETTINGS...   write a run's documents, for `stillhouse-teacher fill`
-    stillhouse-train influence DATA --target DATA SETTINGS...   weigh documents by what they do for others
-    stillhouse-train export RUN --format hf|bitnet|gguf|sdar    write its student for transformers, llama.cpp, SGLang
-    stillhouse-train generate FOLDER --prompt TEXT    let a run's student write, or an export's
+    stillhouse-train check SETTINGS...     check the settings and say what would run, without training
+    stillhouse-train report RUN ...        write the HTML report of a run
+    stillhouse-train sequences FILE SETTINGS...   write the sequences of a run, for `stillhouse-teacher fill`
+    stillhouse-train influence DATA --target DATA SETTINGS...   weight documents by their influence on a target
+    stillhouse-train export RUN --format hf|bitnet|gguf|sdar    export a student for transformers, llama.cpp, SGLang
+    stillhouse-train generate FOLDER --prompt TEXT    generate text with the student of a run or an export
 
-Exit codes: 0 done, 1 stopped by an error, 2 can't run what was asked, 75 start it again: stopped by a signal and saved,
-or nobody there who must answer. `exit_codes.py` says which error is which. SIGTERM and Ctrl-C are obeyed within 5 s at
-any moment, by every command; saving takes the time that it takes, and a second Ctrl-C ends that too, with 130.
+Exit codes: 0 done; 1 stopped by an error; 2 wrong settings or input; 75 start it again: it was stopped by a signal and
+has saved its state, or a service that it needs did not answer; 130 a second Ctrl-C. Every command obeys SIGTERM and
+Ctrl-C within 5 s, plus the time that a checkpoint takes to save.
 """
 
 from __future__ import annotations

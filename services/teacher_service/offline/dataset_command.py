@@ -104,10 +104,10 @@ def _merge(folder: Folder, others: list[Folder]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stillhouse-teacher dataset",
-        description="Look after a target dataset: count it, check every byte of it, or make one index of it.",
+        description="Maintain a target dataset: show what is in it (stats), check every byte, or merge its indexes.",
     )
     parser.add_argument("what", choices=("check", "merge", "stats"))
     parser.add_argument("url", metavar="URL", help="the dataset: a folder, s3:// or gs://")
-    parser.add_argument("source", nargs="*", metavar="FROM", help="merge: datasets whose shards are to be copied in")
-    parser.add_argument("--clean", action="store_true", help="check: remove what fills that were killed left behind")
+    parser.add_argument("source", nargs="*", metavar="FROM", help="merge: datasets whose shards are copied into URL")
+    parser.add_argument("--clean", action="store_true", help="check: remove what interrupted fills left behind")
     return parser

@@ -100,28 +100,36 @@ def check_against(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stillhouse-teacher fill", allow_abbrev=False,
-        description="Score a data set into a target store or dataset, without a server. Run it again to go on where it "
-        "stopped.",
-        epilog="Put MODEL and DATA first. Other options are those of stillhouse-teacher: --store (unless --output is "
-        "given), --engine, --dtype, --window, --store-bytes.",
+        description="Compute the targets of a data set into a target store or a target dataset, without a server. The "
+        "same command resumes where it stopped.",
+        epilog="MODEL and DATA come first. All options of stillhouse-teacher that concern model and store apply too: "
+        "--store (unless --output is given), --store-bytes, --engine, --dtype, --window.",
     )  # fmt: skip
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder with a model, or its name on a hub")
-    parser.add_argument("data", nargs="?", metavar="DATA", help=".jsonl, .parquet or .txt file, or a folder of such")
-    parser.add_argument("--output", metavar="URL", help="target dataset to fill: a folder, s3:// or gs://")
-    parser.add_argument("--shard-tokens", type=int, default=2**20, help="--output: tokens a shard (default: 2**20)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub name of the model")
+    parser.add_argument("data", nargs="?", metavar="DATA", help=".jsonl, .parquet or .txt file, or a folder of them")
+    parser.add_argument("--output", metavar="URL", help="target dataset to write: a folder, s3:// or gs://")
+    parser.add_argument("--shard-tokens", type=int, default=2**20, help="--output: tokens per shard (default: 2**20)")
     parser.add_argument(
-        "--codec", default="lossless", help="--output: lossless, or compact:BITS with 2 to 8 bits a logprob"
+        "--codec", default="lossless", help="--output: lossless, or compact:BITS with 2 to 8 bits per logprob"
     )
-    parser.add_argument("--ray", metavar="ADDRESS", help="--output: fill by engines on this Ray cluster, or auto")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="--ray: how many engines (default: 1)")
-    parser.add_argument("--slice", default="1/1", metavar="I/N", help="--output: we are the I-th of N that share DATA")
-    parser.add_argument("--kinds", default="top_k", help=f"of {', '.join(KINDS)}, by commas (default: top_k)")
-    parser.add_argument("--top-k", type=int, default=64, help="K (default: 64)")
-    parser.add_argument("--temperatures", default="", help="temperatures of log_z, by commas")
-    parser.add_argument("--num-samples", type=int, default=50, help="draws a row, for kind sampled (default: 50)")
-    parser.add_argument("--sample-temperature", type=float, default=1.0, help="for kind sampled (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="for kind sampled (default: 0)")
-    parser.add_argument("--hidden-dtype", default="float16", help="float16, bfloat16 or int8, for kind hidden")
-    parser.add_argument("--max-length", type=int, help="tokens a sequence; the teacher's limit if not given")
-    parser.add_argument("--no-special-tokens", action="store_true", help="leave out what a tokenizer adds by itself")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="--output: run the engines on this Ray cluster; auto: the local one"
+    )
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="--ray: number of engines (default: 1)")
+    parser.add_argument("--slice", default="1/1", metavar="I/N", help="--output: do the I-th of N parts of DATA")
+    parser.add_argument(
+        "--kinds", default="top_k", help=f"kinds of target, comma-separated: {', '.join(KINDS)} (default: top_k)"
+    )
+    parser.add_argument("--top-k", type=int, default=64, help="kind top_k: logprobs per position (default: 64)")
+    parser.add_argument("--temperatures", default="", help="temperatures to store log_z for, comma-separated")
+    parser.add_argument("--num-samples", type=int, default=50, help="kind sampled: draws per position (default: 50)")
+    parser.add_argument("--sample-temperature", type=float, default=1.0, help="kind sampled: temperature (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="kind sampled: seed (default: 0)")
+    parser.add_argument(
+        "--hidden-dtype", default="float16", help="kind hidden: float16, bfloat16 or int8 (default: float16)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, help="cut documents into pieces of this many tokens; the teacher's limit if not given"
+    )
+    parser.add_argument("--no-special-tokens", action="store_true", help="do not let the tokenizer add BOS or EOS")
     return parser

@@ -54,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("direction", choices=("export", "import"))
     parser.add_argument("store", type=Path, metavar="STORE", help="folder of the target store")
     parser.add_argument("folder", type=Path, metavar="PARQUET", help="folder of the Parquet files")
-    parser.add_argument("--store-bytes", type=int, default=50 * 2**30, help="size of the store, for import")
+    parser.add_argument("--store-bytes", type=int, default=50 * 2**30, help="import: maximum size of the store")
     parser.add_argument(
         "--teacher",
         metavar="FINGERPRINT",
-        help="import: whose rows to take; default: those of the store's own teachers",
+        help="import: only this teacher's rows; default: those of the teachers already in the store",
     )
     return parser

@@ -89,29 +89,32 @@ def model_of(student: Student) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="stillhouse-train export", description="Write a run's student for others.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser = argparse.ArgumentParser(prog="stillhouse-train export", description="Export the student of a run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--format", choices=list(EXPORTS), required=True,
-        help="hf: latent weights; bitnet: two bits a weight, for transformers; gguf: one file, for llama.cpp; "
-        "sdar: a block-diffusion student, for SGLang; packed: codes and scales, for readers like ours; dense: what "
-        "they are worth, for anything",
+        help="hf: full-precision (latent) weights, for transformers; bitnet: 2 bits per weight, for transformers; "
+        "gguf: one file, for llama.cpp; sdar: a block-diffusion student, for SGLang; packed: integer codes and scales, "
+        "in safetensors; dense: the dequantised weights, for any software",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="a folder that is not there yet (default: RUN/exports/FORMAT)")
-    parser.add_argument("--name", help="the model's name on its card (default: the run's)")
+    parser.add_argument("--out", type=Path, help="folder to create (default: RUN/exports/FORMAT)")
+    parser.add_argument("--name", help="name on the model card (default: the run's)")
     parser.add_argument(
         "--architecture", choices=("auto", "original"), default="auto",
-        help="hf: original keeps the base model's names, for training on (default: %(default)s)",
+        help="hf: original keeps the base model's architecture and weight names (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--ternary-type", choices=("TQ1_0", "TQ2_0"), default="TQ2_0",
-        help="gguf: 1.69 or 2.06 bits a weight (default: %(default)s)",
+        help="gguf: 1.69 or 2.06 bits per weight (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--adapter", choices=("merged", "beside"), default="merged",
-        help="dense: what an adapter adds, in the weights or in a folder that peft loads (default: %(default)s)",
+        help="dense: merge the adapter into the weights, or write it beside them for peft (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--skip-check", action="store_true", help="do not open again what was written")
+    parser.add_argument(
+        "--skip-check", action="store_true",
+        help="do not load the export to compare its logits with the student's",
+    )  # fmt: skip
     return parser
 
 

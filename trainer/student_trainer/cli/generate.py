@@ -134,16 +134,16 @@ def _as_text(one: Written) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="stillhouse-train generate", description="Let a student write.")
-    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or its export of format hf")
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--new-tokens", type=int, default=128, help="at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens (default)")
+    parser = argparse.ArgumentParser(prog="stillhouse-train generate", description="Generate text with a student.")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of a run, or of its export of format hf")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to write at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default)")
     parser.add_argument(
         "--threshold", type=float,
-        help="of a block-diffusion student: tokens that are likelier are written side by side; 1: one by one",
+        help="block-diffusion students: all tokens more likely than this are written in one step; 1: one token a step",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     return parser

@@ -1,10 +1,10 @@
-"""Weighs the documents of a data set by what they do for others: `stillhouse-train influence DATA --target DATA
+"""Weights the documents of a data set by their influence on a target: `stillhouse-train influence DATA --target DATA
 SETTINGS...`. Called by `main`.
 
 DATA is a file, folder or glob (.jsonl, .parquet, else text), or the name of one of the settings' sources. The student,
-the loss and the teacher are those of the settings: a run that has learnt a little knows more than a model that was cut
-and is not healed yet. Writes a Parquet file of the documents with `influence` and `weight`, which a source of
-`weight_column=weight` reads by weight. Stopped, it goes on where it was when it is called again.
+the loss and the teacher are those of the settings; a student that has been trained a little gives better estimates than
+a freshly pruned one. Writes a Parquet file of the documents with columns `influence` and `weight`, for a source with
+`weight_column=weight`. The same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -141,21 +141,23 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="stillhouse-train influence", description=__doc__, allow_abbrev=False)
     defaults = Options()
-    parser.add_argument("data", metavar="DATA", help="what is weighed: a path, or the name of a source")
+    parser.add_argument("data", metavar="DATA", help="data to weight: a path, or the name of a source")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of a run")
-    parser.add_argument("--target", required=True, metavar="DATA", help="what it shall be good for; held out")
-    parser.add_argument("--out", type=Path, help="the Parquet file (DATA's name with .weighted.parquet)")
-    parser.add_argument("--config-folder", type=Path, help="as of a run")
+    parser.add_argument("--target", required=True, metavar="DATA",
+                        help="held-out data that stands for the goal: a path, or the name of a source")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="Parquet file to write (default: DATA's name with .weighted.parquet)")
+    parser.add_argument("--config-folder", type=Path, help="folder with configuration groups of your own")
     numbers = {
         "landmarks": "documents whose gradients are computed",
-        "target_documents": "documents of the target, the first of its order",
-        "blocks": "blocks of the student that embeddings come from",
-        "tangents": "random directions of the embeddings",
-        "sketch": "numbers that a gradient is kept in",
+        "target_documents": "documents of the target to use, from its beginning",
+        "blocks": "layers of the student whose states make the embeddings",
+        "tangents": "random weight directions per embedding",
+        "sketch": "dimension that gradients are projected to",
     }
     for name, about in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), help=about)
-    parser.add_argument("--parameters", default=defaults.parameters, help="regular expression of their names")
+    parser.add_argument("--parameters", default=defaults.parameters,
+                        help="regular expression: parameters whose gradients are used")  # fmt: skip
     parser.add_argument("--strength", type=float, default=defaults.strength,
-                        help="by how much a weight moves for a standard deviation of influence")  # fmt: skip
+                        help="change of a weight per standard deviation of influence")  # fmt: skip
     return parser

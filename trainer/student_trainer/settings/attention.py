@@ -24,19 +24,41 @@ class AttentionSettings(Section):
     kind: ClassVar[str] = "attention_relations"
     needs_teacher: ClassVar[bool] = True
 
-    coefficient: float | None = Field(None, ge=0, description="of the reduction in the guide; null: no such term")
+    coefficient: float | None = Field(
+        None, ge=0, description="weight of the attention loss; docs/guides/attention.md states its reduction; null: off"
+    )
     form: Literal["official", "paper", "minilm", "maps"] = Field(
         "official",
-        description="cosine without mask; scaled dot product without mask; the same, causal; attention maps, in blocks",
+        description="official: MiniLM's code, cosine similarities, no causal mask; paper: scaled dot products, no "
+        "mask; minilm: scaled dot products, causal mask; maps: attention probabilities (within=blocks "
+        "only)",
     )
     within: Literal["documents", "blocks"] = Field(
-        "documents", description="whose positions are related: a document's, or a block's of a block-diffusion student"
+        "documents",
+        description="positions related to one another: those of a document, or those of a block of a "
+        "block-diffusion student",
     )
-    relation_heads: int = Field(32, ge=1, description="R, into which the states of both models are cut")
-    layer: Layer = Field("late_middle", description="teacher's layer: index, fraction of the depth, or name")
-    student_layer: Layer | None = Field(None, description="the student's; null: read layer in the student's depth")
-    schedule: Schedule = Field(None, description="points [step, factor] of the coefficient; null: 1 throughout")
-    transport: Literal["float16", "int8"] = Field("float16", description="how the teacher's states travel")
+    relation_heads: int = Field(
+        32, ge=1, description="number of relation heads R that the states of both models are split into"
+    )
+    layer: Layer = Field(
+        "late_middle",
+        description="the teacher's layer: an index from 0, a fraction of the depth, or first, middle, late_middle, "
+        "last",
+    )
+    student_layer: Layer | None = Field(
+        None,
+        description="the student's layer, given likewise; null: distillation.attention.layer applied to the "
+        "student's depth",
+    )
+    schedule: Schedule = Field(
+        None,
+        description="multiply the coefficient by a piecewise linear function of the step, given as [[step, factor], "
+        "...]; null: constant",
+    )
+    transport: Literal["float16", "int8"] = Field(
+        "float16", description="number format in which the teacher's states are sent"
+    )
 
     @property
     def active(self) -> bool:

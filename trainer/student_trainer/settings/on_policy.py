@@ -11,14 +11,19 @@ from student_trainer.settings.terms import Named, ReverseKLSettings, TermOfKind,
 class OnPolicySettings(Section):
     """A share of the batches is the student's own text, scored by the teacher (GKD, arXiv 2306.13649)."""
 
-    share: Share = Field(0.0, description="share of the batches that the student writes itself; lambda in GKD")
-    lag: int = Field(1, ge=0, description="updates between writing a batch and learning from it")
-    prompt_tokens: int = Field(32, ge=1, description="tokens of a text that are kept; a chat is kept to its answer")
-    new_tokens: int = Field(128, ge=1, description="tokens that the student writes after each, at most")
-    temperature: Positive = Field(1.0, description="of the student's sampling")
-    sequences_at_once: int | None = Field(None, ge=1, description="sequences written side by side; null: a whole batch")
+    share: Share = Field(0.0, description="share of the batches written by the student itself (lambda in GKD); 0: none")
+    lag: int = Field(1, ge=0, description="staleness: updates between writing a batch and training on it")
+    prompt_tokens: int = Field(
+        32, ge=1, description="prompt length: tokens kept of a document from the data; a chat is kept up to its answer"
+    )
+    new_tokens: int = Field(128, ge=1, description="maximum number of tokens generated per prompt")
+    temperature: Positive = Field(1.0, description="temperature of the student's sampling")
+    sequences_at_once: int | None = Field(
+        None, ge=1, description="sequences generated in parallel; null: the whole batch"
+    )
     terms: Terms = Field(
-        default_factory=lambda: Named(reverse_kl=ReverseKLSettings()), description="the loss on these batches"
+        default_factory=lambda: Named(reverse_kl=ReverseKLSettings()),
+        description="the losses on these batches, in place of distillation.terms",
     )
 
     @property

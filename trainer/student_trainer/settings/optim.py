@@ -12,51 +12,78 @@ from student_trainer.settings.section import Positive, Section, Share
 class ScheduleSettings(Section):
     """The learning rate as a function of the step alone."""
 
-    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises in a straight line")
-    decay_steps: int | None = Field(None, ge=1, description="wsd: steps of the fall; null: a tenth of the run")
-    floor: Share = Field(0.1, description="the rate at the end, as a share of each group's own peak")
+    kind: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up; wsd: constant, then a linear decay"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay_steps: int | None = Field(
+        None, ge=1, description="wsd: length of the decay in steps; null: a tenth of run.steps"
+    )
+    floor: Share = Field(0.1, description="final learning rate, as a fraction of each group's peak")
 
 
 class GroupSettings(Section):
     """What one group of parameters has of its own; null takes the optimizer's."""
 
-    learning_rate: float | None = Field(None, ge=0)
-    weight_decay: float | None = Field(None, ge=0)
-    floor: Share | None = None
+    learning_rate: float | None = Field(
+        None, ge=0, description="peak learning rate of this group; null: optim.learning_rate"
+    )
+    weight_decay: float | None = Field(None, ge=0, description="weight decay of this group; null: optim.weight_decay")
+    floor: Share | None = Field(
+        None, description="final learning rate as a fraction of the peak; null: optim.schedule.floor"
+    )
 
 
 class UndecayedGroupSettings(GroupSettings):
     """A group without decay, if not told otherwise."""
 
-    weight_decay: float | None = Field(0.0, ge=0)
+    weight_decay: float | None = Field(
+        0.0, ge=0, description="weight decay of this group, by default none; null: optim.weight_decay"
+    )
 
 
 class MuonSettings(Section):
     """Muon's own; its rate, decay and floor are those of the group `matrices`."""
 
-    momentum: float = Field(0.95, ge=0, lt=1)
-    nesterov: bool = True
-    newton_schulz_steps: int = Field(5, ge=1, lt=100, description="iterations towards the orthogonal matrix")
+    momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
+    nesterov: bool = Field(True, description="Nesterov momentum")
+    newton_schulz_steps: int = Field(
+        5, ge=1, lt=100, description="Newton-Schulz iterations that orthogonalise an update"
+    )
 
 
 class QKClipSettings(Section):
     """Attention whose largest logit exceeds `tau` in a step is scaled back to it after the update."""
 
-    tau: Positive | None = Field(None, description="the largest logit allowed, 100 in Kimi K2; null: no clipping")
-    alpha: Share = Field(0.5, description="the query's share of the scaling; the key has the rest")
+    tau: Positive | None = Field(
+        None,
+        description="largest attention logit allowed: heads that exceed it are rescaled after the update (Kimi K2 "
+        "uses 100); null: no clipping",
+    )
+    alpha: Share = Field(
+        0.5, description="share of the rescaling that goes to the query weights; the key weights take the rest"
+    )
 
 
 class OptimSettings(Section):
     """How gradients become updates."""
 
-    kind: Literal["adamw", "muon_clip"] = Field("adamw", description="muon_clip: Muon for hidden matrices, else AdamW")
-    learning_rate: Positive = 3e-4
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: Positive | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
-    micro_batch_rows: int | None = Field(None, ge=1, description="rows a forward pass; null: the whole batch")
+    kind: Literal["adamw", "muon_clip"] = Field(
+        "adamw", description="adamw, or muon_clip: Muon for the hidden weight matrices and AdamW for all else"
+    )
+    learning_rate: Positive = Field(3e-4, description="peak learning rate")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's beta1 and beta2")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, multiplied by the learning rate")
+    clip_norm: Positive | None = Field(
+        1.0, description="clip the global norm of the gradient to this; null: no clipping"
+    )
+    micro_batch_rows: int | None = Field(
+        None,
+        ge=1,
+        description="rows per forward and backward pass on each rank (gradient accumulation); null: the whole batch "
+        "at once",
+    )
     muon: MuonSettings = MuonSettings()
     qk_clip: QKClipSettings = QKClipSettings()
     schedule: ScheduleSettings = ScheduleSettings()

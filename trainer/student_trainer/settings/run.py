@@ -14,62 +14,107 @@ Threshold = Annotated[float, Field(gt=0, le=1)]
 class RunSettings(Section):
     """Where the run lives, how long it is, and what makes it repeatable."""
 
-    root: str = Field("runs", description="folder of all runs")
-    id: str | None = Field(None, description="this run's folder under root; null: made of the time and a random tail")
+    root: str = Field("runs", description="folder that holds all runs")
+    id: str | None = Field(
+        None, description="name of the run's folder under run.root; null: a timestamp and a random suffix"
+    )
     steps: int = Field(
         1000,
         ge=0,
-        description="optimizer updates; 0: the student is saved as it starts, calibrated if its adapter asks it",
+        description="number of optimizer updates; 0: save the student as initialised, after the calibration of its "
+        "adapter if it has one",
     )
     time_limit_s: float | None = Field(
-        None, gt=0, description="after it no step begins, and the run ends as after its last: evaluated, saved"
+        None,
+        gt=0,
+        description="seconds after which no new step starts: the run then ends as usual, evaluated and saved; null: "
+        "no limit",
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1)
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="seed of everything random: new weights, data order, masks, sampling"
+    )
     resume: Literal["auto", "never", "require"] = Field(
-        "auto", description="what to do about a checkpoint that is there"
+        "auto",
+        description="auto: resume from the latest checkpoint under run.id, or start if there is none; require: fail "
+        "if there is none; never: fail if there is one",
     )
-    allow_changes: Names = Field((), description="settings that may differ from the checkpoint's, by dotted name")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int | None = Field(None, ge=1, description="torch's threads on a CPU; null leaves them as they are")
+    allow_changes: Names = Field(
+        (),
+        description="settings allowed to differ from the checkpoint's on resume, by dotted name, such as "
+        "[optim.learning_rate]",
+    )
+    device: str = Field("auto", description="device of the student: cpu, cuda, cuda:N; auto: a GPU if there is one")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: torch's own default")
 
 
 class EvaluationSettings(Section):
     """The held-out figures."""
 
-    every: int = Field(100, ge=0, description="steps between evaluations, and at the end; 0: never")
-    at_start: bool = Field(True, description="before the first step too")
-    top_k: int | None = Field(None, ge=1, description="K of the KL; null: teacher.top_k")
-    kl: Literal["top_k", "full"] = Field("top_k", description="over K ids and the rest, or all (from hidden states)")
-    samples: int = Field(2, ge=0, description="held-out texts a source that the student continues, to be read; 0: none")
-    prompt_tokens: int = Field(24, ge=1, description="tokens of such a text that it is given; a chat up to its answer")
-    sample_tokens: int = Field(48, ge=1, description="tokens that it writes, at most")
+    every: int = Field(
+        100,
+        ge=0,
+        description="steps between evaluations on held-out data, which also run at the end; 0: never evaluate",
+    )
+    at_start: bool = Field(True, description="evaluate before the first step too")
+    top_k: int | None = Field(None, ge=1, description="K of the reported KL(teacher‖student); null: teacher.top_k")
+    kl: Literal["top_k", "full"] = Field(
+        "top_k",
+        description="top_k: KL over the teacher's top K and one bucket for the tail; full: over the whole "
+        "vocabulary, from the teacher's hidden states",
+    )
+    samples: int = Field(2, ge=0, description="sample continuations to write per source, for reading; 0: none")
+    prompt_tokens: int = Field(
+        24, ge=1, description="prompt length of those samples, in tokens; a chat is cut before its answer"
+    )
+    sample_tokens: int = Field(48, ge=1, description="maximum length of those samples, in new tokens")
     infilled: int = Field(
-        16, ge=0, description="spans of held-out text a source that a block-diffusion student fills in; 0: none"
+        16, ge=0, description="block-diffusion students: held-out spans to infill per source; 0: none"
     )
     thresholds: tuple[Threshold, ...] = Field(
-        (), description="at each, a block-diffusion student writes texts, and the teacher judges them"
+        (),
+        description="block-diffusion students: confidence thresholds to decode at; the teacher scores what comes "
+        "out, and the speed is reported",
     )
-    judged: int = Field(8, ge=1, description="such texts a source and threshold")
-    temperature: Positive = Field(1.0, description="at which they are drawn")
+    judged: int = Field(
+        8, ge=1, description="block-diffusion students: texts per source and threshold that the teacher scores"
+    )
+    temperature: Positive = Field(1.0, description="sampling temperature of those texts")
 
 
 class CheckpointSettings(Section):
     """When the run is saved, and how much is kept."""
 
-    every: int = Field(500, ge=0, description="steps between saves; 0: only at the end and on SIGTERM")
-    keep: int = Field(2, ge=1, description="checkpoints kept, newest first")
-    on_failure: Literal["continue", "stop"] = Field("continue", description="what a save that failed does to the run")
-    url: str | None = Field(None, description="s3://, gs:// or any fsspec URL: a copy of each under URL/RUN_ID")
-    storage_options: dict[str, Any] = Field({}, description="for fsspec; keys and secrets belong in the environment")
-    upload_within_s: float = Field(300.0, gt=0, description="how long a run waits at its end for its last upload")
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end and on SIGTERM")
+    keep: int = Field(2, ge=1, description="number of checkpoints kept; older ones are deleted")
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue", description="when a checkpoint cannot be written: continue training with a warning, or stop the run"
+    )
+    url: str | None = Field(
+        None,
+        description="upload a copy of every checkpoint to URL/RUN_ID: s3://, gs:// or any other fsspec URL; null: "
+        "no copy",
+    )
+    storage_options: dict[str, Any] = Field(
+        {}, description="fsspec options of checkpoint.url; keys and secrets belong in the environment"
+    )
+    upload_within_s: float = Field(300.0, gt=0, description="seconds that a finished run waits for its last upload")
 
 
 class LoggingSettings(Section):
     """Where figures go beside metrics.jsonl and evaluation.jsonl, which are always written."""
 
-    wandb: Literal["auto", "offline", "off"] = Field("auto", description="auto: online where WANDB_API_KEY is set")
-    project: str = "stillhouse"
-    tensorboard: bool = False
-    prometheus_port: int | None = Field(None, ge=0, le=65_535, description="port of /metrics; 0 takes a free one")
-    prometheus_host: str = Field("127.0.0.1", description="address that /metrics listens at")
-    progress: Literal["auto", "on", "off"] = Field("auto", description="auto: where the terminal can show it")
+    wandb: Literal["auto", "offline", "off"] = Field(
+        "auto", description="Weights & Biases; auto: on if WANDB_API_KEY is set; offline: logged to disk; off"
+    )
+    project: str = Field("stillhouse", description="project name in Weights & Biases")
+    tensorboard: bool = Field(False, description="write TensorBoard event files into the run's folder")
+    prometheus_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="serve metrics for Prometheus on this port, at /metrics; 0: any free port; null: off",
+    )
+    prometheus_host: str = Field("127.0.0.1", description="address that /metrics listens on")
+    progress: Literal["auto", "on", "off"] = Field(
+        "auto", description="progress bar; auto: if the output is a terminal"
+    )

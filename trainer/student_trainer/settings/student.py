@@ -57,9 +57,11 @@ class QuantisationSettings(Section):
 class LoRASettings(Section):
     """Low-rank additions that are trained in place of the student's own weights."""
 
-    rank: int | None = Field(None, ge=1, description="null: no LoRA, all weights are trained")
-    alpha: int = Field(16, ge=1, description="the addition is scaled by alpha / rank")
-    targets: Names = Field(("all-linear",), description="names of linear modules; all-linear: every one but the head")
+    rank: int | None = Field(None, ge=1, description="rank of LoRA; null: no LoRA, all weights are trained")
+    alpha: int = Field(16, ge=1, description="scale: LoRA's update is multiplied by alpha / rank")
+    targets: Names = Field(
+        ("all-linear",), description="names of the linear modules to adapt; all-linear: all but the output head"
+    )
 
 
 class GrowthSettings(Section):
@@ -68,10 +70,12 @@ class GrowthSettings(Section):
     """
 
     every: int | None = Field(
-        None, ge=1, description="steps from one doubling to the next; null: block_size throughout"
+        None,
+        ge=1,
+        description="steps between doublings of the block size; null: student.diffusion.block_size from the start",
     )
-    first: int = Field(1, ge=1, description="tokens of a block at first")
-    after: int = Field(0, ge=0, description="the step from which doublings are counted")
+    first: int = Field(1, ge=1, description="initial block size, in tokens")
+    after: int = Field(0, ge=0, description="step from which doublings are counted")
 
     def at(self, step: int, block_size: int) -> int:
         """The block of a step's batch."""
@@ -84,20 +88,28 @@ class GrowthSettings(Section):
 class LRCSettings(Section):
     """Low-rank corrections of a quantised student's linears, on inputs that are not rounded."""
 
-    rank: float = Field(0.1, gt=0, le=1, description="as a share of the smaller side of a weight")
+    rank: float = Field(
+        0.1, gt=0, le=1, description="rank of the correction, as a fraction of the smaller dimension of the weight"
+    )
     start: Literal["closed_form", "random"] = Field(
         "closed_form",
-        description="first values: the best ones by calibration data, or as LoRA's, which correct nothing",
+        description="initialisation; closed_form: the least-squares solution on calibration data; random: as LoRA, "
+        "a correction of zero",
     )
-    targets: Names = Field(("all-linear",), description="names of linear modules; all-linear: every one but the head")
-    sequences: int = Field(128, ge=1, description="rows of data.seq_len that the closed form is computed of")
+    targets: Names = Field(
+        ("all-linear",), description="names of the linear modules to correct; all-linear: all but the output head"
+    )
+    sequences: int = Field(128, ge=1, description="closed_form: calibration sequences of data.seq_len tokens")
     reference: Literal["full_precision", "same_inputs"] = Field(
         "full_precision",
-        description="what a layer's output is to be like: the full-precision model's, or its exact weight's on inputs "
-        "as they are in the student",
+        description="closed_form: output that a layer is fitted to; full_precision: that of the full-precision "
+        "model; same_inputs: that of the unquantised weight on the student's own inputs",
     )
     damping: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="of the inputs' second moments: times the mean of their diagonal"
+        0.01,
+        ge=0,
+        allow_inf_nan=False,
+        description="closed_form: ridge added to the diagonal of the inputs' second moments, as a multiple of its mean",
     )
 
 
@@ -106,29 +118,47 @@ class DiffusionSettings(Section):
     already.
     """
 
-    block_size: int | None = Field(None, ge=1, le=64, description="tokens filled in side by side; null: 16")
+    block_size: int | None = Field(
+        None, ge=1, le=64, description="tokens per block, which are predicted together; null: the checkpoint's, else 16"
+    )
     family: Literal["in_place", "token_shift"] | None = Field(
-        None, description="token t is predicted by row t, or by row t - 1; null: in_place"
+        None,
+        description="in_place: position t predicts token t; token_shift: position t - 1 does, as in causal models; "
+        "null: the checkpoint's, else in_place",
     )
     clean_half: Literal["block_causal", "causal"] | None = Field(
-        None, description="a clean token sees its whole block, or as far as itself; null: block_causal"
+        None,
+        description="attention among clean tokens: within the whole block (block_causal) or strictly causal; null: "
+        "the checkpoint's, else block_causal",
     )
-    mask_token_id: int | None = Field(None, ge=0, description="null: a new token behind the vocabulary")
+    mask_token_id: int | None = Field(
+        None,
+        ge=0,
+        description="id of the mask token; null: the checkpoint's, else a new one appended to the vocabulary",
+    )
     mask_embedding: Literal["mean", "keep"] = Field(
-        "mean", description="of a causal model's mask token at first: the vocabulary's mean, or as the model has it"
+        "mean",
+        description="initial embedding of the mask token of a former causal model: the mean over the vocabulary, or "
+        "keep the one that it has",
     )
     masks: Literal["uniform", "position_dependent", "suffix"] = Field(
         "uniform",
-        description="which tokens of a block are masked: each by the same chance, late ones rather, or the last ones",
+        description="which tokens of a block are masked; uniform: each with the same probability; "
+        "position_dependent: later tokens more often; suffix: always the last ones",
     )
     complementary: bool | None = Field(
-        None, description="a second view masks what the first one shows; null: with uniform masks, unless weighed"
+        None,
+        description="train on a second view with the complementary masks; null: yes with masks=uniform and "
+        "loss_weights=none, else no",
     )
     loss_weights: Literal["none", "1/t"] = Field(
-        "none", description="what a masked token weighs: 1, or 1 / the share of its block that is masked"
+        "none", description="weight of a masked token in the loss; none: 1; 1/t: 1 / the masked fraction of its block"
     )
     threshold: float = Field(
-        0.9, gt=0, le=1, description="when it writes: tokens that are likelier are written side by side; 1: one by one"
+        0.9,
+        gt=0,
+        le=1,
+        description="decoding: in each step, all tokens more likely than this are written at once; 1: one token a step",
     )
     growth: GrowthSettings = GrowthSettings()
 
@@ -166,38 +196,44 @@ class StudentSettings(Section):
 
     architecture: str = Field(
         "causal",
-        description="how it reads a text; causal: left to right; diffusion: block by block; auto: as in the folder",
+        description="causal: autoregressive; diffusion: block diffusion; auto: as in the checkpoint",
     )
     quantiser: str = Field(
         "none",
-        description="of its linear layers' weights; none: full precision; bitnet: ternary; fairy2i: complex, of 1 or "
-        "2 bits; seq2: 2 bits, scales learnt; rtn: rounded to the nearest of 2^bits values; auto: as in the folder",
+        description="quantisation of the linear layers' weights; none; bitnet: ternary (1.58 bits); fairy2i: "
+        "complex, 1 or 2 bits; seq2: 2 bits with learnt scales; rtn: round to nearest, see "
+        "quantisation.bits; auto: as in the checkpoint",
     )
     adapter: str | None = Field(
         None,
-        description="what is trained in place of all weights: none, lora, lrc; null: lora where lora.rank is given",
+        description="train low-rank weights in place of all weights: none, lora or lrc; null: lora if lora.rank is "
+        "set, else none",
     )
     checkpoint_path: str = Field(
         "",
-        description="a Hugging Face causal language model, by folder or hub name, or the folder of an earlier run; a "
-        "folder also by a URL (gs://, s3://, any of fsspec's)",
+        description="initial weights: a folder, hub name or URL (gs://, s3://, any other of fsspec) of a Hugging "
+        "Face causal language model, or the folder of an earlier run",
     )
     cache_folder: str | None = Field(
-        None, description="where a checkpoint behind a URL is kept; null: ~/.cache/stillhouse/checkpoints"
+        None, description="where a checkpoint downloaded from a URL is kept; null: ~/.cache/stillhouse/checkpoints"
     )
     storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="of such a URL, for fsspec; keys and secrets belong in the environment"
+        default_factory=dict, description="fsspec options of such a URL; keys and secrets belong in the environment"
     )
-    revision: str | None = Field(None, description="hub revision; a commit keeps a run repeatable")
-    tokenizer: str | None = Field(None, description="folder or hub name of its tokenizer; null: checkpoint_path")
+    revision: str | None = Field(None, description="revision on the hub; a commit makes the run reproducible")
+    tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer; null: the checkpoint's")
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="autocast dtype, parameters stay float32; auto: bfloat16 where the hardware computes in it, else "
-        "float32, and what a resumed run began with",
+        description="autocast dtype; parameters stay in float32; auto: bfloat16 if the hardware computes in it, "
+        "else float32; a resumed run keeps what it began with",
     )
-    attention: Literal["auto", "sdpa", "flex"] = Field("auto", description="auto: flex on a GPU, sdpa elsewhere")
-    gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile each layer; on a CPU it takes a C++ compiler")
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto", description="attention kernel; auto: FlexAttention on a GPU, scaled_dot_product_attention elsewhere"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(False, description="torch.compile every layer; on a CPU this needs a C++ compiler")
     lora: LoRASettings = LoRASettings()
     lrc: LRCSettings = LRCSettings()
     quantisation: QuantisationSettings = QuantisationSettings()

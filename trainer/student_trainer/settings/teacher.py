@@ -12,63 +12,111 @@ from student_trainer.settings.section import Names, Positive, Section
 class OneTeacher(Section):
     """One source of targets: a service, a model in this process, or a store of answers."""
 
-    url: Names = Field(("http://127.0.0.1:8000",), description="remote: one teacher, or a list of replicas of it")
-    key_variable: str = Field("STILLHOUSE_KEY", description="remote: the environment variable that holds the key")
-    model: str = Field("", description="local: folder or hub name of a Hugging Face causal language model")
-    revision: str | None = Field(None, description="local: hub revision; a commit keeps a run repeatable")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="local: auto is the checkpoint's own where the hardware computes in it, else float32"
+    url: Names = Field(
+        ("http://127.0.0.1:8000",),
+        description="kind remote: URL of the teacher, or a list of URLs of replicas of the same teacher",
     )
-    device: str = Field("auto", description="local: auto, cpu, cuda or cuda:N")
-    max_batch_tokens: int = Field(4096, ge=1, description="local: tokens of a forward pass, padding included")
-    store: str = Field("", description="cached: folder of a target store, or folder or URL of a target dataset")
-    store_bytes: int = Field(50 * 2**30, ge=2**20, description="cached, written through: the store's size at most")
+    key_variable: str = Field("STILLHOUSE_KEY", description="kind remote: environment variable that holds the API key")
+    model: str = Field("", description="kind local: folder or hub name of a Hugging Face causal language model")
+    revision: str | None = Field(
+        None, description="kind local: revision on the hub; a commit makes the run reproducible"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="kind local: dtype of the weights; auto: the checkpoint's own if the hardware computes in it, "
+        "else float32",
+    )
+    device: str = Field("auto", description="kind local: cpu, cuda, cuda:N; auto: a GPU if there is one")
+    max_batch_tokens: int = Field(4096, ge=1, description="kind local: tokens per forward pass, padding included")
+    store: str = Field("", description="kind cached: folder of a target store, or folder or URL of a target dataset")
+    store_bytes: int = Field(
+        50 * 2**30,
+        ge=2**20,
+        description="kind cached with on_miss=remote: maximum size of the store; the least recently used targets "
+        "are evicted",
+    )
     store_cache: str = Field(
         "",
-        description="cached, a dataset in a bucket: folder for what was fetched of it; empty: one for this run alone",
+        description="kind cached, dataset in a bucket: local folder that caches what was downloaded; empty: a "
+        "temporary one",
     )
     store_cache_bytes: int = Field(
-        10 * 2**30, ge=2**20, description="cached, a dataset in a bucket: that folder's size"
+        10 * 2**30, ge=2**20, description="kind cached, dataset in a bucket: maximum size of that folder, in bytes"
     )
     store_ahead: int = Field(
-        2, ge=0, description="cached, a dataset in a bucket: row groups fetched before they are asked for"
+        2, ge=0, description="kind cached, dataset in a bucket: Parquet row groups to download ahead of use"
     )
     on_miss: Literal["stop", "remote"] = Field(
-        "stop", description="cached, what the store has not: stop, or ask teacher.url and write it through"
+        "stop",
+        description="kind cached: for a sequence that is not in the store, stop, or ask teacher.url and add the "
+        "answer to the store",
     )
-    fingerprint: str | None = Field(None, description="the teacher that must answer; null: whoever does at the start")
+    fingerprint: str | None = Field(
+        None, description="fingerprint of the only teacher to accept; null: whichever answers when the run begins"
+    )
 
 
 class MemberSettings(OneTeacher):
     """One of several teachers."""
 
-    kind: Literal["remote", "local", "cached"] = "remote"
-    weight: Positive = Field(1.0, description="ensemble: the share, against the others'")
-    sources: Names = Field((), description="by_source: the sources of data that this teacher answers for")
+    kind: Literal["remote", "local", "cached"] = Field(
+        "remote", description="where this teacher answers from; see teacher.kind"
+    )
+    weight: Positive = Field(
+        1.0, description="mix=ensemble: weight of this teacher in the mixture, relative to the others"
+    )
+    sources: Names = Field((), description="mix=by_source: data sources that this teacher answers for")
 
 
 class TeacherSettings(OneTeacher):
     """Who answers, what it is asked, and how long the run waits for it."""
 
-    kind: Literal["remote", "local", "cached", "mixed", "none"] = "remote"
-    attention_url: Names = Field(("http://127.0.0.1:8001",), description="the attention service beside it")
-    members: dict[str, MemberSettings] = Field(default_factory=dict, description="mixed: the teachers by name")
+    kind: Literal["remote", "local", "cached", "mixed", "none"] = Field(
+        "remote",
+        description="where targets come from: remote: a service; local: a model in this process; cached: a store or "
+        "dataset of targets; mixed: several teachers; none",
+    )
+    attention_url: Names = Field(
+        ("http://127.0.0.1:8001",),
+        description="URL of the attention service, or a list of replicas; only read if distillation.attention is on",
+    )
+    members: dict[str, MemberSettings] = Field(default_factory=dict, description="kind mixed: the teachers, by name")
     mix: Literal["ensemble", "by_source"] = Field(
-        "ensemble", description="mixed: all answer and their probabilities are mixed, or one for each source of data"
+        "ensemble",
+        description="kind mixed; ensemble: average the teachers' probabilities; by_source: one teacher for each "
+        "data source",
     )
-    top_k: int = Field(64, ge=1, description="logprobs a token")
+    top_k: int = Field(64, ge=1, description="K: largest logprobs requested per position")
     list_missing: bool = Field(
-        True, description="cached, a dataset: look up all documents of the run before it begins, and list what it lacks"
+        True,
+        description="kind cached, dataset: look up all documents of the run before it starts, and list those "
+        "without targets",
     )
-    sanity: Literal["stop", "warn", "off"] = Field("stop", description="check of the first targets' alignment")
-    same_tokenizer: Literal["check", "trust"] = Field("check", description="trust: don't compare tokenizers")
-    tokenizer: str | None = Field(None, description="the teacher's tokenizer, to name the tokens that differ")
-    deadline_s: Positive = Field(300.0, description="longest time without progress of one request with all its retries")
-    read_timeout_s: Positive = Field(60.0, description="longest silence: a working teacher reports progress")
-    start_within_s: float = Field(0.0, ge=0, description="how long the start waits for a teacher to come up")
-    log_every_s: Positive = Field(10.0, description="how often an outage is spoken of")
-    save_after_s: Positive = Field(60.0, description="outage after which the run is saved once")
-    outage_timeout_s: Positive = Field(3600.0, description="outage after which the run stops")
+    sanity: Literal["stop", "warn", "off"] = Field(
+        "stop",
+        description="what to do if the first targets do not look like predictions of the next token (misaligned, or "
+        "another tokenizer): stop, warn, or off: do not check",
+    )
+    same_tokenizer: Literal["check", "trust"] = Field(
+        "check", description="check: refuse a teacher whose tokenizer differs from the student's; trust: do not compare"
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or hub name of the teacher's tokenizer; only used to list the tokens that differ"
+    )
+    deadline_s: Positive = Field(
+        300.0, description="seconds without progress after which a request fails, retries included"
+    )
+    read_timeout_s: Positive = Field(
+        60.0,
+        description="seconds of silence after which a connection is dropped; a teacher at work reports progress "
+        "every few seconds",
+    )
+    start_within_s: float = Field(
+        0.0, ge=0, description="seconds to wait for the teacher to come up when the run starts"
+    )
+    log_every_s: Positive = Field(10.0, description="while the teacher is unreachable: seconds between log messages")
+    save_after_s: Positive = Field(60.0, description="seconds of an outage after which a checkpoint is saved, once")
+    outage_timeout_s: Positive = Field(3600.0, description="seconds of an outage after which the run stops")
 
     @model_validator(mode="after")
     def _members_fit(self) -> TeacherSettings:
@@ -98,10 +146,12 @@ class PrefetchSettings(Section):
     """How far ahead targets are asked for."""
 
     depth: int | Literal["auto"] = Field(
-        "auto", description="batches in flight beside the one in use; auto: by latency"
+        "auto",
+        description="batches whose targets are requested ahead of the one being trained on; auto: as many as hide "
+        "the latency of the teacher; 0: none",
     )
-    max_depth: int = Field(32, ge=1, description="auto: never more than this")
-    max_bytes: int = Field(2**30, ge=1, description="auto: bytes of targets in flight or ready")
+    max_depth: int = Field(32, ge=1, description="depth auto: upper limit, in batches")
+    max_bytes: int = Field(2**30, ge=1, description="depth auto: upper limit, in bytes of targets in flight or ready")
 
     @model_validator(mode="after")
     def _depth_in_range(self) -> PrefetchSettings:

@@ -26,9 +26,13 @@ class TermSettings(Section):
     needs_teacher: ClassVar[bool] = True
 
     kind: str
-    coefficient: Coefficient = 1.0
+    coefficient: Coefficient = Field(
+        1.0, description="weight of this loss in the sum; the loss itself is a mean over the tokens that it applies to"
+    )
     schedule: Schedule = Field(
-        None, description="points [step, factor] of the coefficient, straight lines between them; null: 1 throughout"
+        None,
+        description="multiply the coefficient by a piecewise linear function of the step, given as [[step, factor], "
+        "...]; null: constant",
     )
 
     def without_effect(self) -> list[str]:
@@ -41,7 +45,9 @@ class CrossEntropySettings(TermSettings):
 
     needs_teacher: ClassVar[bool] = False
 
-    kind: Literal["cross_entropy"] = Field("cross_entropy", description="which loss; left out: the term's name")
+    kind: Literal["cross_entropy"] = Field(
+        "cross_entropy", description="kind of loss; may be left out where the term's name is a kind"
+    )
 
 
 class AutoregressiveSettings(TermSettings):
@@ -55,8 +61,15 @@ class AutoregressiveSettings(TermSettings):
 class TemperedSettings(TermSettings):
     """Of kinds that compare student and teacher at a temperature."""
 
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    temperature_squared: bool = Field(False, description="multiply by the temperature squared (Hinton's convention)")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="temperature T at which both the teacher's and the student's distributions are taken",
+    )
+    temperature_squared: bool = Field(
+        False, description="multiply the loss by T^2, so that gradients do not shrink with T (Hinton et al.)"
+    )
 
     def without_effect(self) -> list[str]:
         return ["temperature_squared"] if self.temperature_squared and self.temperature == 1.0 else []
@@ -85,10 +98,15 @@ class DivergenceSettings(TemperedSettings):
     """
 
     support: Literal["top_k", "gather", "full"] = Field(
-        "top_k", description="ids compared: the teacher's top K, the student's (gather), all (full)"
+        "top_k",
+        description="tokens over which the divergence is taken: top_k: the teacher's top K; gather: the student's "
+        "top K; full: the whole vocabulary",
     )
     tail: Literal["bucket", "renormalise", "truncate"] = Field(
-        "bucket", description="mass outside the support: one more bucket, or left out of account"
+        "bucket",
+        description="probability mass outside the support; bucket: one extra class on both sides; renormalise: both "
+        "distributions are renormalised to the support; truncate: left out (forward_kl, top_k_kl and "
+        "tcs only)",
     )
 
     @model_validator(mode="after")
@@ -131,7 +149,7 @@ class ReverseKLSettings(DivergenceSettings):
 
 class JSDSettings(DivergenceSettings):
     kind: Literal["jsd"] = "jsd"
-    beta: float = Field(0.5, description="of jsd: the teacher's weight in the mixture")
+    beta: float = Field(0.5, description="jsd: weight of the teacher in the mixture, between 0 and 1 (exclusive)")
 
     @field_validator("beta")
     @classmethod
@@ -146,12 +164,20 @@ class JSDSettings(DivergenceSettings):
 
 class SkewedKLSettings(DivergenceSettings):
     kind: Literal["skewed_kl"] = "skewed_kl"
-    alpha: Between0And1 = Field(0.1, description="of the skewed kinds: the first distribution's share of the mixture")
+    alpha: Between0And1 = Field(
+        0.1,
+        description="skewed_kl, skewed_reverse_kl: share of the first distribution in the mixture that stands in "
+        "the second's place",
+    )
 
 
 class SkewedReverseKLSettings(DivergenceSettings):
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
-    alpha: Between0And1 = Field(0.1, description="of the skewed kinds: the first distribution's share of the mixture")
+    alpha: Between0And1 = Field(
+        0.1,
+        description="skewed_kl, skewed_reverse_kl: share of the first distribution in the mixture that stands in "
+        "the second's place",
+    )
 
 
 class TVDSettings(DivergenceSettings):
