@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import quality_codec, quality_losses, quality_sharing, quality_staleness, quality_temperature
 from benchmarks.quality_runs import ROOT, SIZES, Size
-from benchmarks.report import machine, publish, report
+from benchmarks.report import publish, report
 from benchmarks.seeded_results import Line, Results
 from demo.comparison import markdown
 
@@ -67,8 +67,14 @@ def write(name: str, size: Size, results: Results, docs: bool) -> None:
 
 
 def title_of(about: str, lines: list[Line]) -> str:
-    minutes = sum(line["cpu_s"] for line in lines) / 60
-    return f"{about}; {len(lines)} runs, {minutes:.0f} minutes of one core ({machine()['cpu']}) that others used too"
+    """With what the runs took: processor time, or wall time where services and trainers ran as processes of their own,
+    whose processor time this one's does not hold.
+    """
+    apart = all("wall_s" in line for line in lines)
+    minutes = sum(line["wall_s" if apart else "cpu_s"] for line in lines) / 60
+    cpu = ", ".join(sorted({line["cpu"] for line in lines}))
+    took = f"{minutes:.0f} minute{'' if round(minutes) == 1 else 's'} of {'wall' if apart else 'CPU'} time"
+    return f"{about}; {len(lines)} runs, {took} ({cpu}), with other work on the machine"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from demo.prepare import TEXT
+from demo.prepare import TEXT, make_whole
 
 
 def make_untrained(
@@ -36,8 +37,8 @@ def make_untrained(
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=1,
     ))  # fmt: skip
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    _save(folder, model, tokenizer)
 
 
 def keep_layers(model_folder: Path, keep: int, folder: Path, dtype: str) -> Path:
@@ -53,9 +54,18 @@ def keep_layers(model_folder: Path, keep: int, folder: Path, dtype: str) -> Path
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = keep
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    _save(folder, model, AutoTokenizer.from_pretrained(model_folder))
     return folder
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Whole or not at all: a folder that is there is taken for complete."""
+
+    def write(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+    make_whole(folder, write)
 
 
 def evenly(number: int, keep: int) -> list[int]:
@@ -82,4 +92,7 @@ def export(run_folder: Path, folder: Path) -> None:
     """The run's student as a Hugging Face checkpoint."""
     from student_trainer.cli.export import main as export_main
 
-    export_main([str(run_folder), "--format", "hf", "--out", str(folder), "--skip-check"])
+    def write(unfinished: Path) -> None:
+        export_main([str(run_folder), "--format", "hf", "--out", str(unfinished), "--skip-check"])
+
+    make_whole(folder, write)

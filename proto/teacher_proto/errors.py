@@ -128,6 +128,10 @@ class OverloadedError(BusyError):
     code, status = "overloaded", 503
 
 
+class LoadingError(OverloadedError):
+    code = "loading"
+
+
 class EngineError(StillhouseError):
     code, status = "engine_failed", 500
 
@@ -209,6 +213,7 @@ BY_CODE: dict[str, type[StillhouseError]] = {
         BusyError,
         QuotaError,
         OverloadedError,
+        LoadingError,
         EngineError,
         EngineMemoryError,
         EngineDeadError,

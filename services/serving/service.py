@@ -21,7 +21,7 @@ from serving.scheduling.fair import FairQueue
 from serving.scheduling.rate import Rate
 from serving.settings import ServiceSettings
 from serving.status import STEP_S, History, StatusBody, totals
-from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
+from teacher_proto.errors import EngineDeadError, LoadingError, OverloadedError, StillhouseError
 
 State = Literal["loading", "ready", "draining", "dead"]
 EngineT = TypeVar("EngineT", bound=AnyEngine)
@@ -128,11 +128,11 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
         )  # fmt: skip
 
     def require_started(self) -> None:
-        """OverloadedError while the model loads, EngineDeadError when it is gone."""
+        """LoadingError while the model loads, EngineDeadError when it is gone."""
         if self._death is not None:
             raise self._death
         if not self.started:
-            raise OverloadedError("the service is still loading its model", retry_after=1.0)
+            raise LoadingError("the service is still loading its model", retry_after=1.0)
 
     async def check_ready(self) -> None:
         """Return if requests are let in and the engine computes them; the error that a probe should see otherwise."""

@@ -28,7 +28,7 @@ from tests.docs.markdown import ROOT
 OF_A_TEACHER = {
     "internal": FAILED, "bad_request": USAGE, "malformed": USAGE, "unauthorized": USAGE, "not_found": USAGE,
     "wrong_teacher": USAGE, "too_large": USAGE, "unsupported_type": USAGE, "method_not_allowed": USAGE,
-    "slow_body": AGAIN, "out_of_range": USAGE, "busy": AGAIN, "quota": AGAIN, "overloaded": AGAIN,
+    "slow_body": AGAIN, "out_of_range": USAGE, "busy": AGAIN, "quota": AGAIN, "overloaded": AGAIN, "loading": AGAIN,
     "engine_failed": FAILED, "engine_out_of_memory": AGAIN, "engine_dead": AGAIN, "wire": AGAIN, "truncated": AGAIN,
     "checksum": AGAIN, "version": USAGE, "invalid_targets": FAILED, "poison_batch": FAILED, "deadly_request": USAGE,
     "teacher_unavailable": AGAIN,
