@@ -52,6 +52,7 @@ class Timing:
 
     def full_jitter(self, attempt: int, base_s: float, cap_s: float) -> float:
         """Uniform between 0 and `base * 2**attempt`, capped (Brooker, "Exponential backoff and jitter", AWS 2015)."""
+        # Full jitter: clients that failed together come back spread over the whole interval, not all at its end.
         return self.random.uniform(0.0, min(cap_s, base_s * 2.0 ** min(attempt, 32)))
 
 
@@ -73,10 +74,13 @@ class RetryBudget:
     def wait_s(self) -> float:
         """0 where a repeat is within the budget and has been taken from it; else the time until one may be."""
         self._forget()
+        # A tenth of the calls by default, so that repeats add at most 10 % to the load of a teacher in trouble; the
+        # floor lets a client that has just started, with few calls, repeat at all.
         allowed = max(self._policy.budget_floor, int(self._policy.budget_ratio * len(self._calls)))
         if len(self._repeats) < allowed:
             self._repeats.append(self._now())
             return 0.0
+        # Until the oldest repeat is a minute old and falls out of the count.
         return max(self._repeats[0] + self.WINDOW_S - self._now(), 0.001) if self._repeats else self.WINDOW_S
 
     def _forget(self) -> None:

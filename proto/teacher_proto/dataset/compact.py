@@ -66,18 +66,22 @@ class Compact:
             return row | blank
         assert targets.ids is not None and targets.logprobs is not None and targets.lse is not None
         assert targets.next_logprob is not None and targets.log_z is not None
+        # Frequent ids have small places, so sorted places lie close together and their differences take few bits.
         places_RK = self._place_of[targets.ids]
         order_RK = np.argsort(places_RK, axis=1)
         places_RK = np.take_along_axis(places_RK, order_RK, axis=1)
         logprobs_RK = np.take_along_axis(targets.logprobs, order_RK, axis=1).astype(np.float32)
+        # The next token has an exact logprob in a column of its own: where it is among the K, decoding puts it there.
         next_R = targets.next_logprob.astype(np.float16)
         at_R = _next_column(self._by_place[places_RK], entry)
+        # Levels first, by the uncorrected scale; the shift of `keeping_mass` moves all of them alike, so they stay.
         scale = _scale_of(logprobs_RK, self._levels)
         levels_RK = scale.levels(logprobs_RK, self._levels)
         scale = scale.keeping_mass(logprobs_RK, levels_RK, next_R, at_R)
         columns = (scale.largest_R, scale.first_R, scale.step_R, next_R, targets.lse, *targets.log_z.T)
         columns_CR = np.stack([column.astype(np.float16) for column in columns])
         coded_row = row | dict.fromkeys(_KEPT) | self._layout.pack(Packed(places_RK, levels_RK, columns_CR))
+        # Decoded again at once: the error that a manifest states is that of the bytes as they were written.
         self._measure(targets, self.decode(dict(coded_row)), entry)
         return coded_row
 
@@ -85,6 +89,7 @@ class Compact:
         if row["coded_ids"] is None:
             return row
         rows, top_k = row["stop"] - row["start"], row["top_k"]
+        # Backwards: bytes to places and levels, places to ids, levels to logprobs, then by falling logprob.
         packed = self._layout.unpack(row, rows, top_k)
         ids_RK = self._by_place[packed.places_RK]
         scale, (next_R, lse_R, *_) = packed.columns_CR[:SCALE_COLUMNS], packed.columns_CR[SCALE_COLUMNS:]
@@ -103,6 +108,7 @@ class Compact:
         """The ids by place, those of `first` and then the others, and the place of each id."""
         rest = np.ones(self._vocab_size, dtype=bool)
         rest[first] = False
+        # Ids that the first row group did not hold come last, by number: every id has a place, whatever comes later.
         by_place = np.concatenate([first, np.flatnonzero(rest)]).astype(np.int32)
         place_of = np.empty(self._vocab_size, np.int32)
         place_of[by_place] = np.arange(self._vocab_size, dtype=np.int32)
@@ -111,6 +117,7 @@ class Compact:
     def _measure(self, targets: TokenTargets, decoded: dict[str, Any], entry: Entry) -> None:
         assert targets.ids is not None and targets.logprobs is not None and targets.log_z is not None
         shape = targets.ids.shape
+        # Both sides in the order of ids: the codec may have changed the order of close logprobs.
         by_id_RK, ids_RK = np.argsort(targets.ids, axis=1), decoded["ids"].reshape(shape)
         exact_RK = np.take_along_axis(targets.logprobs, by_id_RK, axis=1).astype(np.float64)
         kept_RK = np.take_along_axis(decoded["logprobs"].reshape(shape), np.argsort(ids_RK, axis=1), axis=1)
@@ -119,6 +126,7 @@ class Compact:
         log_z_RT = decoded["log_z"].reshape(targets.log_z.shape)
         for column, temperature in enumerate(entry.temperatures):
             if temperature != 1:
+                # log p at T = logprob / T - log_z(T), on both sides with their own log_z.
                 exact = exact_RK / temperature - targets.log_z[:, column, None]
                 kept = kept_RK.astype(np.float64) / temperature - log_z_RT[:, column, None]
                 self._add(f"kl_at_{temperature:g}", tail_kl(exact, kept))
@@ -130,6 +138,7 @@ class Compact:
 
 def tail_kl(exact_RK: np.ndarray, kept_RK: np.ndarray) -> np.ndarray:
     """KL(exact, kept) a row in nats, over the K ids and the tail as one bucket."""
+    # Not below 1e-6: rounding may lift the K above 1, and the logarithm of the tail has to stay finite.
     tails = [np.maximum(1 - np.exp(logprobs_RK).sum(axis=1), 1e-6) for logprobs_RK in (exact_RK, kept_RK)]
     head_R = (np.exp(exact_RK) * (exact_RK - kept_RK)).sum(axis=1)
     kl_R: np.ndarray = head_R + tails[0] * np.log(tails[0] / tails[1])
@@ -148,6 +157,7 @@ class _Scale:
         """The nearest levels [R, K] of float32 logprobs; 0 for the first of the largest alone."""
         steps_R = np.maximum(self.step_R.astype(np.float32), np.float32(1e-6))
         below_RK = self.first_R.astype(np.float32)[:, None] - logprobs_RK
+        # level n is first - (n - 1) step, so n = 1 + (first - logprob) / step; 0 is kept for the largest.
         levels_RK = np.clip(1 + np.rint(below_RK / steps_R[:, None]), 1, highest).astype(np.uint8)
         levels_RK[np.arange(len(levels_RK)), logprobs_RK.argmax(axis=1)] = 0
         return levels_RK
@@ -164,11 +174,13 @@ class _Scale:
         self, logprobs_RK: np.ndarray, levels_RK: np.ndarray, next_R: np.ndarray, at_R: np.ndarray
     ) -> _Scale:
         """The scale with `first` moved, so that the K together are as probable as they were; never above `largest`."""
+        # What `first` moves: all but the largest, and but the next token, whose logprob is exact already.
         moves_RK = levels_RK > 0
         listed = np.flatnonzero(at_R >= 0)
         moves_RK[listed, at_R[listed]] = False
         wanted_R = np.where(moves_RK, np.exp(logprobs_RK), np.float32(0)).sum(axis=1)
         ours_R = np.where(moves_RK, np.exp(self.logprobs(levels_RK).astype(np.float32)), np.float32(0)).sum(axis=1)
+        # A shift by log(wanted / ours) multiplies each of their probabilities by wanted / ours.
         moved_R = np.log(np.maximum(wanted_R, 1e-30) / np.maximum(ours_R, 1e-30))
         first_R = np.minimum(self.first_R.astype(np.float32) + moved_R, self.largest_R.astype(np.float32))
         return replace(self, first_R=first_R.astype(np.float16))
@@ -179,6 +191,7 @@ def _scale_of(logprobs_RK: np.ndarray, highest: int) -> _Scale:
     if logprobs_RK.shape[1] == 1:
         return _Scale(*(column.astype(np.float16) for column in (largest_R, largest_R, np.zeros_like(largest_R))))
     second_R = -np.partition(-logprobs_RK, 1, axis=1)[:, 1]
+    # `highest` levels stand for all but the largest: `highest` - 1 steps from the second largest to the smallest.
     deep_R = np.minimum(second_R - logprobs_RK.min(axis=1), _DEEPEST)
     return _Scale(*(column.astype(np.float16) for column in (largest_R, second_R, deep_R / max(highest - 1, 1))))
 
@@ -201,6 +214,7 @@ def _largest_first(ids_RK: np.ndarray, logprobs_RK: np.ndarray) -> tuple[np.ndar
     """Both by falling logprob; equal ones stay in their order, on every machine."""
     # The bits of a float16 that is not above zero grow as it falls, but for +0.
     bits_RK = np.ascontiguousarray(logprobs_RK).view(np.uint16) | np.uint16(0x8000)
+    # One sort for both: the logprob in the upper 16 bits, the column, which breaks ties, in the lower 16.
     keys_RK = bits_RK.astype(np.uint32) << 16 | np.arange(ids_RK.shape[1], dtype=np.uint32)
     keys_RK.sort(axis=1)
     order_RK = (keys_RK & 0xFFFF).astype(np.int64)

@@ -50,6 +50,7 @@ class Planes:
 
     def pack(self, packed: Packed) -> dict[str, bytes]:
         return {
+            # First place, then differences: with `prepend=0` the running sum gives all of them back.
             "coded_ids": planes(np.diff(packed.places_RK, axis=1, prepend=0), self._planes),
             "coded_logprobs": packed.levels_RK.tobytes(),
             "coded_rows": planes(packed.columns_CR.view(np.uint16), 2),
@@ -74,6 +75,7 @@ class Gaps:
         self._bits = bits
 
     def pack(self, packed: Packed) -> dict[str, bytes]:
+        # Places of a row differ by at least 1, so the places between two, difference - 1, start at 0.
         widths, code = rice(np.diff(packed.places_RK, axis=1, prepend=-1) - 1)
         scale, rest = np.split(packed.columns_CR, [SCALE_COLUMNS])
         return {
@@ -83,6 +85,7 @@ class Gaps:
         }  # fmt: skip
 
     def unpack(self, row: Mapping[str, Any], rows: int, top_k: int) -> Packed:
+        # The inverse: + 1 for each difference, and - 1 for the -1 that the first one was counted from.
         places_RK = np.cumsum(unrice(row["coded_widths"], row["coded_ids"], rows) + 1, axis=1) - 1
         levels_RK = one_by_one(row["coded_logprobs"], self._bits, rows * top_k).reshape(rows, top_k)
         columns = [_columns(row[name], rows) for name in ("coded_scales", "coded_rows")]

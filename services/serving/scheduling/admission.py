@@ -139,6 +139,7 @@ class Admission:
             )  # fmt: skip
         held = self._note(permit.client)
         waiting = _Waiting(permit)
+        # What costs nothing, control traffic, waits for nobody.
         if not permit.cost:
             self._grant(waiting)
             return
@@ -162,12 +163,14 @@ class Admission:
     async def _wait(self, waiting: _Waiting, told: bool) -> None:
         """Until it is granted. OverloadedError or QuotaError where it may not wait, or waited for long enough."""
         permit = waiting.permit
+        # Places in the queue are shared as capacity is: no client's requests fill it alone.
         most = _MAX_WAITING // (len(self._held) + 1) if self._shared else _MAX_WAITING
         limit_s = None if told else _UNTOLD_S if permit.cost >= _LARGE * self._capacity else 0.0
         if limit_s == 0 or self._held[permit.client].waiting > most:
             raise self._no_room(permit)
         try:
             async with asyncio.timeout(limit_s):
+                # Shielded: a timeout ends our waiting and leaves the future, which `_take` looks at once more.
                 await asyncio.shield(waiting.granted)
         except TimeoutError:
             raise self._no_room(permit) from None
@@ -206,8 +209,11 @@ class Admission:
                 continue
             if self._beyond_share(permit):
                 held_up.add(permit.client)
+                # Every client that waits is held up by its own share: nobody further back can be let in.
                 if len(held_up) == sum(held.waiting > 0 for held in self._held.values()):
                     return
+            # No capacity left: stop here, so that small requests behind a large one do not keep it out. An empty
+            # service lets anything in, up to `max_cost`.
             elif self.cost and self.cost + permit.cost > self._capacity:
                 return
             else:

@@ -117,6 +117,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         one, source = self._join(job, client)
         one.waiters += 1
         try:
+            # Shielded: a client that leaves cancels its own waiting, not the work that others wait for too.
             answer = await asyncio.shield(one.task)
         except asyncio.CancelledError:
             if one.task.cancelled() and self._aborted is not None:
@@ -184,11 +185,13 @@ class Coalescer(Generic[QueryT, AnswerT]):
         one = self._in_flight.get(key)
         if one is not None and not one.task.cancelling():
             if one.given_up is not None:
+                # Asked for again in time: the clock that would have ended it is stopped.
                 one.given_up.cancel()
                 one.given_up = None
             if key in self._unread:
                 self._unread.discard(key)
                 self._recent.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
+            # In the lane of each client that wants it: it comes up by whichever of them is first.
             if client not in one.clients and one.ticket.waiting:
                 one.clients.add(client)
                 self._queue.join(client, one.ticket)
@@ -208,6 +211,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         if one.task.cancelled() or one.task.exception() is not None:
             self._forget(key, one)
         elif one.stored:
+            # In the store from now on; until it is on disk there, requests find it here.
             asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, one)
         else:
             kept = self._recent if one.waiters else self._unread
@@ -244,6 +248,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._check_answer(job.query, answer)
         if self._store is not None and not job.fresh:
             self._in_flight[job.query.key].stored = self._store.put(job.query, answer)
+        # After a success only: the rate is that of finished work, and the pace follows the rate.
         self._queue.recover()
         self.last_success = time.monotonic()
         self._rate.count(job.query.num_tokens, self._queue.busy_s())

@@ -50,6 +50,7 @@ class _Order:
             return sum(self.totals.values())
         return min(
             before + sum(
+                # Another lane goes first until it was served as much as ours will be then, or has nothing left.
                 min(total, max(0, int(own.served + before - lane.served)))
                 for lane, total in self.totals.items() if lane is not own
             )
@@ -130,6 +131,7 @@ class FairQueue:
         charged to that one."""
         lane = self._lanes.get(client)
         if lane is None:
+            # A new lane starts level with the one that is served: neither a backlog to catch up nor a lead.
             lane = self._lanes[client] = _Lane(served=self._now_serving)
         lane.waiting.append(ticket)
         self._dispatch()
@@ -148,6 +150,7 @@ class FairQueue:
         if ticket.left:
             return
         ticket.left = True
+        # It had its turn: what ran for it ends, and the busy clock, which stands while nothing runs, is set anew.
         if ticket.turn.done() and not ticket.turn.cancelled():
             self._busy_s = self.busy_s()
             self._busy_since = asyncio.get_running_loop().time()
@@ -158,6 +161,7 @@ class FairQueue:
     def halve(self, ticket: Ticket) -> None:
         """The engine ran out of memory at this ticket: hand it half as much at a time. Tickets that were served
         before the last halving say nothing new."""
+        # Several tickets of one batch fail together: the first halves the window, the others are of the old generation.
         if ticket.generation == self._generation:
             self._generation += 1
             self.window = max(1, self.window // 2)
@@ -165,15 +169,18 @@ class FairQueue:
     def recover(self) -> None:
         """Work succeeded: go a thousandth of the way back to the full window."""
         if self.window < self._full_window:
+            # Halved at once, won back slowly: multiplicative decrease, additive increase, as in congestion control.
             self.window = min(self._full_window, self.window + max(1, self._full_window // 1000))
 
     def _dispatch(self) -> None:
         while (lane := self._next_lane()) is not None:
             ticket = lane.waiting[0]
+            # An idle engine takes any ticket, however large: nothing that was admitted waits for ever.
             if self.running and self.running + ticket.tokens > min(self.window, self.pace):
                 return
             lane.waiting.popleft()
             self._now_serving = lane.served
+            # Charged as it is handed over, not as it ends: else a lane could hand over all it has at one count.
             lane.served += ticket.tokens
             self._serve(ticket)
 
@@ -191,6 +198,7 @@ class FairQueue:
             while lane.waiting and not lane.waiting[0].waiting:
                 lane.waiting.popleft()
             if not lane.waiting:
+                # A lane ahead of the present count is kept though empty: deleted, its client could come back at par.
                 if lane.served <= self._now_serving:
                     del self._lanes[client]
             elif best is None or lane.served < best.served:

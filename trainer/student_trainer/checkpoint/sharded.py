@@ -39,6 +39,7 @@ class ShardedWriter:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        # A group of its own: a save in the background must not interleave with the training step's collectives.
         self._group = dist.new_group(backend="gloo", timeout=WRITTEN_WITHIN)
         self._mesh = DeviceMesh.from_group(self._group, "cpu")
 

@@ -60,6 +60,7 @@ class LogitMonitor:
         found = [self._largest[layer] for layer in layers]
         if group is not None and found:
             together = torch.cat(found)
+            # The heads of all layers in one message; every rank saw other micro batches of the same step.
             torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group)
             found = list(together.split([len(largest_H) for largest_H in found]))
         return {layer: largest_H.clone() for layer, largest_H in zip(layers, found, strict=True)}
@@ -79,6 +80,7 @@ class LogitMonitor:
                 f"attention logits: {length} queries for {key_BKTd.shape[2]} keys, expected as many; "
                 "run the pass with use_cache=False"
             )
+        # As attention itself: 1 / sqrt(d) where the model gives no scale of its own.
         scaling = width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         largest_H = largest_logits(query_BHTd, key_BKTd, self._seen(module, query_BHTd, mask, kwargs), scaling)
         before_H = self._largest.get(module.layer_idx)

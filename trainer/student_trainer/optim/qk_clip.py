@@ -66,6 +66,7 @@ class QKClip:
         for layer, heads in largest.items():
             if any(math.isnan(logit) or logit == math.inf for logit in heads):
                 raise ValueError(f"qk_clip: the attention logits of layer {layer} are no longer finite: {heads}")
+        # Only heads that were over tau; for the rest gamma is 1 and their weights are not touched.
         gammas = [gamma for layer, heads in largest.items() for gamma in self._clip(layer, heads) if gamma < 1.0]
         top = max((logit for heads in largest.values() for logit in heads), default=-math.inf)
         return ClipReport(top, len(gammas), min(gammas, default=1.0))
@@ -84,6 +85,7 @@ class QKClip:
             # Query heads share a key head, which can be scaled by one number.
             key = [min(gammas[start : start + layer.group]) for start in range(0, len(gammas), layer.group)]
             query = [gamma for gamma in key for _ in range(layer.group)]
+        # logit = q k / sqrt(d) is linear in each of both, so the two factors multiply to gamma.
         layer.query.scale([gamma**self.alpha for gamma in query])
         layer.key.scale([gamma ** (1.0 - self.alpha) for gamma in key])
         return query if layer.group is not None else query * len(gammas)

@@ -147,12 +147,15 @@ def _with_rows(micro: MicroBatch, asked: CandidateTexts, answer: BatchTargets) -
     scores = []
     for targets in answer.documents:
         assert targets is not None and targets.next_logprob is not None
+        # log p(v | x_<l) + log p(x_l+1, ..., x_l+w | x_<l, v): the scores of the candidate and of the window, summed.
         scores.append(float(targets.next_logprob.astype(np.float64).sum()))
     there_MG = asked.candidates_MG >= 0
     score_MG = torch.full(there_MG.shape, -torch.inf, dtype=torch.float64)
     score_MG[torch.from_numpy(there_MG)] = torch.tensor(scores, dtype=torch.float64)
+    # Bayes' rule over the candidates: their scores normalised. Absent ones have -inf, and so no mass.
     log_p_MG, order_MG = score_MG.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
     ids_MG = torch.from_numpy(asked.candidates_MG).gather(1, order_MG).clamp(min=0)
+    # Padded to the teacher's K with id 0 at next to no mass, so that rows of both kinds are one array.
     width = teacher.ids_NK.shape[1]
     ids_MK = torch.nn.functional.pad(ids_MG, (0, width - ids_MG.shape[1]))
     log_p_MK = torch.nn.functional.pad(log_p_MG.clamp(min=NOTHING), (0, width - log_p_MG.shape[1]), value=NOTHING)
@@ -162,6 +165,7 @@ def _with_rows(micro: MicroBatch, asked: CandidateTexts, answer: BatchTargets) -
         "logprobs_NK": teacher.logprobs_NK.float().index_copy(0, label_M, log_p_MK.float().to(device)),
     }
     if teacher.log_z_NT is not None and teacher.temperatures:
+        # All mass is on the candidates, so log_z(T) = logsumexp(log p / T) is a sum over them.
         log_z_MT = torch.stack([(log_p_MK / t).logsumexp(-1) for t in teacher.temperatures], -1)
         changes["log_z_NT"] = teacher.log_z_NT.float().index_copy(0, label_M, log_z_MT.float().to(device))
     return replace(micro, teacher=replace(teacher, **changes))

@@ -197,10 +197,13 @@ class DepthControl:
             self.depth = self._wanted()
 
     def _wanted(self) -> int:
+        # The median: an evaluation or a save between two steps does not count as a slow step.
         step_s = max(sorted(self._steps)[len(self._steps) // 2], 1e-3)
         latencies = sorted(self._latencies)
         # A batch asked for when the step begins must be there `latency` later: latency / step of them cover that.
         covering = math.ceil(latencies[int(0.9 * (len(latencies) - 1))] / step_s) + 1
+        # The fastest answer, from an idle teacher: beyond four times that depth we would wait in our own queue.
         unloaded = math.ceil(latencies[0] / step_s)
+        # The largest batch so far stands for all of them.
         by_bytes = self._settings.max_bytes // self._largest if self._largest else self._settings.max_depth
         return max(1, min(covering, 4 * unloaded + 1, by_bytes, self._settings.max_depth))

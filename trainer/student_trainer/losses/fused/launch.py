@@ -50,6 +50,7 @@ class FusedTerms:
     ):  # fmt: skip
         self._outcome, self._rows_R = outcome, rows_R
         labels_R = job.labels_N[rows_R]
+        # [M, R] bool: does row r count for term m? A term may leave out rows that others need.
         counted_MR = torch.stack([job.counted[term.name][rows_R] for term in job.terms])
         teacher = job.teacher if job.teacher is None or job.every_row else job.teacher.select(rows_R)
         passes, terms = job.passes, job.terms
@@ -84,8 +85,11 @@ class FusedTerms:
             self._weights_MR *= job.weights_N[rows_R].to(head.accumulator)
         self._index = index
         self._values_MR = torch.zeros_like(self._weights_MR)
+        # From `normalise` to `gradient`, by softmax and row: the logsumexp of all ids outside the support, and the one
+        # number that their gradient is q / (their mass) times.
         self._rest_SR = self._weights_MR.new_zeros(max(1, len(self._sparse)), self._rows)
         self._row_SR = torch.zeros_like(self._rest_SR)
+        # What `gradient` has to add at the label: minus the weight of each loss on it.
         self._at_label_R = self._weights_MR.new_zeros(self._rows)
 
     def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
@@ -97,6 +101,7 @@ class FusedTerms:
         for number in range(max(1, len(self._supports))):
             if self._sparse or top1_C is not None:
                 self._normalise(number, start, z_CV, top1_C if number == 0 else None)
+        # The order matters: `gradient` overwrites the logits that the other two read.
         lse_DR, totals_MR = self._compare(start, z_CV, teacher_CW) if self._dense else (z_CV, z_CV)
         if out_CV is not None:
             self._gradient(start, z_CV, teacher_CW, out_CV, lse_DR, totals_MR)
@@ -104,6 +109,7 @@ class FusedTerms:
 
     def finish(self) -> None:
         """Values and most likely ids into the outcome, once all chunks are done."""
+        # `where` and not a product: an uncounted row may hold inf or NaN, and 0 x NaN is NaN.
         self._outcome.values_MN[:, self._rows_R] = torch.where(self._counted_MR, self._values_MR, 0.0)
         if self._top1_R is not None:
             self._outcome.top1_N[self._rows_R] = self._top1_R
@@ -116,6 +122,7 @@ class FusedTerms:
             # One table of logprobs a temperature; where another has an id that it has not, LOG_FLOOR stands in it.
             counted_R = torch.stack([self._counted_MR[index[term.name]] for term in each.terms]).any(0)
             rows = read_support(teacher, name, each.temperature, each.width, counted_R)
+            # -1 marks a place without an id; temperatures of one support share the ids and differ in their logprobs.
             ids_RK = torch.where(rows.live_NK, rows.ids_NK, -1 if ids_RK is None else ids_RK)
             logprobs.append(rows.logprobs_NK.to(self._head.accumulator))
             tails.append(torch.stack(tail_of(rows, each.width)).to(self._head.accumulator))

@@ -34,6 +34,7 @@ class LRC(Adapter):
         chosen = chosen_linears(model, settings.lrc.targets, "student.lrc.targets")
         if settings.lrc.start == "closed_form":
             _check_reference(chosen, settings)
+        # Drawn apart: the run's own random numbers are those of a run without corrections.
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             for layer in chosen.values():

@@ -54,11 +54,13 @@ class Solution:
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """U [O, r] and V^T [r, I] of the best correction of that rank."""
+        # Eckart-Young: cutting the best correction of full rank gives the best of each lower one.
         return self.u_OK[:, :rank], self.vt_KI[:rank]
 
 
 def damped(moment_II: Tensor, damping: float) -> Tensor:
     """S with `damping` times the mean of its diagonal added to the diagonal."""
+    # Relative to the inputs, so that one value does for layers whose activations differ by orders of magnitude.
     return moment_II + damping * moment_II.diagonal().mean() * torch.eye(len(moment_II)).to(moment_II)
 
 
@@ -76,6 +78,8 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
         )
     # L^-1 C^T = (C L^-T)^T, whose columns' left singular vectors are wanted.
     whitened_IO = torch.linalg.solve_triangular(factor_II, cross_OI.T, upper=False)
+    # Of A = L^-1 C^T, I by O, the smaller Gram matrix: A^T A has the eigenvectors U itself; A A^T has those of the
+    # other side, and A^T maps them to U up to length.
     if whitened_IO.shape[1] <= whitened_IO.shape[0]:
         values_K, u_OK = torch.linalg.eigh(whitened_IO.T @ whitened_IO)
         values_K, u_OK = values_K.flip(0), u_OK.flip(1)
