@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -90,4 +91,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from None
+        what = "has no tokenizer" if Path(name).is_dir() else "is neither a folder nor a model that the hub gives us"
+        raise ValueError(
+            f"{name!r} {what}: {str(error).strip().splitlines()[0]} (student.checkpoint_path names the student, "
+            "student.tokenizer its tokenizer where that lies elsewhere)"
+        ) from None
