@@ -31,7 +31,6 @@ from teacher_proto.request_checks import (
     SequenceLimits,
     SequencesRequest,
     check_sequences,
-    parse_body,
     refuse,
     token_array,
     within,
@@ -173,11 +172,6 @@ class AttentionInfo(ServiceInfo):
 def parse_attention_info(body: Any) -> AttentionInfo:
     """A service's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
     return read_info(AttentionInfo, body, "attention")
-
-
-def parse_attention_request(body: dict[str, Any]) -> AttentionRequest:
-    """A request out of a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
-    return parse_body(AttentionRequest, body)
 
 
 def check_attention_request(request: AttentionRequest, limits: AttentionLimits, shape: AttentionShape) -> None:

@@ -10,7 +10,7 @@ from teacher_proto.errors import VersionError, WireError
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Kind, Limits
-from teacher_proto.wire.records import VERSION
+from teacher_proto.wire.answers import VERSION
 
 
 class ServiceInfo(BaseModel):

@@ -78,10 +78,10 @@ class SequencesRequest(BaseModel):
         return self.model_copy(update={name: tuple(values[i] for i in indexes) for name, values in given.items()})
 
 
-Request = TypeVar("Request", bound=SequencesRequest)
+RequestT = TypeVar("RequestT", bound=SequencesRequest)
 
 
-def parse_body(kind: type[Request], body: dict[str, Any]) -> Request:
+def parse_body(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
     """A request out of a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
     try:
         return kind.model_validate(body)

@@ -19,7 +19,6 @@ from teacher_proto.request_checks import (
     SequenceLimits,
     SequencesRequest,
     check_sequences,
-    parse_body,
     refuse,
     within,
 )
@@ -189,11 +188,6 @@ class TargetsRequest(SequencesRequest):
     def row_range(self, index: int) -> tuple[int, int]:
         """The rows [start, stop) that are asked of sequence `index`."""
         return self.rows[index] if self.rows is not None else (0, len(self.sequences[index]))
-
-
-def parse_request(body: dict[str, Any]) -> TargetsRequest:
-    """A request out of a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
-    return parse_body(TargetsRequest, body)
 
 
 def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ...] = KINDS) -> None:

@@ -1,82 +1,129 @@
-"""The routes of the attention service beside the common ones. `create_app(service)` is a whole ASGI application.
+"""The attention service: a `serving.service` of attention, its routes beside the common ones, and their description.
 
-Everything wrong with a request is a RequestError with the field at fault. `main.py` calls `run` once options are read.
+`create_app(service)` is a whole ASGI application. Everything wrong with a request is a RequestError with the field at
+fault. `main.py` calls `run` once options are read. `docs/api.md` says with examples what `/openapi.json` does.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
-from attention_service import openapi
 from attention_service.engine import AttentionEngine
-from attention_service.service import AttentionService
 from attention_service.settings import AttentionSettings
 from serving.engine import Job
 from serving.http import replies
+from serving.http.bodies import read_request
 from serving.http.keys import Keys
-from serving.http.openapi import ASKING, POSTING, errors
+from serving.http.openapi import (
+    ASKING,
+    POSTING,
+    describe_app,
+    errors,
+    items_of,
+    list_of,
+    records_answer,
+    request_body,
+    whole,
+    within,
+)
 from serving.http.replies import JSON_WEIGHT, Reply, Work, check_json_size
-from serving.http.requests import check_fingerprint, progress_interval, read_fields
 from serving.http.routes import Client, keyed_router, make_app
-from serving.http.streams import Outlet, RacedResponse
-from serving.run import run_service
+from serving.process import run_service
 from serving.scheduling.admission import Permit
+from serving.service import Service
 from teacher_proto.attention import (
     AttentionInfo,
     AttentionQuery,
     AttentionRequest,
+    AttentionSpec,
     check_attention_request,
     num_values,
-    parse_attention_request,
     values_per_token,
 )
-from teacher_proto.attention_targets import AttentionTargets
-from teacher_proto.wire.attention import (
-    AttentionHeader,
-    attention_document,
-    encode_attention,
-    encode_attention_header,
-)
+from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets
+from teacher_proto.compute.relations import LAYER_NAMES
+from teacher_proto.wire.as_json import json_document
+from teacher_proto.wire.attention import AttentionHeader, encode_attention, encode_attention_header
 
+_DESCRIPTION = """The attention of a teacher's layer: POST token ids, get states, relations between them, or maps.
+Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request may bring its
+own."""
+_ANSWER = records_answer("attention", AttentionHeader, ATTENTION_TENSORS, {})
 router = keyed_router()
 
 
-def create_app(service: AttentionService) -> FastAPI:
-    def describe(app: FastAPI) -> dict[str, Any]:
-        return openapi.describe(app, service.engine.limits, service.engine.shape)
+class AttentionService(Service[AttentionEngine, AttentionSettings, AttentionQuery, AttentionTargets]):
+    """A `Service` of attention."""
 
-    return make_app("Stillhouse attention", service, router, describe)
+    unit = "numbers in answers"
+
+    def readiness_job(self) -> Job[AttentionQuery]:
+        query = AttentionQuery(np.zeros(1, dtype=np.int64), AttentionSpec("states", 0))
+        return Job(query, "readiness", urgent=True)
+
+    def cost_of_longest(self) -> int:
+        return self.engine.limits.max_entries + self.engine.limits.max_sequence_length
+
+    def info(self) -> AttentionInfo:
+        """What `GET /v1/teacher` answers."""
+        engine = self.engine
+        limits = engine.limits.model_copy(update={"max_cost": self.admission.max_cost})
+        return AttentionInfo(
+            identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=limits, shape=engine.shape
+        )
+
+
+def create_app(service: AttentionService) -> FastAPI:
+    return make_app("Stillhouse attention", service, router, partial(_describe, service))
+
+
+def _describe(service: AttentionService, app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of a service with its limits, made once."""
+    limits, shape = service.engine.limits, service.engine.shape
+    longest, many = limits.max_sequence_length, items_of(1, limits.max_sequences)
+    layers = [
+        whole(-shape.num_layers, shape.num_layers - 1), {"type": "number"} | within(0, 1), {"enum": list(LAYER_NAMES)},
+    ]  # fmt: skip
+    bounds = {
+        "sequences": many,
+        "layer": {"anyOf": layers, "description": f"at most layer {shape.max_layer}"},
+        "relation_heads": within(1, limits.max_relation_heads),
+        "block_size": within(1, longest),
+        "rows": many,
+    }
+    arrays = {
+        "sequences": list_of(whole(0, limits.vocab_size - 1), 1, longest),
+        "rows": list_of(whole(0, longest - 1), 1, longest),
+    }
+    example = {"sequences": [[1, 2, 3]], "kind": "states", "layer": 0}
+    return describe_app(app, _DESCRIPTION, {"/v1/attention": request_body(AttentionRequest, bounds, arrays, example)})
 
 
 def service_of(request: Request) -> AttentionService:
     return request.app.state.service
 
 
-Service = Annotated[AttentionService, Depends(service_of)]
+TheService = Annotated[AttentionService, Depends(service_of)]
 
 
 @router.post(
     "/v1/attention", response_class=Response,
-    responses={**errors(*POSTING, 404), 200: openapi.ATTENTION_ANSWER},
+    responses={**errors(*POSTING, 404), 200: _ANSWER},
 )  # fmt: skip
-async def post_attention(request: Request, client: Client, service: Service) -> Response:
+async def post_attention(request: Request, client: Client, service: TheService) -> Response:
     """The attention of one layer over token sequences: states, relations between them, or maps."""
     service.require_started()
-    reply = await _read_attention(request, client, service)
-    every_s = progress_interval(request)
-
-    async def work(outlet: Outlet) -> None:
-        await replies.write(reply, service, outlet, every_s)
-
-    return RacedResponse(work)
+    return replies.response(await _read_attention(request, client, service), service, request)
 
 
 @router.get("/v1/teacher", responses=errors(*ASKING))
-async def get_teacher(service: Service) -> AttentionInfo:
+async def get_teacher(service: TheService) -> AttentionInfo:
     """Whose attention it is, which layers are served, and what is accepted."""
     service.require_started()
     return service.info()
@@ -87,10 +134,9 @@ async def _read_attention(
 ) -> Reply[AttentionQuery, AttentionTargets]:
     """What the request asks, checked against the service's limits, and how it is answered."""
     engine = service.engine
-    fields, as_json = await read_fields(request, engine.limits, AttentionRequest)
-    asked = parse_attention_request(fields)
-    check_attention_request(asked, engine.limits, engine.shape)
-    check_fingerprint(asked.fingerprint, engine.identity.fingerprint)
+    asked, as_json = await read_request(
+        request, AttentionRequest, engine, lambda asked: check_attention_request(asked, engine.limits, engine.shape)
+    )
     values = values_per_token(asked, engine.shape)
     if as_json:
         check_json_size(num_values(asked, engine.shape))
@@ -108,7 +154,7 @@ async def _read_attention(
     )  # fmt: skip
     return Reply(
         work=work, header=encode_attention_header(header), encode=encode_attention,
-        document=partial(attention_document, header), as_json=as_json,
+        document=partial(json_document, asdict(header)), as_json=as_json,
     )  # fmt: skip
 
 

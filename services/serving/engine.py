@@ -67,7 +67,8 @@ class AnyEngine(Protocol):
         ...
 
     async def score(self, job: Any) -> Any:
-        """The answer to a job that has passed the request's checks. EngineError, EngineDeadError if none can come."""
+        """The answer to a job that has passed the request's checks. EngineError if none can come, or one that only a
+        broken model computes: nobody behind it looks at its numbers again before the client. EngineDeadError."""
         ...
 
     async def check(self) -> None:

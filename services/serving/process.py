@@ -1,66 +1,106 @@
-"""The life of a service process: listen, start, serve, drain, stop. Called by each service's `main.py`.
+"""The life of a service process: from its settings to a listener, then start, serve, drain, stop. Called by each
+service's `run`.
 
 SIGTERM or SIGINT drains: newcomers get 503, those inside are answered, then the process ends with 0. A second signal,
-or the end of the drain time, aborts: what is left is answered 503 and the process ends with 1. A backend that died
-ends it with 70.
+or the end of the drain time, aborts: what is left is answered 503 and the process ends with 1. An engine that died ends
+it with 70.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import multiprocessing
 import os
 import signal
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, TypeVar
 
 import structlog
+import uvloop
 from starlette.types import ASGIApp
 
 from serving.http.connections import Deadlines
-from serving.http.reload import Watched, keep_loaded
-from serving.http.server import Server
+from serving.http.keys import Keys
+from serving.http.reload import TlsFiles, Watched, keep_loaded
+from serving.http.server import Server, bind
+from serving.logs import done, set_up_logs
+from serving.main import BEGAN
+from serving.service import Service
+from serving.settings import ServiceSettings
 from teacher_proto.errors import EngineDeadError, OverloadedError, StillhouseError
 
 log = structlog.get_logger("stillhouse.process")
-EXIT_OK, EXIT_ABORTED, EXIT_BACKEND_DIED = 0, 1, 70
+ServiceT = TypeVar("ServiceT", bound=Service[Any, Any, Any, Any])
+EXIT_OK, EXIT_ABORTED, EXIT_ENGINE_DIED = 0, 1, 70
 _CHECK_EVERY_S = 1.0
 _FLUSH_S = 1.0
 
 
-class Backend(Protocol):
-    """What a service runs behind its routes."""
+def run_service(
+    settings: ServiceSettings, make_service: Callable[[Keys], ServiceT], make_app: Callable[[ServiceT], ASGIApp]
+) -> int:
+    """Serve until a signal; the exit code. ValueError for what can't be served.
 
-    async def start(self) -> None: ...
+    `make_service` is called in the event loop, once keys are read and the port is taken.
+    """
+    set_up_logs(settings.log_format, settings.log_level)
+    done("service imported", time.monotonic() - BEGAN)
+    keys = Keys(settings.keys)
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    if not keys.required and not _is_loopback(settings.host):
+        log.warning("no --keys: everybody who reaches this address may ask", host=settings.host)
+    with bind(settings.host, settings.port) as listener:
+        return uvloop.run(_serve(settings, keys, tls, listener, make_service, make_app))
 
-    async def check(self) -> None:
-        """Return if it lives; EngineDeadError otherwise."""
-        ...
 
-    def drain(self, reason: str) -> None:
-        """Let nobody in any more."""
-        ...
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
-    async def drained(self) -> None:
-        """Return when all that was let in is answered."""
-        ...
 
-    def abort(self, error: StillhouseError) -> None:
-        """Answer all that is left with this error."""
-        ...
+async def _serve(
+    settings: ServiceSettings, keys: Keys, tls: TlsFiles | None, listener: socket.socket,
+    make_service: Callable[[Keys], ServiceT], make_app: Callable[[ServiceT], ASGIApp],
+) -> int:  # fmt: skip
+    service = make_service(keys)
+    process = Process(service, settings.drain_time, Deadlines(stall_s=settings.stall_timeout))
+    service.on_death = process.died
+    context, watched = None, []
+    if keys.path is not None:
+        watched.append(Watched("keys", [keys.path], keys.reload))
+    if tls is not None:
+        context = tls.context()
+        watched.append(Watched("certificate", tls.paths, lambda: tls.load_into(context)))
 
-    async def close(self) -> None: ...
+    def announce() -> None:
+        identity = service.engine.identity
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
+        about = f"{identity.semantic.model}, {identity.fingerprint} in {identity.semantic.dtype}"
+        done("all that is needed to answer", time.monotonic() - BEGAN)
+        print(f"{settings.program}: ready at {url}, {about}", flush=True)
+
+    code = await process.run(make_app(service), listener, tls=context, watched=watched, on_ready=announce)
+    if process.left_while_starting:
+        leave_at_once(code)
+    return code
 
 
 class Process:
-    """Runs one backend behind one listener until a signal or a death."""
+    """Runs one service behind one listener until a signal or a death."""
 
-    def __init__(self, backend: Backend, drain_s: float, deadlines: Deadlines | None = None):
-        self._backend = backend
+    def __init__(self, service: Service[Any, Any, Any, Any], drain_s: float, deadlines: Deadlines):
+        self._service = service
         self._deadlines = deadlines
         self._drain_s = drain_s
         self._signals = 0
@@ -74,7 +114,7 @@ class Process:
         self, app: ASGIApp, listener: socket.socket, *, tls: ssl.SSLContext | None = None,
         watched: Sequence[Watched] = (), on_ready: Callable[[], None],
     ) -> int:  # fmt: skip
-        """The exit code. ValueError of the backend's start, where it can't serve what was asked, passes through."""
+        """The exit code. ValueError of the service's start, where it can't serve what was asked, passes through."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -90,11 +130,11 @@ class Process:
             server.should_exit = True
             await serving
             if not self._left_while_starting:
-                await self._backend.close()
+                await self._service.close()
 
     @property
     def left_while_starting(self) -> bool:
-        """Whether a signal came before the backend was ready: a thread may still be loading a model."""
+        """Whether a signal came before the service was ready: a thread may still be loading a model."""
         return self._left_while_starting
 
     def died(self, error: EngineDeadError) -> None:
@@ -109,7 +149,7 @@ class Process:
         (self._signalled if self._signals == 1 else self._signalled_again).set()
 
     async def _start(self, on_ready: Callable[[], None]) -> bool:
-        start = asyncio.create_task(self._backend.start())
+        start = asyncio.create_task(self._service.start())
         signalled = asyncio.create_task(self._signalled.wait())
         await asyncio.wait({start, signalled}, return_when=asyncio.FIRST_COMPLETED)
         signalled.cancel()
@@ -138,10 +178,10 @@ class Process:
         return await self._end_dead()
 
     async def _drain(self) -> int:
-        self._backend.drain("the service is draining: it ends when those inside are answered; ask another replica")
+        self._service.drain("the service is draining: it ends when those inside are answered; ask another replica")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._drain_s
-        drained = asyncio.create_task(self._backend.drained())
+        drained = asyncio.create_task(self._service.drained())
         again = asyncio.create_task(self._first(self._signalled_again, self._died))
         await asyncio.wait({drained, again}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
         again.cancel()
@@ -162,21 +202,21 @@ class Process:
         assert self._death is not None
         log.error("engine died", reason=self._death.message)
         print(f"stillhouse: the engine died: {self._death.message}", file=sys.stderr, flush=True)
-        self._backend.drain(f"the engine died: {self._death.message}")
+        self._service.drain(f"the engine died: {self._death.message}")
         await self._abort(self._death)
-        return EXIT_BACKEND_DIED
+        return EXIT_ENGINE_DIED
 
     async def _abort(self, error: StillhouseError) -> None:
-        self._backend.abort(error)
+        self._service.abort(error)
         try:
-            await asyncio.wait_for(self._backend.drained(), _FLUSH_S)
+            await asyncio.wait_for(self._service.drained(), _FLUSH_S)
         except TimeoutError:
             log.warning("clients did not take their refusals in time")
 
     async def _watch(self) -> None:
         while True:
             try:
-                await self._backend.check()
+                await self._service.check()
             except EngineDeadError as error:
                 self.died(error)
                 return

@@ -14,8 +14,7 @@ from typing import Any
 import structlog
 
 from serving.scheduling.coalescer import Coalescer
-from serving.scheduling.fair import FairQueue
-from serving.scheduling.rate import Rate
+from serving.scheduling.fair import FairQueue, Rate
 from teacher_proto.errors import OverloadedError, StillhouseError
 
 log = structlog.get_logger("stillhouse.readiness")

@@ -1,6 +1,6 @@
 """A service as one object: engine, admission, queue, metrics. Each service's own adds what it answers.
 
-`run.py` runs it, `routes.py` puts the routes on it that every service has.
+`process.py` runs it, `routes.py` puts the routes on it that every service has.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
 from serving.engine import AnswerT, AnyEngine, Job, QueryT
-from serving.http.control import ControlLane
 from serving.http.keys import Keys
 from serving.metrics import Metrics
 from serving.readiness import Readiness
-from serving.scheduling.admission import Admission
+from serving.scheduling.admission import Admission, ControlLane
 from serving.scheduling.coalescer import AnswerStore, Coalescer
-from serving.scheduling.fair import FairQueue
-from serving.scheduling.rate import Rate
+from serving.scheduling.fair import FairQueue, Rate
 from serving.settings import ServiceSettings
 from serving.status import STEP_S, History, StatusBody, totals
 from teacher_proto.errors import EngineDeadError, LoadingError, OverloadedError, StillhouseError
@@ -29,10 +27,11 @@ SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 
 
 class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
-    """`serving.process.Backend` around an engine. `on_death` is told of a dead engine by whoever meets it first.
+    """What `serving.process` runs: an engine and all around it. `on_death` is told of a dead engine by whoever meets it
+    first.
 
-    A subclass says what is asked of the engine to prove itself (`readiness_job`), and which answers only a broken
-    model gives (`check_sound`). `unit` is what the cost of its answers counts.
+    A subclass says what is asked of the engine to prove itself (`readiness_job`). `unit` is what the cost of its
+    answers counts.
     """
 
     unit = "tokens x (K + 1)"
@@ -50,7 +49,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
         self.admission = Admission(settings.capacity, shared=self.keys.required, rate=self.rate, unit=self.unit)
         self.control = ControlLane()
         self.coalescer: Coalescer[QueryT, AnswerT] = Coalescer(
-            engine.score, self.check_sound, self.queue, self.rate, self.metrics, self._died, store,
+            engine.score, self.queue, self.rate, self.metrics, self._died, store,
             keep_s=settings.keep_time, keep_bytes=settings.keep_bytes,
         )  # fmt: skip
         self.readiness = Readiness(self._run_a_token, self.coalescer, self.queue, self.rate, settings.ready_time)
@@ -68,10 +67,6 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
     @abstractmethod
     def cost_of_longest(self) -> int:
         """What the longest sequence may cost, which an empty service lets in whatever its capacity is."""
-
-    @abstractmethod
-    def check_sound(self, query: QueryT, answer: AnswerT) -> None:
-        """EngineError for an answer that only a broken model computes."""
 
     async def start(self) -> None:
         await self.engine.start()

@@ -13,30 +13,27 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from serving.http import replies
+from serving.http.bodies import read_json, read_request
 from serving.http.openapi import ASKING, POSTING, errors
 from serving.http.replies import JSON_WEIGHT, Reply, check_json_size
-from serving.http.requests import check_fingerprint, progress_interval, read_fields, read_json
 from serving.http.routes import Client, keyed_router, make_app
 from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.info import TeacherInfo
-from teacher_proto.requests import Query, TargetsRequest, check_request, parse_request
+from teacher_proto.requests import Query, TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire import records as wire
 from teacher_proto.wire.as_json import json_document
 from teacher_service import openapi
 from teacher_service.compat import completions, sglang_generate, token_generate
 from teacher_service.compat.requests import retried_by_clients
-from teacher_service.head_reply import send_head
+from teacher_service.head_file import send_head
 from teacher_service.service import TeacherService
 
 router = keyed_router()
 
 
 def create_app(service: TeacherService) -> FastAPI:
-    def describe(app: FastAPI) -> dict[str, Any]:
-        return openapi.describe(app, service.engine.limits, service.engine.kinds)
-
-    return make_app("Stillhouse teacher", service, router, describe)
+    return make_app("Stillhouse teacher", service, router, partial(openapi.describe, service.engine))
 
 
 def service_of(request: Request) -> TeacherService:
@@ -53,13 +50,7 @@ Service = Annotated[TeacherService, Depends(service_of)]
 async def post_targets(request: Request, client: Client, service: Service) -> Response:
     """Score token sequences: for every position, what a student needs to imitate the teacher."""
     service.require_started()
-    reply = await _read_targets(request, client, service)
-    every_s = progress_interval(request)
-
-    async def work(outlet: Outlet) -> None:
-        await replies.write(reply, service, outlet, every_s)
-
-    return RacedResponse(work)
+    return replies.response(await _read_targets(request, client, service), service, request)
 
 
 @router.post(
@@ -154,10 +145,9 @@ async def get_models(service: Service) -> dict[str, Any]:
 async def _read_targets(request: Request, client: str, service: TeacherService) -> Reply[Query, TokenTargets]:
     """What the request asks, checked against the engine's limits, and how it is answered."""
     engine = service.engine
-    fields, as_json = await read_fields(request, engine.limits, TargetsRequest)
-    asked = parse_request(fields)
-    check_request(asked, engine.limits, engine.kinds)
-    check_fingerprint(asked.fingerprint, engine.identity.fingerprint)
+    asked, as_json = await read_request(
+        request, TargetsRequest, engine, lambda asked: check_request(asked, engine.limits, engine.kinds)
+    )
     if as_json:
         check_json_size(asked.cost(service.hidden_width))
     canary = service.is_canary(asked)
@@ -173,5 +163,5 @@ async def _read_targets(request: Request, client: str, service: TeacherService) 
     return Reply(
         work=work, header=wire.encode_header(header),
         encode=lambda index, targets: wire.encode_targets(index, targets, vocab_size),
-        document=partial(json_document, header), as_json=as_json,
+        document=partial(json_document, wire.header_fields(header)), as_json=as_json,
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The output head as the safetensors file of `GET /v1/head`, made out of the engine's tensors as it is sent.
+"""The output head as the safetensors file of `GET /v1/head`, made out of the engine's tensors as it is sent: the whole,
+or what a client lacks of it, in pieces, under one checksum.
 
-Nothing is written to a disk. Engines make one, `service.py` keeps it, `head_reply.py` sends it.
+Nothing is written to a disk. Engines make one, `service.py` keeps it, `app.py` has it sent.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from serving.http.streams import Outlet
 from teacher_proto.compute.head import HeadScaling
 from teacher_proto.errors import NotFoundError
 from teacher_service.engines.protocol import Engine
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _READ_BYTES = 4 * 2**20
+_PIECE_BYTES = 2**20
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})?")
 
 
 @dataclass(frozen=True)
@@ -131,3 +136,29 @@ class KeptHead:
     async def _hash(self) -> ServedHead:
         file = self._engine.head()
         return ServedHead(file, await asyncio.to_thread(file.sha256))
+
+
+def wanted_range(headers: Mapping[str, str], head: ServedHead) -> tuple[int, int] | None:
+    """The bytes [start, stop) that a request asks for, None for all: also where its range is none that we serve, or is
+    of another file (`If-Range`)."""
+    asked = _RANGE.fullmatch(headers.get("range", "").strip())
+    if asked is None or headers.get("if-range", head.etag) != head.etag:
+        return None
+    start, stop = int(asked[1]), int(asked[2] or head.file.size - 1) + 1
+    return (start, min(stop, head.file.size)) if start < min(stop, head.file.size) else None
+
+
+async def send_head(headers: Mapping[str, str], head: ServedHead, fingerprint: str, outlet: Outlet) -> None:
+    """Write the answer to a request with these headers."""
+    size, part = head.file.size, wanted_range(headers, head)
+    start, stop = part or (0, size)
+    told = {
+        "Content-Length": str(stop - start), "Accept-Ranges": "bytes", "ETag": head.etag, "Repr-Digest": head.digest,
+        "X-Teacher-Fingerprint": fingerprint,
+    }  # fmt: skip
+    if part is not None:
+        told["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    await outlet.start("application/octet-stream", 200 if part is None else 206, told)
+    for begin in range(start, stop, _PIECE_BYTES):
+        end = min(begin + _PIECE_BYTES, stop)
+        await outlet.write(await asyncio.to_thread(head.file.read, begin, end), last=end == stop)

@@ -16,6 +16,7 @@ from teacher_proto.targets import TENSORS
 from teacher_proto.wire import records as wire
 from teacher_service.compat import completion_fields, sglang_fields, token_fields
 from teacher_service.compat.requests import Fields
+from teacher_service.engines.protocol import Engine
 
 _DESCRIPTION = """One teacher, many students: POST token ids, get for every position what a student needs to imitate
 the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request
@@ -70,10 +71,10 @@ HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def describe(app: FastAPI, limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
-    """The OpenAPI document of a teacher with these limits, made once."""
+def describe(engine: Engine, app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of a started engine's service, made once."""
     bodies = {
-        "/v1/targets": _targets_body(limits, kinds), "/v1/completions": _completions_body(),
+        "/v1/targets": _targets_body(engine.limits, engine.kinds), "/v1/completions": _completions_body(),
         "/generate": _sglang_body(), "/inference/v1/generate": _tokens_body(),
     }  # fmt: skip
     return describe_app(app, _DESCRIPTION, bodies)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from serving.http.keys import Keys
-from serving.run import run_service
+from serving.process import run_service
 from teacher_service.app import create_app
 from teacher_service.engines.protocol import Engine
 from teacher_service.service import TeacherService

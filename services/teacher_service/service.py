@@ -21,7 +21,6 @@ from teacher_proto.targets import TokenTargets
 from teacher_service.engines.protocol import Engine
 from teacher_service.engines.scripted_model import WIDTH as SCRIPTED_WIDTH
 from teacher_service.head_file import KeptHead, ServedHead
-from teacher_service.reading import check_sound
 from teacher_service.settings import TeacherSettings
 from teacher_service.text import JsonPieces, Text, Turns
 
@@ -59,9 +58,6 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
     def cost_of_longest(self) -> int:
         limits = self.engine.limits
         return limits.max_sequence_length * (limits.max_top_k + self.hidden_width + 1)
-
-    def check_sound(self, query: Query, answer: TokenTargets) -> None:
-        check_sound(query, answer)
 
     async def _after_load(self) -> None:
         self._folder = await asyncio.to_thread(_model_folder, self.settings)

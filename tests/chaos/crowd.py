@@ -20,7 +20,8 @@ import numpy as np
 
 from teacher_proto.errors import WireError
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.wire.records import MSGPACK, End, Failure, ResponseDecoder, Targets, encode_request
+from teacher_proto.wire.answers import AnswerDecoder, End, Failure, Targets
+from teacher_proto.wire.records import MSGPACK, TARGETS_FORMAT, encode_request
 
 
 @dataclass
@@ -65,7 +66,7 @@ async def ask(client: httpx.AsyncClient, body: bytes, key: str | None = None) ->
 
 
 async def _decode(response: httpx.Response, outcome: Outcome) -> None:
-    decoder = ResponseDecoder()
+    decoder = AnswerDecoder(TARGETS_FORMAT)
     async for chunk in response.aiter_bytes():
         for message in decoder.feed(chunk):
             if isinstance(message, Targets):

@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from teacher_proto.attention import AttentionRequest
 from teacher_proto.client.attention_client import AttentionClient
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.errors import TeacherUnavailableError, WrongTeacherError
-from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.answers import AnswerDecoder, Progress
 from teacher_proto.wire.attention import ATTENTION_FORMAT
-from teacher_proto.wire.records import MSGPACK, Progress
-from teacher_proto.wire.requests import encode_request
+from teacher_proto.wire.records import MSGPACK, encode_request
 from tests.chaos.crowd import until_admitted, until_gauge
 from tests.teacher_process import AttentionProcess
 from tests.unit.attention_service.models import save_tiny

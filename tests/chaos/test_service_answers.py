@@ -16,12 +16,13 @@ import numpy as np
 import psutil
 import pytest
 
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.records import MSGPACK, ResponseDecoder, encode_request
+from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.records import MSGPACK, TARGETS_FORMAT, encode_request
 from tests.chaos.crowd import crowd, request_body
 from tests.teacher_process import TeacherProcess
 
@@ -130,11 +131,11 @@ async def test_an_answer_cut_at_any_byte_is_never_taken_for_whole(teacher: Teach
         response = await client.post("/v1/targets", content=encode_request(REQUEST), headers={"Content-Type": MSGPACK})
     body = response.content
     for length in range(len(body)):
-        decoder = ResponseDecoder()
+        decoder = AnswerDecoder(TARGETS_FORMAT)
         with pytest.raises((TruncatedError, WireError)):
             list(decoder.feed(body[:length]))
             decoder.close()
-    decoder = ResponseDecoder()
+    decoder = AnswerDecoder(TARGETS_FORMAT)
     list(decoder.feed(body))
     decoder.close()
     print(f"{len(body)} cuts, all noticed")

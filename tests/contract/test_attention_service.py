@@ -22,8 +22,7 @@ from teacher_proto.client.sync_client import SyncAttentionClient
 from teacher_proto.compute.relations import QKV, layer_index, relations
 from teacher_proto.errors import NotFoundError, TeacherUnavailableError, WrongTeacherError
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.wire.records import MSGPACK
-from teacher_proto.wire.requests import encode_request
+from teacher_proto.wire.records import MSGPACK, encode_request
 from tests.teacher_process import AttentionProcess, TeacherProcess
 from tests.unit.attention_service.models import save_tiny
 from tests.unit.attention_service.reference import PARTS, load_whole, true_maps, true_states

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from teacher_proto.wire import records as wire
+from teacher_proto.wire.tensors import encode_tensor
 from teacher_service.app import create_app
 from teacher_service.engines.scripted import Script, ScriptedEngine
 from teacher_service.service import TeacherService
@@ -40,7 +41,7 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 def tensor(ids: Any, dtype: str = "<i4") -> dict[str, Any]:
-    return wire.encode_tensor(np.array(ids, dtype=dtype))
+    return encode_tensor(np.array(ids, dtype=dtype))
 
 
 GOOD = [1, 2, 3]

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from safetensors.numpy import load
 
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from tests.proxy import Fault, FaultyProxy
 from tests.teacher_process import TeacherProcess

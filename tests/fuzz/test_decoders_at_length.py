@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from teacher_proto.errors import RequestError, WireError
-from teacher_proto.requests import Limits, TargetsRequest, check_request, parse_request
+from teacher_proto.request_checks import parse_body
+from teacher_proto.requests import Limits, TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
+from teacher_proto.wire.answers import AnswerDecoder, encode_end, encode_failure
 from teacher_proto.wire.as_json import decode_json_request
 from teacher_proto.wire.records import (
+    TARGETS_FORMAT,
     Header,
-    ResponseDecoder,
     decode_request,
-    encode_end,
-    encode_failure,
     encode_header,
     encode_request,
     encode_targets,
@@ -73,10 +73,10 @@ def spoil(body: bytes, generator: np.random.Generator) -> bytes:
 
 def decode_everything(body: bytes) -> None:
     with contextlib.suppress(WireError):
-        list(ResponseDecoder().feed(body))
+        list(AnswerDecoder(TARGETS_FORMAT).feed(body))
     for decode in (decode_request, decode_json_request):
         with contextlib.suppress(WireError, RequestError):
-            check_request(parse_request(decode(body, LIMITS)), LIMITS)
+            check_request(parse_body(TargetsRequest, decode(body, LIMITS)), LIMITS)
 
 
 @pytest.mark.slow

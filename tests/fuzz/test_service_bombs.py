@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from teacher_proto.errors import StillhouseError
-from teacher_proto.requests import Limits, check_request, parse_request
+from teacher_proto.request_checks import parse_body
+from teacher_proto.requests import Limits, TargetsRequest, check_request
 from teacher_proto.wire.records import MSGPACK, decode_request
 from tests.chaos.crowd import percentile, request_body
 from tests.teacher_process import TeacherProcess
@@ -119,7 +120,7 @@ async def _live(client: httpx.AsyncClient) -> float:
 def decode_fully(body: bytes) -> None:
     """What the service does with a body before the engine hears of it: nothing but our errors may come."""
     with contextlib.suppress(StillhouseError):
-        check_request(parse_request(decode_request(body, LIMITS)), LIMITS)
+        check_request(parse_body(TargetsRequest, decode_request(body, LIMITS)), LIMITS)
 
 
 KEYS = st.text(max_size=8) | st.binary(max_size=4)

@@ -14,21 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from teacher_proto.errors import RequestError, WireError
-from teacher_proto.requests import KINDS, Limits, TargetsRequest, check_request, parse_request
+from teacher_proto.request_checks import parse_body
+from teacher_proto.requests import KINDS, Limits, TargetsRequest, check_request
 from teacher_proto.targets import TENSORS, TokenTargets, check_targets, id_dtype
+from teacher_proto.wire.answers import AnswerDecoder, Targets, encode_end
 from teacher_proto.wire.as_json import decode_json_request
 from teacher_proto.wire.reader import Budget, read_message
-from teacher_proto.wire.records import (
-    ResponseDecoder,
-    Targets,
-    decode_request,
-    decode_tensor,
-    encode_end,
-    encode_header,
-    encode_request,
-    encode_targets,
-    encode_tensor,
-)
+from teacher_proto.wire.records import TARGETS_FORMAT, decode_request, encode_header, encode_request, encode_targets
+from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.records import json_message, make_body, make_header, make_record
 
@@ -72,7 +65,7 @@ def same_request(a: TargetsRequest, b: TargetsRequest) -> bool:
 
 @given(requests())
 def test_requests_survive_msgpack(request: TargetsRequest) -> None:
-    back = parse_request(decode_request(encode_request(request), LIMITS))
+    back = parse_body(TargetsRequest, decode_request(encode_request(request), LIMITS))
     assert same_request(request, back)
     check_request(back, LIMITS)
 
@@ -80,14 +73,14 @@ def test_requests_survive_msgpack(request: TargetsRequest) -> None:
 @given(requests())
 def test_requests_survive_json(request: TargetsRequest) -> None:
     body = json.dumps(request.model_dump(mode="python"), default=lambda array: array.tolist())
-    assert same_request(request, parse_request(decode_json_request(body.encode(), LIMITS)))
+    assert same_request(request, parse_body(TargetsRequest, decode_json_request(body.encode(), LIMITS)))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(requests(), st.integers(1, 300))
 def test_true_answers_survive_and_pass_every_check(request: TargetsRequest, piece: int) -> None:
     body = make_body(request)
-    decoder = ResponseDecoder()
+    decoder = AnswerDecoder(TARGETS_FORMAT)
     messages = [m for at in range(0, len(body), piece) for m in decoder.feed(body[at : at + piece])]
     decoder.close()
     answers = [m for m in messages if isinstance(m, Targets)]
@@ -122,7 +115,7 @@ def odd_records(draw: st.DrawFn, vocab_size: int) -> TokenTargets:
 def test_any_bits_survive_the_wire(vocab_size: int, data: st.DataObject) -> None:
     record = data.draw(odd_records(vocab_size))
     header = make_header(TargetsRequest(sequences=([1],)), vocab_size)
-    decoder = ResponseDecoder()
+    decoder = AnswerDecoder(TARGETS_FORMAT)
     _, message, _ = decoder.feed(encode_header(header) + encode_targets(0, record, vocab_size) + encode_end(1))
     decoder.close()
     assert same_bits(message.targets, record)
@@ -165,11 +158,11 @@ def test_reader_and_library_agree(value: Any) -> None:
 def decode_both(body: bytes) -> None:
     """Both decoders on `body`; anything but a WireError or a RequestError goes through to the test."""
     with contextlib.suppress(WireError):
-        for message in ResponseDecoder().feed(body):
+        for message in AnswerDecoder(TARGETS_FORMAT).feed(body):
             json_message(message)
     for decode in (decode_request, decode_json_request):
         with contextlib.suppress(WireError, RequestError):
-            check_request(parse_request(decode(body, LIMITS)), LIMITS)
+            check_request(parse_body(TargetsRequest, decode(body, LIMITS)), LIMITS)
 
 
 @given(st.binary(max_size=200))

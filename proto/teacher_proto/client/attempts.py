@@ -12,13 +12,12 @@ from typing import Any, Generic
 
 import httpx
 
-from teacher_proto.client.call import Call, ClientStats
-from teacher_proto.client.exchange import InfoT, RequestT, Route, broke_off, exchange, fetch_status
-from teacher_proto.client.replicas import Replica, ReplicaPool
-from teacher_proto.client.retry import RetryBudget, RetryPolicy, Timing
-from teacher_proto.client.suspects import Death, Lanes
+from teacher_proto.client.call import Call, ClientStats, Death, Lanes
+from teacher_proto.client.exchange import InfoT, Route, broke_off, exchange, fetch_status
+from teacher_proto.client.replicas import Replica, ReplicaPool, RetryBudget, RetryPolicy, Timing
 from teacher_proto.client.waiting import InFlight
 from teacher_proto.errors import EngineDeadError, StillhouseError, TeacherUnavailableError, WireError, WrongTeacherError
+from teacher_proto.request_checks import RequestT
 from teacher_proto.wire.answers import Progress, RecordT
 
 # Others who are computed for beside a suspect would be blamed for its deed: so long their end is waited for.

@@ -28,8 +28,9 @@ from teacher_proto.errors import (
     from_json,
 )
 from teacher_proto.info import ServiceInfo
-from teacher_proto.request_checks import SequencesRequest
+from teacher_proto.request_checks import RequestT, SequencesRequest
 from teacher_proto.wire.answers import (
+    PROGRESS_HEADER,
     AnswerDecoder,
     AnswerFormat,
     AnyHeader,
@@ -40,14 +41,12 @@ from teacher_proto.wire.answers import (
     RecordT,
     Targets,
 )
-from teacher_proto.wire.records import MSGPACK, PROGRESS_HEADER, REQUEST_ID_HEADER
-from teacher_proto.wire.requests import encode_request
+from teacher_proto.wire.records import MSGPACK, REQUEST_ID_HEADER, encode_request
 
 # How often a service is asked to say how far it is; more often where silence is cut earlier.
 PROGRESS_EVERY_S = 2.0
 MAX_PLAIN_BYTES = 2**20
 MAX_MESSAGE_BYTES = 2**30
-RequestT = TypeVar("RequestT", bound=SequencesRequest)
 InfoT = TypeVar("InfoT", bound=ServiceInfo)
 
 

@@ -16,15 +16,14 @@ from typing import Any, Generic, Self
 import httpx
 
 from teacher_proto.client.attempts import Attempts, timeouts
-from teacher_proto.client.call import Call, ClientStats
-from teacher_proto.client.exchange import InfoT, RequestT, Route, fetch_info
+from teacher_proto.client.call import Call, ClientStats, Evidence
+from teacher_proto.client.exchange import InfoT, Route, fetch_info
 from teacher_proto.client.expectation import Canary, Expectation
-from teacher_proto.client.replicas import Replica, ReplicaPool, check_urls
-from teacher_proto.client.retry import RetryPolicy, Timing
+from teacher_proto.client.replicas import Replica, ReplicaPool, RetryPolicy, Timing, check_urls
 from teacher_proto.client.splitting import least_of, merge, split
-from teacher_proto.client.suspects import Evidence
 from teacher_proto.client.waiting import InFlight, Waiting
 from teacher_proto.identity import TeacherIdentity
+from teacher_proto.request_checks import RequestT
 from teacher_proto.wire.answers import RecordT
 
 OnProgress = Callable[[Waiting], None]

@@ -11,9 +11,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from teacher_proto.client.exchange import InfoT, RequestT
+from teacher_proto.client.exchange import InfoT
 from teacher_proto.errors import OutOfRangeError, TeacherUnavailableError
 from teacher_proto.info import ServiceInfo
+from teacher_proto.request_checks import RequestT
 
 T = TypeVar("T")
 

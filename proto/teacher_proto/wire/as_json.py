@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.records import Header
 
 _CONTAINERS = 1024
 PIECE_VALUES = 4096
+
+
+class AnyRecord(Protocol):
+    """A record of any route."""
+
+    def tensors(self) -> dict[str, np.ndarray]: ...
 
 
 def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
@@ -42,25 +47,19 @@ def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
     return fields
 
 
-def json_document(header: Header, answers: Mapping[int, TokenTargets | StillhouseError]) -> bytes:
+def json_document(header: dict[str, Any], answers: Mapping[int, AnyRecord | StillhouseError]) -> bytes:
     """A whole answer as one JSON object: the header's fields, and `sequences` in the order asked.
 
     A sequence that failed has `index` and `error`. TruncatedError where an answer is missing.
     """
-    return document(header_fields(header), {i: sequence_fields(i, answer) for i, answer in answers.items()})
-
-
-def document(header: dict[str, Any], sequences: Mapping[int, dict[str, Any]]) -> bytes:
-    """The JSON of a header's fields and each sequence's, which may be arrays. TruncatedError where one of
-    `num_sequences` is missing."""
     count = header["num_sequences"]
-    missing = [i for i in range(count) if i not in sequences]
+    missing = [i for i in range(count) if i not in answers]
     if missing:
         raise TruncatedError(f"sequences {missing[:8]} of {count} have no answer")
     text = [json.dumps(header, allow_nan=False)[:-1], ', "sequences": [']
     for i in range(count):
         text.append(", {" if i else "{")
-        for number, (name, value) in enumerate(sequences[i].items()):
+        for number, (name, value) in enumerate(sequence_fields(i, answers[i]).items()):
             text.append(f'{", " if number else ""}"{name}": ')
             text += array_pieces(value) if isinstance(value, np.ndarray) else [json.dumps(value, allow_nan=False)]
         text.append("}")
@@ -83,19 +82,12 @@ def array_pieces(array: np.ndarray) -> Iterator[str]:
     yield "]"
 
 
-def header_fields(header: Header) -> dict[str, Any]:
-    return {
-        "version": header.version, "request_id": header.request_id, "fingerprint": header.fingerprint,
-        "num_sequences": header.num_sequences, "vocab_size": header.vocab_size, "top_k": header.top_k,
-        "temperatures": list(header.temperatures),
-    }  # fmt: skip
-
-
-def sequence_fields(index: int, answer: TokenTargets | StillhouseError) -> dict[str, Any]:
-    """One sequence: `index`, `start` and each tensor, or `index` and `error`."""
+def sequence_fields(index: int, answer: AnyRecord | StillhouseError) -> dict[str, Any]:
+    """One sequence: `index` and each tensor, which are arrays, targets' `start` before them; or `index` and `error`."""
     if isinstance(answer, StillhouseError):
         return {"index": index, "error": answer.to_json()}
-    return {"index": index, "start": answer.start} | answer.tensors()
+    start = {"start": answer.start} if isinstance(answer, TokenTargets) else {}
+    return {"index": index} | start | answer.tensors()
 
 
 def json_values(array: np.ndarray) -> list[Any]:

@@ -1,11 +1,10 @@
-"""Attention records <-> msgpack messages and JSON. Used by the attention service, its client and tests.
+"""Attention records <-> msgpack messages. Used by the attention service, its client and tests.
 
 The stream of messages and its checks are `answers.py`'s; WIRE.md is the specification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import msgpack
 
 from teacher_proto.attention import ATTENTION_KINDS, AttentionKind
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets
-from teacher_proto.errors import StillhouseError, WireError
+from teacher_proto.errors import WireError
 from teacher_proto.wire.answers import (
     VERSION,
     AnswerFormat,
@@ -22,7 +21,6 @@ from teacher_proto.wire.answers import (
     read_tensors,
     record_message,
 )
-from teacher_proto.wire.as_json import document
 from teacher_proto.wire.tensors import encode_tensor
 
 
@@ -47,21 +45,6 @@ def encode_attention(index: int, targets: AttentionTargets) -> bytes:
     """An `attention` message; its checksum is CRC-32 over the tensors' data in the order of ATTENTION_TENSORS."""
     tensors = {name: encode_tensor(array) for name, array in targets.tensors().items()}
     return msgpack.packb(record_message("attention", index, {}, tensors))
-
-
-def attention_document(header: AttentionHeader, answers: Mapping[int, AttentionTargets | StillhouseError]) -> bytes:
-    """A whole answer as one JSON object: the header's fields, and `sequences` in the order asked.
-
-    A sequence that failed has `index` and `error`. TruncatedError where an answer is missing.
-    """
-    return document(asdict(header), {i: attention_fields(i, answer) for i, answer in answers.items()})
-
-
-def attention_fields(index: int, answer: AttentionTargets | StillhouseError) -> dict[str, Any]:
-    """One sequence: `index` and each tensor, or `index` and `error`."""
-    if isinstance(answer, StillhouseError):
-        return {"index": index, "error": answer.to_json()}
-    return {"index": index} | answer.tensors()
 
 
 def _read_header(message: dict[str, Any]) -> AttentionHeader:

@@ -1,54 +1,41 @@
-"""Records <-> msgpack messages: tensors, checksums, limits. Used by services, client, store and tests alike.
+"""Requests and records <-> msgpack messages. Used by services, clients, store and tests alike.
 
-The specification is WIRE.md. The request's half is in `requests.py`, the stream of messages in `answers.py`,
-tensors in `tensors.py`, JSON in `as_json.py`; their names are handed on here.
+The specification is WIRE.md. The stream of an answer's messages is in `answers.py`, tensors in `tensors.py`, JSON in
+`as_json.py`. `request_checks.parse_body` makes a request of the plain fields that `decode_request` gives.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+import numpy as np
 
 from teacher_proto.errors import WireError
+from teacher_proto.request_checks import SequenceLimits, SequencesRequest
+from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TENSORS, TokenTargets, id_dtype
 from teacher_proto.wire.answers import (
     BUDGET,
-    MAX_MESSAGE_BYTES,
-    PROGRESS_HEADER,
     VERSION,
-    AnswerDecoder,
     AnswerFormat,
-    End,
-    Failure,
-    Progress,
     Targets,
-    encode_end,
-    encode_failure,
-    encode_progress,
     integer,
     read_names,
     read_tensors,
     record_message,
 )
-from teacher_proto.wire.reader import read_message
-from teacher_proto.wire.requests import decode_request, encode_request
-from teacher_proto.wire.tensors import ITEM_SIZE, decode_tensor, encode_tensor
+from teacher_proto.wire.reader import Budget, read_message
+from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 REQUEST_ID_HEADER = "x-request-id"
-
-__all__ = [
-    "ITEM_SIZE", "JSON", "MSGPACK", "PROGRESS_HEADER", "REQUEST_ID_HEADER", "VERSION",
-    "End", "Failure", "Header", "Message", "Progress", "ResponseDecoder", "Targets",
-    "decode_request", "decode_targets", "decode_tensor",
-    "encode_end", "encode_failure", "encode_header", "encode_progress", "encode_request", "encode_targets",
-    "encode_tensor",
-    "targets_message",
-]  # fmt: skip
+# Four bytes an id and no fewer: 16 MB of bytes would become 128 MB of int64 otherwise.
+_WIDE_DTYPES = ("<i4", "<u4")
 
 
 @dataclass(frozen=True)
@@ -64,27 +51,25 @@ class Header:
     version: int = VERSION
 
 
-Message = Header | Targets[TokenTargets] | Failure | Progress | End
+def header_fields(header: Header) -> dict[str, Any]:
+    return {
+        "version": header.version, "request_id": header.request_id, "fingerprint": header.fingerprint,
+        "num_sequences": header.num_sequences, "vocab_size": header.vocab_size, "top_k": header.top_k,
+        "temperatures": list(header.temperatures),
+    }  # fmt: skip
 
 
 def encode_header(header: Header) -> bytes:
-    return msgpack.packb({"type": "header", "version": header.version, "request_id": header.request_id,
-                          "fingerprint": header.fingerprint, "num_sequences": header.num_sequences,
-                          "vocab_size": header.vocab_size, "top_k": header.top_k,
-                          "temperatures": list(header.temperatures)})  # fmt: skip
+    return msgpack.packb({"type": "header", **header_fields(header)})
 
 
-def targets_message(index: int, targets: TokenTargets, vocab_size: int) -> dict[str, Any]:
-    """A `targets` message as a map; its checksum is CRC-32 over the tensors' data in the order of TENSORS."""
+def encode_targets(index: int, targets: TokenTargets, vocab_size: int) -> bytes:
+    """A `targets` message; its checksum is CRC-32 over the tensors' data in the order of TENSORS."""
     tensors = {}
     for name, array in targets.tensors().items():
         dtype = id_dtype(vocab_size) if name in ("ids", "sampled_ids") else None
         tensors[name] = encode_tensor(array, dtype)
-    return record_message("targets", index, {"start": targets.start}, tensors)
-
-
-def encode_targets(index: int, targets: TokenTargets, vocab_size: int) -> bytes:
-    return msgpack.packb(targets_message(index, targets, vocab_size))
+    return msgpack.packb(record_message("targets", index, {"start": targets.start}, tensors))
 
 
 def decode_targets(message: bytes) -> Targets[TokenTargets]:
@@ -93,13 +78,6 @@ def decode_targets(message: bytes) -> Targets[TokenTargets]:
     if not isinstance(fields, dict) or fields.get("type") != "targets":
         raise WireError("a targets message was expected")
     return Targets(integer(fields, "index"), _read_targets(fields))
-
-
-class ResponseDecoder(AnswerDecoder[Header, TokenTargets]):
-    """An `AnswerDecoder` of `POST /v1/targets`."""
-
-    def __init__(self, max_message_bytes: int = MAX_MESSAGE_BYTES):
-        super().__init__(TARGETS_FORMAT, max_message_bytes)
 
 
 def _read_header(message: dict[str, Any]) -> Header:
@@ -121,3 +99,57 @@ def _read_targets(message: dict[str, Any], header: Header | None = None) -> Toke
 
 
 TARGETS_FORMAT = AnswerFormat("targets", _read_header, _read_targets)
+
+
+def encode_request(request: SequencesRequest) -> bytes:
+    """The msgpack body of a request: ids as int32 tensors, fields at their defaults left out.
+
+    ValueError where a token id does not fit 31 bits.
+    """
+    body: dict[str, Any] = {}
+    for name, field in type(request).model_fields.items():
+        value = getattr(request, name)
+        if value is None or (name != "sequences" and value == field.default):
+            continue
+        body[name] = [encode_tensor(ids, "<i4") for ids in value] if name in request.tensor_fields else value
+    return msgpack.packb(body)
+
+
+def decode_request(
+    body: bytes, limits: SequenceLimits, kind: type[SequencesRequest] = TargetsRequest
+) -> dict[str, Any]:
+    """The plain fields of a msgpack request body, its tensors and lists of ids as arrays. WireError if it is none.
+
+    Tensors are views of `body`. What the fields hold is for `parse_body` and the checks to judge; only what would take
+    memory out of proportion is refused here.
+    """
+    fields = read_message(body, _budget(limits))
+    if not isinstance(fields, dict):
+        raise WireError(f"the body is a msgpack {type(fields).__name__}, a map was expected")
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            fields[name] = value.tolist()
+    left = limits.max_request_tokens * 2
+    for i, item in _tensors(fields, "sequences"):
+        tokens = decode_tensor(item, f"sequences.{i}")
+        fields["sequences"][i] = tokens
+        left -= tokens.size
+        if left < 0:
+            raise WireError(f"the sequences hold more than twice the {limits.max_request_tokens} tokens of a request")
+    for name in kind.tensor_fields[1:]:
+        for i, item in _tensors(fields, name):
+            fields[name][i] = decode_tensor(item, f"{name}.{i}", _WIDE_DTYPES)
+    return fields
+
+
+def _tensors(fields: Mapping[str, Any], name: str) -> list[tuple[int, Any]]:
+    """Those items of a list field that are maps, hence meant as tensors."""
+    items = fields.get(name)
+    if not isinstance(items, list):
+        return []
+    return [(i, item) for i, item in enumerate(items) if isinstance(item, Mapping)]
+
+
+def _budget(limits: SequenceLimits) -> Budget:
+    """Two containers for a tensor, one for a list or a row range, of each sequence; rows of gathered ids as lists."""
+    return Budget(containers=8 * limits.max_sequences + 1024, items=2 * limits.max_request_tokens + 4096)

@@ -1,6 +1,6 @@
 """Tensors as the wire has them: `{"dtype", "shape", "data"}`, data little-endian and as long as the other two say.
 
-Used by `records.py` and `requests.py`, which hand the names on.
+Used by `records.py`, `attention.py`, `answers.py` and the store.
 """
 
 from __future__ import annotations

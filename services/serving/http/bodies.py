@@ -1,8 +1,9 @@
-"""Body limits that hold before a byte too many is buffered: size, encoding, speed, the sum over all requests and of one
-client's.
+"""Request bodies: limits that hold before a byte too many is buffered, and what the bytes say once they are here.
 
-ASGI middleware that wraps `receive`: a route that reads no body is not held to it, and a request without a key is
-refused before its body is looked at. Used by both services.
+The limits (size, encoding, speed, the sum over all requests and of one client's) are ASGI middleware that wraps
+`receive`: a route that reads no body is not held to them, and a request without a key is refused before its body is
+looked at. Routes read with `read_request`, or
+`read_json` where the form is another server's. Everything wrong is a RequestError with the field at fault.
 """
 
 from __future__ import annotations
@@ -11,10 +12,24 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from teacher_proto.errors import OverloadedError, QuotaError, SlowBodyError, TooLargeError, UnsupportedTypeError
+from serving.engine import AnyEngine
+from teacher_proto.errors import (
+    OverloadedError,
+    QuotaError,
+    SlowBodyError,
+    TooLargeError,
+    UnsupportedTypeError,
+    WrongTeacherError,
+)
+from teacher_proto.identity import compare_fingerprints
+from teacher_proto.request_checks import RequestT, SequenceLimits, parse_body
+from teacher_proto.wire import records as wire
+from teacher_proto.wire.as_json import decode_json_request
 
 
 @dataclass(frozen=True)
@@ -141,3 +156,51 @@ class _GuardedBody:
             f"a body of {got} bytes or more, of at most {self._max_bytes}: ask for fewer sequences a request",
             field="body", got=got, limit=self._max_bytes,
         )  # fmt: skip
+
+
+async def read_json(request: Request, limits: SequenceLimits) -> dict[str, Any]:
+    """The plain fields of a JSON body."""
+    _media_type(request, wire.JSON)
+    return decode_json_request(await request.body(), limits)
+
+
+async def read_request(
+    request: Request, kind: type[RequestT], engine: AnyEngine, check: Callable[[RequestT], None]
+) -> tuple[RequestT, bool]:
+    """What a msgpack or JSON body asks, held to what `check` raises, and whether the answer is to be JSON. WireError
+    where the bytes are neither, WrongTeacherError where another teacher is meant: one of other weights. A numeric
+    difference is the client's to judge: the header tells it."""
+    content_type = _media_type(request, wire.MSGPACK, wire.JSON)
+    body, limits = await request.body(), engine.limits
+    packed = content_type == wire.MSGPACK
+    fields = wire.decode_request(body, limits, kind) if packed else decode_json_request(body, limits)
+    asked = parse_body(kind, fields)
+    check(asked)
+    wanted, ours = asked.fingerprint, engine.identity.fingerprint
+    if wanted is not None and compare_fingerprints(wanted, ours) == "semantic":
+        raise WrongTeacherError(
+            f"the request is for the teacher {wanted[:80]!r}, this is {ours}: GET /v1/teacher tells who it is",
+            field="fingerprint", got=wanted[:80], limit=ours,
+        )  # fmt: skip
+    return asked, _wants_json(request.headers.get("accept", ""), content_type)
+
+
+def _media_type(request: Request, *spoken: str) -> str:
+    """The content type of the body, one of `spoken`. UnsupportedTypeError otherwise."""
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind not in spoken:
+        raise UnsupportedTypeError(
+            f"Content-Type {given[:80]!r} is not spoken here: send {' or '.join(spoken)}", field="Content-Type",
+            got=given[:80], limit=list(spoken),
+        )  # fmt: skip
+    return kind
+
+
+def _wants_json(accept: str, content_type: str) -> bool:
+    """The Accept header decides where it names one of the two, else the answer comes as the question did."""
+    named = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    for kind in named:
+        if kind in (wire.MSGPACK, wire.JSON):
+            return kind == wire.JSON
+    return content_type == wire.JSON

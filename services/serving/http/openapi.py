@@ -14,6 +14,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from teacher_proto.request_checks import SequencesRequest
 from teacher_proto.wire import records as wire
+from teacher_proto.wire.answers import VERSION
+from teacher_proto.wire.tensors import ITEM_SIZE
 
 _MEANING = {
     400: "Malformed: bytes that do not decode, an unknown or a missing field",
@@ -60,7 +62,7 @@ TENSOR = {
     "type": "object",
     "description": "msgpack only: little-endian numbers of this dtype and shape",
     "properties": {
-        "dtype": {"type": "string", "enum": list(wire.ITEM_SIZE)},
+        "dtype": {"type": "string", "enum": list(ITEM_SIZE)},
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "data": {"type": "string", "format": "binary"},
     },
@@ -119,7 +121,7 @@ def records_answer(
     numbers = {name: {"type": "array", "items": {}} for name in tensors}
     each = {"index": {"type": "integer"}, "error": {"type": "object"}, **sequence, **numbers}
     one = {"type": "object", "properties": each, "required": ["index"], "additionalProperties": False}
-    fields = TypeAdapter(header).json_schema()["properties"] | {"version": {"const": wire.VERSION}}
+    fields = TypeAdapter(header).json_schema()["properties"] | {"version": {"const": VERSION}}
     fields["sequences"] = {"type": "array", "items": one}
     document = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {

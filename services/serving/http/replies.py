@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from fastapi import Request
+
 from serving.engine import AnswerT, Job, QueryT
-from serving.http.streams import Outlet
+from serving.http.streams import Outlet, RacedResponse
 from serving.metrics import Metrics
 from serving.scheduling.admission import Admission, Permit
 from serving.scheduling.coalescer import Coalescer
-from serving.scheduling.rate import Rate
-from teacher_proto.errors import OutOfRangeError, StillhouseError
+from serving.scheduling.fair import Rate
+from teacher_proto.errors import MalformedError, OutOfRangeError, StillhouseError
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.answers import Progress
+from teacher_proto.wire.answers import (
+    PROGRESS_HEADER,
+    PROGRESS_INTERVAL_S,
+    Progress,
+    encode_end,
+    encode_failure,
+    encode_progress,
+)
 
 # JSON takes some 20 bytes a value, and a list of Python numbers in between.
 MAX_JSON_VALUES = 2**20
@@ -91,14 +101,34 @@ def _outcome(task: asyncio.Task[AnswerT], client: str, metrics: Metrics) -> Answ
         return error
 
 
-async def write(
-    reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
-) -> None:
-    """Write the answer in the form that was asked for. `every_s`: see `_stream`."""
-    if reply.as_json:
-        await _document(reply, service, outlet)
-    else:
-        await _stream(reply, service, outlet, every_s)
+def response(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], request: Request) -> RacedResponse:
+    """What a route returns: the answer, written in the form and with the progress that `request` asks for."""
+    every_s = _progress_interval(request)
+
+    async def work(outlet: Outlet) -> None:
+        if reply.as_json:
+            await _document(reply, service, outlet)
+        else:
+            await _stream(reply, service, outlet, every_s)
+
+    return RacedResponse(work)
+
+
+def _progress_interval(request: Request) -> float | None:
+    """After how many seconds without a word the client wants to hear of its progress; None if it never does."""
+    given = request.headers.get(PROGRESS_HEADER)
+    if given is None:
+        return None
+    try:
+        wished = float(given)
+    except ValueError:
+        wished = math.nan
+    if not wished > 0:
+        raise MalformedError(
+            f"X-Progress: got {given[:40]!r}, expected seconds, like 2", field="X-Progress", got=given[:40]
+        )
+    low, high = PROGRESS_INTERVAL_S
+    return min(high, max(low, wished))
 
 
 async def _stream(
@@ -120,7 +150,7 @@ async def _stream(
     except StillhouseError as error:
         if not outlet.started:
             raise
-        await outlet.write(wire.encode_failure(None, error), last=True)
+        await outlet.write(encode_failure(None, error), last=True)
 
 
 class _Stream(Generic[QueryT, AnswerT]):
@@ -159,7 +189,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         ahead = coalescer.tokens_ahead(self._keys.values()) + admission.tokens_before(self._reply.work.permit)
         progress = Progress(self._tokens_done, self._tokens, ahead, self._service.rate.tokens_per_second)
         await self._start()
-        await self._outlet.write(wire.encode_progress(progress))
+        await self._outlet.write(encode_progress(progress))
 
     async def _start(self) -> None:
         if self._outlet.started:
@@ -167,7 +197,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         await self._outlet.start(wire.MSGPACK)
         await self._outlet.write(self._reply.header)
         for failed, error in self._held:
-            await self._outlet.write(wire.encode_failure(failed, error))
+            await self._outlet.write(encode_failure(failed, error))
 
     async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
         """Write an answer or an error; errors are held back until there is something else to say."""
@@ -179,7 +209,7 @@ class _Stream(Generic[QueryT, AnswerT]):
             message = self._reply.encode(index, outcome)
             self._service.metrics.encode_seconds.labels(self._reply.work.client).inc(time.perf_counter() - started)
         elif self._outlet.started:
-            message = wire.encode_failure(index, outcome)
+            message = encode_failure(index, outcome)
         else:
             self._held.append((index, outcome))
             return
@@ -190,7 +220,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         """The end message. The first error is raised if nothing was written but errors."""
         if not self._outlet.started:
             raise self._held[0][1]
-        await self._outlet.write(wire.encode_end(len(self._reply.work.jobs)), last=True)
+        await self._outlet.write(encode_end(len(self._reply.work.jobs)), last=True)
 
 
 async def _document(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet) -> None:

@@ -22,10 +22,11 @@ from serving.http.context import RequestContext
 from serving.http.error_table import install_error_table
 from serving.http.keys import require_client
 from serving.http.openapi import ASKING, METRICS_ANSWER, Health, errors
-from serving.http.requests import max_body
 from serving.metrics import MEDIA_TYPE
 from serving.service import Service
 from serving.status import StatusBody
+from teacher_proto.request_checks import SequenceLimits
+from teacher_proto.wire.records import JSON
 
 Client = Annotated[str, Depends(require_client)]
 AnyService = Service[Any, Any, Any, Any]
@@ -63,7 +64,9 @@ def make_app(
 
 
 def _max_body(service: AnyService, content_type: str) -> int:
-    return max_body(service.engine.limits if service.started else None, content_type)
+    """Bytes that a body of this content type may have. Nothing is known of a model that still loads."""
+    limits = service.engine.limits if service.started else SequenceLimits(vocab_size=1, max_sequence_length=1)
+    return limits.max_json_bytes if content_type.startswith(JSON) else limits.max_body_bytes
 
 
 def _service_of(request: Request) -> AnyService:

@@ -25,8 +25,7 @@ class Server(uvicorn.Server):
     """Listens on one bound socket; signals are `process.py`'s business."""
 
     def __init__(
-        self, app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None = None,
-        deadlines: Deadlines | None = None,
+        self, app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None, deadlines: Deadlines,
     ):  # fmt: skip
         super().__init__(uvicorn.Config(
             app, http=Connection, ws="none", lifespan="off", loop="none", access_log=False, log_config=None,
@@ -34,7 +33,7 @@ class Server(uvicorn.Server):
         ))  # fmt: skip
         self._listener = listener
         self._tls = tls
-        self._deadlines = deadlines or Deadlines()
+        self._deadlines = deadlines
         self._keyless = Keyless()
 
     @contextlib.contextmanager

@@ -9,11 +9,12 @@ those who wait get in in the order in which they came, and nobody who comes late
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from serving.scheduling.rate import Rate
+from serving.scheduling.fair import Rate
 from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError, StillhouseError
 
 # A client counts among those who share for so long after it last asked.
@@ -23,11 +24,15 @@ _ACTIVE_S = 5.0
 _UNTOLD_S = 5.0
 _LARGE = 0.25
 _MAX_WAITING = 1024
+# So many canaries go past all that within so long.
+PER_CLIENT = 4
+PER_SERVICE = 16
+_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
 class Permit:
-    """The right to have work of this cost in flight. Control traffic costs nothing: what bounds it is `control.py`."""
+    """The right to have work of this cost in flight. Control traffic costs nothing: what bounds it is `ControlLane`."""
 
     client: str
     tokens: int
@@ -253,3 +258,25 @@ class Admission:
         if not self.permits:
             self.empty.set()
         self._admit_waiting()
+
+
+class ControlLane:
+    """Who may go past queue and admission with control traffic: few requests of a client a minute, and of all together.
+
+    Canaries are small and always computed. Those beyond the allowance queue and are charged as any other request.
+    Asked by a service's routes. All methods run in the event loop's thread.
+    """
+
+    def __init__(self) -> None:
+        self._passed: deque[tuple[float, str]] = deque()
+
+    def take(self, client: str) -> bool:
+        """Whether this client may go past now; counts it if so."""
+        now = asyncio.get_running_loop().time()
+        while self._passed and now - self._passed[0][0] > _WITHIN_S:
+            self._passed.popleft()
+        of_client = sum(name == client for _, name in self._passed)
+        if of_client >= PER_CLIENT or len(self._passed) >= PER_SERVICE:
+            return False
+        self._passed.append((now, client))
+        return True

@@ -1,4 +1,4 @@
-"""The way of one sequence through the service: look into the store, coalesce, wait for a fair turn, score, check.
+"""The way of one sequence through the service: look into the store, coalesce, wait for a fair turn, score.
 
 Sequences that are asked for while an identical one is in flight wait for that one. It goes when the first of those
 who want it gets a turn. When the last of them has left, it is dropped if it still waits; what was handed to the engine
@@ -20,9 +20,8 @@ import structlog
 
 from serving.engine import AnswerT, Job, QueryT
 from serving.metrics import Metrics
-from serving.scheduling.fair import FairQueue, Ticket
+from serving.scheduling.fair import FairQueue, Rate, Ticket
 from serving.scheduling.kept import Kept
-from serving.scheduling.rate import Rate
 from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseError
 
 log = structlog.get_logger("stillhouse.coalescer")
@@ -62,18 +61,15 @@ class AnswerStore(Protocol[StoredQueryT, AnswerT]):
 class Coalescer(Generic[QueryT, AnswerT]):
     """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
 
-    `check` raises an EngineError for an answer that only a broken model computes. Work that nobody waits for is kept
-    for `keep_s`, in `keep_bytes` at most.
+    Work that nobody waits for is kept for `keep_s`, in `keep_bytes` at most.
     """
 
     def __init__(
-        self, score: Callable[[Job[QueryT]], Awaitable[AnswerT]], check: Callable[[QueryT, AnswerT], None],
-        queue: FairQueue, rate: Rate, metrics: Metrics,
+        self, score: Callable[[Job[QueryT]], Awaitable[AnswerT]], queue: FairQueue, rate: Rate, metrics: Metrics,
         on_death: Callable[[EngineDeadError], None], store: AnswerStore[QueryT, AnswerT] | None = None,
         *, keep_s: float = 600.0, keep_bytes: int = 256 * 2**20,
     ):  # fmt: skip
         self._engine_score = score
-        self._check_answer = check
         self._queue = queue
         self._rate = rate
         self._metrics = metrics
@@ -245,7 +241,6 @@ class Coalescer(Generic[QueryT, AnswerT]):
                 raise
             finally:
                 self._metrics.engine_seconds.labels(client).inc(time.monotonic() - started)
-        self._check_answer(job.query, answer)
         if self._store is not None and not job.fresh:
             self._in_flight[job.query.key].stored = self._store.put(job.query, answer)
         # After a success only: the rate is that of finished work, and the pace follows the rate.

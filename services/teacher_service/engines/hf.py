@@ -19,8 +19,8 @@ from teacher_proto.model_files import find_model
 from teacher_proto.requests import KINDS, Kind, Limits, Query
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire.packed import layout_of
+from teacher_service.engines.protocol import read_rows
 from teacher_service.head_file import HeadFile
-from teacher_service.reading import read_rows
 
 if TYPE_CHECKING:
     from teacher_proto.compute.hf_model import HfModel

@@ -22,6 +22,7 @@ from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, digest
 from teacher_proto.requests import KINDS, Kind, Limits, Query
 from teacher_proto.targets import TokenTargets
+from teacher_service.engines.protocol import checked
 from teacher_service.engines.scripted_device import ScriptedDevice
 from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 from teacher_service.head_file import HeadFile, HeadTensor
@@ -116,7 +117,7 @@ class ScriptedEngine:
         self.tokens_running += job.query.num_tokens
         try:
             await self._follow_script(job)
-            targets = await self._compute(job.query)
+            targets = checked(await self._compute(job.query), job)
             await self.check()
         except asyncio.CancelledError:
             self.jobs_aborted += 1

@@ -25,12 +25,12 @@ from teacher_proto.model_files import ModelFolder, find_model, hash_files, ident
 from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire.packed import layout_of
+from teacher_service.engines.protocol import read_rows
 from teacher_service.engines.vllm_identity import deciding_variables
 from teacher_service.engines.vllm_link import EngineGone, EngineProcess, JobFailed
 from teacher_service.engines.vllm_messages import arguments
 from teacher_service.engines.vllm_process import Order
 from teacher_service.head_file import HeadFile
-from teacher_service.reading import read_rows
 
 log = logging.getLogger("stillhouse.vllm")
 HeadDtype = Literal["auto", "model", "float32"]

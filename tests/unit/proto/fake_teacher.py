@@ -12,20 +12,15 @@ from typing import Any
 import httpx
 import numpy as np
 
-from teacher_proto.client.retry import Timing
+from teacher_proto.client.replicas import Timing
 from teacher_proto.errors import StillhouseError
 from teacher_proto.identity import NumericIdentity, SemanticIdentity, TeacherIdentity, compare_fingerprints
 from teacher_proto.info import TeacherInfo
-from teacher_proto.requests import KINDS, Limits, TargetsRequest, parse_request
+from teacher_proto.request_checks import parse_body
+from teacher_proto.requests import KINDS, Limits, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.records import (
-    Header,
-    decode_request,
-    encode_end,
-    encode_failure,
-    encode_header,
-    encode_targets,
-)
+from teacher_proto.wire.answers import encode_end, encode_failure
+from teacher_proto.wire.records import Header, decode_request, encode_header, encode_targets
 from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 VOCAB = 300
@@ -117,7 +112,7 @@ class Replica:
             return httpx.Response(200, json=self.info.model_dump(mode="json"))
         if http.url.path != "/v1/targets":
             return httpx.Response(404)
-        request = parse_request(decode_request(http.content, self.info.limits))
+        request = parse_body(TargetsRequest, decode_request(http.content, self.info.limits))
         if [len(s) for s in request.sequences] == [min(n, self.limits.max_sequence_length) for n in (8, 16, 24, 32)]:
             self.canaries += 1
             return self.answer(http, request)

@@ -16,7 +16,6 @@ from teacher_proto.attention import (
     AttentionRequest,
     answer_entries,
     check_attention_request,
-    parse_attention_request,
 )
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets, check_attention
 from teacher_proto.client.attention_client import AttentionClient
@@ -34,10 +33,11 @@ from teacher_proto.errors import (
     WireError,
     WrongTeacherError,
 )
+from teacher_proto.request_checks import parse_body
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.answers import AnswerDecoder, encode_end
 from teacher_proto.wire.attention import ATTENTION_FORMAT, AttentionHeader, encode_attention, encode_attention_header
-from teacher_proto.wire.requests import decode_request, encode_request
+from teacher_proto.wire.records import decode_request, encode_request
 from tests.unit.proto.attention_records import LIMITS, SHAPE, make_body, make_info, make_record
 from tests.unit.proto.fake_teacher import FakeClock, Replica, identity, network, sequences
 
@@ -73,7 +73,7 @@ def same_bits(a: AttentionTargets, b: AttentionTargets) -> bool:
 @each_request
 def test_requests_come_back_from_the_wire(request_: AttentionRequest) -> None:
     fields = decode_request(encode_request(request_), LIMITS, AttentionRequest)
-    back = parse_attention_request(fields)
+    back = parse_body(AttentionRequest, fields)
     check_attention_request(back, LIMITS, SHAPE)
     assert back.spec(7) == request_.spec(7)
     for name in ("sequences", "rows"):
@@ -117,12 +117,12 @@ def test_every_flipped_bit_and_every_cut_is_noticed(request_: AttentionRequest) 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_golden_answers_of_version_1_decode_to_what_they_did(name: str) -> None:
     body = (GOLDEN / f"{name}.answer.msgpack").read_bytes()
-    request = parse_attention_request(
-        decode_request((GOLDEN / f"{name}.request.msgpack").read_bytes(), LIMITS, AttentionRequest)
+    request = parse_body(
+        AttentionRequest, decode_request((GOLDEN / f"{name}.request.msgpack").read_bytes(), LIMITS, AttentionRequest)
     )
     header, *records, _ = decode(body)
     parts = [encode_attention_header(header), *(encode_attention(m.index, m.targets) for m in records)]
-    assert b"".join([*parts, wire.encode_end(2)]) == body
+    assert b"".join([*parts, encode_end(2)]) == body
     for message in records:
         check_attention(message.targets, request.query(message.index, SHAPE.num_layers), SHAPE)
     assert encode_request(request) == (GOLDEN / f"{name}.request.msgpack").read_bytes()
@@ -165,7 +165,7 @@ def test_the_specification_lists_every_tensor_in_the_order_of_the_checksum() -> 
 )
 def test_what_cannot_be_asked_is_refused_with_its_field(changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message) as caught:
-        check_attention_request(parse_attention_request({"sequences": TOKENS} | changes), LIMITS, SHAPE)
+        check_attention_request(parse_body(AttentionRequest, {"sequences": TOKENS} | changes), LIMITS, SHAPE)
     assert caught.value.field.split(".")[0] in {*changes, "relation_heads"}
 
 
@@ -237,7 +237,7 @@ class Service:
         if http.url.path == "/v1/teacher":
             return httpx.Response(200, json=self.info.model_dump(mode="json"))
         assert http.url.path == "/v1/attention"
-        request = parse_attention_request(decode_request(http.content, LIMITS, AttentionRequest))
+        request = parse_body(AttentionRequest, decode_request(http.content, LIMITS, AttentionRequest))
         self.posts.append(request)
         spec = request.spec(SHAPE.num_layers)
         count = len(request.sequences)
@@ -245,7 +245,7 @@ class Service:
             http.headers["x-request-id"], self.info.fingerprint, count, SHAPE.num_layers, spec.layer, spec.kind
         )
         records = [encode_attention(i, self.spoil(make_record(request, i))) for i in range(count)]
-        body = b"".join([encode_attention_header(header), *records, wire.encode_end(count)])
+        body = b"".join([encode_attention_header(header), *records, encode_end(count)])
         return httpx.Response(200, headers={"content-type": "application/msgpack"}, content=body)
 
 

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import (
     EngineError,

@@ -10,13 +10,13 @@ import httpx
 import numpy as np
 import pytest
 
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.errors import DeadlyRequestError, OutOfRangeError, TeacherUnavailableError, TooLargeError
 from teacher_proto.requests import Limits, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.records import PROGRESS_HEADER, Progress, encode_progress
+from teacher_proto.wire.answers import PROGRESS_HEADER, Progress, encode_progress
 from tests.unit.proto.fake_teacher import (
     VOCAB,
     FakeClock,

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from teacher_proto.client.call import Call
-from teacher_proto.client.replicas import Replica
-from teacher_proto.client.retry import RetryPolicy, Timing
+from teacher_proto.client.replicas import Replica, RetryPolicy, Timing
 from teacher_proto.client.waiting import InFlight, waiting_for
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.wire.answers import Progress

@@ -9,8 +9,7 @@ import httpx
 import pytest
 
 from teacher_proto.client.replicas import Replica as PoolReplica
-from teacher_proto.client.replicas import ReplicaPool
-from teacher_proto.client.retry import RetryBudget, RetryPolicy
+from teacher_proto.client.replicas import ReplicaPool, RetryBudget, RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import OverloadedError, StillhouseError, TeacherUnavailableError
 from teacher_proto.requests import TargetsRequest

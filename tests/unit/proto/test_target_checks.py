@@ -11,8 +11,7 @@ import pytest
 
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.target_checks import MASS_TOLERANCE
-from teacher_proto.targets import TokenTargets, check_targets
+from teacher_proto.targets import MASS_TOLERANCE, TokenTargets, check_targets
 from tests.unit.proto.records import all_kinds, make_record, make_request
 
 REQUEST = all_kinds()

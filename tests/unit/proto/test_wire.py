@@ -21,19 +21,31 @@ from teacher_proto.errors import (
     VersionError,
     WireError,
 )
-from teacher_proto.requests import Limits, TargetsRequest, parse_request
+from teacher_proto.request_checks import parse_body
+from teacher_proto.requests import Limits, TargetsRequest
 from teacher_proto.targets import TENSORS, check_targets
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.records import End, Failure, Header, Message, Progress, ResponseDecoder, Targets
+from teacher_proto.wire.answers import (
+    AnswerDecoder,
+    End,
+    Failure,
+    Progress,
+    Targets,
+    encode_end,
+    encode_failure,
+    encode_progress,
+)
+from teacher_proto.wire.records import TARGETS_FORMAT, Header
+from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 from tests.unit.proto.fake_teacher import same_bits
-from tests.unit.proto.records import all_kinds, json_message, make_body, make_header, make_record, make_request
+from tests.unit.proto.records import Message, all_kinds, json_message, make_body, make_header, make_record, make_request
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "wire_v1"
 SPECIFICATION = Path(wire.__file__).parents[1] / "WIRE.md"
 
 
 def decode(body: bytes, piece: int | None = None) -> list[Message]:
-    decoder = ResponseDecoder()
+    decoder = AnswerDecoder(TARGETS_FORMAT)
     piece = piece or max(len(body), 1)
     messages = [m for at in range(0, len(body), piece) for m in decoder.feed(body[at : at + piece])]
     decoder.close()
@@ -46,8 +58,8 @@ def encode(message: Message, vocab_size: int) -> bytes:
     if isinstance(message, Targets):
         return wire.encode_targets(message.index, message.targets, vocab_size)
     if isinstance(message, Failure):
-        return wire.encode_failure(message.index, message.error)
-    return wire.encode_end(message.num_sequences)
+        return encode_failure(message.index, message.error)
+    return encode_end(message.num_sequences)
 
 
 def hex_blocks() -> list[bytes]:
@@ -61,7 +73,7 @@ def hex_blocks() -> list[bytes]:
 def test_specification_shows_the_bytes_of_a_request_and_its_answer() -> None:
     request_bytes, answer_bytes = hex_blocks()
     fields = wire.decode_request(request_bytes, _limits(4))
-    request = parse_request(fields)
+    request = parse_body(TargetsRequest, fields)
     assert wire.encode_request(request) == request_bytes == (GOLDEN / "example_request.msgpack").read_bytes()
     header, targets, end = decode(answer_bytes)
     assert isinstance(header, Header) and isinstance(targets, Targets) and isinstance(end, End)
@@ -92,8 +104,9 @@ def test_golden_answers_of_version_1_decode_to_what_they_did(path: Path) -> None
     )
     vocab_size = messages[0].vocab_size
     assert b"".join(encode(m, vocab_size) for m in messages) == body
-    request = parse_request(
-        wire.decode_request(Path(str(path).replace("answer", "request")).read_bytes(), _limits(vocab_size))
+    request = parse_body(
+        TargetsRequest,
+        wire.decode_request(Path(str(path).replace("answer", "request")).read_bytes(), _limits(vocab_size)),
     )
     for message in messages:
         if isinstance(message, Targets):
@@ -128,10 +141,10 @@ def test_any_msgpack_library_reads_an_answer() -> None:
 
 def test_three_byte_ids_are_the_low_bytes_of_each_id() -> None:
     ids = np.array([[0, 1, 65_536], [2**24 - 1, 70_001, 255]], dtype=np.int32)
-    tensor = wire.encode_tensor(ids, "u3")
+    tensor = encode_tensor(ids, "u3")
     expected = b"".join(struct.pack("<I", i)[:3] for i in ids.reshape(-1).tolist())
     assert bytes(tensor["data"]) == expected and tensor["shape"] == [2, 3]
-    back = wire.decode_tensor({**tensor, "data": expected})
+    back = decode_tensor({**tensor, "data": expected})
     assert back.dtype == np.int32
     np.testing.assert_array_equal(back, ids)
 
@@ -139,13 +152,13 @@ def test_three_byte_ids_are_the_low_bytes_of_each_id() -> None:
 @pytest.mark.parametrize("size", range(9))
 def test_three_byte_ids_of_any_number(size: int) -> None:
     ids = np.arange(size, dtype=np.int32) * 1_864_135
-    tensor = wire.encode_tensor(ids, "u3")
+    tensor = encode_tensor(ids, "u3")
     assert len(tensor["data"]) == 3 * size
-    np.testing.assert_array_equal(wire.decode_tensor({**tensor, "data": bytes(tensor["data"])}), ids)
+    np.testing.assert_array_equal(decode_tensor({**tensor, "data": bytes(tensor["data"])}), ids)
 
 
 def test_big_endian_arrays_travel_little_endian() -> None:
-    tensor = wire.encode_tensor(np.array([1.5, -2.0], dtype=">f4"))
+    tensor = encode_tensor(np.array([1.5, -2.0], dtype=">f4"))
     assert tensor["dtype"] == "<f4" and bytes(tensor["data"]) == struct.pack("<2f", 1.5, -2.0)
 
 
@@ -154,12 +167,12 @@ def test_big_endian_arrays_travel_little_endian() -> None:
 )
 def test_integers_that_do_not_fit_are_not_wrapped(array: list[int], dtype: str) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        wire.encode_tensor(np.array(array, dtype=np.int64), dtype)
+        encode_tensor(np.array(array, dtype=np.int64), dtype)
 
 
 def test_a_dtype_that_is_not_on_the_wire_is_refused() -> None:
     with pytest.raises(ValueError, match="<f8 is not on the wire"):
-        wire.encode_tensor(np.zeros(2))
+        encode_tensor(np.zeros(2))
 
 
 GOOD = {"dtype": "<u2", "shape": [2, 1], "data": b"\x01\x00\x02\x00"}
@@ -176,11 +189,11 @@ GOOD = {"dtype": "<u2", "shape": [2, 1], "data": b"\x01\x00\x02\x00"}
     ids=str,
 )  # fmt: skip
 def test_a_tensor_that_does_not_add_up_is_a_wire_error(change: dict) -> None:
-    assert wire.decode_tensor(GOOD).tolist() == [[1], [2]]
+    assert decode_tensor(GOOD).tolist() == [[1], [2]]
     with pytest.raises(WireError):
-        wire.decode_tensor(GOOD | change)
+        decode_tensor(GOOD | change)
     with pytest.raises(WireError):
-        wire.decode_tensor({"dtype": "<u2", "shape": [1]})
+        decode_tensor({"dtype": "<u2", "shape": [1]})
 
 
 def test_every_truncation_is_told_from_a_whole_body() -> None:
@@ -221,41 +234,41 @@ def test_a_changed_byte_of_data_is_a_checksum_error() -> None:
 def test_failures_keep_their_class_and_fields() -> None:
     error = EngineError("no", field="sequences.0", got=7, limit=3, request_id="r", retryable=True)
     header = make_header(make_request(lengths=(2,)))
-    _, failure, _ = decode(wire.encode_header(header) + wire.encode_failure(0, error) + wire.encode_end(1))
+    _, failure, _ = decode(wire.encode_header(header) + encode_failure(0, error) + encode_end(1))
     assert type(failure.error) is EngineError and failure.index == 0
     assert failure.error.to_json() == error.to_json()
 
 
 def test_an_error_message_of_odd_values_can_be_sent() -> None:
     error = EngineError("no", got=float("nan"), limit=np.int64(3))
-    failure = next(iter(ResponseDecoder().feed(wire.encode_failure(None, error))))
+    failure = next(iter(AnswerDecoder(TARGETS_FORMAT).feed(encode_failure(None, error))))
     assert failure.error.got == "nan" and failure.error.limit == "3"
 
 
 def test_progress_comes_back_between_header_and_end_and_nowhere_else() -> None:
     progress = Progress(tokens_done=312, tokens=4096, tokens_ahead=100_000, tokens_per_second=20.5)
-    message = wire.encode_progress(progress)
+    message = encode_progress(progress)
     assert len(message) <= 90 and msgpack.unpackb(message)["type"] == "progress"
     request = make_request(lengths=(6,))
     head, record, end = (
-        wire.encode_header(make_header(request)), wire.encode_targets(0, make_record(request), 300), wire.encode_end(1)
+        wire.encode_header(make_header(request)), wire.encode_targets(0, make_record(request), 300), encode_end(1)
     )  # fmt: skip
-    decoder = ResponseDecoder()
+    decoder = AnswerDecoder(TARGETS_FORMAT)
     messages = [*decoder.feed(head + message + record), *decoder.feed(message + end)]
     decoder.close()
     assert [type(one).__name__ for one in messages] == ["Header", "Progress", "Targets", "Progress", "End"]
     assert messages[1] == messages[3] == progress
     for wrong in (message + head, head + record + end + message):
         with pytest.raises(WireError):
-            list(ResponseDecoder().feed(wrong))
+            list(AnswerDecoder(TARGETS_FORMAT).feed(wrong))
 
 
 @pytest.mark.parametrize("change", [{"tokens": -1}, {"tokens_done": "1"}, {"tokens_per_second": math.nan}])
 def test_progress_that_cannot_be_is_a_wire_error(change: dict) -> None:
     head = wire.encode_header(make_header(make_request()))
-    fields = msgpack.unpackb(wire.encode_progress(Progress(1, 2, 3, 4.0))) | change
+    fields = msgpack.unpackb(encode_progress(Progress(1, 2, 3, 4.0))) | change
     with pytest.raises(WireError, match=next(iter(change))):
-        list(ResponseDecoder().feed(head + msgpack.packb(fields)))
+        list(AnswerDecoder(TARGETS_FORMAT).feed(head + msgpack.packb(fields)))
 
 
 def test_another_version_is_refused_with_both_numbers() -> None:
@@ -268,8 +281,8 @@ def test_another_version_is_refused_with_both_numbers() -> None:
 
 HEADER = wire.encode_header(make_header(make_request(lengths=(3, 3))))
 RECORD = wire.encode_targets(0, make_record(make_request(lengths=(3, 3))), 300)
-END = wire.encode_end(2)
-FAILED = wire.encode_failure(0, EngineError("x")) + wire.encode_failure(1, EngineError("x"))
+END = encode_end(2)
+FAILED = encode_failure(0, EngineError("x")) + encode_failure(1, EngineError("x"))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +293,7 @@ FAILED = wire.encode_failure(0, EngineError("x")) + wire.encode_failure(1, Engin
         (HEADER + RECORD + RECORD, "came twice"),
         (HEADER + wire.encode_targets(2, make_record(make_request()), 300), "sequence 2 of 2"),
         (HEADER + RECORD + END, "ends with 1 of 2"),
-        (HEADER + wire.encode_failure(0, EngineError("x")) + RECORD, "came twice"),
+        (HEADER + encode_failure(0, EngineError("x")) + RECORD, "came twice"),
         (HEADER + FAILED + END + END, "follows the end"),
         (msgpack.packb([1, 2]), "a message is a map"),
         (msgpack.packb({"type": "surprise"}), "header was expected"),
@@ -310,7 +323,7 @@ def test_what_is_not_an_answer_is_a_wire_error(body: bytes, message: str) -> Non
 
 
 def test_a_message_beyond_the_clients_limit_is_not_buffered() -> None:
-    decoder = ResponseDecoder(max_message_bytes=10_000)
+    decoder = AnswerDecoder(TARGETS_FORMAT, max_message_bytes=10_000)
     with pytest.raises(WireError, match="larger than"):
         list(decoder.feed(b"\x81\xa1a\xc6\x10\x00\x00\x00" + bytes(20_000)))
 
@@ -330,7 +343,7 @@ def test_requests_come_back_as_they_were() -> None:
     gather_ids = tuple(np.arange(4 * (stop - start)).reshape(-1, 4) for start, stop in rows)
     changes = {"rows": rows, "gather_ids": gather_ids, "fingerprint": "a.b", "seed": 12}
     request = all_kinds().model_copy(update=changes)
-    back = parse_request(wire.decode_request(wire.encode_request(request), _limits(300)))
+    back = parse_body(TargetsRequest, wire.decode_request(wire.encode_request(request), _limits(300)))
     for name in TargetsRequest.model_fields:
         ours, theirs = getattr(request, name), getattr(back, name)
         if name in ("sequences", "gather_ids"):

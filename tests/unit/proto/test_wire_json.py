@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from teacher_proto.errors import EngineError, TruncatedError
+from teacher_proto.wire.answers import End, Failure, Targets
 from teacher_proto.wire.as_json import json_document, json_values
-from teacher_proto.wire.records import End, Failure, Targets
+from teacher_proto.wire.records import header_fields
 from tests.unit.proto.records import all_kinds, json_message, make_header, make_record, make_request
 
 
 def test_document_holds_every_tensor_in_the_order_asked() -> None:
     request = all_kinds()
     answers = {i: make_record(request, i) for i in (1, 0)}
-    document = json.loads(json_document(make_header(request), answers))
+    document = json.loads(json_document(header_fields(make_header(request)), answers))
     assert document["fingerprint"] == "5e1f.c0de" and document["temperatures"] == [1.0, 2.0, 5.0]
     assert [sequence["index"] for sequence in document["sequences"]] == [0, 1]
     for i, sequence in enumerate(document["sequences"]):
@@ -37,7 +38,7 @@ def test_nan_becomes_null_since_json_has_none() -> None:
 def test_a_failed_sequence_is_named_in_its_place() -> None:
     request = make_request()
     error = EngineError("no", got=float("nan"))
-    document = json.loads(json_document(make_header(request), {0: error, 1: make_record(request, 1)}))
+    document = json.loads(json_document(header_fields(make_header(request)), {0: error, 1: make_record(request, 1)}))
     assert document["sequences"][0]["error"]["code"] == "engine_failed"
     assert json_message(Failure(0, error))["message"] == "no" and json_message(End(2))["num_sequences"] == 2
 
@@ -45,4 +46,4 @@ def test_a_failed_sequence_is_named_in_its_place() -> None:
 def test_a_missing_answer_is_not_passed_over() -> None:
     request = make_request()
     with pytest.raises(TruncatedError, match=r"\[1\] of 2"):
-        json_document(make_header(request), {0: make_record(request)})
+        json_document(header_fields(make_header(request)), {0: make_record(request)})

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from teacher_proto.errors import OutOfRangeError, TruncatedError, WireError
-from teacher_proto.requests import Limits, check_request, parse_request
+from teacher_proto.request_checks import parse_body
+from teacher_proto.requests import Limits, TargetsRequest, check_request
 from teacher_proto.wire.as_json import decode_json_request
 from teacher_proto.wire.reader import MAX_DEPTH, MAX_TEXT, Budget, read_message
-from teacher_proto.wire.records import decode_request, encode_request, encode_tensor
+from teacher_proto.wire.records import decode_request, encode_request
+from teacher_proto.wire.tensors import encode_tensor
 from tests.unit.proto.records import all_kinds
 
 LIMITS = Limits(vocab_size=300, max_sequence_length=512)
@@ -125,7 +127,7 @@ def test_sequences_come_as_lists_or_tensors_of_any_integer_dtype() -> None:
         {**encode_tensor(np.array(ids), dtype), "data": bytes(encode_tensor(np.array(ids), dtype)["data"])}
         for dtype in ("<i4", "<u4", "<u2", "u3", "|u1")
     ]
-    request = parse_request(decode_request(pack({"sequences": forms}), LIMITS))
+    request = parse_body(TargetsRequest, decode_request(pack({"sequences": forms}), LIMITS))
     assert [tokens.tolist() for tokens in request.sequences] == [ids] * 6
     assert all(tokens.dtype == np.int64 and not tokens.flags.writeable for tokens in request.sequences)
 
@@ -134,7 +136,7 @@ def test_gathered_ids_come_as_lists_of_lists_too() -> None:
     ids = [[1, 2], [3, 4]]
     for inner in (ids, [list(range(20))] * 2):
         fields = decode_request(pack({"sequences": [[5, 6]], "kinds": ["gather"], "gather_ids": [inner]}), LIMITS)
-        request = parse_request(fields)
+        request = parse_body(TargetsRequest, fields)
         check_request(request, LIMITS)
         assert request.gather_ids is not None and request.gather_ids[0].tolist() == inner
 
@@ -143,7 +145,7 @@ def test_long_lists_in_other_fields_stay_lists() -> None:
     fields = decode_request(pack({"sequences": [[1]], "temperatures": list(range(1, 11))}), LIMITS)
     assert fields["temperatures"] == list(range(1, 11))
     with pytest.raises(OutOfRangeError, match="10 temperatures"):
-        check_request(parse_request(fields), LIMITS)
+        check_request(parse_body(TargetsRequest, fields), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_bombs_cost_at_most_twice_their_size(name: str) -> None:
     """Beyond the body itself, and with the arrays made of it: three times the body in all."""
     body = BOMBS[name]
     with traced() as peak, pytest.raises((WireError, OutOfRangeError)):
-        check_request(parse_request(decode_request(body, LIMITS)), LIMITS)
+        check_request(parse_body(TargetsRequest, decode_request(body, LIMITS)), LIMITS)
     assert peak[0] <= 2 * len(body) + 100_000
 
 
@@ -202,7 +204,7 @@ def test_the_largest_honest_bodies_cost_at_most_three_times_their_size_in_all() 
     body = pack({"sequences": [tokens], "kinds": ["gather"], "gather_ids": [gather]})
     limits = LIMITS.model_copy(update={"max_sequence_length": rows})
     with traced() as peak:
-        check_request(parse_request(decode_request(body, limits)), limits)
+        check_request(parse_body(TargetsRequest, decode_request(body, limits)), limits)
     assert peak[0] <= 2 * len(body) + 100_000
 
 
@@ -210,14 +212,16 @@ CHILD = """
 import resource, sys
 from teacher_proto.errors import WireError
 from teacher_proto.requests import Limits
-from teacher_proto.wire.records import ResponseDecoder, decode_request
+from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.records import decode_request, TARGETS_FORMAT
 def used():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 body = sys.stdin.buffer.read()
 limits = Limits(vocab_size=300, max_sequence_length=512)
 room = used() + 3 * len(body) + 16 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (room, room))
-for work in (lambda: decode_request(body, limits), lambda: list(ResponseDecoder(2 * len(body)).feed(body))):
+decoder = AnswerDecoder(TARGETS_FORMAT, 2 * len(body))
+for work in (lambda: decode_request(body, limits), lambda: list(decoder.feed(body))):
     try:
         work()
     except WireError as error:
@@ -258,7 +262,7 @@ def test_what_is_not_a_json_request_is_refused(body: bytes, message: str) -> Non
 def test_json_and_msgpack_requests_are_the_same_request() -> None:
     fields = {"sequences": [[1, 2, 3], [4]], "kinds": ["top_k", "gather"], "top_k": 3, "temperatures": [1, 2.5],
               "gather_ids": [[[1], [2], [3]], [[4]]], "rows": [[0, 3], [0, 1]], "fingerprint": "é.b"}  # fmt: skip
-    one = parse_request(decode_json_request(json.dumps(fields).encode(), LIMITS))
-    two = parse_request(decode_request(pack(fields), LIMITS))
+    one = parse_body(TargetsRequest, decode_json_request(json.dumps(fields).encode(), LIMITS))
+    two = parse_body(TargetsRequest, decode_request(pack(fields), LIMITS))
     assert encode_request(one) == encode_request(two)
     check_request(one, LIMITS)

@@ -9,7 +9,7 @@ import pytest
 
 from serving.scheduling import admission as admission_module
 from serving.scheduling.admission import Admission, Permit
-from serving.scheduling.rate import Rate
+from serving.scheduling.fair import Rate
 from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError
 
 

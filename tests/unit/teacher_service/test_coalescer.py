@@ -14,13 +14,11 @@ from serving.engine import Job
 from serving.metrics import Metrics
 from serving.scheduling import coalescer as coalescer_module
 from serving.scheduling.coalescer import Coalescer
-from serving.scheduling.fair import FairQueue
-from serving.scheduling.rate import Rate
+from serving.scheduling.fair import FairQueue, Rate
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError, OverloadedError
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_service.engines.scripted import Script, ScriptedEngine
-from teacher_service.reading import check_sound
 
 SPEC = TargetSpec(("top_k",), 8, (2.0,))
 
@@ -35,7 +33,7 @@ def make(
 ) -> tuple[Coalescer[Query, TokenTargets], ScriptedEngine, list[EngineDeadError]]:
     engine, deaths = ScriptedEngine(script), []
     queue = FairQueue(window)
-    answers = Coalescer(engine.score, check_sound, queue, Rate(), Metrics(), deaths.append, **bounds)
+    answers = Coalescer(engine.score, queue, Rate(), Metrics(), deaths.append, **bounds)
     return answers, engine, deaths
 
 

@@ -19,7 +19,7 @@ from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import TeacherCard
 from student_trainer.targets.queries import queries_of
 from student_trainer.targets.remote import RemoteTargets
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import DeadlyRequestError, TeacherUnavailableError
 from teacher_proto.requests import Limits, TargetSpec

@@ -29,7 +29,7 @@ from student_trainer.targets.remote import reach
 from teacher_proto.attention import AttentionInfo, AttentionRequest, attention_cost, check_attention_request
 from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.client.attention_client import AttentionClient
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.splitting import FIXED_BYTES, check_alone
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.compute.relations import layer_index

@@ -22,7 +22,7 @@ from student_trainer.targets.local import LocalTargets
 from student_trainer.targets.mixed import BySource, Ensemble, Member
 from student_trainer.targets.protocol import Targets, TeacherCard
 from student_trainer.targets.remote import RemoteTargets
-from teacher_proto.client.retry import RetryPolicy
+from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.dataset.folder import is_url
