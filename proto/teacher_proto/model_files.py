@@ -91,8 +91,9 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{model!r} is neither a folder nor a model that the hub gives us: {first_line}") from error
+        # What can be no hub name was meant as a folder: the hub's rules for names would only lead astray.
+        why = "no such folder" if isinstance(error, HFValidationError) else str(error).strip().partition("\n")[0]
+        raise ValueError(f"{model!r} is neither a folder nor a model that the hub gives us: {why}") from error
 
 
 def _origin(path: Path) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from student_trainer.checkpoint.earlier_run import load_student, model_behind
@@ -92,7 +93,9 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         what = "has no tokenizer" if Path(name).is_dir() else "is neither a folder nor a model that the hub gives us"
+        # What can be no hub name was meant as a folder: the hub's rules for names would only lead astray.
+        why = "no such folder" if isinstance(error, HFValidationError) else str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name!r} {what}: {str(error).strip().splitlines()[0]} (student.checkpoint_path names the student, "
+            f"{name!r} {what}: {why} (student.checkpoint_path names the student, "
             "student.tokenizer its tokenizer where that lies elsewhere)"
         ) from None

@@ -144,10 +144,22 @@ def guarded(command: Callable[[], int], signals: StopSignals) -> int:
         signals.check()
         print(explain_missing("stillhouse-train", error), file=sys.stderr)
         return USAGE
-    except Exception:
+    except Exception as error:
         signals.check()
-        logger.exception("the run ended by an error that nobody foresaw")
+        if _is_out_of_memory(error):
+            what = str(error).strip().partition("\n")[0] or type(error).__name__
+            print(
+                f"stillhouse-train: out of memory ({what}): lower optim.micro_batch_rows, which gives the same result, "
+                "or set student.gradient_checkpointing=true", file=sys.stderr,
+            )  # fmt: skip
+            return FAILED
+        logger.exception("the run ended with an unexpected error")
         return FAILED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """By name and text: torch may not be imported, and its allocator on a CPU raises a plain RuntimeError."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):

@@ -10,6 +10,7 @@ from typing import NoReturn
 import httpx
 import pytest
 import requests
+import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -75,6 +76,24 @@ def test_what_must_change_first_is_usage_and_what_broke_is_a_failure() -> None:
     # Of SIGTERM and Ctrl-C, of which `stoppable` makes 75; tests/chaos/test_stop.py has it.
     with pytest.raises(StopSignals.Stop):
         code_for(StopSignals.Stop())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_says_what_to_lower_and_shows_no_traceback(
+    error: Exception, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert code_for(error) == FAILED
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory" in said and "optim.micro_batch_rows" in said
+    assert not caplog.records
 
 
 AWAY = [

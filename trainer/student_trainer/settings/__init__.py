@@ -77,7 +77,10 @@ class Settings(Section):
     def _consistent(self) -> Settings:
         asking = [name for name, term in self.distillation.by_name().items() if term.needs_teacher]
         if self.teacher.kind == "none" and asking:
-            raise ValueError(f"teacher.kind is none, but the loss has {', '.join(asking)}, which need a teacher")
+            raise ValueError(
+                f"teacher.kind is none, but these losses need a teacher: {', '.join(asking)}. Set "
+                "distillation=cross_entropy, or name a teacher, as in teacher=remote teacher.url=http://HOST:PORT"
+            )
         mixture = self.data.mixture
         if self.teacher.kind == "none" and mixture.needs_teacher:
             raise ValueError(f"teacher.kind is none, but data.mixture.policy={mixture.policy} compares with a teacher")

@@ -178,8 +178,8 @@ def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, st
         thread.call(source.open())
     except TeacherUnavailableError as error:
         raise TeacherUnavailableError(
-            f"no attention service at {', '.join(asked.attention_url)}: {error}. Start one with `stillhouse-attention "
-            "MODEL --port 8001`, say where it is with teacher.attention_url=http://HOST:PORT, wait for it with "
-            "teacher.start_within_s=600, or leave the relations out with distillation.attention.coefficient=null"
+            f"no attention service at {', '.join(asked.attention_url)}: {error}. Set its address with "
+            "teacher.attention_url=http://HOST:PORT, wait for one that is starting with teacher.start_within_s=600, or "
+            "leave the relations out with distillation.attention.coefficient=null"
         ) from error
     return source

@@ -49,9 +49,8 @@ class RemoteTargets:
             info = await reach(self.client, whom, self._patience.start_within_s, self._patience.log_every_s)
         except TeacherUnavailableError as error:
             raise TeacherUnavailableError(
-                f"no teacher at {', '.join(self._urls)}: {error}. Start one with `stillhouse-teacher MODEL --port "
-                "8000`, say where it is with teacher.url=http://HOST:PORT, or wait for it with "
-                "teacher.start_within_s=600"
+                f"no teacher at {', '.join(self._urls)}: {error}. Set its address with teacher.url=http://HOST:PORT, "
+                "or wait for one that is starting with teacher.start_within_s=600"
             ) from error
         self._limits, self._fingerprint = info.limits, info.fingerprint
         return replace(TeacherCard.of(info, self.client.canary), admits=Admits.of(info))
