@@ -89,6 +89,7 @@ def layer_index(layer: int | float | str = "late_middle", *, num_layers: int) ->
             raise ValueError(
                 f"attention layer: got {layer}, expected a fraction of the depth in [0, 1] or a whole index"
             )
+        # + 1e-6: rounding must not put a fraction such as 5/7 of the depth one layer too low.
         return min(num_layers - 1, math.floor(layer * num_layers + 1e-6))
     if not -num_layers <= layer < num_layers:
         raise ValueError(
@@ -107,6 +108,7 @@ def relation_heads_of(states_THd: Tensor, relation_heads: int) -> Tensor:
             f"give a divisor of {width}"
         )
     split = (*states_THd.shape[:-2], relation_heads, width // relation_heads)
+    # Heads side by side, [T, H dh], and cut anew into R pieces: teacher and student with other H get the same R.
     return states_THd.flatten(-2).reshape(split).transpose(-3, -2)
 
 
@@ -117,6 +119,7 @@ def similarity_factor(states_THd: Tensor, *, form: RelationForm, relation_heads:
     factor_RTd = relation_heads_of(states_THd, relation_heads).float()
     if form.cosine:
         return F.normalize(factor_RTd, dim=-1)
+    # d^-1/4 on each of the two factors makes the 1 / sqrt(d) of their product.
     return factor_RTd * factor_RTd.shape[-1] ** -0.25
 
 
@@ -134,6 +137,7 @@ def similarity_rows(factor_RTd: Tensor, rows_r: Tensor, form: RelationForm) -> T
 def log_relation_rows(factor_RTd: Tensor, rows_r: Tensor, form: RelationForm) -> Tensor:
     """Log-probabilities of the positions `rows_r` over all T: [..., R, r, T]; masked ones are -inf."""
     log_relation_RrT = similarity_rows(factor_RTd, rows_r, form).log_softmax(dim=-1)
+    # A least probability is a clamp of its logarithm.
     return log_relation_RrT.clamp(min=math.log(form.floor)) if form.floor else log_relation_RrT
 
 

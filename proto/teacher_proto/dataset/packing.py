@@ -57,11 +57,14 @@ def rice(numbers_RK: np.ndarray) -> tuple[bytes, bytes]:
     numbers_RK = np.ascontiguousarray(numbers_RK, dtype=np.uint32)
     widths_K, shifts_R = _fitted(numbers_RK)
     order, edges, widths = _by_width(widths_K, shifts_R)
+    # [M, 4] bytes, the highest first: `unpackbits` then gives 32 bits a number, of which the last `width` are its
+    # remainder. Numbers of one width lie together, so that each width is one slice and not a loop.
     sorted_M = numbers_RK.reshape(-1)[order].astype(">u4").reshape(-1, 1).view(np.uint8)
     parts = [
         np.packbits(np.unpackbits(sorted_M[begin:end], axis=1)[:, _WORD - width :]).tobytes()
         for width, begin, end in edges
     ]
+    # Quotient q as q zeros and a one: number m takes q + 1 bits, and its one stands at the end of them.
     ends = np.cumsum((numbers_RK.reshape(-1) >> widths).astype(np.int64) + 1)
     unary = np.zeros(ends[-1] if len(ends) else 0, np.uint8)
     unary[ends - 1] = 1
@@ -77,6 +80,7 @@ def unrice(told: bytes, code: bytes, rows: int) -> np.ndarray:
     sorted_M = np.zeros(len(order), np.int32)
     at = 0
     for width, begin, end in edges:
+        # Remainders of one width, padded to 32 bits each, and back into numbers of four bytes.
         bits = np.zeros((end - begin, _WORD), np.uint8)
         size = -(-(end - begin) * width // 8)
         plain = np.unpackbits(data[at : at + size], count=(end - begin) * width)
@@ -84,6 +88,7 @@ def unrice(told: bytes, code: bytes, rows: int) -> np.ndarray:
         sorted_M[begin:end] = np.packbits(bits, axis=1).view(">u4")[:, 0]
         at += size
     ends = np.flatnonzero(np.unpackbits(data[at:]))[: len(order)]
+    # The distance of two ones, less one, is the quotient; the remainder, still in order of widths, is added below.
     numbers_M = (np.diff(ends, prepend=-1) - 1).astype(np.int32) << widths
     numbers_M[order] += sorted_M
     return numbers_M.reshape(rows, len(widths_K))
@@ -105,8 +110,11 @@ def _widths(widths_K: np.ndarray, shifts_R: np.ndarray) -> np.ndarray:
 def _fitted(numbers_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Widths of columns and shifts of rows that make the code short: in turn, each by the other, from the means on."""
     mean_K = numbers_RK.mean(axis=0) if len(numbers_RK) else np.zeros(numbers_RK.shape[1])
+    # The best width for a geometric distribution is about log2(ln 2 times its mean): where to begin.
     widths_K = np.round(np.log2(np.maximum(mean_K * np.log(2), 1.0))).astype(np.int64)
     shifts_R = np.zeros(len(numbers_RK), np.int64)
+    # Alternating: the best shift of each row for these widths, then the best width of each column, one step either
+    # way, for these shifts.
     for _ in range(2):
         bits = [_bits(numbers_RK, _widths(widths_K, shifts_R * 0 + shift)).sum(axis=1) for shift in _SHIFTS]
         shifts_R = np.array(_SHIFTS)[np.argmin(bits, axis=0)]

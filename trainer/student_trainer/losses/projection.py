@@ -88,6 +88,7 @@ class HeadProjection:
         if self.scale != 1.0:
             z_NV.mul_(self.scale)
         if self.softcap is not None:
+            # C tanh(z / C), in place: [chunk, V] is the largest array there is, and is not copied.
             z_NV.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def uncap_(self, gradient_NV: Tensor, z_NV: Tensor) -> None:
