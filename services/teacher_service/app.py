@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from serving.http import replies
-from serving.http.bodies import read_json, read_request
+from serving.http.bodies import read_request
 from serving.http.openapi import ASKING, POSTING, errors
 from serving.http.replies import JSON_WEIGHT, Reply, check_json_size
 from serving.http.routes import Client, keyed_router, make_app
@@ -25,7 +25,7 @@ from teacher_proto.wire import records as wire
 from teacher_proto.wire.as_json import json_document
 from teacher_service import openapi
 from teacher_service.compat import completions, sglang_generate, token_generate
-from teacher_service.compat.requests import retried_by_clients
+from teacher_service.compat.requests import answered
 from teacher_service.head_file import send_head
 from teacher_service.service import TeacherService
 
@@ -59,19 +59,7 @@ async def post_targets(request: Request, client: Client, service: Service) -> Re
 )  # fmt: skip
 async def post_completions(request: Request, client: Client, service: Service) -> Response:
     """Score prompts in vLLM's JSON shape: `prompt_logprobs`, or `echo` with `logprobs`."""
-    with retried_by_clients():
-        service.require_started()
-        fields = await read_json(request, service.engine.limits)
-    completion = completions.parse_completion(fields, service)
-
-    async def work(outlet: Outlet) -> None:
-        with retried_by_clients():
-            text, pieces = await service.text()
-            scoring = await completions.work_of(completion, service, text, client, request.state.request_id)
-            async with service.admission.admit(scoring.permit):
-                await completions.answer(completion, scoring, service, text, pieces, outlet)
-
-    return RacedResponse(work)
+    return await answered(request, client, service, completions.FACE)
 
 
 @router.post(
@@ -80,19 +68,7 @@ async def post_completions(request: Request, client: Client, service: Service) -
 )  # fmt: skip
 async def post_generate(request: Request, client: Client, service: Service) -> Response:
     """Score token ids in SGLang's JSON shape: `input_token_logprobs`, `input_top_logprobs`."""
-    with retried_by_clients():
-        service.require_started()
-        fields = await read_json(request, service.engine.limits)
-    generate = sglang_generate.parse_generate(fields, service)
-
-    async def work(outlet: Outlet) -> None:
-        with retried_by_clients():
-            scoring = sglang_generate.work_of(generate, service, client, request.state.request_id)
-            text, pieces = await service.text()
-            async with service.admission.admit(scoring.permit):
-                await sglang_generate.answer(generate, scoring, service, text, pieces, outlet)
-
-    return RacedResponse(work)
+    return await answered(request, client, service, sglang_generate.FACE)
 
 
 @router.post(
@@ -101,19 +77,7 @@ async def post_generate(request: Request, client: Client, service: Service) -> R
 )  # fmt: skip
 async def post_tokens(request: Request, client: Client, service: Service) -> Response:
     """Score token ids in vLLM's JSON shape: `prompt_logprobs`, or the logprobs of given ids as an array."""
-    with retried_by_clients():
-        service.require_started()
-        fields = await read_json(request, service.engine.limits)
-    asked = token_generate.parse_tokens(fields, service)
-
-    async def work(outlet: Outlet) -> None:
-        with retried_by_clients():
-            scoring = token_generate.work_of(asked, service, client, request.state.request_id)
-            _, pieces = await service.text()
-            async with service.admission.admit(scoring.permit):
-                await token_generate.answer(asked, scoring, service, pieces, outlet)
-
-    return RacedResponse(work)
+    return await answered(request, client, service, token_generate.FACE)
 
 
 @router.get("/v1/teacher", responses=errors(*ASKING))

@@ -10,17 +10,19 @@ in `replica_client.py`.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from contextlib import aclosing
 
 import httpx
 
 from teacher_proto.client.attempts import timeouts
-from teacher_proto.client.exchange import Route, exchange
+from teacher_proto.client.exchange import AnyRoute, Route, error_of, exchange, open_response, plain_body
 from teacher_proto.client.expectation import Canary, canary_request, read_canary
-from teacher_proto.client.head_download import HeadDownload, fetch_head
 from teacher_proto.client.replica_client import OnProgress, ReplicaClient
 from teacher_proto.client.replicas import Replica
-from teacher_proto.errors import StillhouseError, WireError
+from teacher_proto.errors import StillhouseError, TruncatedError, WireError, WrongTeacherError
 from teacher_proto.info import TeacherInfo, parse_info
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets, check_targets
@@ -30,6 +32,8 @@ from teacher_proto.wire.records import TARGETS_FORMAT, Header
 _HEAD_TRIES = 4
 # What a hidden state is taken to hold where a teacher doesn't say: 7B models have 4096.
 HIDDEN_WIDTH = 4096
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
 
 
 def _check_header(header: Header, request: TargetsRequest, info: TeacherInfo) -> None:
@@ -78,7 +82,7 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
         NotFoundError where the teacher serves no hidden states; WrongTeacherError; TeacherUnavailableError.
         """
         await self.teacher()
-        download, fruitless = HeadDownload(), 0
+        download, fruitless = _HeadDownload(), 0
         while True:
             before = download.size
             failure: StillhouseError | None = None
@@ -87,7 +91,7 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
                     continue
                 patience = timeouts(self.policy, self.policy.read_timeout_s)
                 try:
-                    return await fetch_head(self._http, url, self.route, info.fingerprint, patience, download)
+                    return await _fetch_head(self._http, url, self.route, info.fingerprint, patience, download)
                 except StillhouseError as error:
                     # The first that a retry could mend says more than what cannot be mended anyway.
                     if failure is None or (error.retryable and not failure.retryable):
@@ -115,3 +119,84 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
                     raise outcome
                 answers[index] = outcome
         self._expected.check_canary(read_canary([answers[i] for i in range(len(answers))]), info, replica.url)
+
+
+class _HeadDownload:
+    """The teacher's output head on its way here: the beginning of a file of `total` bytes with the entity tag `etag`,
+    nothing at first. `_fetch_head` fills it, one exchange after the other. A gigabyte need not be sent twice because a
+    connection broke: what came stays, and the rest is asked for with `Range`.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.total: int | None = None
+        self._etag: str | None = None
+        self._sha256: bytes | None = None
+        self._chunks: list[bytes] = []
+
+    def headers(self) -> dict[str, str]:
+        """What to ask with: for the rest where the beginning of a file that can be named is here."""
+        if not self.size or self._etag is None:
+            return {}
+        return {"range": f"bytes={self.size}-", "if-range": self._etag}
+
+    def begin(self, response: httpx.Response) -> None:
+        """Take up an answer: 206 goes on where we are, 200 begins again. WireError for the middle of something else."""
+        headers = response.headers
+        if response.status_code == 206:
+            place = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+            if place is None or int(place[1]) != self.size or headers.get("etag") != self._etag:
+                self.forget()
+                raise WireError(
+                    f"the rest of the head was asked for, and {headers.get('content-range', 'no range')!r} came"
+                )
+            return
+        self.forget()
+        self._etag = headers.get("etag")
+        length = headers.get("content-length", "")
+        self.total = int(length) if length.isdigit() else None
+        told = _SHA256.search(headers.get("repr-digest", ""))
+        self._sha256 = base64.b64decode(told[1]) if told is not None else None
+
+    def take(self, chunk: bytes) -> None:
+        self._chunks.append(chunk)
+        self.size += len(chunk)
+
+    def forget(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def whole(self) -> bytes:
+        """The file. TruncatedError where the end is missing, and what came stays; WireError where it is not what the
+        teacher sent, and then all is forgotten. A teacher of an older edition tells no checksum."""
+        if self.total is not None and self.size != self.total:
+            got, total = self.size, self.total
+            if got > total:
+                self.forget()
+            raise TruncatedError(f"{got} of {total} bytes of the teacher's head came")
+        file = b"".join(self._chunks)
+        if self._sha256 is not None and hashlib.sha256(file).digest() != self._sha256:
+            self.forget()
+            raise WireError(f"the teacher's head was changed on its way: its {len(file)} bytes have another sha256")
+        return file
+
+
+async def _fetch_head(
+    http: httpx.AsyncClient, url: str, route: AnyRoute, fingerprint: str, timeouts: httpx.Timeout,
+    download: _HeadDownload,
+) -> bytes:  # fmt: skip
+    """The file of `GET /v1/head`, going on where `download` is. NotFoundError where the teacher serves none,
+    WrongTeacherError if another answers; what came before an error stays in `download`."""
+    headers = download.headers()
+    async with open_response(http, "GET", url, "/v1/head", route, timeouts=timeouts, headers=headers) as response:
+        if response.status_code != 200 and not (response.status_code == 206 and headers):
+            raise error_of(response, await plain_body(response), route)
+        told = response.headers.get("x-teacher-fingerprint")
+        if told != fingerprint:
+            raise WrongTeacherError(
+                f"{url} gave the head of teacher {told}, {fingerprint} was asked",
+                field="fingerprint", got=told, limit=fingerprint,
+            )  # fmt: skip
+        download.begin(response)
+        async for chunk in response.aiter_bytes():
+            download.take(chunk)
+    return download.whole()

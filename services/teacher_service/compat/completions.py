@@ -25,7 +25,7 @@ from teacher_service.compat.completion_json import (
     openai_logprobs,
     prompt_logprobs,
 )
-from teacher_service.compat.requests import check_model, checked_work
+from teacher_service.compat.requests import Face, check_model, checked_work
 from teacher_service.compat.writing import encoded, write_items
 from teacher_service.service import TeacherService
 from teacher_service.text import JsonPieces, Text
@@ -33,7 +33,7 @@ from teacher_service.text import JsonPieces, Text
 _OUR_NAMES = {"sequences": "prompt", "temperatures.0": "temperature"}
 
 
-def parse_completion(body: dict[str, Any], service: TeacherService) -> CompletionRequest:
+def parse(body: dict[str, Any], service: TeacherService) -> CompletionRequest:
     """A request that this teacher can answer. OutOfRangeError or NotFoundError names the field that it can't."""
     limits = service.engine.limits
     request = read_completion(body, min(limits.max_top_k, limits.vocab_size))
@@ -41,14 +41,13 @@ def parse_completion(body: dict[str, Any], service: TeacherService) -> Completio
     return request
 
 
-async def work_of(
-    request: CompletionRequest, service: TeacherService, text: Text, client: str, request_id: str
-) -> Work[Query]:
+async def work_of(request: CompletionRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
     """The request as one for targets. OutOfRangeError where a prompt, or its answer, would be too long."""
     prompt = request.prompt
     prompts: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
     if prompts and isinstance(prompts[0], str):
         within("prompt", len(prompts), 1, service.engine.limits.max_sequences, "prompts in a request")
+        text, _ = await service.text()
         sequences = await service.tokenising.run(client, partial(text.encode, prompts, request.add_special_tokens))
     else:
         sequences = prompts
@@ -123,3 +122,6 @@ def models(service: TeacherService) -> dict[str, Any]:
         "max_model_len": service.engine.limits.max_sequence_length,
     }  # fmt: skip
     return {"object": "list", "data": [card]}
+
+
+FACE = Face(parse, work_of, answer)

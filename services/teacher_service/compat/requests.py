@@ -1,22 +1,28 @@
-"""From another server's request to ours: the checks, the costs and the errors that every face has alike.
+"""From another server's request to ours: the way, the checks, the costs and the errors that every face has alike.
 
 Used by all modules of this package that read a request or make its work, and by `app.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
 
+from fastapi import Request
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
+from serving.http.bodies import read_json
 from serving.http.replies import JSON_WEIGHT, Work
+from serving.http.streams import Outlet, RacedResponse
 from teacher_proto.errors import NotFoundError, OutOfRangeError, OverloadedError, StillhouseError
 from teacher_proto.requests import Query, TargetsRequest, check_request
 from teacher_service.service import TeacherService
+from teacher_service.text import JsonPieces, Text
 
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 # What no tensor of ids can hold is refused before there is one.
 Ids = list[Annotated[StrictInt, Field(ge=0, lt=2**31)]]
 Fields = Mapping[str, tuple[Any, ...]]
@@ -36,6 +42,33 @@ def retried_by_clients() -> Iterator[None]:
         raise OverloadedError(
             error.message, field=error.field, got=error.got, limit=error.limit, retry_after=error.retry_after
         ) from error
+
+
+@dataclass(frozen=True)
+class Face(Generic[T]):
+    """Another server's route: `parse` reads its JSON, `work_of` says what that makes the service do, `answer` writes
+    what came of it."""
+
+    parse: Callable[[dict[str, Any], TeacherService], T]
+    work_of: Callable[[T, TeacherService, str, str], Awaitable[Work[Query]]]
+    answer: Callable[[T, Work[Query], TeacherService, Text, JsonPieces, Outlet], Awaitable[None]]
+
+
+async def answered(http: Request, client: str, service: TeacherService, face: Face[T]) -> RacedResponse:
+    """What the route of a face returns."""
+    with retried_by_clients():
+        service.require_started()
+        fields = await read_json(http, service.engine.limits)
+    asked = face.parse(fields, service)
+
+    async def work(outlet: Outlet) -> None:
+        with retried_by_clients():
+            scoring = await face.work_of(asked, service, client, http.state.request_id)
+            text, pieces = await service.text()
+            async with service.admission.admit(scoring.permit):
+                await face.answer(asked, scoring, service, text, pieces, outlet)
+
+    return RacedResponse(work)
 
 
 def read_model(kind: type[Model], body: Any) -> Model:

@@ -20,7 +20,7 @@ from teacher_proto.request_checks import within
 from teacher_proto.requests import Kind, Query, TargetsRequest
 from teacher_proto.targets import TokenTargets
 from teacher_service.compat.completion_json import LOWEST, PIECE_ENTRIES, at_temperature
-from teacher_service.compat.requests import check_cost, checked_work
+from teacher_service.compat.requests import Face, check_cost, checked_work
 from teacher_service.compat.sglang_fields import GenerateRequest, read_generate
 from teacher_service.compat.writing import encoded, write_items
 from teacher_service.service import TeacherService
@@ -32,13 +32,13 @@ _OUR_NAMES = {"sequences": "input_ids", "temperatures.0": "sampling_params.tempe
 _BASE64_WEIGHT = JSON_WEIGHT // 2
 
 
-def parse_generate(body: dict[str, Any], service: TeacherService) -> GenerateRequest:
+def parse(body: dict[str, Any], service: TeacherService) -> GenerateRequest:
     """A request that this teacher can answer. OutOfRangeError names the field that it can't."""
     limits = service.engine.limits
     return read_generate(body, min(limits.max_top_k, limits.vocab_size))
 
 
-def work_of(request: GenerateRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
+async def work_of(request: GenerateRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
     """The request as one for targets. OutOfRangeError where a sequence, or its answer, would be too long."""
     sequences, starts, gathered = request.sequences, request.starts, request.gathered
     limits, tokens, width = service.engine.limits, sum(map(len, sequences)), max(map(len, request.gathered or [[]]))
@@ -184,3 +184,6 @@ class _Writer:
                 numbers = np.maximum(array.ravel(), LOWEST).tolist() if name == "val" else array.ravel().tolist()
                 pieces += [b', "%b": ' % member, json.dumps(numbers).encode()]
         return pieces
+
+
+FACE = Face(parse, work_of, answer)

@@ -20,11 +20,11 @@ from serving.http.streams import Outlet
 from teacher_proto.requests import Kind, Query, TargetsRequest
 from teacher_proto.targets import TokenTargets
 from teacher_service.compat.completion_json import LOWEST, at_temperature, prompt_logprobs
-from teacher_service.compat.requests import check_cost, check_model, checked_work
+from teacher_service.compat.requests import Face, check_cost, check_model, checked_work
 from teacher_service.compat.token_fields import SamplingParams, TokenRequest, read_tokens
 from teacher_service.compat.writing import encoded
 from teacher_service.service import TeacherService
-from teacher_service.text import JsonPieces
+from teacher_service.text import JsonPieces, Text
 
 _OUR_NAMES = {"sequences.0": "token_ids", "sequences": "token_ids", "temperatures.0": "sampling_params.temperature",
               "gather_ids.0": "sampling_params.prompt_logprob_token_ids"}  # fmt: skip
@@ -32,14 +32,14 @@ _OUR_NAMES = {"sequences.0": "token_ids", "sequences": "token_ids", "temperature
 _BASE64_WEIGHT = JSON_WEIGHT // 2
 
 
-def parse_tokens(body: dict[str, Any], service: TeacherService) -> TokenRequest:
+def parse(body: dict[str, Any], service: TeacherService) -> TokenRequest:
     """A request that this teacher can answer. OutOfRangeError or NotFoundError names the field that it can't."""
     request = read_tokens(body, service.engine.limits)
     check_model(request.model, service)
     return request
 
 
-def work_of(request: TokenRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
+async def work_of(request: TokenRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
     """The request as one for targets. OutOfRangeError where the prompt, or its answer, would be too long."""
     params, length = request.sampling_params, len(request.token_ids)
     gathers, temperature = params.prompt_logprob_token_ids is not None, params.scoring_temperature
@@ -74,9 +74,9 @@ def _gather_ids(params: SamplingParams, rows: tuple[int, int], width: int) -> np
 
 
 async def answer(
-    request: TokenRequest, work: Work[Query], service: TeacherService, pieces: JsonPieces, outlet: Outlet
+    request: TokenRequest, work: Work[Query], service: TeacherService, text: Text, pieces: JsonPieces, outlet: Outlet
 ) -> None:
-    """Write the answer about the one prompt."""
+    """Write the answer about the one prompt, in which no token is a `text`."""
 
     def body_of(index: int, query: Query, targets: TokenTargets) -> list[bytes]:
         return _body(request, work, targets, service, pieces)
@@ -143,3 +143,6 @@ def _given_logprobs(params: SamplingParams, tokens_T: np.ndarray, targets: Token
         ids_RG[row, : len(ids)] = ids
     came_R1, next_R1 = tokens_T[start + 1 :, None], targets.next_logprob[rows, None]
     return np.where(ids_RG == came_R1, next_R1, np.where(ids_RG < 0, -np.inf, scores_RG)).astype(np.float32)
+
+
+FACE = Face(parse, work_of, answer)

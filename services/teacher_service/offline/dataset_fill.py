@@ -25,8 +25,8 @@ from teacher_proto.store.entry import split
 from teacher_proto.store.parquet import Pair
 from teacher_service.engines.protocol import Engine
 from teacher_service.offline.fill import FillReport, finish_one
+from teacher_service.offline.fill_options import Slice
 from teacher_service.offline.scoring import Scorer
-from teacher_service.offline.slices import Slice
 from teacher_service.offline.units import Unit
 
 log = structlog.get_logger("stillhouse.fill")

@@ -11,8 +11,26 @@ from pydantic import ValidationError
 from teacher_proto.dataset.codecs import parse_codec
 from teacher_proto.errors import RequestError
 from teacher_proto.requests import KINDS, Kind, Limits, TargetsRequest, check_request
-from teacher_service.offline.slices import Slice
 from teacher_service.settings import TeacherSettings, parse_settings
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which units of the data are this process's: every `of`-th, from the `number`-th, counted from 1."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """`2/8`. ValueError for what is none."""
+        number, _, of = text.partition("/")
+        if not number.isdigit() or not of.isdigit() or not 1 <= int(number) <= int(of):
+            raise ValueError(f"--slice {text}: I/N was expected, such as 1/8 to 8/8")
+        return cls(int(number), int(of))
+
+    def has(self, unit: int) -> bool:
+        return unit % self.of == self.number - 1
 
 
 @dataclass(frozen=True)
