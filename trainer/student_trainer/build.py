@@ -90,7 +90,8 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     batches = stack.enter_context(BatchStream(source, state.mixture, weights))
     saved = snapshot.tensors.get(ROLLOUTS, {}) if snapshot is not None else {}
     rollouts = open_rollouts(settings, unsharded.student, tokenizer, batches, saved, ranks)
-    prefetch = stack.enter_context(_prefetch(settings, components, losses, guard, rollouts or batches, thread, ranks))
+    stream, steps = rollouts or batches, settings.run.steps - state.step
+    prefetch = stack.enter_context(_prefetch(settings, components, losses, guard, stream, steps, thread, ranks))
     evaluator = open_evaluator(settings, components, folder.path, thread, ranks)
     meter = open_meter(settings, components, losses["data"], optimizer, state, thread, ranks)
     log = stack.enter_context(open_log(settings, folder.id, folder.path, state.step, ranks))
@@ -155,7 +156,7 @@ def _constant(
 
 def _prefetch(
     settings: Settings, components: Components, losses: Mapping[Kind, Weighting], guard: TargetGuard, stream: Stream,
-    thread: EventThread, ranks: Ranks,
+    steps: int, thread: EventThread, ranks: Ranks,
 ) -> Prefetch:  # fmt: skip
     """The stream's batches with their targets, cut into micro batches on the student's device."""
     student, seed, rows = components.student, ViewSeed(settings.run.seed), settings.optim.micro_batch_rows
@@ -165,4 +166,4 @@ def _prefetch(
         return tuple(micro.to(student.device) for micro in parted)
 
     asked = {kind: components.spec(settings, each.terms + each.watched, kind) for kind, each in losses.items()}
-    return Prefetch(stream, components.targets, asked, thread, prepare, guard.refuse, settings.prefetch)
+    return Prefetch(stream, steps, components.targets, asked, thread, prepare, guard.refuse, settings.prefetch)

@@ -68,11 +68,12 @@ def thread() -> Iterator[EventThread]:
 
 
 def prefetch(
-    thread: EventThread, targets: Any, depth: int | str, source: Any = None, max_bytes: int = 2**30
+    thread: EventThread, targets: Any, depth: int | str, source: Any = None, max_bytes: int = 2**30, steps: int = 100
 ) -> Prefetch:
     settings = PrefetchSettings(depth=depth, max_bytes=max_bytes)  # type: ignore[arg-type]
     return Prefetch(
         source or stream(),
+        steps,
         targets,
         {"data": SPEC},
         thread,
@@ -99,6 +100,15 @@ def test_no_more_than_depth_batches_are_under_way_beside_the_one_in_use(thread: 
             time.sleep(0.01)
             assert max(targets.begun) <= number + depth
     assert targets.most <= depth + 1
+
+
+@pytest.mark.parametrize("depth", [0, 1, 16, "auto"])
+def test_nothing_is_read_or_asked_for_past_the_last_step(thread: EventThread, depth: int | str) -> None:
+    targets = Counting()
+    with prefetch(thread, targets, depth, stream(fail_at=7), steps=7) as ahead:
+        assert [ahead.next().batch.number for _ in range(7)] == list(range(7))
+        time.sleep(0.05)
+        assert sorted(targets.begun) == list(range(7))
 
 
 class Heavy(Counting):
@@ -133,7 +143,7 @@ def test_what_becomes_of_targets_happens_off_the_main_thread(thread: EventThread
         return (batch.number,)
 
     settings = PrefetchSettings(depth=2)
-    with Prefetch(stream(), Counting(), {"data": SPEC}, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
+    with Prefetch(stream(), 5, Counting(), {"data": SPEC}, thread, prepare, None, settings) as ahead:  # type: ignore[arg-type]
         for _ in range(5):
             ahead.next()
     assert threading.main_thread() not in names

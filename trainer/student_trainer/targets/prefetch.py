@@ -1,10 +1,12 @@
 """The next batches with their targets, asked for ahead of the step and handed over in order. Used by `loop`.
 
-    prefetch = Prefetch(stream, targets, asked, thread, prepare, settings)
+    prefetch = Prefetch(stream, steps, targets, asked, thread, prepare, refuse, settings)
     ready = prefetch.next(while_waiting)
 
 With depth D, D batches are under way beside the one that the step works on; depth 0 asks when the step does. The order
-is that of the stream whatever comes first, so a run's figures do not depend on depth or delay.
+is that of the stream whatever comes first, so a run's figures do not depend on depth or delay. Nothing is read or asked
+for past the last of `steps`: what a run that is later given more steps learns from follows from the state after its
+last batch, and of text of its own none is written for a step that it does not have (`RolloutStream.write`).
 """
 
 from __future__ import annotations
@@ -57,13 +59,15 @@ Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTarg
 
 
 class Prefetch:
-    """Close it, or use it in a `with`. `targets` is None for a run without a teacher."""
+    """Close it, or use it in a `with`. `steps`: how often `next` will be called at the most. `targets` is None for a
+    run without a teacher.
+    """
 
     def __init__(
-        self, stream: Stream, targets: Targets | None, asked: Asked, thread: EventThread, prepare: Prepare,
+        self, stream: Stream, steps: int, targets: Targets | None, asked: Asked, thread: EventThread, prepare: Prepare,
         refuse: Refuse, settings: PrefetchSettings,
     ):  # fmt: skip
-        self._stream, self._targets, self._asked = stream, targets, asked
+        self._stream, self._steps, self._targets, self._asked = stream, steps, targets, asked
         self._thread, self._prepare, self._refuse = thread, prepare, refuse
         self.control = DepthControl(settings)
         self._room = threading.Condition()
@@ -84,6 +88,7 @@ class Prefetch:
         asked = time.monotonic()
         with self._room:
             self._calls += 1
+            assert self._calls <= self._steps, "more steps than were announced"
             self._room.notify_all()
         future: Future[Ready] | None = None
         # Polled, so that `while_waiting` is called: it says what is waited for, and gives up on a signal.
@@ -140,8 +145,8 @@ class Prefetch:
 
     def _wait_for_room(self) -> bool:
         with self._room:
-            # `_calls` steps have asked for theirs; `depth` more may be under way.
-            while not self._closed and self._started >= self._calls + self.control.depth:
+            # `_calls` steps have asked for theirs; `depth` more may be under way, of those that the run has.
+            while not self._closed and self._started >= min(self._calls + self.control.depth, self._steps):
                 self._room.wait()
             self._started += 1
             return not self._closed
