@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from student_trainer.data.policies import registry
+from student_trainer.data.policies import decisions
 from student_trainer.data.policies.policy import Sketches
 
 
@@ -42,4 +42,4 @@ class ByLoss:
 
 def install(rank: int = 0) -> None:
     """In the place of `static`, in this process."""
-    registry.POLICIES["static"] = lambda settings, initial: ByLoss()
+    decisions.POLICIES["static"] = lambda settings, initial: ByLoss()

@@ -238,7 +238,7 @@ FORCED: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         (f"{SIDES}attention_is_flex_on_a_gpu_and_sdpa_elsewhere_unless_it_is_named",),
     ),
-    f"{TRAINER}targets/teacher_head.py::read_head": (
+    f"{TRAINER}targets/open.py::read_head": (
         1,
         (f"{SIDES}a_teacher_s_head_is_float32_on_a_cpu_and_keeps_its_dtype_elsewhere",),
     ),

@@ -30,8 +30,7 @@ from student_trainer.students.diffusion_record import text_rows
 from student_trainer.students.load import check_cell
 from student_trainer.targets.attention import open_attention
 from student_trainer.targets.background import EventThread
-from student_trainer.targets.open import check_ask, open_teacher, wants_head
-from student_trainer.targets.teacher_head import read_head
+from student_trainer.targets.open import check_ask, open_teacher, read_head, wants_head
 from student_trainer.targets.vocabulary import agree_on_vocabulary
 from teacher_proto.process.stages import stage
 

@@ -96,12 +96,10 @@ class Ranks:
         """The text that rank 0 gave, on every rank."""
         if self.alone:
             return text
-        size = self.total(len(text.encode()) if self.first else 0)
-        # Zeros on all others, so that the sum over the ranks is the first one's bytes.
-        data = torch.zeros(size, dtype=torch.int32)
-        if self.first:
-            data += torch.tensor(list(text.encode()), dtype=torch.int32)
-        return bytes(self.add_up(data).tolist()).decode()
+        texts = [text]
+        with self.noticing_the_gone():
+            dist.broadcast_object_list(texts, src=0, device=torch.device("cpu"))
+        return texts[0]
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The small CPU tensors of all ranks, in their order, on every rank."""

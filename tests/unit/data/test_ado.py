@@ -8,8 +8,7 @@ import random
 
 import pytest
 
-from student_trainer.data.policies.ado import POINTS, Ado, preferences, thinned
-from student_trainer.data.policies.scaling_law import ScalingLaw, fit
+from student_trainer.data.policies.ado import POINTS, Ado, ScalingLaw, fit, preferences, thinned
 from student_trainer.settings.mixture import AdoMixture
 
 NAMES = ("prose", "code", "talk")

@@ -17,7 +17,7 @@ import pytest
 from student_trainer.data import stream
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.mixture import MixtureState
-from student_trainer.data.policies import decisions, scaling_law
+from student_trainer.data.policies import ado, decisions
 from student_trainer.data.policies.decisions import BatchWeights, PolicyState
 from student_trainer.data.policies.policy import Sketches
 from student_trainer.data.stream import BatchStream
@@ -117,7 +117,7 @@ def trace(case: Case, source: BatchSource, stops: tuple[int, ...]) -> list[tuple
 def test_a_run_stopped_and_resumed_is_the_straight_one(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (stream, decisions):
         monkeypatch.setattr(module, "POLL_S", 0.002)  # closing waits for it
-    monkeypatch.setattr(scaling_law, "STARTS", 1)  # a fit is as much a function of its points, and faster
+    monkeypatch.setattr(ado, "STARTS", 1)  # a fit is as much a function of its points, and faster
     changed = 0
     with opened(DataSettings(sources=SOURCES, seq_len=24, rows=2)) as source:
         for case in list(cases())[part::10]:

@@ -14,7 +14,7 @@ import pytest
 
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.order import hashed, shuffled
-from student_trainer.data.repeats import Repeats
+from student_trainer.data.random_access import Repeats
 from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import opened, run, same, texts, tokenizer
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import attention_relations as module
-from student_trainer.losses.attention_relations import ServedRelations, attention_relations, document_spans
-from teacher_proto.compute.relations import FORMS, PARTS, QKV, RelationForm, relations
+from student_trainer.losses.attention_relations import attention_relations, document_spans
+from teacher_proto.compute.relations import FORMS, PARTS, QKV, RelationForm
 
 ALL_FORMS = list(FORMS)
 # (heads, key-value heads, head width) of student and teacher: other widths, other GQA, all divisible by 4.
@@ -137,6 +137,7 @@ def test_no_block_reaches_beyond_its_document_or_its_chunk(monkeypatch: pytest.M
 
     original = module.similarity_rows
     monkeypatch.setattr(module, "similarity_rows", watched)
+    monkeypatch.setattr(module, "BLOCK_ENTRIES", 2 * 7 * 4)
     ids_BT = np.array([[0] * 7 + [1] * 3 + [-1] * 90])
     attention_relations(
         states(STUDENT, 1, 100),
@@ -144,19 +145,19 @@ def test_no_block_reaches_beyond_its_document_or_its_chunk(monkeypatch: pytest.M
         form="paper",
         relation_heads=2,
         document_ids_BT=ids_BT,
-        row_chunk=4,
     )
     assert set(shapes) == {(2, 4, 7), (2, 3, 7), (2, 3, 3)}
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_chunks_equal_the_whole_gradients_included(form: str) -> None:
+def test_chunks_equal_the_whole_gradients_included(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = states(TEACHER)
     base = states(STUDENT)
     results = []
-    for row_chunk in (None, 1, 4):
+    for rows in (11, 1, 4):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 4 * 11 * rows)
         student = QKV(*(part.clone().requires_grad_() for part in base))
-        loss = attention_relations(student, teacher, form=form, relation_heads=4, row_chunk=row_chunk)
+        loss = attention_relations(student, teacher, form=form, relation_heads=4)
         loss.total.backward()
         results.append([loss.total.detach(), *(part.grad for part in student)])
     for result in results[1:]:
@@ -216,51 +217,6 @@ def test_an_empty_batch_gives_zero_with_a_count_of_zero() -> None:
     student = states(STUDENT, rows=1)
     loss = attention_relations(student, student, form="paper", relation_heads=2, document_ids_BT=np.full((1, 11), -1))
     assert loss.count == 0 and loss.total.item() == 0.0
-
-
-def served(
-    teacher: QKV, form: str, heads: int, rows_r: Tensor, dtype: torch.dtype = torch.float32
-) -> list[ServedRelations]:
-    return [
-        ServedRelations(
-            rows_r,
-            *(relations(p[row], form=form, relation_heads=heads, rows_r=rows_r).to(dtype) for p in teacher),
-        )
-        for row in range(len(teacher.query))
-    ]
-
-
-@pytest.mark.parametrize("form", ALL_FORMS)
-def test_served_relations_give_what_the_states_give(form: str) -> None:
-    base, teacher = states(STUDENT), states(TEACHER)
-    results = []
-    for source in (teacher, served(teacher, form, 4, torch.arange(11))):
-        student = QKV(*(part.clone().requires_grad_() for part in base))
-        loss = attention_relations(student, source, form=form, relation_heads=4, row_chunk=3)
-        loss.total.backward()
-        results.append([loss.total.detach(), *(part.grad for part in student)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_sub_sampled_rows_are_unbiased() -> None:
-    """Over a partition of the rows the losses of the parts average to the whole."""
-    student, teacher = states(STUDENT), states(TEACHER)
-    whole = attention_relations(student, teacher, form="paper", relation_heads=4)
-    order = torch.randperm(11)
-    parts = [
-        attention_relations(student, served(teacher, "paper", 4, rows_r), form="paper", relation_heads=4)
-        for rows_r in (order[:4], order[4:])
-    ]
-    torch.testing.assert_close(sum(part.total for part in parts), whole.total, rtol=1e-4, atol=1e-6)
-    assert sum(part.count for part in parts) == whole.count and parts[0].count == 8
-
-
-def test_served_relations_of_another_shape_are_refused() -> None:
-    student, teacher = states(STUDENT, rows=1), states(TEACHER, rows=1)
-    answer = served(teacher, "paper", 2, torch.arange(11))
-    with pytest.raises(ValueError, match=r"served query relations: got shape \(2, 11, 11\), expected \(4, 11, 11\)"):
-        attention_relations(student, answer, form="paper", relation_heads=4)
 
 
 def test_half_precision_states_are_compared_in_float32_under_autocast() -> None:

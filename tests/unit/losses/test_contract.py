@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from student_trainer.losses import Head, HeadLoss, TeacherRows, head_loss, token_term
 from student_trainer.losses.kinds import TERMS, term_of
-from student_trainer.losses.student_support import student_top_ids
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.losses.terms import Needs
 from student_trainer.settings import TeacherSettings
 from student_trainer.settings.attention import AttentionSettings
 from student_trainer.settings.terms import KINDS, TermSettings
 from student_trainer.targets.attention import AttentionSource
+from student_trainer.targets.student_support import student_top_ids
 from teacher_proto.requests import KINDS as REQUEST_KINDS
 from tests.unit.losses import dense
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import Head, TeacherRows, head_loss, token_term
-from student_trainer.losses.student_support import student_top_ids
+from student_trainer.targets.student_support import student_top_ids
 from tests.unit.losses import dense
 
 KINDS = ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import Head, HeadLoss, TeacherRows, head_loss, projection, token_term
-from student_trainer.losses.student_support import student_top_ids
+from student_trainer.targets.student_support import student_top_ids
 
 ROWS, VOCAB, WIDTH = 24, 90, 16
 TERMS = [token_term("ce", "cross_entropy", 0.7), token_term("whole", "jsd", 1.0, support="full")]

@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from student_trainer.batch.view import CausalDocuments
 from student_trainer.optim import logit_tiles
-from student_trainer.optim.logit_monitor import LogitMonitor
 from student_trainer.optim.logit_tiles import Visibility, largest_logits
+from student_trainer.optim.qk_clip import LogitMonitor
 from student_trainer.students.attention_mask import block_mask, dense_mask
 from student_trainer.students.capture import AttentionStates
 from tests.unit.optim import dense

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from student_trainer.optim.optimizer import build_optimizer
-from student_trainer.optim.schedule import rate_factor
+from student_trainer.optim.optimizer import build_optimizer, rate_factor
 from student_trainer.settings import OptimSettings
 from tests.unit.students.tiny import tiny_model
 

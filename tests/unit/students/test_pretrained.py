@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from student_trainer.export.card import ModelCard
 from student_trainer.export.hf import export_bitnet, export_hf
 from student_trainer.students.pretrained import load_quantised
 from student_trainer.students.quant_linear import quant_linears
-from tests.unit.students.tiny import convert_to_bitnet, tiny_config, tiny_ids, tiny_model
+from tests.unit.students.tiny import convert_to_bitnet, tiny_ids, tiny_model
 
 CARD = ModelCard("tiny", "tiny-base", "a teacher", "sha256:0")
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -92,17 +91,6 @@ def test_hf_export_comes_back_as_the_same_student(
         assert again.state_dict().keys() == student.state_dict().keys()
 
 
-def test_classifier_continues_from_a_language_model_export(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    student = convert_to_bitnet(tiny_model("qwen2"))
-    export_hf(student, None, tmp_path / "out", CARD, architecture="original")
-    with caplog.at_level(logging.WARNING):
-        classifier = load_bitnet(str(tmp_path / "out"), task="classification", num_labels=3).eval()
-    assert "score.weight: initialised at random" in caplog.text
-    assert classifier(tiny_ids()).logits.shape == (2, 3)
-    hidden = [m(tiny_ids()).last_hidden_state for m in (classifier.model, student.model)]
-    assert torch.equal(*hidden)
-
-
 def test_packed_weights_are_refused_as_a_student(tmp_path: Path) -> None:
     export_bitnet(convert_to_bitnet(tiny_model("llama")), None, tmp_path / "out", CARD)
     with pytest.raises(ValueError, match=r"holds packed ternary weights .* cannot be trained"):
@@ -138,16 +126,3 @@ def test_checkpoint_without_a_norm_or_without_its_file_is_refused(tmp_path: Path
     file.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors, it is not there"):
         load_bitnet(str(tmp_path / "out"))
-
-
-def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
-    config = tiny_config("qwen3", num_labels=3)
-    classifier = convert_to_bitnet(AutoModelForSequenceClassification.from_config(config))
-    export_hf(classifier, None, tmp_path / "out", CARD)
-    with pytest.raises(ValueError, match=r"does not fit the model: .*\n.*size mismatch for score\.weight"):
-        load_bitnet(str(tmp_path / "out"), task="classification", num_labels=2)
-
-
-def test_classification_needs_a_number_of_labels(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs num_labels"):
-        load_bitnet(save(tiny_model("llama"), tmp_path), task="classification")

@@ -20,9 +20,9 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import Reader, View, ViewSeed
 from student_trainer.losses import head_loss, token_term
 from student_trainer.students.causal import CausalReader
+from student_trainer.targets.open import read_head
 from student_trainer.targets.queries import queries_of
 from student_trainer.targets.student_support import queries_at
-from student_trainer.targets.teacher_head import read_head
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import TargetSpec
 from teacher_service.engines.scripted_model import scripted_head, scripted_hidden

@@ -15,7 +15,7 @@ from student_trainer.ranks import ALONE
 from student_trainer.settings import Settings, StudentSettings
 from student_trainer.students import compute
 from student_trainer.students.causal import attention_for
-from student_trainer.targets.teacher_head import read_head
+from student_trainer.targets.open import read_head
 from teacher_proto import hardware
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)

@@ -11,7 +11,7 @@ import pytest
 from student_trainer import loop
 from student_trainer.cli import sequences
 from student_trainer.cli.compose import compose
-from student_trainer.data.policies import registry
+from student_trainer.data.policies import decisions
 from tests import mixture_policy
 from tests.trainer_run import ScriptedTargets, Workshop, final_files, lines_of, random_delays, run_here, trace_of
 from tests.unit.trainer.test_loop import StopAt
@@ -28,7 +28,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(scope="module", autouse=True)
 def by_loss() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(registry.POLICIES, "static", None)
+        patched.setitem(decisions.POLICIES, "static", None)
         mixture_policy.install()
         yield
 

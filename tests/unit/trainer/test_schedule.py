@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.optim.schedule import rate_factor
+from student_trainer.optim.optimizer import rate_factor
 
 KINDS = ["cosine", "wsd", "linear", "constant"]
 

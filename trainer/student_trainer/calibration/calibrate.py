@@ -24,7 +24,6 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.calibration.layer_files import LayerFiles, LayerFound
 from student_trainer.calibration.layer_passes import (
     Entrance,
-    autocast,
     call,
     enter,
     groups,
@@ -133,7 +132,7 @@ class _Passes:
 
     def _run(self, layer: nn.Module, hidden_BTD: Tensor, entrance: Entrance, number: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with autocast(self._student):
+            with self._student.autocast():
                 return call(layer, hidden_BTD, entrance, number)
 
         return run

@@ -41,18 +41,16 @@ class Reached(Exception):
 def standing_still(student: Student) -> Iterator[list[nn.Module]]:
     """The decoder's layers, evaluated and not compiled: they are called one at a time, and cut short."""
     layers = decoder_layers(student.model)
-    was_training, compiled = student.model.training, [layer._compiled_call_impl for layer in layers]
-    student.model.eval()
+    compiled = [layer._compiled_call_impl for layer in layers]
     try:
         for layer in layers:
             # Hooks and replaced `forward`s are not seen by code that is compiled already.
             layer._compiled_call_impl = None
-        with torch.no_grad():
+        with student.resting():
             yield layers
     finally:
         for layer, was in zip(layers, compiled, strict=True):
             layer._compiled_call_impl = was
-        student.model.train(was_training)
 
 
 def enter(student: Student, layers: Sequence[nn.Module], micro: MicroBatch) -> Entrance:
@@ -72,15 +70,10 @@ def enter(student: Student, layers: Sequence[nn.Module], micro: MicroBatch) -> E
             layer.forward = keep
             stack.callback(delattr, layer, "forward")
         view = micro.view
-        with autocast(student):
+        with student.autocast():
             student.body(view.input_ids_BT, view.position_ids_BT, view.attention)
     real_N = (view.attention.document_ids_BT >= 0).flatten()
     return Entrance(first[0], tuple(calls), real_N)
-
-
-def autocast(student: Student) -> torch.autocast:
-    """As the student's own passes are computed."""
-    return torch.autocast(student.device.type, dtype=student.compute, enabled=student.compute != torch.float32)
 
 
 def call(layer: nn.Module, hidden_BTD: Tensor, entrance: Entrance, number: int) -> Tensor:

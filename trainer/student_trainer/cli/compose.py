@@ -34,14 +34,13 @@ from student_trainer.cli.defaults import (
     unlike_recipe,
 )
 from student_trainer.cli.effects import PRESET_NAMES, names_without_effect, without_effect
-from student_trainer.cli.help import sections_in, settings_by_name
+from student_trainer.cli.help import CONFIG, groups, sections_in, settings_by_name
 from student_trainer.cli.old_names import renamed
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import remember
 from student_trainer.settings.student import OLD_NAMES
 
 logger = logging.getLogger(__name__)
-CONFIG = Path(__file__).parent.parent / "config"
 
 
 def compose_arguments(arguments: Sequence[str]) -> Settings:
@@ -133,15 +132,6 @@ def _without_tags(location: list[str]) -> list[str]:
         if len(sections_in(_plain_type(_find(path)))) < 2 or _find([*path, part]) is not None:
             path.append(part)
     return path
-
-
-def groups(folders: list[Path]) -> dict[str, list[str]]:
-    """The choices of each group: the YAML files in its folder."""
-    found: dict[str, set[str]] = {}
-    for folder in folders:
-        for file in folder.glob("*/*.yaml"):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-    return {name: sorted(choices) for name, choices in sorted(found.items())}
 
 
 def _parse(overrides: list[str]) -> list[Override]:

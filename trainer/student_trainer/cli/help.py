@@ -21,12 +21,21 @@ def print_help(commands: str) -> None:
     """`commands`: what can be done, the text above groups and settings."""
     print(commands)
     print("Groups, chosen as in `distillation=logits_only`; --config-folder DIR adds choices of your own:")
-    for folder in sorted(path for path in CONFIG.iterdir() if path.is_dir()):
-        print(f"  {folder.name:14}{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}")
+    for name, choices in groups([CONFIG]).items():
+        print(f"  {name:14}{', '.join(choices)}")
     print("\nSettings, given as in `optim.learning_rate=1e-4`; NAME stands for a name of your choice:")
     for name, field in settings_by_name(Settings):
         shown = name if field.is_required() else f"{name}={_shown(field.get_default(call_default_factory=True))}"
         print(f"  {shown:52}{field.description or ''}".rstrip())
+
+
+def groups(folders: list[Path]) -> dict[str, list[str]]:
+    """The choices of each group: the YAML files in its folder."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for file in folder.glob("*/*.yaml"):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return {name: sorted(choices) for name, choices in sorted(found.items())}
 
 
 def settings_by_name(*sections: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

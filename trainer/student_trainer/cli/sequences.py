@@ -7,14 +7,13 @@ run's settings decide. `stillhouse-teacher fill MODEL FILE.jsonl --store FOLDER`
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from student_trainer.build_components import load_tokenizer
 from student_trainer.cli.compose import compose_arguments
-from student_trainer.data.ahead import documents_ahead
+from student_trainer.data.ahead import distinct, documents_ahead
 from student_trainer.data.loader import BatchSource
 from student_trainer.data.policies.decisions import PolicyState
 from student_trainer.settings import Settings
@@ -26,21 +25,17 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or "=" in arguments[0]:
         raise ValueError("the file to write is not given: stillhouse-train sequences FILE.jsonl SETTINGS...")
     settings = compose_arguments(arguments[1:])
-    seen: set[bytes] = set()
-    tokens = 0
+    count = tokens = 0
     partial = Path(arguments[0]).with_suffix(".partial")
     try:
         with partial.open("w") as file:
-            for ids in documents(settings):
-                digest = hashlib.sha256(repr(ids).encode()).digest()[:16]
-                if digest not in seen:
-                    seen.add(digest)
-                    tokens += len(ids)
-                    file.write(json.dumps({"input_ids": ids}) + "\n")
+            for _, ids in distinct(documents(settings)):
+                count, tokens = count + 1, tokens + len(ids)
+                file.write(json.dumps({"input_ids": ids}) + "\n")
         partial.replace(arguments[0])
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{len(seen)} sequences of {tokens} tokens: {settings.run.steps} batches, and what is held out")
+    print(f"{count} sequences of {tokens} tokens: {settings.run.steps} batches, and what is held out")
     return 0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.data.loader import BatchSource
@@ -31,6 +34,17 @@ def documents_ahead(
             batch, _ = next(stream)
             yield from _asked(batch)
             doing.done += 1
+
+
+def distinct(documents: Iterable[tuple[Key, Tokens]]) -> Iterator[tuple[Key, Tokens]]:
+    """Those whose tokens did not come before. Sixteen bytes of each are kept: a run may have many millions."""
+    seen: set[bytes] = set()
+    for key, ids in documents:
+        # Its tokens are what a store finds a document by.
+        digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield key, ids
 
 
 def _asked(batch: Batch) -> Iterator[tuple[Key, Tokens]]:

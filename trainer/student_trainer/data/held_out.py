@@ -1,19 +1,22 @@
 """The fixed batches that a source is evaluated on: documents whose hash keeps them from training. Called by `loader`.
 
 They depend on the source and on the shape of a batch, not on seed, weights or step, so that runs compare. Every
-document gives one piece before any gives a second, chosen by its hash, so that few rows see many documents.
+document gives one piece before any gives a second, chosen by its hash, so that few rows see many documents. A probe
+that is trained on is refused (`check_apart`): documents are compared as they lie in the sources, but for white space.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
-from student_trainer.data.documents import is_held_out
-from student_trainer.data.draw import cut
+from student_trainer.data.documents import canonical, is_held_out
 from student_trainer.data.order import key_of
-from student_trainer.data.packing import OpenRows, Rows
+from student_trainer.data.packing import OpenRows, Rows, cut
 from student_trainer.data.source import Source
 from student_trainer.data.tokenise import TokenDocument, Tokeniser
 from student_trainer.settings.data import DataSettings
+from teacher_proto.process.stages import stage
 
 
 def held_out_batches(
@@ -75,3 +78,42 @@ def _pack(pieces: Iterator[Placed], settings: DataSettings) -> Rows:
                 break
             rows[row].append(piece)
     return [row for row in rows if row]
+
+
+def check_apart(sources: Sequence[Source], probe: Collection[str]) -> None:
+    """Read all documents of the sources, and raise a ValueError for one that the probe has and a source trains on.
+
+    Documents that the hash keeps back in a source are not trained on there; copies within a source fall on one side.
+    """
+    with stage(
+        "comparing the probe's documents with those trained on", len(sources), "sources", closing=False
+    ) as doing:
+        held: dict[bytes, str] = {}
+        for source in sources:
+            if source.name in probe:
+                fraction = source.settings.held_out_fraction
+                for block in source.scan():
+                    held |= {_digest(d.content): source.name for d in block if is_held_out(d.content, fraction)}
+        for source in sources:
+            if source.settings.weight > 0:
+                _check(source, held)
+            doing.done += 1
+
+
+def _check(source: Source, held: dict[bytes, str]) -> None:
+    fraction = source.settings.held_out_fraction
+    for block in source.scan():
+        for document in block:
+            owner = held.get(_digest(document.content))
+            if owner is not None and not is_held_out(document.content, fraction):
+                raise ValueError(
+                    f"source {source.name!r} trains on its document {document.index}, which the probe has too (held "
+                    f"out of {owner!r}): its influence would be that of learning the probe by heart. Take the document "
+                    f"out, or give {source.name!r} the same held_out_fraction as {owner!r}"
+                )
+
+
+def _digest(content: Any) -> bytes:
+    # Copies that differ in white space alone are copies.
+    text = " ".join(canonical(content).split())
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -15,12 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.data.documents import RawDocument
-from student_trainer.data.draw import Draws, Start, cut, documents_in_use, fetch_in_use
 from student_trainer.data.feed import Feed, Rate
-from student_trainer.data.held_out import held_out_batches
+from student_trainer.data.held_out import check_apart, held_out_batches
 from student_trainer.data.mixture import Mixer, MixtureState, SourceState, normalised
-from student_trainer.data.overlap import check_apart
-from student_trainer.data.packing import MODES
+from student_trainer.data.packing import MODES, Draws, Start, cut, documents_in_use, fetch_in_use
 from student_trainer.data.random_access import BLOCK_CHARACTERS, OPENERS, RandomAccessSource
 from student_trainer.data.source import Source
 from student_trainer.data.streamed import StreamedSource, open_shards

@@ -1,6 +1,10 @@
 """Sources whose every document can be had at once: indexed files, data sets on the disk, texts in the settings.
 
 Opened by `loader`. All are memory-mapped Arrow through `datasets`; the order of an epoch is computed, not kept.
+
+In a source with weights a document of weight w is read w times an epoch on average: floor(w) times, and once more with
+the chance that is left, by a hash of seed, epoch and document. So one of weight 0 costs nothing, no loss is rescaled,
+and nothing but the weights is held.
 """
 
 import json
@@ -15,9 +19,8 @@ from student_trainer.data.content import content_of
 from student_trainer.data.documents import RawDocument, canonical
 from student_trainer.data.hub import load_hub
 from student_trainer.data.index import cache_root, open_index
-from student_trainer.data.order import key_of, shuffled
+from student_trainer.data.order import hashed, key_of, shuffled
 from student_trainer.data.records import no_column, record_content
-from student_trainer.data.repeats import Repeats
 from student_trainer.data.sentiment import open_collection
 from student_trainer.settings.data import FILE_KINDS, SourceSettings
 
@@ -149,3 +152,34 @@ def _check_type(name: str, settings: SourceSettings, feature: Any) -> None:
 
 DATASETS: dict[str, Opener] = {"arrow": _open_arrow, "hub": _open_hub, "package": _open_package}
 OPENERS: dict[str, Opener] = {**dict.fromkeys(FILE_KINDS, open_index), "documents": _open_documents, **DATASETS}
+
+
+class Repeats:
+    """ValueError for weights that are negative, not finite or all 0."""
+
+    def __init__(self, weights_N: np.ndarray, name: str, seed: int) -> None:
+        if not np.isfinite(weights_N).all() or (weights_N < 0).any() or not (weights_N > 0).any():
+            raise ValueError(
+                f"source {name!r}: the documents' weights are from {weights_N.min()} to {weights_N.max()}; expected "
+                "finite numbers of 0 or more, at least one above 0"
+            )
+        self._weights_N, self._name, self._seed = weights_N.astype(np.float64), name, seed
+        self._of: tuple[int, np.ndarray] | None = None  # an epoch, and where each document's readings end in it
+
+    def count(self, epoch: int) -> int:
+        """How many documents are read in an epoch."""
+        return int(self._ends(epoch)[-1])
+
+    def documents(self, epoch: int, places_N: np.ndarray) -> np.ndarray:
+        """The documents at these places of the epoch, which counts each as often as it is read."""
+        return np.searchsorted(self._ends(epoch), places_N, side="right")
+
+    def _ends(self, epoch: int) -> np.ndarray:
+        if self._of is None or self._of[0] != epoch:
+            whole_N = np.floor(self._weights_N)
+            chance_N = hashed(len(whole_N), key_of(self._seed, self._name, epoch, "repeats"))
+            times_N = (whole_N + (chance_N < self._weights_N - whole_N)).astype(np.int64)
+            if not times_N.any():  # a source of few documents that chance has all left out
+                times_N = (self._weights_N > 0).astype(np.int64)
+            self._of = epoch, np.cumsum(times_N)
+        return self._of[1]

@@ -7,8 +7,7 @@ full KL, or with `evaluation.kl=full` over the whole vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -125,14 +124,16 @@ class Evaluator:
         hits_3 = torch.zeros(3, dtype=torch.float64, device=student.device)
         words = self._classes.get(name)
         classes = ClassSums(name, words, self._decode) if words else None
-        with _resting(student):
+        with student.resting():
             for batch, answer in zip(batches, answers, strict=True):
                 for micro in cut(
                     batch, answer, student, self._seed, rows=self._micro_rows, head=self._head,
                     keep_empty=not self._ranks.alone,
                 ):  # fmt: skip
                     micro = micro.to(student.device)
-                    loss, logits_NV = student.loss_and_logits(micro, terms, has_teacher, want_logits=words is not None)
+                    loss, logits_NV = student.loss_and_logits(
+                        micro, terms, None, want_top1=has_teacher, want_logits=words is not None
+                    )
                     sums.add(loss, micro)
                     tokens += len(micro.view.labels_N)
                     agrees_N = _agreements(micro, loss.top1_N) if has_teacher and len(micro.view.labels_N) else None
@@ -155,18 +156,6 @@ class Evaluator:
             **(rates.figures(self._ranks) if rates is not None else {}),
         }
         return figures, documents.figures(self._ranks), [] if classes is None else [classes.figures(self._ranks)]
-
-
-@contextmanager
-def _resting(student: Student) -> Iterator[None]:
-    """No gradients, and the student in evaluation mode."""
-    was_training = student.model.training
-    student.model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        student.model.train(was_training)
 
 
 def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:

@@ -69,7 +69,7 @@ def _kernel(distance: Tensor, width: float) -> Tensor:
     return torch.exp(-((distance / max(width, 1e-12)) ** 2) / 2)
 
 
-def trust(embeddings_LE: Tensor, influence_L: Tensor, damping: float = DAMPING) -> float:
+def trust(embeddings_LE: Tensor, influence_L: Tensor) -> float:
     """How well neighbours tell influence: the rank correlation of what the others say of each fifth of the landmarks
     with what it is.
     """
@@ -78,7 +78,7 @@ def trust(embeddings_LE: Tensor, influence_L: Tensor, damping: float = DAMPING) 
     for fold in range(FOLDS):
         of_fold = fold_L == fold
         if of_fold.any() and not of_fold.all():
-            others = Propagation.of(embeddings_LE[~of_fold], influence_L[~of_fold], damping)
+            others = Propagation.of(embeddings_LE[~of_fold], influence_L[~of_fold])
             said_L[of_fold] = others(embeddings_LE[of_fold])
     return rank_correlation(said_L, influence_L)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +33,6 @@ from teacher_proto.compute.relations import (
 
 # Relation entries held at a time: 32 MiB in float32 for each of about six arrays.
 BLOCK_ENTRIES = 2**23
-
-
-@dataclass(frozen=True)
-class ServedRelations:
-    """Relations of one document as the attention service computed them, for the positions `rows_r` of it.
-
-    query, key, value: [R, r, T] probabilities, of the form and the R which the loss is called with.
-    """
-
-    rows_r: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,19 +57,15 @@ class RelationLoss:
         return sum(self.counts_D)
 
 
-TeacherDocument = QKV | ServedRelations
-
-
 def attention_relations(
-    student: QKV, teacher: QKV | Sequence[TeacherDocument], *, form: str | RelationForm, relation_heads: int,
-    document_ids_BT: np.ndarray | Tensor | None = None, row_chunk: int | None = None,
+    student: QKV, teacher: QKV | Sequence[QKV], *, form: str | RelationForm, relation_heads: int,
+    document_ids_BT: np.ndarray | Tensor | None = None,
 ) -> RelationLoss:  # fmt: skip
     """The relation loss of a packed batch.
 
     `student`: [B, T, H, dh] of one layer. `teacher`: the same layout with its own H and dh, or one item a document,
-    rows first and then from left to right: QKV of [T_document, H, dh], or served relations.
+    rows first and then from left to right: QKV of [T_document, H, dh].
     `document_ids_BT`: equal and not negative within a document, negative for padding; None makes a row one document.
-    `row_chunk`: positions to a block, by default as many as BLOCK_ENTRIES allows.
     Raises ValueError where R does not divide a width, or the teacher's documents are not the student's.
     """
     chosen = relation_form(form)
@@ -94,14 +77,14 @@ def attention_relations(
     for (row, start, stop), document in zip(spans, documents, strict=True):
         summands = []
         for part in PARTS:
-            factor_RTd = similarity_factor(
-                getattr(student, part)[row, start:stop], form=chosen, relation_heads=relation_heads
+            ours_RTd, theirs_RTd = (
+                similarity_factor(states_THd, form=chosen, relation_heads=relation_heads)
+                for states_THd in (getattr(student, part)[row, start:stop], getattr(document, part))
             )
-            rows_r, teacher_rows = _teacher_rows(document, part, factor_RTd, chosen)
-            divergence = _BlockwiseDivergence.apply(factor_RTd, rows_r, teacher_rows, chosen, row_chunk)
+            divergence = _BlockwiseDivergence.apply(ours_RTd, theirs_RTd.to(ours_RTd.device), chosen)
             summands.append(weight * divergence)
         parts_DP.append(torch.stack(summands))
-        counts_D.append(len(rows_r))
+        counts_D.append(stop - start)
     table_DP = torch.stack(parts_DP) if parts_DP else student.query.new_zeros((0, len(PARTS)), dtype=torch.float32)
     return RelationLoss(
         total=table_DP.sum(),
@@ -128,8 +111,8 @@ def document_spans(document_ids_BT: np.ndarray | Tensor | None, shape: Sequence[
 
 
 def _teacher_documents(
-    teacher: QKV | Sequence[TeacherDocument], spans: list[tuple[int, int, int]], shape: Sequence[int]
-) -> list[TeacherDocument]:
+    teacher: QKV | Sequence[QKV], spans: list[tuple[int, int, int]], shape: Sequence[int]
+) -> list[QKV]:
     """The teacher's part of each span, with the lengths checked."""
     if isinstance(teacher, QKV):
         if tuple(teacher.query.shape[:2]) != tuple(shape):
@@ -138,27 +121,10 @@ def _teacher_documents(
     if len(teacher) != len(spans):
         raise ValueError(f"the teacher answered for {len(teacher)} documents, the student's batch has {len(spans)}")
     for index, (document, (_, start, stop)) in enumerate(zip(teacher, spans, strict=True)):
-        length = document.query.shape[0 if isinstance(document, QKV) else 2]
+        length = document.query.shape[0]
         if length != stop - start:
             raise ValueError(f"document {index}: the teacher saw {length} tokens, the student {stop - start}")
     return list(teacher)
-
-
-def _teacher_rows(
-    document: TeacherDocument, part: str, factor_RTd: Tensor, form: RelationForm
-) -> tuple[Tensor, Callable[[slice], Tensor]]:
-    """The positions that the teacher speaks for, and a function from a slice of them to log-probabilities [R, r, T]."""
-    relation_heads, length, _ = factor_RTd.shape
-    states = getattr(document, part)
-    if isinstance(document, QKV):
-        rows_r = torch.arange(length, device=factor_RTd.device)
-        teacher_RTd = similarity_factor(states, form=form, relation_heads=relation_heads).to(factor_RTd.device)
-        return rows_r, lambda block: log_relation_rows(teacher_RTd, rows_r[block], form)
-    expected = (relation_heads, len(document.rows_r), length)
-    if tuple(states.shape) != expected:
-        raise ValueError(f"served {part} relations: got shape {tuple(states.shape)}, expected {expected} (R, rows, T)")
-    rows_r = document.rows_r.to(factor_RTd.device)
-    return rows_r, lambda block: states[:, block].to(factor_RTd.device, torch.float32).log()
 
 
 class _BlockwiseDivergence(torch.autograd.Function):
@@ -169,35 +135,31 @@ class _BlockwiseDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, factor_RTd: Tensor, rows_r: Tensor, teacher_rows: Callable[[slice], Tensor], form: RelationForm,
-        row_chunk: int | None,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, factor_RTd: Tensor, teacher_RTd: Tensor, form: RelationForm) -> Tensor:
         relation_heads, length, _ = factor_RTd.shape
-        chunk = row_chunk or max(1, BLOCK_ENTRIES // (relation_heads * length))
+        rows_T = torch.arange(length, device=factor_RTd.device)
         total = factor_RTd.new_zeros(())
         gradient_RTd = torch.zeros_like(factor_RTd) if ctx.needs_input_grad[0] else None
         with torch.autocast(factor_RTd.device.type, enabled=False):
-            for first in range(0, len(rows_r), chunk):
-                block = slice(first, first + chunk)
+            for rows_r in rows_T.split(max(1, BLOCK_ENTRIES // (relation_heads * length))):
                 # S = A_r A^T for some rows r: [R, r, T] and no more of the [T, T] map at a time.
-                similarity_RrT = similarity_rows(factor_RTd, rows_r[block], form)
-                value, slope_RrT = _divergence(similarity_RrT, teacher_rows(block), form)
+                similarity_RrT = similarity_rows(factor_RTd, rows_r, form)
+                value, slope_RrT = _divergence(similarity_RrT, log_relation_rows(teacher_RTd, rows_r, form), form)
                 total += value
                 if gradient_RTd is not None:
-                    block_Rrd = factor_RTd.index_select(1, rows_r[block])
+                    block_Rrd = factor_RTd.index_select(1, rows_r)
                     # S = A_r A^T, so d A gets dS A at the rows r and dS^T A_r at all T: a position is query and key.
-                    gradient_RTd.index_add_(1, rows_r[block], slope_RrT @ factor_RTd)
+                    gradient_RTd.index_add_(1, rows_r, slope_RrT @ factor_RTd)
                     gradient_RTd.baddbmm_(slope_RrT.transpose(1, 2), block_Rrd)
         if gradient_RTd is not None:
             ctx.save_for_backward(gradient_RTd)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient_RTd,) = ctx.saved_tensors
         # The gradient was made with the value; here it is only scaled.
-        return gradients[0] * gradient_RTd, None, None, None, None
+        return gradients[0] * gradient_RTd, None, None
 
 
 def _divergence(similarity_RrT: Tensor, log_teacher_RrT: Tensor, form: RelationForm) -> tuple[Tensor, Tensor]:

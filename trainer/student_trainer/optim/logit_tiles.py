@@ -1,4 +1,4 @@
-"""Attention's largest logits, computed a tile at a time. Called by `logit_monitor`."""
+"""Attention's largest logits, computed a tile at a time. Called by `qk_clip`."""
 
 from __future__ import annotations
 

@@ -2,14 +2,17 @@
 QK-clip after each update where it is asked for.
 
 Built by `build`, stepped by `loop`, saved by `checkpoints`. The rate is a pure function of the step and a clip is over
-with its step, so neither has state.
+with its step, so neither has state. A rate is a share of its group's own peak: 1 at the peak, the group's floor at the
+end, and never above 1, so that no group's floor can raise its rate.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,6 @@ from student_trainer.optim.adamw import build_adamw
 from student_trainer.optim.groups import ParameterGroup, parameter_groups
 from student_trainer.optim.muon_clip import build_muon_clip
 from student_trainer.optim.qk_clip import ClipReport, QKClip
-from student_trainer.optim.schedule import rate_factor
 from student_trainer.ranks import like
 from student_trainer.settings import OptimSettings
 
@@ -148,3 +150,28 @@ def _floor(settings: OptimSettings, group: ParameterGroup) -> float:
 
 
 BUILDERS = {"adamw": build_adamw, "muon_clip": build_muon_clip}
+
+
+Kind = Literal["cosine", "wsd", "linear", "constant"]
+
+
+def rate_factor(
+    kind: Kind, step: int, *, steps: int, warmup_steps: int = 0, decay_steps: int | None = None, floor: float = 0.0
+) -> float:
+    """The factor of update `step` (from 0) out of `steps`.
+
+    Warm-up: (step + 1) / warmup_steps, so that the first update already moves. After it the fall goes from 1 to `floor`
+    at the last update: `cosine` and `linear` from the end of the warm-up, `wsd` over the last `decay_steps` (default a
+    tenth of the run) in a straight line, `constant` never.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    start = warmup_steps
+    if kind == "wsd":
+        start = max(warmup_steps, steps - (decay_steps if decay_steps is not None else max(1, steps // 10)))
+    # How much of the fall is over after this update: 1 at the last one.
+    done = 0.0 if step < start else min(1.0, (step - start + 1) / max(1, steps - start))
+    fall = 0.5 * (1.0 - math.cos(math.pi * done)) if kind == "cosine" else done
+    return 1.0 - (1.0 - floor) * fall

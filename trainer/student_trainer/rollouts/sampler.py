@@ -150,17 +150,12 @@ def writing(student: Student) -> Iterator[None]:
     generation (a repetition penalty would make it another student's text).
     """
     model: Any = student.model
-    was_training, defaults = model.training, model.generation_config
+    defaults = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(student.device.type, dtype=student.compute, enabled=student.compute != torch.float32),
-        ):
+        with student.resting(), student.autocast():
             yield
     finally:
-        model.train(was_training)
         model.generation_config = defaults
 
 

@@ -1,5 +1,5 @@
 """A look at what attention layers are given, during the model's own forward pass. Used by `capture` and by
-`optim.logit_monitor`.
+`optim.qk_clip`.
 
 Every attention layer of transformers hands its query and key (after RoPE and any QK-norm) and its raw value to a
 function that it looks up by `config._attn_implementation`. A hooked layer gets a copy of the config that names our

@@ -135,14 +135,11 @@ def check_head(student: Student) -> None:
     tokens_BT = torch.arange(4, device=device)[None] % student.vocab_size
     attention = CausalDocuments(torch.zeros(1, 4, dtype=torch.int32, device=device))
     positions_BT = torch.arange(4, device=device)[None]
-    was_training = student.model.training
-    student.model.eval()
-    with torch.no_grad():
+    with student.resting():
         hidden_BTD = student.body(tokens_BT, positions_BT, attention)
         # The model's own way from hidden states to logits, whatever it does on it.
         theirs_BTV = student.model(input_ids=tokens_BT, use_cache=False).logits.float()
         ours_BTV = student.head.logits(hidden_BTD)
-    student.model.train(was_training)
     gap = float((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp_min(1e-6))
     if not gap <= HEAD_TOLERANCE:
         raise ValueError(

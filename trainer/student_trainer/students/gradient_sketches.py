@@ -110,13 +110,12 @@ class GradientSketches:
     def _add(self, each: Chosen, sources_P: Tensor, sums: Tensor, input: Tensor, gradient: Tensor) -> None:
         input_PD, gradient_PD = input.reshape(-1, input.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
         assert len(input_PD) == len(sources_P), "a module that does not see one position a row"
-        compute, device = self._student.compute, self._student.device.type
         for source in sources_P.unique().tolist():
             if source < 0:
                 continue
             rows = (sources_P == source).nonzero()[:, 0]
             # The module once more for this source's positions alone: y_R = f(x_R; w) with a graph to w.
-            with torch.enable_grad(), torch.autocast(device, dtype=compute, enabled=compute != torch.float32):
+            with torch.enable_grad(), self._student.autocast():
                 output_RD = each.module.forward(input_PD[rows])
             parameters = [each.module.get_parameter(own) for own in each.parameters.values()]
             upstream_RD = gradient_PD[rows].to(output_RD.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,28 +18,26 @@ from student_trainer.students.quant_linear import BLEND, quantise, quantise_as
 from student_trainer.students.quantisers import QUANTISERS
 from student_trainer.students.quantisers.record import Record, SubNorm, read_record
 
-Task = Literal["causal", "classification"]
-
 log = logging.getLogger(__name__)
 
 
 def load_quantised(
     path: str, quantiser: str | None = None, *, revision: str | None = None, sub_norm: SubNorm | None = None,
     eps: float | None = None, quantise_activations: bool | None = None, activation_bits: int | None = None,
-    bits: int | None = None, group_size: int | None = None, stages: int | None = None, task: Task = "causal",
-    num_labels: int | None = None, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa",
+    bits: int | None = None, group_size: int | None = None, stages: int | None = None,
+    dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa",
     config: Any = None,
 ) -> Any:  # fmt: skip
     """A model whose decoder is quantised and whose latent weights come from `path` (a folder or a hub name).
 
     A checkpoint of a quantised student already decides how it is quantised: then `quantiser` may be None, and naming
-    another value is an error. Otherwise None means the defaults of `quantise`. `task` "classification" puts a head of
-    `num_labels` classes on the decoder; a head that the checkpoint lacks is initialised at random.
+    another value is an error. Otherwise None means the defaults of `quantise`.
+    A head that the checkpoint lacks is initialised at random.
     An adapter that was exported beside its base is put into it, the base frozen, as it was trained.
     `config`: that of the checkpoint, where it was read already.
     Raises ValueError for packed or otherwise quantised checkpoints and for settings that contradict the checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = config or AutoConfig.from_pretrained(path, revision=revision)
     record = recorded(config, path)
@@ -47,20 +45,17 @@ def load_quantised(
         "sub_norm": sub_norm, "eps": eps, "quantise_activations": quantise_activations,
         "activation_bits": activation_bits, "bits": bits, "group_size": group_size, "stages": stages,
     }  # fmt: skip
-    if task == "classification":
-        if num_labels is None:
-            raise ValueError("task 'classification' needs num_labels")
-        config.num_labels = num_labels
-    factory = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     common = {"dtype": dtype, "attn_implementation": attn_implementation}
     if record is None:
         if quantiser is None:
             raise ValueError(f"{path} holds no quantised student: name a quantiser, {', '.join(QUANTISERS)}")
-        model = factory.from_pretrained(path, config=config, revision=revision, use_safetensors=True, **common)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, revision=revision, use_safetensors=True, **common
+        )
         return quantise(model, quantiser, **asked)  # type: ignore[arg-type]
     if different := next(record.differing({"quantiser": quantiser, **asked}), None):
         raise ValueError(f"{path} was trained with {different[0]}={different[1]}, got {different[2]}; leave it out")
-    model = quantise_as(factory.from_config(config, **common), record)
+    model = quantise_as(AutoModelForCausalLM.from_config(config, **common), record)
     folder = _folder_of(path, revision)
     _load_weights(model, folder, dtype)
     if adapter := read_peft(folder / FOLDER):

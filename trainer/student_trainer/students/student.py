@@ -6,6 +6,7 @@ Built by `causal` (and its kin), used by `loop`, `evaluator` and `checkpoints`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -81,6 +82,21 @@ class Student:
         """Whether it can write from left to right."""
         return self.reader.autoregressive
 
+    def autocast(self) -> torch.autocast:
+        """A block in which passes are computed in the student's dtype."""
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """A block for passes that nothing is learnt from: no gradient, and the model in evaluation mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
     def before_step(self, number: int) -> None:
         """What follows the step count (from 0) rather than a gradient: the warm-up of a quantised student.
 
@@ -89,21 +105,14 @@ class Student:
         if is_quantised(self.model):
             set_quantisation_blend(self.model, warmup_blend(number, self.warmup_steps))
 
-    def loss(
-        self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool = False
-    ) -> HeadLoss:
+    def loss(self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None) -> HeadLoss:
         """Forward pass and loss of a micro batch: sums over its labels, to be divided by the batch's count."""
-        return self._whole_loss(micro, terms, chunk_rows, want_top1, False)[0]
+        return self.loss_and_logits(micro, terms, chunk_rows, want_top1=False, want_logits=False)[0]
 
     def loss_and_logits(
-        self, micro: MicroBatch, terms: tuple[Term, ...], want_top1: bool, want_logits: bool
-    ) -> tuple[HeadLoss, Tensor | None]:
-        """Of one forward pass the loss, and if they are wanted logits [N, V] fp32 of its labels' rows."""
-        return self._whole_loss(micro, terms, None, want_top1, want_logits)
-
-    def _whole_loss(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool, want_logits: bool
     ) -> tuple[HeadLoss, Tensor | None]:
+        """Of one forward pass the loss, and if they are wanted logits [N, V] fp32 of its labels' rows."""
         if not len(micro.view.labels_N):
             # A rank that has no label here still takes its part in gathering and reducing, with gradients of zero.
             terms = tuple(token_term(term.name, "cross_entropy", 0.0) for term in terms)
@@ -206,7 +215,7 @@ class Student:
         """The hidden rows [N, D] that predict the labels of the micro batch; with `clean`, and those of its clean half
         behind them, [2 N, D].
         """
-        with torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32):
+        with self.autocast():
             hidden_BTD = self.body(micro.view.input_ids_BT, micro.view.position_ids_BT, micro.view.attention)
         rows_N = micro.view.rows_N
         if clean:

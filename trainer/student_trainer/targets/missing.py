@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from student_trainer.data.ahead import documents_ahead
+from student_trainer.data.ahead import distinct, documents_ahead
 from student_trainer.data.loader import BatchSource
 from student_trainer.settings import Settings
 from student_trainer.state import TrainState
@@ -70,9 +69,9 @@ class Coverage:
 def look_up(dataset: TargetDataset, documents: Iterable[tuple[str, list[int]]], file: Path) -> Coverage:
     """Each document's name and token ids, looked up by its tokens."""
     found = Coverage(file)
-    distinct = _distinct(documents)
+    fresh = distinct(documents)
     with file.open("w") as out:
-        while group := list(islice(distinct, AT_ONCE)):
+        while group := list(islice(fresh, AT_ONCE)):
             there = dataset.holds([np.array(ids, dtype=np.int64) for _, ids in group])
             for (key, ids), has in zip(group, there, strict=True):
                 found.documents, found.tokens = found.documents + 1, found.tokens + len(ids)
@@ -83,17 +82,6 @@ def look_up(dataset: TargetDataset, documents: Iterable[tuple[str, list[int]]], 
     if not found.missing:
         file.unlink()
     return found
-
-
-def _distinct(documents: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str, list[int]]]:
-    """Those whose tokens did not come before. Eight bytes of each are kept: a run may have many millions."""
-    seen: set[bytes] = set()
-    for key, ids in documents:
-        # Its tokens are what a dataset finds a document by.
-        digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=8).digest()
-        if digest not in seen:
-            seen.add(digest)
-            yield key, ids
 
 
 def _report(found: Coverage, dataset: TargetDataset, writes_through: bool) -> None:

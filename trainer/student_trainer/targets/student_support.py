@@ -22,7 +22,8 @@ from torch import Tensor
 from student_trainer.batch.batch import Batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.losses.student_support import student_top_ids
+from student_trainer.losses.chunks import default_chunk_rows
+from student_trainer.losses.projection import HeadProjection
 from student_trainer.students.student import Student
 from student_trainer.targets.background import EventThread
 from student_trainer.targets.prefetch import POLL_S, Ready
@@ -65,16 +66,11 @@ class StudentSupport:
 def likeliest(student: Student, micro: MicroBatch, k: int) -> Tensor:
     """The student's own k likeliest ids of each label [N, k], by a forward pass without dropout."""
     head = student.head
-    was_training = student.model.training
-    student.model.eval()
-    try:
-        with torch.no_grad():
-            return student_top_ids(
-                student.hidden(micro), head.weight_VD, k,
-                head_bias_V=head.bias_V, shared_vocab=student.shared_vocab, compute=student.compute,
-            )  # fmt: skip
-    finally:
-        student.model.train(was_training)
+    with student.resting():
+        return student_top_ids(
+            student.hidden(micro), head.weight_VD, k,
+            head_bias_V=head.bias_V, shared_vocab=student.shared_vocab, compute=student.compute,
+        )  # fmt: skip
 
 
 def answered(
@@ -142,3 +138,37 @@ def _with_gathered(micro: MicroBatch, ids_NG: Tensor, part: Batch, answer: Batch
     logprobs_CSG = logprobs_CG.reshape(len(logprobs_CG), -1, ids_NG.shape[1])
     logprobs_NG = torch.from_numpy(logprobs_CSG[slots_of(micro)]).to(ids_NG.device)
     return replace(micro, teacher=replace(micro.teacher, gather_ids_NG=ids_NG, gather_logprobs_NG=logprobs_NG))
+
+
+@torch.no_grad()
+def student_top_ids(
+    hidden_ND: Tensor,
+    head_weight_VD: Tensor,
+    k: int,
+    *,
+    head_bias_V: Tensor | None = None,
+    shared_vocab: int | None = None,
+    chunk_rows: int | None = None,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """Ids [N, k] (int64) of the student's k largest logits, largest first, among the first `shared_vocab` ids.
+
+    `compute`: the dtype that the student computes in, see `projection`. Soft cap and scale keep the order of logits and
+    are not asked for. Raises ValueError if k is more than there is.
+    """
+    width = len(head_weight_VD) if shared_vocab is None else shared_vocab
+    if not 0 < k <= width:
+        raise ValueError(f"got k {k}, expected 1 to {width}")
+    bias_W = None if head_bias_V is None else head_bias_V[:width]
+    # Without cap and scale: both keep the order of logits.
+    head = HeadProjection(head_weight_VD[:width], bias_W, None, 1.0, hidden_ND.dtype, compute)
+    height = min(chunk_rows or default_chunk_rows(width, hidden_ND.device), max(1, len(hidden_ND)))
+    # One chunk of logits, written over by the next.
+    z_CW = torch.empty(height, width, dtype=head.accumulator, device=hidden_ND.device)
+    ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
+    for start in range(0, len(hidden_ND), height):
+        hidden_CD = hidden_ND[start : start + height].to(head.dtype)
+        head.project(hidden_CD, z_CW[: len(hidden_CD)])
+        head.cap_(z_CW[: len(hidden_CD)])
+        ids_NK[start : start + height] = z_CW[: len(hidden_CD)].topk(k, -1).indices
+    return ids_NK

@@ -2,6 +2,6 @@
 
     update n -> policy.observe(n, losses) -> policy.weights(n) -> batch n + lag is drawn by them
 
-May import settings, ranks, and of `data` the mixture. Open `policy.py` first: what a policy is. `registry.py` has them
-by name, `decisions.py` takes what they decide from the loop to the thread that makes batches.
+May import settings, ranks, and of `data` the mixture. Open `policy.py` first: what a policy is. `decisions.py` has them
+by name, and takes what they decide from the loop to the thread that makes batches.
 """

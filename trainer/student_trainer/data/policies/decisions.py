@@ -1,5 +1,6 @@
-"""What policies decide, on its way: `PolicyState` is part of a run's state, `BatchWeights` hands it to the thread that
-makes batches.
+"""The mixture policies by name, and what they decide, on its way: `PolicyState` is part of a run's state,
+`BatchWeights` hands it to the thread that makes batches. A new policy is a class in a file of its own, a line in
+`POLICIES`, and a record of its settings in `settings.mixture`.
 
 The lag is fixed, so a batch stays a function of (settings, mixture state, number), however many are made or asked for
 ahead. Where batch n + lag is wanted before update n is made, the thread that makes batches waits for it. Used by
@@ -10,17 +11,28 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from student_trainer.data.mixture import normalised
+from student_trainer.data.policies.ado import Ado
+from student_trainer.data.policies.gap import Divergence, Excess
+from student_trainer.data.policies.influence import Influence
 from student_trainer.data.policies.policy import Decision, MixturePolicy, Sketches, Static, Weights
-from student_trainer.data.policies.registry import POLICIES
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings.data import DataSettings
 
 POLL_S = 0.2
+
+# By `data.mixture.policy`: from the policy's own settings and the weights that the sources are given.
+POLICIES: dict[str, Callable[[Any, Weights], MixturePolicy]] = {
+    "static": lambda settings, initial: Static(initial),
+    "excess": Excess.of,
+    "divergence": Divergence.of,
+    "ado": Ado.of,
+    "influence": Influence.of,
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a mixture policy is, and the record of what it decides. Each is a file beside this one, listed in `registry`."""
+"""What a mixture policy is, and the record of what it decides. Each is a file beside this one, named in `decisions`."""
 
 from __future__ import annotations
 

@@ -41,12 +41,10 @@ def add_lora(model: Any, settings: LoRASettings) -> None:
     assert settings.rank is not None
     targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, bias="none")
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        try:
-            inject_adapter_in_model(config, model)
-        except ValueError as error:
-            raise ValueError(f"student.lora.targets: {str(error).strip().splitlines()[0]}") from None
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ValueError(f"student.lora.targets: {str(error).strip().splitlines()[0]}") from None
 
 
 def _add_to_quantised(model: Any, settings: LoRASettings) -> None:
