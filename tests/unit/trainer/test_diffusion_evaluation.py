@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from demo.diffusion_curve import area_under, tokens_per_pass_at
 from student_trainer import loop
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
@@ -18,7 +19,6 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import EVALUATION, ViewSeed
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.cli.compose import compose
-from student_trainer.evaluation.curve import area_under, tokens_per_pass_at
 from student_trainer.evaluation.decoding import Decoding, spans_of
 from student_trainer.evaluation.mask_rates import MaskRates, masked_share
 from student_trainer.ranks import ALONE

@@ -17,7 +17,7 @@ import yaml
 from student_trainer.checkpoint import fetched
 from student_trainer.checkpoint.earlier_run import load_student, model_behind
 from student_trainer.cli.compose import compose
-from student_trainer.cli.original import original_of
+from student_trainer.cli.defaults import original_of
 from student_trainer.settings import StudentSettings
 from tests.models import save_tiny_llama
 from tests.trainer_run import ScriptedTargets, Workshop, lines_of, run_here

@@ -12,7 +12,7 @@ import yaml
 
 from student_trainer.checkpoint.resume import check_changes
 from student_trainer.cli.compose import compose
-from student_trainer.cli.original import original_of
+from student_trainer.cli.defaults import original_of
 from student_trainer.settings.redact import public
 
 MINIMAL = ["student.checkpoint_path=/model", "data.sources.a.kind=jsonl", "data.sources.a.path=/data.jsonl"]

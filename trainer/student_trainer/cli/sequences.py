@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def documents(settings: Settings) -> Iterator[list[int]]:
-    """Token ids of every document that a run of these settings asks its teacher about, in order, repeats included.
+def documents(settings: Settings) -> Iterator[tuple[str, list[int]]]:
+    """Name and token ids of every document that a run of these settings asks its teacher about, in order, with repeats.
 
     ValueError for a run that decides on the way how much it draws of each source.
     """
@@ -53,7 +53,6 @@ def documents(settings: Settings) -> Iterator[list[int]]:
         source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
     try:
         state, evaluates = source.initial_state(), bool(settings.evaluation.every)
-        for _, ids in documents_ahead(source, state, settings.run.steps, evaluates):
-            yield ids
+        yield from documents_ahead(source, state, settings.run.steps, evaluates)
     finally:
         source.close()

@@ -2,7 +2,8 @@
 
 Called by `measure`. The gradient is that of the loss which the run trains on, at some of the parameters: by default the
 MLPs' output projections, as in the paper's code. A sketch adds each coordinate, with a random sign, to one of R places
-(count sketch): its inner products are unbiased, and off by about sqrt(2 / R) of the lengths.
+(count sketch): its inner products are unbiased, and off by about sqrt(2 / R) of the lengths. The map is drawn once and
+held, for it serves thousands of documents; `students.gradient_sketches`, for gradients in shards, hashes it anew.
 """
 
 from __future__ import annotations

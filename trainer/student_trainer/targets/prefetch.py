@@ -7,6 +7,9 @@ With depth D, D batches are under way beside the one that the step works on; dep
 is that of the stream whatever comes first, so a run's figures do not depend on depth or delay. Nothing is read or asked
 for past the last of `steps`: what a run that is later given more steps learns from follows from the state after its
 last batch, and of text of its own none is written for a step that it does not have (`RolloutStream.write`).
+
+The stream makes its batches ahead as well, on its own thread (`data.stream`): that one is bounded in batches, this one
+in answers, and between the two stands the student, which may write a batch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from student_trainer.data.stdlib import write_stdlib
+from demo.stdlib import write_stdlib
 from student_trainer.settings.data import DataSettings, SourceSettings
 from tests.unit.data.making import counts_by_source, opened, run
 

@@ -1,5 +1,5 @@
 """How good what a student writes is, against how much a forward pass gives: points of a curve, and its measures.
-Called by `demo.diffusion`; pure functions.
+Called by `diffusion_table`; pure functions.
 
 A point is (tokens a forward pass, how good); of perplexity less is better, of all else more.
 """

@@ -1,4 +1,4 @@
-"""Two small corpora that every Python has: prose and code of the standard library, as JSON lines. The demo calls it.
+"""Two small corpora that every Python has: prose and code of the standard library, as JSON lines. `prepare` calls it.
 
 prose: the language reference's topics (`pydoc_data.topics`), a document each. code: the standard library's modules,
 a document each, tests left out.
