@@ -174,7 +174,8 @@ async def test_a_loading_teacher_lives_and_is_not_ready() -> None:
             assert (await client.get("/health/live")).status_code == 200
             for path in ("/health/ready", "/v1/teacher"):
                 response = await client.get(path)
-                assert response.status_code == 503 and "loading" in response.json()["message"]
+                said = response.json()
+                assert response.status_code == 503 and said["code"] == "loading" and "loading" in said["message"]
                 assert int(response.headers["retry-after"]) >= 1
             teacher.wait_ready()
             assert (await client.get("/health/ready")).status_code == 200
