@@ -26,7 +26,7 @@ from pydantic import (
 
 from teacher_proto.compute.relations import FORMS, RelationForm, layer_index
 from teacher_proto.errors import NotFoundError
-from teacher_proto.info import ServiceInfo, read_info
+from teacher_proto.info import ServiceInfo
 from teacher_proto.request_checks import (
     SequenceLimits,
     SequencesRequest,
@@ -167,11 +167,6 @@ class AttentionInfo(ServiceInfo):
     shape: AttentionShape
     kinds: tuple[AttentionKind, ...] = ATTENTION_KINDS
     service: Literal["attention"] = "attention"
-
-
-def parse_attention_info(body: Any) -> AttentionInfo:
-    """A service's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
-    return read_info(AttentionInfo, body, "attention")
 
 
 def check_attention_request(request: AttentionRequest, limits: AttentionLimits, shape: AttentionShape) -> None:

@@ -57,13 +57,9 @@ class TeacherInfo(ServiceInfo):
 Info = TypeVar("Info", bound=ServiceInfo)
 
 
-def parse_info(body: Any) -> TeacherInfo:
-    """A teacher's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
-    return read_info(TeacherInfo, body, "teacher")
-
-
-def read_info(kind: type[Info], body: Any, service: str) -> Info:
-    """The description of a `service` out of decoded JSON. VersionError for another wire, WireError for the rest."""
+def read_info(kind: type[Info], body: Any) -> Info:
+    """A service's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
+    service = kind.model_fields["service"].default
     if not isinstance(body, dict) or "identity" not in body:
         raise WireError("the answer of /v1/teacher holds no identity")
     if (there := str(body.get("service", "teacher"))[:40]) != service:

@@ -18,7 +18,6 @@ from teacher_proto.attention import (
     AttentionRequest,
     attention_cost,
     check_attention_request,
-    parse_attention_info,
 )
 from teacher_proto.attention_targets import AttentionTargets, check_attention
 from teacher_proto.client.exchange import Route
@@ -41,7 +40,7 @@ ATTENTION = Route(
     command="stillhouse-attention",
     path="/v1/attention",
     answers=ATTENTION_FORMAT,
-    read_info=parse_attention_info,
+    info=AttentionInfo,
     check_request=lambda request, info: check_attention_request(request, info.limits, info.shape),
     check_header=_check_header,
     check_record=lambda targets, request, index, info: check_attention(

@@ -27,7 +27,7 @@ from teacher_proto.errors import (
     WrongTeacherError,
     from_json,
 )
-from teacher_proto.info import ServiceInfo
+from teacher_proto.info import ServiceInfo, read_info
 from teacher_proto.request_checks import RequestT, SequencesRequest
 from teacher_proto.wire.answers import (
     PROGRESS_HEADER,
@@ -54,7 +54,7 @@ InfoT = TypeVar("InfoT", bound=ServiceInfo)
 class Route(Generic[RequestT, HeaderT, RecordT, InfoT]):
     """One service's route.
 
-    `noun` and `command` are for messages. `read_info` makes an info of decoded JSON. `check_request` raises a
+    `noun` and `command` are for messages. `info` is what the service tells of itself. `check_request` raises a
     RequestError for what the service would refuse, `check_header` a WireError where a header speaks of another
     request, `check_record` InvalidTargetsError for a record that can't be the answer to the sequence of that index.
     `cost` is what the service admits a request by.
@@ -64,7 +64,7 @@ class Route(Generic[RequestT, HeaderT, RecordT, InfoT]):
     command: str
     path: str
     answers: AnswerFormat[HeaderT, RecordT]
-    read_info: Callable[[Any], InfoT]
+    info: type[InfoT]
     check_request: Callable[[RequestT, InfoT], None]
     check_header: Callable[[HeaderT, RequestT, InfoT], None]
     check_record: Callable[[RecordT, RequestT, int, InfoT], None]
@@ -86,7 +86,7 @@ async def fetch_info(
             tree = _json_or_none(body)
             if not isinstance(tree, dict) or "identity" not in tree:
                 raise _not_one(url, route, "GET /v1/teacher gave no identity")
-            return route.read_info(tree)
+            return read_info(route.info, tree)
     except NotFoundError as error:
         raise _not_one(url, route, str(error)) from None
 

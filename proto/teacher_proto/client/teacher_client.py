@@ -23,7 +23,7 @@ from teacher_proto.client.expectation import Canary, canary_request, read_canary
 from teacher_proto.client.replica_client import OnProgress, ReplicaClient
 from teacher_proto.client.replicas import Replica
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError, WrongTeacherError
-from teacher_proto.info import TeacherInfo, parse_info
+from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.wire.records import TARGETS_FORMAT, Header
@@ -48,7 +48,7 @@ TARGETS = Route(
     command="stillhouse-teacher",
     path="/v1/targets",
     answers=TARGETS_FORMAT,
-    read_info=parse_info,
+    info=TeacherInfo,
     check_request=lambda request, info: check_request(request, info.limits, info.kinds),
     check_header=_check_header,
     check_record=lambda targets, request, index, info: check_targets(

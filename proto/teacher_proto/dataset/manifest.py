@@ -15,7 +15,7 @@ from typing import Any
 from teacher_proto.dataset.folder import Folder
 from teacher_proto.errors import WireError
 from teacher_proto.identity import digest, flatten
-from teacher_proto.info import TeacherInfo, parse_info
+from teacher_proto.info import TeacherInfo, read_info
 from teacher_proto.requests import KINDS, TargetSpec
 
 FORMAT = "stillhouse dataset 1"
@@ -95,7 +95,7 @@ def _decode(data: bytes, place: str) -> Manifest:
         if set(query) != {one.name for one in fields(TargetSpec)} or not set(query["kinds"]) <= set(KINDS):
             raise ValueError("its query is none")
         spec = TargetSpec(**{**query, "kinds": tuple(query["kinds"]), "temperatures": tuple(query["temperatures"])})
-        return Manifest(parse_info(tree["teacher"]), spec, dict(tree["codec"]), dict(tree["versions"]))
+        return Manifest(read_info(TeacherInfo, tree["teacher"]), spec, dict(tree["codec"]), dict(tree["versions"]))
     except (ValueError, KeyError, TypeError, WireError) as error:
         raise ValueError(f"{place} is no manifest of a target dataset: {type(error).__name__}: {error}") from None
 

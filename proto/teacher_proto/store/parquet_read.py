@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teacher_proto.errors import InvalidTargetsError, WireError
-from teacher_proto.info import TeacherInfo, parse_info
+from teacher_proto.info import TeacherInfo, read_info
 from teacher_proto.requests import KINDS
 from teacher_proto.store.entry import Entry, pack_entry
 from teacher_proto.store.parquet import FORMAT, IDS, ROWS_SHA256, SCALARS, SEALED, Packed, Pair, schema_of
@@ -78,7 +78,7 @@ def _open(path: Path) -> tuple[Any, dict[str, TeacherInfo]]:
     ):
         raise ValueError(f"{path} does not hold {FORMAT!r}: `stillhouse-teacher pack` writes such files")
     try:
-        infos = [parse_info(tree) for tree in json.loads(metadata.get(b"teachers", b"[]"))]
+        infos = [read_info(TeacherInfo, tree) for tree in json.loads(metadata.get(b"teachers", b"[]"))]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} names a teacher that is none: {error}") from None
     return file, {info.fingerprint: info for info in infos}

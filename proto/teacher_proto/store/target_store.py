@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from teacher_proto.errors import WireError
-from teacher_proto.info import TeacherInfo, parse_info
+from teacher_proto.info import TeacherInfo, read_info
 from teacher_proto.requests import Query
 from teacher_proto.store.entry import (
     Entry,
@@ -133,7 +133,7 @@ class TargetStore:
     def teachers(self) -> list[TeacherInfo]:
         """The teachers that were remembered, by fingerprint."""
         with self._lru.reading() as reading:
-            return [parse_info(json.loads(value)) for value in reading.teachers()]
+            return [read_info(TeacherInfo, json.loads(value)) for value in reading.teachers()]
 
     def entries(self) -> Iterator[tuple[Entry, TokenTargets]]:
         """All that is whole, in the order of the keys, as of now. What is damaged is counted and passed over."""
