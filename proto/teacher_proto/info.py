@@ -12,6 +12,9 @@ from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.wire.answers import VERSION
 
+# What a hidden state is taken to hold where nobody says, by clients and services alike: 7B models have 4096.
+HIDDEN_WIDTH = 4096
+
 
 class ServiceInfo(BaseModel):
     """What every service tells of itself. `version` is the wire's; fields that a later one adds are passed over.

@@ -14,7 +14,7 @@ from serving.http.replies import Work
 from serving.scheduling.admission import Permit
 from serving.service import Service
 from teacher_proto.client.expectation import canary_request
-from teacher_proto.info import TeacherInfo
+from teacher_proto.info import HIDDEN_WIDTH, TeacherInfo
 from teacher_proto.model_files import ModelFolder, find_model
 from teacher_proto.requests import Query, TargetSpec, TargetsRequest
 from teacher_proto.targets import TokenTargets
@@ -27,9 +27,6 @@ from teacher_service.text import JsonPieces, Text, Turns
 if TYPE_CHECKING:
     from teacher_service.stored import StoredAnswers
 
-# What a hidden state is taken to hold for admission where no config says: 7B models have 4096.
-_HIDDEN_WIDTH = 4096
-
 
 class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
     """A `Service` of targets."""
@@ -39,7 +36,7 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
     ):
         super().__init__(engine, settings, keys, store)
         self._store = store
-        self.hidden_width = _HIDDEN_WIDTH
+        self.hidden_width = HIDDEN_WIDTH
         self._folder: ModelFolder | None = None
         self._canary: TargetsRequest | None = None
         self._head = KeptHead(engine)
@@ -130,4 +127,4 @@ def _hidden_width(folder: ModelFolder | None) -> int:
     if folder is None:
         return SCRIPTED_WIDTH
     config = folder.config
-    return int((config.get("text_config") or config).get("hidden_size", _HIDDEN_WIDTH))
+    return int((config.get("text_config") or config).get("hidden_size", HIDDEN_WIDTH))

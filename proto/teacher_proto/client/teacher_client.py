@@ -23,15 +23,13 @@ from teacher_proto.client.expectation import Canary, canary_request, read_canary
 from teacher_proto.client.replica_client import OnProgress, ReplicaClient
 from teacher_proto.client.replicas import Replica
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError, WrongTeacherError
-from teacher_proto.info import TeacherInfo
+from teacher_proto.info import HIDDEN_WIDTH, TeacherInfo
 from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.wire.records import TARGETS_FORMAT, Header
 
 # Rounds over all replicas, one after the other, in which no byte more of the head came.
 _HEAD_TRIES = 4
-# What a hidden state is taken to hold where a teacher doesn't say: 7B models have 4096.
-HIDDEN_WIDTH = 4096
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
 

@@ -14,10 +14,9 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.losses.terms import Needs, Term
 from teacher_proto.client.expectation import Canary
-from teacher_proto.client.teacher_client import HIDDEN_WIDTH
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.info import TeacherInfo
+from teacher_proto.info import HIDDEN_WIDTH, TeacherInfo
 from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
 
 if TYPE_CHECKING:
