@@ -1,5 +1,5 @@
-"""What a run does before its first step where its student's corrections start from the closed form. Called by
-`build`.
+"""What a run does before its first step where its student's first values come out of data: SubLN's gains, and the
+closed form of its corrections. Called by `build`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from student_trainer.batch.align import cut
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import ViewSeed
 from student_trainer.calibration.calibrate import FOLDER, calibrate
+from student_trainer.calibration.sub_norms import calibrate_sub_norms, untrained_sub_norms
 from student_trainer.data.loader import BatchSource
 from student_trainer.ranks import Ranks
 from student_trainer.settings import Settings
@@ -29,23 +30,29 @@ HOW_IT_IS_READ = {"workers", "batches_ahead", "cache_folder", "held_out_rows"}
 def calibrate_at_start(
     settings: Settings, student: Student, source: BatchSource, identity: dict[str, Any], folder: Path, ranks: Ranks
 ) -> None:
-    """Calibrate a student whose corrections are still as they were put in, on the run's first batches; nothing for any
-    other. Before the student is sharded; on all ranks.
+    """Calibrate a student whose norms or corrections are still as they were put in, on the run's first batches; nothing
+    for any other. Before the student is sharded; on all ranks.
     """
+    if settings.student.quantisation.sub_norm_start == "rms" and untrained_sub_norms(student.model):
+        # A mean of one number a token: a batch has enough of them.
+        calibrate_sub_norms(student, list(_micro_batches(settings, student, source, batches=1)), ranks)
     wanted = settings.student.lrc
     if settings.student.adapter_name != "lrc" or wanted.start != "closed_form" or not uncalibrated(student.model):
         return
     with stage("reading the calibration text"):
-        micros = list(_micro_batches(settings, student, source))
+        batches = math.ceil(wanted.sequences / settings.data.rows)
+        micros = list(_micro_batches(settings, student, source, batches))
     errors = calibrate(student, micros, wanted, folder / FOLDER, _digest(settings, identity, ranks), ranks)
     if ranks.first:
         found = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
         (folder / FOLDER / "errors.json").write_text(json.dumps(found, indent=1))
 
 
-def _micro_batches(settings: Settings, student: Student, source: BatchSource) -> Iterator[MicroBatch]:
+def _micro_batches(
+    settings: Settings, student: Student, source: BatchSource, batches: int
+) -> Iterator[MicroBatch]:  # fmt: skip
     state, seed = source.initial_state(), ViewSeed(settings.run.seed)
-    for number in range(math.ceil(settings.student.lrc.sequences / settings.data.rows)):
+    for number in range(batches):
         batch, state = source.batch(state, number)
         for micro in cut(batch, None, student, seed, rows=settings.optim.micro_batch_rows):
             yield micro.to(student.device)

@@ -34,6 +34,11 @@ class QuantisationSettings(Section):
         description="SubLN before o_proj and down_proj, before every linear, or nowhere; null: bitnet "
         "output, fairy2i and seq2 none",
     )
+    sub_norm_start: Literal["rms", "ones"] = Field(
+        "rms",
+        description="first gains of the SubLN norms; rms: the typical RMS of their inputs, measured on the run's first "
+        "batch, so that the model computes about what it did without them; ones: as BitDistill has it",
+    )
     eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
     quantise_activations: bool | None = Field(
         None, description="activations in few bits beside such weights; null: bitnet true, fairy2i, seq2 and rtn false"
@@ -50,8 +55,8 @@ class QuantisationSettings(Section):
 
     @property
     def of_layers(self) -> dict[str, Any]:
-        """What `quantise` is told: all but how training gets there."""
-        return self.model_dump(exclude={"warmup_steps"})
+        """What `quantise` is told. The rest is how training begins."""
+        return self.model_dump(exclude={"warmup_steps", "sub_norm_start"})
 
 
 class LoRASettings(Section):

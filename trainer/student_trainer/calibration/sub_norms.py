@@ -1,0 +1,99 @@
+"""Gives the SubLN norms of a newly quantised student gains with which its model computes about what it did without
+them. Called by `start`, before a run's first step.
+
+A norm divides a token's features by their RMS, which is far from 1 where SubLN is put (before o_proj and down_proj):
+with gains of 1 a pretrained model is worse than a uniform guess, before a single weight is quantised. With the typical
+RMS as its gain the norm hands a token of that RMS on as it is. Typical is the geometric mean over tokens: an arithmetic
+one would be decided by the few with enormous activations that language models have, such as a text's first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.calibration.layer_passes import in_full_precision, standing_still
+from student_trainer.ranks import ALONE, Ranks
+from student_trainer.students.quant_linear import QuantLinear, quant_linears
+from student_trainer.students.student import Student
+from teacher_proto.process.stages import stage
+
+logger = logging.getLogger(__name__)
+
+
+def untrained_sub_norms(model: nn.Module) -> dict[str, QuantLinear]:
+    """The linears whose SubLN is still as it was put in, with gains of one; none if any is not."""
+    normed = {name: layer for name, layer in quant_linears(model) if layer.rms_norm is not None}
+    return normed if all(bool((_gains(layer) == 1).all()) for layer in normed.values()) else {}
+
+
+def calibrate_sub_norms(student: Student, micros: Sequence[MicroBatch], ranks: Ranks = ALONE) -> dict[str, float]:
+    """Set the gains of every SubLN norm to the geometric mean of its inputs' RMS over the text of `micros`, measured in
+    full precision and without the norms. Of several ranks each reads its own rows.
+
+    Returns the gain by the linear's name. ValueError where the text never reaches a norm.
+    """
+    normed = untrained_sub_norms(student.model)
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=student.device) for name in normed}
+    reading = _Reading()
+    with standing_still(student) as layers, ExitStack() as stack, stage("calibrating SubLN", len(micros)) as doing:
+        for layer in layers:
+            stack.enter_context(in_full_precision(layer))
+        for name, linear in normed.items():
+            assert linear.rms_norm is not None
+            stack.callback(linear.rms_norm.register_forward_hook(reading.into(sums[name])).remove)
+        for micro in micros:
+            view = micro.view
+            reading.real_N = (view.attention.document_ids_BT >= 0).flatten()
+            with student.autocast():
+                student.body(view.input_ids_BT, view.position_ids_BT, view.attention)
+            doing.done += 1
+    gains: dict[str, float] = {}
+    for name, linear in normed.items():
+        total, tokens = ranks.add_up(sums[name]).tolist()
+        if not tokens:
+            raise ValueError(
+                f"{name} was given no token with a value other than 0 by the first {len(micros)} micro batches: set "
+                "student.quantisation.sub_norm_start=ones"
+            )
+        gains[name] = float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+        with torch.no_grad():
+            _gains(linear).fill_(gains[name])
+    logger.info(
+        "SubLN of %d linears starts with gains of %.3g to %.3g, the typical RMS of what each normalises",
+        len(gains), min(gains.values()), max(gains.values()),
+    )  # fmt: skip
+    return gains
+
+
+def _gains(linear: QuantLinear) -> Tensor:
+    assert linear.rms_norm is not None
+    weight = linear.rms_norm.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+class _Reading:
+    """Hooks of the norms, and which positions of the micro batch that is read are of documents."""
+
+    real_N: Tensor
+
+    def into(self, sum_2: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """A hook that adds log RMS and number of a norm's tokens to `sum_2`, and hands them on as they are."""
+
+        def measure(norm: nn.Module, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
+            rms_N = args[0].double().flatten(0, -2).pow(2).mean(-1).sqrt()
+            # An expert's norm has the tokens that were sent to it: which are padding isn't known there.
+            if len(rms_N) == len(self.real_N):
+                rms_N = rms_N[self.real_N]
+            known_N = rms_N > 0
+            sum_2[0] += rms_N[known_N].log().sum()
+            sum_2[1] += known_N.sum()
+            return args[0]
+
+        return measure
