@@ -4,9 +4,9 @@
     make classification ARGS='--minutes 5 --runs 3'       in slices: each goes on where the last one ended
 
 Fine-tunes SmolLM2-135M on the classes and serves it, trains the ternary student on text (stage 2), chooses each arm's
-learning rate, gamma and stage 2's length on the validation split, and trains every arm with every seed; those are told
-by the test split. The student has fewer layers where the machine is slow. Writes `results.jsonl`, `table.md` and
-`report.html` under `runs/classification`, after every run anew.
+learning rate, gamma and stage 2's length on the validation split where there is time for that, and trains every arm
+with every seed; those are told by the test split. The student has fewer layers where the machine is slow. Writes
+`results.jsonl`, `table.md` and `report.html` under `runs/classification`, after every run anew.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, choices=LAYERS, help="of the student, with --steps (default: the fewest)")
     parser.add_argument("--stage2-steps", type=int, help="with --steps (default: twice as many)")
     parser.add_argument("--teacher-steps", type=int, help="with --steps (default: as many)")
+    parser.add_argument("--no-search", action="store_true", help="with --steps: each arm has the first of its rates")
     options = parser.parse_args()
     started = time.monotonic()
     if options.again:
@@ -72,7 +73,7 @@ def plan_of(processes: Processes, options: Any) -> Plan:
         processes.screen.say(f"going on as planned: {described(plan)}")
         return plan
     if options.steps is not None:
-        plan = planned(options.layers or LAYERS[-1], options.steps, {"cpu": cpu_name()})
+        plan = planned(options.layers or LAYERS[-1], options.steps, {"cpu": cpu_name()}, not options.no_search)
         given = {"stage2_steps": options.stage2_steps, "teacher_steps": options.teacher_steps}
         plan = Plan(**(asdict(plan) | {name: value for name, value in given.items() if value is not None}))
     else:
@@ -192,7 +193,7 @@ def run_settings(plan: Plan, run: Run) -> list[str]:
     if run.phase == "stage2":
         # The rate is constant, so that a shorter stage 2 is the beginning of a longer one.
         return [
-            *settings, "recipe=bitnet_pretraining", "optim=adamw", "data=short_texts", "data.held_out_rows=4",
+            *settings, "recipe=bitnet_pretraining", "optim=muon_clip", "data=short_texts", "data.held_out_rows=4",
             f"student.checkpoint_path={base}", "optim.learning_rate=1e-3", "optim.schedule.kind=constant",
             f"evaluation.every={run.steps}", f"student.quantisation.warmup_steps={max(1, plan.lengths[1] // 2)}",
             "optim.schedule.warmup_steps=5", "run.allow_changes=[run.steps,evaluation.every]",
@@ -205,7 +206,7 @@ def run_settings(plan: Plan, run: Run) -> list[str]:
         *([f"teacher.top_k={TOP_K}"] if arm.asks else []), *of_gamma(run, arm.settings),
     ]  # fmt: skip
     if run.arm != "full_precision" and not run.stage2:
-        settings.append(f"student.quantisation.warmup_steps={max(1, run.steps // 5)}")
+        settings.append(f"student.quantisation.warmup_steps={max(1, run.steps // 2)}")
     if run.phase == "final":
         return [
             *settings, f"evaluation.every={run.steps}", "data.sources.held_out.split=test",

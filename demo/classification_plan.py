@@ -1,8 +1,9 @@
 """Which runs `demo.classification` makes, how long they are, and what follows from those that are done. No clock here.
 
-First the teacher and stage 2; then what is chosen, on the validation split and with one seed: every arm's learning rate
-out of equally many, how the relations are weighed, how long stage 2 is. In the end every arm with every seed, on the
-test split, which nothing is chosen by.
+First the teacher and stage 2; then, where there is time for it, what is chosen, on the validation split and with one
+seed: every arm's learning rate out of equally many, how the relations are weighed, how long stage 2 is. In the end
+every arm with every seed, on the test split, which nothing is chosen by. Without a search each arm has the first of its
+rates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TEACHERS_LAYERS = 30
 # fifteenth know of a sentence is little more than its words.
 LAYERS = (30, 24, 15)
 EMBEDDINGS = 4  # embeddings, head and their moments cost a step about what as many layers cost
-# Fifteen layers pass a bag of words in as many steps in full precision; ternary ones have to learn all anew.
+# Fifteen layers pass a bag of words in a quarter of them in full precision, and are three quarters right when ternary.
 FEWEST_STEPS, MOST_STEPS = 100, 2 * EPOCH
 # Rows held out, of eight or nine examples: all that there are, or some of each split where runs are short.
 ALL_ROWS, FEW_ROWS = 400, 40
@@ -29,33 +30,38 @@ VALIDATION_STEPS, TEST_STEPS = 10, 20  # what evaluating a whole split costs, in
 
 @dataclass(frozen=True)
 class Arm:
-    """`stage2`: it begins where stage 2 ended. `asks` the teacher, `relates`: the attention service too."""
+    """`rates`: learning rates that are tried, the likeliest first. `stage2`: it begins where stage 2 ended. `asks` the
+    teacher, `relates`: the attention service too.
+    """
 
     about: str
     settings: tuple[str, ...]
+    rates: tuple[float, ...]
     stage2: bool = False
     asks: bool = False
     relates: bool = False
 
 
-RATES = (3e-4, 1e-3)
-DISTILLED = ("recipe=bitdistill", "optim=adamw")
+# Of AdamW, which suits the pretrained weights, and of Muon, by which ternary ones learn most in few steps.
+FULL_RATES, TERNARY_RATES = (3e-4, 1e-4), (1e-3, 2e-3)
+DISTILLED = ("recipe=bitdistill", "optim=muon_clip")
 ARMS: Mapping[str, Arm] = {
-    "full_precision": Arm("the classes, in full precision", ("recipe=classification_teacher",)),
-    "bitnet_sft": Arm("the classes, ternary from the first step on", ("recipe=bitnet_sft",)),
+    "full_precision": Arm("the classes, in full precision", ("recipe=classification_teacher",), FULL_RATES),
+    "bitnet_sft": Arm("the classes, ternary without stage 2", ("recipe=bitnet_sft",), TERNARY_RATES),
     "no_teacher": Arm(
-        "the classes, after stage 2", (*DISTILLED, "distillation=cross_entropy", "teacher=none"), stage2=True
+        "the classes, after stage 2", (*DISTILLED, "distillation=cross_entropy", "teacher=none"), TERNARY_RATES,
+        stage2=True,
     ),
     "logits": Arm(
         "the classes and the teacher's logits at their words, after stage 2",
-        (*DISTILLED, "distillation.attention.coefficient=null"), stage2=True, asks=True,
+        (*DISTILLED, "distillation.attention.coefficient=null"), TERNARY_RATES, stage2=True, asks=True,
     ),
     "relations": Arm(
         "the classes and the teacher's attention relations, after stage 2",
-        (*DISTILLED, "distillation=attention_only"), stage2=True, asks=True, relates=True,
+        (*DISTILLED, "distillation=attention_only"), TERNARY_RATES, stage2=True, asks=True, relates=True,
     ),
     "both": Arm(
-        "the classes, the teacher's logits and its relations, after stage 2", DISTILLED, stage2=True,
+        "the classes, the teacher's logits and its relations, after stage 2", DISTILLED, TERNARY_RATES, stage2=True,
         asks=True, relates=True,
     ),
 }  # fmt: skip
@@ -74,6 +80,7 @@ class Plan:
     stage2_steps: int
     held_out_rows: int
     machine: dict[str, Any]
+    search: bool = True  # for rates, gammas and stage 2's length; without it each arm has its first rate
 
     @property
     def search_steps(self) -> int:
@@ -115,19 +122,21 @@ def share_of_cost(layers: int) -> float:
 
 
 def make_plan(machine: Machine, seconds: float, seeds: int, facts: dict[str, Any]) -> Plan:
-    """The largest student whose runs can be half an epoch long, or the smallest for as long as there is time for."""
-    plans = [planned(layers, steps_in(machine, seconds, seeds, layers), facts) for layers in LAYERS]
-    return next((plan for plan in plans if plan.steps >= EPOCH / 2), plans[-1])
+    """The largest student whose runs can be half an epoch long beside a search; or else the smallest without one."""
+    for layers in LAYERS:
+        if (steps := steps_in(machine, seconds, seeds, layers, search=True)) >= EPOCH / 2:
+            return planned(layers, steps, facts)
+    return planned(LAYERS[-1], steps_in(machine, seconds, seeds, LAYERS[-1], search=False), facts, search=False)
 
 
-def planned(layers: int, steps: int, facts: dict[str, Any]) -> Plan:
+def planned(layers: int, steps: int, facts: dict[str, Any], search: bool = True) -> Plan:
     return Plan(
         layers, steps, teacher_steps=min(EPOCH, steps), stage2_steps=2 * steps,
-        held_out_rows=ALL_ROWS if steps >= EPOCH / 2 else FEW_ROWS, machine=facts,
+        held_out_rows=ALL_ROWS if steps >= EPOCH / 2 else FEW_ROWS, machine=facts, search=search,
     )  # fmt: skip
 
 
-def steps_in(machine: Machine, seconds: float, seeds: int, layers: int) -> int:
+def steps_in(machine: Machine, seconds: float, seeds: int, layers: int, search: bool) -> int:
     """Steps of an arm, so that all runs are done in that time; the least that shows anything, where it is longer.
 
     Every run is `weight` times as long as an arm's; it starts, and evaluates once. The machine was measured with the
@@ -135,7 +144,8 @@ def steps_in(machine: Machine, seconds: float, seeds: int, layers: int) -> int:
     """
     tokens, share = ROWS * SEQ_LEN, share_of_cost(layers)
     a_step_s = MARGIN * share * tokens / machine.student_tokens_per_second
-    searched = len(ARMS) * len(RATES) + 2 * (len(GAMMAS) - 1) + 2
+    gammas = sum(arm.relates for arm in ARMS.values()) * (len(GAMMAS) - 1)
+    searched = sum(len(arm.rates) for arm in ARMS.values()) + gammas + 2 if search else 3
     final = seeds * len(ARMS)
     weight = 1 / share + 2 + 0.5 * searched + final
     evaluating = (searched * VALIDATION_STEPS + final * TEST_STEPS) * a_step_s
@@ -153,10 +163,12 @@ def next_run(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) ->
 
 def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
     """All that are known by what is done: a choice's followers come when it can be made."""
+    runs = [Run("teacher", "teacher", plan.teacher_steps)]
+    stage2 = [Run("stage2", f"stage2-{steps}", steps, stage2=steps) for steps in plan.lengths[1:]]
+    if not plan.search:
+        return runs + stage2 + final(plan, done, seeds) + lengths(plan, done)
     first, *others = rates(plan)
-    runs = [Run("teacher", "teacher", plan.teacher_steps), *(run for run in first if not run.stage2)]
-    runs += [Run("stage2", f"stage2-{steps}", steps, stage2=steps) for steps in plan.lengths[1:]]
-    runs += [run for run in first if run.stage2]
+    runs += [*(run for run in first if not run.stage2), *stage2, *(run for run in first if run.stage2)]
     runs += [run for these in others for run in these]
     if not all(run.name in done for run in runs):
         return runs
@@ -168,14 +180,15 @@ def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) 
 
 
 def rates(plan: Plan) -> list[list[Run]]:
-    """Every arm at the first rate, then at the next: what is done when it is stopped can be compared."""
-    longest = plan.lengths[-1]
-    return [
-        [Run("rates", f"rate-{name}-{rate:g}", plan.search_steps, name, 0, rate, GAMMAS[0] if arm.relates else "",
-             longest if arm.stage2 else 0)
-         for name, arm in ARMS.items()]
-        for rate in RATES
-    ]  # fmt: skip
+    """Every arm at its first rate, then at the next: what is done when it is stopped can be compared."""
+    number = min(len(arm.rates) for arm in ARMS.values())
+    return [[rate_run(plan, name, arm.rates[place]) for name, arm in ARMS.items()] for place in range(number)]
+
+
+def rate_run(plan: Plan, name: str, rate: float) -> Run:
+    arm = ARMS[name]
+    gamma, stage2 = GAMMAS[0] if arm.relates else "", plan.lengths[-1] if arm.stage2 else 0
+    return Run("rates", f"rate-{name}-{rate:g}", plan.search_steps, name, 0, rate, gamma, stage2)
 
 
 def gammas(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
@@ -188,22 +201,24 @@ def gammas(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
 
 
 def lengths(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
-    """One arm after shorter stages 2; after the longest it was tried by its rate."""
+    """One arm after shorter stages 2; after the longest it was tried by its rate, if there was a search."""
     rate = best_rate(plan, done, LENGTH_ARM).rate
     return [
         Run("lengths", f"length-{length}", plan.search_steps, LENGTH_ARM, 0, rate, "", length)
-        for length in plan.lengths[:-1]
+        for length in (plan.lengths[:-1] if plan.search else plan.lengths)
     ]  # fmt: skip
 
 
 def final(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
     """All arms with the first seed, then with the second: what is done when it is stopped can be compared."""
-    length = best(done, [*(best_rate(plan, done, LENGTH_ARM),), *lengths(plan, done)]).stage2
     chosen = {name: best_rate(plan, done, name) for name in ARMS}
-    for name, arm in ARMS.items():
-        if arm.relates:
-            others = [run for run in gammas(plan, done) if run.arm == name]
-            chosen[name] = best(done, [chosen[name], *others])
+    length = plan.lengths[-1]
+    if plan.search:
+        length = best(done, [chosen[LENGTH_ARM], *lengths(plan, done)]).stage2
+        for name, arm in ARMS.items():
+            if arm.relates:
+                others = [run for run in gammas(plan, done) if run.arm == name]
+                chosen[name] = best(done, [chosen[name], *others])
     return [
         Run("final", f"{name}-{seed}", plan.steps, name, seed, chosen[name].rate, chosen[name].gamma,
             length if arm.stage2 else 0)
@@ -212,6 +227,9 @@ def final(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> li
 
 
 def best_rate(plan: Plan, done: Mapping[str, Mapping[str, float]], arm: str) -> Run:
+    """The run that the arm's rate was chosen by; without a search, that of its first rate, which is never made."""
+    if not plan.search:
+        return rate_run(plan, arm, ARMS[arm].rates[0])
     return best(done, [run for these in rates(plan) for run in these if run.arm == arm])
 
 

@@ -18,7 +18,6 @@ from demo.classification_plan import (
     EPOCH,
     FEWEST_STEPS,
     LAYERS,
-    RATES,
     Plan,
     Run,
     best,
@@ -51,7 +50,11 @@ def test_a_fast_machine_trains_all_layers_and_a_slow_one_fewer() -> None:
     share = (4 + 15) / (4 + 30)
     step_s = 1.12 * share * 1024 / 400
     left = 4 * 3600 - (16 * 10 + 18 * 20) * step_s - (3 + 16 + 18) * (1.12 * 10 + 12) - 10
-    assert steps_in(machine(400.0), 4 * 3600, 3, 15) == int(left / (step_s * (1 / share + 2 + 8 + 18)))
+    assert steps_in(machine(400.0), 4 * 3600, 3, 15, True) == int(left / (step_s * (1 / share + 2 + 8 + 18)))
+    # Without a search: one arm after three lengths of stage 2, and the 18.
+    left = 4 * 3600 - (3 * 10 + 18 * 20) * step_s - (3 + 3 + 18) * (1.12 * 10 + 12) - 10
+    assert steps_in(machine(400.0), 4 * 3600, 3, 15, False) == int(left / (step_s * (1 / share + 2 + 1.5 + 18)))
+    assert fast.search and not slow.search
     assert share_of_cost(30) == 1.0
 
 
@@ -71,18 +74,30 @@ def all_runs_of(plan: Plan, seeds: int, accuracy: dict[str, float]) -> list[Run]
 
 
 def test_every_arm_has_the_same_search_and_the_final_runs_have_what_it_found() -> None:
-    found = {"rate-bitnet_sft-0.001": 0.6, "rate-logits-0.0003": 0.6, "gamma-both-1e3": 0.7, "length-24": 0.8}
+    found = {"rate-bitnet_sft-0.001": 0.6, "rate-logits-0.002": 0.6, "gamma-both-1e3": 0.7, "length-24": 0.8}
     runs = all_runs(2, found)
     assert {arm: [run.rate for run in runs if run.phase == "rates" and run.arm == arm] for arm in ARMS} == {
-        arm: list(RATES) for arm in ARMS
+        name: list(arm.rates) for name, arm in ARMS.items()
     }
+    assert {len(arm.rates) for arm in ARMS.values()} == {2}
     last = [run for run in runs if run.phase == "final"]
     assert [run.name for run in last] == [f"{arm}-{seed}" for seed in range(2) for arm in ARMS]
     by_name = {run.name: run for run in last}
-    assert by_name["bitnet_sft-1"].rate == 1e-3 and by_name["logits-1"].rate == 3e-4
+    assert by_name["bitnet_sft-1"].rate == 1e-3 and by_name["logits-1"].rate == 2e-3
     assert by_name["both-0"].gamma == "1e3" and by_name["relations-0"].gamma == "shares"
     assert {run.stage2 for run in last if ARMS[run.arm].stage2} == {24} and by_name["bitnet_sft-0"].stage2 == 0
     assert {run.seed for run in runs if run.phase not in ("final",)} == {0}
+
+
+def test_without_a_search_every_arm_has_its_first_rate_and_the_longest_stage_2() -> None:
+    plan = planned(15, 24, {}, search=False)
+    runs = all_runs_of(plan, 2, {})
+    assert [run.name for run in runs[:3]] == ["teacher", "stage2-24", "stage2-48"]
+    last = [run for run in runs if run.phase == "final"]
+    assert [(run.arm, run.seed) for run in last] == [(arm, seed) for seed in range(2) for arm in ARMS]
+    assert all(run.rate == ARMS[run.arm].rates[0] for run in last)
+    assert {run.stage2 for run in last if ARMS[run.arm].stage2} == {48}
+    assert [(run.phase, run.stage2, run.rate) for run in runs[15:]] == [("lengths", n, 1e-3) for n in (0, 24, 48)]
 
 
 def test_of_equally_accurate_runs_the_surer_one_is_chosen() -> None:
@@ -93,7 +108,7 @@ def test_of_equally_accurate_runs_the_surer_one_is_chosen() -> None:
 
 def test_every_run_can_be_and_only_final_ones_see_the_test_split() -> None:
     for run in all_runs(1, {}):
-        if run.phase in ("rates", "lengths") and run.rate == RATES[1]:
+        if run.phase in ("rates", "lengths") and run.rate == ARMS[run.arm].rates[1]:
             continue  # as that with the first rate
         settings = compose_arguments(run_settings(PLAN, run))
         assert run.steps % settings.evaluation.every == 0
@@ -154,7 +169,7 @@ def test_what_was_done_is_taken_up_and_told(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, PLAN)
     assert [line["split"] for line in lines if line["phase"] == "final"] == ["test"] * 12
     rows = {row["arm"]: row for row in arm_rows(lines)}
-    assert rows["logits"]["test %"] == "84.5 ± 0.7" and rows["logits"]["rate"] == "0.001"
+    assert rows["logits"]["test %"] == "84.5 ± 0.7" and rows["logits"]["validation %"] == "80.0"
     assert [row["tokens of stage 2"] for row in length_rows(lines, PLAN)] == ["0", "816", "1,632"]
     said = verdict(lines)
     assert "(logits, which" in said and "+14.0 points from BitNet-SFT, more than twice" in said
@@ -168,9 +183,23 @@ def test_what_was_done_is_taken_up_and_told(tmp_path: Path) -> None:
     assert "<caption>teacher: 97.0 % of 100 right</caption>" in page
 
     # A run whose end is missing is made again, and so is what was chosen by it.
-    (tmp_path / "rate-logits-0.0003" / "evaluation.jsonl").unlink()
+    (tmp_path / "rate-logits-0.002" / "evaluation.jsonl").unlink()
     again = next_run(PLAN, figures_of(tmp_path, PLAN), 2)
-    assert again is not None and again.name == "rate-logits-0.0003"
+    assert again is not None and again.name == "rate-logits-0.002"
+
+
+def test_without_a_search_the_table_tells_of_the_final_runs_alone(tmp_path: Path) -> None:
+    plan = planned(15, 24, {"cpu": "a CPU"}, search=False)
+    for run in all_runs_of(plan, 2, {}):
+        leave(tmp_path / run.name, run, ENDS.get(run.arm, 0.7) + 0.01 * run.seed)
+    lines = lines_of(tmp_path, plan)
+    assert next_run(plan, figures_of(tmp_path, plan), 2) is None
+    assert {row["validation %"] for row in arm_rows(lines)} == {"–"}
+    assert [row["tokens of stage 2"] for row in length_rows(lines, plan)] == ["0", "816", "1,632"]
+    assert "(both, as published) is +2.0 points from BitNet-SFT" in verdict(lines)
+    write_results(tmp_path, plan)
+    page = (tmp_path / "report.html").read_text()
+    assert "with the first seed, on the test split" in page and "test, both" in page
 
 
 def test_the_verdict_says_too_where_it_does_not_keep_up(tmp_path: Path) -> None:
@@ -226,6 +255,8 @@ def test_it_goes_on_where_it_was_stopped_and_starts_each_service_once(
     assert kept == {"teacher", "stage2-4", "stage2-8"}, "only what another run begins with"
     typed("--again", "--runs", "2")
     assert made[-2:] == ["teacher", "rate-full_precision-0.0003"]
+    typed("--again", "--no-search", "--runs", "4")
+    assert made[-4:] == ["teacher", "stage2-4", "stage2-8", "full_precision-0"]
 
 
 def test_a_longer_stage_2_begins_with_the_shorter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
