@@ -125,7 +125,7 @@ def test_a_teacher_off_by_one(refused: Refused) -> None:
 
 def test_a_teacher_that_answers_nonsense_stops_the_run(refused: Refused) -> None:
     with TeacherProcess(script=teacher_script(corrupt="nan")) as broken:
-        assert "NaN" in refused(url=broken.url, expected=1)
+        assert "computed a next_logprob that is not finite" in refused(url=broken.url, expected=1)
 
 
 def test_a_run_does_not_go_on_with_another_teacher(workshop: Workshop, tmp_path: Path) -> None:
