@@ -28,6 +28,7 @@ from demo.prepare import TEACHER
 from demo.processes import Processes, prepared, stoppable, train
 from demo.screen import Screen
 from demo.served import Teacher, measure_machine, serve_teacher
+from teacher_proto.hardware import auto_dtype
 
 RUNS = Path("runs/classification")
 NAME = "SmolLM2-135M-reviews"
@@ -121,15 +122,17 @@ class Services:
     def settings(self, relates: bool) -> list[str]:
         """Where they are."""
         model = teacher_model(self.processes)
+        # It was trained in float32, and is exported so; a pass takes several times as long in that.
+        dtype = ["--dtype", str(auto_dtype("cpu")).removeprefix("torch.")]
         if self.teacher is None:
             ready = self._stack.enter_context(
                 # That of transformers: it starts in seconds, and a prompt has thirty tokens.
-                serve_teacher(self.processes, RUNS, model, NAME, "--engine", "hf")
+                serve_teacher(self.processes, RUNS, model, NAME, "--engine", "hf", *dtype)
             )
             self.teacher = ready()
         settings = [f"teacher.url={self.teacher.url}"]
         if relates and self.attention_url is None:
-            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url]
+            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url, *dtype]
             served = self.processes.serve("stillhouse-attention", beside, RUNS / "attention.log")
             self.attention_url = self._stack.enter_context(served)()
         return [*settings, f"teacher.attention_url={self.attention_url}"] if relates else settings
