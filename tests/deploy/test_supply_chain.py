@@ -79,13 +79,14 @@ def test_no_code_and_no_pickle_out_of_a_model() -> None:
 
 def test_models_of_strangers_are_loaded_from_safetensors_alone() -> None:
     of_our_own_files = {"demo", "examples", "export", "export.py"}
-    loaded = {
-        path.name: [ast.unparse(keyword) for keyword in call.keywords]
+    loaded = [
+        (f"{path.name}:{call.lineno}", [ast.unparse(keyword) for keyword in call.keywords])
         for path in SOURCES if not of_our_own_files & set(path.parts)
-        for call in calls_of(path) if ast.unparse(call.func).startswith("AutoModel")
-    }  # fmt: skip
+        for call in calls_of(path)
+        if ast.unparse(call.func).startswith("AutoModel") and ast.unparse(call.func).endswith(".from_pretrained")
+    ]  # fmt: skip
     assert loaded
-    assert all("use_safetensors=True" in keywords for keywords in loaded.values()), loaded
+    assert all("use_safetensors=True" in keywords for _, keywords in loaded), loaded
 
 
 def test_the_scan_of_images_finds_what_is_hidden_in_a_layer() -> None:
