@@ -10,6 +10,7 @@ one would be decided by the few with enormous activations that language models h
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -39,14 +40,15 @@ def calibrate_sub_norms(student: Student, micros: Sequence[MicroBatch], ranks: R
     Returns the gain by the linear's name. ValueError where the text never reaches a norm.
     """
     normed = untrained_sub_norms(student.model)
-    sums = {name: torch.zeros(2, dtype=torch.float64, device=student.device) for name in normed}
+    # Of each norm, the sum of its tokens' log RMS and their number.
+    sums_L2 = torch.zeros(len(normed), 2, dtype=torch.float64, device=student.device)
     reading = _Reading()
     with standing_still(student) as layers, ExitStack() as stack, stage("calibrating SubLN", len(micros)) as doing:
         for layer in layers:
             stack.enter_context(in_full_precision(layer))
-        for name, linear in normed.items():
+        for linear, sum_2 in zip(normed.values(), sums_L2, strict=True):
             assert linear.rms_norm is not None
-            stack.callback(linear.rms_norm.register_forward_hook(reading.into(sums[name])).remove)
+            stack.callback(linear.rms_norm.register_forward_hook(reading.into(sum_2)).remove)
         for micro in micros:
             view = micro.view
             reading.real_N = (view.attention.document_ids_BT >= 0).flatten()
@@ -54,14 +56,13 @@ def calibrate_sub_norms(student: Student, micros: Sequence[MicroBatch], ranks: R
                 student.body(view.input_ids_BT, view.position_ids_BT, view.attention)
             doing.done += 1
     gains: dict[str, float] = {}
-    for name, linear in normed.items():
-        total, tokens = ranks.add_up(sums[name]).tolist()
+    for (name, linear), (total, tokens) in zip(normed.items(), ranks.add_up(sums_L2).tolist(), strict=True):
         if not tokens:
             raise ValueError(
                 f"{name} was given no token with a value other than 0 by the first {len(micros)} micro batches: set "
                 "student.quantisation.sub_norm_start=ones"
             )
-        gains[name] = float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+        gains[name] = math.exp(total / tokens)
         with torch.no_grad():
             _gains(linear).fill_(gains[name])
     logger.info(
