@@ -8,7 +8,6 @@ its warm-up passes through them.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import CausalDocuments, View
 from student_trainer.calibration.sub_norms import calibrate_sub_norms
 from student_trainer.checkpoint.earlier_run import load_student
+from student_trainer.reporting.json_lines import read_lines
 from student_trainer.settings import QuantisationSettings, StudentSettings
 from student_trainer.students.quant_linear import set_quantisation_blend
 from student_trainer.students.student import Student
@@ -48,7 +48,7 @@ def rows_of(ids_BT: torch.Tensor) -> MicroBatch:
 def cross_entropy(student: Student, micro: MicroBatch) -> float:
     view = micro.view
     hidden_BTD = student.body(view.input_ids_BT, view.position_ids_BT, view.attention)
-    logits_NV = student.model.lm_head(hidden_BTD.flatten(0, 1)[view.rows_N]).float()
+    logits_NV = student.head.logits(hidden_BTD.flatten(0, 1)[view.rows_N])
     return float(F.cross_entropy(logits_NV, view.labels_N))
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the table into docs/guides/bitdistill.md")
     options = parser.parse_args()
     prepare(("teacher", "text"))
-    documents = [json.loads(line)["text"] for line in (TEXT / "prose.jsonl").read_text().splitlines()]
+    documents = [line["text"] for line in read_lines(TEXT / "prose.jsonl")]
     ids = AutoTokenizer.from_pretrained(TEACHER)("\n\n".join(documents)[:100_000], return_tensors="pt").input_ids[0]
     ids_BT = ids[: (CALIBRATED + HELD_OUT) * LENGTH].view(-1, LENGTH)
     calibrating, held_out = rows_of(ids_BT[:CALIBRATED]), rows_of(ids_BT[CALIBRATED:])

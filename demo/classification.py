@@ -122,17 +122,17 @@ class Services:
     def settings(self, relates: bool) -> list[str]:
         """Where they are."""
         model = teacher_model(self.processes)
-        # It was trained in float32, and is exported so; a pass takes several times as long in that.
-        dtype = ["--dtype", str(auto_dtype("cpu")).removeprefix("torch.")]
         if self.teacher is None:
+            # It was trained in float32, and is exported so; a pass takes several times as long in that.
+            dtype = str(auto_dtype("cpu")).removeprefix("torch.")
             ready = self._stack.enter_context(
                 # That of transformers: it starts in seconds, and a prompt has thirty tokens.
-                serve_teacher(self.processes, RUNS, model, NAME, "--engine", "hf", *dtype)
+                serve_teacher(self.processes, RUNS, model, NAME, "--engine", "hf", "--dtype", dtype)
             )
             self.teacher = ready()
         settings = [f"teacher.url={self.teacher.url}"]
         if relates and self.attention_url is None:
-            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url, *dtype]
+            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url]
             served = self.processes.serve("stillhouse-attention", beside, RUNS / "attention.log")
             self.attention_url = self._stack.enter_context(served)()
         return [*settings, f"teacher.attention_url={self.attention_url}"] if relates else settings
@@ -196,7 +196,7 @@ def run_settings(plan: Plan, run: Run) -> list[str]:
     if run.phase == "stage2":
         # The rate is constant, so that a shorter stage 2 is the beginning of a longer one.
         return [
-            *settings, "recipe=bitnet_pretraining", "optim=muon_clip", "data=short_texts", "data.held_out_rows=4",
+            *settings, "recipe=bitnet_pretraining", "data=short_texts", "data.held_out_rows=4",
             f"student.checkpoint_path={base}", "optim.learning_rate=1e-3", "optim.schedule.kind=constant",
             f"evaluation.every={run.steps}", f"student.quantisation.warmup_steps={max(1, plan.lengths[1] // 2)}",
             "optim.schedule.warmup_steps=5", "run.allow_changes=[run.steps,evaluation.every]",

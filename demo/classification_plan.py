@@ -44,7 +44,7 @@ class Arm:
 
 # Of AdamW, which suits the pretrained weights, and of Muon, by which ternary ones learn most in few steps.
 FULL_RATES, TERNARY_RATES = (3e-4, 1e-4), (1e-3, 2e-3)
-DISTILLED = ("recipe=bitdistill", "optim=muon_clip")
+DISTILLED = ("recipe=bitdistill",)
 ARMS: Mapping[str, Arm] = {
     "full_precision": Arm("the classes, in full precision", ("recipe=classification_teacher",), FULL_RATES),
     "bitnet_sft": Arm("the classes, ternary without stage 2", ("recipe=bitnet_sft",), TERNARY_RATES),
