@@ -195,8 +195,10 @@ class StopSignals:
             self.check()
 
     def _on_unraisable(self, unraisable: Any) -> None:
-        """A `Stop` that was raised in a finaliser, where nothing can catch it, comes again by the watching thread."""
-        if not isinstance(unraisable.exc_value, Stop):
+        """Tell of it only before a signal. A `Stop` that was raised in a finaliser, where nothing can catch it, comes
+        again by the watching thread; what it left half made has a finaliser that may fail for want of an attribute.
+        """
+        if self.received is None:
             self._unraisable_before(unraisable)
 
     def _wait_for_takeover(self) -> None:

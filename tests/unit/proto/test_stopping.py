@@ -100,6 +100,16 @@ class Held:
 Held()
 time.sleep(600)
 """,
+    "an object that is left half made": """
+class Half:
+    def __init__(self):
+        say("ready")
+        time.sleep(600)
+        self.made = True
+    def __del__(self):
+        self.made
+Half()
+""",
     "native": "stuck()",
     "event loop": """
 async def wait():
