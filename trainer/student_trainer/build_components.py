@@ -25,6 +25,7 @@ from student_trainer.losses.kinds import all_terms, terms_of
 from student_trainer.losses.terms import Needs
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.settings import Settings
+from student_trainer.settings.student import NO_STUDENT
 from student_trainer.students.diffusion import check_reading
 from student_trainer.students.diffusion_record import text_rows
 from student_trainer.students.load import check_cell
@@ -87,7 +88,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     student = settings.student if settings.student.tokenizer else model_behind(settings.student)
     name = student.tokenizer or student.checkpoint_path
     if not name:
-        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
+        raise ValueError(NO_STUDENT)
     try:
         return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

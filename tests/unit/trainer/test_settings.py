@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.cli.compose import compose
-from student_trainer.cli.help import settings_by_name
+from student_trainer.cli.compose import compose, compose_arguments
+from student_trainer.cli.help import entry, settings_by_name
 from student_trainer.settings import Settings
 
 MINIMAL = ["student.checkpoint_path=/model", "data.sources.a.kind=jsonl", "data.sources.a.path=/data.jsonl"]
@@ -181,3 +181,20 @@ def test_help_names_every_setting_and_imports_neither_torch_nor_hydra() -> None:
     for name, _ in settings_by_name(Settings):
         assert name in shown
     assert "logits_only" in shown
+
+
+def test_help_has_a_line_a_setting_in_a_pipe_and_is_wrapped_in_a_terminal() -> None:
+    name, about = f"  {'run.steps=1000':52}", "number of updates " * 8
+    assert entry(name, about, None) == f"{name}{about}".rstrip()
+    assert entry(name, "short", 80) == f"{name}short"
+    for width in (80, 120):
+        first, *lines = entry(name, about, width).splitlines()
+        assert first.startswith("  run.steps=1000") and all(len(line) <= width for line in (first, *lines))
+        assert " ".join(" ".join((first, *lines)).split()) == f"run.steps=1000 {about}".strip()
+        assert (first == "  run.steps=1000") == (width == 80)
+
+
+def test_a_command_without_a_student_is_refused_before_libraries_are_imported() -> None:
+    with pytest.raises(ValueError, match=r"student\.checkpoint_path must be given"):
+        compose_arguments(MINIMAL[1:])
+    assert compose_arguments([*MINIMAL[1:], "student.tokenizer=/tokenizer"]).student.tokenizer == "/tokenizer"

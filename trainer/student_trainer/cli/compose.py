@@ -38,15 +38,20 @@ from student_trainer.cli.help import CONFIG, groups, sections_in, settings_by_na
 from student_trainer.cli.old_names import renamed
 from student_trainer.settings import Settings
 from student_trainer.settings.redact import remember
-from student_trainer.settings.student import OLD_NAMES
+from student_trainer.settings.student import NO_STUDENT, OLD_NAMES
 
 logger = logging.getLogger(__name__)
 
 
 def compose_arguments(arguments: Sequence[str]) -> Settings:
-    """The settings of a run out of a command line: overrides, and `--config-folder DIR`. ValueError as `compose`."""
+    """The settings of a run out of a command line: overrides, and `--config-folder DIR`. ValueError as `compose`, and
+    where no student is named: the libraries that would miss it take seconds to import.
+    """
     overrides, folder = split_config_folder(arguments)
-    return compose(overrides, folder)
+    settings = compose(overrides, folder)
+    if not settings.student.checkpoint_path and not settings.student.tokenizer:
+        raise ValueError(NO_STUDENT)
+    return settings
 
 
 def compose(overrides: list[str], config_folder: Path | None = None) -> Settings:

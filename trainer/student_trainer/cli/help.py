@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -15,18 +18,31 @@ from pydantic.fields import FieldInfo
 from student_trainer.settings import Settings
 
 CONFIG = Path(__file__).parent.parent / "config"
+WIDTH_BESIDE = 50  # columns that a description needs to stand beside its name
 
 
 def print_help(commands: str) -> None:
     """`commands`: what can be done, the text above groups and settings."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(commands)
     print("Groups, chosen as in `distillation=logits_only`; --config-folder DIR adds choices of your own:")
     for name, choices in groups([CONFIG]).items():
-        print(f"  {name:14}{', '.join(choices)}")
+        print(entry(f"  {name:14}", ", ".join(choices), width))
     print("\nSettings, given as in `optim.learning_rate=1e-4`; NAME stands for a name of your choice:")
     for name, field in settings_by_name(Settings):
         shown = name if field.is_required() else f"{name}={_shown(field.get_default(call_default_factory=True))}"
-        print(f"  {shown:52}{field.description or ''}".rstrip())
+        print(entry(f"  {shown:52}", field.description or "", width))
+
+
+def entry(name: str, about: str, width: int | None) -> str:
+    """One line, as what reads it from a pipe expects; wrapped in a terminal of `width` columns, below its name where
+    little is left beside it.
+    """
+    if width is None or len(name + about) <= width:
+        return (name + about).rstrip()
+    if width - len(name) >= WIDTH_BESIDE:
+        return textwrap.fill(about, width, initial_indent=name, subsequent_indent=" " * len(name))
+    return f"{name.rstrip()}\n" + textwrap.fill(about, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def groups(folders: list[Path]) -> dict[str, list[str]]:

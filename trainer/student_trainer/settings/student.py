@@ -15,6 +15,7 @@ OLD_NAMES = {
     "student.kind": "student.quantiser", "student.bitnet": "student.quantisation",
     "student.type": "student.architecture",
 }  # fmt: skip
+NO_STUDENT = "student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model"
 AUTO = "auto"  # of architecture and quantiser: what the folder holds
 TYPES = {
     "causal": {"architecture": "causal", "quantiser": "none"},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from student_trainer.settings import StudentSettings
+from student_trainer.settings.student import NO_STUDENT
 from student_trainer.students import flex
 from student_trainer.students.adapters.adapter import Adapter
 from student_trainer.students.adapters.lora import LORA
@@ -58,7 +59,7 @@ def student_from_model(settings: StudentSettings, device: torch.device) -> Stude
     """The student of the model at `settings.checkpoint_path`, float32 on `device`. ValueError says why it can't be."""
     check_cell(settings)
     if not settings.checkpoint_path:
-        raise ValueError("student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model")
+        raise ValueError(NO_STUDENT)
     model = _load_model(settings, attention_for(settings, device))
     # The adapter before the architecture: its layers are compiled and checkpointed with the others.
     return begin(model.to(device), settings, adapt(model, settings))
