@@ -1,4 +1,4 @@
-"""The clients of teacher and attention service: replicas, retries, deadlines, progress, checks of who answers.
+"""The clients of the teacher and attention services: replicas, retries, deadlines, progress, identity checks.
 
 May import `wire` and the records. Open `teacher_client.py` first, then `replica_client.py`.
 """

@@ -1,6 +1,6 @@
-"""One call to one of several replicas, attempt by attempt, until every record is here or something ends it.
+"""One call to a pool of replicas, attempt by attempt, until every record has arrived or an error ends it.
 
-`call.py` says what ends it and what does not, `exchange.py` makes one attempt. Used by `replica_client.py`.
+`call.py` decides which errors end a call; `exchange.py` makes a single attempt. Used by `replica_client.py`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from teacher_proto.errors import EngineDeadError, StillhouseError, TeacherUnavai
 from teacher_proto.request_checks import RequestT
 from teacher_proto.wire.answers import Progress, RecordT
 
-# Others who are computed for beside a suspect would be blamed for its deed: so long their end is waited for.
+# Requests of other clients that run beside a suspect would be blamed if it kills the engine. Wait this long for them.
 WAIT_FOR_OTHERS_S = 10.0
 
 
 def timeouts(policy: RetryPolicy, read_s: float) -> httpx.Timeout:
-    """Timeouts of one exchange with so long a silence."""
+    """Timeouts of one exchange that may be silent for `read_s`."""
     return httpx.Timeout(read_s, connect=min(policy.connect_timeout_s, read_s))
 
 
 class Attempts(Generic[RequestT, RecordT, InfoT]):
-    """What the calls of one client share. `check_addressee(fingerprint, info, url)` raises where a single request is
-    for another than the replica at `url`.
+    """What the calls of one client share. `check_addressee(fingerprint, info, url)` raises if the fingerprint that a
+    request names is not that of the replica at `url`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
     async def records(
         self, call: Call[RequestT], tell: Callable[[], None]
     ) -> AsyncGenerator[tuple[int, RecordT], None]:
-        """(index, record) of a request that a service admits whole. `tell` is called when its progress changes."""
+        """Yield (index, record) for a request that a service admits in one piece. `tell` is called on progress."""
         async with self._slots:
             call.start()
             ranked = self._pool.ranked(call.key)
@@ -83,7 +83,8 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
     async def _attempt(
         self, call: Call[RequestT], replica: Replica[InfoT], asked: list[int], tell: Callable[[], None]
     ) -> AsyncGenerator[tuple[int, RecordT], None]:
-        """Ask one replica for these sequences. Raises the first error, after what came beside it."""
+        """Request these sequences from one replica. The error of a sequence is raised after the records of the others;
+        of several errors, the first that cannot be retried, or else the last."""
         info = replica.info
         assert info is not None, "a replica whose probe has passed is known"
         if call.request.fingerprint is not None:
@@ -120,14 +121,14 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
     def _after_failure(
         self, call: Call[RequestT], replica: Replica[InfoT], error: StillhouseError, asked: list[int]
     ) -> None:
-        """Book the failure on the replica and the call; raises where the call ends with it."""
+        """Record the failure on the replica and the call; raises if it ends the call."""
         self._stats.count(error)
         hangs = isinstance(error.__cause__, httpx.ReadTimeout)
         if hangs:
             replica.was_silent(len(asked), call.tokens_of(asked))
         if isinstance(error, (WrongTeacherError, EngineDeadError)) or hangs:
-            # Two more calls that wait for one that hangs would cost two more read timeouts; a probe tells sooner. A
-            # dead engine's process answers until it is gone.
+            # Don't wait for `open_after` failures: with a replica that hangs, each costs a whole read timeout, and a
+            # probe tells sooner. A process whose engine is dead still responds until it exits.
             replica.last_error = error
             self._pool.open(replica)
         elif isinstance(error, (TeacherUnavailableError, WireError)):
@@ -137,7 +138,7 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
         call.judge(replica, error, asked)
 
     async def _death(self, replica: Replica[InfoT], error: StillhouseError, began_at: float) -> Death | None:
-        """Whether the engine died of, or beside, an attempt that began then and ended with this error."""
+        """How the engine died during the attempt that began at `began_at` and ended with `error`; None if it didn't."""
         if isinstance(error, EngineDeadError):
             return "died"
         if not broke_off(error):
@@ -146,9 +147,10 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
         return "vanished" if status.gone or status.uptime_s < self._timing.now() - began_at else None
 
     async def _until_alone(self, replica: Replica[InfoT]) -> None:
-        """Wait for what others have in flight, within bounds, so that nobody is blamed for somebody else's request."""
+        """Wait, for a bounded time, until the replica has finished other clients' requests, so that none of those is
+        blamed."""
         if self._deaths > self._deaths_staggered:
-            # Clients that all saw the same death do not begin all at once.
+            # Clients that saw the same engine die should not all start at once.
             self._deaths_staggered = self._deaths
             await self._timing.sleep(self._timing.random.uniform(0.0, 1.0))
         end = self._timing.now() + WAIT_FOR_OTHERS_S
@@ -159,7 +161,7 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
             await self._timing.sleep(0.5)
 
     async def _pause(self, call: Call[RequestT]) -> None:
-        """Before a replica hears this call again: the backoff, then the budget's leave."""
+        """Before the call is repeated to a replica: back off, then wait until the retry budget allows it."""
         delay = self._timing.full_jitter(call.attempts - 1, self._policy.backoff_base_s, self._policy.backoff_cap_s)
         await self._timing.sleep(min(delay, max(call.remaining_s, 0.0)))
         while (wait_s := self._budget.wait_s()) > 0 and call.remaining_s > 0:

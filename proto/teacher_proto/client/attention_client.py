@@ -1,9 +1,9 @@
-"""`AttentionClient`: attention from the service that sits beside a teacher, with all that `TeacherClient` does.
+"""`AttentionClient`: attention targets from the service that runs beside a teacher; otherwise like `TeacherClient`.
 
     async with AttentionClient("http://attention:8001", beside=teacher_info.identity) as client:
         states = await client.attention(AttentionRequest(sequences=[[1, 2, 3]], layer="late_middle"))
 
-Used by the trainer's relation loss and by anybody else's; `sync_client.py` is the same for scripts.
+Used by the trainer's relation loss and by third-party trainers; `sync_client.py` is the blocking version for scripts.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ ATTENTION = Route(
 
 
 class AttentionClient(ReplicaClient[AttentionRequest, AttentionTargets, AttentionInfo]):
-    """Asks replicas of one attention service. Use it from one event loop.
+    """Client of the replicas of one attention service. Use it from one event loop.
 
-    `beside`: the teacher that the service must hold the same model as, by identity or fingerprint: weights, tokenizer,
-    dtype and all else that decides what answers mean; its engine is its own. A service with another model raises
-    WrongTeacherError with the fields that differ. Other arguments as `ReplicaClient`.
+    `beside`: identity or fingerprint of the teacher whose model the service must hold. Weights, tokenizer, dtype and
+    everything else in the semantic half must be equal; the engine may differ. A service with another model raises
+    WrongTeacherError with the fields that differ. Other arguments as for `ReplicaClient`.
     """
 
     route = ATTENTION
@@ -68,11 +68,11 @@ class AttentionClient(ReplicaClient[AttentionRequest, AttentionTargets, Attentio
         self, request: AttentionRequest, *, deadline_s: float | None = None,
         given: dict[int, AttentionTargets] | None = None, on_progress: OnProgress | None = None,
     ) -> list[AttentionTargets]:  # fmt: skip
-        """The attention of every sequence, in their order. Arguments as `answers`, errors as `stream`."""
+        """The attention targets of every sequence, in order. Arguments as for `answers`, errors as for `stream`."""
         return await self.answers(request, deadline_s=deadline_s, given=given, on_progress=on_progress)
 
     async def _inspect(self, replica: Replica[AttentionInfo], info: AttentionInfo, patience: httpx.Timeout) -> None:
-        """Is it of the teacher that it is to sit beside?"""
+        """Check that the service holds the teacher's model."""
         if self._beside is not None:
             check_beside(self._beside, info, replica.url)
 
@@ -81,7 +81,7 @@ class AttentionClient(ReplicaClient[AttentionRequest, AttentionTargets, Attentio
 
 
 def check_beside(teacher: TeacherIdentity | str, info: AttentionInfo, url: str) -> None:
-    """WrongTeacherError, with the fields that differ, unless the service at `url` holds the teacher's own model."""
+    """Raise WrongTeacherError, with the fields that differ, unless the service at `url` holds the teacher's model."""
     fingerprint = teacher if isinstance(teacher, str) else teacher.fingerprint
     if compare_fingerprints(fingerprint, info.fingerprint) != "semantic":
         return

@@ -1,10 +1,11 @@
-"""One call to a teacher with all its attempts, and the rules by which a failed attempt ends it or not.
+"""The state of one call to a teacher across all its attempts, and the rules for which failures are retried.
 
-Asked again: no connection, silence, a cut or changed body, 429 and 503, an engine's error that says `retryable`; in
-smaller parts after silence of a service that reports no progress, and after a body that somebody found too large.
-Asked once more, elsewhere if there is an elsewhere: a record that cannot be a distribution; twice is a poison batch.
-Asked again only after the replica has shown who it is: an answer under another fingerprint. Everything else ends the
-call at once. Used by `replica_client.py` and `attempts.py`.
+- Retried: no connection, silence, a truncated or corrupted body, 429 and 503, an engine error marked `retryable`.
+  Retried in smaller parts: silence of a service that reports no progress, and a body that was too large.
+- Retried once, on another replica if there is one: a record that cannot be a distribution. Twice is a poison batch.
+- Retried once the replica's identity has been checked again: a response with another fingerprint.
+
+Everything else ends the call at once. Used by `replica_client.py` and `attempts.py`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from teacher_proto.request_checks import RequestT, SequencesRequest
 from teacher_proto.wire.answers import Progress
 
 MAX_IDENTITY_CHANGES = 3
-# What a service is taken to do that reports progress, and no rate yet.
+# The rate assumed for a service that reports progress, but no rate yet.
 SLOWEST_TOKENS_PER_SECOND = 10.0
-# An engine that says that it died was computing what it was asked; a process that vanished may have been killed by
-# anybody. One death or two make a suspect, two alone or three a culprit.
+# An engine that reports its own death was computing our request; a process that vanished may have been killed for any
+# reason, so it weighs less. One reported death, or two vanished processes, make a sequence a suspect. Two reported
+# deaths, or three vanished processes, while it was computed alone make it the culprit.
 Death = Literal["died", "vanished"]
 _WEIGHT: dict[Death, int] = {"died": 3, "vanished": 2}
 _SUSPECT, _CULPRIT = 3, 6
@@ -45,7 +47,8 @@ _SUSPECT, _CULPRIT = 3, 6
 
 @dataclass
 class ClientStats:
-    """What a client has done. `errors` counts by error code, `numeric_changes` the teachers of other rounding."""
+    """Counters of a client. `errors` is by error code; `numeric_changes` counts teachers that differ only in rounding.
+    """
 
     calls: int = 0
     attempts: int = 0
@@ -60,10 +63,11 @@ class ClientStats:
 
 
 class Call(Generic[RequestT]):
-    """State of one call: which sequences are missing, who was asked, how far it is, what went wrong.
+    """State of one call: which sequences are missing, which replicas were tried, its progress, what went wrong.
 
-    Its deadline is for time without progress: a record, or a report by which fewer tokens are left, begins it anew.
-    While a service reports, it has twice the time that the longest missing sequence takes at the reported rate on top.
+    The deadline limits the time without progress: it restarts with each record, and with each progress report that has
+    fewer tokens left. While the service reports progress, twice the time that the longest missing sequence takes at the
+    reported rate is added.
     """
 
     def __init__(
@@ -80,10 +84,10 @@ class Call(Generic[RequestT]):
         self.attempts = 0
         self.failed = False
         self.evidence = evidence or Evidence()
-        # Whom the call is with, None between attempts, and what was last heard of it.
+        # The replica that the call is at, None between attempts, and its last progress report.
         self.replica: Replica[Any] | None = None
         self.progress: Progress | None = None
-        # Sequences to ask for at a time, by what somebody on the way lets through.
+        # Sequences to request at a time; halved when a body was too large for the service or a proxy.
         self._at_once = len(request.sequences)
         self._policy = policy
         self._now = timing.now
@@ -93,7 +97,7 @@ class Call(Generic[RequestT]):
         self.start()
 
     def start(self) -> None:
-        """From now on the deadline counts."""
+        """Start the deadline's clock."""
         self.started_at = self.moved_at = self.heard_at = self.reported_at = self._now()
 
     def tokens_of(self, asked: list[int]) -> int:
@@ -112,7 +116,7 @@ class Call(Generic[RequestT]):
         return self.deadline - self._now()
 
     def begin(self, replica: Replica[Any]) -> list[int]:
-        """An attempt at `replica`: the sequences to ask it for."""
+        """Begin an attempt at `replica`; returns the indexes of the sequences to request from it."""
         self.attempts += 1
         self.tried.add(replica)
         self.replica, self.progress = replica, None
@@ -126,30 +130,30 @@ class Call(Generic[RequestT]):
 
     @property
     def suspected(self) -> bool:
-        """Whether the next attempt is at a sequence that may kill the engine."""
+        """Whether the next attempt is for a sequence that may kill the engine."""
         return bool(self.evidence.suspects(self.request, self.missing))
 
     def waited(self, seconds: float) -> None:
-        """So long this client itself held the call back: it does not count."""
+        """Exclude `seconds` from the deadline: the client itself held the call back."""
         self.moved_at += seconds
 
     def died(self, replica: Replica[Any], death: Death, error: StillhouseError, asked: list[int], alone: bool) -> None:
-        """The engine died while these were computed. DeadlyRequestError once that is the doing of one of them."""
+        """The engine died while it computed `asked`. Raises DeadlyRequestError once one of them is the proven cause."""
         missing = [index for index in asked if index in self.missing]
         self.evidence.note(self.request, missing, death, f"{replica.url}: {error}", alone=alone)
 
     def end(self, failed: bool) -> None:
-        """The attempt is over. After a success every replica is as good as new."""
+        """The attempt is over. After a success, every replica counts as untried again."""
         self.replica, self.progress, self.failed = None, None, failed
         if not failed:
             self.tried.clear()
 
     def heard(self) -> None:
-        """Bytes have come."""
+        """Bytes have arrived."""
         self.heard_at = self._now()
 
     def answered(self, index: int) -> None:
-        """The record of this sequence has come."""
+        """The record of this sequence has arrived."""
         self.missing.discard(index)
         self.evidence.forget(self.request, index)
         tokens = len(self.request.sequences[index])
@@ -158,7 +162,7 @@ class Call(Generic[RequestT]):
         self.moved_at = self.heard_at = self._now()
 
     def reported(self, progress: Progress) -> None:
-        """The service says how far it is."""
+        """A progress report has arrived."""
         self.heard()
         self.reported_at = self.heard_at
         last, self.progress = self.progress, progress
@@ -167,7 +171,8 @@ class Call(Generic[RequestT]):
             self.moved_at = self._now()
 
     def judge(self, replica: Replica[Any], error: StillhouseError, asked: list[int]) -> None:
-        """Return if the call goes on after `error` of `replica`, which was `asked`; raise what ends it."""
+        """Decide about the `error` of an attempt at `replica` for the sequences `asked`: return if the call goes on,
+        raise what ends it."""
         if isinstance(error, InvalidTargetsError):
             self._rejections.append(f"{replica.url}: {error}")
             if len(self._rejections) >= 2:
@@ -200,13 +205,13 @@ class Call(Generic[RequestT]):
 
 
 class Evidence:
-    """Which request kills the engine: what speaks against sequences that one client asks about, whatever request they
-    come in, until they are answered: a restart may take longer than a call waits.
+    """Finds the sequence that kills the engine. The evidence is kept per sequence of one client, across calls, until
+    the sequence is answered, because an engine's restart may take longer than a call waits.
 
-    When an engine dies, whatever was being computed is suspect: the one that killed it, and its neighbours. Asked again
-    all at once, the one would kill the next engine and the neighbours would look as guilty. So suspects are asked one
-    at a time, with nothing else of this client in flight (`Lanes`): an innocent one is answered and cleared, and the
-    one at which the engine dies again, twice, is named.
+    When an engine dies, every sequence that was being computed is a suspect. If all were retried together, the cause
+    would kill the next engine too, and its neighbours would look as guilty. So suspects are retried one at a time, with
+    nothing else of this client in flight (`Lanes`): an innocent one is answered and cleared, and the one that kills the
+    engine again, twice, is named.
     """
 
     def __init__(self) -> None:
@@ -215,7 +220,7 @@ class Evidence:
         self._reasons: dict[bytes, list[str]] = {}
 
     def suspects(self, request: SequencesRequest, missing: Iterable[int]) -> list[int]:
-        """Those of `missing` to be asked about alone, the least suspect first: they are cleared the sooner."""
+        """Those of `missing` that must be requested alone, the least suspect first, since they are soon cleared."""
         if not self._reasons:
             return []
         keys = {index: _key(request, index) for index in missing}
@@ -225,8 +230,8 @@ class Evidence:
     def note(
         self, request: SequencesRequest, indexes: Iterable[int], death: Death, reason: str, *, alone: bool
     ) -> None:
-        """The engine died while these were computed. DeadlyRequestError once it has died often enough of one of them,
-        while nothing else of ours was computed."""
+        """The engine died while these were computed. Raises DeadlyRequestError once one of them has killed it often
+        enough while no other sequence of this client was being computed."""
         for index in indexes:
             key = _key(request, index)
             (self._alone if alone else self._beside)[key] += _WEIGHT[death]
@@ -235,7 +240,7 @@ class Evidence:
                 raise _deadly(request, index, tuple(self._reasons[key]))
 
     def forget(self, request: SequencesRequest, index: int) -> None:
-        """This one is answered."""
+        """The sequence has been answered: drop the evidence against it."""
         if self._reasons:
             key = _key(request, index)
             for counts in (self._beside, self._alone, self._reasons):
@@ -257,7 +262,7 @@ def _deadly(request: SequencesRequest, index: int, reasons: tuple[str, ...]) -> 
 
 
 class Lanes:
-    """Any number of holders at once, or one alone; who waits to be alone goes before those who come later."""
+    """A shared-exclusive lock: any number of holders, or one alone. One that waits to be alone holds up newcomers."""
 
     def __init__(self) -> None:
         self._running = 0

@@ -1,7 +1,7 @@
-"""One HTTP exchange with one replica: what goes out, what comes back checked, and every failure as one of our errors.
+"""One HTTP exchange with one replica: sends a request, checks the response, turns every failure into a StillhouseError.
 
-`attempts.py` and `replica_client.py` call it and decide what a failure means. Nothing here retries. A `Route` is what
-it has to know of a service; `teacher_client.py` has the teacher's, `attention_client.py` the attention service's.
+`attempts.py` and `replica_client.py` call it and decide what a failure means. Nothing here retries. A `Route` describes
+a service; `teacher_client.py` has the teacher's, `attention_client.py` the attention service's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from teacher_proto.wire.answers import (
 )
 from teacher_proto.wire.records import MSGPACK, REQUEST_ID_HEADER, encode_request
 
-# How often a service is asked to say how far it is; more often where silence is cut earlier.
+# The progress interval to request from a service; a third of the read timeout if that is shorter.
 PROGRESS_EVERY_S = 2.0
 MAX_PLAIN_BYTES = 2**20
 MAX_MESSAGE_BYTES = 2**30
@@ -54,10 +54,10 @@ InfoT = TypeVar("InfoT", bound=ServiceInfo)
 class Route(Generic[RequestT, HeaderT, RecordT, InfoT]):
     """One service's route.
 
-    `noun` and `command` are for messages. `info` is what the service tells of itself. `check_request` raises a
-    RequestError for what the service would refuse, `check_header` a WireError where a header speaks of another
-    request, `check_record` InvalidTargetsError for a record that can't be the answer to the sequence of that index.
-    `cost` is what the service admits a request by.
+    `noun` and `command` are for messages. `info` is the record of its `GET /v1/teacher`. `check_request` raises a
+    RequestError for what the service would refuse, `check_header` a WireError for the header of another request,
+    `check_record` InvalidTargetsError for a record that can't belong to the sequence of that index. `cost` is the
+    number by which the service admits a request.
     """
 
     noun: str
@@ -77,7 +77,8 @@ AnyRoute = Route[Any, Any, Any, Any]
 async def fetch_info(
     http: httpx.AsyncClient, url: str, route: Route[RequestT, HeaderT, RecordT, InfoT], timeouts: httpx.Timeout
 ) -> InfoT:
-    """Who answers at `url`. TeacherUnavailableError if nobody or no such service does; else the peer's own error."""
+    """What the service at `url` says about itself. TeacherUnavailableError if no Stillhouse service responds; otherwise
+    the peer's own error, or one of `read_info`."""
     try:
         async with open_response(http, "GET", url, "/v1/teacher", route, timeouts=timeouts) as response:
             body = await plain_body(response)
@@ -93,7 +94,7 @@ async def fetch_info(
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """What a client reads of `GET /v1/status`. `gone`: nobody listens there, or the engine is dead."""
+    """What a client reads from `GET /v1/status`. `gone`: nothing listens there, or the engine is dead."""
 
     gone: bool = False
     uptime_s: float = math.inf
@@ -101,7 +102,8 @@ class ServiceStatus:
 
 
 async def fetch_status(http: httpx.AsyncClient, url: str, timeouts: httpx.Timeout) -> ServiceStatus:
-    """How a service is. One that says nothing of itself, or can't be heard, is taken to be there, old and idle."""
+    """The status of a service. One without that route, or whose response can't be read, is assumed to be alive, idle
+    and never restarted."""
     try:
         async with http.stream("GET", url + "/v1/status", timeout=timeouts, follow_redirects=False) as response:
             tree = _json_or_none(await plain_body(response))
@@ -120,7 +122,7 @@ async def fetch_status(http: httpx.AsyncClient, url: str, timeouts: httpx.Timeou
 
 
 def broke_off(error: StillhouseError) -> bool:
-    """Whether the connection ended in the middle of an answer, or of the wait for one."""
+    """Whether the connection ended in the middle of a response, or while waiting for one."""
     cut = (httpx.ReadError, httpx.WriteError, httpx.CloseError)
     return isinstance(error, TruncatedError) or isinstance(error.__cause__, cut)
 
@@ -130,13 +132,13 @@ async def exchange(
     info: InfoT, timeouts: httpx.Timeout, on_chunk: Callable[[int], None] = lambda n: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> AsyncGenerator[tuple[int, RecordT | StillhouseError], None]:  # fmt: skip
-    """Post `request` and yield (index, checked record or that sequence's error) as they come: the
-    engine's, or InvalidTargetsError for a record that cannot be.
+    """Post `request` and yield (index, checked record or that sequence's error) as they arrive. The error is the
+    engine's, or InvalidTargetsError for a record that cannot be right.
 
-    Raises what concerns the whole: an error status, a cut or changed body, another teacher's fingerprint
-    (WrongTeacherError), the answer to somebody else's request.
-    `on_chunk` hears the size of each piece once what it holds has been handed out, and may raise to end the exchange;
-    `on_progress` what a service that knows it reports while it has nothing else to say.
+    Raises what concerns the whole request: an error status, a truncated or corrupted body, another teacher's
+    fingerprint (WrongTeacherError), the response to another request.
+    `on_chunk` is called with the size of each chunk after its records have been yielded, and may raise to end the
+    exchange; `on_progress` with each progress report, from services that send them.
     """
     request_id = uuid.uuid4().hex
     headers = {
@@ -176,7 +178,7 @@ def _interval(timeouts: httpx.Timeout) -> str:
 def _rejection(
     message: Targets[RecordT], request: RequestT, info: InfoT, route: Route[RequestT, HeaderT, RecordT, InfoT]
 ) -> InvalidTargetsError | None:
-    """Why a record cannot be one, if so: its neighbours in the body may still be good."""
+    """The error of an invalid record, None for a valid one. Not raised: other records of the body may be good."""
     try:
         route.check_record(message.targets, request, message.index, info)
     except InvalidTargetsError as error:
@@ -204,7 +206,8 @@ async def open_response(
     http: httpx.AsyncClient, method: str, place: str, path: str, route: AnyRoute, timeouts: httpx.Timeout,
     **arguments: Any,
 ) -> AsyncIterator[httpx.Response]:  # fmt: skip
-    """`http.stream`, with whatever can go wrong on the way as a TeacherUnavailableError or TruncatedError."""
+    """`http.stream`, with transport errors turned into TeacherUnavailableError or TruncatedError. WireError for a
+    response with a content-encoding."""
     try:
         async with http.stream(method, place + path, timeout=timeouts, follow_redirects=False, **arguments) as response:
             if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
@@ -237,7 +240,7 @@ async def plain_body(response: httpx.Response) -> bytes:
 
 
 def error_of(response: httpx.Response, body: bytes, route: AnyRoute) -> StillhouseError:
-    """The error that a response stands for: its own if it is a teacher's, else one that names the status."""
+    """The error of a response that is not a success: the service's own, or else one that names the status."""
     place = str(response.url.copy_with(path="/", query=None)).rstrip("/")
     tree = _json_or_none(body)
     if isinstance(tree, dict) and isinstance(tree.get("code"), str) and isinstance(tree.get("message"), str):
@@ -261,7 +264,7 @@ def _json_or_none(body: bytes) -> Any:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds of a Retry-After header; a date in it is passed over, since clocks differ."""
+    """Seconds of a Retry-After header. A date is ignored, since clocks differ."""
     try:
         seconds = float(response.headers.get("retry-after", ""))
     except ValueError:

@@ -1,8 +1,9 @@
-"""Who a client expects to answer: the identity, the fingerprint and the canary that every replica is held against.
+"""Which teacher a client expects: the identity, fingerprint and canary that every replica is checked against.
 
-A fingerprint covers what a teacher was loaded from; the canary covers what it computes: four fixed sequences that are
-scored at every connect. The trainer keeps a run's first canary in its checkpoints and hands it to the next client. Used
-by `replica_client.py` and the trainer's local teacher. Without an expectation, the first teacher met becomes it.
+A fingerprint covers what a teacher was loaded from; the canary covers what it computes: the logprobs of four fixed
+sequences, scored at every connect. The trainer keeps a run's first canary in its checkpoints and gives it to the next
+client. Without an expectation, the first teacher that responds sets it. Used by `replica_client.py` and the trainer's
+local teacher.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from teacher_proto.targets import TokenTargets
 
 log = logging.getLogger(__name__)
 LENGTHS = (8, 16, 24, 32)
-# Mean absolute difference in logprob that the rounding of a dtype explains: with 8 bits of mantissa a logit of 16
-# moves by 0.06 when a batch of another size takes another kernel.
+# Mean absolute difference in logprob that rounding in a dtype explains: with 8 bits of mantissa, a logit of 16 moves by
+# 0.06 when a different batch size selects a different kernel.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3}
 TOLERANCE_16_BIT = 5e-2
 
 
 @dataclass(frozen=True)
 class Canary:
-    """The logprobs of the four sequences' own next tokens, one after the other: 4 + ... + 31 numbers, plain floats."""
+    """The logprobs of the next tokens of the four sequences, concatenated: at most 7 + 15 + 23 + 31 plain floats."""
 
     logprobs: tuple[float, ...]
 
     def distance(self, other: Canary) -> float:
-        """Mean absolute difference; infinite where the two are not of the same sequences."""
+        """Mean absolute difference; infinite if the two are not of the same sequences."""
         if len(self.logprobs) != len(other.logprobs):
             return float("inf")
         return float(np.abs(np.subtract(self.logprobs, other.logprobs)).mean())
 
 
 def canary_request(info: TeacherInfo) -> TargetsRequest | None:
-    """The fixed sequences for a vocabulary of this size; None for a teacher that gives no next_logprob."""
+    """The request for the fixed sequences, in this teacher's vocabulary; None if it serves no next_logprob."""
     kind = next((kind for kind in ("score", "top_k") if kind in info.kinds), None)
     if kind is None:
         return None
@@ -56,20 +57,21 @@ def canary_request(info: TeacherInfo) -> TargetsRequest | None:
 
 
 def read_canary(answers: Sequence[TokenTargets]) -> Canary:
-    """The canary out of the answers to `canary_request`, in order; a sequence's last row predicts nothing known."""
+    """The canary from the targets of `canary_request`, in order. The last row of a sequence has no next token."""
     rows = [answer.next_logprob[:-1] for answer in answers if answer.next_logprob is not None]
     return Canary(tuple(float(x) for x in np.concatenate(rows)))
 
 
 def tolerance(identity: TeacherIdentity) -> float:
-    """How far apart two canaries of one teacher may lie."""
+    """The largest distance between two canaries of the same teacher."""
     dtype = identity.semantic.dtype.removeprefix("torch.")
     exact = dtype in TOLERANCE and identity.semantic.quantization is None
     return TOLERANCE[dtype] if exact else TOLERANCE_16_BIT
 
 
 class Expectation:
-    """A semantic difference raises WrongTeacherError; a numeric one is warned of and counted, or raises if refused."""
+    """Checks teachers. A semantic difference raises WrongTeacherError; a numeric one logs a warning and is counted, or
+    raises too with `refuse_numeric_change`."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class Expectation:
         self._check(self.fingerprint, info, url)
 
     def check_fingerprint(self, fingerprint: str, info: ServiceInfo) -> None:
-        """Hold a teacher against the fingerprint that a single request names."""
+        """Check a teacher against the fingerprint that a single request names."""
         self._check(fingerprint, info, "the teacher")
 
     def check_canary(self, canary: Canary, info: ServiceInfo, url: str) -> None:
@@ -103,7 +105,7 @@ class Expectation:
             self.canary = canary
             return
         allowed = tolerance(info.identity) if self._tolerance is None else self._tolerance
-        # The comparison is false for a distance that is NaN, which must not pass either.
+        # Written so that a NaN distance fails.
         if not (distance := self.canary.distance(canary)) <= allowed:
             raise WrongTeacherError(
                 f"{url} says it is {info.fingerprint}, but its canary is {distance:.4g} nats a token from the one "

@@ -1,7 +1,6 @@
-"""What every client does: records from one service behind one or many URLs, checked, in order, whatever happens.
+"""The base class of the clients: checked records from one service behind one or more URLs, with retries.
 
-`teacher_client.py` makes the teacher's client of it, `attention_client.py` the attention service's. What is retried and
-what is not is written down in `call.py`.
+`teacher_client.py` and `attention_client.py` derive the two clients from it. `call.py` lists what is retried.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ OnProgress = Callable[[Waiting], None]
 
 
 class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
-    """Asks replicas of one service. Use it from one event loop. A subclass sets `route`.
+    """Client of the replicas of one service. Use it from one event loop. A subclass sets `route`.
 
-    `urls`: roots of the replicas. `key`: the bearer key. `expect`: the identity or fingerprint that must answer;
-    without it the first one met is expected of all others. `expect_canary`: a canary of an earlier run.
-    `verify`: as httpx's. `transport` replaces the network, for tests; `timing` its clock and chance.
+    `urls`: root URLs of the replicas. `key`: the bearer key. `expect`: the identity or fingerprint required of every
+    replica; without it, that of the first to respond. `expect_canary`: a canary of an earlier run.
+    `verify`: as in httpx. `transport` replaces the network in tests, and `timing` the clock and random numbers.
     """
 
     route: Route[RequestT, Any, RecordT, InfoT]
@@ -78,14 +77,14 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
 
     @property
     def outage_s(self) -> float:
-        """For how long no replica could be asked, 0 while one can."""
+        """For how many seconds no replica has been available, 0 while one is."""
         since = self._pool.down_since
         return 0.0 if since is None else self._timing.now() - since
 
     async def teacher(self, wait_s: float = 0.0) -> InfoT:
-        """Who the teacher is. Probes each replica once; with `wait_s` waits that long for one to be ready.
+        """The service's description. Probes each replica once, or with `wait_s` waits that long for one to be ready.
 
-        TeacherUnavailableError if nobody, or something else, answers; WrongTeacherError with the difference.
+        TeacherUnavailableError if no Stillhouse service responds; WrongTeacherError with the difference.
         """
         if wait_s > 0:
             deadline = self._timing.now() + wait_s
@@ -108,10 +107,10 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         self, request: RequestT, *, deadline_s: float | None = None, given: dict[int, RecordT] | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[RecordT]:  # fmt: skip
-        """The records of every sequence, in the order of the sequences. Errors as `stream`.
+        """The record of every sequence, in the order of the sequences. Errors as for `stream`.
 
-        `given` are the records by index that are there already: they are not asked for, and those that come are kept
-        there, so that whoever asks again after an error asks for the rest alone.
+        `given` holds records that the caller already has, by index. They are not requested, and new records are added
+        to it, so that a call repeated after an error requests only the rest.
         """
         given = {} if given is None else given
         missing = [index for index in range(len(request.sequences)) if index not in given]
@@ -125,11 +124,11 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
     async def stream(
         self, request: RequestT, *, deadline_s: float | None = None, on_progress: OnProgress | None = None
     ) -> AsyncGenerator[tuple[int, RecordT], None]:
-        """(index, record) of each sequence once, as they come, in any order. A request beyond what the service admits
-        is sent in parts. `on_progress` hears how far it is, at each record and report of the service.
+        """Yield (index, record) once per sequence, as they arrive, in any order. A request beyond what the service
+        admits is sent in parts. `on_progress` is called at each record and each progress report of the service.
 
-        RequestError if the request is at fault; WrongTeacherError; PoisonBatchError with the sequences that two
-        attempts answered with nonsense; TeacherUnavailableError when `deadline_s` passes without progress.
+        RequestError if the request is at fault; WrongTeacherError; PoisonBatchError with the sequences that came back
+        invalid in two attempts; TeacherUnavailableError when `deadline_s` passes without progress.
         """
         entry = self._in_flight.begin(request.num_tokens)
         try:
@@ -151,7 +150,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
             self._in_flight.end(entry)
 
     def waiting(self) -> Waiting | None:
-        """How far all requests under way are together; None where there is none. From any thread."""
+        """The progress of all requests in flight together, None if there are none. May be called from any thread."""
         return self._in_flight.waiting(self._what, len(self._pool.replicas))
 
     async def close(self) -> None:
@@ -167,7 +166,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         await self.close()
 
     async def _split(self, request: RequestT, deadline_s: float | None) -> list[list[int]]:
-        """Indexes of the sequences by part, each of which a replica admits. What none would take is refused here."""
+        """Indexes of the sequences in each part, which any replica admits. Raises for what none would admit."""
         infos = [replica.info for replica in self._pool.replicas if replica.info is not None]
         if not infos:
             patience_s = self.policy.deadline_s if deadline_s is None else deadline_s
@@ -180,7 +179,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         return split(request, info, self.route.cost)
 
     async def _probe(self, replica: Replica[InfoT]) -> None:
-        """Connect or reconnect: who is it, is it who we expect, does it compute what it did."""
+        """Connect or reconnect: fetch the identity, check that it is the expected one, and `_inspect`."""
         self.stats.probes += 1
         patience = timeouts(self.policy, self.policy.probe_timeout_s)
         info = await fetch_info(self._http, replica.url, self.route, patience)
@@ -189,8 +188,8 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         replica.info = info
 
     async def _inspect(self, replica: Replica[InfoT], info: InfoT, patience: httpx.Timeout) -> None:
-        """What a probe looks at beyond the identity. Raises what speaks against this replica."""
+        """A probe's checks beyond the identity. Raises if one fails."""
 
     def _check_addressee(self, fingerprint: str, info: InfoT, url: str) -> None:
-        """Hold a replica against the fingerprint that a single request names."""
+        """Check a replica against the fingerprint that a single request names."""
         self._expected.check_fingerprint(fingerprint, info)

@@ -1,8 +1,8 @@
-"""The replicas of one teacher: which to ask first, a circuit breaker for each, waiting until one can be asked, and when
-one may be asked again: the policy's figures, full-jitter backoff, and a budget for retries.
+"""The replicas of one teacher: their order of preference, a circuit breaker for each, waiting for an available one, and
+retries: the policy, full-jitter backoff and a retry budget.
 
-`replica_client.py` owns a `ReplicaPool` and gives it the probe that closes a circuit. A circuit is open at first: the
-first probe is the connect. Times in seconds, on a monotonic clock that tests replace.
+`replica_client.py` owns a `ReplicaPool` and gives it the probe that closes a circuit. Circuits start open: the first
+probe is the connect. Times are in seconds, on a monotonic clock that tests replace.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from teacher_proto.errors import StillhouseError, TeacherUnavailableError
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a client is.
+    """Timeouts, backoff and retry limits of a client.
 
-    `deadline_s` is how long one call with all its retries may go without progress: no record, and no report of the
-    service by which fewer tokens are left. `read_timeout_s` is the longest silence inside an answer; a service that
-    works says so every few seconds. `max_in_flight` requests are with a replica at a time, the others wait here.
-    A replica's circuit opens after `open_after` failures in a row, or one silence, and is probed at most every
-    `probe_cap_s`.
-    A replica hears a call a second time after a full-jitter backoff, and only while such repeats within the last
-    minute stay below `budget_ratio` of the calls or below `budget_floor`. `max_wire_errors` attempts whose bytes
-    were not the wire's end a call: something between the two rewrites it.
+    `deadline_s` is how long one call with all its retries may go without progress, that is, without a record or a
+    progress report with fewer tokens left. `read_timeout_s` is the longest silence within a response; a service that
+    is working reports progress every few seconds. At most `max_in_flight` requests per replica are sent at a time; the
+    others wait in the client. A replica's circuit opens after `open_after` failures in a row or one read timeout, and
+    the backoff between its probes is at most `probe_cap_s`.
+    A call is repeated to a replica after a full-jitter backoff, and only while repeats within the last minute are fewer
+    than `budget_ratio` of the calls, or than `budget_floor`. `max_wire_errors` attempts with bytes that are not the
+    wire format end a call: something on the way rewrites them.
     """
 
     deadline_s: float = 300.0
@@ -53,7 +53,7 @@ class RetryPolicy:
 
 @dataclass
 class Timing:
-    """Where a client's time and chance come from."""
+    """A client's clock and random numbers."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -61,12 +61,12 @@ class Timing:
 
     def full_jitter(self, attempt: int, base_s: float, cap_s: float) -> float:
         """Uniform between 0 and `base * 2**attempt`, capped (Brooker, "Exponential backoff and jitter", AWS 2015)."""
-        # Full jitter: clients that failed together come back spread over the whole interval, not all at its end.
+        # Clients that failed together are spread over the whole interval, instead of all returning at its end.
         return self.random.uniform(0.0, min(cap_s, base_s * 2.0 ** min(attempt, 32)))
 
 
 class RetryBudget:
-    """Counts calls and repeats of the last minute, so that many students do not storm a teacher that comes back."""
+    """Limits repeats by the calls of the last minute, so that many clients do not overrun a teacher that restarts."""
 
     WINDOW_S = 60.0
 
@@ -81,10 +81,10 @@ class RetryBudget:
         self._calls.append(self._now())
 
     def wait_s(self) -> float:
-        """0 where a repeat is within the budget and has been taken from it; else the time until one may be."""
+        """0 if a repeat was within the budget, which it is then charged to; otherwise the time until one may be."""
         self._forget()
-        # A tenth of the calls by default, so that repeats add at most 10 % to the load of a teacher in trouble; the
-        # floor lets a client that has just started, with few calls, repeat at all.
+        # By default a tenth of the calls, so that repeats add at most 10 % to the load of a struggling teacher; the
+        # floor allows some to a client that has made few calls yet.
         allowed = max(self._policy.budget_floor, int(self._policy.budget_ratio * len(self._calls)))
         if len(self._repeats) < allowed:
             self._repeats.append(self._now())
@@ -100,11 +100,11 @@ class RetryBudget:
 
 
 class Replica(Generic[InfoT]):
-    """One teacher process behind a URL, and what this client knows of it.
+    """One teacher process behind a URL, and what this client knows about it.
 
-    `refused` is set where asking again is pointless until somebody acts: the wrong teacher, a key it does not know.
-    `max_tokens` are those to ask about at a time, None where nothing speaks against a whole request, and `patience` the
-    times over that it may be silent: learnt of one that does not report progress.
+    `refused` is set when retrying is pointless until somebody acts: the wrong teacher, an unknown key.
+    `max_tokens` limits the tokens of a request, None for no limit, and `patience` multiplies the read timeout. Both are
+    learnt from the silences of a service that does not report progress.
     """
 
     def __init__(self, url: str):
@@ -121,8 +121,8 @@ class Replica(Generic[InfoT]):
         self.patience = 1
 
     def was_silent(self, sequences: int, tokens: int) -> None:
-        """It said nothing for the whole read timeout. One that would report progress hangs; an older one may have been
-        asked for more than it computes in that time: it is asked for half as much, or given twice the time for one."""
+        """Nothing came within the read timeout. A service that reports progress hangs, and nothing is changed. An older
+        one may have needed longer: halve the tokens per request, or for a single sequence double the timeout."""
         if self.info is None or self.info.limits.max_cost is not None:
             return
         if sequences > 1:
@@ -131,7 +131,7 @@ class Replica(Generic[InfoT]):
             self.patience *= 2
 
     def answered(self) -> None:
-        """It gave a record in time: it may be asked for a little more at a time."""
+        """A record came in time: allow a little more per request."""
         if self.max_tokens is not None:
             self.max_tokens += max(1, self.max_tokens // 10)
 
@@ -140,9 +140,9 @@ class Replica(Generic[InfoT]):
 
 
 class ReplicaPool(Generic[InfoT]):
-    """`acquire` hands out a replica that can be asked now, or waits; the caller reports how it went.
+    """`acquire` returns a replica that is available now, or waits for one; the caller reports how it went.
 
-    `probe(replica)` returns if the replica is the teacher that is wanted and works, and raises otherwise.
+    `probe(replica)` returns if the replica is the expected teacher and works, and raises otherwise.
     """
 
     def __init__(
@@ -157,16 +157,16 @@ class ReplicaPool(Generic[InfoT]):
         self._noun = noun
 
     def ranked(self, key: bytes) -> list[Replica[InfoT]]:
-        """Rendezvous order for `key`: equal keys meet the same replica first, and its target store."""
+        """Rendezvous order for `key`: equal keys go to the same replica first, and so to the same target store."""
         return sorted(self.replicas, key=lambda r: hashlib.sha256(key + r.url.encode()).digest())
 
     async def acquire(
         self, ranked: Sequence[Replica[InfoT]], tried: Collection[Replica[InfoT]], deadline: float
     ) -> Replica[InfoT]:
-        """The first of `ranked` that can be asked now, untried ones before `tried`.
+        """The first of `ranked` that is available now, untried ones before `tried`.
 
-        Waits for a probe to succeed or a Retry-After to pass. TeacherUnavailableError at `deadline`, with what was
-        tried; the replica's own error where one of them was refused for good.
+        Waits for a probe to succeed or a Retry-After to pass. TeacherUnavailableError at `deadline`, with the last
+        error of each replica; the error of a `refused` replica at once.
         """
         started = self._timing.now()
         order = sorted(ranked, key=lambda r: r in tried)
@@ -188,7 +188,7 @@ class ReplicaPool(Generic[InfoT]):
             await self._wait(now, deadline)
 
     async def probe_all(self) -> None:
-        """Probe every open replica once, now. Their errors stay with them."""
+        """Probe every open replica once, now. Errors are kept on the replicas."""
         self._start_due_probes(float("inf"))
         probes = [replica.probe for replica in self.replicas if replica.probe is not None]
         if probes:
@@ -207,20 +207,20 @@ class ReplicaPool(Generic[InfoT]):
             self.open(replica)
 
     def open(self, replica: Replica[InfoT]) -> None:
-        """Ask nothing of the replica until a probe has passed."""
+        """Send nothing to the replica until a probe has passed."""
         replica.is_open = True
         replica.failed_probes = 0
         replica.ready_at = self._timing.now()
 
     def busy(self, replica: Replica[InfoT], error: StillhouseError, attempt: int) -> None:
-        """Leave the replica alone for its Retry-After and a jitter, so that those who wait do not come back at once."""
+        """Leave the replica alone for its Retry-After plus jitter, so that clients do not all return at once."""
         replica.last_error = error
         asked = min(error.retry_after or 0.0, self._policy.max_retry_after_s)
         jitter = self._timing.full_jitter(attempt, self._policy.backoff_base_s, self._policy.backoff_cap_s)
         replica.ready_at = self._timing.now() + asked + jitter
 
     def unavailable(self, waited_s: float) -> TeacherUnavailableError:
-        """What to raise when patience ends: each replica with the last that was heard of it."""
+        """The error to raise at a deadline: each replica with its last error."""
         heard = [(replica.url, str(replica.last_error or "no answer yet")) for replica in self.replicas]
         reasons = [text if url in text else f"{url}: {text}" for url, text in heard]
         return TeacherUnavailableError(
@@ -256,7 +256,7 @@ class ReplicaPool(Generic[InfoT]):
             replica.ready_at = self._timing.now() + max(jitter, error.retry_after or 0.0)
 
     def _collect_probes(self) -> None:
-        """Let go of probes that ended; one that met what is nobody's fault but ours raises it here."""
+        """Drop finished probes. An exception that is no StillhouseError is a bug of ours, and is raised here."""
         for replica in self.replicas:
             if replica.probe is not None and replica.probe.done():
                 probe, replica.probe = replica.probe, None
@@ -274,7 +274,7 @@ class ReplicaPool(Generic[InfoT]):
 
 
 def check_urls(urls: str | Sequence[str], noun: str) -> list[str]:
-    """The replicas' roots, checked: http or https, a host, once each."""
+    """The root URLs, stripped and checked: http or https, with a host, none twice. ValueError otherwise."""
     roots = [url.strip().rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
     if not roots:
         raise ValueError(f"no {noun} URL was given; one like http://localhost:8000 is expected")

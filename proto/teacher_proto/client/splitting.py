@@ -1,7 +1,6 @@
-"""A request in parts that a service admits, by sequences, tokens, bytes of the body and cost, and their answers as one.
+"""Splits a request into parts that a service admits, by sequences, tokens, body bytes and cost, and merges the streams.
 
-Used by `replica_client.py`. The trainer asks it too, before a run starts, whether the longest sequence that it will ask
-about fits alone.
+Used by `replica_client.py`, and by the trainer to check before a run that its longest sequence fits alone.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from teacher_proto.request_checks import RequestT
 
 T = TypeVar("T")
 
-# A part takes this share of what an empty service admits, so that others fit in beside it and each other.
+# A part of several sequences costs at most an eighth of what an empty service admits, so that several parts fit in.
 SHARE_OF_COST = 8
-# Bytes of a body beside what its sequences take: names, kinds, temperatures, a fingerprint.
+# Bytes of a body apart from its sequences: names, kinds, temperatures, a fingerprint.
 FIXED_BYTES = 1024
 
 
 def least_of(infos: Sequence[InfoT]) -> InfoT:
-    """The first of several replicas, with the least of all their limits: any of them may be asked."""
+    """The first of several replicas, with the lowest of all their limits: any of them may get the request."""
     limits = [info.limits for info in infos]
     costs = [limit.max_cost for limit in limits if limit.max_cost is not None]
     least: dict[str, int | None] = {
@@ -37,14 +36,14 @@ def least_of(infos: Sequence[InfoT]) -> InfoT:
 
 
 def split(request: RequestT, info: InfoT, cost_of: Callable[[RequestT, InfoT], int]) -> list[list[int]]:
-    """Indexes of the sequences by part, in order. OutOfRangeError for a sequence that is not admitted even alone, with
-    what it would take and what fits."""
+    """Indexes of the sequences in each part, in order. OutOfRangeError for a sequence that is not admitted even alone,
+    with its size and the limit."""
     limits, parts = info.limits, list[list[int]]()
     tokens = num_bytes = values = 0
     for index, tokens_T in enumerate(request.sequences):
         cost, size = cost_of(request.select([index]), info), request.sequence_bytes(index)
         check_alone(f"sequences.{index}", len(tokens_T), size + FIXED_BYTES, cost, info)
-        # All tokens of a request cost what those of its dearest sequence do.
+        # Every token of a request costs as much as those of its most expensive sequence.
         own = -(-cost // max(len(tokens_T), 1))
         worst = max(values, own)
         fits = (
@@ -84,10 +83,10 @@ def check_alone(field: str, num_tokens: int, num_bytes: int, cost: int, info: Se
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """(number of the stream, item) of all of them. Leaving it closes them all.
+    """Yield (number of the stream, item) from all streams. Closing the generator closes them all.
 
-    What one raises ends the others, but not TeacherUnavailableError: what the others are about to give is not thrown
-    away, and it is raised once they are done.
+    An exception in one stream ends the others, except for TeacherUnavailableError: it is raised once the others are
+    done, so that their records are not lost.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:

@@ -1,4 +1,4 @@
-"""`SyncTeacherClient`, `SyncAttentionClient`: the same clients for scripts, without an event loop of one's own.
+"""`SyncTeacherClient` and `SyncAttentionClient`: blocking versions of the clients, for scripts without an event loop.
 
 with SyncTeacherClient("http://localhost:8000") as client:
     targets = client.targets(TargetsRequest(sequences=[[1, 2, 3]], top_k=64))
@@ -27,7 +27,7 @@ ClientT = TypeVar("ClientT", bound=TeacherClient | AttentionClient)
 
 
 class _SyncClient(Generic[ClientT]):
-    """A client on a thread of its own, where `on_progress` is called. Works inside a running event loop too."""
+    """Runs a client on a separate thread, which also calls `on_progress`. Works inside a running event loop too."""
 
     def __init__(self, client: ClientT):
         self.client: ClientT = client
@@ -52,7 +52,7 @@ class _SyncClient(Generic[ClientT]):
         self.close()
 
     def waiting(self) -> Waiting | None:
-        """How far all requests under way are, those of other threads too; None where there is none."""
+        """The progress of all requests in flight, including those of other threads; None if there are none."""
         return self.client.waiting()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -60,7 +60,7 @@ class _SyncClient(Generic[ClientT]):
         try:
             return future.result()
         except BaseException:
-            # Ctrl-C leaves the request running otherwise.
+            # Otherwise the request would go on after Ctrl-C.
             future.cancel()
             raise
 

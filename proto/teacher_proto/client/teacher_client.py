@@ -1,11 +1,11 @@
-"""`TeacherClient`: targets from one teacher behind one or many URLs, checked, in order, whatever happens on the way.
+"""`TeacherClient`: checked targets, in order, from one teacher behind one or more URLs, with retries.
 
     async with TeacherClient(["http://teacher-0:8000", "http://teacher-1:8000"], key="...") as client:
         info = await client.teacher()
         targets = await client.targets(TargetsRequest(sequences=[[1, 2, 3]], top_k=64, temperatures=[2.0]))
 
-Used by the trainer's remote targets and by anybody else's; `sync_client.py` is the same for scripts. How it does it is
-in `replica_client.py`.
+Used by the trainer's remote targets and by third-party trainers; `sync_client.py` is the blocking version for scripts.
+The base class in `replica_client.py` does most of the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from teacher_proto.requests import TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets, check_targets
 from teacher_proto.wire.records import TARGETS_FORMAT, Header
 
-# Rounds over all replicas, one after the other, in which no byte more of the head came.
+# Consecutive rounds over all replicas without another byte of the head, after which the download is given up.
 _HEAD_TRIES = 4
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
@@ -57,27 +57,28 @@ TARGETS = Route(
 
 
 class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
-    """Asks replicas of one teacher for targets. Arguments as `ReplicaClient`; use it from one event loop."""
+    """Client of the replicas of one teacher. Arguments as for `ReplicaClient`; use it from one event loop."""
 
     route = TARGETS
 
     @property
     def canary(self) -> Canary | None:
-        """What the fixed sequences were answered with: to be kept with a run and given to its next client."""
+        """The logprobs of the fixed sequences, to be kept with a run and given to its next client."""
         return self._expected.canary
 
     async def targets(
         self, request: TargetsRequest, *, deadline_s: float | None = None,
         given: dict[int, TokenTargets] | None = None, on_progress: OnProgress | None = None,
     ) -> list[TokenTargets]:  # fmt: skip
-        """The targets of every sequence, in the order of the sequences. Arguments as `answers`, errors as `stream`."""
+        """The targets of every sequence, in the order of the sequences. Arguments as for `answers`, errors as for
+        `stream`."""
         return await self.answers(request, deadline_s=deadline_s, given=given, on_progress=on_progress)
 
     async def head(self) -> bytes:
         """The teacher's output head as the safetensors file of `GET /v1/head`, from the first replica that gives it.
 
-        A transfer that breaks goes on where it was, at this replica or the next, as long as more of it comes.
-        NotFoundError where the teacher serves no hidden states; WrongTeacherError; TeacherUnavailableError.
+        An interrupted transfer is resumed, at this replica or the next, as long as it makes progress.
+        NotFoundError if the teacher serves no hidden states; WrongTeacherError; TeacherUnavailableError.
         """
         await self.teacher()
         download, fruitless = _HeadDownload(), 0
@@ -91,7 +92,7 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
                 try:
                     return await _fetch_head(self._http, url, self.route, info.fingerprint, patience, download)
                 except StillhouseError as error:
-                    # The first that a retry could mend says more than what cannot be mended anyway.
+                    # Prefer an error that a retry may fix to one that it can't.
                     if failure is None or (error.retryable and not failure.retryable):
                         failure = error
             fruitless = 0 if download.size > before else fruitless + 1
@@ -105,7 +106,7 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
         await self._timing.sleep(min(max(backoff, failure.retry_after or 0.0), self.policy.max_retry_after_s))
 
     async def _inspect(self, replica: Replica[TeacherInfo], info: TeacherInfo, patience: httpx.Timeout) -> None:
-        """Does it compute what it did?"""
+        """Check the canary."""
         request = canary_request(info)
         if request is None:
             return
@@ -120,9 +121,9 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
 
 
 class _HeadDownload:
-    """The teacher's output head on its way here: the beginning of a file of `total` bytes with the entity tag `etag`,
-    nothing at first. `_fetch_head` fills it, one exchange after the other. A gigabyte need not be sent twice because a
-    connection broke: what came stays, and the rest is asked for with `Range`.
+    """A resumable download of the teacher's output head: the first `size` bytes of a file of `total` bytes. What has
+    arrived is kept when a connection breaks, and `_fetch_head` requests the rest with `Range`, so that a gigabyte is
+    not sent twice.
     """
 
     def __init__(self) -> None:
@@ -133,13 +134,13 @@ class _HeadDownload:
         self._chunks: list[bytes] = []
 
     def headers(self) -> dict[str, str]:
-        """What to ask with: for the rest where the beginning of a file that can be named is here."""
+        """Headers of the next request: for the rest of the file if its beginning has come, with an entity tag."""
         if not self.size or self._etag is None:
             return {}
         return {"range": f"bytes={self.size}-", "if-range": self._etag}
 
     def begin(self, response: httpx.Response) -> None:
-        """Take up an answer: 206 goes on where we are, 200 begins again. WireError for the middle of something else."""
+        """Start reading a response: 206 continues the file, 200 starts over. WireError for another range or file."""
         headers = response.headers
         if response.status_code == 206:
             place = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
@@ -164,8 +165,8 @@ class _HeadDownload:
         self.__init__()  # type: ignore[misc]
 
     def whole(self) -> bytes:
-        """The file. TruncatedError where the end is missing, and what came stays; WireError where it is not what the
-        teacher sent, and then all is forgotten. A teacher of an older edition tells no checksum."""
+        """The complete file. TruncatedError if its end is missing: what has arrived is kept. WireError if its sha256 is
+        wrong: everything is discarded. Older teachers send no sha256."""
         if self.total is not None and self.size != self.total:
             got, total = self.size, self.total
             if got > total:
@@ -182,8 +183,8 @@ async def _fetch_head(
     http: httpx.AsyncClient, url: str, route: AnyRoute, fingerprint: str, timeouts: httpx.Timeout,
     download: _HeadDownload,
 ) -> bytes:  # fmt: skip
-    """The file of `GET /v1/head`, going on where `download` is. NotFoundError where the teacher serves none,
-    WrongTeacherError if another answers; what came before an error stays in `download`."""
+    """The file of `GET /v1/head`, continuing `download`. NotFoundError if the teacher serves none, WrongTeacherError if
+    another teacher responds; what arrived before an error stays in `download`."""
     headers = download.headers()
     async with open_response(http, "GET", url, "/v1/head", route, timeouts=timeouts, headers=headers) as response:
         if response.status_code != 200 and not (response.status_code == 206 and headers):

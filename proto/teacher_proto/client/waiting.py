@@ -1,9 +1,8 @@
-"""How far what was asked of a teacher is, how fast it goes and how long it will take: a `Waiting`, for people to read.
+"""The progress of requests to a teacher, their rate and the time left, as a `Waiting` for people to read.
 
-`InFlight` makes it of what a client has asked and not yet got, and of the progress that services report, for
-`ReplicaClient.waiting`; the trainer's targets add up their clients'. Whoever waits shows it. Requests that were begun
-together are counted together until the last of them is answered, so that a count does not fall back when one of sixteen
-is done.
+`InFlight` computes it for `ReplicaClient.waiting`, from the client's outstanding requests and the services' progress
+reports; the trainer's targets add up those of their clients, and whoever waits shows it. Requests that were in flight
+together are counted until the last of them is done, so that the count does not drop when one of sixteen is.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ RATE_WINDOW_S = 60.0
 class Waiting:
     """What is being waited for. `what` names it, as in "teacher at http://localhost:8000".
 
-    `tokens` are those that were asked about and `tokens_done` those of them whose answers are here; `tokens_ahead` are
-    other people's, which the service computes before the last of ours. `tokens_per_second` is the service's rate for
-    all of them together, 0 while it is unknown. `silent_s`: for how long nothing was heard.
+    `tokens` were requested, and `tokens_done` of them have been answered; `tokens_ahead` are those of other clients
+    that the service computes before the last of ours. `tokens_per_second` is the service's rate over all of them, 0
+    while it is unknown. `silent_s`: seconds since anything was received.
     """
 
     what: str
@@ -37,7 +36,7 @@ class Waiting:
 
     @property
     def tokens_left(self) -> int:
-        """What is computed before the last answer is here: the rest of ours, and others' before it."""
+        """Tokens to be computed until we have everything: the rest of ours, and those of others ahead of them."""
         return max(self.tokens - self.tokens_done, 0) + self.tokens_ahead
 
     @property
@@ -48,7 +47,7 @@ class Waiting:
         return self.tokens_left / self.tokens_per_second if self.tokens_per_second > 0 else None
 
     def describe(self) -> str:
-        """As in `312 of 4,096 tokens, 20 tokens/s, about 3 min 9 s left`."""
+        """For example `312 of 4,096 tokens, 20 tokens/s, about 3 min 9 s left`."""
         parts = [f"{self.tokens_done:,} of {self.tokens:,} tokens"]
         if self.tokens_ahead:
             parts.append(f"{self.tokens_ahead:,} of others first")
@@ -62,10 +61,10 @@ class Waiting:
 
     @classmethod
     def sum_of(cls, parts: Iterable[Waiting | None]) -> Waiting | None:
-        """Several services that are waited for at once; None where none is.
+        """The sum over several services that are waited for at once; None if there are none.
 
-        They compute side by side, and the whole takes as long as the slowest: the rate is what makes `seconds_left`
-        say so.
+        They work in parallel, so the whole takes as long as the slowest: the rate is chosen such that `seconds_left` is
+        the slowest one's.
         """
         asked = [part for part in parts if part is not None]
         if len(asked) < 2:
@@ -98,7 +97,7 @@ def _rate(tokens_per_second: float) -> str:
 
 
 class AskedFor(Protocol):
-    """What is read of a `client.call.Call`: whom it is with, how far it is, and what was last heard of it."""
+    """The part of `client.call.Call` that is read here: its replica, its progress, and when it was last heard from."""
 
     @property
     def replica(self) -> Any: ...
@@ -116,7 +115,7 @@ class AskedFor(Protocol):
 
 @dataclass(eq=False)
 class Entry:
-    """One request: the calls that it was split into, none until it is known how a service wants it."""
+    """One request, and the calls that it was split into: none until the service's limits are known."""
 
     tokens: int
     calls: Sequence[AskedFor] = ()
@@ -128,14 +127,15 @@ class Entry:
 
 @dataclass(eq=False)
 class _Group:
-    """Requests that were begun before the first of them was done."""
+    """Requests that were begun before the first of them was done; `tokens_finished` are those of the done ones."""
 
     live: set[Entry] = field(default_factory=set)
     tokens_finished: int = 0
 
 
 class InFlight:
-    """`now` is a monotonic clock. Everything but `waiting` and `rate` is called on the client's event loop."""
+    """The outstanding requests of one client. `now` is a monotonic clock. `waiting` may be called from any thread,
+    everything else on the client's event loop."""
 
     def __init__(self, now: Callable[[], float]):
         self._now = now
@@ -153,20 +153,20 @@ class InFlight:
         return entry
 
     def end(self, entry: Entry) -> None:
-        """The request is answered, or was given up."""
+        """The request was answered or given up."""
         group = next(group for group in self._groups if entry in group.live)
         group.live.remove(entry)
         group.tokens_finished += entry.tokens
         self._groups = [group for group in self._groups if group.live]
 
     def answered(self, tokens: int) -> None:
-        """So many tokens' answers have come."""
+        """The record of a sequence of so many tokens has arrived."""
         self._answered.append((self._now(), tokens))
         while len(self._answered) > 2 and self._answered[1][0] < self._now() - RATE_WINDOW_S:
             self._answered.popleft()
 
     def waiting(self, what: str, replicas: int = 1) -> Waiting | None:
-        """All together; None where nothing is in flight. `replicas` share what is not sent yet."""
+        """All requests together; None if nothing is in flight. `replicas` share what is not sent yet."""
         groups = list(self._groups)
         entries = [entry for group in groups for entry in list(group.live)]
         if not entries:
@@ -179,14 +179,14 @@ class InFlight:
         )  # fmt: skip
 
     def waiting_for(self, what: str, entries: Sequence[Entry], replicas: int = 1) -> Waiting:
-        """These requests alone."""
+        """Only these requests."""
         return waiting_for(what, entries, self._now(), replicas, self._rate(), self._answered_since)
 
     def _answered_since(self, at: float) -> int:
         return sum(tokens for when, tokens in list(self._answered) if when > at)
 
     def _rate(self) -> float:
-        """Tokens answered a second of late, all services together: for one that does not report its own."""
+        """Recently answered tokens per second over all replicas, for services that do not report a rate."""
         answered = list(self._answered)
         tokens = sum(tokens for _, tokens in answered[1:])
         return tokens / max(self._now() - answered[0][0], 1e-3) if tokens else 0.0
@@ -196,8 +196,8 @@ def waiting_for(
     what: str, entries: Sequence[Entry], now: float, replicas: int = 1, measured_rate: float = 0.0,
     answered_since: Callable[[float], int] = lambda at: 0,
 ) -> Waiting:  # fmt: skip
-    """How far these requests are together, by what the services that compute them report. `answered_since` tells for
-    how many tokens answers came after a time: a service that reported before it counts them among those ahead."""
+    """The progress of these requests together, from the reports of the services. `answered_since(time)` is the number
+    of tokens answered since then: a report from before still counts them as ahead."""
     asked: dict[Any, list[AskedFor]] = defaultdict(list)
     unsent = sum(entry.tokens for entry in entries if not entry.calls)
     calls = [call for entry in entries for call in entry.calls]
@@ -220,17 +220,17 @@ def waiting_for(
 
 
 def _part(what: str, calls: Sequence[AskedFor], unsent: float, answered_since: Callable[[float], int]) -> Waiting:
-    """What one replica still has to do for us, and for others before the last of ours."""
+    """The work that one replica still has to do for us, and for others before the last of ours."""
     sent = sum(call.tokens_left for call in calls)
-    # Read once each: the client's thread may go on meanwhile.
+    # Read each `progress` once: the client's thread may change it meanwhile.
     reported = [(call, progress) for call in calls if (progress := call.progress) is not None]
-    # Whether or not a service counts our own other requests among those ahead of one, the last of ours ends then.
+    # The last of ours is done after this many tokens, whether or not a service counts our other requests as ahead.
     ahead = max(
         (call.tokens_left + max(progress.tokens_ahead - answered_since(call.reported_at), 0)
          for call, progress in reported), default=0,
     )  # fmt: skip
     _, latest = max(reported, key=lambda pair: pair[0].reported_at, default=(None, None))
-    # What is not sent yet will have as many of others' tokens before it as what is.
+    # Assume that what is not sent yet will have as many tokens of others ahead of it, in proportion.
     others = max(ahead - sent, 0) * (1 + unsent / max(sent, 1))
     rate = latest.tokens_per_second if latest is not None else 0.0
     return Waiting(what, 0, sent + round(unsent), round(others), rate)
