@@ -1,4 +1,4 @@
-"""What every command does as a process: signals, stages said as they go, children ended, a parent watched.
+"""What every command needs as a process: signal handling, progress on the terminal, ending children, parent watching.
 
-Imports nothing else of the contract. Open `stopping.py` first.
+Imports nothing else of the contract but `client.waiting`. Open `stopping.py` first.
 """

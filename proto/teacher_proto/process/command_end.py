@@ -1,5 +1,5 @@
-"""How a command ends: by its own code, or by a signal that it has obeyed. Called by `stillhouse-train`'s and
-`stillhouse-teacher`'s entry points.
+"""The exit code of a command, whether it ends by itself or was stopped by a signal. Called by the entry points of
+`stillhouse-train` and `stillhouse-teacher`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _ended_with: int | None = None
 
 
 def stoppable(program: str, command: Callable[[StopSignals], int]) -> int:
-    """The exit code of `command`; where a signal stopped it, the process ends here, with EXIT_STOPPED.
+    """Run `command` and return its exit code. After a signal the process ends here instead: with EXIT_STOPPED, or with
+    0 if the command succeeded all the same.
 
-    So it does where the command failed after a signal: what is made of the exception on its way is no failure.
+    An exception after a signal is no failure: a library may have turned `Stop` into an error of its own.
     """
     with StopSignals(program) as signals:
         try:
@@ -40,7 +41,7 @@ def stoppable(program: str, command: Callable[[StopSignals], int]) -> int:
 
 
 def hasten_end(code: int) -> None:
-    """For a command that is over: a signal from here on ends the process at once, with the code that it would have."""
+    """For a command that is done: from here on a signal ends the process at once, with the code it would have had."""
     global _ended_with
     _ended_with = code
     for number in SIGNALS:
@@ -48,9 +49,9 @@ def hasten_end(code: int) -> None:
 
 
 def skip_teardown() -> None:
-    """To be registered with `atexit` before anything else is, and so called last: after `hasten_end` the process ends
-    here. Taking torch's modules down takes seconds on a busy machine, in which a signal would find no handler of ours
-    and give the process another code.
+    """Register with `atexit` before anything else, so that it is called last: after `hasten_end` the process ends here.
+    Tearing down torch's modules takes seconds on a busy machine, during which a signal would meet no handler of ours
+    and change the exit code.
     """
     if _ended_with is not None:
         for stream in (sys.stdout, sys.stderr):

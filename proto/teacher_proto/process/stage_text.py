@@ -1,4 +1,4 @@
-"""Texts and bars of `stages`, cut to the width of a terminal."""
+"""Texts and progress bars, cut to the width of a terminal. Used by `stages`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAST_BAR, GAP = 8, 2
 
 
 def shortened(text: str, width: int) -> Text:
-    """One row of text: what does not fit ends in an ellipsis."""
+    """One row of text; an ellipsis replaces what does not fit."""
     from rich.text import Text
 
     row = Text(text, no_wrap=True)
@@ -21,8 +21,8 @@ def shortened(text: str, width: int) -> Text:
 
 
 def bar_line(width: int, what: str, done: float, total: float | None, right: Sequence[str]) -> Any:
-    """`what`, a bar that takes the room that is left, and the texts of `right`, of which the first give way in a narrow
-    terminal. Without a `total` there is no bar.
+    """A row of `what`, a bar that fills the remaining width, and the texts of `right`, of which the first are dropped
+    in a narrow terminal. Without a `total` there is no bar.
     """
     from rich.progress_bar import ProgressBar
     from rich.table import Table

@@ -1,10 +1,11 @@
-"""What a command is doing, said while it takes long: a bar in a terminal, elsewhere a line every ten seconds.
+"""Progress of a command's long steps: a bar in a terminal, elsewhere a line every ten seconds.
 
     with stage("indexing source 'web'", total=size, unit="MB") as doing:
         doing.done += ...
 
-Used by the trainer and by `stillhouse-teacher fill` and `pack`. What is over within a few seconds says nothing. All of
-it goes to standard error. A thread of its own writes, so that a main thread inside a native call is spoken for too.
+Used by the trainer and by `stillhouse-teacher fill` and `pack`. A step that is done within a few seconds prints
+nothing. All output goes to standard error, from a separate thread, so that it continues while the main thread is in a
+native call.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ BAR_AFTER_S, TICK_S = 1.0, 0.25
 
 
 def _number(value: float) -> str:
-    """Counts as they are, megabytes to a tenth where there are few."""
+    """A whole number, or one decimal for fractions below 100."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
 
 
 @dataclass(eq=False)
 class Stage:
-    """Something that may take long. `done` of `total` units of it, where that is known; `note` says more when asked,
+    """A step that may take long. `done` of `total` units, if that is known; `note` returns more text, and is called
     from another thread. The first plain line comes after `first_s`.
     """
 
@@ -45,12 +46,12 @@ class Stage:
     unit: str = ""
     note: Callable[[], str] = str
     first_s: float = FIRST_S
-    closing: bool = True  # whether its end is told, where it was spoken of
-    paced: bool = True  # whether the pace so far says how long the rest will take
+    closing: bool = True  # print a line at its end, if it has printed any
+    paced: bool = True  # estimate the time left from the pace so far
     done: float = 0.0
     began: float = field(default_factory=time.monotonic)
     spoken: bool = False
-    due: float = 0.0  # when the next line is
+    due: float = 0.0  # time of the next line
 
     def __post_init__(self) -> None:
         self.due = self.began + self.first_s
@@ -61,7 +62,7 @@ class Stage:
 
     @property
     def left_s(self) -> float | None:
-        """By the pace so far; None while there is none."""
+        """Seconds left at the pace so far; None while that is unknown."""
         if not self.paced or not self.total or not 0 < self.done <= self.total:
             return None
         return self.seconds * (self.total - self.done) / self.done
@@ -78,7 +79,7 @@ class Stage:
         return f"{line}; {note}" if note else line
 
     def rows(self, width: int) -> list[Any]:
-        """The same as one or two rows of a terminal, each a rich renderable of `width` columns at most."""
+        """The same for a terminal: one or two rich renderables of at most `width` columns."""
         share = f"{_number(self.done)}/{_number(self.total)} {self.unit}".rstrip() if self.total else ""
         left_s, note = self.left_s, self.note()
         left = "" if left_s is None else f"{duration(left_s)} left"
@@ -89,19 +90,19 @@ class Stage:
 
 
 class Pinned(Protocol):
-    """What stays at the foot of the terminal while stages come and go: a run's bar."""
+    """What stays at the bottom of the terminal while stages come and go: a run's progress bar."""
 
     def rows(self, width: int) -> list[Any]: ...
 
     def line(self) -> str | None:
-        """What is to be said where there is no terminal; None while nothing is new."""
+        """The line to print where there is no terminal; None if there is nothing new."""
         ...
 
 
 class Display:
-    """All that is under way in this process. `shown`: "on" draws a bar, "off" nothing, "auto" where there is a terminal
-    a bar, and lines elsewhere. Of several ranks the first alone speaks. `clean` takes out of a text what is not to be
-    shown, such as a password in a URL.
+    """Shows the stages of this process. `shown`: "on" draws a bar, "off" shows nothing, "auto" draws a bar in a
+    terminal and prints lines elsewhere. Of several ranks only the first shows anything. `clean` removes from a text
+    what must not be shown, such as a password in a URL.
     """
 
     def __init__(self) -> None:
@@ -116,7 +117,7 @@ class Display:
 
     @contextmanager
     def stage(self, what: str, total: float | None = None, unit: str = "", **more: Any) -> Iterator[Stage]:
-        """See `Stage`. Stages are those of the main thread, one inside the other: the innermost is spoken of."""
+        """See `Stage`. Only stages of the main thread are shown; of nested ones, the innermost."""
         note: Callable[[], str] = more.pop("note", str)
         stage = Stage(self.clean(what), total, unit, note=lambda: self.clean(note()), **more)
         if threading.current_thread() is not threading.main_thread():
@@ -134,14 +135,14 @@ class Display:
             self.print(f"{stage.what}: done in {duration(stage.seconds)}")
 
     def pin(self, pinned: Pinned | None) -> None:
-        """Keep it at the foot of the terminal; None takes it away."""
+        """Keep `pinned` at the bottom of the terminal; None removes it."""
         self._pinned = pinned
         if pinned is not None:
             self._start()
 
     def print(self, text: str) -> None:
-        """A line above the bar, if there is one."""
-        # Whatever stands for standard error knows of the bar.
+        """Print a line above the bar, if there is one."""
+        # rich replaces `sys.stderr` while a bar is drawn, and moves the bar out of the way.
         print(text, file=sys.stderr, flush=True)
 
     @property
@@ -149,7 +150,7 @@ class Display:
         return self.shown == "on" or (self.shown == "auto" and sys.__stderr__ is not None and sys.__stderr__.isatty())
 
     def close(self) -> None:
-        """Take the bar away; it comes back with the next stage."""
+        """Remove the bar; it comes back with the next stage."""
         self._pinned = None
         with self._drawing:
             live, self._live = self._live, None
@@ -195,7 +196,7 @@ class Display:
 
         long = [stage for stage in stages[-1:] if stage.seconds > BAR_AFTER_S]
         if self._live is None and (long or pinned is not None):
-            # What is printed on standard output may go elsewhere, and stays as it is.
+            # Standard output may be redirected to a file, and must stay as it is.
             self._live = Live(
                 console=Console(stderr=True, force_terminal=True), auto_refresh=False, transient=True,
                 redirect_stdout=False,

@@ -1,16 +1,16 @@
-"""SIGTERM and Ctrl-C, obeyed within seconds whatever the main thread does. Entered first thing by every command, in
+"""Stops a command within seconds of SIGTERM or Ctrl-C, whatever its main thread does. Every command enters it first, in
 `command_end.stoppable`.
 
-A signal raises `Stop` in the main thread, which ends waiting, reading and computing alike: that is how commands are
-stopped. Three blocks say otherwise:
+A signal raises `Stop` in the main thread, which ends waiting, reading and computing alike. In three kinds of block it
+does not:
 
-- `holding`: the signal waits for the block's end (an update, a copy of what is to be saved);
-- `finishing`: the same, for what is to be done before the process ends however long it takes: saving, uploading;
-- `cancelling`: an asyncio task is cancelled in the place of an exception, which asyncio would not let through.
+- `holding`: the signal waits for the end of the block (an update, a copy of the state to be saved);
+- `finishing`: the same, for work that must be done before the process ends, however long it takes: saving, uploading;
+- `cancelling`: an asyncio task is cancelled instead, since an exception would not get through asyncio.
 
-A native call that does not come back holds up the exception. Therefore a thread is told of the signal too, raises it
-again after a second, and after `GRACE_S` ends the process itself, with the processes that it started; `rescued` says
-what it does before. While a main thread that has obeyed closes what is open, the same time limits that.
+A native call that does not return delays the exception. So a second thread learns of the signal too, raises it again
+every second, and after `GRACE_S` ends the process itself, with its child processes; `rescued` registers what it does
+before. The same limit applies while a main thread that has caught `Stop` closes what is open.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ from teacher_proto.process.tree import descendants, end
 if TYPE_CHECKING:
     import asyncio
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: start it again and it goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: start the command again and it continues
 EXIT_IMPATIENT = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# After that long the exception is raised once more: a library may have taken it for an error of its own.
+# The exception is raised again at this interval: a library may have swallowed it as an error of its own.
 AGAIN_S = 1.0
-# After that long the process ends whatever its main thread does; a second is left of the five that are promised.
+# After this long the process ends whatever its main thread does, well within the five seconds that are promised.
 GRACE_S = 3.5
-# For what is open to be closed, where saving took longer than that.
+# Time for closing what is open after a block of `holding` or `finishing` that took longer than that.
 CLOSE_S = 2.0
-# How long a process that ends waits for the line that says which signal ended it: standard error may be read by nobody.
+# How long an ending process waits until the line that names its signal is printed: nobody may read standard error.
 TELL_S = 1.0
 POLL_S = 0.1
 
 
 class Stop(KeyboardInterrupt):
-    """A signal asked for the end. No `Exception`, which libraries take for a failure of theirs and go on."""
+    """A signal has asked the process to end. Not an `Exception`: libraries catch those and go on."""
 
 
 class StopSignals:
-    """Enter it in the main thread; elsewhere nothing is installed. `program` is how its messages begin.
+    """Handles the signals while entered, in the main thread; in others it installs nothing. `program` is the prefix of
+    its messages.
 
-    A second Ctrl-C, at least a second after the first, ends the process at once, unsaved.
+    A second Ctrl-C, at least a second after the first signal, ends the process at once, without saving.
     """
 
     Stop = Stop
@@ -72,7 +73,7 @@ class StopSignals:
         self._unraisable_before = sys.unraisablehook
 
     def check(self) -> None:
-        """Raise `Stop` if a signal has come."""
+        """Raise `Stop` if a signal has arrived."""
         if self.received is not None and not self._obeyed:
             raise self.Stop(f"{self.received.name} received")
 
@@ -84,19 +85,19 @@ class StopSignals:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """A signal waits until the block is over, or for a block of `raising` inside it."""
+        """A signal waits for the end of the block, or for a `raising` block inside it."""
         with self._mode(False, True):
             yield
 
     def finishing(self) -> AbstractContextManager[None]:
-        """`holding`, after which what is left to close has some seconds of its own."""
+        """Like `holding`, for saving and uploading. Afterwards there are `CLOSE_S` seconds to close what is open."""
         return self.holding()
 
     @contextmanager
     def cancelling(self, task: asyncio.Task[Any]) -> Iterator[None]:
         """A signal cancels `task`, which the main thread's event loop runs; leaving the block then raises `Stop`."""
         loop = task.get_loop()
-        # From within a handler: the loop may sleep, and a handler that returns does not wake it.
+        # Called within a signal handler: `task.cancel` alone would not wake an event loop that is asleep.
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         try:
             with self._mode(False, False):
@@ -108,8 +109,8 @@ class StopSignals:
 
     @contextmanager
     def rescued(self, rescue: Callable[[], None]) -> Iterator[None]:
-        """`rescue` is called by another thread before it ends the process over a main thread that is stuck in a native
-        call of a block of `raising`; the main thread runs nothing from then on.
+        """If the main thread is stuck in a native call of a `raising` block, the watching thread calls `rescue` before
+        it ends the process; the main thread runs nothing from then on.
         """
         self._rescue = rescue
         try:
@@ -118,13 +119,13 @@ class StopSignals:
             self._rescue = None
 
     def obey(self) -> None:
-        """Whoever caught `Stop` says so: it is not raised again, and what is open is closed within the time left."""
+        """Called by whoever caught `Stop`: it is not raised again, and what is open must be closed in the time left."""
         self._obeyed, self._raising = True, False
         self._wait_for_takeover()
 
     def leave(self, code: int) -> NoReturn:
-        """End the process and those that it started, without waiting for its threads: one that loads a model can't be
-        stopped, and the interpreter would wait minutes for it.
+        """End the process and its children without waiting for its threads: one that loads a model can't be stopped,
+        and the interpreter would wait minutes for it.
         """
         if self.received is not None and self._pipe is not None:
             self._told.wait(TELL_S)
@@ -143,7 +144,7 @@ class StopSignals:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
         self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
-        # Written to as the signal comes, also while the main thread runs native code.
+        # Python's C handler writes to this pipe at once, even while the main thread runs native code.
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop", daemon=True).start()
         return self
@@ -155,7 +156,7 @@ class StopSignals:
             os.close(pipe[1])  # which ends the thread
 
     def forget(self) -> None:
-        """Signals are from now on what they were before."""
+        """Restore the signal handlers from before."""
         global _active
         if self._pipe is not None:
             _active = self._pipe = None
@@ -181,10 +182,10 @@ class StopSignals:
             self.check()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, between two instructions of Python."""
+        """The signal handler: runs in the main thread, between two bytecode instructions."""
         if self.received is None:
             self.received = signal.Signals(number)
-            # Before anything unwinds: a child that is ended on the way leaves its own children to nobody.
+            # Before anything unwinds: if a child is ended on the way, its own children can no longer be found.
             self._children |= descendants(os.getpid())
         if self._pipe is not None:
             _write(self._pipe[1], bytes([number]))
@@ -195,19 +196,19 @@ class StopSignals:
             self.check()
 
     def _on_unraisable(self, unraisable: Any) -> None:
-        """Tell of it only before a signal. A `Stop` that was raised in a finaliser, where nothing can catch it, comes
-        again by the watching thread; what it left half made has a finaliser that may fail for want of an attribute.
+        """Report unraisable exceptions only before a signal. A `Stop` raised in a finaliser can't be caught, but the
+        watching thread raises it again; and an object that it left half built may lack attributes in its finaliser.
         """
         if self.received is None:
             self._unraisable_before(unraisable)
 
     def _wait_for_takeover(self) -> None:
-        """Where the watching thread has begun to end the process, the main thread goes no further."""
+        """Hold the main thread here once the watching thread has begun to end the process."""
         while self._taken_over:
             time.sleep(POLL_S)
 
     def _watch(self, pipe: int) -> None:
-        """On a thread of its own, from the first signal on until the process is over."""
+        """The watching thread: waits for the first signal, then limits the time until the process has ended."""
         first = _read(pipe)
         if first is None:
             os.close(pipe)
@@ -235,24 +236,24 @@ class StopSignals:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _take_over(self) -> None:
-        """Returns if the main thread has come to a block of `holding` meanwhile."""
+        """End the process from the watching thread. Returns if the main thread has entered `holding` meanwhile."""
         self._taken_over = True
         if self._unlimited and not self._raising:
             self._taken_over = False
             return
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # which makes it wait
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # its handler waits for the takeover
         code = EXIT_STOPPED
         if not self._obeyed and self._rescue is not None:
             self._say("what is computed now can't be interrupted: saving without it")
             try:
                 self._rescue()
-            except Exception as error:  # the edge of the process: whatever it was, the process ends and says so
+            except Exception as error:  # the process ends in any case, and prints what went wrong
                 self._say(f"{type(error).__name__}: {error}")
                 code = 1
         self._end(code)
 
     def _say(self, text: str) -> None:
-        """On a thread of its own: nobody may read standard error, or the main thread hold the lock of a stream."""
+        """Print from another thread: standard error may block, or the main thread may hold the stream's lock."""
 
         def say() -> None:
             DISPLAY.print(f"{self._program}: {text}")
@@ -274,13 +275,13 @@ _active: StopSignals | None = None
 
 
 def finishing() -> AbstractContextManager[None]:
-    """`StopSignals.finishing` of the command that runs, for those that it is not handed to."""
+    """`StopSignals.finishing` of the running command, for code that does not have the object."""
     on_main = threading.current_thread() is threading.main_thread()
     return _active.finishing() if _active is not None and on_main else nullcontext()
 
 
 def _forget_in_child() -> None:
-    """A forked child has none of this: its signals are its own, and the pipe is its parent's."""
+    """A forked child does not inherit the handling: its signals are its own, and the pipe is its parent's."""
     if _active is not None:
         _active.forget()
 
@@ -294,8 +295,8 @@ def _read(pipe: int) -> int | None:
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    """Without the buffers and locks of a stream, which a signal may have come into the middle of; not at all where it
-    would have to be waited for.
+    """Write to the descriptor directly, since a signal may have interrupted code that holds a stream's lock. Writes
+    nothing if that would block.
     """
     try:
         if select.select([], [descriptor], [], 0)[1]:

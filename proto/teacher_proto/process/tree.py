@@ -1,6 +1,6 @@
-"""The processes that a process has started, and theirs: found and ended. Called by `stopping`.
+"""Finds and ends the descendants of a process: its children, and theirs. Called by `stopping`.
 
-By Linux's /proc; where there is none, none are found.
+Reads Linux's /proc; finds none where there is no /proc.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _STATE, _PARENT, _STARTED = 0, 1, 19  # fields of /proc/PID/stat after the name
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Process ids with the time of each's start, which together name a process for good."""
+    """Process ids and start times of the descendants of `root`. A pid alone may be reused; the pair is unique."""
     parents: dict[int, int] = {}
     started: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -31,7 +31,7 @@ def descendants(root: int) -> dict[int, str]:
 
 
 def end(processes: dict[int, str], within_s: float = 0.5) -> None:
-    """Kill those of them that still run, and wait until they are gone, for a moment at most."""
+    """Kill those of `processes` that still run, and wait at most `within_s` seconds until they are gone."""
     deadline = time.monotonic() + within_s
     while (left := [pid for pid, started in processes.items() if _runs(pid, started)]) and time.monotonic() < deadline:
         for pid in left:
@@ -46,7 +46,8 @@ def _runs(pid: int, started: str) -> bool:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields after the name, which may hold anything; None for a process that is over, reaped or not."""
+    """The fields of /proc/PID/stat after the name, which may contain anything; None if the process has ended, reaped or
+    not."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
