@@ -1,4 +1,4 @@
-"""Records <-> bytes: msgpack messages and JSON, tensors, checksums, limits. WIRE.md is the specification.
+"""Encodes and decodes records: msgpack messages and JSON, tensors, checksums, limits. WIRE.md is the specification.
 
-May import the records beside it (`targets`, `attention`, `requests`, `errors`). Open `records.py` first.
+May import the records (`targets`, `attention`, `requests`, `errors`). Open `records.py` first.
 """

@@ -1,8 +1,8 @@
-"""Answers as streams of messages: a header, a record for each sequence in any order, the end. For any route's records.
+"""Responses as streams of messages: a header, a record for each sequence in any order, an end. Used by every route.
 
-Between header and end a client that asked for it hears of its request's progress. `records.py` reads targets with this,
-`attention.py` attention. Decoding is bounded (`reader.py`), and tensors are binary of exactly the length that dtype and
-shape say.
+Progress messages may come between header and end, if the client requested them. `records.py` reads targets with this,
+`attention.py` attention. Decoding is bounded (`reader.py`), and a tensor's data must have exactly the length that its
+dtype and shape imply.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from teacher_proto.wire.tensors import decode_tensor
 
 VERSION = 1
 PROGRESS_HEADER = "x-progress"
-PROGRESS_INTERVAL_S = (1.0, 10.0)  # shortest and longest that a service keeps to
+PROGRESS_INTERVAL_S = (1.0, 10.0)  # a service clamps the requested interval to this range
 MAX_MESSAGE_BYTES = 2**31 - 1
 # A record has 14 tensors at most; an error may quote a long text.
 BUDGET = Budget(containers=64, items=1024, text=65_536, array_from=1024)
 
 
 class AnyHeader(Protocol):
-    """What the header of every answer says."""
+    """What the header of every response holds."""
 
     @property
     def request_id(self) -> str: ...
@@ -45,7 +45,7 @@ RecordT = TypeVar("RecordT")
 
 @dataclass(frozen=True)
 class AnswerFormat(Generic[HeaderT, RecordT]):
-    """How one route's answers are read: the type of its records' messages, and what makes ours of their maps."""
+    """How to read one route's responses: the message type of its records, and parsers of headers and records."""
 
     record: str
     read_header: Callable[[dict[str, Any]], HeaderT]
@@ -54,7 +54,7 @@ class AnswerFormat(Generic[HeaderT, RecordT]):
 
 @dataclass(frozen=True)
 class Targets(Generic[RecordT]):
-    """The answer for one sequence."""
+    """The record of one sequence."""
 
     index: int
     targets: RecordT
@@ -70,8 +70,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request is: `tokens_done` of its `tokens` are answered, `tokens_ahead` of others are computed before
-    the rest, at `tokens_per_second` all together, 0 while that is unknown."""
+    """Progress of a request: `tokens_done` of its `tokens` are answered, and `tokens_ahead` of other requests are
+    computed before the rest. `tokens_per_second` is the rate over all of them, 0 while it is unknown."""
 
     tokens_done: int
     tokens: int
@@ -87,7 +87,7 @@ class End:
 def record_message(
     kind: str, index: int, fields: Mapping[str, Any], tensors: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """A record as a map; its checksum is CRC-32 over the tensors' data in their order."""
+    """A record as a map; its checksum is the CRC-32 of the tensors' data, in their order."""
     checksum = 0
     for tensor in tensors.values():
         checksum = zlib.crc32(tensor["data"], checksum)
@@ -97,9 +97,10 @@ def record_message(
 def read_tensors(
     message: dict[str, Any], dtypes: Mapping[str, Collection[str]], fields: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The tensors of a record's message by name, of these dtypes and no others; views of the message.
+    """The tensors of a record's message by name, as views of the message; only these names and dtypes are allowed.
 
-    `fields` are what else the message may hold. ChecksumError where the data changed on the way.
+    `fields` are the other fields that the message may have. WireError for anything else, ChecksumError if the data was
+    corrupted in transit.
     """
     unknown = set(message) - {"type", "index", "checksum", *fields, *dtypes}
     if unknown:
@@ -133,20 +134,20 @@ def encode_end(num_sequences: int) -> bytes:
 
 
 def encode_progress(progress: Progress) -> bytes:
-    """At most 90 bytes, so that one a second costs next to nothing."""
+    """A `progress` message. It has at most 90 bytes, so that one per second costs next to nothing."""
     fields = {"type": "progress", "tokens_done": progress.tokens_done, "tokens": progress.tokens,
               "tokens_ahead": progress.tokens_ahead, "tokens_per_second": progress.tokens_per_second}  # fmt: skip
     return msgpack.packb(fields, use_single_float=True)
 
 
 class AnswerDecoder(Generic[HeaderT, RecordT]):
-    """Feeds on chunks of an answer's body and yields its messages; `close()` tells whether it was whole.
+    """Decodes a response body chunk by chunk and yields its messages; `close()` checks that it was complete.
 
         decoder = AnswerDecoder(FORMAT)
         for chunk in body: for message in decoder.feed(chunk): ...
         decoder.close()
 
-    WireError for bytes that are not the wire's, ChecksumError and TruncatedError for what happened on the way.
+    WireError for bytes that do not follow WIRE.md, ChecksumError and TruncatedError for damage in transit.
     """
 
     def __init__(self, form: AnswerFormat[HeaderT, RecordT], max_message_bytes: int = MAX_MESSAGE_BYTES):
@@ -165,7 +166,7 @@ class AnswerDecoder(Generic[HeaderT, RecordT]):
             yield self._interpret(message)
 
     def close(self) -> None:
-        """TruncatedError unless the `end` message has come."""
+        """TruncatedError unless the `end` message has arrived."""
         if not self._ended:
             want = self._header.num_sequences if self._header else "unknown"
             raise TruncatedError(
@@ -229,7 +230,7 @@ def _read_progress(message: Mapping[str, Any]) -> Progress:
 
 
 def integer(message: Mapping[str, Any], name: str) -> int:
-    """A field that is a whole number of at most 32 bits. WireError where it is anything else."""
+    """A field that is an integer from 0 to 2**32 - 1. WireError if it is anything else."""
     value = message.get(name)
     if type(value) is not int or not 0 <= value < 2**32:
         raise WireError(f"{name} is {str(value)[:40]!r}, a whole number below 2**32 was expected")

@@ -1,6 +1,6 @@
-"""The same wire as JSON, for curl and for people: numbers as nested lists, NaN as null, no checksums.
+"""The wire format as JSON, for curl and for people: numbers as nested lists, NaN as null, no checksums.
 
-Services call it for `application/json`; WIRE.md has both forms side by side.
+Services call it for `application/json`; WIRE.md describes both forms side by side.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ class AnyRecord(Protocol):
 
 
 def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
-    """The plain fields of a JSON request body. WireError if it is none, holds a key twice, or NaN and its like."""
+    """The plain fields of a JSON request body. WireError if it is not a JSON object, is too large, has a duplicate key,
+    or contains NaN or infinity."""
     if len(body) > limits.max_json_bytes:
         raise WireError(f"{len(body)} bytes of JSON came, at most {limits.max_json_bytes} are read: send msgpack")
-    # Two bytes of an empty list become 64: they are counted before they are made. Gathered ids are a list a row.
+    # An empty list takes 2 bytes of JSON and 64 in memory, so count brackets first. Gathered ids take a list per row.
     allowed = _CONTAINERS + 8 * limits.max_sequences + limits.max_request_tokens
     if (brackets := body.count(b"[") + body.count(b"{")) > allowed:
         raise WireError(f"{brackets} lists and objects came, at most {allowed} are read")
     try:
         fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
         if b"\\u" in body:
-            # Half a surrogate pair is text that can be neither logged nor sent on.
+            # A lone surrogate could be neither logged nor sent on: encoding it fails here.
             json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         if isinstance(error, WireError):
@@ -48,9 +49,9 @@ def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
 
 
 def json_document(header: dict[str, Any], answers: Mapping[int, AnyRecord | StillhouseError]) -> bytes:
-    """A whole answer as one JSON object: the header's fields, and `sequences` in the order asked.
+    """A whole response as one JSON object: the header's fields, and `sequences` in the order of the request.
 
-    A sequence that failed has `index` and `error`. TruncatedError where an answer is missing.
+    A failed sequence has `index` and `error`. TruncatedError if a sequence is missing.
     """
     count = header["num_sequences"]
     missing = [i for i in range(count) if i not in answers]
@@ -67,8 +68,8 @@ def json_document(header: dict[str, Any], answers: Mapping[int, AnyRecord | Stil
 
 
 def array_pieces(array: np.ndarray) -> Iterator[str]:
-    """The JSON of an array, some thousands of numbers at a time: `json.dumps` lets no other thread run before it is
-    through, and a million numbers take it a second."""
+    """The JSON of an array in pieces of some thousand numbers: `json.dumps` lets no other thread run until it is done,
+    and takes a second for a million numbers."""
     if array.size <= PIECE_VALUES or array.ndim == 0:
         yield json.dumps(json_values(array), allow_nan=False)
         return
@@ -83,7 +84,7 @@ def array_pieces(array: np.ndarray) -> Iterator[str]:
 
 
 def sequence_fields(index: int, answer: AnyRecord | StillhouseError) -> dict[str, Any]:
-    """One sequence: `index` and each tensor, which are arrays, targets' `start` before them; or `index` and `error`."""
+    """The fields of one sequence: `index`, for targets `start`, and the tensors as arrays; or `index` and `error`."""
     if isinstance(answer, StillhouseError):
         return {"index": index, "error": answer.to_json()}
     start = {"start": answer.start} if isinstance(answer, TokenTargets) else {}
@@ -91,7 +92,7 @@ def sequence_fields(index: int, answer: AnyRecord | StillhouseError) -> dict[str
 
 
 def json_values(array: np.ndarray) -> list[Any]:
-    """Nested lists of an array; NaN and infinity, which JSON has not, become null."""
+    """An array as nested lists; NaN and infinity, which JSON lacks, become null."""
     if array.dtype.kind != "f" or np.isfinite(array).all():
         return array.tolist()
     values = array.astype(object)

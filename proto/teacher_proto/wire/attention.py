@@ -1,6 +1,6 @@
-"""Attention records <-> msgpack messages. Used by the attention service, its client and tests.
+"""Encodes and decodes attention records as msgpack messages. Used by the attention service, its client and tests.
 
-The stream of messages and its checks are `answers.py`'s; WIRE.md is the specification.
+The stream of messages and its checks are in `answers.py`; WIRE.md is the specification.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from teacher_proto.wire.tensors import encode_tensor
 
 @dataclass(frozen=True)
 class AttentionHeader:
-    """First message of an answer of `POST /v1/attention`. `layer`: the one that was asked for, counted from 0."""
+    """First message of a response of `POST /v1/attention`. `layer`: the requested one, counted from 0."""
 
     request_id: str
     fingerprint: str
@@ -42,7 +42,7 @@ def encode_attention_header(header: AttentionHeader) -> bytes:
 
 
 def encode_attention(index: int, targets: AttentionTargets) -> bytes:
-    """An `attention` message; its checksum is CRC-32 over the tensors' data in the order of ATTENTION_TENSORS."""
+    """An `attention` message; its checksum is the CRC-32 of the tensors' data in the order of ATTENTION_TENSORS."""
     tensors = {name: encode_tensor(array) for name, array in targets.tensors().items()}
     return msgpack.packb(record_message("attention", index, {}, tensors))
 

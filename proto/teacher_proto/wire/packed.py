@@ -1,7 +1,7 @@
-"""Packed rows: a teacher's answer as one line of bytes a position, and back to columns. numpy alone.
+"""Packed rows: a teacher's targets as one row of bytes per position, and unpacking them into columns. Only needs numpy.
 
-Engines write such rows on their device (`reduction.py`), so that one tensor a sequence leaves it; the service
-splits them into `TokenTargets` here, column by column.
+Engines write such rows on their device (`reduction.py`), so that a single tensor per sequence leaves it; the service
+splits them into the columns of `TokenTargets` here.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import HIDDEN_DTYPES, TENSORS, TokenTargets, id_dtype, tensors_of
 
-# Not in a row as it is packed, but counted out of its draws (`count_draws`).
+# Not in a packed row, but computed from its draws (`count_draws`).
 _MADE_OF_DRAWS = ("sampled_offsets", "sampled_counts")
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where each tensor lies in a packed row: what was asked, and the sizes that the request alone doesn't tell.
+    """Where each tensor lies in a packed row: the spec, and the sizes that do not follow from it.
 
-    `gather_width` is G of kind `gather`, `hidden_size` D of kind `hidden`; both are read by no other kind.
+    `gather_width` is G of kind `gather`, `hidden_size` D of kind `hidden`; no other kind reads them.
     """
 
     spec: TargetSpec
@@ -32,7 +32,7 @@ class RowLayout:
 
     @property
     def dtype(self) -> np.dtype:
-        """The numpy record of one row, without gaps. Ids are uint16, or three bytes where V needs them."""
+        """The numpy record dtype of one row, without gaps. Ids are uint16, or three bytes if V needs them."""
         spec = self.spec
         sizes = {"K": spec.top_k, "T": len(spec.temperatures), "G": self.gather_width, "M": spec.num_samples,
                  "D": self.hidden_size}  # fmt: skip
@@ -40,7 +40,7 @@ class RowLayout:
         for name in tensors_of(spec.kinds):
             if name in _MADE_OF_DRAWS or (name == "hidden_scale" and spec.hidden_dtype != "int8"):
                 continue
-            # A row's own part of each axis: the draws of one row are num_samples.
+            # The axes within one row: M is num_samples here, the draws of one row.
             shape = tuple(sizes[axis] for axis in TENSORS[name].axes if axis != "R")
             kind = TENSORS[name].dtypes[0]
             if name in ("ids", "sampled_ids"):
@@ -56,15 +56,15 @@ class RowLayout:
 
 
 def layout_of(query: Query, vocab_size: int, hidden_size: int) -> RowLayout:
-    """The layout of the rows that answer `query`; `hidden_size` is the teacher's."""
+    """The layout of the rows for `query`; `hidden_size` is the teacher's."""
     spec = query.spec
     return RowLayout(spec, vocab_size, query.gather_width, hidden_size if "hidden" in spec.kinds else 0)
 
 
 def unpack_rows(packed_RB: np.ndarray, start: int, layout: RowLayout) -> TokenTargets:
-    """`TokenTargets` of packed rows [R, row_bytes] uint8 that begin at position `start`; the columns are copies.
+    """`TokenTargets` from packed rows [R, row_bytes] uint8 that begin at position `start`; the columns are copies.
 
-    ValueError if the rows are not as long as `layout` says.
+    ValueError if the rows do not have the length of `layout`.
     """
     dtype = layout.dtype
     if packed_RB.dtype != np.uint8 or packed_RB.ndim != 2 or packed_RB.shape[1] != dtype.itemsize:
@@ -83,7 +83,7 @@ def unpack_rows(packed_RB: np.ndarray, start: int, layout: RowLayout) -> TokenTa
 
 
 def _ids(column: np.ndarray) -> np.ndarray:
-    """uint16 as it is; three bytes, the last axis of uint8, as int32."""
+    """Ids as uint16 unchanged; three-byte ids, [..., 3] uint8, as int32."""
     if column.dtype != np.uint8:
         return column
     wide = np.zeros((*column.shape[:-1], 4), dtype=np.uint8)
@@ -92,7 +92,7 @@ def _ids(column: np.ndarray) -> np.ndarray:
 
 
 def count_draws(drawn_RM: np.ndarray) -> dict[str, np.ndarray]:
-    """The ragged tensors of kind `sampled` out of ascending draws [R, M]: each id once a row, with its count."""
+    """The ragged tensors of kind `sampled` from ascending draws [R, M]: each id once per row, with its count."""
     first_RM = np.ones(drawn_RM.shape, dtype=bool)
     first_RM[:, 1:] = drawn_RM[:, 1:] != drawn_RM[:, :-1]
     begins = np.flatnonzero(first_RM)

@@ -1,8 +1,8 @@
-"""The msgpack reader of requests, answers and stored entries: nothing is allocated that was not paid for.
+"""The msgpack reader of requests, responses and stored entries, with bounded memory use.
 
 Generic decoders turn 10 MB of empty lists into 700 MB, and copy every binary twice. This one counts every list, map and
-item against a budget before it reads it, keeps to a depth, refuses extension types and long texts, and hands out
-binaries as views of the body. `read_message` reads a body that is all here, `MessageStream` one that comes piecemeal.
+item against a budget before it reads it, limits the depth, refuses extension types and long texts, and returns binaries
+as views of the body. `read_message` reads a complete body, `MessageStream` one that arrives in chunks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from teacher_proto.errors import TruncatedError, WireError
 
 MAX_DEPTH = 6
-# Names, dtypes and fingerprints are short; a text of megabytes would be decoded and quoted before it is refused.
+# Names, dtypes and fingerprints are short; a text of megabytes would otherwise be decoded and quoted in an error.
 MAX_TEXT = 4096
 
 
 @dataclass
 class Budget:
-    """What one message may hold: `containers` lists and maps, `items` elements of lists and pairs of maps, texts of
-    `text` bytes. Lists of more than `array_from` ints come as int64 arrays."""
+    """What one message may hold: `containers` lists and maps, `items` list elements and map pairs, texts of at most
+    `text` bytes. Lists of more than `array_from` token ids are returned as int64 arrays."""
 
     containers: int
     items: int
@@ -34,8 +34,7 @@ class Budget:
 
 
 def read_message(body: bytes, budget: Budget) -> Any:
-    """The one msgpack value that `body` consists of. WireError for anything else, TruncatedError where it stops too
-    early."""
+    """The single msgpack value in `body`. WireError for anything else, TruncatedError if it ends too early."""
     reader = _Reader(body, budget)
     value = reader.value(MAX_DEPTH)
     if reader.position != len(body):
@@ -44,20 +43,20 @@ def read_message(body: bytes, budget: Budget) -> Any:
 
 
 class MessageStream:
-    """Messages out of chunks of bytes. One that has begun is looked at again when as much of it is here as the last
-    look missed, which is once for each of its values at most, however small the chunks are."""
+    """Parses messages from chunks of bytes. An incomplete message is parsed again only when the bytes that the last
+    attempt lacked have arrived: at most once per value, however small the chunks are."""
 
     def __init__(self, budget: Budget, max_bytes: int):
         self._budget = budget
         self._max_bytes = max_bytes
-        # What is read of `body` ends at `start`; `chunks` follow it.
+        # `body` has been read up to `start`; `chunks` follow it.
         self._body, self._start = b"", 0
         self._chunks: list[bytes] = []
         self._size = 0
         self._needed = 1
 
     def feed(self, chunk: bytes) -> Iterator[Any]:
-        """The messages that are whole with this chunk. WireError for what is not msgpack, or beyond the budget."""
+        """The messages that this chunk completes. WireError for what is not msgpack, or exceeds the budget."""
         self._chunks.append(chunk)
         self._size += len(chunk)
         while self._size >= self._needed:
@@ -84,7 +83,7 @@ class MessageStream:
 class _Reader:
     def __init__(self, body: bytes, budget: Budget, position: int = 0):
         self.position = position
-        # How long the body has to be for what was found missing.
+        # After a TruncatedError: the length that the body needs for what was missing.
         self.needed = 0
         self._body = memoryview(body).toreadonly()
         self._containers = budget.containers
@@ -127,7 +126,7 @@ class _Reader:
         return number.unpack(self._take(number.size))[0]
 
     def _spend(self, items: int, depth: int) -> None:
-        """Pay for a container before it exists. Each of its items takes at least a byte of what is left."""
+        """Charge a container to the budget before it is allocated. Each item takes at least one byte of the rest."""
         self._containers -= 1
         self._items -= items
         if depth <= 0:
@@ -149,7 +148,8 @@ class _Reader:
         return [self.value(depth - 1) for _ in range(size)]
 
     def _token_ids(self, size: int) -> np.ndarray | None:
-        """`size` unsigned numbers of up to 32 bits as int64: 8 bytes each, not 40. None, and no step, for all else."""
+        """`size` unsigned integers of up to 32 bits as an int64 array, at 8 bytes each instead of 40. None, and the
+        position unchanged, if there is anything else."""
         body, at = self._body, self.position
         ids = array("q")
         try:

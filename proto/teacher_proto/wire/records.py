@@ -1,7 +1,7 @@
-"""Requests and records <-> msgpack messages. Used by services, clients, store and tests alike.
+"""Encodes and decodes requests and targets as msgpack messages. Used by services, clients, store and tests.
 
-The specification is WIRE.md. The stream of an answer's messages is in `answers.py`, tensors in `tensors.py`, JSON in
-`as_json.py`. `request_checks.parse_body` makes a request of the plain fields that `decode_request` gives.
+The specification is WIRE.md. The message stream of a response is in `answers.py`, tensors in `tensors.py`, JSON in
+`as_json.py`. `request_checks.parse_body` turns the plain fields that `decode_request` returns into a request.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 REQUEST_ID_HEADER = "x-request-id"
-# Four bytes an id and no fewer: 16 MB of bytes would become 128 MB of int64 otherwise.
+# At least four bytes per id: 16 MB of one-byte ids would become 128 MB of int64.
 _WIDE_DTYPES = ("<i4", "<u4")
 
 
 @dataclass(frozen=True)
 class Header:
-    """First message of an answer. `temperatures` are those of `log_z`, in order."""
+    """First message of a response. `temperatures` are those of `log_z`, in order."""
 
     request_id: str
     fingerprint: str
@@ -64,7 +64,7 @@ def encode_header(header: Header) -> bytes:
 
 
 def encode_targets(index: int, targets: TokenTargets, vocab_size: int) -> bytes:
-    """A `targets` message; its checksum is CRC-32 over the tensors' data in the order of TENSORS."""
+    """A `targets` message; its checksum is the CRC-32 of the tensors' data in the order of TENSORS."""
     tensors = {}
     for name, array in targets.tensors().items():
         dtype = id_dtype(vocab_size) if name in ("ids", "sampled_ids") else None
@@ -73,7 +73,7 @@ def encode_targets(index: int, targets: TokenTargets, vocab_size: int) -> bytes:
 
 
 def decode_targets(message: bytes) -> Targets[TokenTargets]:
-    """One `targets` message by itself; its tensors are views of `message`. WireError if it is none."""
+    """Decode a single `targets` message; its tensors are views of `message`. WireError if it is none."""
     fields = read_message(message, BUDGET)
     if not isinstance(fields, dict) or fields.get("type") != "targets":
         raise WireError("a targets message was expected")
@@ -102,9 +102,9 @@ TARGETS_FORMAT = AnswerFormat("targets", _read_header, _read_targets)
 
 
 def encode_request(request: SequencesRequest) -> bytes:
-    """The msgpack body of a request: ids as int32 tensors, fields at their defaults left out.
+    """The msgpack body of a request: ids as int32 tensors, fields at their defaults omitted.
 
-    ValueError where a token id does not fit 31 bits.
+    ValueError if a token id does not fit int32.
     """
     body: dict[str, Any] = {}
     for name, field in type(request).model_fields.items():
@@ -120,8 +120,8 @@ def decode_request(
 ) -> dict[str, Any]:
     """The plain fields of a msgpack request body, its tensors and lists of ids as arrays. WireError if it is none.
 
-    Tensors are views of `body`. What the fields hold is for `parse_body` and the checks to judge; only what would take
-    memory out of proportion is refused here.
+    Tensors are views of `body`. `parse_body` and the request checks validate the fields; only what would take a
+    disproportionate amount of memory is refused here.
     """
     fields = read_message(body, _budget(limits))
     if not isinstance(fields, dict):
@@ -143,7 +143,7 @@ def decode_request(
 
 
 def _tensors(fields: Mapping[str, Any], name: str) -> list[tuple[int, Any]]:
-    """Those items of a list field that are maps, hence meant as tensors."""
+    """Index and value of the items of a list field that are maps, and so meant to be tensors."""
     items = fields.get(name)
     if not isinstance(items, list):
         return []
@@ -151,5 +151,5 @@ def _tensors(fields: Mapping[str, Any], name: str) -> list[tuple[int, Any]]:
 
 
 def _budget(limits: SequenceLimits) -> Budget:
-    """Two containers for a tensor, one for a list or a row range, of each sequence; rows of gathered ids as lists."""
+    """Containers for each sequence: two per tensor, one per list or row range, and some for rows of gathered ids."""
     return Budget(containers=8 * limits.max_sequences + 1024, items=2 * limits.max_request_tokens + 4096)

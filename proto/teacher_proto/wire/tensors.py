@@ -1,4 +1,4 @@
-"""Tensors as the wire has them: `{"dtype", "shape", "data"}`, data little-endian and as long as the other two say.
+"""Tensors in the wire format: `{"dtype", "shape", "data"}`, with little-endian data of exactly the implied length.
 
 Used by `records.py`, `attention.py`, `answers.py` and the store.
 """
@@ -19,9 +19,9 @@ MAX_SIZE = 2**31 - 1
 
 
 def encode_tensor(array: np.ndarray, dtype: str | None = None) -> dict[str, Any]:
-    """A tensor map of an array. `dtype` "u3" packs integers below 2**24 into three bytes each.
+    """An array as a tensor map. `dtype` "u3" packs integers below 2**24 into three bytes each.
 
-    ValueError for a dtype that is not on the wire, or integers that the dtype cannot hold.
+    ValueError for a dtype that the wire format lacks, or integers that the dtype cannot hold.
     """
     name = dtype or array.dtype.newbyteorder("<").str
     if name not in ITEM_SIZE:
@@ -33,7 +33,7 @@ def encode_tensor(array: np.ndarray, dtype: str | None = None) -> dict[str, Any]
 
 
 def decode_tensor(value: Any, name: str = "tensor", dtypes: Collection[str] = tuple(ITEM_SIZE)) -> np.ndarray:
-    """A read-only view of a tensor map's data; `u3` becomes int32, which copies. WireError says what is wrong."""
+    """A tensor map as an array: a read-only view of its data, or for `u3` a copy in int32. WireError if malformed."""
     if not isinstance(value, Mapping) or set(value) != {"dtype", "shape", "data"}:
         raise WireError(f"{name}: a tensor is a map of dtype, shape and data")
     dtype, shape, data = value["dtype"], value["shape"], value["data"]
@@ -55,7 +55,7 @@ def decode_tensor(value: Any, name: str = "tensor", dtypes: Collection[str] = tu
 
 
 def pack_u3(array: np.ndarray) -> np.ndarray:
-    """Integers from 0 to 2**24 - 1 as uint8 [3 * size], the low byte first. Four ids are written as three words."""
+    """Integers from 0 to 2**24 - 1 as uint8 [3 * size], low byte first. Writes four ids at a time, as three words."""
     flat = np.ascontiguousarray(array, dtype="<u4").reshape(-1)
     padded = np.zeros(-(-flat.size // 4) * 4, dtype="<u4")
     padded[: flat.size] = flat
@@ -69,7 +69,7 @@ def pack_u3(array: np.ndarray) -> np.ndarray:
 
 def unpack_u3(data: bytes | memoryview) -> np.ndarray:
     """The integers of packed three-byte groups as int32 [size], read-only."""
-    # Words that begin at every third byte overlap by their high byte, which the mask drops; the last needs one more.
+    # Read a word at every third byte; the mask drops its high byte, which is the next id's. The last needs a byte more.
     overlapping = np.ndarray(len(data) // 3, dtype="<u4", buffer=bytes(data) + b"\0", strides=(3,))
     wide = (overlapping & np.uint32(0xFFFFFF)).view("<i4")
     wide.flags.writeable = False
