@@ -1,5 +1,5 @@
-"""The contract between a teacher and its students, and the client that speaks it.
+"""The contract between a teacher and its students: records, wire format and client.
 
-Services, trainer and anybody else's trainer import it; it imports none of them, and never torch at import.
-The wire is specified in WIRE.md beside this file.
+The services, the trainer and third-party trainers import it. It imports none of them, and importing it does not import
+torch. The wire format is specified in WIRE.md beside this file.
 """

@@ -1,7 +1,8 @@
-"""What a client asks of the attention service, who answers, and the limits that it must keep to.
+"""The attention service's requests, its description of itself, and its limits. Used by the service, client and trainer.
 
-A sequence is one document: attention and relations never look beyond it. Answers are in `attention_targets.py`, the
-definitions of relations in `relations.py`. Nothing here raises anything but a `RequestError` with the field at fault.
+A sequence is one document: attention and relations never look beyond it. The returned records are in
+`attention_targets.py`, the definitions of relations in `relations.py`. Invalid requests raise a `RequestError` that
+names the field at fault.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ Positions = Annotated[Any, BeforeValidator(token_array)]
 
 
 class AttentionLimits(SequenceLimits):
-    """What one attention service accepts. `max_entries`: numbers in the answer for one sequence."""
+    """What one attention service accepts. `max_entries`: the most numbers returned for one sequence."""
 
     max_relation_heads: int = 256
     max_entries: int = 2**26
 
 
 class AttentionShape(BaseModel):
-    """The teacher's attention: layers in all, the highest that is served, and the heads of each."""
+    """The teacher's attention: total number of layers, the highest layer that is served, and the heads of a layer."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -62,16 +63,17 @@ class AttentionShape(BaseModel):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Numbers a position of queries, keys and values."""
+        """Numbers per position of queries, keys and values."""
         kv = self.kv_heads * self.head_width
         return {"query": self.query_heads * self.head_width, "key": kv, "value": kv}
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What is asked of every sequence alike, with the layer as an index and fields that the kind doesn't read at None.
+    """What is requested for every sequence of a request, with the layer as an index. Fields that the kind doesn't read
+    are None or 0.
 
-    Two equal specs over equal tokens and rows have equal answers: engines batch by it.
+    Equal specs over equal tokens and rows have equal targets: engines batch by it.
     """
 
     kind: AttentionKind
@@ -84,8 +86,8 @@ class AttentionSpec:
 
 @dataclass(frozen=True, eq=False)
 class AttentionQuery:
-    """What is asked about the attention of one sequence: its token ids [T], and the positions asked about [r], None for
-    all."""
+    """A request for the attention of one sequence: its token ids [T], the spec, and the requested positions [r], None
+    for all."""
 
     tokens_T: np.ndarray
     spec: AttentionSpec
@@ -101,7 +103,7 @@ class AttentionQuery:
 
     @property
     def key(self) -> Hashable:
-        """Equal for queries with equal answers."""
+        """Equal for queries with equal targets."""
         rows = None if self.rows_r is None else hashlib.sha256(self.rows_r.tobytes()).digest()
         return hashlib.sha256(self.tokens_T.tobytes()).digest(), rows, self.spec
 
@@ -110,11 +112,11 @@ class AttentionRequest(SequencesRequest):
     """The body of `POST /v1/attention`.
 
     `sequences`: token ids, each [T]. `layer`: an index (negative: from the top), a fraction of the depth, or one of
-    `relations.LAYER_NAMES`. `kind`: `states` (Q and K after RoPE and any norm of theirs, V), from which every relation
+    `relations.LAYER_NAMES`. `kind`: `states` (V, and Q and K after RoPE and any QK norm), from which every relation
     follows; `relations`, of `form`, re-split into `relation_heads`, masked by position if `causal` (None: as the form
-    has it); or `maps`, the probabilities that the layer attends with, whole, or with `block_size` those within blocks
-    of so many positions. `rows`: for relations and maps, ascending positions a sequence; all where absent. `dtype`:
-    `int8` is for states. `fingerprint`: the teacher that must answer, by its first half; anyone where absent.
+    defines); or `maps`, the layer's attention probabilities, all of them or with `block_size` only those within blocks
+    of so many positions. `rows`: for relations and maps, ascending positions for each sequence; all if absent. `dtype`:
+    `int8` is for states only. `fingerprint`: the teacher that must respond, compared by its first half; any if absent.
     """
 
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences", "rows")
@@ -122,23 +124,23 @@ class AttentionRequest(SequencesRequest):
 
     layer: StrictInt | StrictFloat | StrictStr = "late_middle"
     kind: AttentionKind = "states"
-    dtype: AttentionDtype = Field("float16", description="int8: of states")
+    dtype: AttentionDtype = Field("float16", description="int8 is for states only")
     form: Literal["official", "paper", "minilm"] = Field("official", description="kind relations")
     relation_heads: StrictInt = Field(32, description="kind relations")
-    causal: StrictBool | None = Field(None, description="kind relations: mask what comes after")
-    block_size: StrictInt | None = Field(None, description="kind maps: only within blocks")
+    causal: StrictBool | None = Field(None, description="kind relations: mask later positions; as the form if absent")
+    block_size: StrictInt | None = Field(None, description="kind maps: only within blocks of so many positions")
     rows: tuple[Positions, ...] | None = Field(
         None, description="kinds relations and maps: ascending positions for each sequence; all if absent"
     )
 
     @property
     def relation_form(self) -> RelationForm:
-        """The form that is asked for, with `causal` where it says otherwise."""
+        """The requested form, with `causal` overridden if the request sets it."""
         form = FORMS[self.form]
         return form if self.causal is None else replace(form, causal=self.causal)
 
     def spec(self, num_layers: int) -> AttentionSpec:
-        """What is asked of a model with so many layers. ValueError for a layer that it has not."""
+        """The spec for a model with `num_layers` layers. ValueError for a layer that it does not have."""
         related = self.kind == "relations"
         return AttentionSpec(
             kind=self.kind,
@@ -150,13 +152,13 @@ class AttentionRequest(SequencesRequest):
         )
 
     def query(self, index: int, num_layers: int) -> AttentionQuery:
-        """What is asked about sequence `index` of a model with so many layers."""
+        """The query for sequence `index`, to a model with `num_layers` layers."""
         return AttentionQuery(
             self.sequences[index], self.spec(num_layers), None if self.rows is None else self.rows[index]
         )
 
     def num_rows(self, index: int) -> int:
-        """How many positions of sequence `index` are answered."""
+        """The number of positions requested of sequence `index`."""
         return len(self.sequences[index] if self.rows is None else self.rows[index])
 
 
@@ -170,8 +172,8 @@ class AttentionInfo(ServiceInfo):
 
 
 def check_attention_request(request: AttentionRequest, limits: AttentionLimits, shape: AttentionShape) -> None:
-    """Hold a request to a service's limits. OutOfRangeError names the field, what came and the limit; NotFoundError
-    for a layer that isn't served."""
+    """Check a request against a service's limits. OutOfRangeError with the field, its value and the limit;
+    NotFoundError for a layer that isn't served."""
     within("sequences", len(request.sequences), 1, limits.max_sequences, "sequences in a request")
     check_sequences(request, limits)
     _check_layer(request, shape)
@@ -194,7 +196,7 @@ def check_attention_request(request: AttentionRequest, limits: AttentionLimits, 
 
 
 def answer_entries(request: AttentionRequest, index: int, shape: AttentionShape) -> int:
-    """Numbers that the answer for sequence `index` holds."""
+    """How many numbers are returned for sequence `index`."""
     length, rows = len(request.sequences[index]), request.num_rows(index)
     if request.kind == "states":
         return length * sum(shape.widths.values())
@@ -204,17 +206,17 @@ def answer_entries(request: AttentionRequest, index: int, shape: AttentionShape)
 
 
 def num_values(request: AttentionRequest, shape: AttentionShape) -> int:
-    """Numbers that the answer holds."""
+    """How many numbers are returned for the whole request."""
     return sum(answer_entries(request, i, shape) for i in range(len(request.sequences)))
 
 
 def values_per_token(request: AttentionRequest, shape: AttentionShape) -> int:
-    """Numbers that the answer holds for a token, rounded up."""
+    """Numbers returned per token, rounded up."""
     return math.ceil(num_values(request, shape) / request.num_tokens)
 
 
 def attention_cost(request: AttentionRequest, shape: AttentionShape) -> int:
-    """What an attention service admits this request by: tokens x (values a token + 1)."""
+    """The cost by which an attention service admits this request: tokens x (values per token + 1)."""
     return request.num_tokens * (values_per_token(request, shape) + 1)
 
 

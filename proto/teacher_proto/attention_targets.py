@@ -1,6 +1,6 @@
-"""What the attention service answers for one sequence: `AttentionTargets`, and the checks that it can be one.
+"""`AttentionTargets`, the attention service's record of one sequence, and the checks that it is a valid one.
 
-The service makes it, the wire carries it, the trainer's relation loss reads it.
+The service makes it, `wire` encodes and decodes it, the trainer's relation loss reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from teacher_proto.attention import AttentionKind, AttentionQuery, AttentionShap
 from teacher_proto.errors import InvalidTargetsError
 
 PARTS = ("query", "key", "value")
-# The order of the keys in an `attention` message, and of the bytes under its checksum; and the dtypes of each.
+# The tensors in the order of the keys of an `attention` message, and of its checksum, with their dtypes on the wire.
 ATTENTION_TENSORS: dict[str, tuple[str, ...]] = {
     "rows": ("<i4",),
     "query": ("<f2", "|i1"),
@@ -24,19 +24,19 @@ ATTENTION_TENSORS: dict[str, tuple[str, ...]] = {
     "value_scale": ("<f4",),
     "maps": ("<f2",),
 }
-# fp16 keeps 11 bits of a probability, and drops those below 6e-8 of a row of any length.
+# fp16 keeps 11 bits of a probability, and flushes those below 6e-8 to zero, however long the row is.
 MASS_TOLERANCE = 2.0**-8
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionTargets:
-    """The teacher's attention at one layer over one sequence of T positions; tensors not asked for are None.
+    """The teacher's attention at one layer over one sequence of T positions; tensors that were not requested are None.
 
     - states: query [T, H, dh], key and value [T, H_kv, dh]; fp16, or int8 to be multiplied by its scale [T, H or
       H_kv, 1] in fp32.
-    - relations: query, key and value [R, r, T] fp16: row i is the distribution of position rows[i] over all.
-    - maps: maps [H, r, T] fp16, or [H, r, b] within blocks of b: column j of position t is what it gives to position
-      t // b * b + j, as part of the whole map, 0 after t and beyond the end.
+    - relations: query, key and value [R, r, T] fp16: row i is the distribution of position rows[i] over all positions.
+    - maps: maps [H, r, T] fp16, or [H, r, b] within blocks of b: column j of position t is its attention to position
+      t // b * b + j, normalised over the whole map; 0 after t and beyond the end.
 
     `layer` counts from 0. rows [r] int32 ascends; None means all positions.
     """
@@ -53,7 +53,7 @@ class AttentionTargets:
     maps: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The tensors that are there, in wire order."""
+        """The tensors that are present, in wire order."""
         present = ((name, getattr(self, name)) for name in ATTENTION_TENSORS)
         return {name: array for name, array in present if array is not None}
 
@@ -62,7 +62,7 @@ class AttentionTargets:
         return sum(array.nbytes for array in self.tensors().values())
 
     def states(self) -> dict[str, np.ndarray]:
-        """query, key and value as float32 [T, H, dh], int8 multiplied out. For kind states."""
+        """query, key and value as float32 [T, H, dh], int8 multiplied by its scale. For kind states."""
         assert self.kind == "states", "states() is for kind states"
         arrays = self.tensors()
         wide = {part: arrays[part].astype(np.float32) for part in PARTS}
@@ -70,10 +70,10 @@ class AttentionTargets:
 
 
 def check_attention(targets: AttentionTargets, query: AttentionQuery, shape: AttentionShape) -> None:
-    """Refuse a record that cannot be the answer to `query`. InvalidTargetsError says why.
+    """Check that a record can be the response to `query`. InvalidTargetsError says why not.
 
-    Kind, layer, presence, dtypes and shapes; states finite and not all zero; probabilities from 0 to 1, of a mass of
-    1 a row, and none for what comes after where that is masked.
+    Checks kind, layer, presence, dtypes and shapes; that states are finite and not all zero; that probabilities are
+    from 0 to 1, sum to 1 per row (within blocks: to at most 1), and are 0 for later positions where those are masked.
     """
     spec = query.spec
     if (targets.kind, targets.layer) != (spec.kind, spec.layer):
@@ -101,7 +101,7 @@ def check_attention(targets: AttentionTargets, query: AttentionQuery, shape: Att
 
 
 def expected_shapes(query: AttentionQuery, shape: AttentionShape) -> dict[str, tuple[int, ...]]:
-    """The tensors of the answer to `query`, and their shapes."""
+    """The names and shapes of the tensors that `query` requests."""
     spec, length, num_rows = query.spec, query.num_tokens, query.num_rows
     shapes: dict[str, tuple[int, ...]] = {} if query.rows_r is None else {"rows": (num_rows,)}
     if spec.kind == "maps":
@@ -124,13 +124,13 @@ def _check_states(arrays: dict[str, np.ndarray]) -> None:
             raise InvalidTargetsError(f"{part}_scale: negative, NaN or infinite")
         if states_THd.dtype.kind == "f" and not np.isfinite(states_THd).all():
             raise InvalidTargetsError(f"{part}: NaN or infinite")
-        # A single position may be: the embedding of a padding token is zero in many models.
+        # A single position may be all zero: the embedding of a padding token is, in many models.
         if not states_THd.any():
             raise InvalidTargetsError(f"{part}: all zero at every position: nothing was computed")
 
 
 def _check_probabilities(table: np.ndarray, name: str, rows_r: np.ndarray, spec: AttentionSpec) -> None:
-    """[heads, r, columns]. NaN fails every comparison."""
+    """`table` is [heads, r, columns]. NaN fails every comparison."""
     wide = table.astype(np.float32)
     if not ((wide >= 0) & (wide <= 1 + MASS_TOLERANCE)).all():
         raise InvalidTargetsError(f"{name}: a probability is NaN, below 0 or above 1")

@@ -1,32 +1,33 @@
-"""Every error that crosses the wire or leaves the client, with the code and the status that it has there.
+"""Every error that a service returns or the client raises, with its code and HTTP status.
 
     StillhouseError
     |-- RequestError (ValueError)       the request is at fault; sending it again changes nothing
     |   |-- MalformedError        400   not decodable: bad msgpack or JSON, unknown or missing field
-    |   |-- UnauthorizedError     401   no key, or one that is not known
-    |   |-- WrongTeacherError     409   the teacher is not who the request asks for; carries the difference
-    |   |-- TooLargeError         413   more bytes than the service reads
-    |   |-- UnsupportedTypeError  415   a content type or encoding that is not spoken here
-    |   |-- MethodNotAllowedError 405   a route that exists, asked with a method that it has not
-    |   |-- SlowBodyError         408   a body that did not arrive in time; retryable
+    |   |-- UnauthorizedError     401   no key, or an unknown one
+    |   |-- WrongTeacherError     409   not the teacher that the request names; carries the difference
+    |   |-- TooLargeError         413   the body exceeds its limit
+    |   |-- UnsupportedTypeError  415   a content type or encoding that is not supported
+    |   |-- MethodNotAllowedError 405   the route does not support this method
+    |   |-- SlowBodyError         408   the body did not arrive in time; retryable
     |   |-- OutOfRangeError       422   decodable, but a value is outside its limits: field, got, limit
     |   `-- NotFoundError         404   no such route, layer or artefact
-    |-- BusyError                       come again later; carries retry_after in seconds
+    |-- BusyError                       try again later; carries retry_after in seconds
     |   |-- QuotaError            429   this key's share is used up
-    |   `-- OverloadedError       503   full, draining, or still starting
-    |-- EngineError               500   the engine failed at this request; retryable says if another try may help
-    |   |-- EngineMemoryError     503   the device ran out of memory at this request; retryable
-    |   `-- EngineDeadError       503   the engine is gone; the process is about to exit
-    |-- WireError (ValueError)          bytes that are not what WIRE.md says
+    |   `-- OverloadedError       503   full or draining
+    |       `-- LoadingError      503   still loading the model
+    |-- EngineError               500   the engine failed on this request; `retryable` says whether a retry may help
+    |   |-- EngineMemoryError     503   the device ran out of memory on this request; retryable
+    |   `-- EngineDeadError       503   the engine is dead, and the process is about to exit
+    |-- WireError (ValueError)          bytes that do not follow WIRE.md
     |   |-- TruncatedError              a body that stopped before its end message
-    |   |-- ChecksumError               a record whose bytes changed on the way
-    |   `-- VersionError          426   the peer speaks another version of the wire
-    |-- InvalidTargetsError (ValueError) a record that decodes, and cannot be a distribution
-    |   `-- PoisonBatchError            came twice for the same sequences: carries the request, to be dumped
-    |       `-- DeadlyRequestError      no answer at all: the engine dies of it, each time
+    |   |-- ChecksumError               a record whose bytes were corrupted
+    |   `-- VersionError          426   the peer uses another version of the wire format
+    |-- InvalidTargetsError (ValueError) a record that decodes, but cannot be a distribution
+    |   `-- PoisonBatchError            the same sequences came back invalid twice; carries the request, to be dumped
+    |       `-- DeadlyRequestError      the engine dies of the request, each time
     `-- TeacherUnavailableError         the client gave up: what it tried, for how long, the last reason
 
-Raised by `teacher_proto` and by the services; `serving` turns them into responses with this same table.
+Raised by `teacher_proto` and by the services; `serving` turns them into responses by the same codes and statuses.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any, ClassVar
 
 
 class StillhouseError(Exception):
-    """Root of the tree. `message` says what came, what was expected and what to do."""
+    """The root class. `message` says what was received, what was expected and what to do."""
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
@@ -165,7 +166,7 @@ class InvalidTargetsError(StillhouseError, ValueError):
 
 
 class PoisonBatchError(InvalidTargetsError):
-    """`request` is what could not be answered, `reasons` one line an attempt with the replica's URL."""
+    """`request` holds the sequences without valid targets, `reasons` one line per attempt with the replica's URL."""
 
     code = "poison_batch"
 
@@ -184,7 +185,7 @@ class TeacherUnavailableError(StillhouseError):
 
 
 def _plain(value: Any) -> Any:
-    """What JSON and msgpack can both hold: NaN, arrays and what else they lack become text."""
+    """A value that JSON and msgpack can both hold: NaN, arrays and other types become text."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
@@ -230,7 +231,7 @@ BY_CODE: dict[str, type[StillhouseError]] = {
 
 
 def from_json(body: dict[str, Any], retry_after: float | None = None) -> StillhouseError:
-    """The error that a response body or an `error` message stands for; an unknown code becomes the root class."""
+    """The error in a response body or an `error` message; an unknown code becomes a StillhouseError."""
     cls = BY_CODE.get(str(body.get("code")), StillhouseError)
     return cls(
         str(body.get("message", "the peer gave no message"))[:2000],

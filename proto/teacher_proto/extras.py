@@ -1,12 +1,12 @@
-"""What to say where a package of ours is installed without the libraries of a command. Called by every command's edge.
+"""The message for a command whose libraries are not installed. Called by the entry point of every command.
 
-The wheel holds all commands; `pip install 'stillhouse[EXTRA]'` brings what one of them imports.
+The wheel contains all commands; `pip install 'stillhouse[EXTRA]'` installs the libraries that one of them needs.
 """
 
 from __future__ import annotations
 
 OURS = ("teacher_proto", "serving", "teacher_service", "attention_service", "student_trainer")
-# By command, what to install.
+# What to install for each command.
 EXTRAS = {
     "stillhouse-teacher": "'stillhouse[teacher]', on a CPU 'stillhouse[teacher-cpu]'",
     "stillhouse-attention": "'stillhouse[attention]'",
@@ -15,7 +15,7 @@ EXTRAS = {
 
 
 def explain_missing(program: str, error: ModuleNotFoundError) -> str:
-    """One line for a library that is not installed. The error itself is raised where a module of our own is missing."""
+    """One line for a library that is not installed. If a module of our own is missing, `error` itself is raised."""
     library = (error.name or "").partition(".")[0]
     if not library or library in OURS:
         raise error

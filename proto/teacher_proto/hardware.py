@@ -1,11 +1,11 @@
 """What a device can do: decides the dtype of teacher, attention service and student, and which kernels run.
 
-Asked by the services' engines, the trainer's local teacher and its student. Importing this imports no torch, and only
-a question about a CUDA device makes torch look for one.
+Used by the services' engines, the trainer's local teacher and its student. Importing this does not import torch, and
+torch looks for CUDA devices only when a function is asked about one.
 
-bfloat16 is computed by CUDA devices of compute capability 8.0 and later, by x86 CPUs with AMX or AVX512-BF16 and by ARM
-CPUs with BF16; any other CPU emulates it, many times slower than float32. `ATEN_CPU_CAPABILITY` and
-`ONEDNN_MAX_CPU_ISA` hold torch's kernels to a lesser CPU's, which then is what this CPU counts as.
+CUDA devices of compute capability 8.0 or later, x86 CPUs with AMX or AVX512-BF16 and ARM CPUs with BF16 have bfloat16
+arithmetic; any other CPU emulates it, many times slower than float32. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA`
+restrict torch's kernels to the instructions of a lesser CPU, and this CPU then counts as one.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# What keeps oneDNN from the instructions for bfloat16: its names for the CPUs that lack them.
+# The values of ONEDNN_MAX_CPU_ISA that exclude the instructions for bfloat16 or float16.
 _ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _ISA_WITHOUT_FP16 = (*_ISA_WITHOUT_BF16, "AVX512_CORE_BF16", "AVX512_CORE_AMX")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-# The product that is timed: [rows, width] by [width, width]. In float32 a tenth of a millisecond or less.
+# The timed matrix product: [rows, width] by [width, width]. Takes a tenth of a millisecond or less in float32.
 _ROWS, _WIDTH = 64, 256
 _REPEATS = 5
 
 
 def computes_bfloat16(device: str | torch.device) -> bool:
-    """Whether `device` has arithmetic for bfloat16."""
+    """Whether `device` has bfloat16 arithmetic."""
     import torch
 
     return _computes(torch.bfloat16, torch.device(device))
 
 
 def auto_dtype(device: str | torch.device, own: torch.dtype | None = None) -> torch.dtype:
-    """The dtype to compute in on `device`: bfloat16 where the hardware computes in it, float32 elsewhere.
+    """The dtype to compute in on `device`: bfloat16 if the hardware computes in it, else float32.
 
-    With `own`, a checkpoint's dtype: that one where the hardware computes in it, float32 elsewhere.
+    With `own`, a checkpoint's dtype: that one if the hardware computes in it, else float32.
     """
     import torch
 
@@ -50,8 +50,8 @@ def auto_dtype(device: str | torch.device, own: torch.dtype | None = None) -> to
 
 
 def runs_triton(device: str | torch.device) -> bool:
-    """Whether `device` runs Triton's kernels: an NVIDIA GPU of compute capability 8.0 or later beside a torch that has
-    Triton, as torch's builds for CUDA do."""
+    """Whether `device` can run our Triton kernels: an NVIDIA GPU of compute capability 8.0 or later, with Triton
+    installed, as it is with torch's CUDA builds."""
     import torch
 
     device = torch.device(device)
@@ -61,7 +61,7 @@ def runs_triton(device: str | torch.device) -> bool:
 
 
 def pick_device(name: str) -> str:
-    """The device of that name, or what "auto" means: a CUDA device where there is one."""
+    """The device of that name; "auto" is "cuda" if there is a CUDA device, else "cpu"."""
     import torch
 
     if name != "auto":
@@ -70,7 +70,7 @@ def pick_device(name: str) -> str:
 
 
 def device_name(device: str | torch.device) -> str:
-    """What an identity calls `device`: a GPU's product name, "cpu" for any CPU."""
+    """The name of `device` in an identity: a GPU's product name, "cpu" for any CPU."""
     import torch
 
     device = torch.device(device)
@@ -79,8 +79,8 @@ def device_name(device: str | torch.device) -> str:
 
 @cache
 def sums_in_float32(device_type: str) -> bool:
-    """Whether torch gives products of bfloat16 matrices in float32 there, as `mm` and `addmm` with `out_dtype` do: on a
-    GPU in a torch that has them, on no CPU. Asked once, by trying; elsewhere callers convert what they multiply.
+    """Whether `mm` and `addmm` can return products of bfloat16 matrices in float32 (`out_dtype`): on GPUs with a recent
+    torch, on no CPU. Found out by trying, once; where it is False, callers convert what they multiply.
     """
     import torch
 
@@ -88,14 +88,14 @@ def sums_in_float32(device_type: str) -> bool:
     try:
         product = torch.mm(low, low, out_dtype=torch.float32)
         torch.addmm(product, low, low, out_dtype=torch.float32)
-    # A torch or a device without them; torch 2.9's addmm wants the sum in bfloat16 and says so by a plain RuntimeError.
+    # A torch or device without them. torch 2.9's addmm expects the summand in bfloat16, and raises a RuntimeError.
     except (TypeError, RuntimeError):
         return False
     return True
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name, None for "auto". ValueError for a name that is neither."""
+    """The dtype of that name, None for "auto". ValueError for any other name."""
     import torch
 
     if name == "auto":
@@ -107,17 +107,17 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def choose_dtype(name: str, device: str | torch.device, own: str) -> torch.dtype:
-    """What a checkpoint of dtype `own` is computed in: the dtype of that name, or what "auto" means on `device`.
+    """The dtype to compute a checkpoint of dtype `own` in: `name`, or for "auto" the choice of `auto_dtype`.
 
-    ValueError for a name that is no dtype's; a checkpoint of a dtype that nothing computes in is no error.
+    ValueError for an unknown `name`. An `own` that nothing computes in, such as float8, is no error.
     """
     return parse_dtype(name) or auto_dtype(device, parse_dtype(own if own in _DTYPES else "auto"))
 
 
 def emulation_warning(dtype: torch.dtype, device: str | torch.device) -> str | None:
-    """What to tell whoever asked for `dtype` where `device` emulates it; None where it computes in it.
+    """A warning if `device` only emulates `dtype`; None if it computes in it.
 
-    The factor in the text is measured here and now, by a small matrix product, in some ten milliseconds.
+    The factor in the text is measured on the spot with a small matrix product, in some ten milliseconds.
     """
     import torch
 
@@ -135,7 +135,7 @@ def emulation_warning(dtype: torch.dtype, device: str | torch.device) -> str | N
 
 
 def cpu_name() -> str:
-    """The processor's name, and the instructions that torch's kernels use: "AMD EPYC, AVX512, bfloat16"."""
+    """The processor's name and the instruction set that torch's kernels use, such as "AMD EPYC, AVX512, bfloat16"."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -154,7 +154,7 @@ def _computes(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     if _is_x86():
         return _x86_computes(dtype)
-    # torch asks cpuinfo, and False without oneDNN, which has the kernels.
+    # torch asks cpuinfo here, and returns False without oneDNN, which has the kernels.
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -169,7 +169,7 @@ def _cuda_computes_bfloat16(device: torch.device) -> bool:
 
 
 def _x86_computes(dtype: torch.dtype) -> bool:
-    """By what the CPU has and by what torch and oneDNN are allowed to use of it."""
+    """Whether the CPU has the instructions, and torch and oneDNN are allowed to use them."""
     import torch
 
     has, isa = _cpu_features(), _allowed_isa()
@@ -181,7 +181,7 @@ def _x86_computes(dtype: torch.dtype) -> bool:
 
 
 def _cpu_features() -> Mapping[str, Any]:
-    """What the CPU has, whatever torch may use of it; torch before 2.11 says less."""
+    """The CPU's features, whether or not torch may use them; before torch 2.11, only two of them."""
     import torch
 
     ask = getattr(torch.cpu, "get_capabilities", None)
@@ -202,7 +202,7 @@ def _is_x86() -> bool:
 
 
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """The time of one product in `dtype`, on one thread: the shortest of several."""
+    """The time of one matrix product in `dtype`, on one thread: the shortest of several."""
     import torch
 
     threads = torch.get_num_threads()
@@ -213,7 +213,7 @@ def _seconds(dtype: torch.dtype, device: torch.device) -> float:
         times = []
         for _ in range(_REPEATS + 1):  # the first is the warm-up
             start = time.perf_counter()
-            # `item` waits for the device.
+            # `item` synchronises with the device.
             torch.nn.functional.linear(rows, weight)[0, 0].item()
             times.append(time.perf_counter() - start)
     finally:
@@ -226,7 +226,7 @@ def _kind(device: torch.device) -> str:
 
 
 def _model_name() -> str:
-    """The name in /proc/cpuinfo; the architecture where there is none."""
+    """The name in /proc/cpuinfo, or else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

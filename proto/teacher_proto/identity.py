@@ -1,8 +1,8 @@
-"""Who a teacher is: what decides its answers, hashed into a fingerprint that travels on every response.
+"""A teacher's identity: everything that determines its targets, hashed into a fingerprint that every response carries.
 
-Services build a `TeacherIdentity` at start; client, checkpoints and the target store compare it.
-Two groups: a *semantic* change (other weights, another tokenizer) makes other targets and stops a run;
-a *numeric* change (another engine version or device) moves them by rounding and is counted and warned about.
+Services build a `TeacherIdentity` at start; client, checkpoints and the target store compare it. It has two halves. A
+*semantic* change (other weights, another tokenizer) means other targets, and stops a run; a *numeric* change (another
+engine version or device) only changes rounding, and is counted and logged as a warning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Frozen(BaseModel):
 
 
 class _WithOptions(_Frozen):
-    """`options` is left out where there are none: fingerprints of plain teachers are those of before it was there."""
+    """`options` is omitted when empty, so that the fingerprint of a teacher without options does not depend on it."""
 
     options: Mapping[str, str] = {}
 
@@ -36,8 +36,8 @@ class _WithOptions(_Frozen):
 
 
 class SemanticIdentity(_WithOptions):
-    """What the answers mean. `weights` maps each weight file's name to its sha256, `options` the engine's options that
-    change what it computes to their values."""
+    """What determines the meaning of targets. `weights` maps each weight file's name to its sha256; `options` are the
+    engine options that change what it computes, with their values."""
 
     model: str
     revision: str
@@ -50,7 +50,7 @@ class SemanticIdentity(_WithOptions):
 
 
 class NumericIdentity(_WithOptions):
-    """What the answers are rounded by, the engine's `options` that choose kernels among it."""
+    """What determines the rounding of targets, including the engine `options` that choose kernels."""
 
     engine: str
     engine_version: str
@@ -65,11 +65,11 @@ class TeacherIdentity(_Frozen):
 
     @property
     def fingerprint(self) -> str:
-        """`semantic.numeric`: 32 and 16 hexadecimal digits, so that a stranger can tell which half changed."""
+        """`semantic.numeric`, 32 and 16 hexadecimal digits: the string alone shows which half has changed."""
         return f"{digest(self.semantic.model_dump())[:32]}.{digest(self.numeric.model_dump())[:16]}"
 
     def difference(self, other: TeacherIdentity) -> list[str]:
-        """One line for each field that differs, `semantic.dtype: bfloat16 here, float32 there`."""
+        """One line for each field that differs, such as `semantic.dtype: bfloat16 here, float32 there`."""
         ours, theirs = flatten(self.model_dump()), flatten(other.model_dump())
         return [
             f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
@@ -79,7 +79,7 @@ class TeacherIdentity(_Frozen):
 
 
 def compare_fingerprints(ours: str, theirs: str) -> Severity:
-    """How far apart two fingerprints are; a malformed one counts as semantic."""
+    """How two fingerprints differ; a malformed one counts as a semantic difference."""
     if ours == theirs:
         return "same"
     same_meaning = ours.split(".")[0] == theirs.split(".")[0] and "." in ours and "." in theirs
@@ -87,7 +87,7 @@ def compare_fingerprints(ours: str, theirs: str) -> Severity:
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON (sorted keys, no white space) of a plain value."""
+    """sha256 of the canonical JSON of a plain value: sorted keys, no white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -97,12 +97,12 @@ def file_sha256(path: Path) -> str:
 
 
 def tokenizer_sha256(token_by_id: Mapping[int, str]) -> str:
-    """Of a tokenizer's vocabulary: its (id, token) pairs in the order of their ids."""
+    """sha256 of a tokenizer's vocabulary: its (id, token) pairs in the order of their ids."""
     return digest([[i, token_by_id[i]] for i in sorted(token_by_id)])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted name: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
+    """Nested mappings as one, with dotted names: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What `GET /v1/teacher` answers: who a teacher is, what it accepts and serves. Services render it, clients read it."""
+"""The body of `GET /v1/teacher`: a service's identity, limits and kinds. Services render it, clients read it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Kind, Limits
 from teacher_proto.wire.answers import VERSION
 
-# What a hidden state is taken to hold where nobody says, by clients and services alike: 7B models have 4096.
+# The width of hidden states that clients and services assume if it is unknown: 7B models have 4096.
 HIDDEN_WIDTH = 4096
 
 
 class ServiceInfo(BaseModel):
-    """What every service tells of itself. `version` is the wire's; fields that a later one adds are passed over.
+    """What every service says about itself. `version` is that of the wire format; unknown fields are ignored, so that a
+    later version may add some.
 
-    `max_cost` is `limits.max_cost`, which is beside the limits on the wire.
+    `max_cost` is `limits.max_cost`, which on the wire is beside the limits.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -49,7 +50,7 @@ class ServiceInfo(BaseModel):
 
 
 class TeacherInfo(ServiceInfo):
-    """The body of a teacher's `GET /v1/teacher`. `hidden_width` is D of kind `hidden`, by which it costs."""
+    """The body of a teacher's `GET /v1/teacher`. `hidden_width` is D of kind `hidden`, which determines its cost."""
 
     limits: Limits
     kinds: tuple[Kind, ...]
@@ -61,7 +62,8 @@ Info = TypeVar("Info", bound=ServiceInfo)
 
 
 def read_info(kind: type[Info], body: Any) -> Info:
-    """A service's description out of decoded JSON. VersionError for another wire, WireError for the rest."""
+    """A service's description from decoded JSON. VersionError for another version of the wire format, WireError for
+    anything else that is wrong."""
     service = kind.model_fields["service"].default
     if not isinstance(body, dict) or "identity" not in body:
         raise WireError("the answer of /v1/teacher holds no identity")

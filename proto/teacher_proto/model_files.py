@@ -1,8 +1,8 @@
-"""A model on this disk: who it is, read from the folder that it is loaded from.
+"""A model on this disk, and its identity as computed from the files in its folder.
 
-Engines and the trainer's local teacher call `find_model` before they load, `hash_files` while they do and `identify`
-after. Files are hashed in parallel; a hash is kept by path, size, inode and times under the user's cache folder, so
-that a restart reads no weights twice.
+Engines and the trainer's local teacher call `find_model` before they load it, `hash_files` meanwhile and `identify`
+afterwards. Files are hashed in parallel. Hashes are cached by path, size, inode and times in the user's cache folder,
+so that a restart does not read the weights again to hash them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from teacher_proto.identity import (
 )
 
 _HASH_THREADS = 8
-_QUANTISATION_FILE = "hf_quant_config.json"  # of NVIDIA's ModelOpt; others write into config.json
+_QUANTISATION_FILE = "hf_quant_config.json"  # written by NVIDIA's ModelOpt; others write into config.json
 _SETTLED_NS = 2 * 10**9
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -36,7 +36,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on this disk: its folder, the name that it goes by, the revision it is of ("local" if unknown)."""
+    """A model on this disk: its folder, its name in the identity, and its revision ("local" if unknown)."""
 
     path: Path
     name: str
@@ -45,7 +45,7 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str:
-        """What the weights were saved in: by config.json, or else by the first tensor of the first file."""
+        """The dtype of the saved weights, from config.json or else from the first tensor of the first file."""
         text = self.config.get("text_config") or self.config
         named = text.get("dtype") or text.get("torch_dtype") or self.config.get("dtype")
         return str(named) if named else _first_dtype(self.weight_files[0])
@@ -56,7 +56,7 @@ class ModelFolder:
 
 
 def _first_dtype(path: Path) -> str:
-    """Of the first tensor in a safetensors file: its header is JSON, behind its length in 8 bytes."""
+    """The dtype of the first tensor in a safetensors file, which begins with the length of a JSON header in 8 bytes."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     first = next(entry["dtype"] for name, entry in header.items() if name != "__metadata__")
@@ -66,8 +66,8 @@ def _first_dtype(path: Path) -> str:
 def find_model(model: str, *, revision: str | None = None, name: str | None = None) -> ModelFolder:
     """The folder of `model`: a path, or a hub id, which is downloaded (or found in the cache) at `revision`.
 
-    `name` replaces the folder's or hub's name in the identity. ValueError where there is no such model, or where its
-    weights are not safetensors.
+    `name` replaces the folder's or hub's name in the identity. ValueError if there is no such model, or its weights are
+    not safetensors.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -91,13 +91,13 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        # What can be no hub name was meant as a folder: the hub's rules for names would only lead astray.
+        # A string that is not a valid hub id was meant as a folder: the hub's naming rules would only confuse.
         why = "no such folder" if isinstance(error, HFValidationError) else str(error).strip().partition("\n")[0]
         raise ValueError(f"{model!r} is neither a folder nor a model that the hub gives us: {why}") from error
 
 
 def _origin(path: Path) -> tuple[str, str]:
-    """Name and revision: a folder of the hub's cache tells both, any other is called by its own name."""
+    """Name and revision: both from the path of a folder in the hub's cache, otherwise the folder's name and "local"."""
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
     return path.name, "local"
@@ -113,9 +113,8 @@ def identify(
     numeric: NumericIdentity,
     options: Mapping[str, str] | None = None,
 ) -> TeacherIdentity:
-    """The identity of a teacher that was loaded from `folder` as `dtype` and `quantization`; `weights` by name,
-    `options` as `SemanticIdentity` has them. Where a file beside config.json says how the weights are quantised, that
-    counts among them."""
+    """The identity of a teacher that was loaded from `folder` with `dtype` and `quantization`. `weights` and `options`
+    are as in `SemanticIdentity`; a separate file that says how the weights are quantised is added to the options."""
     quantised = folder.path / _QUANTISATION_FILE
     if quantised.is_file():
         options = {**(options or {}), _QUANTISATION_FILE: file_sha256(quantised)}
@@ -134,7 +133,7 @@ def identify(
 
 
 def _vocabulary(path: Path) -> dict[int, str]:
-    """Token by id; empty for a model without a tokenizer."""
+    """Tokens by id; empty for a model without a tokenizer."""
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return {}
     from transformers import AutoTokenizer
@@ -144,7 +143,7 @@ def _vocabulary(path: Path) -> dict[int, str]:
 
 
 def hash_files(paths: list[Path], cache_file: Path | None = None) -> dict[str, str]:
-    """sha256 of each file by its name, out of the cache where the file is the one that was hashed."""
+    """sha256 of each file by its name, from the cache if the file has not changed since it was hashed."""
     cache_file = cache_file or _cache_folder() / "sha256.json"
     known = _read_cache(cache_file)
     keys = {path: _key(path) for path in paths}
@@ -158,14 +157,14 @@ def hash_files(paths: list[Path], cache_file: Path | None = None) -> dict[str, s
 
 
 def _key(path: Path) -> str:
-    """Another for every file that was put there or written to, though its modification time was kept: no program sets
-    the time of the last change (ctime), the kernel does."""
+    """A key that changes whenever the file is replaced or written to, even if its modification time is preserved:
+    programs can set mtime, but only the kernel sets ctime."""
     state = path.stat()
     return digest([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
 
 
 def _is_settled(path: Path) -> bool:
-    """Whether a change from now on would show in its times, which a file system counts in steps."""
+    """Whether any later change would show in the file's times, whose resolution on some file systems is coarse."""
     return abs(time.time_ns() - path.stat().st_ctime_ns) > _SETTLED_NS
 
 
@@ -177,12 +176,12 @@ def _read_cache(cache_file: Path) -> dict[str, str]:
     try:
         known = json.loads(cache_file.read_text())
     except (OSError, ValueError):
-        return {}  # absent or spoilt: hashing again mends it
+        return {}  # absent or corrupt: the files are hashed again
     return known if isinstance(known, dict) else {}
 
 
 def _write_cache(cache_file: Path, known: dict[str, str]) -> None:
-    """Replace the cache whole; a folder that can't be written costs the hashing at the next start, no more."""
+    """Replace the cache atomically. If the folder can't be written, the files are hashed again at the next start."""
     temporary = cache_file.with_suffix(f".{os.getpid()}")
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What every request is made of and held to, whatever it asks: token sequences, an addressee, limits.
+"""What all requests have in common: token sequences, the expected teacher, limits, and their checks.
 
-Used by `requests.py` and `attention.py`. Nothing here raises anything but a `RequestError` with the field at fault.
+Used by `requests.py` and `attention.py`. Invalid requests raise a `RequestError` that names the field at fault.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Sequence = Annotated[Any, BeforeValidator(token_array)]
 
 
 class SequenceLimits(BaseModel):
-    """What one service accepts of any request. Lengths in tokens, sizes in bytes. `max_cost` is what a request may
-    cost that an empty service admits, in tokens x (values a token + 1); None where a service doesn't say."""
+    """The limits of any request to a service. Lengths in tokens, sizes in bytes. `max_cost` is the highest cost that an
+    empty service admits, in tokens x (values per token + 1); None if a service doesn't say."""
 
-    # Limits that a later service adds are passed over.
+    # Unknown limits, of a later service, are ignored.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     vocab_size: int
@@ -47,32 +47,32 @@ class SequenceLimits(BaseModel):
     max_request_tokens: int = 131_072
     max_body_bytes: int = 16 * 2**20
     max_json_bytes: int = 2**20
-    # On the wire beside the limits, since clients of the first edition refuse a limit that they don't know.
+    # On the wire this is beside the limits, since older clients refuse unknown limits.
     max_cost: int | None = Field(None, exclude=True)
 
 
 class SequencesRequest(BaseModel):
-    """Token ids, each [T], and who must answer; a service's own request adds what is asked of them."""
+    """Token ids, each [T], and the teacher that must respond; each service's request adds fields for its targets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-    # Fields with an item for each sequence, and those of them whose items are arrays of numbers.
+    # The fields with one item per sequence, and those of them whose items are arrays.
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences",)
     tensor_fields: ClassVar[tuple[str, ...]] = ("sequences",)
 
     sequences: tuple[Sequence, ...] = Field(description="token ids of each sequence")
-    fingerprint: str | None = Field(None, description="the teacher that must answer; anyone if absent")
+    fingerprint: str | None = Field(None, description="the teacher that must respond; any if absent")
 
     @property
     def num_tokens(self) -> int:
         return sum(len(tokens_T) for tokens_T in self.sequences)
 
     def sequence_bytes(self, index: int) -> int:
-        """At most what sequence `index` and what goes with it take in a msgpack body."""
+        """An upper bound of the bytes that sequence `index` and its other fields take in a msgpack body."""
         fields = [values[index] for name in self.per_sequence if (values := getattr(self, name)) is not None]
         return sum(4 * field.size + 64 if isinstance(field, np.ndarray) else 64 for field in fields)
 
     def select(self, indexes: Iterable[int]) -> Self:
-        """The same request of these sequences alone, in this order."""
+        """The same request for only these sequences, in this order."""
         indexes = list(indexes)
         given = {name: values for name in self.per_sequence if (values := getattr(self, name)) is not None}
         return self.model_copy(update={name: tuple(values[i] for i in indexes) for name, values in given.items()})
@@ -82,7 +82,7 @@ RequestT = TypeVar("RequestT", bound=SequencesRequest)
 
 
 def parse_body(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
-    """A request out of a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
+    """A request from a decoded body. MalformedError for an unknown or missing field, OutOfRangeError for a value."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -1,7 +1,7 @@
-"""What is asked of a teacher: a `Query` about one sequence, a `TargetsRequest` of several, and the limits of both.
+"""Requests to a teacher: a `Query` for one sequence, a `TargetsRequest` for several, and the limits of both.
 
-Built by clients, decoded and checked by services before the engine hears of it. Nothing here raises anything
-but a `RequestError` with the field at fault.
+Clients build them; services decode and check them before they reach the engine. Invalid requests raise a
+`RequestError` that names the field at fault.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HiddenDtype = Literal["float16", "bfloat16", "int8"]
 
 
 def id_matrix(value: Any) -> np.ndarray:
-    """Ids to gather, one row a position, as a read-only int64 array [R, G]."""
+    """Ids to gather, one row per position, as a read-only int64 array [R, G]."""
     array = np.asarray(value)
     if array.dtype.kind not in "iu" or array.ndim != 2:
         raise ValueError(f"gather_ids are two-dimensional integer tensors, got {array.dtype} of shape {array.shape}")
@@ -67,9 +67,9 @@ class Limits(SequenceLimits):
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is asked of every sequence alike, with fields that no asked kind reads at their neutral value.
+    """What is requested for every sequence of a request; fields that no requested kind reads have neutral values.
 
-    Two equal specs over equal tokens and rows have equal answers: engines batch by it, the store keys by it.
+    Equal specs over equal tokens and rows have equal targets: engines batch by it, the store uses it as a key.
     """
 
     kinds: tuple[Kind, ...]
@@ -82,7 +82,7 @@ class TargetSpec:
 
     @classmethod
     def of(cls, kinds: Collection[Kind], given: object) -> TargetSpec:
-        """These kinds, with what they read of the fields of `given`."""
+        """The spec of these kinds, with the fields that they read taken from `given`."""
         asked = [kind for kind in KINDS if kind in kinds]
         read = {name: getattr(given, name) for kind in asked for name in READS[kind]}
         return cls(kinds=tuple(asked), **read)
@@ -90,11 +90,11 @@ class TargetSpec:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """What is asked of a teacher about one sequence: the trainer makes it, a request carries it, an engine answers it,
-    a store finds its answer again.
+    """A request to a teacher for one sequence. The trainer makes it, a request carries it, an engine answers it, and a
+    store looks it up.
 
-    tokens_T: token ids [T]. rows: the positions [start, stop) that are asked about. gather_ids_RG: for kind `gather`,
-    ids [R, G], a row for each of those positions; None where they are not known, as of an answer out of a store.
+    tokens_T: token ids [T]. rows: the requested positions [start, stop). gather_ids_RG: for kind `gather`, ids [R, G],
+    a row for each of those positions; None if they are unknown, as for a record read from a store.
     """
 
     tokens_T: np.ndarray
@@ -108,41 +108,41 @@ class Query:
 
     @property
     def gather_width(self) -> int:
-        """G, the ids a row of kind `gather`; 0 where it is not asked."""
+        """G, the ids per row of kind `gather`; 0 if it is not requested."""
         if self.gather_ids_RG is None or "gather" not in self.spec.kinds:
             return 0
         return int(self.gather_ids_RG.shape[1])
 
     @property
     def key(self) -> Hashable:
-        """Equal for queries with equal answers: token ids, rows, what is asked of them."""
+        """Equal for queries with equal targets: token ids, rows, spec and gathered ids."""
         gathered = b"" if self.gather_ids_RG is None else hashlib.sha256(self.gather_ids_RG.tobytes()).digest()
         return hashlib.sha256(self.tokens_T.tobytes()).digest(), self.rows, self.spec, gathered
 
 
 class TargetsRequest(SequencesRequest):
-    """The body of `POST /v1/targets`: sequences [T], `gather_ids` [R, G] a sequence; READS says what a kind reads."""
+    """The body of `POST /v1/targets`: sequences [T], `gather_ids` [R, G] for each; READS lists what each kind reads."""
 
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences", "rows", "gather_ids")
     tensor_fields: ClassVar[tuple[str, ...]] = ("sequences", "gather_ids")
 
     kinds: tuple[Kind, ...] = ("top_k",)
-    top_k: StrictInt = Field(64, description="kind top_k: from 1 to the vocabulary")
-    temperatures: tuple[Number, ...] = Field((), description="temperatures to be exact at; 1 always is")
+    top_k: StrictInt = Field(64, description="kind top_k: K, from 1 to the size of the vocabulary")
+    temperatures: tuple[Number, ...] = Field((), description="temperatures to return log_z for; 1 needs none")
     rows: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(
-        None, description="a [start, stop) for each sequence; all rows if absent"
+        None, description="a range [start, stop) for each sequence; all rows if absent"
     )
     gather_ids: tuple[GatherIds, ...] | None = Field(
-        None, description="kind gather: the ids to score, a row of them for each row asked, for each sequence"
+        None, description="kind gather: for each sequence, the ids to score, one list for each requested row"
     )
-    num_samples: StrictInt = Field(50, description="kind sampled: draws a row, 1 or more")
+    num_samples: StrictInt = Field(50, description="kind sampled: draws per row, 1 or more")
     sample_temperature: Number = 1.0
     seed: StrictInt = 0
     hidden_dtype: HiddenDtype = "float16"
 
     @classmethod
     def of(cls, queries: Iterable[Query]) -> TargetsRequest:
-        """The request that makes these queries, in this order: one at least, all of one spec."""
+        """The request for these queries, in this order: at least one, all with the same spec."""
         queries = tuple(queries)
         spec = queries[0].spec
         assert all(query.spec == spec for query in queries), "a request asks the same of all its sequences"
@@ -164,16 +164,16 @@ class TargetsRequest(SequencesRequest):
         return TargetSpec.of(self.kinds, self)
 
     def query(self, index: int) -> Query:
-        """What is asked about sequence `index`."""
+        """The query for sequence `index`."""
         gathered = self.gather_ids[index] if self.gather_ids is not None and "gather" in self.kinds else None
         return Query(self.sequences[index], self.row_range(index), self.spec, gathered)
 
     def queries(self) -> list[Query]:
-        """What is asked, a query for each sequence."""
+        """A query for each sequence."""
         return [self.query(index) for index in range(len(self.sequences))]
 
     def values_per_token(self, hidden_width: int) -> int:
-        """Numbers that an answer holds for a token; `hidden_width` is how many a hidden state has."""
+        """Numbers returned per token; `hidden_width` is the width of a hidden state."""
         spec = self.spec
         gathered = max((ids_RG.shape[1] for ids_RG in self.gather_ids or ()), default=0)
         return (
@@ -182,16 +182,16 @@ class TargetsRequest(SequencesRequest):
         )  # fmt: skip
 
     def cost(self, hidden_width: int) -> int:
-        """What a teacher admits this request by: tokens x (values a token + 1)."""
+        """The cost by which a teacher admits this request: tokens x (values per token + 1)."""
         return self.num_tokens * (self.values_per_token(hidden_width) + 1)
 
     def row_range(self, index: int) -> tuple[int, int]:
-        """The rows [start, stop) that are asked of sequence `index`."""
+        """The requested rows [start, stop) of sequence `index`."""
         return self.rows[index] if self.rows is not None else (0, len(self.sequences[index]))
 
 
 def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ...] = KINDS) -> None:
-    """Hold a request to a teacher's limits. OutOfRangeError names the field, what came and the limit."""
+    """Check a request against a teacher's limits. OutOfRangeError with the field, its value and the limit."""
     if not request.kinds or len(set(request.kinds)) != len(request.kinds):
         refuse("kinds", list(request.kinds), list(kinds), "one or more different kinds")
     for kind in request.kinds:
@@ -199,7 +199,7 @@ def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
             refuse("kinds", kind, list(kinds), "a kind that this teacher serves")
     within("sequences", len(request.sequences), 1, limits.max_sequences, "sequences in a request")
     check_sequences(request, limits)
-    # What no asked kind reads must still be what the schema says.
+    # Fields that no requested kind reads must still be within their limits.
     if "top_k" in request.kinds:
         within("top_k", request.top_k, 1, min(limits.max_top_k, limits.vocab_size), "top_k")
     else:

@@ -1,6 +1,6 @@
-"""What a teacher answers for one sequence: `TokenTargets`, and the checks that it is a distribution.
+"""`TokenTargets`, a teacher's targets for one sequence, and the checks that they are a distribution.
 
-Engines make it, the wire carries it, the store keeps it, losses read it.
+Engines make it, `wire` encodes and decodes it, the store keeps it, losses read it.
 
 Row t is the teacher's distribution of token t+1 given tokens 0..t. At temperature 1 a row holds the K largest
 logprobs (`logit - lse`, fp16, largest first); at temperature T the exact probability of an id is
@@ -18,7 +18,7 @@ import numpy as np
 from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import HiddenDtype, Kind, Query, TargetSpec
 
-# fp16 keeps 11 bits of a logprob: below 16 nats a probability is off by at most 2**-8 of itself, and so is a sum.
+# fp16 keeps 11 bits of a logprob: below 16 nats, a probability and so a sum have a relative error of at most 2**-8.
 MASS_TOLERANCE = 2.0**-8
 # fp32 logprobs are differences of numbers around 10 to 100.
 LOGPROB_TOLERANCE = 1e-3
@@ -26,7 +26,7 @@ LOGPROB_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a record: the dtypes it may have on the wire, its axes, and the kinds that ask for it.
+    """One tensor of a record: the dtypes it may have on the wire, its axes, and the kinds that contain it.
 
     Axes: R rows, R+1, K top-k, T temperatures, G gathered ids, M samples of all rows, D hidden width.
     """
@@ -36,7 +36,7 @@ class TensorSpec:
     kinds: tuple[Kind, ...]
 
 
-# The order of the keys in a `targets` message, and of the bytes under its checksum.
+# In the order of the keys of a `targets` message, and of its checksum.
 TENSORS: dict[str, TensorSpec] = {
     "ids": TensorSpec(("<u2", "u3"), ("R", "K"), ("top_k",)),
     "logprobs": TensorSpec(("<f2",), ("R", "K"), ("top_k",)),
@@ -52,24 +52,24 @@ TENSORS: dict[str, TensorSpec] = {
 }
 
 HIDDEN_DTYPES: dict[HiddenDtype, str] = {"float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
-# Three bytes on the wire are four in memory.
+# Ids of three bytes on the wire are int32 in memory.
 _IN_MEMORY = {"ids": ("<i4",), "sampled_ids": ("<i4",)}
 
 
 def tensors_of(kinds: Iterable[Kind]) -> tuple[str, ...]:
-    """Names of the tensors that an answer of these kinds holds, in wire order (`hidden_scale` only with int8)."""
+    """Names of the tensors in a record of these kinds, in wire order (`hidden_scale` only with int8)."""
     asked = set(kinds)
     return tuple(name for name, spec in TENSORS.items() if asked & set(spec.kinds))
 
 
 def id_dtype(vocab_size: int) -> str:
-    """Ids take two bytes where the vocabulary fits them, else three."""
+    """The dtype of ids on the wire: two bytes if the vocabulary fits, else three."""
     return "<u2" if vocab_size <= 65_536 else "u3"
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTargets:
-    """The teacher's answer for rows [start, start + R) of one sequence; tensors not asked for are None.
+    """The teacher's targets for rows [start, start + R) of one sequence; tensors that were not requested are None.
 
     ids [R, K] uint16 or int32, logprobs [R, K] fp16, lse [R] fp32, next_logprob [R] fp32 (NaN on the last row of
     the sequence), log_z [R, T] fp32, gather_logprobs [R, G] fp16. Samples are ragged: row r has sampled_ids and
@@ -91,7 +91,7 @@ class TokenTargets:
     hidden_scale: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The tensors that are there, in wire order."""
+        """The tensors that are present, in wire order."""
         present = ((name, getattr(self, name)) for name in TENSORS)
         return {name: array for name, array in present if array is not None}
 
@@ -108,7 +108,7 @@ class TokenTargets:
         return sum(array.nbytes for array in self.tensors().values())
 
     def probabilities(self, temperature_index: int | None = None, temperature: float = 1.0) -> np.ndarray:
-        """Exact probabilities [R, K] of the top-K ids at `temperature`, whose place in the request is given.
+        """Exact probabilities [R, K] of the top-K ids at `temperature`, given its index in the request.
 
         No index is needed at temperature 1, where log_z is 0.
         """
@@ -121,7 +121,7 @@ class TokenTargets:
         return np.exp(logprobs_RK / temperature - self.log_z[:, temperature_index, None])
 
     def narrow(self, start: int, stop: int, top_k: int | None = None) -> TokenTargets:
-        """Rows [start, stop) of the sequence, and the first `top_k` of each: views, not copies."""
+        """Only rows [start, stop) of the sequence, and the first `top_k` ids of each: views, not copies."""
         a, b = start - self.start, stop - self.start
         if not 0 <= a <= b <= self.num_rows:
             raise ValueError(f"rows [{start}, {stop}) lie outside [{self.start}, {self.start + self.num_rows})")
@@ -142,12 +142,12 @@ assert {field.name for field in fields(TokenTargets)} == {"start", *TENSORS}
 
 
 def check_targets(targets: TokenTargets, query: Query, vocab_size: int) -> None:
-    """Refuse a record that cannot be the answer to `query`. InvalidTargetsError names tensor and row.
+    """Check that a record can be the response to `query`. InvalidTargetsError names tensor and row.
 
-    Presence, shapes and dtypes; finite values; ids below the vocabulary and different within a row; logprobs at most
-    0, largest first, of a mass not above 1; normalisers that are ones of the temperatures, the next token's logprob
-    where the sequence's own next token is among the K, as many draws as were asked for. Comparisons are written so that
-    NaN fails them. At K = 64 the whole takes less than a microsecond a row.
+    Checks presence, shapes and dtypes; finite values; ids within the vocabulary and distinct within a row; logprobs at
+    most 0, largest first, with a mass of at most 1; plausible normalisers for the temperatures; the next token's
+    logprob, where that token is among the K; the number of draws. Comparisons are written so that NaN fails them. At
+    K = 64 all of it takes less than a microsecond per row.
     """
     spec, (start, stop), length = query.spec, query.rows, query.num_tokens
     if targets.start != start or targets.num_rows != stop - start:
@@ -200,13 +200,13 @@ def _check_shapes(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
 
 
 def _refuse_rows(bad_R: np.ndarray | np.bool, start: int, message: str) -> None:
-    """InvalidTargetsError that names the first bad row, counted from the beginning of the sequence."""
+    """Raise InvalidTargetsError if any row is bad, with the number of the first in the sequence."""
     if bad_R.any():
         raise InvalidTargetsError(f"{message}, first on row {start + int(bad_R.argmax())}")
 
 
 def _check_top_k(ids_RK: np.ndarray, logprobs_RK: np.ndarray, start: int, vocab_size: int) -> None:
-    """Ids below the vocabulary, different within a row; logprobs finite, at most 0, falling, of a mass of at most 1."""
+    """Ids within the vocabulary, distinct within a row; logprobs finite, at most 0, descending, with a mass <= 1."""
     _check_ids(ids_RK, "ids", vocab_size)
     wide_RK = logprobs_RK.astype(np.float32)
     _refuse_rows(~(wide_RK[:, 0] <= 0), start, "logprobs: the largest is NaN or above 0")
@@ -237,8 +237,8 @@ def _check_finite(array: np.ndarray, name: str, start: int) -> None:
 def _check_log_z(
     log_z_RT: np.ndarray, best_R: np.ndarray, temperatures: Sequence[float], start: int, vocab_size: int
 ) -> None:
-    """The most probable id has a probability of at most 1 and at least 1/V at every temperature; the normaliser is 0 at
-    temperature 1 and grows with temperature, being log sum p**(1/T).
+    """At every temperature, the most probable id has a probability of at most 1 and at least 1/V. The normaliser,
+    log sum p**(1/T), is 0 at temperature 1 and grows with temperature.
     """
     for column, temperature in enumerate(temperatures):
         best_at_t_R = best_R.astype(np.float32) / np.float32(temperature) - log_z_RT[:, column]
@@ -257,8 +257,8 @@ def _check_log_z(
 def _check_next(
     ids_RK: np.ndarray, logprobs_RK: np.ndarray, next_logprob_R: np.ndarray, next_ids_R: np.ndarray, start: int
 ) -> None:
-    """Where a sequence's own next token is among the K, both tensors say the same of it: else the record is of other
-    tokens."""
+    """If a sequence's own next token is among the K, both tensors must have the same logprob for it. Otherwise the
+    record is of other tokens."""
     n = len(next_ids_R)
     at = np.flatnonzero(ids_RK[:n] == next_ids_R.astype(ids_RK.dtype)[:, None])
     rows = at // ids_RK.shape[1]
@@ -272,7 +272,7 @@ def _check_next(
 def _check_samples(
     offsets: np.ndarray, ids_M: np.ndarray, counts_M: np.ndarray, vocab_size: int, num_samples: int
 ) -> None:
-    """Offsets rise from 0 to M; ids ascend within a row; counts are at least 1 and sum to `num_samples`."""
+    """Offsets rise from 0 to M; ids ascend within a row; counts are at least 1 and sum to `num_samples` per row."""
     if offsets[0] != 0 or offsets[-1] != len(ids_M) or len(ids_M) != len(counts_M) or not (np.diff(offsets) > 0).all():
         raise InvalidTargetsError("sampled_offsets do not rise from 0 to the number of sampled ids")
     _check_ids(ids_M, "sampled_ids", vocab_size)
