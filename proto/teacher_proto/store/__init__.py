@@ -1,4 +1,4 @@
-"""The target store: answers of teachers on a disk, found again by content, and as Parquet files.
+"""The target store: teachers' targets on disk, looked up by content, and their export and import as Parquet files.
 
 May import `wire` and the records. Open `target_store.py` first.
 """

@@ -1,10 +1,10 @@
-"""What the target store keeps of an answer: one entry a kind, its description, its bytes, and what else it answers.
+"""Entries of the target store, one per kind: their description, their bytes, and which queries they cover.
 
-An entry is found by (fingerprint, token ids) and answers whatever asks for less of the same: fewer rows, a smaller K,
-some of its temperatures; `score` out of `top_k`. Used by `target_store.py` and `parquet.py`.
+An entry is looked up by (fingerprint, token ids), and covers any query for a subset of it: fewer rows, a smaller K,
+some of its temperatures; `top_k` also covers `score`. Used by `target_store.py`, `parquet.py` and target datasets.
 
-Bytes of an entry: CRC-32 of all that follows (4, little-endian), length of the description (4), the description as a
-msgpack map, the record as a `targets` message of WIRE.md.
+The bytes of an entry: CRC-32 of all that follows (4 bytes, little-endian), length of the description (4 bytes), the
+description as a msgpack map, the record as a `targets` message of WIRE.md.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _BUDGET = Budget(containers=8, items=64)
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Description of one stored kind, or of one that is asked for; fields that the kind does not read are neutral.
+    """The description of one stored or requested kind; fields that the kind does not read have neutral values.
 
-    `gathered` is the sha256 of the ids asked for. `wide_ids` tells ids of three bytes from those of two.
+    `gathered` is the sha256 of the gathered ids. `wide_ids`: whether ids take three bytes instead of two.
     """
 
     fingerprint: str
@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def query(self) -> Query:
-        """What this entry answers. The ids of kind `gather` are not kept, so they are not known."""
+        """The query that this entry answers. The ids of kind `gather` are not stored, so they are None."""
         spec = TargetSpec(
             kinds=(self.kind,), top_k=self.top_k, temperatures=self.temperatures, num_samples=self.num_samples,
             sample_temperature=self.sample_temperature, seed=self.seed, hidden_dtype=self.hidden_dtype,
@@ -61,7 +61,7 @@ class Entry:
         return Query(self.tokens_T, (self.start, self.stop), spec)
 
     def covers(self, asked: Entry) -> bool:
-        """Whether this, stored, holds all that `asked` asks of the same sequence of the same teacher."""
+        """Whether this stored entry holds all that `asked` requests, given the same sequence and teacher."""
         if self.kind != asked.kind and (self.kind, asked.kind) != ("top_k", "score"):
             return False
         if not self.start <= asked.start < asked.stop <= self.stop:
@@ -75,24 +75,24 @@ class Entry:
         )
 
     def _drawn(self) -> tuple[object, ...]:
-        """What must be equal, not just as much."""
+        """The fields that must be equal, as opposed to at least as large."""
         return self.num_samples, self.sample_temperature, self.seed, self.hidden_dtype, self.gathered
 
 
 def sequence_key(fingerprint: str, tokens_T: np.ndarray) -> bytes:
-    """sha256 of teacher and token ids: the common prefix of the keys of all that is known of a sequence."""
+    """sha256 of fingerprint and token ids: the common prefix of the keys of all entries of a sequence."""
     return hashlib.sha256(fingerprint.encode() + b"\0" + np.ascontiguousarray(tokens_T, dtype="<i8").tobytes()).digest()
 
 
 def entry_key(entry: Entry) -> bytes:
-    """The key of an entry: its sequence's, its kind's number, and a digest of the rest."""
+    """The key of an entry: that of its sequence, the number of its kind, and a digest of the other fields."""
     rest = [getattr(entry, field.name) for field in fields(Entry) if field.name not in ("fingerprint", "tokens_T")]
     digest = hashlib.sha256(repr(rest).encode()).digest()[:8]
     return sequence_key(entry.fingerprint, entry.tokens_T) + bytes([KINDS.index(entry.kind)]) + digest
 
 
 def asked_entries(fingerprint: str, query: Query) -> list[Entry]:
-    """What answers a query, a kind each; `score` is left out beside `top_k`, which holds it."""
+    """The entries that answer a query, one per kind; no `score` if there is `top_k`, which contains it."""
     spec = query.spec
     kinds = [kind for kind in KINDS if kind in spec.kinds and not (kind == "score" and "top_k" in spec.kinds)]
     return [_asked_entry(fingerprint, query, kind) for kind in kinds]
@@ -113,7 +113,7 @@ def _asked_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
 
 
 def split(fingerprint: str, query: Query, targets: TokenTargets) -> list[tuple[Entry, TokenTargets]]:
-    """An answer as the entries that keep it."""
+    """The targets of a query, split into the entries to store."""
     parts = []
     for entry in asked_entries(fingerprint, query):
         part = only(targets, tensors_of((entry.kind,)))
@@ -123,7 +123,7 @@ def split(fingerprint: str, query: Query, targets: TokenTargets) -> list[tuple[E
 
 
 def join(parts: Sequence[TokenTargets]) -> TokenTargets:
-    """One record of several kinds' parts; a tensor that two of them hold is the first one's."""
+    """Several kinds' parts as one record; a tensor that two of them have is taken from the first."""
     tensors: dict[str, np.ndarray] = {}
     for part in parts:
         tensors = part.tensors() | tensors
@@ -131,7 +131,7 @@ def join(parts: Sequence[TokenTargets]) -> TokenTargets:
 
 
 def cut(targets: TokenTargets, stored: Entry, asked: Entry) -> TokenTargets:
-    """What `asked` asks, out of the record of an entry that covers it: views."""
+    """What `asked` requests, as views of the record of an entry that covers it."""
     part = only(targets, tensors_of((asked.kind,))).narrow(asked.start, asked.stop, asked.top_k or None)
     if part.log_z is None or stored.temperatures == asked.temperatures:
         return part
@@ -155,7 +155,7 @@ def pack_entry(entry: Entry, targets: TokenTargets) -> bytes:
 
 
 def unpack_description(value: memoryview) -> Entry:
-    """The description alone, unverified. WireError if it is none."""
+    """Only the description of an entry, without checking the CRC. WireError if it is malformed."""
     if len(value) < _HEAD.size:
         raise WireError(f"an entry of {len(value)} bytes is cut short")
     size = _HEAD.unpack_from(value)[1]
@@ -171,7 +171,8 @@ def unpack_description(value: memoryview) -> Entry:
 
 
 def whole_entry(key: bytes, value: memoryview, asked: Entry | None = None) -> Entry | None:
-    """The description of the entry at `key`, or None if it does not cover `asked`. WireError if it is not whole."""
+    """The verified description of the entry at `key`, or None if it does not cover `asked`. WireError if it is damaged.
+    """
     stored = unpack_description(value)
     if asked is not None and not stored.covers(asked):
         return None
@@ -183,7 +184,7 @@ def whole_entry(key: bytes, value: memoryview, asked: Entry | None = None) -> En
 
 
 def unpack_targets(value: memoryview) -> TokenTargets:
-    """The record of an entry that `whole_entry` has passed; its arrays are of memory of their own."""
+    """The record of an entry that `whole_entry` has verified; its arrays are not views of `value`."""
     return decode_targets(bytes(value[_HEAD.size + _HEAD.unpack_from(value)[1] :])).targets
 
 
@@ -193,6 +194,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "wide_ids": (bool,),
 }  # fmt: skip
 _ID_TENSORS = ("ids", "sampled_ids")
-# Vocabulary sizes that stand for ids of two bytes and of three.
+# Vocabulary sizes that select ids of two and of three bytes.
 _NARROW, _WIDE = 65_536, 2**24
 assert {name for name, spec in TENSORS.items() if "u3" in spec.dtypes} == set(_ID_TENSORS)

@@ -1,7 +1,7 @@
-"""Byte strings on disk, within a bound, the least recently used falling off: LMDB under `target_store.py`.
+"""A size-limited LRU cache of byte strings on disk, in LMDB. Used by `target_store.py`.
 
-Five tables: records (key -> bytes), usage (key -> its last tick and its size on disk), order (tick -> key), meta and
-teachers. Every change is one transaction, so a kill leaves all of them or none.
+Five tables: records (key -> bytes), usage (key -> tick of its last use, and its size on disk), order (tick -> key),
+meta and teachers. Every change is one transaction, so a kill leaves the tables consistent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = b"stillhouse targets 1"
-# What a record costs besides its own pages: its key in three tables, and their pages' slack.
+# What a record costs besides its own pages: its key in three tables, and unused space in their pages.
 _ROW_BYTES = 400
-# Above this share of the file records leave: changed pages are written beside the old ones, which needs room.
+# Records are evicted above this share of the file: LMDB writes changed pages beside the old ones, which needs room.
 _FILL = 0.8
 _ROOM_TRIES = 4
 _TRIM_STEP = 64
@@ -35,19 +35,19 @@ _TICK = struct.Struct(">Q")
 
 
 class DamagedError(Exception):
-    """LMDB met a page that is not what it was. The next start looks at the whole file."""
+    """LMDB has met a damaged page. The next start checks the whole file."""
 
 
 class BusyError(OSError):
-    """The file can't be read just now, though nothing is wrong with it."""
+    """The file can't be read right now, though nothing is wrong with it."""
 
 
 class LmdbLru:
-    """An open LMDB environment. `max_bytes` bounds its file, unless that is larger already.
+    """An open LMDB environment. `max_bytes` limits its file, unless that is larger already.
 
-    ValueError where there is none that can be used.
-    A damaged file is put aside for an empty one, and said so loudly; with `readonly`, or while another process has it
-    open, it is a ValueError. UncheckedError where the file could not be looked at.
+    ValueError if there is no usable file.
+    A damaged file is renamed and replaced by an empty one, and an error is logged; with `readonly`, or while another
+    process has it open, it raises ValueError. UncheckedError if the file could not be checked.
     """
 
     def __init__(self, path: Path, max_bytes: int, readonly: bool):
@@ -79,8 +79,8 @@ class LmdbLru:
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:
-        """A view of one moment; the buffers that it hands out end with it. DamagedError from anywhere inside, BusyError
-        where too many read.
+        """A consistent snapshot; the buffers that it returns are valid until it ends. DamagedError from anywhere
+        inside, BusyError if there are too many readers.
         """
         import lmdb
 
@@ -97,7 +97,7 @@ class LmdbLru:
             raise DamagedError(f"{self.path}: {error}") from error
 
     def _begin_reading(self) -> lmdb.Transaction:
-        """Sees as much of the file as there is: another process may have let it grow beyond our map of it."""
+        """Begin a transaction that sees the whole file: another process may have grown it beyond our memory map."""
         import lmdb
 
         with self._gate:
@@ -116,15 +116,15 @@ class LmdbLru:
             self._gate.notify_all()
 
     def _enlarge(self) -> None:
-        """Map the file anew, as large as it is now, once no transaction of ours is open. Called with the gate held."""
+        """Map the file again at its present size, once no transaction of ours is open. Called with the gate held."""
         if not self._gate.wait_for(lambda: self._inside == 0, _RESIZE_WITHIN_S):
             raise BusyError(f"{self.path} has grown, and is being read all the time: it can't be mapped anew")
         self.env.set_mapsize(0)
 
     def update(self, change: Callable[[Writing], None]) -> None:
-        """Run `change` in one transaction and commit it. It runs again, after making room, where the file is full.
+        """Run `change` in one transaction and commit it. If the file is full, make room and run it again.
 
-        OSError where it stays full; DamagedError.
+        OSError if it stays full; DamagedError.
         """
         import lmdb
 
@@ -135,7 +135,7 @@ class LmdbLru:
             try:
                 with self.env.begin(write=True, buffers=True) as txn:
                     writing = Writing(self, txn)
-                    # Pages of what was evicted are free only once nobody reads them: another try starts with less.
+                    # Pages of evicted records are free only once nobody reads them: evict more at each attempt.
                     writing.make_room(attempt * self.max_bytes // 8)
                     change(writing)
                     writing.finish()
@@ -159,7 +159,7 @@ class LmdbLru:
         self._users.close()
 
     def _trim(self) -> None:
-        """Keep to a limit that is lower than the last one, in steps that need little room themselves."""
+        """Evict down to a limit that was lowered, in small transactions that need little room themselves."""
         evicted = 1
         while evicted:
             with self.env.begin(write=True, buffers=True) as txn:
@@ -171,7 +171,7 @@ class LmdbLru:
 
 
 class Reading:
-    """A transaction that reads."""
+    """A read transaction."""
 
     def __init__(self, lru: LmdbLru, txn: lmdb.Transaction):
         self._lru = lru
@@ -182,7 +182,7 @@ class Reading:
         return None if value is None else memoryview(value)
 
     def scan(self, prefix: bytes = b"") -> Iterator[tuple[bytes, memoryview]]:
-        """Records whose key begins with `prefix`, in the order of their keys."""
+        """Keys and values of the records whose key begins with `prefix`, in the order of the keys."""
         cursor = self._txn.cursor(self._lru.records)
         if not cursor.set_range(prefix):
             return
@@ -207,7 +207,7 @@ class Reading:
 
 
 class Writing(Reading):
-    """A transaction that writes. `finish` puts down the counters that it has changed."""
+    """A write transaction. `finish` writes the counters that it has changed."""
 
     def __init__(self, lru: LmdbLru, txn: lmdb.Transaction):
         super().__init__(lru, txn)
@@ -233,7 +233,7 @@ class Writing(Reading):
         self._txn.delete(key, db=self._lru.records)
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """These were used just now; what is not there any more is passed over."""
+        """Mark these as just used; keys that are gone are ignored."""
         for key in keys:
             usage = self._txn.get(key, db=self._lru.usage)
             if usage is not None:
@@ -245,7 +245,7 @@ class Writing(Reading):
         self._txn.put(fingerprint, info, db=self._lru.teachers)
 
     def make_room(self, size: int, at_most: int = 2**62) -> None:
-        """Let the least recently used go, `at_most` so many, until `size` bytes more are within the limit."""
+        """Evict the least recently used records, at most `at_most`, until `size` more bytes fit within the limit."""
         limit = int(self._lru.max_bytes * _FILL) - size
         while self._bytes > limit and self.evicted < at_most:
             cursor = self._txn.cursor(self._lru.order)
@@ -265,7 +265,7 @@ class Writing(Reading):
 
 
 def _size_on_disk(size: int) -> int:
-    """A record takes whole pages of its own where it does not fit a shared one."""
+    """The bytes that a record takes on disk. One that does not fit a shared page takes whole pages."""
     return _ROW_BYTES + (-(-(size + 16) // PAGE) * PAGE if size > PAGE // 2 - 100 else size)
 
 
@@ -274,9 +274,9 @@ def _open(path: Path, max_bytes: int) -> lmdb.Environment:
 
     data = path / "data.mdb"
     there = data.stat().st_size if data.exists() else 0
-    # A file does not shrink; under a lower limit than it was made with it needs room to be thinned out.
+    # An LMDB file does not shrink. If the limit was lowered below its size, it needs room for evicting records.
     size = max(max_bytes, 2**20) if there <= max_bytes else there + max(there // 8, 2**20)
-    # metasync=False: a power cut may lose the last transaction, and never leaves half of one.
+    # metasync=False: a power cut may lose the last transaction, but never leaves half of one.
     return lmdb.open(str(path), map_size=-(-size // PAGE) * PAGE, max_dbs=len(TABLES), max_readers=512, metasync=False)
 
 

@@ -1,9 +1,9 @@
-"""A target store as Parquet files: for sharing on a hub, reading with other tools, shrinking a store's file.
+"""Exports a target store to Parquet files: for sharing on a hub, reading with other tools, shrinking a store's file.
 
-`stillhouse-teacher pack export` calls it; `parquet_read.py` is the way back; the shards of
-target datasets have the same columns. One row is one entry of the store. A
-tensor is a flat list, row-major, whose shape follows from `start`, `stop` and its length; `hidden` is its bytes, of
-`hidden_dtype`. A file names the teachers of its rows, and the sha256 of all of them. Needs pyarrow, on demand.
+Called by `stillhouse-teacher pack export`; `parquet_read.py` imports such files. Target datasets' shards have the same
+columns. One row is one entry of the store. A tensor is a flat row-major list, whose shape follows from `start`, `stop`
+and its length; `hidden` is stored as bytes of `hidden_dtype`. A file contains the descriptions of its rows' teachers,
+and the sha256 of its rows. Needs pyarrow, imported on demand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = "stillhouse targets 1"
-# In the footer, known when all rows are written. Whoever reads a file and writes it again loses it, and keeps SEALED.
+# ROWS_SHA256 is written to the footer after the rows. A tool that rewrites a file drops it, but keeps the schema's
+# SEALED, so that its absence shows.
 ROWS_SHA256, SEALED = "rows_sha256", "sealed"
 _SHARD_BYTES = 256 * 2**20
 _GROUP_BYTES = 16 * 2**20
@@ -42,7 +43,7 @@ Pair = tuple[Entry, TokenTargets]
 
 @dataclass(frozen=True)
 class Packed:
-    """How many entries were written or read, in how many files; and how many were left out since they can't be."""
+    """How many entries were written or read, in how many files, and how many invalid ones were left out."""
 
     entries: int
     files: int
@@ -58,8 +59,8 @@ def export_parquet(
 ) -> Packed:
     """Write the entries of `store` to `folder`/targets-00000.parquet and so on, of about `shard_bytes` each.
 
-    ValueError if there are such files already. A file has its name only when it is whole; an export that fails or is
-    stopped leaves none.
+    ValueError if there are such files already. A file gets its name only when it is complete; an export that fails or
+    is stopped leaves none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def _counted(entries: Iterator[Pair], on_entry: Callable[[], object]) -> Iterato
 
 
 def _pieces(entries: Iterator[Pair], size: int) -> Iterator[Iterator[Pair]]:
-    """`entries` cut into runs of about `size` bytes, each read to its end before the next; none is empty."""
+    """`entries` in runs of about `size` bytes, none empty. Each must be consumed before the next."""
     for first in entries:
 
         def run(first: Pair = first) -> Iterator[Pair]:
@@ -112,7 +113,7 @@ def schema_of(teachers: Sequence[TeacherInfo]) -> pa.Schema:
 
 
 def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
-    """Write one file, a group of rows at a time; the number of its entries."""
+    """Write one file, a row group at a time, and return the number of its entries."""
     import pyarrow.parquet as pq
 
     part, count, digest = path.with_suffix(".part"), 0, hashlib.sha256()
@@ -132,7 +133,7 @@ def _write_file(path: Path, schema: pa.Schema, entries: Iterator[Pair]) -> int:
 
 
 def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows by column name as a table."""
+    """A table of rows, which are dicts by column name."""
     import pyarrow as pa
 
     columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
@@ -140,7 +141,7 @@ def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def as_row(entry: Entry, targets: TokenTargets) -> dict[str, Any]:
-    """An entry and its record as the values of `schema_of`'s columns."""
+    """An entry and its record as a row: values for the columns of `schema_of`."""
     row: dict[str, Any] = {name: getattr(entry, name) for name in SCALARS}
     row |= {"tokens": entry.tokens_T.astype(np.int32), "temperatures": list(entry.temperatures)}
     for name in TENSORS:

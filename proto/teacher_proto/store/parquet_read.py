@@ -1,6 +1,6 @@
-"""Parquet files back into a target store: whose rows they are, whether they are as they were written, and the rows.
+"""Imports Parquet files into a target store: checks the teacher and the integrity of their rows, then reads them.
 
-`stillhouse-teacher pack import` calls it. `parquet.py` says what the files are.
+Called by `stillhouse-teacher pack import`. `parquet.py` describes the files.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def import_parquet(
 ) -> Packed:
     """Put the entries of a Parquet file, or of all those in a folder, into `store`.
 
-    ValueError, before anything is put, for files of another format, for one that was changed since it was written, and
-    for rows of another teacher than `teacher` names by its fingerprint, or else than the store has. A row that cannot
-    be a teacher's answer is left out and counted, in files that don't say what they held.
+    Raises ValueError, before anything is written, for files of another format, for one that was changed since it was
+    written, and for rows of a teacher other than the one with the fingerprint `teacher`, or by default those of the
+    store. In older files without a sha256, a row that cannot be a teacher's targets is left out and counted.
     """
     source = Path(source)
     paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
@@ -64,7 +64,7 @@ def import_parquet(
 
 
 def _open(path: Path) -> tuple[Any, dict[str, TeacherInfo]]:
-    """A file of the format, and the teachers that it names, by fingerprint."""
+    """Open a file of the format; returns it and the teachers that it describes, by fingerprint."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -85,7 +85,7 @@ def _open(path: Path) -> tuple[Any, dict[str, TeacherInfo]]:
 
 
 def _fingerprints(file: Any) -> list[str]:
-    """Whose rows a file holds."""
+    """The fingerprints of the teachers whose rows a file holds."""
     import pyarrow.compute as pc
 
     found: set[str] = set()
@@ -95,7 +95,7 @@ def _fingerprints(file: Any) -> list[str]:
 
 
 def _hold_against(path: Path, known: Mapping[str, TeacherInfo], teacher: str | None) -> None:
-    """ValueError if a row is of a teacher that the file does not name, or that is not the one that is expected."""
+    """ValueError if a row is of a teacher that the file does not describe, or that is not an expected one."""
     file, named = _open(path)
     for fingerprint in _fingerprints(file):
         if fingerprint not in named:
@@ -116,7 +116,7 @@ def _hold_against(path: Path, known: Mapping[str, TeacherInfo], teacher: str | N
 
 
 def _check_unchanged(path: Path) -> None:
-    """ValueError if the rows are not those that were written; one of the first edition's files does not say."""
+    """ValueError if the rows are not those that were written. Older files without a sha256 pass."""
     file, teachers = _open(path)
     if SEALED.encode() not in file.schema_arrow.metadata:
         return
@@ -136,13 +136,13 @@ def _check_unchanged(path: Path) -> None:
 
 
 def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, lists as numpy arrays."""
+    """The rows of a batch, with lists as numpy arrays."""
     for i in range(batch.num_rows):
         yield row_of(batch, i)
 
 
 def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any]:
-    """One row of a batch, lists as numpy arrays."""
+    """One row of a batch, with lists as numpy arrays."""
     row: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         item = column[i]
@@ -152,7 +152,7 @@ def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any]:
 
 
 def read_row(row: dict[str, Any], teachers: dict[str, TeacherInfo]) -> Pair | None:
-    """The entry that a row holds, or None if it cannot be one."""
+    """The entry and record in a row, or None if they are not valid."""
     try:
         if row["kind"] not in KINDS or not 0 <= row["start"] < row["stop"] <= len(row["tokens"]):
             return None

@@ -1,13 +1,13 @@
-"""The target store: answers of teachers on disk, found again by teacher, token ids and what is asked.
+"""The target store: teachers' targets on disk, looked up by teacher, token ids and query.
 
     store = TargetStore("targets", max_bytes=50 * 2**30)
     store.put(fingerprint, Query(tokens_T, rows, spec), targets)
     targets = store.get(fingerprint, Query(tokens_T, rows, spec))
 
-Services read it before they ask their engine and write to it through `writer.py`; the trainer's cached teacher
-reads it; `stillhouse-teacher fill` writes it offline. One LMDB environment: many processes may read and write, a kill
-at any moment leaves it whole, and an entry that changed on disk counts as absent until it is written again. Beyond
-`max_bytes` the least recently used entries leave. Needs the package `lmdb`, imported on demand.
+Services read it before they call their engine, and write to it through `writer.py`; the trainer's cached teacher reads
+it; `stillhouse-teacher fill` writes it offline. It is one LMDB environment: many processes may read and write, a kill
+at any moment leaves it consistent, and a damaged entry counts as absent until it is written again. Beyond `max_bytes`
+the least recently used entries are evicted. Needs the package `lmdb`, imported on demand.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from teacher_proto.targets import TokenTargets
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# An LMDB transaction keeps what it changes in memory.
+# An LMDB transaction holds its changes in memory.
 _MAX_TRANSACTION_BYTES = 64 * 2**20
 _MAX_TOUCHED = 1024
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """`entries` and `bytes` are the store's, all else counts what this process did with it."""
+    """`entries`, `bytes` and `max_bytes` are those of the store; the other counters are those of this process."""
 
     entries: int
     bytes: int
@@ -72,9 +72,9 @@ class _Counts:
 
 
 class TargetStore:
-    """A folder of stored targets. Thread-safe. Open it once a process, and not across a fork.
+    """A folder of stored targets. Thread-safe. Open it once per process, and do not use it across a fork.
 
-    ValueError where there is no store to read, or one of another format. `max_bytes` bounds the file.
+    ValueError if there is no store to read, or one of another format. `max_bytes` limits the size of the file.
     """
 
     def __init__(self, path: str | Path, max_bytes: int = 50 * 2**30, *, readonly: bool = False):
@@ -87,7 +87,7 @@ class TargetStore:
         self._lru = LmdbLru(self.path, max_bytes, readonly)
 
     def get(self, fingerprint: str, query: Query) -> TokenTargets | None:
-        """The stored answer to `query`, bit for bit as it was put, or None. Its arrays are read-only."""
+        """The stored targets for `query`, bit for bit as they were put, or None. The arrays are read-only."""
         found = self._seek(fingerprint, query, lambda asked, stored, value: cut(unpack_targets(value), stored, asked))
         if found is None:
             self._counts.misses += 1
@@ -97,15 +97,15 @@ class TargetStore:
         return join([part for _, part in found])
 
     def has(self, fingerprint: str, query: Query) -> bool:
-        """Whether `get` would answer. Does not count as use."""
+        """Whether `get` would find the targets. Does not count as use."""
         return self._seek(fingerprint, query, lambda asked, stored, value: None) is not None
 
     def put(self, fingerprint: str, query: Query, targets: TokenTargets) -> None:
-        """Keep an answer. It is on disk when this returns; nothing is if the process dies before."""
+        """Store targets. They are on disk when this returns; if the process dies before, nothing is."""
         self.put_entries(split(fingerprint, query, targets))
 
     def put_entries(self, entries: Iterable[tuple[Entry, TokenTargets]]) -> None:
-        """Keep entries in as few transactions as memory allows; what is covered already is only marked as used."""
+        """Store entries in as few transactions as memory allows; those that are covered already are marked as used."""
         assert not self.readonly, "a store that was opened to be read is not written to"
         batch: list[tuple[Entry, bytes]] = []
         size = 0
@@ -124,19 +124,19 @@ class TargetStore:
             self._write(batch)
 
     def remember(self, info: TeacherInfo) -> None:
-        """Keep who a fingerprint is, for those who read the store without the teacher."""
+        """Store a teacher's description, for readers of the store that have no teacher to ask."""
         assert not self.readonly, "a store that was opened to be read is not written to"
         self._lru.update(
             lambda writing: writing.remember_teacher(info.fingerprint.encode(), info.model_dump_json().encode())
         )
 
     def teachers(self) -> list[TeacherInfo]:
-        """The teachers that were remembered, by fingerprint."""
+        """The descriptions of the remembered teachers, in the order of their fingerprints."""
         with self._lru.reading() as reading:
             return [read_info(TeacherInfo, json.loads(value)) for value in reading.teachers()]
 
     def entries(self) -> Iterator[tuple[Entry, TokenTargets]]:
-        """All that is whole, in the order of the keys, as of now. What is damaged is counted and passed over."""
+        """All intact entries, in the order of their keys, as of now. Damaged ones are counted and skipped."""
         with self._lru.reading() as reading:
             for key, value in reading.scan():
                 stored = self._check(key, value)
@@ -152,7 +152,7 @@ class TargetStore:
         )  # fmt: skip
 
     def flush(self) -> None:
-        """Write down what was used since the last write, which decides what leaves first."""
+        """Write which entries were used since the last write, which decides what is evicted first."""
         if not self.readonly and (self._touched or self._damaged):
             self._write([])
 
@@ -171,7 +171,8 @@ class TargetStore:
     def _seek(
         self, fingerprint: str, query: Query, take: Callable[[Entry, Entry, memoryview], T]
     ) -> list[tuple[bytes, T]] | None:
-        """For each kind that is asked, the key of a whole entry that covers it and what `take` makes of its bytes."""
+        """For each requested kind, the key of an intact entry that covers it, and what `take` returns for its bytes.
+        None if a kind is missing."""
         taken = []
         try:
             with self._lru.reading() as reading:
@@ -191,7 +192,7 @@ class TargetStore:
         return taken
 
     def _find(self, reading: Reading, asked: Entry) -> tuple[bytes, Entry, memoryview] | None:
-        """Key, description and verified bytes of a stored entry that covers `asked`."""
+        """Key, description and verified bytes of a stored entry that covers `asked`, or None."""
         for key, value in reading.scan(sequence_key(asked.fingerprint, asked.tokens_T)):
             stored = self._check(key, value, asked)
             if stored is not None:
@@ -199,7 +200,7 @@ class TargetStore:
         return None
 
     def _check(self, key: bytes, value: memoryview, asked: Entry | None = None) -> Entry | None:
-        """The description of an entry that is whole and where it belongs, and covers `asked`; else None."""
+        """The description of an entry if it is intact, under its own key, and covers `asked`; else None."""
         try:
             stored = whole_entry(key, value, asked)
         except WireError as error:
@@ -222,15 +223,15 @@ class TargetStore:
             self.flush()
 
     def _write(self, batch: list[tuple[Entry, bytes]]) -> None:
-        """One transaction: forget what is damaged, mark what was used, write what is new. A fault is not raised: the
-        store is a convenience, and its counters and the log tell."""
+        """In one transaction, delete damaged entries, mark used ones and write new ones. A failure is counted and
+        logged, but not raised: the store is only a cache."""
         with self._lock:
             touched, self._touched = self._touched, {}
             damaged, self._damaged = self._damaged, set()
 
         def change(writing: Writing) -> None:
             for key in damaged:
-                # Somebody may have written it again since.
+                # Another process may have written it again since.
                 again = writing.get(key)
                 if again is not None and not _is_whole(key, again):
                     writing.delete(key)
@@ -246,7 +247,7 @@ class TargetStore:
             log.error("the target store refused %d entries: %s", len(batch), error)
 
     def _place(self, writing: Writing, entry: Entry, value: bytes) -> None:
-        """Put an entry where no whole one covers it, in place of those that it covers."""
+        """Write an entry unless an intact one covers it; it replaces damaged ones and those that it covers."""
         lesser = []
         for key, old in writing.scan(sequence_key(entry.fingerprint, entry.tokens_T)):
             stored = self._check(key, old)

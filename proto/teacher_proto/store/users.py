@@ -1,6 +1,6 @@
-"""Who has a target store open, and what becomes of a damaged one: put aside, by a process that is alone with it.
+"""Tracks which processes have a target store open; renames a damaged file if no other process has it open.
 
-Called by `lmdb_lru.py` before it opens a file. Who lives is known by a lock that the kernel lets go of when they end.
+Called by `lmdb_lru.py` before it opens a file. Each user holds a file lock, which the kernel releases when it ends.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from teacher_proto.store.verify import check
 
 log = logging.getLogger(__name__)
 FILE = "users.lock"
-TRIES = 5  # half seconds that a start waits for another one that puts the same damaged file aside
+TRIES = 5  # waits of half a second for another process that may be renaming the same damaged file
 
 
 class Users:
-    """This process among them. Where no file can be made, on a read-only mount, it is not counted."""
+    """This process's lock on the store. Where the lock file can't be created, on a read-only mount, there is none."""
 
     def __init__(self, path: Path, readonly: bool):
         self._descriptor: int | None = None
@@ -31,11 +31,12 @@ class Users:
                 raise ValueError(f"{path} can't be opened as a target store: {error}") from None
 
     def join(self) -> None:
-        """Be one of them; waits while another process is putting a damaged file aside."""
+        """Take the shared lock; waits while another process is renaming a damaged file."""
         self._lock(fcntl.LOCK_SH)
 
     def only_us(self) -> bool:
-        """Whether no other process has the store open; none may open it until `join` or `close`."""
+        """Try to take the exclusive lock. If True, no other process has the store open, or can until `join` or `close`.
+        """
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
@@ -56,9 +57,9 @@ class Users:
 
 
 def make_sure(path: Path, readonly: bool, users: Users) -> None:
-    """Note that we use the file, once it is whole: a damaged one is put aside, if nobody else has it open.
+    """Check the file and join its users. A damaged file is renamed, if no other process has it open.
 
-    ValueError where it is damaged and stays where it is.
+    ValueError if it is damaged and can't be renamed.
     """
     for _ in range(TRIES):
         if (fault := check(path)) is None:
@@ -67,7 +68,7 @@ def make_sure(path: Path, readonly: bool, users: Users) -> None:
         if readonly:
             raise ValueError(f"the target store at {path} is damaged: {fault}")
         if users.only_us():
-            # Another start may have put it aside meanwhile.
+            # Another process may have renamed it meanwhile.
             if (again := check(path)) is not None:
                 _set_aside(path, again)
             users.join()

@@ -1,9 +1,9 @@
-"""Is a store's file whole? Asked in a process of its own, since LMDB may abort on a page that is not.
+"""Checks a store's file for damage, in a separate process, since LMDB may abort on a damaged page.
 
-`check(path)` runs `python -m teacher_proto.store.verify PATH`, which walks every table. `lmdb_lru.py` asks before it
-opens a file: whatever a disk did to its pages then costs a start with an empty store, not a teacher that dies at each
-start. Others may write meanwhile. Damage is only what the walk itself finds; a check that could not be made says
-nothing.
+`check(path)` runs `python -m teacher_proto.store.verify PATH`, which walks every table. `users.py` calls it before
+`lmdb_lru.py` opens a file: disk damage then means a start with an empty store, not a teacher that dies at every start.
+Others may write meanwhile. Only what the walk itself finds counts as damage; a check that could not be made says
+nothing about the file.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 TABLES = (b"records", b"usage", b"order", b"meta", b"teachers")
 PAGE = 4096
-# Addresses set aside for a reader, so that the file may grow under it; they cost nothing until they are used.
+# Address space reserved for a reader, so that the file may grow under it; it costs nothing until it is used.
 READER_MAP = 2**38
 _FAULT = 3
 _TRIES = 5
-# How a page that is not what it was ends the process that reads it.
+# The signals by which a damaged page may end the process that reads it.
 _BY_DAMAGE = {signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 
 
 class UncheckedError(OSError):
-    """The check could not be made, or was ended by somebody: nothing is known of the file."""
+    """The check failed or was killed: nothing is known about the file."""
 
 
 def check(path: Path) -> str | None:
-    """Why the file at `path` can't be used, or None if it can, or is not there yet. UncheckedError."""
+    """Why the file at `path` can't be used; None if it can, or does not exist yet. UncheckedError."""
     if not (path / "data.mdb").exists():
         return None
     with stage(f"checking the store {path}"):
         child = subprocess.run(
             [sys.executable, "-m", "teacher_proto.store.verify", str(path)], capture_output=True, text=True,
-            check=False, start_new_session=True,  # Ctrl-C is for us: in the middle of a walk it would look like a fault
+            check=False, start_new_session=True,  # Ctrl-C must not reach the child: the check would count as failed
         )  # fmt: skip
     if child.returncode == 0:
         return None
@@ -57,12 +57,12 @@ def check(path: Path) -> str | None:
 
 
 def walk(path: Path) -> str | None:
-    """The fault that a walk over all tables meets, or None. May end the process. lmdb.Error, OSError."""
+    """The fault that a walk over all tables finds, or None. May end the process. Raises lmdb.Error, OSError."""
     import lmdb
 
     with lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(TABLES), map_size=READER_MAP) as env:
-        # Before a page is touched: beyond the end of the file there is only SIGBUS. The file grows before it is said
-        # to have grown, so its size is looked at last.
+        # Before any page is touched: reading beyond the end of the file gives SIGBUS. The file grows before its header
+        # says so, so its size is read last.
         expected = (env.info()["last_pgno"] + 1) * PAGE
         if (size := (path / "data.mdb").stat().st_size) < expected:
             return f"{size} bytes are left of {expected}"
@@ -80,27 +80,27 @@ def walk(path: Path) -> str | None:
 
 
 def open_to_read(path: Path) -> lmdb.Environment:
-    """A store's environment for reading, without a lock file where the place allows none."""
+    """Open a store's environment for reading, without a lock file if none can be written."""
     import lmdb
 
-    for size in (READER_MAP, 0):  # 0: as large as the file is meant to become
+    for size in (READER_MAP, 0):  # 0: the map size that the file records
         for lock in (True, False):
             try:
                 return lmdb.open(
                     str(path), readonly=True, max_dbs=len(TABLES), max_readers=512, map_size=size, lock=lock
                 )
             except lmdb.MemoryError:
-                break  # so many addresses are not to be had here
+                break  # that much address space is not available
             except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
-                # A read-only mount has nowhere to put a lock.
+                # On a read-only mount no lock file can be written.
                 if not lock:
                     raise
     raise lmdb.MemoryError(f"there is no room for a map of {path}")
 
 
 def _fault(path: Path) -> str | None:
-    """What `walk` finds. Where there are no locks, a file that is written to while it is read may look damaged: only
-    what is found while nothing was written is a fault.
+    """What `walk` finds. Without locks, a file that is written to while it is read may look damaged: only what is found
+    while nothing was written is a fault.
     """
     import lmdb
 
@@ -110,12 +110,12 @@ def _fault(path: Path) -> str | None:
         try:
             fault = walk(path)
         except (lmdb.ReadersFullError, lmdb.LockError, lmdb.ReadonlyError, lmdb.TlsFullError):
-            raise  # says something of those who use the file
+            raise  # concerns the file's users, not the file
         except lmdb.MapResizedError:
             continue
         except lmdb.MemoryError as error:
             with (path / "data.mdb").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
-                # There is room for all that lies there: it is the file that speaks of more.
+                # The file itself can be mapped, so it is its header that claims more.
                 fault = str(error)
         except lmdb.Error as error:
             fault = str(error)
@@ -125,7 +125,7 @@ def _fault(path: Path) -> str | None:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """What changes with every write. The first pages, where it is noted, are read as they lie."""
+    """Size and modification time, which change with every write. LMDB's counter is in the first pages, unverified."""
     stat = (path / "data.mdb").stat()
     return stat.st_size, stat.st_mtime_ns
 

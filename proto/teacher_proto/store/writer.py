@@ -1,8 +1,9 @@
-"""Writes answers to a target store on a thread of its own, so that an event loop never waits for a disk.
+"""Writes targets to a store from a background thread, so that an event loop never waits for a disk. Used by the teacher
+service and by `stillhouse-teacher fill`.
 
 writer = StoreWriter(store)
-writer.add(fingerprint, query, targets)    # at once; dropped, and counted, where too much waits
-writer.close()                           # when all that waits is written
+writer.add(fingerprint, query, targets)    # returns at once; dropped and counted if too much is pending
+writer.close()                             # returns when everything pending is written
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from teacher_proto.targets import TokenTargets
 
 
 class StoreWriter:
-    """Batches what comes within `delay_s` into one transaction. At most `max_pending_bytes` wait."""
+    """Batches what is added within `delay_s` into one transaction. At most `max_pending_bytes` are pending."""
 
     def __init__(
         self, store: TargetStore | TargetDataset, *, max_pending_bytes: int = 256 * 2**20, delay_s: float = 0.2
@@ -37,7 +38,7 @@ class StoreWriter:
         self._thread.start()
 
     def add(self, fingerprint: str, query: Query, targets: TokenTargets) -> bool:
-        """Have an answer written. False, and nothing done, if too much waits already."""
+        """Have targets written. Returns False, and drops them, if too much is pending already."""
         size = targets.nbytes
         with self._changed:
             if self._pending_bytes + size > self._max_pending_bytes or self._closing.is_set():
@@ -49,12 +50,12 @@ class StoreWriter:
         return True
 
     def flush(self) -> None:
-        """Wait until all that was added is written."""
+        """Wait until everything added is written."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or not (self._pending or self._busy))
 
     def close(self) -> None:
-        """Write what waits, and end the thread. The store stays open."""
+        """Write what is pending, and end the thread. The store stays open."""
         with self._changed:
             self._closing.set()
             self._changed.notify_all()
@@ -64,7 +65,7 @@ class StoreWriter:
         try:
             self._write_until_closed()
         finally:
-            # Also where a bug ended the thread: nobody is to wait for it.
+            # Also if a bug ended the thread: `flush` must not wait for it forever.
             with self._changed:
                 self._closing.set()
                 self._ended = True
