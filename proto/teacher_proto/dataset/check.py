@@ -1,6 +1,6 @@
-"""Looks after a dataset: is all of it whole, one index out of many, what is in it.
+"""Maintenance of a dataset: checks its integrity, merges its index files, and counts what is in it.
 
-`stillhouse-teacher dataset check | merge | stats` calls it.
+Called by `stillhouse-teacher dataset check | merge | stats`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from teacher_proto.store.entry import pack_entry, sequence_key
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Of all shards that the index knows; `without_index` are not among them. `twice`: documents that lie in two.
-    `errors`: means a row, and maxima, that the codec measured when it wrote.
+    """Totals over all shards in the index; `without_index` counts the shards that are not. `twice`: documents that are
+    in two shards. `errors`: means per row, and maxima, as measured by the codec when it wrote.
     """
 
     manifest: Manifest
@@ -38,7 +38,7 @@ class DatasetStats:
 
 
 def manifest_of(folder: Folder) -> Manifest:
-    """ValueError where there is none."""
+    """The manifest of the dataset at `folder`. ValueError if there is none."""
     manifest = find_manifest(folder)
     if manifest is None:
         raise no_dataset(folder)
@@ -46,7 +46,7 @@ def manifest_of(folder: Folder) -> Manifest:
 
 
 def dataset_stats(folder: Folder) -> DatasetStats:
-    """What is in a dataset, by its index alone."""
+    """What is in a dataset, from its index only."""
     manifest = manifest_of(folder)
     with tempfile.TemporaryDirectory() as cache:
         index = open_files(folder, Path(cache))
@@ -61,7 +61,7 @@ def dataset_stats(folder: Folder) -> DatasetStats:
 
 
 def check_dataset(folder: Folder, on_shard: Callable[[], object] = lambda: None) -> Iterator[str]:
-    """What is wrong, a line each: every byte of every shard is read. ValueError where there is no one manifest."""
+    """Yield one line per fault; reads every byte of every shard. ValueError unless there is exactly one manifest."""
     manifest = manifest_of(folder)
     with tempfile.TemporaryDirectory() as cache:
         index, there = open_files(folder, Path(cache)), shards_there(folder)
@@ -101,8 +101,8 @@ def _check_shard(folder: Folder, manifest: Manifest, index: Index, note: ShardNo
 
 
 def merge_dataset(folder: Folder, others: Sequence[Folder] = (), on_shard: Callable[[], object] = lambda: None) -> int:
-    """Make one index of all, with shards that none of them knows, and those of `others`, which are copied here; how
-    many shards it holds. ValueError for another manifest, and for a shard that is none.
+    """Merge all index files into one, adding shards without an index and copying those of `others`; returns the number
+    of shards in it. ValueError for a dataset with another manifest, or a file that is not a shard of it.
     """
     manifest = manifest_of(folder)
     for other in others:
@@ -139,7 +139,7 @@ def _note(folder: Folder, manifest: Manifest, name: str) -> Shard:
 
 
 def _copy(source: Folder, target: Folder, on_shard: Callable[[], object]) -> None:
-    """Shards that are not there yet, each before its index."""
+    """Copy the shards that `target` lacks, each before its index."""
     with tempfile.TemporaryDirectory() as cache:
         theirs, ours = open_files(source, Path(cache)), open_files(target, Path(cache) / "ours")
         for shard in theirs.by_shard():

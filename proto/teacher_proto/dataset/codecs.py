@@ -1,4 +1,4 @@
-"""How a shard keeps the tensors of a row: as they are, or in fewer bytes. Called by `shards.py`; one object a shard."""
+"""Codecs of a shard's rows: lossless, or compact. Called by `shards.py`; one object per shard."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from teacher_proto.store.entry import Entry
 from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
-# In manifests: a name for each layout, so that an older version refuses what it can't read. And in `--codec`.
+# Names in manifests, one for each layout, so that an older version refuses what it can't read; and names for `--codec`.
 COMPACT: Mapping[str, int] = {"compact": 1, "compact2": 2}
 _TOLD: Mapping[str, str] = {"compact": "compact2", "compact1": "compact"}
 
 
 class Codec(Protocol):
-    """`columns`: those beside the ones of every shard, name to Arrow type."""
+    """`columns`: the codec's additional columns, name to Arrow type."""
 
     @property
     def columns(self) -> Mapping[str, str]: ...
 
     def learn(self, pairs: Iterable[Pair]) -> None:
-        """What the shard's first row group holds, before anything is encoded."""
+        """Called with the contents of the shard's first row group, before anything is encoded."""
         ...
 
     def encode(self, row: dict[str, Any], entry: Entry, targets: TokenTargets) -> dict[str, Any]:
-        """A row as it is written, out of the row that `as_row` makes."""
+        """The row to write, from the row that `as_row` makes."""
         ...
 
     def decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row that `as_row` made, or one near it."""
+        """The row that `as_row` made, exactly or approximately."""
         ...
 
     def state(self) -> bytes:
-        """What a reader needs beside the row, for the footer."""
+        """What a reader needs besides the row; it is stored in the footer."""
         ...
 
     def restore_state(self, state: bytes) -> None: ...
 
     def errors(self) -> dict[str, float] | None:
-        """Of all rows so far: sums, and maxima under names that begin with `max_`; None where nothing is lost."""
+        """Errors over all rows so far: sums, and maxima under names that begin with `max_`; None if lossless."""
         ...
 
 
 class Lossless:
-    """Rows as they are; Parquet's own encodings and zstd make them smaller."""
+    """Rows unchanged; only Parquet's own encodings and zstd make them smaller."""
 
     columns: ClassVar[Mapping[str, str]] = {}
 
@@ -71,7 +71,7 @@ class Lossless:
 
 
 def codec_of(manifest: Manifest) -> Codec:
-    """The codec that a manifest names, fresh. ValueError for one that this version does not know."""
+    """A new object of the codec that a manifest names. ValueError for one that this version does not know."""
     name = str(manifest.codec.get("name"))
     if name == "lossless":
         return Lossless()
@@ -82,8 +82,8 @@ def codec_of(manifest: Manifest) -> Codec:
 
 
 def parse_codec(text: str) -> dict[str, Any]:
-    """The codec of a manifest out of `lossless`, `compact` or `compact:BITS`; `compact1:BITS`, the older layout, goes
-    on with a dataset that was begun with it. ValueError for what is none.
+    """A manifest's codec from `lossless`, `compact` or `compact:BITS`. `compact1:BITS` is the older layout, for adding
+    to a dataset that was begun with it. ValueError for anything else.
     """
     name, _, bits = text.partition(":")
     if text == "lossless":

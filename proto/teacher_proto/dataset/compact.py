@@ -1,12 +1,12 @@
 """The codec `compact`: top-K records in a third to a half of their bytes, with an error that is measured as they are
-written. Made by `codecs.py`.
+written. Used by `codecs.py`.
 
-A row's K ids become their places in the order of frequency of the shard's first row group, sorted, and of those the
-differences of neighbours: small numbers, and `compact_layouts` says how they become bytes. The order by logprob is lost
-with that, so each id keeps a level of `bits` bits: 0 is the row's largest logprob, which stays as it is, and the others
-divide the range of all others into equal steps. Where level 1 lies is chosen so that the K together keep their
-probability, as far as it stays below the largest. The logprob of the sequence's own next token is float16, and so are
-`lse` and `log_z`.
+Each of a row's K ids is replaced by its place in the order of frequency within the shard's first row group. The places
+are sorted, and their differences stored: small numbers, which `compact_layouts` turns into bytes. Sorting loses the
+order by logprob, so each id also keeps a level of `bits` bits: level 0 is the row's largest logprob, stored unchanged,
+and the other levels divide the range of the other logprobs into equal steps. Level 1 is placed such that the K ids
+together keep their probability, but never above the largest logprob. The logprob of the sequence's own next token,
+`lse` and `log_z` are stored in float16.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
 MIN_BITS, MAX_BITS = 2, 8
-# Beyond that many nats below the largest a probability is nothing, and would cost the others their resolution.
+# A probability this many nats below the largest is negligible, and would cost the others resolution.
 _DEEPEST = 64.0
 _KEPT = ("ids", "logprobs", "lse", "next_logprob", "log_z")
 
 
 class Compact:
-    """`bits` a logprob, 2 to 8; `vocab_size` of the teacher; `version` of the layout."""
+    """`bits` per logprob, 2 to 8; `vocab_size` of the teacher; `version` of the layout."""
 
     def __init__(self, bits: int, vocab_size: int, version: int):
         if not MIN_BITS <= bits <= MAX_BITS:
@@ -57,7 +57,7 @@ class Compact:
         self._by_place, self._place_of = self._orders(np.frombuffer(state, "<u4").astype(np.int64))
 
     def errors(self) -> dict[str, float]:
-        """KL(exact, kept) in nats over the K ids and the tail as a bucket, at temperature 1 and those asked for."""
+        """KL(exact || kept) in nats over the K ids and the tail as one bucket, at temperature 1 and those requested."""
         return self._errors
 
     def encode(self, row: dict[str, Any], entry: Entry, targets: TokenTargets) -> dict[str, Any]:
@@ -71,17 +71,17 @@ class Compact:
         order_RK = np.argsort(places_RK, axis=1)
         places_RK = np.take_along_axis(places_RK, order_RK, axis=1)
         logprobs_RK = np.take_along_axis(targets.logprobs, order_RK, axis=1).astype(np.float32)
-        # The next token has an exact logprob in a column of its own: where it is among the K, decoding puts it there.
+        # The next token's logprob has a separate column; if the token is among the K, decoding puts it there.
         next_R = targets.next_logprob.astype(np.float16)
         at_R = _next_column(self._by_place[places_RK], entry)
-        # Levels first, by the uncorrected scale; the shift of `keeping_mass` moves all of them alike, so they stay.
+        # Levels first, by the uncorrected scale; `keeping_mass` then shifts all of them alike, so they stay valid.
         scale = _scale_of(logprobs_RK, self._levels)
         levels_RK = scale.levels(logprobs_RK, self._levels)
         scale = scale.keeping_mass(logprobs_RK, levels_RK, next_R, at_R)
         columns = (scale.largest_R, scale.first_R, scale.step_R, next_R, targets.lse, *targets.log_z.T)
         columns_CR = np.stack([column.astype(np.float16) for column in columns])
         coded_row = row | dict.fromkeys(_KEPT) | self._layout.pack(Packed(places_RK, levels_RK, columns_CR))
-        # Decoded again at once: the error that a manifest states is that of the bytes as they were written.
+        # Decode again at once: the reported error must be that of the bytes as written.
         self._measure(targets, self.decode(dict(coded_row)), entry)
         return coded_row
 
@@ -89,7 +89,7 @@ class Compact:
         if row["coded_ids"] is None:
             return row
         rows, top_k = row["stop"] - row["start"], row["top_k"]
-        # Backwards: bytes to places and levels, places to ids, levels to logprobs, then by falling logprob.
+        # The inverse: bytes to places and levels, places to ids, levels to logprobs, then sort by descending logprob.
         packed = self._layout.unpack(row, rows, top_k)
         ids_RK = self._by_place[packed.places_RK]
         scale, (next_R, lse_R, *_) = packed.columns_CR[:SCALE_COLUMNS], packed.columns_CR[SCALE_COLUMNS:]
@@ -105,10 +105,10 @@ class Compact:
         }  # fmt: skip
 
     def _orders(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids by place, those of `first` and then the others, and the place of each id."""
+        """The ids by place, `first` and then all others, and the place of each id."""
         rest = np.ones(self._vocab_size, dtype=bool)
         rest[first] = False
-        # Ids that the first row group did not hold come last, by number: every id has a place, whatever comes later.
+        # Ids that are not in the first row group come last, by number, so that every id has a place.
         by_place = np.concatenate([first, np.flatnonzero(rest)]).astype(np.int32)
         place_of = np.empty(self._vocab_size, np.int32)
         place_of[by_place] = np.arange(self._vocab_size, dtype=np.int32)
@@ -117,7 +117,7 @@ class Compact:
     def _measure(self, targets: TokenTargets, decoded: dict[str, Any], entry: Entry) -> None:
         assert targets.ids is not None and targets.logprobs is not None and targets.log_z is not None
         shape = targets.ids.shape
-        # Both sides in the order of ids: the codec may have changed the order of close logprobs.
+        # Compare in the order of ids: the codec may have changed the order of close logprobs.
         by_id_RK, ids_RK = np.argsort(targets.ids, axis=1), decoded["ids"].reshape(shape)
         exact_RK = np.take_along_axis(targets.logprobs, by_id_RK, axis=1).astype(np.float64)
         kept_RK = np.take_along_axis(decoded["logprobs"].reshape(shape), np.argsort(ids_RK, axis=1), axis=1)
@@ -126,7 +126,7 @@ class Compact:
         log_z_RT = decoded["log_z"].reshape(targets.log_z.shape)
         for column, temperature in enumerate(entry.temperatures):
             if temperature != 1:
-                # log p at T = logprob / T - log_z(T), on both sides with their own log_z.
+                # log p at T = logprob / T - log_z(T), each side with its own log_z.
                 exact = exact_RK / temperature - targets.log_z[:, column, None]
                 kept = kept_RK.astype(np.float64) / temperature - log_z_RT[:, column, None]
                 self._add(f"kl_at_{temperature:g}", tail_kl(exact, kept))
@@ -137,8 +137,8 @@ class Compact:
 
 
 def tail_kl(exact_RK: np.ndarray, kept_RK: np.ndarray) -> np.ndarray:
-    """KL(exact, kept) a row in nats, over the K ids and the tail as one bucket."""
-    # Not below 1e-6: rounding may lift the K above 1, and the logarithm of the tail has to stay finite.
+    """KL(exact || kept) per row in nats, over the K ids and the tail as one bucket."""
+    # At least 1e-6: rounding may lift the mass of the K above 1, and the logarithm of the tail must stay finite.
     tails = [np.maximum(1 - np.exp(logprobs_RK).sum(axis=1), 1e-6) for logprobs_RK in (exact_RK, kept_RK)]
     head_R = (np.exp(exact_RK) * (exact_RK - kept_RK)).sum(axis=1)
     kl_R: np.ndarray = head_R + tails[0] * np.log(tails[0] / tails[1])
@@ -147,23 +147,23 @@ def tail_kl(exact_RK: np.ndarray, kept_RK: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Scale:
-    """What levels mean, float16 [R] each: level 0 is `largest`, level n is `first` - (n - 1) * `step`."""
+    """The meaning of levels, float16 [R] each: level 0 is `largest`, level n is `first` - (n - 1) * `step`."""
 
     largest_R: np.ndarray
     first_R: np.ndarray
     step_R: np.ndarray
 
     def levels(self, logprobs_RK: np.ndarray, highest: int) -> np.ndarray:
-        """The nearest levels [R, K] of float32 logprobs; 0 for the first of the largest alone."""
+        """The nearest levels [R, K] of float32 logprobs; 0 only for the largest, of equal ones the first."""
         steps_R = np.maximum(self.step_R.astype(np.float32), np.float32(1e-6))
         below_RK = self.first_R.astype(np.float32)[:, None] - logprobs_RK
-        # level n is first - (n - 1) step, so n = 1 + (first - logprob) / step; 0 is kept for the largest.
+        # level n is first - (n - 1) step, so n = 1 + (first - logprob) / step; 0 is reserved for the largest.
         levels_RK = np.clip(1 + np.rint(below_RK / steps_R[:, None]), 1, highest).astype(np.uint8)
         levels_RK[np.arange(len(levels_RK)), logprobs_RK.argmax(axis=1)] = 0
         return levels_RK
 
     def logprobs(self, levels_RK: np.ndarray) -> np.ndarray:
-        """float16 [R, K]."""
+        """The logprobs of levels, float16 [R, K]."""
         step = self.step_R.astype(np.float32)[:, None]
         rest_RK = self.first_R.astype(np.float32)[:, None] - (levels_RK - np.float32(1)) * step
         largest = self.largest_R.astype(np.float32)[:, None]
@@ -173,8 +173,8 @@ class _Scale:
     def keeping_mass(
         self, logprobs_RK: np.ndarray, levels_RK: np.ndarray, next_R: np.ndarray, at_R: np.ndarray
     ) -> _Scale:
-        """The scale with `first` moved, so that the K together are as probable as they were; never above `largest`."""
-        # What `first` moves: all but the largest, and but the next token, whose logprob is exact already.
+        """The scale with `first` moved such that the K ids keep their total probability; never above `largest`."""
+        # Moving `first` moves all but the largest and the next token, whose logprobs are stored separately.
         moves_RK = levels_RK > 0
         listed = np.flatnonzero(at_R >= 0)
         moves_RK[listed, at_R[listed]] = False
@@ -191,13 +191,13 @@ def _scale_of(logprobs_RK: np.ndarray, highest: int) -> _Scale:
     if logprobs_RK.shape[1] == 1:
         return _Scale(*(column.astype(np.float16) for column in (largest_R, largest_R, np.zeros_like(largest_R))))
     second_R = -np.partition(-logprobs_RK, 1, axis=1)[:, 1]
-    # `highest` levels stand for all but the largest: `highest` - 1 steps from the second largest to the smallest.
+    # `highest` levels for all but the largest: `highest` - 1 steps from the second largest to the smallest.
     deep_R = np.minimum(second_R - logprobs_RK.min(axis=1), _DEEPEST)
     return _Scale(*(column.astype(np.float16) for column in (largest_R, second_R, deep_R / max(highest - 1, 1))))
 
 
 def _next_column(ids_RK: np.ndarray, row: Entry | dict[str, Any]) -> np.ndarray:
-    """Where each row's own next token stands among its ids [R]; -1 where it does not, or there is none."""
+    """The column of each row's next token among its ids [R]; -1 if it is not among them, or there is none."""
     if isinstance(row, Entry):
         tokens_T, start, stop = row.tokens_T, row.start, row.stop
     else:
@@ -211,8 +211,8 @@ def _next_column(ids_RK: np.ndarray, row: Entry | dict[str, Any]) -> np.ndarray:
 
 
 def _largest_first(ids_RK: np.ndarray, logprobs_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both by falling logprob; equal ones stay in their order, on every machine."""
-    # The bits of a float16 that is not above zero grow as it falls, but for +0.
+    """Both sorted by descending logprob; equal ones keep their order, on every machine."""
+    # The bits of a float16 <= 0, read as an integer, grow as it falls, except for +0, whose sign bit is set here.
     bits_RK = np.ascontiguousarray(logprobs_RK).view(np.uint16) | np.uint16(0x8000)
     # One sort for both: the logprob in the upper 16 bits, the column, which breaks ties, in the lower 16.
     keys_RK = bits_RK.astype(np.uint32) << 16 | np.arange(ids_RK.shape[1], dtype=np.uint32)

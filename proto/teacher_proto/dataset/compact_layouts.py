@@ -1,7 +1,7 @@
-"""How the codec `compact` lays the numbers of its rows out in columns of bytes: one class a version. Used by `compact`.
+"""How the codec `compact` stores the numbers of its rows in byte columns: one class per version. Used by `compact`.
 
 A layout packs `places_RK`, the ids' places in ascending order, `levels_RK`, and the float16 columns of a row: three of
-its scale, then those that are left.
+its scale, then the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Packed:
 
 
 class Layout(Protocol):
-    """`columns`: those of the shard, name to Arrow type."""
+    """`columns`: the columns of the shard that it fills, name to Arrow type."""
 
     @property
     def columns(self) -> Mapping[str, str]: ...
@@ -38,7 +38,7 @@ class Layout(Protocol):
 
 
 class Planes:
-    """Version 1: differences of places by their bytes, for zstd to make less of; a byte a level."""
+    """Version 1: differences of places as byte planes, which zstd compresses; one byte per level."""
 
     columns: ClassVar[Mapping[str, str]] = {
         "coded_ids": "large_binary", "coded_logprobs": "large_binary", "coded_rows": "large_binary",
@@ -50,7 +50,7 @@ class Planes:
 
     def pack(self, packed: Packed) -> dict[str, bytes]:
         return {
-            # First place, then differences: with `prepend=0` the running sum gives all of them back.
+            # The first place, then differences: because of `prepend=0`, a cumulative sum restores the places.
             "coded_ids": planes(np.diff(packed.places_RK, axis=1, prepend=0), self._planes),
             "coded_logprobs": packed.levels_RK.tobytes(),
             "coded_rows": planes(packed.columns_CR.view(np.uint16), 2),
@@ -63,7 +63,7 @@ class Planes:
 
 
 class Gaps:
-    """Version 2: how many places lie between, by Rice's code; several levels a byte; the scale in its own column."""
+    """Version 2: gaps between places in a Rice code; several levels per byte; the scale in a separate column."""
 
     columns: ClassVar[Mapping[str, str]] = {
         "coded_ids": "large_binary", "coded_widths": "large_binary", "coded_logprobs": "large_binary",
@@ -75,7 +75,7 @@ class Gaps:
         self._bits = bits
 
     def pack(self, packed: Packed) -> dict[str, bytes]:
-        # Places of a row differ by at least 1, so the places between two, difference - 1, start at 0.
+        # Places of a row differ by at least 1, so gaps, which are difference - 1, start at 0.
         widths, code = rice(np.diff(packed.places_RK, axis=1, prepend=-1) - 1)
         scale, rest = np.split(packed.columns_CR, [SCALE_COLUMNS])
         return {
@@ -85,7 +85,7 @@ class Gaps:
         }  # fmt: skip
 
     def unpack(self, row: Mapping[str, Any], rows: int, top_k: int) -> Packed:
-        # The inverse: + 1 for each difference, and - 1 for the -1 that the first one was counted from.
+        # The inverse: + 1 for each difference, and - 1 for the -1 that was prepended.
         places_RK = np.cumsum(unrice(row["coded_widths"], row["coded_ids"], rows) + 1, axis=1) - 1
         levels_RK = one_by_one(row["coded_logprobs"], self._bits, rows * top_k).reshape(rows, top_k)
         columns = [_columns(row[name], rows) for name in ("coded_scales", "coded_rows")]

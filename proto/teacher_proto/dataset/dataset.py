@@ -1,10 +1,10 @@
-"""A target dataset as a store: answers out of shards in any folder or bucket, and new shards beside them.
+"""A target dataset with the interface of a store: reads targets from shards in a folder or bucket, and adds shards.
 
     with TargetDataset("s3://bucket/targets") as dataset:
         targets = dataset.get(fingerprint, Query(tokens_T, rows, spec))
 
-It has `TargetStore`'s methods, so the trainer's cached teacher reads either. `stillhouse-teacher fill --output` writes
-shards with `add_shard`; `check.py` looks after what is there.
+It has the methods of `TargetStore`, so the trainer's cached teacher reads either. `stillhouse-teacher fill --output`
+writes shards with `add_shard`; `check.py` maintains existing datasets.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _SHARD_BYTES = 256 * 2**20
 
 
 class TargetDataset:
-    """A dataset that is there. Thread-safe; close it, or use it in a `with`: what was put and waits is written then.
+    """An existing dataset. Thread-safe; close it, or use it in a `with`: pending entries are written then.
 
-    ValueError where there is none, or where shards are missing, cut short or not those of the index.
-    `cache` and `cache_bytes` bound what is kept of a bucket on this disk, `ahead` is how many row groups are fetched
-    before they are asked for. `create`: begin the dataset with this manifest if there is none; what a killed filler
-    has not finished is removed.
+    ValueError if there is none, or if shards are missing, truncated or not those of the index.
+    `cache` is where parts of a bucket are kept on this disk, at most `cache_bytes`; `ahead` is how many row groups are
+    prefetched. `create`: begin the dataset with this manifest if there is none; unfinished files of a killed writer are
+    removed.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class TargetDataset:
         return [self.manifest.teacher]
 
     def remember(self, info: TeacherInfo) -> None:
-        """ValueError if it is another than the manifest's."""
+        """ValueError if `info` is not the manifest's teacher."""
         if info.fingerprint != self.manifest.teacher.fingerprint:
             lines = self.manifest.teacher.identity.difference(info.identity)
             raise ValueError(f"the dataset at {self.path} is another teacher's: {'; '.join(lines)}")
 
     def covers(self, spec: TargetSpec) -> bool:
-        """Whether the dataset's own query asks all that `spec` does."""
-        if "gather" in spec.kinds:  # its ids are known when a step begins
+        """Whether the dataset's query covers all that `spec` requests."""
+        if "gather" in spec.kinds:  # its ids are known only when a step begins
             return False
         stored, asked = (
             asked_entries("", Query(np.zeros(1, np.int64), (0, 1), one)) for one in (self.manifest.spec, spec)
@@ -89,13 +89,13 @@ class TargetDataset:
         return all(any(one.covers(other) for one in stored) for other in asked)
 
     def holds(self, documents: Sequence[np.ndarray]) -> np.ndarray:
-        """Whether there are answers about each document's token ids [T], as booleans; by the index alone."""
+        """Whether there are targets for each document's token ids [T], as booleans; from the index only."""
         keys = [document_key(sequence_key(self.manifest.teacher.fingerprint, tokens_T)) for tokens_T in documents]
         with self._lock:
             return self.index.contains(np.array(keys, dtype=np.uint64))
 
     def get(self, fingerprint: str, query: Query) -> TokenTargets | None:
-        """The answer to `query` as the codec keeps it, or None. Its arrays are read-only."""
+        """The targets for `query` as the codec stores them, or None. The arrays are read-only."""
         parts = []
         for asked in asked_entries(fingerprint, query):
             part = next((cut(targets, stored, asked) for stored, targets in self._stored(asked)), None)
@@ -105,7 +105,7 @@ class TargetDataset:
         return join(parts)
 
     def put_entries(self, entries: Iterable[Pair]) -> None:
-        """Keep entries. They are found again at once, and written as a shard when there are enough, or at `flush`."""
+        """Add entries. `get` finds them at once; they are written as a shard when there are enough, or at `flush`."""
         assert not self.readonly, "a dataset that was opened to be read is not written to"
         with self._lock:
             for entry, targets in entries:
@@ -117,14 +117,14 @@ class TargetDataset:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write pending entries as a shard."""
         with self._lock:
             pending, self._pending, self._pending_bytes = self._pending, {}, 0
             if pending:
                 self.add_shard(list(pending.values()))
 
     def add_shard(self, documents: Sequence[Sequence[Pair]]) -> ShardNote:
-        """Write a shard of these documents' entries, and then its index, with which it counts."""
+        """Write a shard of these documents' entries, and then its index, which makes it visible."""
         data, shard = encode_shard(self.manifest, documents)
         self.commit(data, encode_index([shard]), shard[0].name)
         return shard[0]
@@ -135,12 +135,12 @@ class TargetDataset:
         self.note(index, name)
 
     def note(self, index: bytes, name: str) -> None:
-        """Write the index of a shard that is there."""
+        """Write the index of an existing shard."""
         self.folder.write(f"{INDEX}/{name.removesuffix(SHARD_SUFFIX)}{INDEX_SUFFIX}", index)
         self.take_in(index, name)
 
     def take_in(self, index: bytes, name: str) -> None:
-        """Count a shard that another process has written with its index."""
+        """Add a shard that another process has written, with its index, to the index in memory."""
         with self._lock:
             self.index.add(IndexFile(index, name))
 
@@ -157,7 +157,7 @@ class TargetDataset:
         self.close()
 
     def _stored(self, asked: Entry) -> Iterator[Pair]:
-        """Entries that cover `asked`."""
+        """Pending and written entries that cover `asked`."""
         key = sequence_key(asked.fingerprint, asked.tokens_T)
         with self._lock:
             waiting = list(self._pending.get(key, ()))
@@ -169,7 +169,7 @@ class TargetDataset:
                     yield entry, targets
 
     def _load(self, place: Place) -> Rows:
-        """A row group, read once by whoever comes first."""
+        """A row group; of several threads that need it, the first reads it."""
         key = (place.shard.name, place.group)
         with self._lock:
             one = self._loading.setdefault(key, threading.Lock())
@@ -198,7 +198,7 @@ def _manifest(folder: Folder, create: Manifest | None) -> Manifest:
                 f"there is no target dataset at {folder.url}: `stillhouse-teacher fill --output` makes one"
             )
         folder.write(create.name, create.encode())
-        # Another process may have begun another one here at the same time: then there are two, and an error.
+        # If another process began a different dataset here at the same time, there are now two: `find_manifest` raises.
         found = find_manifest(folder)
         assert found is not None
     if create is not None and found.digest != create.digest:

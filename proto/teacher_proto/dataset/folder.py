@@ -1,8 +1,7 @@
-"""A folder on any fsspec URL, as datasets use one: objects that are there whole or not at all, and outages outlasted.
+"""A folder at any fsspec URL, with atomic writes and retries during outages. Used by the rest of the package.
 
-On this disk an object is written under a temporary name and renamed; a bucket's objects appear when their upload is
-complete. A writer that is killed leaves its temporary file, which `remove_unfinished` finds. Used by the rest of the
-package.
+On a local disk an object is written under a temporary name and renamed; a bucket's objects appear when their upload is
+complete. A killed writer leaves its temporary file, which `remove_unfinished` finds.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import Any, TypeVar
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What another try does not change.
+# Errors that a retry does not change.
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError, TypeError)
 _LOCAL = ("file", "local")
 _LONGEST_PAUSE_S = 15.0
-# The names that `_write` gives; nobody else's files are touched.
+# The temporary names that `_write` uses; no other files are touched.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
-# Nothing is written to a temporary file for so long only where its writer is dead, or stopped: one that goes on after
-# all finds its file gone, and writes it again.
+# A temporary file that has not been written to for this long belongs to a dead or suspended writer. If that resumes
+# after all, it finds its file gone and writes it again.
 QUIET_S = 3600.0
 
 
@@ -35,8 +34,8 @@ def is_url(place: str) -> bool:
 
 
 class Folder:
-    """`options` go to the file system. A request that fails is made again for `outage_s` seconds before its error
-    counts; ValueError where the URL names no file system that is installed.
+    """`options` go to the file system. A failed request is retried for `outage_s` seconds before its error is raised.
+    ValueError if no file system for the URL is installed.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Folder:
         self.local = (protocol if isinstance(protocol, str) else protocol[0]) in _LOCAL
 
     def list(self, below: str) -> dict[str, int]:
-        """Names and sizes of the objects right below `below`; those that are being written are none."""
+        """Names and sizes of the objects directly in `below`, without unfinished ones."""
 
         def listed() -> dict[str, int]:
             self.fs.invalidate_cache()
@@ -73,11 +72,11 @@ class Folder:
         return bytes(self._try(f"reading {self.url}/{name}", lambda: self.fs.cat_file(self._path(name))))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop); fewer where the object ends before."""
+        """Bytes [start, stop); fewer if the object ends before."""
         return bytes(self._try(f"reading {self.url}/{name}", lambda: self._range(name, start, stop)))
 
     def write(self, name: str, data: bytes) -> None:
-        """Put an object in place of any of that name, whole or not at all."""
+        """Write an object atomically, replacing any of that name."""
         self._try(f"writing {self.url}/{name}", lambda: self._write(self._path(name), data))
 
     def local_path(self, name: str) -> str:
@@ -88,7 +87,7 @@ class Folder:
         self._try(f"removing {self.url}/{name}", lambda: self.fs.rm_file(self._path(name)))
 
     def unfinished(self, below: str) -> dict[str, float]:
-        """Files right below `below` that somebody is writing, or was killed at, and when each was last written to."""
+        """Temporary files directly in `below`, of running or killed writers, with the time each was last written to."""
         if not self.local:
             return {}
         try:
@@ -99,19 +98,19 @@ class Folder:
         return {name: written for name, written in names.items() if _UNFINISHED.fullmatch(name)}
 
     def remove_unfinished(self, below: str, quiet_s: float = QUIET_S) -> tuple[str, ...]:
-        """Remove those of `unfinished` that have not been written to for `quiet_s`; their names."""
+        """Remove those of `unfinished` that have not been written to for `quiet_s` seconds; returns their names."""
         found = self.unfinished(below)
         if not found:
             return ()
         now = self._clock(below)
         stale = tuple(name for name, written in found.items() if now - written >= quiet_s)
         for name in stale:
-            with contextlib.suppress(FileNotFoundError):  # another one cleans up too
+            with contextlib.suppress(FileNotFoundError):  # another process cleans up too
                 self.fs.rm_file(self._path(f"{below}/{name}" if below else name))
         return stale
 
     def _clock(self, below: str) -> float:
-        """The time of the disk, which may be another machine's: that of a file that is written now."""
+        """The file system's time, which may be another machine's: the mtime of a file written now."""
         path = self._path(f"{below}/.clock.{uuid.uuid4().hex}" if below else f".clock.{uuid.uuid4().hex}")
         self.fs.pipe_file(path, b"")
         try:
@@ -125,7 +124,7 @@ class Folder:
         except FileNotFoundError:
             raise
         except Exception:
-            # Object stores answer 416 to a range that lies beyond the end, each with an error of its own.
+            # Object stores answer 416 to a range beyond the end, each with a different exception.
             if start >= int(self.fs.info(self._path(name))["size"]):
                 return b""
             raise
@@ -142,7 +141,7 @@ class Folder:
             try:
                 self.fs.mv(part, path)
             except FileNotFoundError as error:
-                # It was taken for one that a killed writer left; unlike other missing files, another try mends it.
+                # It was removed as a killed writer's. An OSError, since unlike other missing files a retry fixes this.
                 raise OSError(f"{part} was removed while it was written") from error
         except BaseException:
             with contextlib.suppress(OSError):
@@ -153,14 +152,14 @@ class Folder:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def _try(self, what: str, work: Callable[[], T]) -> T:
-        """`work` until it is done; its error where another try changes nothing or `outage_s` have passed."""
+        """Retry `work` until it succeeds. Raises its error if a retry can't help or `outage_s` seconds have passed."""
         began, pause_s = time.monotonic(), 0.2
         while True:
             try:
                 return work()
             except _FINAL:
                 raise
-            except Exception as error:  # each object store has errors of its own
+            except Exception as error:  # each object store has different exceptions
                 lasted_s = time.monotonic() - began
                 if lasted_s >= self._outage_s:
                     raise OSError(f"{what} has failed for {lasted_s:.0f} s: {type(error).__name__}: {error}") from error

@@ -1,10 +1,11 @@
-"""Where a document's answers lie: index files, and their union in memory. Read and written by `dataset.py`.
+"""Index files, which map documents to row groups of shards, and their union in memory. Used by `dataset.py`.
 
-A file is a magic, the CRC-32 of all behind it, the length of a header, the header (zlib of JSON: what is known of each
-shard), padding to eight bytes, the row groups of all shards (`<i8` [3] each), the first eight bytes of each document's
-`sequence_key` in ascending order (`<u8`), and for each the number of its row group (`<u4`), counted through all shards.
-Arrays are mapped, so that a large index is in memory only where it was looked up. A key of eight bytes may name a
-document that is not there, once in 10^11 questions at 10^8 documents: a row says its own tokens, and is compared.
+A file has a magic number, the CRC-32 of all after the fixed-size head, the length of the header, the header (zlib of
+JSON: the notes of all shards), padding to eight bytes, the row groups of all shards (`<i8` [3] each), the first eight
+bytes of each document's `sequence_key` in ascending order (`<u8`), and for each the number of its row group (`<u4`),
+counted through all shards. Arrays are memory-mapped, so that only what is looked up in a large index is in memory. An
+eight-byte key may match a document that is not in the dataset, once in 10^11 look-ups at 10^8 documents, so a row's own
+tokens are compared too.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ Shard = tuple["ShardNote", np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class ShardNote:
-    """What an index says of one shard. `groups` [G, 3]: begin and length in bytes, and rows, of each row group;
-    `footer`: where the footer begins. `errors`: sums over rows, and maxima, that a codec which loses some measured.
+    """What an index says about one shard. `groups` [G, 3]: begin and length in bytes, and rows, of each row group;
+    `footer`: where the footer begins. `errors`: sums over rows, and maxima, as measured by a lossy codec.
     """
 
     name: str
@@ -46,7 +47,7 @@ def document_key(sequence_key: bytes) -> int:
 
 
 def encode_index(shards: Sequence[Shard]) -> bytes:
-    """An index file of shards, each with keys [n] and the number of its row group [n] for each of them."""
+    """An index file of shards, each with the keys [n] of its documents and their row group numbers [n]."""
     before = np.cumsum([0, *(len(note.groups) for note, _, _ in shards)])
     keys = np.concatenate([keys for _, keys, _ in shards]).astype("<u8", copy=False)
     numbers = [(groups + first).astype("<u4") for (_, _, groups), first in zip(shards, before, strict=False)]
@@ -58,7 +59,7 @@ def encode_index(shards: Sequence[Shard]) -> bytes:
     table = np.concatenate([note.groups for note, _, _ in shards]).astype("<i8")
     header = zlib.compress(json.dumps({"shards": notes}).encode())
     padding = bytes(-(len(header) + _HEAD.size) % 8)
-    # 10^8 documents are gigabytes: nothing is copied more often than it must be.
+    # 10^8 documents are gigabytes: avoid copies.
     parts = (header, padding, table.data, keys[order].data, np.concatenate(numbers)[order].data)
     crc = 0
     for part in parts:
@@ -67,9 +68,9 @@ def encode_index(shards: Sequence[Shard]) -> bytes:
 
 
 class IndexFile:
-    """One index file, verified. `data` may be a memory map: then only what is looked up is read into memory.
+    """One index file, verified. `data` may be a memory map: then only what is looked up stays in memory.
 
-    ValueError that begins with `place` for one that is none or was cut short.
+    ValueError, beginning with `place`, if it is no index or was truncated.
     """
 
     def __init__(self, data: Any, place: str):
@@ -100,7 +101,7 @@ class Place:
 
 
 class _Part:
-    """Sorted keys, the row group of each, and what those numbers mean."""
+    """Sorted keys, the row group number of each, and the shards that the numbers refer to."""
 
     def __init__(self, keys: np.ndarray, groups: np.ndarray, notes: Sequence[ShardNote]):
         self.keys, self.groups, self.notes = keys, groups, notes
@@ -125,7 +126,7 @@ class _Part:
 
 
 class Index:
-    """The union of index files. A shard that several of them hold counts once. Not thread-safe while it is added to."""
+    """The union of index files. A shard in several of them counts once. Not thread-safe while files are added."""
 
     def __init__(self, files: Iterable[IndexFile] = ()):
         self.shards: dict[str, ShardNote] = {}
@@ -154,7 +155,7 @@ class Index:
             yield from part.places(key)
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
-        """Whether each of `keys` [n] is there, as booleans [n]."""
+        """Whether each of `keys` [n] is in the index, as booleans [n]."""
         found = np.zeros(len(keys), dtype=bool)
         for part in self._parts:
             at = np.minimum(np.searchsorted(part.keys, keys), len(part.keys) - 1)
@@ -167,7 +168,7 @@ class Index:
             yield from part.by_shard()
 
     def distinct(self) -> int:
-        """How many different documents there are."""
+        """The number of distinct documents."""
         keys = np.sort(np.concatenate([part.keys for part in self._parts])) if self._parts else np.empty(0, np.uint64)
         return int(np.count_nonzero(np.diff(keys))) + 1 if len(keys) else 0
 
@@ -176,11 +177,11 @@ class Index:
 
     @property
     def nbytes(self) -> int:
-        """Of keys and places; those of a memory map are in memory only where they were looked up."""
+        """Bytes of keys and row group numbers; of a memory map, only what was looked up is in memory."""
         return sum(part.keys.nbytes + part.groups.nbytes for part in self._parts)
 
     def _concentrate(self) -> None:
-        """Many small parts become one, so that a look-up stays one search; the largest is left as it is."""
+        """Merge the small parts into one, so that a look-up takes few searches; the largest stays as it is."""
         self._parts.sort(key=lambda part: len(part.keys))
         *small, largest = self._parts
         before = np.cumsum([0, *(part.begins[-1] for part in small)])

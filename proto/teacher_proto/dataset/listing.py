@@ -1,5 +1,5 @@
-"""What lies in a dataset's folder: its index files read together, its shards, whether the two agree, and what killed
-writers left. Used by `dataset.py` when it opens one, by `check.py` and by `stillhouse-teacher dataset check`.
+"""The files of a dataset: reads its index files, lists its shards, checks that they agree, and finds files left by
+killed writers. Used by `dataset.py` when it opens one, by `check.py` and by `stillhouse-teacher dataset check`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WRITTEN = ("", SHARDS, INDEX)
 
 
 def open_files(folder: Folder, cache: Path) -> Index:
-    """All index files together."""
+    """The union of all index files."""
     for attempt in range(5):
         names = folder.list(INDEX)
         merged = sorted((name for name in names if name.startswith(MERGED)), key=lambda name: -names[name])
@@ -30,7 +30,7 @@ def open_files(folder: Folder, cache: Path) -> Index:
                 if name.removesuffix(INDEX_SUFFIX) + SHARD_SUFFIX not in index.shards:
                     index.add(_open_index(folder, name, cache))
         except FileNotFoundError:
-            # A merge that runs beside us has put a larger one in the place of this.
+            # A concurrent merge has replaced this file with a larger one.
             if attempt == 4:
                 raise
         else:
@@ -39,7 +39,7 @@ def open_files(folder: Folder, cache: Path) -> Index:
 
 
 def shards_there(folder: Folder) -> dict[str, int]:
-    """Names and sizes of the shards that lie there."""
+    """Names and sizes of the existing shards."""
     return {
         name: size
         for name, size in folder.list(SHARDS).items()
@@ -48,12 +48,12 @@ def shards_there(folder: Folder) -> dict[str, int]:
 
 
 def unfinished_files(folder: Folder) -> list[str]:
-    """Names, from the folder on, of files that are being written or that a killed writer left."""
+    """Names, relative to the folder, of temporary files of running or killed writers."""
     return [_named(below, name) for below in _WRITTEN for name in sorted(folder.unfinished(below))]
 
 
 def remove_unfinished(folder: Folder) -> list[str]:
-    """Remove those that nobody has written to for an hour; safe beside whoever writes."""
+    """Remove those that have not been written to for an hour; safe while others write."""
     return [_named(below, name) for below in _WRITTEN for name in sorted(folder.remove_unfinished(below))]
 
 
@@ -62,8 +62,8 @@ def _named(below: str, name: str) -> str:
 
 
 def read_index(folder: Folder, cache: Path) -> tuple[Index, list[str]]:
-    """The index, and the names of shards that it does not know. ValueError for shards that it knows and that are
-    missing or of another size.
+    """The index, and the names of shards that are not in it. ValueError if a shard in the index is missing or has
+    another size.
     """
     index = open_files(folder, cache)
     there = shards_there(folder)
@@ -73,7 +73,7 @@ def read_index(folder: Folder, cache: Path) -> tuple[Index, list[str]]:
 
 
 def _open_index(folder: Folder, name: str, cache: Path) -> IndexFile:
-    """A merged index of a bucket is kept on this disk and mapped, whatever its size."""
+    """Open an index file. A bucket's merged index, which may be large, is copied to this disk and memory-mapped."""
     place = f"{folder.url}/{INDEX}/{name}"
     if folder.local:
         return IndexFile(np.memmap(folder.local_path(f"{INDEX}/{name}"), np.uint8, "r"), place)
@@ -88,7 +88,7 @@ def _open_index(folder: Folder, name: str, cache: Path) -> IndexFile:
 
 
 def faults_of(folder: Folder, index: Index, there: Mapping[str, int]) -> list[str]:
-    """What is wrong with the shards that the index knows, by their names and sizes, each with what to do."""
+    """Faults of the shards in the index, by name and size, each with what to do."""
     again = (
         f"remove its files below {folder.url}/{INDEX}, `{MERGED}` ones too, run `stillhouse-teacher dataset merge` and "
         "fill again"

@@ -1,7 +1,7 @@
-"""A dataset's manifest: whose answers it holds, what was asked about each document, and how answers are coded.
+"""A dataset's manifest: its teacher, the query for each document, and the codec. Used by the rest of the package.
 
-It never changes: what grows, shards with their counts and checksums, stands in the index files. Its name is a digest of
-what it says, so that fillers which say the same write the same object, and those which don't are found out.
+It never changes: what grows, shards with their counts and checksums, is in the index files. Its name is a digest of its
+contents, so that writers of the same dataset write the same object, and a different one is detected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOSSLESS: Mapping[str, Any] = {"name": "lossless"}
 
 @dataclass(frozen=True)
 class Manifest:
-    """`codec` names the storage codec and its parameters. `versions`, of what began the dataset, are not compared."""
+    """`codec` has the codec's name and parameters. `versions` are those of the first writer, and are not compared."""
 
     teacher: TeacherInfo
     spec: TargetSpec
@@ -34,7 +34,7 @@ class Manifest:
 
     @cached_property
     def says(self) -> dict[str, Any]:
-        """What makes a dataset another dataset."""
+        """What distinguishes one dataset from another."""
         return {
             "format": FORMAT, "teacher": self.teacher.identity.model_dump(mode="json"),
             "query": json.loads(json.dumps(asdict(self.spec))), "codec": dict(self.codec),
@@ -49,7 +49,7 @@ class Manifest:
         return f"{PREFIX}{self.digest}{SUFFIX}"
 
     def difference(self, other: Manifest) -> str:
-        """What two manifests say differently, in one line."""
+        """The differences of two manifests, in one line."""
         ours, theirs = flatten(self.says), flatten(other.says)
         return "; ".join(
             f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
@@ -67,7 +67,7 @@ class Manifest:
 
 
 def find_manifest(folder: Folder) -> Manifest | None:
-    """The manifest of the dataset at `folder`, or None. ValueError for one that was changed, and for two."""
+    """The manifest of the dataset at `folder`, or None. ValueError if it was changed, or if there are several."""
     names = sorted(name for name in folder.list("") if name.startswith(PREFIX) and name.endswith(SUFFIX))
     found = [_decode(folder.read(name), f"{folder.url}/{name}") for name in names]
     for name, manifest in zip(names, found, strict=True):
@@ -101,7 +101,7 @@ def _decode(data: bytes, place: str) -> Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Those of the packages that write shards."""
+    """The versions of the packages that write shards."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

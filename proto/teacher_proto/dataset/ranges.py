@@ -1,7 +1,7 @@
-"""Row groups and footers of shards as bytes: fetched once, one range request each, kept in a bounded local folder.
+"""Fetches row groups and footers of shards, one range request each, and caches them in a size-limited local folder.
 
-Used by `dataset.py`. In a folder on this disk nothing is kept. Groups behind the one that was asked for are fetched
-ahead on threads, for documents are mostly read in the order in which they were filled.
+Used by `dataset.py`. Nothing is cached for a dataset on a local disk. The groups after the requested one are prefetched
+on threads, since documents are mostly read in the order in which they were written.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ FETCHERS = 4
 
 
 class Ranges:
-    """`requests` and `bytes_fetched` count what was asked of the bucket. Thread-safe; close it.
+    """`requests` and `bytes_fetched` count the requests to the bucket. Thread-safe; close it.
 
-    `cache`: where to keep what was fetched, a temporary folder where it is None; `cache_bytes` bounds it. `ahead`: how
-    many row groups are fetched beyond the one that is needed.
+    `cache`: the cache folder, a temporary one if None; `cache_bytes` limits its size. `ahead`: how many row groups are
+    prefetched after the one that is needed.
     """
 
     def __init__(self, folder: Folder, below: str, cache: Path | None, cache_bytes: int, ahead: int):
@@ -41,7 +41,7 @@ class Ranges:
             self._find_kept()
 
     def file(self, place: Place) -> tuple[bytes, io.RawIOBase]:
-        """A shard's footer, and the shard as a file of which one row group is there. ValueError where it was cut."""
+        """A shard's footer, and the shard as a file that holds only one row group. ValueError if it was truncated."""
         note, (begin, length, _) = place.shard, place.shard.groups[place.group].tolist()
         footer = self._get(note, "footer", 0, note.footer, note.bytes)
         group = self._get(note, "group", place.group, begin, begin + length)
@@ -60,7 +60,7 @@ class Ranges:
         for group in range(place.group + 1, min(place.group + 1 + self._ahead, len(place.shard.groups))):
             if self._kept_name(place.shard, "group", group) not in self._sizes:
                 begin, length, _ = place.shard.groups[group].tolist()
-                # What fails here is asked for again by who needs it, and fails there.
+                # An error here is ignored: whoever needs the group fetches it again, and gets the error.
                 self._fetchers.submit(self._get, place.shard, "group", group, begin, begin + length)
 
     def _kept_name(self, note: ShardNote, what: str, number: int) -> str:
@@ -120,7 +120,7 @@ class Ranges:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Let the least recently used go; the newest stays, whatever its size."""
+        """Evict the least recently used; the newest stays, whatever its size."""
         leaving = []
         with self._lock:
             total = sum(self._sizes.values())
@@ -132,7 +132,7 @@ class Ranges:
             (self.path / old).unlink(missing_ok=True)
 
     def _find_kept(self) -> None:
-        """What an earlier process left, the least recently used first."""
+        """Register the files that an earlier process cached, the oldest first."""
         found = [path for path in self.path.iterdir() if path.is_file() and not path.name.startswith(".")]
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
             if path.suffix == "":
@@ -141,7 +141,7 @@ class Ranges:
 
 
 class _Window(io.RawIOBase):
-    """A file of `size` bytes, of which those from `begin` are there; reading elsewhere is an error of ours."""
+    """A file of `size` bytes, of which only `data` at `begin` is available; reading elsewhere is a bug."""
 
     def __init__(self, size: int, begin: int, data: bytes):
         self._size, self._begin, self._data, self._at = size, begin, data, 0

@@ -1,8 +1,8 @@
-"""Shards: Parquet files of answers, written in memory at once and read a row group at a time. Called by `dataset.py`.
+"""Shards: Parquet files of targets, encoded in memory and read one row group at a time. Called by `dataset.py`.
 
-The columns are those of `store/parquet.py`; a codec may move some into columns of its own (`codecs.py`). What a footer
-says: format, teacher, `dataset` (the manifest's digest), the codec and what a reader of it needs to know. A lossless
-shard is a file that `stillhouse-teacher pack import` takes. All rows of a document lie in one row group.
+The columns are those of `store/parquet.py`; a codec may move some into additional columns (`codecs.py`). The footer has
+the format, the teacher, `dataset` (the manifest's digest), the codec and its state. `stillhouse-teacher pack import`
+can read a lossless shard. All rows of a document are in one row group.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-GROUP_BYTES = 4 * 2**20  # of records, before any coding: what a document in random order costs to fetch
+GROUP_BYTES = 4 * 2**20  # of records, before encoding: what reading one document in random order has to fetch
 DATASET, CODEC, STATE, CODED = "dataset", "codec", "codec_state", "stillhouse targets 1, coded"
 _PLAIN = ("ids", "logprobs", "lse", "next_logprob", "log_z", "gather_logprobs", "hidden_scale", "tokens")
 
 
 def encode_shard(manifest: Manifest, documents: Sequence[Sequence[Pair]]) -> tuple[bytes, Shard]:
-    """The bytes of a shard, and what the index says of it. `documents`: the entries of each, one document at least."""
+    """The bytes of a shard, and its part of an index. `documents`: the entries of each; at least one document."""
     import pyarrow.parquet as pq
 
     groups = list(_grouped(documents))
@@ -61,7 +61,7 @@ def encode_shard(manifest: Manifest, documents: Sequence[Sequence[Pair]]) -> tup
 
 
 def note_shard(data: bytes, name: str) -> tuple[ShardNote, np.ndarray, np.ndarray]:
-    """What the index says of a shard that is there already."""
+    """The index's part for an existing shard."""
     group_entries: list[list[Entry]] = []
     with open_shard(io.BytesIO(data), name) as file:
         for number in range(file.metadata.num_row_groups):
@@ -76,12 +76,12 @@ def note_shard(data: bytes, name: str) -> tuple[ShardNote, np.ndarray, np.ndarra
 
 
 def open_shard(source: Any, place: str, footer: bytes | None = None) -> pq.ParquetFile:
-    """A shard to read, by a footer that was read before or its own. ValueError for what is no whole file of ours."""
+    """Open a shard, with a footer that was read before or its own. ValueError if it is no complete file of ours."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # A footer is found from a file's end, and names places by their distance from the beginning.
+        # pyarrow finds the footer from the file's end; the offsets in it are from the beginning of the shard.
         metadata = None if footer is None else pq.read_metadata(io.BytesIO(b"PAR1" + footer))
         file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
     except (pa.ArrowInvalid, OSError) as error:
@@ -95,9 +95,9 @@ def open_shard(source: Any, place: str, footer: bytes | None = None) -> pq.Parqu
 
 
 class Rows:
-    """The rows of one row group, found by their documents; a record is decoded when it is asked for.
+    """The rows of one row group, looked up by document; a record is decoded when it is requested.
 
-    ValueError, with `place`, where they are of another dataset than `manifest` says.
+    ValueError, with `place`, if they belong to a dataset other than that of `manifest`.
     """
 
     def __init__(self, file: pq.ParquetFile, group: int, manifest: Manifest, place: str):
@@ -123,7 +123,7 @@ class Rows:
             self._rows.setdefault(key, []).append(number)
 
     def of(self, fingerprint: str, tokens_T: np.ndarray) -> Iterator[Pair]:
-        """The entries about one document."""
+        """The entries of one document."""
         for number in self._rows.get(sequence_key(fingerprint, tokens_T), ()):
             yield self._pair(number)
 
@@ -182,7 +182,7 @@ def _grouped(documents: Sequence[Sequence[Pair]]) -> Iterator[list[Sequence[Pair
 
 
 def _name(manifest: Manifest, documents: Sequence[Sequence[Pair]]) -> str:
-    """By what it answers: the same answers in the same order have the same name, whoever writes them."""
+    """A name from the entries' keys: the same entries in the same order have the same name, whoever writes them."""
     digest = hashlib.sha256(manifest.digest.encode())
     for document in documents:
         for entry, _ in document:
@@ -219,7 +219,7 @@ def _note(data: bytes, name: str, errors: dict[str, float] | None) -> ShardNote:
 
 
 def _keys(groups: Sequence[Sequence[Entry]]) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's key once, and its group."""
+    """The key of each document, once, and the number of its row group."""
     found = {
         document_key(sequence_key(entry.fingerprint, entry.tokens_T)): number
         for number, group in enumerate(groups)
