@@ -1,4 +1,4 @@
-"""Hidden states and logits -> records: the one definition that every engine uses. The only part that needs torch.
+"""Computes records from hidden states and logits, for every engine. The only part of the contract that needs torch.
 
 May import the records and `hardware`. Open `reduction.py` first.
 """

@@ -1,7 +1,7 @@
-"""A teacher's output head: how logits follow from final hidden states, and the file that `GET /v1/head` gives out.
+"""A teacher's output head: how logits follow from final hidden states, and the file that `GET /v1/head` returns.
 
-logits = scale * soft_cap(hidden @ weight.T + bias), soft_cap(z) = cap * tanh(z / cap) where the model has one.
-The file is safetensors: `weight` [V, D], `bias` [V] where there is one, `soft_cap` and `scale` as float32 scalars.
+logits = scale * soft_cap(hidden @ weight.T + bias), with soft_cap(z) = cap * tanh(z / cap) if the model has one.
+The file is safetensors: `weight` [V, D], `bias` [V] if there is one, `soft_cap` and `scale` as float32 scalars.
 Used by the engines and by the trainer's local teacher. torch is imported on demand.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadScaling:
-    """What a model does to the head's product. A `soft_cap` of None caps nothing."""
+    """What a model applies to the product of its head. A `soft_cap` of None caps nothing."""
 
     soft_cap: float | None = None
     scale: float = 1.0
@@ -30,7 +30,7 @@ class HeadScaling:
 
 
 def scaling_of(config: Mapping[str, Any]) -> HeadScaling:
-    """Out of a model's config: Gemma's final soft cap, Granite's divisor, Cohere's factor."""
+    """The scaling from a model's config: Gemma's final soft cap, Granite's divisor, Cohere's factor."""
     text = config.get("text_config") or config
     scale = 1.0
     if divisor := text.get("logits_scaling"):
@@ -42,7 +42,7 @@ def scaling_of(config: Mapping[str, Any]) -> HeadScaling:
 
 
 def head_contents(tensors: Mapping[str, torch.Tensor], scaling: HeadScaling) -> dict[str, torch.Tensor]:
-    """What the file holds."""
+    """The tensors of the file, by name."""
     import torch
 
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,8 +1,8 @@
 """A transformers causal language model as a teacher: token ids in, packed rows out.
 
-Run by the service's `hf_engine` and by the trainer's local teacher, so that both say the same; imported on demand.
-Only the last hidden states of a batch are kept; the logits of a chunk of rows at a time are made of them by the model's
-own head.
+Used by the service's `hf_engine` and by the trainer's local teacher, so that both return the same targets; imported on
+demand. Only the last hidden states of a batch are kept; the model's own head computes logits from them for one chunk of
+rows at a time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _PROBE_TOLERANCE = {torch.float32: 1e-4}
 
 
 class HfModel:
-    """The model on its device, in `dtype`, where "auto" is the checkpoint's own if the device computes in it, else
-    float32. ValueError where its logits are not its last hidden states through a known head.
+    """The model on its device, in `dtype`; "auto" is the checkpoint's own if the device computes in it, else float32.
+    ValueError if its logits are not its last hidden states through a known head.
     """
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str):
@@ -45,7 +45,7 @@ class HfModel:
             log.warning("%s: %s", folder.name, warning)
         model = _load(folder, chosen).to(self.device)
         config = model.config.get_text_config()
-        # Of a wrapper with a vision tower the language model.
+        # The body; of a model with a vision tower, the language model.
         self._body = model.base_model if config is model.config else model.get_decoder()
         self._head = model.get_output_embeddings()
         if self._head is None or self._body is model:
@@ -58,11 +58,11 @@ class HfModel:
         self.hidden_size: int = self._head.weight.shape[1]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._widens = self.dtype in (torch.bfloat16, torch.float16) and hardware.sums_in_float32(self.device.type)
-        # Body and head are all that is kept of it.
+        # Only body and head are kept of `model`.
         self._compare_with_logits_of(model, folder.name)
 
     def identity(self) -> TeacherIdentity:
-        """Who this teacher is. Hashes the weights where nobody has yet."""
+        """This teacher's identity. Hashes the weight files unless their hashes are cached."""
         device = self.device_name + (", head in float32" if self._widens else "")
         numeric = NumericIdentity(
             engine="transformers", engine_version=transformers.__version__, device=device, parallel="1",
@@ -75,7 +75,7 @@ class HfModel:
         )  # fmt: skip
 
     def limits(self, max_length: int | None, max_top_k: int) -> Limits:
-        """What it accepts: `max_length` tokens a sequence at most, by default as many as it has positions."""
+        """The model's limits: at most `max_length` tokens per sequence, by default its number of positions."""
         longest = max_length or self.max_positions or _DEFAULT_MAX_LENGTH
         return Limits(
             vocab_size=self.vocab_size,
@@ -97,7 +97,7 @@ class HfModel:
         return {"weight": self._head.weight} | ({} if bias is None else {"bias": bias})
 
     def compute_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] in the model's dtype, or in float32 where the device sums in it and gives it for nothing."""
+        """Logits [N, V] in the model's dtype, or in float32 where the device returns the product in it at no cost."""
         if not self._widens:
             return self._scaling(self._head(hidden_ND))
         product_NV = torch.mm(hidden_ND, self._head.weight.t(), out_dtype=torch.float32)
@@ -106,7 +106,7 @@ class HfModel:
 
     @torch.inference_mode()
     def score(self, queries: Sequence[Query]) -> list[np.ndarray]:
-        """Packed rows [R, bytes] uint8 that answer each query, from one forward pass over all."""
+        """Packed rows [R, bytes] uint8 for each query, from one forward pass over all of them."""
         hidden = self._hidden_states([query.tokens_T for query in queries])
         groups: dict[RowLayout, list[tuple[int, Slice]]] = defaultdict(list)
         for i, (query, hidden_TD) in enumerate(zip(queries, hidden, strict=True)):
@@ -131,7 +131,7 @@ class HfModel:
 
     @torch.inference_mode()
     def _compare_with_logits_of(self, model: Any, name: str) -> None:
-        """Our way to the logits against the model's own, on a few tokens."""
+        """Check our logits against the model's own on a few tokens."""
         tokens_T = np.arange(_PROBE_LENGTH) * 7919 % self.vocab_size
         ours_TV = self.compute_logits(self._hidden_states([tokens_T])[0]).float()
         theirs = model(input_ids=torch.tensor(tokens_T, device=self.device)[None], use_cache=False).logits
@@ -145,8 +145,8 @@ class HfModel:
 
 
 def padded(sequences: Sequence[np.ndarray], device: torch.device) -> dict[str, torch.Tensor | None]:
-    """`input_ids` [B, T] and `attention_mask` of sequences, None where all are as long. Padding is on the right, where
-    causal attention never looks."""
+    """`input_ids` [B, T] and `attention_mask` of sequences, None if all have the same length. Padding is on the right,
+    where causal attention never looks."""
     lengths = [len(tokens_T) for tokens_T in sequences]
     ids_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -158,12 +158,12 @@ def padded(sequences: Sequence[np.ndarray], device: torch.device) -> dict[str, t
 
 
 def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """ValueError with the first line of what transformers says."""
-    transformers.utils.logging.disable_progress_bar()  # among a service's log it is no line of ours
+    """Load the model. ValueError with the first line of the error of transformers."""
+    transformers.utils.logging.disable_progress_bar()  # it would garble a service's log
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(folder.path, **local)
-        # Some language models beside a vision tower are among the causal ones, others only among these.
+        # Some models with a vision tower are in the causal mapping, others only in this one.
         wrapped = type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         wrapped = wrapped and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         kind = transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
@@ -174,8 +174,8 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:
 
 
 def _check_head(head: Any, name: str) -> None:
-    """ValueError for a head that is no matrix of plain numbers: its shape is not the vocabulary's, nor can it be given
-    out."""
+    """ValueError if the head's weight is not a plain float matrix, as with a quantised head: its shape would not give
+    the vocabulary size, and `GET /v1/head` could not return it."""
     weight = getattr(head, "weight", None)
     what = "no weight"
     if isinstance(weight, torch.Tensor):

@@ -1,11 +1,11 @@
-"""Logits -> record, in torch: the one definition that every engine uses.
+"""The reduction of logits to records, in torch. Every engine uses it.
 
-An engine hands over final hidden states and a function that makes logits of them; `reduce_rows` goes through them
-in chunks on their own device and returns packed rows (`packed.py`), so that what leaves the engine is a single
-tensor a sequence. The [rows, vocabulary] array of a chunk is all that ever exists of the logits.
+An engine passes final hidden states and a function that computes logits from them; `reduce_rows` goes through them in
+chunks on their device and returns packed rows (`packed.py`), so that only a single tensor per sequence leaves the
+engine. Of the logits, only the [rows, vocabulary] array of one chunk exists at a time.
 
-A chunk is reduced by the passes in torch that are here, on any device, or where `hardware.runs_triton` says so by the
-kernels of `reduction_triton.py`, which read it once.
+A chunk is reduced by the passes in torch below, on any device, or, if `hardware.runs_triton`, by the kernels of
+`reduction_triton.py`, which read it once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from teacher_proto.wire.packed import RowLayout
 if TYPE_CHECKING:
     import torch
 
-# Rows through the head at a time: fewer waste the matrix product, more only cost memory (256 and 1024 rows were
-# the best of 16 to 1024 on a CPU). The fp32 copies are made of still fewer, so that they stay in cache.
+# Rows through the head at a time: fewer make the matrix product inefficient, more only cost memory (256 and 1024 rows
+# were the best of 16 to 1024 on a CPU). fp32 copies are made of fewer rows still, so that they stay in cache.
 HEAD_ROWS = {"cpu": 256}
 FLOAT_BYTES = {"cpu": 6 * 2**20}
 HEAD_ROWS_ACCELERATOR = 1024
@@ -39,7 +39,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Rows:
-    """What the reduction needs beside the hidden states of N rows; tensors that no asked kind reads are None.
+    """What the reduction needs besides the hidden states of N rows; tensors that no requested kind reads are None.
 
     next_ids [N] int64, NO_TOKEN on a sequence's last row; gather_ids [N, G] int64; sample_keys [N] int64 from
     `sample_key`; positions [N] int64 in the sequence.
@@ -56,9 +56,9 @@ class Rows:
 
 
 def sample_key(seed: int, tokens_T: np.ndarray) -> int:
-    """The key of a sequence's draws, a signed 64-bit integer: the same for equal seed and tokens, wherever scored.
+    """The key of a sequence's draws, a signed 64-bit integer that depends only on seed and tokens.
 
-    The tokens are in it so that the noise of different sequences under one seed is independent.
+    It includes the tokens so that different sequences have independent noise under the same seed.
     """
     state = hashlib.sha256(seed.to_bytes(8, "little") + np.ascontiguousarray(tokens_T, dtype="<i8").tobytes())
     return int.from_bytes(state.digest()[:8], "little", signed=True)
@@ -80,8 +80,8 @@ def reduce_rows(
 ) -> torch.Tensor | None:
     """Packed rows [N, row_bytes] uint8 of final hidden states [N, D], on their device.
 
-    `compute_logits` makes [n, V] of [n, D], or None on a rank that takes part in the product and gets no result;
-    then the answer is None as well. NaN in the logits is NaN in the record.
+    `compute_logits` maps [n, D] to [n, V], or returns None on a rank that takes part in the product but gets no
+    result; then None is returned here too. NaN in the logits becomes NaN in the record.
     """
     import torch
 
@@ -105,7 +105,7 @@ def reduce_rows(
             columns = _reduce_in_passes(logits_nV, chunk, layout.spec, workspace)
         if chunk.next_ids_N is not None:
             columns["next_logprob"].masked_fill_(chunk.next_ids_N == NO_TOKEN, torch.nan)
-        del logits_nV  # or they would be held while the next chunk's are made
+        del logits_nV  # or they would stay in memory while the next chunk's are computed
         if layout.spec.hidden_dtype is not None:
             columns |= pack_hidden(hidden_ND[start:stop], layout.spec.hidden_dtype)
         _write(packed_NB[start:stop], columns, layout)
@@ -113,8 +113,8 @@ def reduce_rows(
 
 
 class Workspace:
-    """Two fp32 arrays [rows, W] that the rows of a chunk are worked in, some at a time: fresh ones would cost more
-    than the arithmetic. W is V rounded up to whole blocks of columns.
+    """Two reusable fp32 arrays [rows, W] for a few rows of a chunk at a time: allocating new ones would cost more than
+    the arithmetic. W is V rounded up to whole blocks of columns.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, most_rows: int):
@@ -129,7 +129,7 @@ class Workspace:
 
 
 def _reduce_in_one_pass(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -> dict[str, Any]:
-    """What `_reduce_in_passes` makes, by the kernels; only draws still go through the logits again."""
+    """The result of `_reduce_in_passes` from the Triton kernels; only draws go through the logits again."""
     import torch
 
     from teacher_proto.compute.reduction_triton import reduce_in_one_pass
@@ -141,7 +141,7 @@ def _reduce_in_one_pass(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -
     }  # fmt: skip
     if rows.gather_ids_NG is not None:
         gathered_NG = logits_NV.gather(1, rows.gather_ids_NG).float()
-        # (z - m) - log S(1), not z - lse: lse may be too large a number for fp32 to hold the difference.
+        # (z - m) - log S(1) instead of z - lse: a large lse would lose the difference to fp32 rounding.
         columns["gather_logprobs"] = _half(gathered_NG - found.best_N[:, None] - found.log_sum_N[:, None])
     if spec.num_samples:
         step = max(1, FLOAT_BYTES_ACCELERATOR // (4 * logits_NV.shape[1]))
@@ -173,17 +173,17 @@ def _reduce_in_passes(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, wor
 
 
 def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Workspace) -> dict[str, torch.Tensor]:
-    """What takes every logit of N rows, N at most `workspace.rows`; `maxima` [N, blocks] are those of `top_k`."""
+    """The part that reads every logit of N <= `workspace.rows` rows; `maxima` [N, blocks] are for `top_k`."""
     vocab_size = workspace.vocab_size
     z_NW, scratch_NW = workspace.logits[: len(logits_NV)], workspace.scratch[: len(logits_NV)]
     z_NW[:, :vocab_size].copy_(logits_NV)
-    # What fills the last block up adds exp(-inf) = 0 to every sum, and is the largest of nothing.
+    # The padding of the last block adds exp(-inf) = 0 to every sum, and is never the largest.
     z_NW[:, vocab_size:] = -math.inf
     maxima_Nb = z_NW.view(len(z_NW), -1, BLOCK).amax(dim=-1)
     best_N1 = maxima_Nb.amax(dim=-1, keepdim=True)
-    # z - m: at most 0, so that no exp overflows, and the largest term of every sum is 1.
+    # z - m <= 0, so that no exp overflows, and the largest term of every sum is 1.
     distance_NW = z_NW.sub_(best_N1)
-    # What reads single distances comes first: `_log_sums` writes over them.
+    # Everything that reads single distances comes first: `_log_sums` overwrites them.
     next_N1 = None if rows.next_ids_N is None else distance_NW.gather(1, rows.next_ids_N[:, None].clamp(min=0))
     gathered_NG = None if rows.gather_ids_NG is None else distance_NW.gather(1, rows.gather_ids_NG)
     drawn = {"sampled_ids": draw(distance_NW[:, :vocab_size], rows, spec)} if spec.num_samples else {}
@@ -194,7 +194,7 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
         columns["next_logprob"] = (next_N1 - log_sum_N1)[:, 0]
     if gathered_NG is not None:
         columns["gather_logprobs"] = _half(gathered_NG - log_sum_N1)
-    # log_z(T) = log S(T) - log S(1) / T: the largest logit cancels out.
+    # log_z(T) = log S(T) - log S(1) / T: the largest logit cancels.
     columns["log_z"] = log_sum_N1.new_empty((len(log_sum_N1), len(spec.temperatures)))
     for i, temperature in enumerate(spec.temperatures):
         columns["log_z"][:, i] = (log_sums[temperature] - log_sum_N1 / temperature)[:, 0]
@@ -204,13 +204,13 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
 def _log_sums(
     distance_NW: torch.Tensor, temperatures: tuple[float, ...], scratch_NW: torch.Tensor
 ) -> dict[float, torch.Tensor]:
-    """log sum exp(distance / T), [N, 1], by T, and at 1. Works in both arrays and spoils them.
+    """log sum exp(distance / T), [N, 1], for each T and for 1. Overwrites both arrays.
 
-    The terms at 1 are the squares of those at 2, for a fraction of another exp where 2 is asked for; and where it is
-    not, so that a sum never depends on what else was asked for.
+    The terms at 1 are computed as the squares of those at 2, which is cheaper than another exp if 2 is requested too.
+    It is done even if 2 is not, so that a sum never depends on which other temperatures were requested.
     """
     log_sums = {t: _log_sum(_terms(distance_NW, t, scratch_NW)) for t in temperatures if t not in (1.0, 2.0)}
-    # The distances are not needed any more: less memory to go through.
+    # In place, which touches less memory: the distances are no longer needed.
     terms_NW = _terms(distance_NW, 2.0, distance_NW)
     if 2.0 in temperatures:
         log_sums[2.0] = _log_sum(terms_NW)
@@ -218,7 +218,7 @@ def _log_sums(
 
 
 def _terms(distance_NW: torch.Tensor, temperature: float, out_NW: torch.Tensor) -> torch.Tensor:
-    """exp(distance / T), in `out`; a power of two costs a third of what `exp` does on a CPU."""
+    """exp(distance / T), written to `out`, by `exp2`, which costs a third of `exp` on a CPU."""
     import torch
 
     return torch.mul(distance_NW, math.log2(math.e) / temperature, out=out_NW).exp2_()
@@ -229,30 +229,30 @@ def _log_sum(terms_NW: torch.Tensor) -> torch.Tensor:
 
 
 def _half(logprobs: torch.Tensor) -> torch.Tensor:
-    """fp16 of logprobs, held between its smallest number and 0; NaN stays NaN."""
+    """Logprobs as fp16, clamped between its lowest finite number and 0; NaN stays NaN."""
     import torch
 
     return logprobs.clamp(min=torch.finfo(torch.float16).min, max=0.0).half()
 
 
 def draw(distance_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -> torch.Tensor:
-    """`num_samples` ids a row, with replacement, by probability at `sample_temperature`; ascending within a row.
+    """`num_samples` ids per row, drawn with replacement at `sample_temperature`; ascending within a row.
 
-    `distance` is logits less the largest of their row.
+    `distance` is logits minus the largest of their row.
 
-    Inverse transform of noise that is a function of (sample key, position, draw) alone, so a row's draws are the same
-    however it was batched.
+    Inverse transform sampling with noise that depends only on (sample key, position, draw), so a row's draws do not
+    depend on how it was batched.
     """
     import torch
 
     assert rows.sample_keys_N is not None and rows.positions_N is not None
-    # Sums of up to 150,000 terms, the smallest of which fp32 would lose; they are not divided by the last of them, but
-    # the noise is multiplied by it, which is N x draws and not N x V operations.
+    # float64, since fp32 would lose the smallest of up to 150,000 terms. Instead of dividing the sums by their total,
+    # the noise is multiplied by it: N x draws operations, not N x V.
     cumulative_NV = (distance_NV * (1.0 / spec.sample_temperature)).exp().cumsum(dim=-1, dtype=torch.float64)
     uniform_NM = uniform_noise(rows.sample_keys_N, rows.positions_N, spec.num_samples)
-    # The first id whose sum is above: with `right`, none that adds nothing to its sum.
+    # The first id whose sum is above the noise; `right` excludes ids of probability 0.
     ids_NM = torch.searchsorted(cumulative_NV, uniform_NM * cumulative_NV[:, -1:], right=True)
-    # NaN in a row sorts beyond its end.
+    # A row with NaN gives an index beyond its end.
     return ids_NM.clamp(max=distance_NV.shape[1] - 1).sort(dim=-1).values
 
 
@@ -261,11 +261,11 @@ _GAMMA = -7046029254386353131
 
 
 def uniform_noise(keys_N: torch.Tensor, positions_N: torch.Tensor, count: int) -> torch.Tensor:
-    """[N, count] float64 in [0, 1): splitmix64 of key, position and number, the same on every device."""
+    """[N, count] float64 in [0, 1): splitmix64 of key, position and number of the draw, the same on every device."""
     import torch
 
     number_M = torch.arange(1, count + 1, device=keys_N.device, dtype=torch.int64)
-    # A generator for each position, seeded by key and position, and the numbers of its sequence.
+    # One generator per position, seeded by key and position, and the first `count` numbers of each.
     state_N = _splitmix(keys_N + positions_N * _GAMMA)
     bits_NM = _splitmix(state_N[:, None] + number_M * _GAMMA)
     # The upper 53 bits: as many as float64 has.
@@ -281,12 +281,12 @@ def _splitmix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    # int64's shift fills up with the sign, uint64's with zeros.
+    # A logical shift: int64's own fills with the sign bit.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def pack_hidden(hidden_ND: torch.Tensor, dtype: HiddenDtype) -> dict[str, Any]:
-    """Hidden states as they travel: fp16 (held within its range), bf16, or int8 with scale = max|h| / 127 a row."""
+    """Hidden states in a wire dtype: fp16 (clamped to its range), bf16, or int8 with scale = max|h| / 127 per row."""
     import torch
 
     if dtype == "float16":
@@ -295,14 +295,14 @@ def pack_hidden(hidden_ND: torch.Tensor, dtype: HiddenDtype) -> dict[str, Any]:
     if dtype == "bfloat16":
         return {"hidden": hidden_ND.bfloat16()}
     wide_ND = hidden_ND.float()
-    # A row of zeros has the scale 0, and is divided by the smallest number that is not.
+    # The scale of a row of zeros is 0; it is divided by the smallest normal number instead.
     scale_N = wide_ND.abs().amax(dim=-1) / 127
     steps_ND = (wide_ND / scale_N.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
     return {"hidden": steps_ND.clamp(-127, 127).to(torch.int8), "hidden_scale": scale_N}
 
 
 def _write(packed_NB: torch.Tensor, columns: dict[str, Any], layout: RowLayout) -> None:
-    """Put columns into their bytes of the rows."""
+    """Write columns to their bytes in the packed rows."""
     import torch
 
     fields: dict[str, tuple[Any, ...]] = dict(layout.dtype.fields or {})
@@ -312,7 +312,7 @@ def _write(packed_NB: torch.Tensor, columns: dict[str, Any], layout: RowLayout) 
         column = columns[name].contiguous()
         if name in ("ids", "sampled_ids"):
             width = 2 if id_dtype(layout.vocab_size) == "<u2" else 3
-            # The low bytes come first: the first two or three of int32 are the id.
+            # Little-endian: the first two or three bytes of an int32 are the id.
             bytes_NM4 = column.to(torch.int32).view(torch.uint8).reshape(*column.shape, 4)
             column = bytes_NM4[..., :width].contiguous()
         as_bytes = column.reshape(len(column), -1).view(torch.uint8)

@@ -1,24 +1,24 @@
-"""Logits -> normalisers and top-K in one pass over them, in Triton: what `reduction` uses on a CUDA device.
+"""Computes normalisers and top-K in one pass over the logits, in Triton. Used by `reduction` on CUDA devices.
 
-`reduction` imports this where `hardware.runs_triton` says so; the kernels are in `reduction_kernels.py`. The passes in
-torch that `reduction` has for any device are the reference that tests hold them to.
+`reduction` imports this if `hardware.runs_triton`; the kernels are in `reduction_kernels.py`. Tests compare them with
+the passes in torch that `reduction` has for any device.
 
 A row of V = 151,936 logits in fp32 is 608 kB, 1,024 rows are 622 MB, and an H100 reads that in 0.19 ms. The aim is to
-read them once, and to compute less than the reading takes: at most 0.5 ms for all.
+read them once, and to compute for less time than the reading takes: at most 0.5 ms for everything.
 
-* `stream` reads every logit once. A program is one warp with a segment of a row, in tiles of 1,024 logits that lie in
-  its registers, so that what it reduces takes shuffles within the warp and no barrier. It has 64 registers a thread:
-  32 programs share a multiprocessor, whose loads of 4 kB each cover the memory's latency several times over. For T = 1,
-  2 and 5 a logit costs two exponentials (the terms at 1 are squares of those at 2) and some 16 instructions, which is
-  0.09 ms of the special function units beside 0.09 ms of issue slots, both while it is read. It leaves the largest
-  logit and the sums of each segment, and the largest of every 64 logits: a sixtieth of what was read.
-* `combine`, a program a row, makes the row's figures of its segments, and chooses the K blocks of 64 with the largest
-  maxima: no logit of another can be among the K largest, for each of these K has one that is as large.
-* `pick` reads the chosen blocks again, 16 kB a row at K = 64, and keeps the K largest; `place` puts them in order.
-  A K-th largest is found bit by bit, by counting, without sorting: 32 steps over what lies in registers, some
-  hundredths of a millisecond for 1,024 rows.
+* `stream` reads every logit once. A program is one warp with a segment of a row, in tiles of 1,024 logits that stay in
+  registers, so that reductions need only shuffles within the warp and no barrier. It has 64 registers per thread: 32
+  programs share a multiprocessor, and their loads of 4 kB each cover the memory latency several times over. For T = 1,
+  2 and 5 a logit costs two exponentials (the terms at 1 are squares of those at 2) and some 16 instructions. That is
+  0.09 ms of the special function units and 0.09 ms of issue slots, both in parallel with the reading. It writes the
+  largest logit and the sums of each segment, and the largest of every 64 logits: a sixtieth of what was read.
+* `combine`, one program per row, combines the results of the row's segments, and chooses the K blocks of 64 with the
+  largest maxima: no logit of another block can be among the K largest, since each of these K has one that is as large.
+* `pick` reads the chosen blocks again, 16 kB per row at K = 64, and keeps the K largest; `place` sorts them. A K-th
+  largest is found bit by bit, by counting, without sorting: 32 steps over values in registers, some hundredths of a
+  millisecond for 1,024 rows.
 
-Among equal logits the lower id comes first. No figure depends on what else is asked for, or on the other rows.
+Among equal logits the lower id comes first. No result depends on what else is requested, or on the other rows.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ import triton
 from teacher_proto.compute.reduction_kernels import combine, pick, place, stream
 from teacher_proto.compute.top_k import BLOCK
 
-# Logits of one step of `stream`, as blocks of BLOCK: 32 registers of each of a warp's threads.
+# Logits per step of `stream`, in blocks of BLOCK: 32 registers in each thread of a warp.
 TILE_BLOCKS = 16
-# Tiles of one of its programs: enough programs for the last ones to end together, few enough segments to combine.
+# Tiles per program of `stream`: enough programs that the last ones end together, few enough segments to combine.
 SEGMENT_TILES = 8
 SEGMENT = TILE_BLOCKS * BLOCK * SEGMENT_TILES
-# The largest K that `pick` searches in registers (64 of each of 256 threads); more are sorted by torch.
+# The largest K for which `pick` searches in registers (64 in each of 256 threads); above it, torch sorts.
 PICK_MOST = 256
-# Elements of a row that a warp of the kernels after `stream` works on, 32 registers of each thread, up to _MOST_WARPS.
+# Elements of a row per warp in the kernels after `stream`, 32 registers in each thread, with up to _MOST_WARPS warps.
 _WARP_ELEMENTS = 1024
 _MOST_WARPS = 8
-# Elements of which they find the places at a time.
+# Elements for which these kernels compute output slots at a time.
 PIECE = 1024
-# A product and a sum in one instruction: said aloud, since Triton's default changes.
+# Fused multiply-add, set explicitly since Triton's default changes.
 _FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one pass finds out about N rows; fp32, ids int32.
+    """The results of one pass over N rows; fp32, ids int32.
 
     With m the largest logit and S(T) = sum exp((z - m) / T): `best` [N] is m, `log_sum` [N] log S(1), `lse` [N] their
     sum, `log_z` [N, T] log S(T) - log S(1) / T, `next_logprob` [N] z - m - log S(1) of the next id. `ids` [N, K]
-    and `logprobs` [N, K], fp16, are the K largest, largest first. None is what was not asked for.
+    and `logprobs` [N, K], fp16, are the K largest, largest first. None if not requested.
     """
 
     best_N: torch.Tensor
@@ -70,9 +70,9 @@ class Figures:
 def reduce_in_one_pass(
     logits_NV: torch.Tensor, next_ids_N: torch.Tensor | None, temperatures: tuple[float, ...], k: int
 ) -> Figures:
-    """The figures of N rows of logits in any float dtype, whose rows may lie apart; k = 0 asks for no top-K.
+    """The results for N rows of logits in any float dtype, with any row stride; k = 0 requests no top-K.
 
-    An id of `next_ids` below 0 is read as 0.
+    A negative id in `next_ids` is read as 0.
     """
     if logits_NV.stride(1) != 1:
         logits_NV = logits_NV.contiguous()
@@ -87,7 +87,7 @@ def reduce_in_one_pass(
     best_N, log_sum_N, lse_N, next_logprob_N = torch.empty((4, n), device=device)
     log_z_NT = torch.empty((n, len(temperatures)), device=device)
     chosen_NC = torch.empty((n, min(k, blocks)), dtype=torch.int32, device=device)
-    # Kernels start on the current device, which need not be the logits'. A tensor of a CPU changes nothing.
+    # Kernels are launched on the current device, which need not be that of the logits. Does nothing for a CPU tensor.
     with torch.cuda.device_of(logits_NV):
         stream[(segments, n)](
             logits_NV, logits_NV.stride(0), vocab_size, lanes.coefficients, best_NS, sums_NSL, maxima_Nb,
@@ -111,7 +111,7 @@ def reduce_in_one_pass(
 def _largest(
     logits_NV: torch.Tensor, chosen_NC: torch.Tensor, best_N: torch.Tensor, log_sum_N: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and logprobs of the k largest, out of the chosen blocks."""
+    """Ids and logprobs of the k largest logits in the chosen blocks."""
     (n, vocab_size), count = logits_NV.shape, chosen_NC.shape[1]
     values_NK = torch.empty((n, k), device=logits_NV.device)
     ids_NK = torch.empty((n, k), dtype=torch.int32, device=logits_NV.device)
@@ -135,7 +135,7 @@ def _largest(
 def _sorted(
     logits_NV: torch.Tensor, chosen_NC: torch.Tensor, best_N: torch.Tensor, log_sum_N: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for any k, by a stable sort of the chosen blocks; 64 rows at a time, to bound the memory."""
+    """The same for any k, by a stable sort of the chosen blocks; 64 rows at a time, to limit memory."""
     vocab_size = logits_NV.shape[1]
     ids, logprobs = [], []
     in_block = torch.arange(BLOCK, device=logits_NV.device)
@@ -152,13 +152,13 @@ def _sorted(
 
 
 def warps_for(elements: int) -> int:
-    """Warps of a program that holds so many elements, a power of two."""
+    """Warps for a program that holds so many elements, a power of two."""
     return min(_MOST_WARPS, max(1, triton.next_power_of_2(elements) // _WARP_ELEMENTS))
 
 
 @dataclass(frozen=True)
 class _Lanes:
-    """The sums of a row, one a temperature: 1, 2, then what else was asked for. Filled up to a power of two.
+    """The sums of a row, one lane per temperature: 1, 2, then the others requested. Padded to a power of two.
 
     `coefficients` [L] are log2(e) / T, `temperatures` [L] T, `places` [L] the column of `log_z` or -1.
     """
@@ -171,7 +171,7 @@ class _Lanes:
 
 @lru_cache(maxsize=64)
 def _lanes(temperatures: tuple[float, ...], device: torch.device) -> _Lanes:
-    """Kept, since a copy to the device for every chunk would wait for it."""
+    """Cached, since copying to the device for every chunk would synchronise with it."""
     lanes = [1.0, 2.0, *(t for t in temperatures if t not in (1.0, 2.0))]
     fill = triton.next_power_of_2(len(lanes)) - len(lanes)
     filled = lanes + [1.0] * fill

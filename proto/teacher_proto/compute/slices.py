@@ -1,4 +1,4 @@
-"""Rows of several sequences, to be reduced in one go: an engine's batch, cut to what was asked.
+"""Reduces the requested rows of several sequences, an engine's batch, together.
 
 Used by `hf_model` and, inside vLLM, by `vllm_adapter`. torch is imported on demand.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Positions [start, stop) of one sequence: their hidden states [N, D] and what their targets are made with.
+    """Positions [start, stop) of one sequence: their hidden states [N, D] and what else their targets depend on.
 
     tokens [T] is the whole sequence, on the CPU; gather_ids [N, G] int64 belongs to kind `gather`.
     """
@@ -38,8 +38,8 @@ def reduce_slices(
     layout: RowLayout,
     reduce: Callable[..., torch.Tensor | None] = reduce_rows,
 ) -> list[torch.Tensor] | None:
-    """Packed rows of each slice; all have one layout. None where `reduce`, which is or does as `reduce_rows`, gives
-    none."""
+    """Packed rows of each slice; all have the same layout. None if `reduce`, which has the interface of `reduce_rows`,
+    returns None."""
     import torch
 
     hidden_ND = slices[0].hidden_ND if len(slices) == 1 else torch.cat([s.hidden_ND for s in slices])

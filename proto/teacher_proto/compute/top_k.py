@@ -1,4 +1,4 @@
-"""The largest logits of each row, in torch, by blocks of columns. Used by `reduction`."""
+"""The largest logits of each row, in torch, found through the maxima of blocks of columns. Used by `reduction`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Columns whose maximum is taken on the way through the logits, for `top_k` to know where to look.
+# Columns per block. The maxima of blocks, taken while the logits are read, tell `top_k` where to look.
 BLOCK = 64
 
 
 def top_k(x_NV: torch.Tensor, k: int, maxima_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row, largest first, with their places; fp32 and int64.
+    """The k largest of each row, largest first, and their columns; fp32 and int64.
 
-    They lie in the k blocks of columns with the largest maxima, so only those are searched: equal values in a tenth of
-    the time on a CPU. `maxima` are those of BLOCK columns each, the last block filled up with -inf.
+    They are in the k blocks of columns with the largest maxima, so only those are searched: the same values in a tenth
+    of the time on a CPU. `maxima` are those of BLOCK columns each, the last block padded with -inf.
     """
     import torch
 
@@ -25,18 +25,18 @@ def top_k(x_NV: torch.Tensor, k: int, maxima_Nb: torch.Tensor) -> tuple[torch.Te
     if width % BLOCK:
         x_NV = torch.nn.functional.pad(x_NV, (0, BLOCK - width % BLOCK), value=-torch.inf)
     chosen_NK = _narrowed(maxima_Nb, k, in_order=False)[1]
-    # Row n's first block is number n * blocks of all rows' blocks, one after the other.
+    # With all rows' blocks numbered consecutively, row n's first block is number n * blocks.
     first_N1 = torch.arange(n, device=x_NV.device)[:, None] * maxima_Nb.shape[1]
     blocks_MB = x_NV.reshape(-1, BLOCK).index_select(0, (chosen_NK + first_N1).flatten())
     values_NK, at_NK = _narrowed(blocks_MB.view(n, -1).float(), k)
-    # A place among the chosen blocks is one in the row; what fills the last block up was read as its last column.
+    # From places among the chosen blocks to columns of the row; padding of the last block maps to its last column.
     places_NK = chosen_NK.gather(1, at_NK // BLOCK) * BLOCK + at_NK % BLOCK
     return values_NK, places_NK.clamp(max=width - 1)
 
 
 def _narrowed(x_NC: torch.Tensor, k: int, in_order: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of rows that lie in cache, by blocks again: every `groups`-th column makes one, since maxima of
-    whole vectors cost nothing.
+    """The k largest of rows that are in cache, by blocks again. Here a block has every `groups`-th column, since maxima
+    of whole vectors cost next to nothing.
     """
     import torch
 
@@ -48,7 +48,7 @@ def _narrowed(x_NC: torch.Tensor, k: int, in_order: bool = True) -> tuple[torch.
     whole = groups * block
     maxima_Ng = x_NC[:, :whole].reshape(n, block, groups).amax(dim=1)
     chosen_NK = _narrowed(maxima_Ng, k, in_order=False)[1]
-    # Group g is columns g, g + groups, g + 2 groups, ...; what is left over after whole groups is searched as it is.
+    # Group g is columns g, g + groups, g + 2 groups, ...; columns left over after whole groups are all searched.
     steps_b = torch.arange(0, whole, groups, device=x_NC.device)
     left_N = torch.arange(whole, width, device=x_NC.device).expand(n, -1)
     places_NC = torch.cat([(chosen_NK[:, None] + steps_b[:, None]).view(n, -1), left_N], dim=1)
