@@ -115,7 +115,7 @@ class AttentionRequest(SequencesRequest):
     `relations.LAYER_NAMES`. `kind`: `states` (V, and Q and K after RoPE and any QK norm), from which every relation
     follows; `relations`, of `form`, re-split into `relation_heads`, masked by position if `causal` (None: as the form
     defines); or `maps`, the layer's attention probabilities, all of them or with `block_size` only those within blocks
-    of so many positions. `rows`: for relations and maps, ascending positions for each sequence; all if absent. `dtype`:
+    of that many positions. `rows`: for relations and maps, ascending positions per sequence; all if absent. `dtype`:
     `int8` is for states only. `fingerprint`: the teacher that must respond, compared by its first half; any if absent.
     """
 
@@ -128,7 +128,7 @@ class AttentionRequest(SequencesRequest):
     form: Literal["official", "paper", "minilm"] = Field("official", description="kind relations")
     relation_heads: StrictInt = Field(32, description="kind relations")
     causal: StrictBool | None = Field(None, description="kind relations: mask later positions; as the form if absent")
-    block_size: StrictInt | None = Field(None, description="kind maps: only within blocks of so many positions")
+    block_size: StrictInt | None = Field(None, description="kind maps: only within blocks of this many positions")
     rows: tuple[Positions, ...] | None = Field(
         None, description="kinds relations and maps: ascending positions for each sequence; all if absent"
     )

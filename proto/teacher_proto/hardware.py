@@ -80,7 +80,7 @@ def device_name(device: str | torch.device) -> str:
 @cache
 def sums_in_float32(device_type: str) -> bool:
     """Whether `mm` and `addmm` can return products of bfloat16 matrices in float32 (`out_dtype`): on GPUs with a recent
-    torch, on no CPU. Found out by trying, once; where it is False, callers convert what they multiply.
+    torch, on no CPU. Determined by trying, once. Where it is False, callers convert the operands.
     """
     import torch
 

@@ -160,7 +160,7 @@ class InFlight:
         self._groups = [group for group in self._groups if group.live]
 
     def answered(self, tokens: int) -> None:
-        """The record of a sequence of so many tokens has arrived."""
+        """The record of a sequence of this many tokens has arrived."""
         self._answered.append((self._now(), tokens))
         while len(self._answered) > 2 and self._answered[1][0] < self._now() - RATE_WINDOW_S:
             self._answered.popleft()

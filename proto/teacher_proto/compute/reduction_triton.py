@@ -152,7 +152,7 @@ def _sorted(
 
 
 def warps_for(elements: int) -> int:
-    """Warps for a program that holds so many elements, a power of two."""
+    """Warps for a program that holds this many elements, a power of two."""
     return min(_MOST_WARPS, max(1, triton.next_power_of_2(elements) // _WARP_ELEMENTS))
 
 

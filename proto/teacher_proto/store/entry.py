@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def query(self) -> Query:
-        """The query that this entry answers. The ids of kind `gather` are not stored, so they are None."""
+        """The query that this entry answers. Its gathered ids are None, since they are not stored."""
         spec = TargetSpec(
             kinds=(self.kind,), top_k=self.top_k, temperatures=self.temperatures, num_samples=self.num_samples,
             sample_temperature=self.sample_temperature, seed=self.seed, hidden_dtype=self.hidden_dtype,
