@@ -47,8 +47,7 @@ _SUSPECT, _CULPRIT = 3, 6
 
 @dataclass
 class ClientStats:
-    """Counters of a client. `errors` is by error code; `numeric_changes` counts teachers that differ only in rounding.
-    """
+    """Counters of a client. `errors` is by error code; `numeric_changes` counts teachers with other rounding."""
 
     calls: int = 0
     attempts: int = 0

@@ -95,8 +95,7 @@ def unrice(told: bytes, code: bytes, rows: int) -> np.ndarray:
 
 
 def _by_width(widths_K: np.ndarray, shifts_R: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]], np.ndarray]:
-    """Indexes of the numbers in the order of their widths, (width, begin, end) for each width above 0, and all widths.
-    """
+    """Indexes of the numbers in order of their widths, (width, begin, end) for each width above 0, and all widths."""
     widths = _widths(widths_K, shifts_R).reshape(-1)
     order = np.argsort(widths, kind="stable")  # of bytes: a radix sort
     ends = np.cumsum(np.bincount(widths, minlength=1))

@@ -171,8 +171,7 @@ def unpack_description(value: memoryview) -> Entry:
 
 
 def whole_entry(key: bytes, value: memoryview, asked: Entry | None = None) -> Entry | None:
-    """The verified description of the entry at `key`, or None if it does not cover `asked`. WireError if it is damaged.
-    """
+    """The verified description of the entry at `key`; None if it does not cover `asked`. WireError if damaged."""
     stored = unpack_description(value)
     if asked is not None and not stored.covers(asked):
         return None

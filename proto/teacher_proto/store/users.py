@@ -35,8 +35,7 @@ class Users:
         self._lock(fcntl.LOCK_SH)
 
     def only_us(self) -> bool:
-        """Try to take the exclusive lock. If True, no other process has the store open, or can until `join` or `close`.
-        """
+        """Try to take the exclusive lock. If True, no other process can have the store open until `join` or `close`."""
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
