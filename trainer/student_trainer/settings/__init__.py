@@ -1,8 +1,8 @@
-"""What a run is, as frozen records: the one definition of every setting, its default and its meaning.
+"""The settings of a run as frozen records: the one definition of every setting, its default and its meaning.
 
-May import nothing else of the trainer, and no torch. Open `run.py` first: a section like all others, each in a file.
-Made by `compose` out of YAML and overrides, read by everything. A name that is not here stops the start;
-`checkpoint.resume` says which of these a resumed run may change.
+May import nothing else of the trainer, and no torch. Open `run.py` first; every section has a file like it. `compose`
+makes them from YAML and overrides; everything reads them. A run with an unknown name does not start;
+`checkpoint.resume` says which settings a resumed run may change.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
 
 
 class Settings(Section):
-    """A whole run."""
+    """All settings of a run."""
 
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()

@@ -10,22 +10,22 @@ from student_trainer.settings.section import Schedule, Section
 from teacher_proto.compute.relations import layer_index
 
 Layer = int | float | str
-DEEP = 10_000  # a depth at which a name or a fraction is checked before any model is known
+DEEP = 10_000  # names and fractions are checked against this depth, before any model is known
 
 
 class AttentionSettings(Section):
-    """KL(teacher || student) of the relations of Q, K and V, asked of the service at `teacher.attention_url`.
+    """KL(teacher || student) of the relations of Q, K and V, whose states come from `teacher.attention_url`.
 
-    Reduction: for each token that counts the mean, over the positions of its document and the R relation heads, of the
-    KL summed over Q, K and V; form official divides it by R once more; of maps the mean over
-    positions and heads. Then as for every term: times the coefficient, summed over tokens, divided by their number.
+    Reduction: the value of a counted token is the mean, over the positions of its document and the R relation heads, of
+    the KL summed over Q, K and V. Form official divides by R once more; form maps takes the mean over positions and
+    heads. Then as for every term: multiplied by the coefficient, summed over tokens, divided by their number.
     """
 
     kind: ClassVar[str] = "attention_relations"
     needs_teacher: ClassVar[bool] = True
 
     coefficient: float | None = Field(
-        None, ge=0, description="weight of the attention loss; docs/guides/attention.md states its reduction; null: off"
+        None, ge=0, description="weight of the attention loss; docs/guides/bitdistill.md has its reduction; null: off"
     )
     form: Literal["official", "paper", "minilm", "maps"] = Field(
         "official",
@@ -35,7 +35,7 @@ class AttentionSettings(Section):
     )
     within: Literal["documents", "blocks"] = Field(
         "documents",
-        description="positions related to one another: those of a document, or those of a block of a "
+        description="positions that are related to one another: all of a document, or those of one block of a "
         "block-diffusion student",
     )
     relation_heads: int = Field(
@@ -48,7 +48,7 @@ class AttentionSettings(Section):
     )
     student_layer: Layer | None = Field(
         None,
-        description="the student's layer, given likewise; null: distillation.attention.layer applied to the "
+        description="the student's layer, in the same form; null: distillation.attention.layer applied to the "
         "student's depth",
     )
     schedule: Schedule = Field(

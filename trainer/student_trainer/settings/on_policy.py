@@ -9,12 +9,12 @@ from student_trainer.settings.terms import Named, ReverseKLSettings, TermOfKind,
 
 
 class OnPolicySettings(Section):
-    """A share of the batches is the student's own text, scored by the teacher (GKD, arXiv 2306.13649)."""
+    """A share of the batches consists of the student's own text, scored by the teacher (GKD, arXiv 2306.13649)."""
 
     share: Share = Field(0.0, description="share of the batches written by the student itself (lambda in GKD); 0: none")
     lag: int = Field(1, ge=0, description="staleness: updates between writing a batch and training on it")
     prompt_tokens: int = Field(
-        32, ge=1, description="prompt length: tokens kept of a document from the data; a chat is kept up to its answer"
+        32, ge=1, description="prompt length in tokens, for text; of a chat, the prompt is all that precedes the answer"
     )
     new_tokens: int = Field(128, ge=1, description="maximum number of tokens generated per prompt")
     temperature: Positive = Field(1.0, description="temperature of the student's sampling")
@@ -42,5 +42,5 @@ class OnPolicySettings(Section):
         return self
 
     def by_name(self) -> dict[str, TermOfKind]:
-        """The terms, named `on_policy_NAME` so that their figures are not mixed with those on the data's text."""
+        """The terms as `on_policy_NAME`, so that their metrics are kept apart from those on the data."""
         return {f"on_policy_{name}": settings for name, settings in self.terms.items()}

@@ -10,7 +10,7 @@ from student_trainer.settings.section import Positive, Section, Share
 
 
 class ScheduleSettings(Section):
-    """The learning rate as a function of the step alone."""
+    """The learning rate, a function of the step only."""
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine", description="shape of the learning rate after the warm-up; wsd: constant, then a linear decay"
@@ -23,7 +23,7 @@ class ScheduleSettings(Section):
 
 
 class GroupSettings(Section):
-    """What one group of parameters has of its own; null takes the optimizer's."""
+    """Settings of one parameter group; null: those of the optimizer."""
 
     learning_rate: float | None = Field(
         None, ge=0, description="peak learning rate of this group; null: optim.learning_rate"
@@ -35,7 +35,7 @@ class GroupSettings(Section):
 
 
 class UndecayedGroupSettings(GroupSettings):
-    """A group without decay, if not told otherwise."""
+    """A parameter group without weight decay by default."""
 
     weight_decay: float | None = Field(
         0.0, ge=0, description="weight decay of this group, by default none; null: optim.weight_decay"
@@ -43,7 +43,7 @@ class UndecayedGroupSettings(GroupSettings):
 
 
 class MuonSettings(Section):
-    """Muon's own; its rate, decay and floor are those of the group `matrices`."""
+    """Settings of Muon; its learning rate, weight decay and floor are those of the group `matrices`."""
 
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
     nesterov: bool = Field(True, description="Nesterov momentum")
@@ -53,7 +53,7 @@ class MuonSettings(Section):
 
 
 class QKClipSettings(Section):
-    """Attention whose largest logit exceeds `tau` in a step is scaled back to it after the update."""
+    """Heads whose largest attention logit exceeds `tau` in a step are rescaled to it after the update."""
 
     tau: Positive | None = Field(
         None,
@@ -69,7 +69,7 @@ class OptimSettings(Section):
     """How gradients become updates."""
 
     kind: Literal["adamw", "muon_clip"] = Field(
-        "adamw", description="adamw, or muon_clip: Muon for the hidden weight matrices and AdamW for all else"
+        "adamw", description="adamw; muon_clip: Muon for the hidden weight matrices and AdamW for everything else"
     )
     learning_rate: Positive = Field(3e-4, description="peak learning rate")
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's beta1 and beta2")

@@ -1,9 +1,9 @@
 """Keeps secrets out of what a run writes: settings.yaml, checkpoints, trackers, dumps, model cards, log lines.
 
-`compose` tells it a run's settings (`remember`), `public` is the form of settings that may be written, `redact` does
-the same for any text, and `RedactingFormatter` for every line of the log. What is taken for a secret: every string in
-`storage_options` but for a few that say where and how; user and password of a URL; a URL's parameters that sign it;
-and, wherever they turn up, those values again and those of environment variables named ...KEY, TOKEN, SECRET, PASSWORD.
+`compose` passes a run's settings to `remember`. `public` gives the settings without secrets, `redact` any text, and
+`RedactingFormatter` every line of the log. Secrets are: every string in `storage_options` except a few such as
+endpoints and regions; user and password of a URL; a URL's parameters that sign it; and, wherever they appear, those
+values again and the values of environment variables whose names end in KEY, TOKEN, SECRET, PASSWORD or PASSWD.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from urllib.parse import unquote
 from student_trainer.settings import Settings
 
 HIDDEN = "(hidden)"
-# Strings of storage_options that are no secrets: where a store is, and how it is spoken to.
+# Strings of storage_options that are not secret: the store's address, and how to connect to it.
 SHOWN = {
     "anon", "client_kwargs", "config_kwargs", "endpoint", "endpoint_url", "host", "port", "profile", "project",
     "protocol", "region", "region_name", "signature_version", "addressing_style", "target_protocol",
 }  # fmt: skip
-SHORTEST = 6  # A shorter value would be found inside other words.
+SHORTEST = 6  # Shorter values would match inside other words.
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|signature|^sig$|(^|[_-])key$", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")
 _WITH_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s:@]*:[^/\s@]*)@", re.IGNORECASE)
@@ -34,18 +34,18 @@ _remembered: set[str] = set()
 
 
 def remember(settings: Settings) -> None:
-    """Take in what of these settings is secret, so that it is known wherever it turns up."""
+    """Remember the secrets in these settings, so that `redact` finds them wherever they appear."""
     for value in _secrets(settings.model_dump(mode="json"), in_options=False):
         _remembered.update(form for form in (value, unquote(value)) if len(form) >= SHORTEST)
 
 
 def public(settings: Settings) -> dict[str, Any]:
-    """The settings as they may be written and shown."""
+    """The settings without secrets, for writing and showing."""
     return public_tree(settings.model_dump(mode="json"))
 
 
 def public_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for settings as a checkpoint has them."""
+    """The same for the plain settings of a checkpoint."""
     return {name: _shown(name, value, in_options=False) for name, value in tree.items()}
 
 
@@ -58,7 +58,7 @@ def redact(text: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter whose lines, tracebacks included, have no secrets in them."""
+    """A formatter that keeps secrets out of its lines, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -70,7 +70,7 @@ def _parameter(match: re.Match[str]) -> str:
 
 
 def _of_environment() -> set[str]:
-    """A path is no secret: it names the file that holds one."""
+    """Secrets in environment variables. A path is not one: it only names the file that holds it."""
     return {
         value
         for name, value in os.environ.items()
@@ -79,7 +79,7 @@ def _of_environment() -> set[str]:
 
 
 def _is_hidden(name: str, value: Any) -> bool:
-    """Whether an option's value is a secret. Numbers and switches are none, unless their name says so."""
+    """Whether an option's value is a secret. A number is one only if its name says so, a boolean never."""
     if value is None or isinstance(value, bool) or value == "":
         return False
     return bool(_SECRET_NAME.search(name)) or (isinstance(value, str) and name not in SHOWN)

@@ -1,4 +1,4 @@
-"""Where a run lives, is saved and evaluated, and its figures go: `run`, `evaluation`, `checkpoint` and `logging`."""
+"""A run's folder, length, evaluation, checkpoints and logs: sections `run`, `evaluation`, `checkpoint`, `logging`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 class RunSettings(Section):
-    """Where the run lives, how long it is, and what makes it repeatable."""
+    """Where the run is on disk, how long it is, and what makes it reproducible."""
 
     root: str = Field("runs", description="folder that holds all runs")
     id: str | None = Field(
@@ -21,8 +21,8 @@ class RunSettings(Section):
     steps: int = Field(
         1000,
         ge=0,
-        description="number of optimizer updates; 0: save the student as initialised, after the calibration of its "
-        "adapter if it has one",
+        description="number of optimizer updates; 0: save the student as initialised, its adapter calibrated if it has "
+        "one",
     )
     time_limit_s: float | None = Field(
         None,
@@ -48,7 +48,7 @@ class RunSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """The held-out figures."""
+    """Evaluation on held-out data."""
 
     every: int = Field(
         100,
@@ -62,7 +62,7 @@ class EvaluationSettings(Section):
         description="top_k: KL over the teacher's top K and one bucket for the tail; full: over the whole "
         "vocabulary, from the teacher's hidden states",
     )
-    samples: int = Field(2, ge=0, description="sample continuations to write per source, for reading; 0: none")
+    samples: int = Field(2, ge=0, description="continuations to generate per source, for people to read; 0: none")
     prompt_tokens: int = Field(
         24, ge=1, description="prompt length of those samples, in tokens; a chat is cut before its answer"
     )
@@ -72,8 +72,8 @@ class EvaluationSettings(Section):
     )
     thresholds: tuple[Threshold, ...] = Field(
         (),
-        description="block-diffusion students: confidence thresholds to decode at; the teacher scores what comes "
-        "out, and the speed is reported",
+        description="block-diffusion students: confidence thresholds to decode with; the teacher scores the texts, "
+        "and the speed is reported",
     )
     judged: int = Field(
         8, ge=1, description="block-diffusion students: texts per source and threshold that the teacher scores"
@@ -82,12 +82,12 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """When the run is saved, and how much is kept."""
+    """When the run is saved, and how many checkpoints are kept."""
 
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end and on SIGTERM")
     keep: int = Field(2, ge=1, description="number of checkpoints kept; older ones are deleted")
     on_failure: Literal["continue", "stop"] = Field(
-        "continue", description="when a checkpoint cannot be written: continue training with a warning, or stop the run"
+        "continue", description="if a checkpoint cannot be written: continue training with a warning, or stop the run"
     )
     url: str | None = Field(
         None,
@@ -95,13 +95,13 @@ class CheckpointSettings(Section):
         "no copy",
     )
     storage_options: dict[str, Any] = Field(
-        {}, description="fsspec options of checkpoint.url; keys and secrets belong in the environment"
+        {}, description="fsspec options for checkpoint.url; keys and secrets belong in the environment"
     )
     upload_within_s: float = Field(300.0, gt=0, description="seconds that a finished run waits for its last upload")
 
 
 class LoggingSettings(Section):
-    """Where figures go beside metrics.jsonl and evaluation.jsonl, which are always written."""
+    """Where metrics go besides metrics.jsonl and evaluation.jsonl, which are always written."""
 
     wandb: Literal["auto", "offline", "off"] = Field(
         "auto", description="Weights & Biases; auto: on if WANDB_API_KEY is set; offline: logged to disk; off"

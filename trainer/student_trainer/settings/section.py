@@ -1,4 +1,4 @@
-"""What every section of the settings is: a frozen record that refuses names it does not know."""
+"""The base class of every section of the settings: a frozen record that refuses unknown names."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def _rising(points: Points | None) -> Points | None:
     return points
 
 
-# Of a coefficient: points [step, factor] with straight lines between them.
+# The factor on a coefficient, as points [step, factor] with linear interpolation between them.
 Schedule = Annotated[Points | None, AfterValidator(_rising)]

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from student_trainer.settings.section import Names, Positive, Section
 
-# What older trainers called them, whose settings are still read. `kind` was causal, bitnet or diffusion.
-# `type` is another trainer's, see TYPES.
+# Names in older trainers, whose settings can still be read. `kind` was causal, bitnet or diffusion.
+# `type` is from another trainer, see TYPES.
 OLD_NAMES = {
     "student.kind": "student.quantiser", "student.bitnet": "student.quantisation",
     "student.type": "student.architecture",
 }  # fmt: skip
 NO_STUDENT = "student.checkpoint_path must be given: a folder or hub name of a Hugging Face causal model"
-AUTO = "auto"  # of architecture and quantiser: what the folder holds
+AUTO = "auto"  # for architecture and quantiser: as in the checkpoint
 TYPES = {
     "causal": {"architecture": "causal", "quantiser": "none"},
     "bitnet": {"quantiser": "bitnet"},
@@ -26,42 +26,42 @@ TYPES = {
 
 
 class QuantisationSettings(Section):
-    """How a quantised student is made. Null: as in the checkpoint if it is quantised already, else as the quantiser
-    has it.
+    """How a quantised student is made. Null: as in the checkpoint if that is quantised already, else the quantiser's
+    default.
     """
 
     sub_norm: Literal["output", "all", "none"] | None = Field(
         None,
-        description="SubLN before o_proj and down_proj, before every linear, or nowhere; null: bitnet "
-        "output, fairy2i and seq2 none",
+        description="SubLN norms; output: before o_proj and down_proj; all: before every linear layer; none: nowhere; "
+        "null: output with bitnet, else none",
     )
     sub_norm_start: Literal["rms", "ones"] = Field(
         "rms",
-        description="first gains of the SubLN norms; rms: the typical RMS of their inputs, measured on the run's first "
-        "batch, so that the model computes about what it did without them; ones: as BitDistill has it",
+        description="initial gains of the SubLN norms; rms: the typical RMS of their inputs, measured on the run's "
+        "first batch, so that the norms hardly change what the model computes; ones: as in BitDistill",
     )
-    eps: Positive | None = Field(None, description="of the SubLN norms; null: 1e-8")
+    eps: Positive | None = Field(None, description="epsilon of the SubLN norms; null: 1e-8")
     quantise_activations: bool | None = Field(
-        None, description="activations in few bits beside such weights; null: bitnet true, fairy2i, seq2 and rtn false"
+        None, description="quantise activations too; null: true with bitnet, false with fairy2i, seq2 and rtn"
     )
-    activation_bits: Literal[4, 8] | None = Field(None, description="of quantised activations; null: 8")
-    bits: int | None = Field(None, ge=2, le=8, description="of a weight, where the quantiser is rtn; null: 4")
+    activation_bits: Literal[4, 8] | None = Field(None, description="bits per activation, if quantised; null: 8")
+    bits: int | None = Field(None, ge=2, le=8, description="quantiser rtn: bits per weight; null: 4")
     group_size: int | None = Field(
-        None, ge=2, description="of rtn: weights of a row that share a step; null: a whole row"
+        None, ge=2, description="quantiser rtn: weights of a row that share a scale; null: the whole row"
     )
     stages: Literal[1, 2] | None = Field(
-        None, description="of fairy2i: times that what is left is quantised again, and bits a weight; null: 2"
+        None, description="quantiser fairy2i: stages, each of 1 bit per weight for what the last one left; null: 2"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps in which quantisation rises from none to all")
+    warmup_steps: int = Field(0, ge=0, description="steps over which quantisation rises linearly from none to full")
 
     @property
     def of_layers(self) -> dict[str, Any]:
-        """What `quantise` is told. The rest is how training begins."""
+        """The arguments of `quantise`. The other settings are about the beginning of training."""
         return self.model_dump(exclude={"warmup_steps", "sub_norm_start"})
 
 
 class LoRASettings(Section):
-    """Low-rank additions that are trained in place of the student's own weights."""
+    """Low-rank updates, trained in place of the student's own weights."""
 
     rank: int | None = Field(None, ge=1, description="rank of LoRA; null: no LoRA, all weights are trained")
     alpha: int = Field(16, ge=1, description="scale: LoRA's update is multiplied by alpha / rank")
@@ -71,8 +71,8 @@ class LoRASettings(Section):
 
 
 class GrowthSettings(Section):
-    """Blocks that grow while the student learns: min(block_size, first 2^floor((step - after) / every)), the first
-    before step `after` (NBDiff, arXiv 2512.06776). A function of the step alone.
+    """Blocks that grow during training: min(block_size, first 2^floor((step - after) / every)), and `first` before
+    step `after` (NBDiff, arXiv 2512.06776). A function of the step only.
     """
 
     every: int | None = Field(
@@ -84,7 +84,7 @@ class GrowthSettings(Section):
     after: int = Field(0, ge=0, description="step from which doublings are counted")
 
     def at(self, step: int, block_size: int) -> int:
-        """The block of a step's batch."""
+        """The block size at a step."""
         if self.every is None:
             return block_size
         doublings = min(max(step - self.after, 0) // self.every, block_size.bit_length())
@@ -92,15 +92,15 @@ class GrowthSettings(Section):
 
 
 class LRCSettings(Section):
-    """Low-rank corrections of a quantised student's linears, on inputs that are not rounded."""
+    """Low-rank corrections of a quantised student's linear layers, on inputs that are not quantised."""
 
     rank: float = Field(
         0.1, gt=0, le=1, description="rank of the correction, as a fraction of the smaller dimension of the weight"
     )
     start: Literal["closed_form", "random"] = Field(
         "closed_form",
-        description="initialisation; closed_form: the least-squares solution on calibration data; random: as LoRA, "
-        "a correction of zero",
+        description="initialisation; closed_form: the least-squares solution on calibration data; random: as in LoRA, "
+        "where the correction is zero at first",
     )
     targets: Names = Field(
         ("all-linear",), description="names of the linear modules to correct; all-linear: all but the output head"
@@ -120,8 +120,8 @@ class LRCSettings(Section):
 
 
 class DiffusionSettings(Section):
-    """How a student of architecture diffusion reads and learns. Null: as in the checkpoint if it is a diffusion model
-    already.
+    """How a student of architecture diffusion is trained and decoded. Null: as in the checkpoint if that is a diffusion
+    model already.
     """
 
     block_size: int | None = Field(
@@ -145,7 +145,7 @@ class DiffusionSettings(Section):
     mask_embedding: Literal["mean", "keep"] = Field(
         "mean",
         description="initial embedding of the mask token of a former causal model: the mean over the vocabulary, or "
-        "keep the one that it has",
+        "keep its own",
     )
     masks: Literal["uniform", "position_dependent", "suffix"] = Field(
         "uniform",
@@ -164,7 +164,7 @@ class DiffusionSettings(Section):
         0.9,
         gt=0,
         le=1,
-        description="decoding: in each step, all tokens more likely than this are written at once; 1: one token a step",
+        description="decoding: in each step, all tokens more likely than this are written; 1: one token per step",
     )
     growth: GrowthSettings = GrowthSettings()
 
@@ -198,7 +198,7 @@ class DiffusionSettings(Section):
 
 
 class StudentSettings(Section):
-    """The model that learns: an architecture, a quantiser and an adapter, each by its name."""
+    """The model that learns: an architecture, a quantiser and an adapter, each by name."""
 
     architecture: str = Field(
         "causal",
@@ -212,26 +212,26 @@ class StudentSettings(Section):
     )
     adapter: str | None = Field(
         None,
-        description="train low-rank weights in place of all weights: none, lora or lrc; null: lora if lora.rank is "
+        description="train low-rank weights instead of all weights: none, lora or lrc; null: lora if lora.rank is "
         "set, else none",
     )
     checkpoint_path: str = Field(
         "",
-        description="initial weights: a folder, hub name or URL (gs://, s3://, any other of fsspec) of a Hugging "
+        description="initial weights: a folder, hub name or fsspec URL (such as gs:// or s3://) of a Hugging "
         "Face causal language model, or the folder of an earlier run",
     )
     cache_folder: str | None = Field(
         None, description="where a checkpoint downloaded from a URL is kept; null: ~/.cache/stillhouse/checkpoints"
     )
     storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="fsspec options of such a URL; keys and secrets belong in the environment"
+        default_factory=dict, description="fsspec options for that URL; keys and secrets belong in the environment"
     )
     revision: str | None = Field(None, description="revision on the hub; a commit makes the run reproducible")
     tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer; null: the checkpoint's")
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="autocast dtype; parameters stay in float32; auto: bfloat16 if the hardware computes in it, "
-        "else float32; a resumed run keeps what it began with",
+        "else float32; a resumed run keeps its dtype",
     )
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto", description="attention kernel; auto: FlexAttention on a GPU, scaled_dot_product_attention elsewhere"
@@ -254,12 +254,12 @@ class StudentSettings(Section):
 
     @property
     def adapter_settings(self) -> LoRASettings | LRCSettings:
-        """Those of the adapter that is named."""
+        """The settings of the chosen adapter."""
         return self.lrc if self.adapter_name == "lrc" else self.lora
 
     @property
     def cell(self) -> str:
-        """Who it is of the product, for messages."""
+        """Architecture, quantiser and adapter, for messages."""
         return f"architecture {self.architecture}, quantiser {self.quantiser}, adapter {self.adapter_name}"
 
     @model_validator(mode="before")
@@ -275,7 +275,7 @@ class StudentSettings(Section):
 
 
 def with_new_names(student: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with OLD_NAMES replaced; what has an old name was given by somebody, and wins over a default."""
+    """The section with OLD_NAMES replaced; a value under an old name was given by somebody, and overrides defaults."""
     values = {name: value for name, value in student.items() if f"student.{name}" not in OLD_NAMES}
     if (kind := student.get("kind")) is not None:
         if kind == "diffusion":

@@ -1,4 +1,4 @@
-"""Who answers, and how far ahead they are asked: the sections `teacher` and `prefetch`."""
+"""Where targets come from, and how far ahead they are requested: the sections `teacher` and `prefetch`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from student_trainer.settings.section import Names, Positive, Section
 
 
 class OneTeacher(Section):
-    """One source of targets: a service, a model in this process, or a store of answers."""
+    """One source of targets: a service, a model in this process, or a target store."""
 
     url: Names = Field(
         ("http://127.0.0.1:8000",),
@@ -23,7 +23,7 @@ class OneTeacher(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="kind local: dtype of the weights; auto: the checkpoint's own if the hardware computes in it, "
+        description="kind local: dtype of the weights; auto: the checkpoint's if the hardware computes in it, "
         "else float32",
     )
     device: str = Field("auto", description="kind local: cpu, cuda, cuda:N; auto: a GPU if there is one")
@@ -48,11 +48,11 @@ class OneTeacher(Section):
     )
     on_miss: Literal["stop", "remote"] = Field(
         "stop",
-        description="kind cached: for a sequence that is not in the store, stop, or ask teacher.url and add the "
-        "answer to the store",
+        description="kind cached, for a sequence that is not in the store: stop; remote: request its targets from "
+        "teacher.url and add them to the store",
     )
     fingerprint: str | None = Field(
-        None, description="fingerprint of the only teacher to accept; null: whichever answers when the run begins"
+        None, description="fingerprint that the teacher must have; null: that of the teacher that the run begins with"
     )
 
 
@@ -60,16 +60,16 @@ class MemberSettings(OneTeacher):
     """One of several teachers."""
 
     kind: Literal["remote", "local", "cached"] = Field(
-        "remote", description="where this teacher answers from; see teacher.kind"
+        "remote", description="where this teacher's targets come from; see teacher.kind"
     )
     weight: Positive = Field(
         1.0, description="mix=ensemble: weight of this teacher in the mixture, relative to the others"
     )
-    sources: Names = Field((), description="mix=by_source: data sources that this teacher answers for")
+    sources: Names = Field((), description="mix=by_source: data sources that this teacher scores")
 
 
 class TeacherSettings(OneTeacher):
-    """Who answers, what it is asked, and how long the run waits for it."""
+    """Where targets come from, what is requested, and how long the run waits for it."""
 
     kind: Literal["remote", "local", "cached", "mixed", "none"] = Field(
         "remote",
@@ -138,17 +138,17 @@ class TeacherSettings(OneTeacher):
 
     @property
     def all_members(self) -> dict[str, OneTeacher]:
-        """The teachers by name with the kind of each; one, without a name, where they are not mixed."""
+        """The teachers by name; if they are not mixed, the only one under an empty name."""
         return dict(self.members) if self.kind == "mixed" else {"": self}
 
 
 class PrefetchSettings(Section):
-    """How far ahead targets are asked for."""
+    """How far ahead targets are requested."""
 
     depth: int | Literal["auto"] = Field(
         "auto",
         description="batches whose targets are requested ahead of the one being trained on; auto: as many as hide "
-        "the latency of the teacher; 0: none",
+        "the teacher's latency; 0: none",
     )
     max_depth: int = Field(32, ge=1, description="depth auto: upper limit, in batches")
     max_bytes: int = Field(2**30, ge=1, description="depth auto: upper limit, in bytes of targets in flight or ready")

@@ -1,10 +1,10 @@
-"""What each loss can be set to: one class a kind. Read by `distillation` and `on_policy`; `losses` computes them.
+"""The settings of each loss: one class per kind. Read by `distillation` and `on_policy`; `losses` computes them.
 
-A kind is told by `kind`, or by the name under which the loss stands. A setting of another kind is refused, with the
-kinds that have it. Attention relations have a section of their own, see `settings.attention`.
+`kind` selects the class, or else the loss's name does. A setting that only other kinds have is refused, and the message
+lists them. Attention relations have their own section, see `settings.attention`.
 
-A new kind is a class here and its place in `TermOfKind`; its computation is in `losses.divergences`, or in a file of
-its own that `losses.kinds` names.
+A new kind is a class here and an entry in `TermOfKind`; its computation is in `losses.divergences`, or in its own file,
+named in `losses.kinds`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Between0And1 = Annotated[float, Field(gt=0, lt=1)]
 
 
 class TermSettings(Section):
-    """What all have. The sum over tokens is multiplied by coefficient and schedule, and divided by their count."""
+    """Settings of every kind. The sum over tokens is multiplied by coefficient and schedule, divided by their count."""
 
     needs_teacher: ClassVar[bool] = True
 
@@ -36,22 +36,22 @@ class TermSettings(Section):
     )
 
     def without_effect(self) -> list[str]:
-        """Names of the settings that differ from their default and change nothing beside the others."""
+        """Names of the settings that differ from their default but have no effect, given the others."""
         return []
 
 
 class CrossEntropySettings(TermSettings):
-    """With the data's own next token."""
+    """Cross-entropy with the data's next token."""
 
     needs_teacher: ClassVar[bool] = False
 
     kind: Literal["cross_entropy"] = Field(
-        "cross_entropy", description="kind of loss; may be left out where the term's name is a kind"
+        "cross_entropy", description="kind of loss; may be left out if the term's name is a kind"
     )
 
 
 class AutoregressiveSettings(TermSettings):
-    """With each masked token, as the clean half of a block-diffusion student predicts it from what stands before it."""
+    """Cross-entropy with each masked token, which a block-diffusion student's clean half predicts autoregressively."""
 
     needs_teacher: ClassVar[bool] = False
 
@@ -59,7 +59,7 @@ class AutoregressiveSettings(TermSettings):
 
 
 class TemperedSettings(TermSettings):
-    """Of kinds that compare student and teacher at a temperature."""
+    """Settings of kinds that compare student and teacher at a temperature."""
 
     temperature: float = Field(
         1.0,
@@ -84,17 +84,17 @@ class SampledSettings(TemperedSettings):
     @field_validator("support", mode="before")
     @classmethod
     def _as_it_was_written(cls, support: Any) -> Any:
-        """Every kind's default was top_k, and is so in the settings of earlier runs."""
+        """Settings of earlier runs have top_k here, which was once the default of every kind."""
         return "sampled" if support == "top_k" else support
 
 
 class DivergenceSettings(TemperedSettings):
-    """Of divergences between the two distributions.
+    """Settings of divergences between the teacher's and the student's distribution.
 
-    `support`: where the teacher's probabilities come from; "full" needs its hidden states and head.
-    `tail`: "bucket" gives the mass outside the support a bucket of its own on both sides, so student mass there is
-    pressed; "renormalise" compares the two distributions given that the token is in the support; "truncate" leaves the
-    rest out of the sum of KL(teacher‖student), which is no divergence then: what OPDLM does.
+    `support`: ids whose teacher probabilities are known; "full" needs the teacher's hidden states and head.
+    `tail`: "bucket" compares the mass outside the support as one bucket, which limits the student's mass there;
+    "renormalise" compares the distributions conditioned on the support; "truncate" leaves the rest out of the sum of
+    KL(teacher‖student), as OPDLM does, so that it is no longer a divergence.
     """
 
     support: Literal["top_k", "gather", "full"] = Field(
@@ -128,15 +128,15 @@ class ForwardKLSettings(DivergenceSettings):
 
 
 class TopKKLSettings(DivergenceSettings):
-    """forward_kl on the served top K, under the name that users know."""
+    """forward_kl on the served top K, under its familiar name."""
 
     kind: Literal["top_k_kl"] = "top_k_kl"
     support: Literal["top_k"] = "top_k"
 
 
 class TCSSettings(DivergenceSettings):
-    """Target concrete scores at masked tokens (TCSM, arXiv 2504.16431), by the teacher's causal rows: forward_kl on the
-    served top K, for students that fill in masked tokens. `tail` "renormalise" is the published form.
+    """Target concrete scores at masked tokens (TCSM, arXiv 2504.16431), from the teacher's causal rows: forward_kl on
+    the served top K, for students that fill in masked tokens. `tail` "renormalise" is the published form.
     """
 
     kind: Literal["tcs"] = "tcs"
@@ -166,8 +166,8 @@ class SkewedKLSettings(DivergenceSettings):
     kind: Literal["skewed_kl"] = "skewed_kl"
     alpha: Between0And1 = Field(
         0.1,
-        description="skewed_kl, skewed_reverse_kl: share of the first distribution in the mixture that stands in "
-        "the second's place",
+        description="skewed_kl, skewed_reverse_kl: share of the first distribution in the mixture that replaces "
+        "the second",
     )
 
 
@@ -175,8 +175,8 @@ class SkewedReverseKLSettings(DivergenceSettings):
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
     alpha: Between0And1 = Field(
         0.1,
-        description="skewed_kl, skewed_reverse_kl: share of the first distribution in the mixture that stands in "
-        "the second's place",
+        description="skewed_kl, skewed_reverse_kl: share of the first distribution in the mixture that replaces "
+        "the second",
     )
 
 
@@ -185,8 +185,8 @@ class TVDSettings(DivergenceSettings):
 
 
 class FinalHiddenSettings(TermSettings):
-    """With the teacher's final hidden states, for a teacher of the student's width such as the model that it was
-    quantised from: |s - t|^2 / |t|^2 of each row, both behind the last norm.
+    """Distance to the teacher's final hidden states: |s - t|^2 / |t|^2 of each row, both after the last norm. The
+    teacher must have the student's width, as the model does that the student was quantised from.
     """
 
     kind: Literal["final_hidden"] = "final_hidden"
@@ -210,8 +210,8 @@ KINDS: dict[str, type[TermSettings]] = {each.model_fields["kind"].default: each 
 
 
 def with_kinds(terms: Any) -> Any:
-    """The terms by name, each with its kind written out. ValueError for a kind that is not known, and for a setting
-    that only another kind has.
+    """The terms by name, each with its `kind` filled in. ValueError for an unknown kind, and for a setting that only
+    other kinds have.
     """
     if not isinstance(terms, Mapping):
         return terms
@@ -238,11 +238,11 @@ Terms = Annotated[dict[str, Annotated[TermOfKind, Field(discriminator="kind")]],
 
 
 def as_written_now(terms: Mapping[str, Any]) -> dict[str, Any]:
-    """Terms out of the settings of an earlier run, whose every term had the settings of all kinds: those of its own."""
+    """The terms of an earlier run, each of which had the settings of all kinds, reduced to the settings of its kind."""
     now = {}
     for name, given in terms.items():
         settings = KINDS.get(given.get("kind") or name)
-        if settings is None:  # of another trainer: it stays as it is, and differs
+        if settings is None:  # of another trainer: kept as it is, so that it differs
             now[name] = dict(given)
             continue
         own = {field: value for field, value in given.items() if field in settings.model_fields and field != "kind"}
