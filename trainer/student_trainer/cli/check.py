@@ -1,7 +1,7 @@
-"""Says what a run would do, without training: `stillhouse-train check SETTINGS...`. Called by `main`.
+"""Shows what a run would do, without training: `stillhouse-train check SETTINGS...`. Called by `main`.
 
-Resolves every setting, asks the teacher who it is, compares vocabularies and tokenizers, reads one batch and fetches
-its targets, and estimates memory. What would stop the run stops the check, with the same message.
+Resolves every setting, fetches the teacher's identity, compares vocabularies and tokenizers, reads one batch and
+fetches its targets, and estimates memory. What would stop the run stops the check, with the same message.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from student_trainer.targets.protocol import spec_for
 from student_trainer.targets.queries import queries_of
 from teacher_proto.process.stages import DISPLAY, stage
 
-# float32 weights, gradients, and the two moments of AdamW; Muon keeps one, so this is an upper bound.
+# float32 weights, gradients and the two moments of AdamW. Muon keeps only one, so this is an upper bound.
 BYTES_A_PARAMETER = 16
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the findings. ValueError or StillhouseError, as the run itself would, if it can't be run."""
+    """Print the findings. Raises the ValueError or StillhouseError that the run itself would end with."""
     settings = recognised(compose_arguments(arguments))
     if DISPLAY.shown != "off":
         DISPLAY.shown = settings.logging.progress

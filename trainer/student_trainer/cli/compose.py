@@ -1,8 +1,8 @@
-"""From YAML groups and overrides on the command line to `Settings`. Called by `main`.
+"""Composes `Settings` from YAML groups and overrides on the command line. Called by `main`.
 
-Hydra composes, pydantic checks. Names of older trainers become today's (`old_names`); every override is held against
-the settings first, so that a misspelt name stops with the nearest one; what is left open is chosen (`defaults`); a
-setting that can have no effect warns.
+Hydra composes, pydantic validates. Names of older trainers are translated (`old_names`). Every override is checked
+against the settings first, so that the error for a misspelt name suggests the nearest one. What is left open is chosen
+(`defaults`), and a setting without effect logs a warning (`effects`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 def compose_arguments(arguments: Sequence[str]) -> Settings:
-    """The settings of a run out of a command line: overrides, and `--config-folder DIR`. ValueError as `compose`, and
-    where no student is named: the libraries that would miss it take seconds to import.
+    """The settings of a run from a command line: overrides, and `--config-folder DIR`. ValueError as in `compose`, and
+    if no student is named: the libraries that would notice it take seconds to import.
     """
     overrides, folder = split_config_folder(arguments)
     settings = compose(overrides, folder)
@@ -55,9 +55,9 @@ def compose_arguments(arguments: Sequence[str]) -> Settings:
 
 
 def compose(overrides: list[str], config_folder: Path | None = None) -> Settings:
-    """The settings of a run. `config_folder` has groups of the user's own beside the built-in ones.
+    """The settings of a run. `config_folder` holds the user's groups, in addition to the built-in ones.
 
-    ValueError with one clear sentence for a name or value that cannot be. Settings without effect warn.
+    ValueError with one clear sentence for an invalid name or value. Settings without effect log a warning.
     """
     parsed = _parse(renamed(_parse(overrides)))
     given = {_with_new_name(override.key_or_group) for override in parsed}
@@ -74,7 +74,7 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
         plain, unread = _composed([*arguments, *chosen])
     keep_optimizer(plain, given)
     if plain["teacher"]["kind"] == "auto":
-        # What is misspelt is told of before the hub is asked anything.
+        # A misspelt setting is reported before anything is requested from the hub.
         validated({**plain, "teacher": {**plain["teacher"], "kind": "remote"}})
         choose_teacher(plain)
     settings = validated(plain)
@@ -87,7 +87,7 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
 
 
 def _composed(arguments: list[str]) -> tuple[dict[str, Any], set[str]]:
-    """Plain containers, and the PRESET_NAMES that nothing in them refers to."""
+    """The composed settings as plain containers, and the PRESET_NAMES that no term refers to."""
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG)):
             composed = hydra_compose("config", overrides=arguments)
@@ -101,7 +101,7 @@ def _composed(arguments: list[str]) -> tuple[dict[str, Any], set[str]]:
 
 
 def split_config_folder(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Overrides, and the folder that `--config-folder` names. ValueError for another option."""
+    """The overrides, and the folder given by `--config-folder`. ValueError for any other option."""
     overrides: list[str] = []
     folder: Path | None = None
     rest = iter(arguments)
@@ -117,7 +117,7 @@ def split_config_folder(arguments: Sequence[str]) -> tuple[list[str], Path | Non
 
 
 def validated(plain: Any) -> Settings:
-    """`Settings` out of plain containers. ValueError names the first setting at fault, and its nearest neighbour."""
+    """`Settings` from plain containers. ValueError names the first invalid setting, and the nearest name if unknown."""
     try:
         return Settings.model_validate(plain)
     except ValidationError as error:
@@ -131,7 +131,7 @@ def validated(plain: Any) -> Settings:
 
 
 def _without_tags(location: list[str]) -> list[str]:
-    """The dotted name of a setting: pydantic names the member of a union as well."""
+    """The dotted name of a setting, without the tag that pydantic adds for the member of a union."""
     path: list[str] = []
     for part in location:
         if len(sections_in(_plain_type(_find(path)))) < 2 or _find([*path, part]) is not None:
@@ -150,7 +150,7 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 
 def _checked(override: Override, folders: list[Path]) -> str:
-    """The override as Hydra shall have it. A value is set whether the YAML names it or not: the settings decide."""
+    """The override for Hydra. `++` sets a value whether or not the YAML has it: the settings decide on the names."""
     key, text = override.key_or_group, str(override.input_line)
     choices = groups(folders)
     if key in choices and not isinstance(override.value(), dict):
@@ -166,7 +166,7 @@ def _checked(override: Override, folders: list[Path]) -> str:
 
 
 def _with_new_name(key: str) -> str:
-    """A setting by today's name, where it is given by one that older trainers had."""
+    """The current name of a setting that is given by the name it had in older trainers."""
     for old, new in OLD_NAMES.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -174,7 +174,7 @@ def _with_new_name(key: str) -> str:
 
 
 def _find(path: list[str]) -> Any | None:
-    """The type at a dotted path of the settings, or None. Below a free dictionary any name is right."""
+    """The type at a dotted path of the settings, or None. In a free-form dictionary any name is valid."""
     here: Any = Settings
     for part in path:
         here = _plain_type(here)
@@ -191,7 +191,7 @@ def _find(path: list[str]) -> Any | None:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """Without Annotated and `| None`."""
+    """The annotation without Annotated and `| None`."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -201,7 +201,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _unknown(path: list[str]) -> str:
-    """What to say of a path that leads nowhere: the part at fault, and what is nearest to it there."""
+    """The message for a path that does not exist, with the name nearest to its unknown part."""
     known: list[str] = []
     for length in range(1, len(path) + 1):
         if _find(path[:length]) is not None:
@@ -217,7 +217,7 @@ def _unknown(path: list[str]) -> str:
 
 
 def _nearest(name: str, known: list[str], also: list[str] | None = None) -> str:
-    """The closest name of all; else all of the known ones."""
+    """A suggestion of the closest name; if none is close, all known ones."""
     if close := difflib.get_close_matches(name, [*known, *(also or [])], n=1, cutoff=0.6):
         return f" Did you mean '{close[0]}'?"
     return f" Known are {', '.join(known)}." if known else " `--help` lists them."

@@ -1,7 +1,7 @@
-"""What a run has where the command line leaves it open: its teacher, its data, and what the recipe would have.
+"""Chooses what the command line leaves open: the teacher, the data, and what depends on the recipe.
 
-Called by `compose`. The teacher is then the student's original model, if its settings, its config or its model card
-tell it; what a run began with by default, it keeps. Reads small files of a folder, the hub or an object store, and
+Called by `compose`. The default teacher is the student's original model, if its settings, config or model card name
+one; a run keeps the defaults that it began with. Reads small files from a folder, the hub or an object store, and
 imports no torch.
 """
 
@@ -24,13 +24,13 @@ from student_trainer.settings.teacher import TeacherSettings
 
 logger = logging.getLogger(__name__)
 
-# Entries of a config that make it a student's: quantised, or one that fills in masked tokens.
+# Entries of a config that only a student has: one that is quantised, or fills in masked tokens.
 OF_STUDENTS = ("student_quantisation", "bitnet_student", "quantization_config", "diffusion")
 NAMING = ("original_model", "base_model", "base_model_name_or_path", "_name_or_path")
 
 
 def original_of(student: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Folder or hub name of the original of the student with these settings, and by what it is told."""
+    """Folder or hub name of the original model of the student with these settings, and where that is stated."""
     student = with_new_names(student)
     path = str(student.get("checkpoint_path") or "")
     revision, options = student.get("revision"), student.get("storage_options") or {}
@@ -58,14 +58,14 @@ def original_of(student: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _is_another(name: Any, path: str) -> bool:
-    """Whether it is a model's name: a folder that is there, or OWNER/NAME of the hub."""
+    """Whether `name` is that of another model than `path`: an existing folder, or OWNER/NAME on the hub."""
     if not isinstance(name, str) or not name or name.rstrip("/") == path.rstrip("/"):
         return False
     return Path(name).is_dir() or (name.count("/") == 1 and not name.startswith(("/", ".", "~")))
 
 
 def _settings_of_run(path: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The section `student` of the run in the folder, None if it is no run's."""
+    """The section `student` of the run in the folder; None if it is not the folder of a run."""
     text = _read(path, "settings.yaml", None, options) if "://" in path or Path(path).is_dir() else None
     if text is None and "://" in path:
         text = _newest_state(path, options)
@@ -77,12 +77,12 @@ def _settings_of_run(path: str, options: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _newest_state(url: str, options: Mapping[str, Any]) -> str | None:
-    """What the newest checkpoint of a run's copy says of it; such a copy has no settings.yaml."""
+    """The state.json of the newest checkpoint in a run's remote copy, which has no settings.yaml."""
     try:
         store, root = fsspec.core.url_to_fs(url.rstrip("/"), **options)
         steps = [name for name in store.ls(root, detail=False) if "/step-" in name]
         return str(store.cat_file(f"{max(steps).rstrip('/')}/state.json").decode()) if steps else None
-    except Exception as error:  # each store's library has errors of its own
+    except Exception as error:  # each store's library has its own errors
         logger.info("%s can't be read: %s", url, error)
         return None
 
@@ -131,13 +131,13 @@ def _read_url(url: str, options: Mapping[str, Any]) -> str | None:
         return str(store.cat_file(path).decode("utf-8", errors="replace"))
     except FileNotFoundError:
         return None
-    except Exception as error:  # each store's library has errors of its own
+    except Exception as error:  # each store's library has its own errors
         logger.info("%s can't be read: %s", url, error)
         return None
 
 
 DATA = "mixed_pretrain"
-# Of a teacher: what is set of one that is yet to be chosen.
+# The settings of a teacher that may be set before its kind is chosen.
 OF_ANY_TEACHER = {
     "kind", "attention_url", "top_k", "sanity", "same_tokenizer", "tokenizer", "dtype", "device", "max_batch_tokens"
 }  # fmt: skip
@@ -145,7 +145,7 @@ RECIPE_TOKENS = 2048
 
 
 def default_data(plain: Mapping[str, Any], given: Collection[str]) -> list[str]:
-    """The override that chooses data, where no source is named."""
+    """The override that chooses data if no source is named."""
     if plain["data"].get("sources") or any(name == "data" or name.startswith("data.") for name in given):
         return []
     logger.info("no data are named: data=%s, of the Hugging Face hub", DATA)
@@ -153,7 +153,7 @@ def default_data(plain: Mapping[str, Any], given: Collection[str]) -> list[str]:
 
 
 def default_loss(given: Set[str], unread: Set[str]) -> list[str]:
-    """The override that chooses the loss with attention relations, where only their coefficient is given."""
+    """The override that chooses a loss with attention relations if only their coefficient is given."""
     name = "distillation.gamma_attention"
     if name not in given or name not in unread or given & {"distillation", "recipe"}:
         return []
@@ -162,8 +162,8 @@ def default_loss(given: Set[str], unread: Set[str]) -> list[str]:
 
 
 def loss_of_classes(plain: Mapping[str, Any], recipe: str | None, given: Collection[str]) -> list[str]:
-    """The override that has `recipe=bitdistill` compare student and teacher at the words of classes, where all data
-    have classes and nothing else is said of the loss. A run that began otherwise goes on so.
+    """The override that has `recipe=bitdistill` compare student and teacher at the words of the classes, if all data
+    have classes and the command line does not choose the loss. A run that began with another loss keeps it.
     """
     sources = plain["data"].get("sources") or {}
     chosen = any(name == "distillation" or name.startswith("distillation.terms") for name in given)
@@ -178,7 +178,7 @@ def loss_of_classes(plain: Mapping[str, Any], recipe: str | None, given: Collect
 
 
 def choose_teacher(plain: dict[str, Any]) -> None:
-    """Put the teacher of kind auto into the settings: local or remote."""
+    """Replace teacher.kind auto by local or remote, in place."""
     teacher = plain["teacher"]
     if teacher["kind"] != "auto":
         return
@@ -199,7 +199,7 @@ def choose_teacher(plain: dict[str, Any]) -> None:
 
 
 def keep_optimizer(plain: dict[str, Any], given: Collection[str]) -> None:
-    """A run that began before its recipe chose Muon goes on with the optimizer that it has."""
+    """A run that began before its recipe chose Muon keeps its optimizer."""
     begun = _begun_with(plain).get("optim", {})
     if begun and begun["kind"] != plain["optim"]["kind"] and not any(name.startswith("optim") for name in given):
         logger.info("optim.kind stays %s, which the run began with", begun["kind"])
@@ -207,7 +207,7 @@ def keep_optimizer(plain: dict[str, Any], given: Collection[str]) -> None:
 
 
 def unlike_recipe(settings: Settings) -> str:
-    """What of length and optimizer is not the recipe's, in one line; empty where all is."""
+    """One line on how length and optimizer differ from the recipe; empty if they do not."""
     unlike = []
     if settings.data.seq_len < RECIPE_TOKENS:
         unlike.append(f"data.seq_len is {settings.data.seq_len} (the recipe has {RECIPE_TOKENS:,})")
@@ -219,7 +219,7 @@ def unlike_recipe(settings: Settings) -> str:
 
 
 def _begun_with(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run that is in the folder already; empty where there is none."""
+    """The settings of the run that already exists in the folder; empty if there is none."""
     run = plain.get("run", {})
     name = run.get("id")
     path = Path(str(run.get("root", RunSettings().root))) / str(name) / "settings.yaml"

@@ -1,6 +1,6 @@
-"""Settings that are given and can have no effect beside the others. Called by `compose`, which warns of each.
+"""Finds settings that are given but have no effect with the others' values. Called by `compose`, which logs a warning.
 
-A table of rules, not a framework: the dotted name, when it acts, and why it doesn't otherwise.
+A table of rules: the dotted name, when the setting has an effect, and why it has none otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from teacher_proto.requests import Kind
 
 
 class Rule(NamedTuple):
-    """`name` acts only where `acts` holds. A name that ends with a dot stands for the whole section."""
+    """`name` has an effect only if `acts` holds. A name that ends in a dot stands for its whole section."""
 
     name: str
     acts: Callable[[Settings], bool]
@@ -50,17 +50,17 @@ def _may_wait(settings: Settings) -> bool:
 
 
 def _has_form(form: str) -> Callable[[Settings], bool]:
-    """Whether the mixture's policy, where it has forms, has this one."""
+    """Whether the mixture's policy has this form, or has no forms."""
     return lambda settings: getattr(settings.data.mixture, "form", form) == form
 
 
 def _depth_is_reached(settings: Settings) -> bool:
-    """Whether as many batches can be in flight: what follows batch n + lag - 1 is not made before update n."""
+    """Whether so many batches can be in flight: those after batch n + lag - 1 are not made before update n."""
     depth, mixture = settings.prefetch.depth, settings.data.mixture
     return mixture.policy == "static" or depth == "auto" or depth < mixture.lag
 
 
-# Whose field it is; a store that is written through has a service's as well.
+# The kind of teacher that reads a field. A store with on_miss=remote also reads those of a service.
 OF_KIND = {
     **dict.fromkeys(("url", "key_variable"), "remote"),
     **dict.fromkeys(("model", "revision", "dtype", "device", "max_batch_tokens"), "local"),
@@ -69,7 +69,7 @@ OF_KIND = {
 
 
 def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: str) -> str | None:
-    """Why the field `name` of a teacher has no effect; None where it has."""
+    """Why the field `name` of a teacher has no effect; None if it has one."""
     owner, kind = OF_KIND.get(name), teacher.kind
     written_through = kind == "cached" and teacher.on_miss == "remote"
     if owner not in (None, kind) and not (owner == "remote" and written_through):
@@ -85,10 +85,10 @@ def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: s
     return None
 
 
-# By these names a preset of `distillation` sets a field of its terms, through an interpolation.
+# Shorthands that the presets of `distillation` interpolate into fields of their terms.
 PRESET_NAMES = ("distillation.lambda_logits", "distillation.gamma_attention", "distillation.temperature")
-GAMMA = 1e5  # BitDistill's coefficient of the relations, with the official reduction
-FAR = 6  # orders of magnitude below it, from which on it is a slip rather than a choice
+GAMMA = 1e5  # BitDistill's coefficient for relations, with the official reduction
+FAR = 6  # a coefficient this many orders of magnitude below it is taken for a mistake
 
 RULES = (
     Rule("data.mixture.lag", lambda s: s.data.mixture.policy != "static", "data.mixture.policy is static"),
@@ -218,7 +218,7 @@ RULES = (
 
 
 def names_without_effect(given: set[str], unread: set[str]) -> list[str]:
-    """One line for each of PRESET_NAMES that is given and that no term refers to."""
+    """One line for each of PRESET_NAMES that is given but that no term refers to."""
     return [
         f"{name} has no effect: no term of this choice of distillation reads it, or the term's own setting is given"
         for name in sorted(given & unread)
@@ -236,7 +236,7 @@ def _far_too_weak(settings: Settings) -> list[str]:
 
 
 def without_effect(settings: Settings, given: set[str]) -> list[str]:
-    """One line for each setting of `given` (dotted names) that changes nothing, and for each field of a loss term."""
+    """One line for each setting of `given` (dotted names) and each field of a loss term that has no effect."""
     lines = []
     for name in sorted(given):
         for rule in RULES:

@@ -1,7 +1,7 @@
-"""A finished run as files that others load: `stillhouse-train export RUN --format FORMAT`. Called by `main`.
+"""Exports a run's student for other software: `stillhouse-train export RUN --format FORMAT`. Called by `main`.
 
-Rebuilds the student of the run's newest checkpoint, writes it with a model card, opens what was written with the
-software that it is for, and compares its logits with the student's. Exit code 1 where the two are not the same model.
+Rebuilds the student from the run's newest checkpoint, writes it with a model card, loads the files with the software
+that they are for, and compares the logits with the student's. Exit code 1 if the two are not the same model.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from student_trainer.students.quant_linear import is_quantised
 from student_trainer.students.student import Student
 from teacher_proto.process.stages import stage
 
-# Mean KL in nats. Int8 rounding on another machine moves a deep ternary model by hundredths; another function, by nats.
+# Mean KL in nats. Int8 rounding on another machine changes a deep ternary model by hundredths; a wrong export, by nats.
 SAME_MODEL_KL = 0.2
 CHECKED_TOKENS = 64
 
 
 class NotTheSameError(ArithmeticError):
-    """What was written, opened again, is not the student."""
+    """The exported files, loaded again, are not the student."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write and check. ValueError for a run that cannot be exported so, NotTheSameError if the check fails."""
+    """Write and check. ValueError for a run that this format cannot hold, NotTheSameError if the check fails."""
     options = _parser().parse_args(arguments)
     snapshot = earlier_run(str(options.run))
     if snapshot is None:
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str]) -> int:
             with stage("opening again what was written"):
                 _check(model, tokenizer, report)
         except KeyboardInterrupt:
-            # Whole, but not checked; started again, the command would find it in its way.
+            # The files are complete but not checked, and would be in the way of the same command, started again.
             shutil.rmtree(report.folder, ignore_errors=True)
             raise
     return 0
 
 
 def model_of(student: Student) -> Any:
-    """The model to write: an adapter is put into full-precision weights, and is written beside quantised ones."""
+    """The model to write: an adapter is merged into full-precision weights, but kept beside quantised ones."""
     return student.model if is_quantised(student.model) else merged(student)
 
 
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def card_of(run: Path, snapshot: Snapshot, name: str) -> ModelCard:
-    """What the run knows of its student: base model, teacher, data, the last figures, and its settings."""
+    """What the run knows about its student: base model, teacher, data, last evaluation, and settings."""
     settings, teacher = public_tree(snapshot.state["settings"]), snapshot.state["teacher"]
     base = model_behind(StudentSettings.model_validate(settings["student"])).checkpoint_path
     return ModelCard(
@@ -142,7 +142,7 @@ def _sources(sources: dict[str, Any]) -> list[str]:
 
 
 def _figures(run: Path, snapshot: Snapshot) -> dict[str, str]:
-    """The last evaluation up to the checkpoint's step, and how long the student has learnt."""
+    """Steps and tokens trained, and the last evaluation up to the checkpoint's step."""
     figures = {"steps": f"{snapshot.step:,}", "tokens": f"{snapshot.state['tokens']:,}"}
     lines = read_lines(run / "evaluation.jsonl")
     last: dict[str, Any] = next((line for line in reversed(lines) if line["step"] <= snapshot.step), {})
@@ -159,7 +159,7 @@ def _tokenizer(settings: StudentSettings) -> PreTrainedTokenizerBase:
 
 
 def _check(model: Any, tokenizer: PreTrainedTokenizerBase, report: ExportReport) -> None:
-    """Print how far the files are from the student, on the words of their own model card."""
+    """Print how far the files' logits are from the student's, on the text of the model card."""
     words = (report.folder / "README.md").read_text()
     ids_BT = np.array([tokenizer(words)["input_ids"][:CHECKED_TOKENS]])
     reader, comparison = reopened(model, report, ids_BT)
@@ -181,7 +181,7 @@ def _check(model: Any, tokenizer: PreTrainedTokenizerBase, report: ExportReport)
 
 
 def _write_findings(report: ExportReport, reader: str, comparison: LogitsComparison | None) -> None:
-    """What was written and how it compares, for programs: `export.json` beside the files."""
+    """Write `export.json`, for programs: what was written and how it compares."""
     findings = {
         "format": report.format, "architecture": report.architecture, "stands_alone": report.stands_alone,
         "num_bytes": report.num_bytes, "reader": reader,
@@ -191,7 +191,7 @@ def _write_findings(report: ExportReport, reader: str, comparison: LogitsCompari
 
 
 def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str, LogitsComparison | None]:
-    """Who opened the files again, and their logits against the model's; None where the reader is not installed."""
+    """What loaded the files, and how their logits compare with the model's; None if the loader is not installed."""
     with torch.no_grad():
         ours_BTV = model.eval()(torch.from_numpy(ids_BT), use_cache=False).logits.float().numpy()
     if report.format == "gguf":
@@ -215,7 +215,7 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
 
 
 def _in_blocks(model: Any, folder: Path, ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The logits of a text read in blocks, by the model and by what was written of it, read as any folder of SDAR's."""
+    """The logits of a text read block by block: the model's, and those of the export, loaded as any SDAR folder."""
     settings = StudentSettings(architecture="diffusion", checkpoint_path=str(folder), attention="sdpa")
     again = load_student(settings, torch.device("cpu")).model.eval()
     record = read_diffusion(again.config)

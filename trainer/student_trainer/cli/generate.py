@@ -1,10 +1,10 @@
-"""What a student writes: `stillhouse-train generate FOLDER --prompt TEXT`. Called by `main`, and by scripts:
+"""Generates text with a student: `stillhouse-train generate FOLDER --prompt TEXT`. Called by `main`, and by scripts:
 
     writer = Writer.load("runs/diffusion/exports/hf")
     writer.write(["Once upon a time"], new_tokens=64)[0].text
 
-FOLDER is a run, or what it exported with `--format hf`. A block-diffusion student fills in block by block, several
-tokens with a forward pass; any other writes from left to right.
+FOLDER is a run, or its export of format hf. A block-diffusion student fills in block by block, several tokens per
+forward pass; any other student writes from left to right.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from student_trainer.students.student import Student
 
 @dataclass(frozen=True)
 class Written:
-    """What was written after a prompt. `ended`: by an end of text. `passes`: of a block-diffusion student."""
+    """The continuation of a prompt. `ended`: by an end-of-text token. `passes`: for block-diffusion students."""
 
     prompt: str
     text: str
@@ -43,14 +43,14 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """A student and its tokenizer, ready to write."""
+    """A student with its tokenizer, ready to generate text."""
 
     student: Student
     tokenizer: Any
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu", compute: str = "auto") -> Writer:
-        """Of a run's folder, or of an export. ValueError for a folder that holds no student."""
+        """From the folder of a run or of an export. ValueError for a folder without a student."""
         settings = _settings_in(str(folder)).model_copy(update={"compute": compute})
         behind = model_behind(settings)
         name = behind.tokenizer or behind.checkpoint_path
@@ -64,9 +64,9 @@ class Writer:
         self, prompts: Sequence[str], *, new_tokens: int = 128, temperature: float = 0.0,
         threshold: float | None = None, seed: int = 0, meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Written]:  # fmt: skip
-        """At most `new_tokens` tokens after each prompt, up to an end of text. Temperature 0 takes the likeliest ones,
-        and draws nothing. `threshold`: how sure a block-diffusion student must be of a token to write it beside others;
-        None: what its run was set to, 0.9 for an export.
+        """At most `new_tokens` tokens after each prompt, up to an end of text. Temperature 0 is greedy. `threshold`:
+        a block-diffusion student writes all tokens more likely than this in one step; None: the setting of its run, 0.9
+        for an export.
         """
         ids = [np.array(self.tokenizer(prompt)["input_ids"], np.int32) for prompt in prompts]
         for prompt, ids_N in zip(prompts, ids, strict=True):
@@ -94,7 +94,7 @@ class Writer:
 
 
 def _settings_in(folder: str) -> StudentSettings:
-    """The settings by which the student in a folder is loaded: what it is, and how sure a run has it be."""
+    """The settings to load the student in a folder: architecture, quantiser and, of a run, its threshold."""
     snapshot = earlier_run(folder)
     sure = {} if snapshot is None else {"threshold": settings_of(snapshot).diffusion.threshold}
     student = StudentSettings(
@@ -105,7 +105,7 @@ def _settings_in(folder: str) -> StudentSettings:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what is written after each prompt."""
+    """Print the continuation of each prompt."""
     options = _parser().parse_args(arguments)
     writer = Writer.load(options.folder, options.device)
     written = writer.write(
@@ -137,11 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stillhouse-train generate", description="Generate text with a student.")
     parser.add_argument("folder", metavar="FOLDER", help="folder of a run, or of its export of format hf")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to write at most (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="new tokens at most (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default)")
     parser.add_argument(
         "--threshold", type=float,
-        help="block-diffusion students: all tokens more likely than this are written in one step; 1: one token a step",
+        help="block-diffusion students: all tokens more likely than this are written in a step; 1: one token per step",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")

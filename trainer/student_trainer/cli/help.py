@@ -18,11 +18,11 @@ from pydantic.fields import FieldInfo
 from student_trainer.settings import Settings
 
 CONFIG = Path(__file__).parent.parent / "config"
-WIDTH_BESIDE = 50  # columns that a description needs to stand beside its name
+WIDTH_BESIDE = 50  # columns that a description needs to go next to its name
 
 
 def print_help(commands: str) -> None:
-    """`commands`: what can be done, the text above groups and settings."""
+    """Print `commands`, the text about the commands, then groups and settings."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(commands)
     print("Groups, chosen as in `distillation=logits_only`; --config-folder DIR adds choices of your own:")
@@ -35,8 +35,8 @@ def print_help(commands: str) -> None:
 
 
 def entry(name: str, about: str, width: int | None) -> str:
-    """One line, as what reads it from a pipe expects; wrapped in a terminal of `width` columns, below its name where
-    little is left beside it.
+    """One line, as readers of a pipe expect. In a terminal of `width` columns it is wrapped, below the name if there is
+    little room next to it.
     """
     if width is None or len(name + about) <= width:
         return (name + about).rstrip()
@@ -55,8 +55,8 @@ def groups(folders: list[Path]) -> dict[str, list[str]]:
 
 
 def settings_by_name(*sections: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name, in the order of `settings`; members of a named family as `family.NAME`. Of
-    several sections, which are the kinds of one family, each name once.
+    """Every setting with its dotted name, in the order of `settings`; members of a dictionary as `terms.NAME`. Several
+    sections are the kinds of one union; each of their names comes once.
     """
     fields = {name: field for section in reversed(sections) for name, field in section.model_fields.items()}
     for name in dict.fromkeys(name for section in sections for name in section.model_fields):
@@ -71,7 +71,7 @@ def settings_by_name(*sections: type[BaseModel], prefix: str = "") -> Iterator[t
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section that an annotation is, or those that it is one of."""
+    """The section that an annotation names, or all members of a union of sections."""
     if typing.get_origin(annotation) is typing.Annotated:
         return sections_in(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

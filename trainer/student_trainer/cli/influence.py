@@ -36,11 +36,11 @@ KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 
 
 def main(arguments: Sequence[str]) -> int:
-    """ValueError or StillhouseError for what no run could have either."""
+    """ValueError or StillhouseError for settings that could not be trained with either."""
     given = _parser().parse_intermixed_args(list(arguments))
     if wrong := [text for text in given.settings if "=" not in text]:
         raise ValueError(f"'{wrong[0]}' is no setting: one DATA is weighed, settings are given as NAME=VALUE")
-    # Two paths are data enough: no preset is read for sources that nobody named.
+    # Two paths are enough: without sources in the settings, no preset is composed for them.
     named = any(text.startswith(("data=", "data.sources")) for text in given.settings)
     composed = compose([*([] if named else ["data=none"]), *given.settings], given.config_folder)
     settings = with_sources(composed, given.data, given.target)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def with_sources(settings: Settings, data: str, target: str) -> Settings:
-    """The settings with the two as their only sources."""
+    """The settings with `data` and `target` as the only sources, and without compilation."""
     sources = {name: _source(settings.data, text) for name, text in (("data", data), ("target", target))}
     read = settings.data.model_copy(update={"sources": sources})
     student = settings.student.model_copy(update={"compile": False})
@@ -75,7 +75,7 @@ def with_sources(settings: Settings, data: str, target: str) -> Settings:
 def _source(data: DataSettings, text: str) -> SourceSettings:
     if text in data.sources:
         source = data.sources[text]
-        # All of it is read, whatever it would be in a run.
+        # All of its documents are read, whatever share a run would read.
         return source.model_copy(update={"weight": 1.0, "held_out_fraction": 0.0, "weight_column": None})
     return SourceSettings(kind=KINDS.get(Path(text).suffix, "text"), path=(text,), held_out_fraction=0.0)
 
@@ -93,7 +93,7 @@ def _objective(settings: Settings, components: Components) -> Objective:
 
 
 def write(out: Path, components: Components, source: SourceSettings, influence: Influence) -> None:
-    """The documents in the order of the measure, each with its figures."""
+    """Write the documents in the order of the measurement, each with its influence and weight."""
     unfinished = out.with_name(out.name + ".unfinished")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     rows = _rows(components, source, influence)
@@ -141,7 +141,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="stillhouse-train influence", description=__doc__, allow_abbrev=False)
     defaults = Options()
-    parser.add_argument("data", metavar="DATA", help="data to weight: a path, or the name of a source")
+    parser.add_argument("data", metavar="DATA", help="documents to weight: a path, or the name of a source")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of a run")
     parser.add_argument("--target", required=True, metavar="DATA",
                         help="held-out data that stands for the goal: a path, or the name of a source")  # fmt: skip

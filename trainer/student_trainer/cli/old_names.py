@@ -1,7 +1,7 @@
-"""Settings by the names that older trainers gave them, as today's. Called by `compose` before anything is checked.
+"""Translates settings' names in older trainers into current ones. Called by `compose` before anything is checked.
 
-Each old name becomes overrides with today's names, and one line of the log says which. A choice that the command line
-makes itself stays as it is.
+Each old name becomes overrides with current names, and a line of the log says which. A choice that the command line
+makes under a current name takes precedence.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from hydra.core.override_parser.types import Override
 
 logger = logging.getLogger(__name__)
 
-# Given the value, as it stands and as Hydra read it, and all old names of the command line with their values.
+# Arguments: the value as text and as Hydra parsed it, and all old names on the command line with their values.
 Rename = Callable[[str, Any, Mapping[str, Any]], list[str]]
 OPTIMIZERS = {"muon": "muon_clip", "muonclip": "muon_clip", "muon_clip": "muon_clip", "adamw": "adamw"}
 
-TRAININGS = {"lrc_calibration": "lrc"}  # by what a recipe was called
+TRAININGS = {"lrc_calibration": "lrc"}  # old name of a recipe -> current one
 
 
 def _served(old: Mapping[str, Any]) -> bool:
@@ -26,7 +26,7 @@ def _served(old: Mapping[str, Any]) -> bool:
 
 
 def _teacher_model(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
-    # One that is served says itself who it is.
+    # A served teacher states its identity.
     return [] if _served(old) else ["teacher=local", f"teacher.model={text}"]
 
 
@@ -61,7 +61,7 @@ def _influence(text: str, value: Any, old: Mapping[str, Any]) -> list[str]:
 
 
 def _of_influence(field: str) -> Rename:
-    """A setting of the section `influence`, which has no effect where that is off."""
+    """A setting of the old section `influence`, dropped unless influence.enabled is true."""
     return lambda text, value, old: [f"data.mixture.{field}={text}"] if old.get("influence.enabled") is True else []
 
 
@@ -79,11 +79,11 @@ RENAMED: dict[str, Rename] = {
     "optimizer.lr": lambda text, value, old: [f"optim.learning_rate={text}"],
     "data.config_name": lambda text, value, old: [f"data={text}"],
 }
-SECTIONS = {"optimizer.": "optim."}  # whose other settings have the names that they had
+SECTIONS = {"optimizer.": "optim."}  # renamed sections, whose other settings kept their names
 
 
 def renamed(overrides: Sequence[Override]) -> list[str]:
-    """The overrides with today's names alone. ValueError for a value that an old name never had."""
+    """The overrides with current names only. ValueError for a value that an old name never had."""
     old = {each.key_or_group: each.value() for each in overrides if _rename_of(each.key_or_group) is not None}
     kept = [str(each.input_line) for each in overrides if each.key_or_group not in old]
     chosen = {each.key_or_group for each in overrides} - old.keys()

@@ -1,8 +1,9 @@
-"""The documents of a run as token ids, to be scored ahead of it: `stillhouse-train sequences FILE.jsonl SETTINGS...`.
+"""Writes the documents of a run as token ids, to be scored in advance: `stillhouse-train sequences FILE.jsonl
+SETTINGS...`. Called by `main`.
 
-A teacher answers for exact sequences, and where a document is cut, and what a tokenizer or template puts around it, the
-run's settings decide. `stillhouse-teacher fill MODEL FILE.jsonl --store FOLDER` (or `--output URL`) reads the file;
-`teacher=cached` trains on what it wrote. Called by `main`.
+Targets belong to exact sequences, and the run's settings decide where a document is cut and what a tokenizer or
+template adds to it. `stillhouse-teacher fill MODEL FILE.jsonl --store FOLDER` (or `--output URL`) reads the file;
+`teacher=cached` trains on the targets that it wrote.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from teacher_proto.process.stages import stage
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the file. ValueError for settings that no run could have either."""
+    """Write the file. ValueError for settings that could not be trained with either."""
     if not arguments or "=" in arguments[0]:
         raise ValueError("the file to write is not given: stillhouse-train sequences FILE.jsonl SETTINGS...")
     settings = compose_arguments(arguments[1:])
@@ -40,9 +41,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def documents(settings: Settings) -> Iterator[tuple[str, list[int]]]:
-    """Name and token ids of every document that a run of these settings asks its teacher about, in order, with repeats.
+    """Name and token ids of every document that a run with these settings needs targets for, in order, with repeats.
 
-    ValueError for a run that decides on the way how much it draws of each source.
+    ValueError for a run whose mixture policy decides during training how much it draws from each source.
     """
     if PolicyState.of(settings.data).policy.varies:
         raise ValueError(
