@@ -1,6 +1,6 @@
-"""Puts a run together: folder, teacher, data, student, optimizer, and where it left off. Called by `main`.
+"""Builds a run from its settings: folder, teacher, data, student, optimizer, and the state to resume. Called by `main`.
 
-The order is that of what is likeliest to be wrong: whatever can be refused is refused before the model is loaded.
+What is most likely to be wrong comes first: whatever can be refused is refused before the model is loaded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Losses = dict[Kind, Weighting]
 
 
 def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
-    """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it can't be."""
+    """A run ready for `loop.train`; `stack` closes it. ValueError or StillhouseError if it cannot be built."""
     settings = recognised(settings)
     ranks = open_ranks(settings, stack)
     folder = open_folder(settings, ranks, stack)
@@ -72,10 +72,10 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
     else:
         source.check_probe()
         calibrate_at_start(settings, student, source, identity, folder.path, ranks)
-    # Before the shards are made: it is copied from the whole student.
+    # Before sharding, since it is a copy of the whole student.
     unsharded = Unsharded(student, copied=not ranks.alone and _passes_alone(settings))
     shard(student, ranks)
-    # Behind `shard`, whose parameters are others than those before it.
+    # After `shard`, which replaces the parameters.
     optimizer = build_optimizer(settings.optim, student.model, student.head_module, settings.run.steps)
     losses, state = _state(settings, components, optimizer, snapshot)
     if ranks.first:
@@ -105,15 +105,15 @@ def build(settings: Settings, signals: StopSignals, stack: ExitStack) -> Run:
 
 
 def _passes_alone(settings: Settings) -> bool:
-    """Whether a rank makes passes of the student that the others do not make with it."""
+    """Whether a rank makes passes of the student that the other ranks do not take part in."""
     return settings.on_policy.active or asks_late(settings) or bool(settings.distillation.balance.shares)
 
 
 def _state(
     settings: Settings, components: Components, optimizer: Optimizer, snapshot: Snapshot | None
 ) -> tuple[Losses, TrainState]:
-    """The loss on each kind of batch, and where the run stands: at its start, or where `snapshot` left it. Student and
-    optimizer are put there too.
+    """The loss on each kind of batch, and the run's state: a fresh one, or that of `snapshot`, which is also restored
+    into student and optimizer.
     """
     policy = PolicyState.of(settings.data)
     losses = weightings(settings, policy.policy.watches)
@@ -131,8 +131,8 @@ def _state(
 def _prepare_folder(
     settings: Settings, components: Components, losses: Losses, state: TrainState, folder: RunFolder, resumed: bool
 ) -> None:
-    """Settings and figures in the run's folder as they are at its start; MissingTargetsError as `list_missing`."""
-    # A run that was killed before its first save begins again, and so do its figures.
+    """Write the settings, drop metrics of steps after `state`, and look for missing targets: MissingTargetsError."""
+    # A run that was killed before its first save starts again, and so do its metrics.
     forget_after(folder.path, state.step if resumed else -1)
     write_settings(settings, folder)
     asked = spec_for(losses["data"].terms, settings.teacher.top_k, settings.distillation)
@@ -144,7 +144,7 @@ def _prepare_folder(
 def _constant(
     settings: Settings, components: Components, student: dict[str, Any], snapshot: Snapshot | None
 ) -> dict[str, Any]:
-    """What every checkpoint of this process says alike. A run that goes on without its teacher remembers who it was."""
+    """What is the same in all checkpoints of this process. A run resumed without a teacher keeps the teacher's card."""
     before = snapshot.state.get("teacher") if snapshot is not None else None
     return {
         "settings": public(settings),
@@ -158,7 +158,7 @@ def _prefetch(
     settings: Settings, components: Components, losses: Mapping[Kind, Weighting], guard: TargetGuard, stream: Stream,
     steps: int, thread: EventThread, ranks: Ranks,
 ) -> Prefetch:  # fmt: skip
-    """The stream's batches with their targets, cut into micro batches on the student's device."""
+    """Prefetches the stream's batches with their targets, cut into micro batches on the student's device."""
     student, seed, rows = components.student, ViewSeed(settings.run.seed), settings.optim.micro_batch_rows
 
     def prepare(batch: Batch, targets: BatchTargets | None) -> tuple[MicroBatch, ...]:

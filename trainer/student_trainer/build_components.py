@@ -1,8 +1,7 @@
-"""Opens and loads what a run and a check of one have in common, and holds each against the others. Called by `build`,
-`check` and `influence`.
+"""Opens teacher, tokenizer, data and student, and checks that they fit together. Called by `build`, `check` and
+`influence`.
 
-Whatever can be refused is refused before the model is loaded; but a start that waits for
-its teacher loads it meanwhile.
+Whatever can be refused is refused before the model is loaded; but a run that waits for its teacher loads it meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 def build_components(
     settings: Settings, thread: EventThread, stack: ExitStack, snapshot: Snapshot | None = None, ranks: Ranks = ALONE
 ) -> Components:
-    """Teacher, tokenizer, data and student, each held against the others; the student is whole on every rank."""
+    """Teacher, tokenizer, data and student, checked against each other; the student is not sharded yet."""
     check_cell(settings.student)
     device = choose_device(settings.run, ranks.local)
     use_device(device)
@@ -93,7 +92,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         what = "has no tokenizer" if Path(name).is_dir() else "is neither a folder nor a model that the hub gives us"
-        # What can be no hub name was meant as a folder: the hub's rules for names would only lead astray.
+        # What cannot be a hub name was meant as a folder, so the hub's rules for names would only mislead.
         why = "no such folder" if isinstance(error, HFValidationError) else str(error).strip().splitlines()[0]
         raise ValueError(
             f"{name!r} {what}: {why} (student.checkpoint_path names the student, "

@@ -1,6 +1,6 @@
-"""What a run and a check of one have in common: teacher, tokenizer, data and student, each held against the others.
+"""Teacher, tokenizer, data and student of a run, checked against each other: what training and `check` both need.
 
-Put together by `build_components`; whoever makes something of a run out of its settings is handed it.
+Built by `build_components` and passed to everything that opens a part of the run.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from teacher_proto.requests import TargetSpec
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """What a run and a check of one have in common."""
+    """The parts that a run, `check` and `influence` have in common."""
 
     teacher: Teacher | None
     tokenizer: PreTrainedTokenizerBase
     source: BatchSource
     student: Student
-    head: Head | None  # the teacher's, where something is compared over the whole vocabulary
+    head: Head | None  # the teacher's, if a loss or metric covers the whole vocabulary
     attention: AttentionSource | None = None
 
     def reason(self) -> str:
-        """What is known of an outage of those who are asked for targets."""
+        """What is known about an outage of the teacher or the attention service; empty if there is none."""
         known = (self.teacher.targets.outage() if self.teacher else "", self.attention.reason if self.attention else "")
         return "; ".join(filter(None, known))
 
     def describe_waiting(self) -> str:
-        """What is known of those who are asked for targets, for the terminal; empty where nothing is asked."""
+        """What is being waited for, for the terminal: an outage, or requests in flight. Empty if there are none."""
         waiting = self.waiting()
         return self.reason() or (f"{waiting.what}: {waiting.describe()}" if waiting is not None else "")
 
     def waiting(self) -> Waiting | None:
-        """How far everything is that those who are asked for targets were asked."""
+        """Progress of all requests in flight, to the teacher and the attention service together."""
         return Waiting.sum_of(
             (
                 self.teacher.targets.waiting() if self.teacher else None,
@@ -55,11 +55,11 @@ class Components:
 
     @property
     def targets(self) -> Targets | None:
-        """Who answers for batches: for their tokens, and for attention beside them where a loss wants that."""
+        """Where a batch's targets come from: those of its tokens, and of attention if a loss needs them."""
         targets = self.teacher.targets if self.teacher else None
         return targets if targets is None or self.attention is None else BesideTokens(targets, self.attention)
 
     def spec(self, settings: Settings, terms: Iterable[Term], kind: Kind = "data") -> TargetSpec | None:
-        """What is asked about a batch of this kind for these terms; None: nothing."""
+        """What these terms need to request for a batch of this kind; None: nothing."""
         spec = spec_for(terms, settings.teacher.top_k, settings.distillation)
         return NO_TOKENS if spec is None and kind == "data" and self.attention is not None else spec

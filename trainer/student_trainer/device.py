@@ -1,8 +1,7 @@
-"""Which device a run computes on, asked of the machine. Called by `ranks`, before they connect, and by
-`build_components`.
+"""Chooses the device that a run computes on. Called by `ranks`, before the ranks connect, and by `build_components`.
 
-On a machine with GPUs every rank has one of its own, which is made the process's current one before anything else uses
-CUDA: collectives, random states and caches of that process then lie there, and not all on the first.
+On a machine with GPUs every rank has its own, made the process's current device before anything else uses CUDA.
+Collectives, random states and caches of each process are then on its own GPU, not all on the first.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from student_trainer.settings import RunSettings
 
 # The names of <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Arrays below this come from the heap, which keeps what is freed; those above are single, such as a checkpoint's.
+# Smaller arrays come from the heap, which keeps freed memory; larger ones are rare, such as a checkpoint's.
 HEAP_BELOW_BYTES = 2**30
 NEVER = -1
 
 
 def choose_device(settings: RunSettings, local: int = 0) -> torch.device:
-    """The device of the `local`-th rank on this machine: `settings.device`, or a GPU where there is one.
+    """The device of the `local`-th rank on this machine: `settings.device`, or for auto a GPU if there is one.
 
-    ValueError for a device that this machine has not, or that ranks would share.
+    ValueError for a device that this machine does not have, or that several ranks would share.
     """
     name = settings.device
     if name == "auto":
@@ -51,7 +50,7 @@ def choose_device(settings: RunSettings, local: int = 0) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make it the process's current device. Before the process group is made and before anything is put on it."""
+    """Make it the process's current device. Call it before the process group is made and before the device is used."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -59,12 +58,12 @@ def use_device(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed for later arrays, until the process ends; False where it can't be told to.
+    """Have malloc keep freed memory for later arrays, until the process ends. False if malloc cannot be told to.
 
-    Left to itself, glibc gives every large array back to the kernel as soon as it is freed, and the next array of that
-    size is made of new pages, each cleared by the kernel at its first touch: in a step of a model of 135M parameters
-    200,000 of them, an eighth of its time. Every step needs what the last one needed, so nothing is gained by giving it
-    back.
+    By default glibc returns every large array to the kernel as soon as it is freed, and the next array of that size
+    consists of new pages, each cleared by the kernel on first access. In a training step of a model with 135M
+    parameters those are 200,000 pages, and an eighth of its time. Every step needs the same memory as the last one, so
+    nothing is gained by returning it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,12 +1,12 @@
-"""The codes that the trainer ends with: whoever started it knows whether to start it again. Used by `main` and `loop`.
+"""The trainer's exit codes, which say whether to start it again. Used by `main` and `loop`.
 
     0   done
-    1   an error; a later start may do better: a full disk, a process killed beside it, a mistake of ours
-    2   can't run what was asked, and asking again won't help: a setting, data or a teacher must change first
-    75  nothing is wrong with the run, start it again: stopped by a signal and saved; or whom it needs is away, the
-        teacher, or the store or hub that its data or models come from
+    1   an error that may not recur: a full disk, another process of the run killed, a bug of ours
+    2   cannot run, and starting it again will not help: a setting, the data or the teacher must change first
+    75  nothing is wrong with the run, start it again: it was stopped by a signal and has saved its state, or a service
+        is unavailable: the teacher, or the store or hub that its data or models come from
 
-deploy/kubernetes/trainer.yaml gives up on 2 alone and does not count 75.
+deploy/kubernetes/trainer.yaml fails the job only on 2, and does not count 75 as a failure.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from teacher_proto.errors import DeadlyRequestError, RequestError, StillhouseErr
 
 DONE, FAILED, USAGE, AGAIN = 0, 1, 2, 75
 
-# What must change on our side; a request that ends engines is not to be asked again at all.
+# Errors that need a change on our side. A request that kills engines must not be repeated at all.
 _OURS = (RequestError, VersionError, DeadlyRequestError)
-# Classes that mean nobody could be reached, by package and name: their packages may not be installed. Each covers its
+# Errors of an unreachable peer, by package and class name, since the packages may not be installed. Each includes its
 # subclasses.
 _NETWORK = {
     "aiohttp.ClientConnectionError",
@@ -33,14 +33,14 @@ _NETWORK = {
     "socket.gaierror",
     "urllib3.HTTPError",
 }
-# ConnectionErrors that are none: a reader of ours is gone; the hub was switched off; another rank of the run failed.
+# ConnectionErrors of other kinds: the reader of our output is gone, the hub is switched off, another rank failed.
 _OTHERWISE = {"builtins.BrokenPipeError", "huggingface_hub.OfflineModeIsEnabled", "student_trainer.RankError"}
 _UNREACHED = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESTALE}
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code for what ended a command. Errors are wrapped on their way up, so their causes are looked at too."""
+    """The exit code for the error that ended a command. Errors get wrapped, so their causes are examined too."""
     if isinstance(error, StillhouseError):
         if error.retryable:
             return AGAIN
@@ -51,7 +51,7 @@ def code_of(error: BaseException) -> int:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on; `from None` hides a cause from readers alone."""
+    """The error, its cause, and so on; after `from None` the cause is still in `__context__`."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -61,7 +61,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether somebody could not be reached, or said that it is busy."""
+    """Whether a peer could not be reached, or reported that it is busy."""
     if isinstance(error, StillhouseError):
         return error.retryable
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}

@@ -1,9 +1,9 @@
-"""THE file to read first: `train` goes from step to step, `step` makes one update. Everything else serves these two.
+"""The training loop, THE file to read first: `train` goes from step to step, `step` makes one update.
 
-    batch n -> its targets, asked for ahead of time -> forward, loss, backward, micro batch by micro batch -> update
+    batch n -> its targets, requested ahead of time -> forward, loss, backward, micro batch by micro batch -> update
 
-Losses are sums; the one division by the count of all valid tokens of the batch is here. An update that is not finite is
-never made. `build` puts a `Run` together, `main` calls `train`.
+Losses are sums; they are divided once, here, by the number of valid tokens in the whole batch. An update with a loss or
+gradient that is not finite is never made. `build` makes a `Run`, `main` calls `train`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ DONE, STOPPED = exit_codes.DONE, exit_codes.AGAIN
 
 
 def train(run: Run, started: float | None = None) -> int:
-    """Train to the last step, or to `run.time_limit_s` after `started`, a monotonic time, now if not given. Returns
+    """Train to the last step, or until `run.time_limit_s` after `started` (a monotonic time, by default now). Returns
     DONE, or STOPPED after a signal; whatever else ends the run is raised.
 
-    After every update: figures to the log, then evaluation and saving where they are due. A signal is obeyed at once,
-    but while an update is made of its gradient, logged or saved; an update that has not come so far is dropped. The run
-    is saved before it ends, by another thread where this one is stuck in a long native call.
+    After every update the metrics are logged, then evaluation and saving follow if they are due. A signal takes effect
+    at once, except while an update is applied, logged or saved; an update that has not come that far is dropped. The
+    run is saved before it ends, by another thread if this one is stuck in a long native call.
     """
     rescued = run.signals.rescued(run.save_for_good) if run.ranks.alone else nullcontext()
     steps, started = run.settings.run.steps, time.monotonic() if started is None else started
@@ -51,7 +51,7 @@ def train(run: Run, started: float | None = None) -> int:
                 run.evaluate()
             while run.state.step < steps:
                 steps = advance(run, steps, started)
-            if run.state.step == 0:  # of none: what is saved is how the student starts
+            if run.state.step == 0:  # a run of 0 steps saves the initial student
                 run.save()
             run.checkpoints.finish(last=True)
             with run.interruptible():
@@ -69,10 +69,10 @@ def train(run: Run, started: float | None = None) -> int:
 
 
 def advance(run: Run, steps: int, started: float) -> int:
-    """One update with all that follows it. Returns the last step: `steps`, or this one where the time is over."""
+    """One update and all that follows it. Returns the run's last step: `steps`, or this one if the time is over."""
     began = time.monotonic()
     run.refresh()
-    # What a save in the midst of the update has to restore: an update that is dropped leaves no trace.
+    # What a save during the update has to store instead: an update that is dropped leaves no trace.
     run.before = Before(randomness.capture(), run.losses)
     with run.ranks.sync_errors(), run.interruptible():
         run.signals.check()
@@ -80,7 +80,7 @@ def advance(run: Run, steps: int, started: float) -> int:
         with stage(f"waiting for the targets of step {run.state.step + 1}", note=run.waiting, closing=False):
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)
-        # With the weights that this update starts from, so it can't have been asked ahead.
+        # These requests depend on the weights that this update starts from, so they cannot be made ahead of time.
         ready = run.ask_late(ready)
         run.meter.begin(run.state, ready.batch.kind, run.terms("data"), run.ask_late, run.pause)
     metrics = replace(step(run, ready), wrote_s=wrote_s)
@@ -100,7 +100,7 @@ def advance(run: Run, steps: int, started: float) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """That of a batch lies in the parameters' `grad`; this is its norm and what else is known of it."""
+    """Norm and metrics of a batch's gradient, which itself is in the parameters' `grad`."""
 
     terms: tuple[Term, ...]
     sums: LossSums
@@ -109,7 +109,7 @@ class Gradient:
 
 
 def differentiate(run: Run, ready: Ready) -> Gradient:
-    """Forward and backward passes, micro batch by micro batch. Changes nothing of the student.
+    """Forward and backward passes, micro batch by micro batch. Does not change the student's weights.
 
     The loss is the sum over all terms and tokens divided by the number of valid tokens of the whole batch, so that it
     does not depend on how the batch is cut into micro batches.
@@ -124,13 +124,13 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
         for micro in ready.micro if count else ():
             with run.optimizer.watching(micro.view.attention.document_ids_BT >= 0), run.meter.watching(micro):
                 loss = run.student.loss(micro, terms, run.settings.distillation.chunk_rows)
-            # One division, by all ranks' tokens: d (sum / count), whatever micro batches the sum is made of.
+            # The one division, by all ranks' tokens: the gradient of sum / count, however micro batches are cut.
             (loss.total / count).backward()
             sums.add(loss, micro)
             doing.done += 1
             run.compiles = False
             run.pause()
-    # sqrt of the sum of squares over all parameters; of sharded ones over all ranks.
+    # sqrt of the sum of squares over all parameters, of sharded ones over all ranks.
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in run.optimizer.parameters if parameter.grad is not None]
     )
@@ -138,14 +138,14 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
 
 
 def step(run: Run, ready: Ready) -> StepMetrics:
-    """One update from one batch. NonFiniteError, before anything is changed, if loss or gradient is not finite."""
+    """One update from one batch. NonFiniteError if loss or gradient is not finite, before anything has changed."""
     number = run.state.step
     with run.interruptible():
         gradient = differentiate(run, ready)
         terms, norm = gradient.terms, gradient.norm
         losses = gradient.sums.metrics(norm, run.ranks)
         waited_s = run.ranks.largest(ready.waited_s)
-    # So far a signal ends the update and nothing is changed; from here on it is made to its end, if it is finite.
+    # Up to here a signal drops the update, and nothing has changed. From here on a finite update is completed.
     run.guard.require_finite(losses, gradient.sums, ready, run.student, number)
     if run.settings.optim.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(run.optimizer.parameters, run.settings.optim.clip_norm, norm)

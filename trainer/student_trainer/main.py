@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 from student_trainer.exit_codes import FAILED, USAGE, code_of
 
-# Imported only when they are asked for.
+# Imported only when called.
 SUBCOMMANDS = {
     "check": "student_trainer.cli.check",
     "export": "student_trainer.cli.export",
@@ -48,14 +48,14 @@ logger = logging.getLogger("stillhouse")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
+    """Entry point. A mistake of the user gives one line on stderr and exit code 2."""
     end_with_parent_if_asked()
-    atexit.register(skip_teardown)  # what is registered first is called last
+    atexit.register(skip_teardown)  # registered first, so called last
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read what we print has seen enough, as `head` does; what is left in the buffer goes nowhere.
+        # The reader of our output has seen enough, such as `head`. What is left in the buffer is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -65,18 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End one of several ranks: all of ours is closed, and the interpreter is not taken apart. The native threads of
-    gloo outlive the process group, which FSDP's mesh holds on to, and would run on while what they use is destroyed.
+    """End one of several ranks without tearing down the interpreter; all our resources are closed. gloo's threads
+    outlive the process group, which FSDP's mesh keeps alive, and would run on while what they use is destroyed.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
     os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of a command; one that a signal stopped ends the process itself."""
+    """The exit code of a command. A command that was stopped by a signal ends the process itself."""
     return stoppable("stillhouse-train", lambda signals: choose(arguments, signals))
 
 
@@ -101,7 +101,7 @@ def subcommand(name: str, *arguments: str) -> int:
 
 
 def train(arguments: list[str], signals: StopSignals) -> int:
-    """Compose the settings, build the run, train it to its end."""
+    """Compose the settings, build the run, and train."""
     from student_trainer.cli.compose import compose_arguments
     from teacher_proto.process.stages import DISPLAY, stage
 
@@ -109,7 +109,7 @@ def train(arguments: list[str], signals: StopSignals) -> int:
     settings = compose_arguments(arguments)
     if DISPLAY.shown != "off":
         DISPLAY.shown = settings.logging.progress
-    # Only now the imports that take their time: a misspelt setting is answered at once.
+    # The slow imports come only now, so that a misspelt setting is reported at once.
     with stage("importing libraries"):
         from student_trainer import loop
         from student_trainer.build import build
@@ -121,14 +121,14 @@ def train(arguments: list[str], signals: StopSignals) -> int:
             with run.ranks.noticing_the_gone():
                 return loop.train(run, started)
         except signals.Stop:
-            # Before anything is closed, which the signal would else interrupt again.
+            # Before anything is closed, or the signal would interrupt that too.
             signals.obey()
             raise
 
 
 def guarded(command: Callable[[], int], signals: StopSignals) -> int:
-    """The edge of the process: every error becomes a message and a code; a traceback is for our own mistakes. An error
-    after a signal is what somebody made of the exception that the signal raised in the middle of their work.
+    """Turns every error into a message and an exit code; only bugs of ours give a traceback. An error after a signal is
+    not reported: some library made it from the exception that the signal raised in the middle of its work.
     """
     from student_trainer.settings.redact import redact
     from teacher_proto.errors import StillhouseError
@@ -158,12 +158,12 @@ def guarded(command: Callable[[], int], signals: StopSignals) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """By name and text: torch may not be imported, and its allocator on a CPU raises a plain RuntimeError."""
+    """Recognised by name and text, since torch may not be imported, and on a CPU raises a plain RuntimeError."""
     return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what standard error is at the time: a bar stands in for it, to keep itself below all lines."""
+    """Writes to the current sys.stderr, which a progress bar replaces to keep itself below all lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -171,10 +171,10 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def start_logging() -> None:
-    """Our own messages to stderr, one form for logs and warnings; libraries speak up from warnings on. Of several
-    ranks, all but the first tell of errors alone. A crash in native code says where every thread was.
+    """Log to stderr, with warnings in the same format; libraries log from level WARNING on. Of several ranks, all but
+    the first log only errors. A crash in native code prints where every thread was.
     """
-    faulthandler.enable(2)  # the descriptor: what stands for sys.stderr need not have one
+    faulthandler.enable(2)  # the descriptor, which a replacement of sys.stderr may not have
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank} "
     from student_trainer.settings.redact import RedactingFormatter, redact

@@ -1,4 +1,4 @@
-"""The random state of a process, saved and put back: python, numpy, torch, every device. Used by `checkpoints`."""
+"""Saves and restores a process's random state: Python, NumPy, torch, its GPU. Used by `loop`, `run`, `checkpoints`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def seed_everything(seed: int) -> None:
 
 
 def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors for safetensors and the rest for JSON."""
+    """The random state: tensors for safetensors, and the rest for JSON."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {"torch.cpu": torch.get_rng_state(), "numpy.keys": torch.from_numpy(np.array(keys, np.int64))}
     if torch.cuda.is_available():
-        # Only this process's own device: asking another one's state would take memory on it.
+        # Only this process's own device: reading another one's state would allocate memory on it.
         tensors[f"torch.cuda.{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
     plain = {
         "python": [version, list(internal), gauss],
@@ -33,7 +33,7 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put back what `capture` gave. States of devices that this machine has not are left out."""
+    """Restore what `capture` returned. States of devices that this machine does not have are ignored."""
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, position, has_gauss, cached = plain["numpy"]

@@ -1,10 +1,10 @@
-"""The processes of one run, its ranks: who this one is, and the little that they tell each other. Opened by `build`.
+"""The ranks of a run, that is, its processes: which one this is, and the little that they exchange. Opened by `build`.
 
     torchrun --nproc-per-node 2 -m student_trainer.main SETTINGS
 
-Each rank takes its own rows of every batch, asks for their targets itself, and holds a shard of the student
-(`students.sharding`). What one of them meets between two updates, a signal or a failure, all meet: `sync_errors`.
-A run that torchrun did not start is one rank, and nothing here does anything.
+Each rank takes its own rows of every batch, requests their targets itself, and holds a shard of the student
+(`students.sharding`). A signal or failure in one of them between two updates ends all of them: `sync_errors`.
+A run that torchrun did not start has one rank, and nothing here does anything.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from student_trainer.settings import Settings
 from teacher_proto.errors import TeacherUnavailableError
 from teacher_proto.process.stopping import StopSignals
 
-# Beyond what a rank may wait for its teacher: the others wait for it all that time.
+# On top of the time that a rank may wait for its teacher, during which the other ranks wait for it.
 PATIENCE_S = 600.0
 FINE, STOPPED, NO_TEACHER, FAILED = range(4)
-# What gloo says when the other side died; it has no class of its own for that. NCCL's errors are `DistError`s.
+# gloo's messages when the other side died, for which it has no class. NCCL's errors are `DistError`s.
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|Broken pipe|Timed out waiting")
 
 
 class RankError(ConnectionError):
-    """Another rank failed, so this one can't go on."""
+    """Another rank failed, so this one cannot go on."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This is rank `rank` of `world`, and the `local`-th on its machine."""
+    """This process is rank `rank` of `world`, and the `local`-th on its machine."""
 
     rank: int = 0
     world: int = 1
@@ -52,16 +52,16 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes what a run writes once."""
+        """Whether this is the rank that writes what is written once per run."""
         return self.rank == 0
 
     def sync_errors(self) -> SyncErrors:
-        """A block that ends alike on all ranks: what one raises in it, all raise, once all have come to its end."""
+        """A block that ends alike on all ranks: if one raises in it, all raise, once all have reached its end."""
         return SyncErrors(self)
 
     @contextmanager
     def noticing_the_gone(self) -> Iterator[None]:
-        """A block in which a collective that lost its other side, FSDP's too, raises a RankError."""
+        """A block in which a collective whose peer has died, including FSDP's, raises a RankError."""
         try:
             yield
         except RuntimeError as error:
@@ -74,26 +74,26 @@ class Ranks:
         return count if self.alone else int(self.add_up(torch.tensor(int(count))))
 
     def totals(self, values: Sequence[float]) -> list[float]:
-        """The sum over the ranks of each of these numbers."""
+        """Each of these numbers summed over the ranks."""
         return list(values) if self.alone else self.add_up(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def largest(self, value: float) -> float:
         """The maximum over the ranks."""
         if self.alone:
             return value
-        # On the CPU by gloo, in float64: the number itself comes back, not a rounded one.
+        # By gloo on the CPU in float64, so that the result is not rounded.
         largest = torch.tensor(value, dtype=torch.float64)
         _exchange(largest, dist.ReduceOp.MAX)
         return float(largest)
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place; the order of the terms is fixed."""
+        """The sum over the ranks, in place, in a fixed order."""
         if not self.alone:
             _exchange(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def from_first(self, text: str) -> str:
-        """The text that rank 0 gave, on every rank."""
+        """Rank 0's text, on every rank."""
         if self.alone:
             return text
         texts = [text]
@@ -102,7 +102,7 @@ class Ranks:
         return texts[0]
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The small CPU tensors of all ranks, in their order, on every rank."""
+        """The tensors of all ranks, in rank order, on every rank; for small CPU tensors."""
         gathered = [dict(tensors)] * self.world
         if not self.alone:
             dist.all_gather_object(gathered, dict(tensors))
@@ -126,7 +126,7 @@ class SyncErrors:
     ) -> None:
         if self.ranks.alone:
             return
-        # The worst of the states, and each rank that is better off raises for it: none waits for one that has left.
+        # All learn the worst state, and those in a better one raise for it, so that none waits for one that left.
         mine = _state_of(error)
         worst = int(self.ranks.largest(mine))
         if worst == mine:
@@ -158,12 +158,12 @@ def _gone(error: RuntimeError) -> RankError:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or gathered from its shards; then all ranks must call."""
+    """The tensor itself, or if it is sharded, gathered from all ranks, which must all call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:
-    """`values`, which every rank has whole, on the device of `tensor` and sharded as it is; nothing is sent."""
+    """`values`, which every rank has in full, on the device of `tensor` and sharded like it; nothing is sent."""
     values = values.to(tensor.device)
     if not isinstance(tensor, DTensor):
         return values
@@ -171,9 +171,9 @@ def like(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
-    """The ranks that torchrun started, or this process alone; `stack` ends their connection.
+    """The ranks that torchrun started, or this process alone; `stack` closes their connection.
 
-    ValueError for an environment that is not torchrun's.
+    ValueError for an environment that torchrun did not set up.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -184,7 +184,7 @@ def open_ranks(settings: Settings, stack: ExitStack) -> Ranks:
     device = choose_device(settings.run, local)
     use_device(device)
     dist.init_process_group(
-        # Counts and flags travel by gloo in both cases, so that no GPU waits for them.
+        # Counts and flags go by gloo in both cases, so that no GPU waits for them.
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=settings.teacher.outage_timeout_s + PATIENCE_S),
     )

@@ -1,5 +1,5 @@
-"""All that a run is made of, and what it does beside its updates: evaluate, save, stop. Put together by `build`, moved
-on by `loop`.
+"""The parts of a run, and what it does besides its updates: evaluate, save, stop. Built by `build`, advanced by
+`loop`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Before:
-    """What an update changes before it is made. A run that is saved in the midst of one is saved with these, as if the
-    update had not been begun.
+    """State that changes while an update is still computed. A save during an update uses this copy, as if the update
+    had not begun.
     """
 
     random: tuple[dict[str, Tensor], dict[str, Any]]
@@ -54,8 +54,8 @@ class Before:
 
 @dataclass(eq=False)
 class Run:
-    """All that a run is made of. `state` is where it stands and moves with every step; `before` is there while an
-    update is under way. `waiting` says what is known of targets that are waited for.
+    """The parts of a run. `state` is replaced after every step; `before` is set during an update. `waiting` describes
+    the targets that are being waited for.
     """
 
     settings: Settings
@@ -81,11 +81,11 @@ class Run:
     compiles: bool = False  # whether the next update has to compile the student first
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """A block that a signal ends at once. Several ranks stop together instead, where each comes to `pause`."""
+        """A block that a signal ends at once. Several ranks instead stop together, when each reaches `pause`."""
         return self.signals.raising() if self.ranks.alone else nullcontext()
 
     def pause(self) -> None:
-        """Called where all ranks can stop together."""
+        """Call it where all ranks can stop together; raises if any has received a signal."""
         with self.ranks.sync_errors():
             self.signals.check()
 
@@ -94,25 +94,23 @@ class Run:
         return self.losses[kind].at(self.state.step)
 
     def measure(self, ready: Ready) -> dict[str, float]:
-        """The norms of the terms' gradients on the first micro batch of the first rank, where they are due; later steps
-        go by them.
-        """
+        """The norms of the terms' gradients on the first rank's first micro batch, if due; later steps use them."""
         weighting = self.losses[ready.batch.kind]
         if not ready.micro or not weighting.due(self.state.step):
             return {}
         terms, chunk_rows = weighting.measured_terms, self.settings.distillation.chunk_rows
-        # The first rank measures one micro batch and all take its numbers; norms of 0 change nothing.
+        # Only the first rank measures, and all take its numbers; norms of 0 change nothing.
         norms = dict.fromkeys((term.name for term in terms), 0.0)
         if self.ranks.first and len(ready.micro[0].view.labels_N):
             norms = self.unsharded.at(self.state.step).gradient_norms(ready.micro[0], terms, chunk_rows)
         norms = json.loads(self.ranks.from_first(json.dumps(norms)))
         if not all(map(math.isfinite, norms.values())):
-            return {}  # the step finds the same, and says where
+            return {}  # the step will find the same, and report where
         self.losses = {**self.losses, ready.batch.kind: weighting.take_in(norms)}
         return norms
 
     def evaluate(self) -> None:
-        """Held-out figures, and what the student writes, to the log: both or, where a signal comes, neither."""
+        """Log held-out metrics and samples of the student's text; if a signal comes, neither."""
         with self.interruptible():
             figures = self.evaluator.evaluate(self.student, self.pause)
             samples = self.samples.write()
@@ -120,8 +118,8 @@ class Run:
         self.log.samples(self.state.step, samples)
 
     def evaluation_missing(self) -> bool:
-        """Whether the evaluation that belongs to this step has still to be made, on any rank's word: at the start, and
-        where a signal came into it.
+        """Whether this step's evaluation is still to be made: at the start, or after a signal interrupted it. All ranks
+        get the same answer.
         """
         if self.state.step == 0:
             return self.evaluator.due_at_start()
@@ -129,9 +127,9 @@ class Run:
         return due and bool(self.ranks.largest(self.ranks.first and self.log.evaluated < self.state.step))
 
     def refresh(self) -> None:
-        """Have the student whole on this rank, for the passes of the next update that a rank makes by itself. All ranks
-        gather it, so all must find alike that there are some: by settings and step alone, before anything is waited
-        for that one of them may not get.
+        """Gather the unsharded student on this rank, if the next update has passes that a rank makes by itself. All
+        ranks take part, so all must come to the same decision: from settings and step only, and before waiting for
+        anything that one of them may not get.
         """
         step, rollouts = self.state.step, self.rollouts
         kind: Kind = "rollout" if rollouts is not None and rollouts.is_rollout(step) else "data"
@@ -141,14 +139,14 @@ class Run:
             self.unsharded.refresh(step)
 
     def ask_late(self, ready: Ready) -> Ready:
-        """The batch with what is asked about it out of the student's weights, if a loss wants that."""
+        """The batch with targets that depend on the student's weights added, if a loss needs them."""
         terms = self.terms(ready.batch.kind)
         if not self.late.due(ready.batch.kind, terms):
             return ready
         return self.late.add(self.unsharded.at(self.state.step), ready, terms, self.while_waiting)
 
     def out_of_time(self, seconds: float) -> bool:
-        """Whether the run's time is over, `seconds` after it was started: on all ranks alike, which all must ask."""
+        """Whether the time limit is over, `seconds` after the start. All ranks must call it and get the same answer."""
         limit, steps = self.settings.run.time_limit_s, self.settings.run.steps
         if limit is None or self.state.step == steps or self.ranks.largest(seconds) < limit:
             return False
@@ -158,26 +156,26 @@ class Run:
     def save(self) -> None:
         """Save the run as the last update left it, in the background; `checkpoints.finish` waits for it."""
         rollouts = concat(self.ranks.gather(self.rollouts.pending(self.state.step))) if self.rollouts else {}
-        # Between two updates what is now; in the midst of one what was before it.
+        # Between updates the current state, during one the state before it.
         before = self.before or Before(randomness.capture(), self.losses)
         balance = before.losses["data"].state()
         self.checkpoints.save(self.state, self.student, self.optimizer, rollouts, balance, before.random)
 
     def save_and_wait(self) -> None:
-        """Save it to the end; a run that has learnt nothing yet has nothing to save."""
+        """Save, and wait until it is written. A run without any update has nothing to save."""
         if self.state.step > 0:
             self.save()
             self.checkpoints.finish()
 
     def save_for_good(self) -> None:
-        """Save it, and wait for the copy elsewhere: what is done after a signal, however long it takes. Another thread
-        does it where the main thread is stuck in a native call, which has changed nothing of the student.
+        """Save after a signal, and wait for the upload too, however long it takes. Another thread calls this if the
+        main thread is stuck in a native call, which has not changed the student.
         """
         self.save_and_wait()
         self.checkpoints.close()
 
     def while_waiting(self, waited_s: float) -> None:
-        """What happens while a step stands still for its targets."""
+        """Called while a step waits for its targets."""
         self.signals.check()
         with self.signals.holding():
             self.guard.watch(waited_s, self.save if self.ranks.alone else None)

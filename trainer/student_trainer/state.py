@@ -1,4 +1,4 @@
-"""Where a run stands. `loop` moves it on with every update, `checkpoint` keeps it, `reporting` writes of it."""
+"""The state of a run between updates. `loop` replaces it, `checkpoint` saves it, `reporting` logs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from student_trainer.data.policies.decisions import STATIC, PolicyState
 
 @dataclass(frozen=True)
 class TrainState:
-    """Updates made, tokens learnt from, the mixture's state before the next batch, and that of the policy over it."""
+    """Updates made, tokens trained on, the mixture's state before the next batch, and the state of its policy."""
 
     step: int
     tokens: int
