@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Look the installed packages up in an advisory database on this disk: no network, a second of time.
+"""Checks the installed packages against an advisory database on this disk, in a second and without a network.
 
     deploy/audit.py [DATABASE]
 
 DATABASE is OSV's `all.zip` of the ecosystem PyPI, or a folder of advisories as JSON or YAML, such as PyPA's
-advisory-database; .cache/advisories if not given. Without one it says so and ends with 0: `make audit` asks PyPI
-instead. Ends with 1 where an installed package has an advisory that a newer version mends. Run by `make check`.
+advisory-database; by default .cache/advisories. If it does not exist, a message says so and the exit code is 0;
+`make audit` queries PyPI instead. Exit code 1: an installed package has an advisory that a newer version fixes; 2: the
+database is empty. Run by `make check`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def advisories(database: Path) -> Iterator[dict[str, Any]]:
-    """Every advisory that was not withdrawn."""
+    """All advisories that were not withdrawn."""
     for text, is_json in _texts(database):
         if is_json:
             advisory = json.loads(text)
@@ -70,7 +71,7 @@ def _texts(database: Path) -> Iterator[tuple[bytes, bool]]:
 
 
 def finding(advisory: dict[str, Any], affected: dict[str, Any], installed: dict[str, str]) -> str | None:
-    """A line where an installed package is affected and a newer version is not."""
+    """One line, if an installed package is affected and a newer version is not."""
     package = affected.get("package", {})
     name = canonicalize_name(package.get("name", ""))
     if package.get("ecosystem") != "PyPI" or name not in installed:
@@ -86,7 +87,7 @@ def finding(advisory: dict[str, Any], affected: dict[str, Any], installed: dict[
 
 
 def _fixed_in(version: Version, events: list[dict[str, str]]) -> Version | None:
-    """The version that mends it, where `version` lies between the introduction of a fault and its end."""
+    """The version with the fix, if `version` is between the introduction of the fault and its fix."""
     introduced = False
     for event in events:
         try:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Look for secrets in an image: its variables, its history, and every file of every layer, deleted ones included.
+"""Searches an image for secrets: its variables, its history, and all files of all layers, deleted ones included.
 
     deploy/scan_image.py IMAGE [IMAGE ...]
 
-Prints what it finds and ends with 1 if that is anything. Needs Docker and Python alone. Packages of an index are passed
-over: what they bring as examples and test data is public. `NOT_OURS` says what that is.
+Prints what it finds; exit code 1 if there is anything, 2 if there is no such image. Needs only Docker and Python.
+Packages from an index are skipped (see `NOT_OURS`), since their examples and test data are public.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ PATTERNS = {what: re.compile(pattern) for what, pattern in SECRETS.items()}
 NAMES = re.compile(
     r"(^|/)(\.env|\.netrc|\.pypirc|id_(rsa|ed25519|ecdsa)|credentials|\.git-credentials)$|^run/secrets/."
 )
-# Public already: the distribution's own files, and packages of an index, but for where those were fetched from.
+# Public anyway: files of the distribution, and packages from an index, except for the URL that they came from.
 NOT_OURS = re.compile(
     r"^usr/(share|lib)/|/site-packages/(?!(teacher_proto|serving|teacher_service|attention_service|student_trainer)/"
     r"|[^/]+\.dist-info/direct_url\.json)"
 )
 VARIABLE = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)\w*=\S{8,}")
-LARGEST = 8 * 2**20  # of a file that is read: keys are small, weights are not
+LARGEST = 8 * 2**20  # larger files are not read: keys are small, weights are not
 
 
 def scan(image: str) -> list[str]:
-    """What looks like a secret in the image, a line each. ValueError if there is no such image."""
+    """What looks like a secret in the image, one line for each. ValueError if there is no such image."""
     inspected = subprocess.run([DOCKER, "image", "inspect", image], capture_output=True, text=True)
     if inspected.returncode != 0:
         raise ValueError(f"there is no image {image} here: {inspected.stderr.strip()}")
@@ -65,7 +65,7 @@ def scan(image: str) -> list[str]:
 
 
 def in_layer(stream: IO[bytes]) -> Iterator[str]:
-    """Findings in one layer; what is not a layer (a manifest among the blobs) has none."""
+    """Findings in one layer; none for a blob that is not a layer, such as a manifest."""
     try:
         with tarfile.open(fileobj=stream, mode="r|") as layer:
             for member in layer:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Look for secrets in what git tracks, with detect-secrets and the patterns of `scan_image.py`. Run by `make check`.
+"""Searches the files in git for secrets, with detect-secrets and the patterns of `scan_image.py`. Run by `make check`.
 
     deploy/scan_secrets.py [FILE ...]
 
-.secrets.baseline says which detectors look, and names the made-up secrets of our tests. To add one, after a look at it:
-`detect-secrets scan --baseline .secrets.baseline FILE`. Ends with 1 where there is another; outside a git checkout it
-says that it has scanned nothing.
+.secrets.baseline configures the detectors, and lists the made-up secrets in our tests. To add one after inspecting it:
+`detect-secrets scan --baseline .secrets.baseline FILE`. Exit code 1 if there are others; outside a git checkout it
+reports that nothing was scanned.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Bring docker-compose.yml's profile `cpu` up for real and hold it to what docs/deployment.md says of it.
+"""Starts docker-compose.yml's profile `cpu` and checks it against what docs/deployment.md says about it.
 
     deploy/try_compose.py [--no-build] [--without attention-cpu,grafana] [--build-option=--network=host ...]
 
-Needs Docker with BuildKit and compose (`docker compose`, or docker-compose 1.29), and nothing but Python's own library.
-Takes a project of its own, `stillhouse-try`, and removes it with its volumes at the end. A line for each finding; the
-first that does not hold ends it with 1.
+Needs Docker with BuildKit and compose (`docker compose`, or docker-compose 1.29), and only Python's standard library.
+Uses its own project, `stillhouse-try`, and removes it with its volumes at the end. Prints a line for each finding; the
+first that does not hold ends it with exit code 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "stillhouse-try"
 GRACE_S = 120
-IMAGES = {  # image -> target, extra, packages of the system
+IMAGES = {  # image -> target, extra, system packages
     "trainer-cpu": ("trainer", "trainer", ""),
     "demo-models": ("demo-models", "trainer", ""),
     "teacher-cpu": ("teacher", "teacher-cpu", "libnuma1"),
@@ -35,7 +35,7 @@ IMAGES = {  # image -> target, extra, packages of the system
 }
 LIMITS_GB = {"trainer-cpu": 2.0, "teacher-cpu": 5.0, "attention-cpu": 5.0, "demo-models": 5.0}
 PUBLISHED = {"teacher-cpu": ["8000/tcp"], "grafana": ["3000/tcp"]}
-# A teacher that answers at once, ready when the trainer has long been waiting: what is left is the trainer's own time.
+# A teacher that responds at once, but starts after the trainer is waiting: what remains is the trainer's own time.
 SCRIPTED = {
     "RUN_ID": "scripted",
     "CPU_TEACHER": """scripted --engine scripted --script '{"vocab_size": 49152, "start_s": 40}'""",
@@ -50,8 +50,8 @@ DOCKER = os.environ.get("DOCKER", "docker")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="deploy/try_compose.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--no-build", action="store_true", help="the images are there")
-    parser.add_argument("--without", default="", help="services to leave out, with commas between")
+    parser.add_argument("--no-build", action="store_true", help="use the existing images")
+    parser.add_argument("--without", default="", help="services to leave out, separated by commas")
     parser.add_argument("--build-option", action="append", default=[], help="passed to `docker build`")
     options = parser.parse_args()
     services = [name for name in ("teacher-cpu", "attention-cpu", "trainer-cpu", "prometheus", "grafana")
@@ -87,7 +87,7 @@ def build(image: str, options: list[str]) -> None:
 
 
 class Lab:
-    """One project, its secrets and settings in a folder of their own."""
+    """One compose project, with its secrets and settings in a temporary folder."""
 
     def __init__(self, folder: Path):
         self._compose = ["docker", "compose"] if plugin_is_there() else ["docker-compose"]
@@ -133,7 +133,7 @@ class Lab:
         require(seconds <= FIRST_STEP_WITHIN_S, f"first step {seconds:.1f} s after a scripted teacher was ready")
 
     def teacher_killed(self) -> None:
-        """SIGKILL from outside, as the kernel's killer would: restarted by policy, and the trainer goes on."""
+        """Kill the teacher with SIGKILL, like the OOM killer: it is restarted by policy, and the trainer goes on."""
         container = self.container("teacher-cpu")
         before = self.metrics()[-1]["step"]
         os.kill(self.inspect(container)["State"]["Pid"], signal.SIGKILL)
@@ -151,7 +151,7 @@ class Lab:
             f"the longest wait was {longest:.0f} s")  # fmt: skip
 
     def check_confined(self, service: str) -> None:
-        """No root, no capability, nothing written outside volumes, no port but what is meant."""
+        """No root, no capabilities, nothing written outside volumes, no unexpected port."""
         container = self.container(service)
         about = self.inspect(container)
         status = Path(f"/proc/{about['State']['Pid']}/status").read_text()
@@ -164,7 +164,7 @@ class Lab:
         require(ports == PUBLISHED.get(service, []), f"{service}: published {ports or 'nothing'}")
 
     def prometheus_sees(self) -> None:
-        """Its targets are up, and every alert rule is loaded."""
+        """Prometheus scrapes teacher and trainer, and has loaded every alert rule."""
         code = "import json,sys,urllib.request as u; print(u.urlopen('http://prometheus:9090'+sys.argv[1]).read().decode())"
 
         def ask(path: str) -> Any:
@@ -180,7 +180,7 @@ class Lab:
         require(rules and all(rule["health"] != "err" for rule in rules), f"Prometheus evaluates {len(rules)} alerts")
 
     def stop(self, services: list[str]) -> tuple[int, dict[str, int]]:
-        """Stop all; the step that the trainer stands at, and the exit codes."""
+        """Stop all services. Returns the step at which the trainer was saved, and the exit codes."""
         containers = {service: self.container(service) for service in services}
         began = time.monotonic()
         self.compose("stop")
@@ -191,7 +191,7 @@ class Lab:
         return int(said.rsplit("saving at step ", 1)[1].split(",")[0]), codes
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The run's lines so far; none before there is a trainer."""
+        """The lines of the run's metrics so far; none before the trainer runs."""
         container = self.container("trainer-cpu")
         path = f"/runs/{self._environment.get('RUN_ID', 'first')}/metrics.jsonl"
         text = run(DOCKER, "exec", container or "none", "cat", path, check=False)
@@ -207,7 +207,7 @@ class Lab:
         raise Failure(f"{what} did not come within {seconds:g} s")
 
     def ready_since(self, service: str) -> float:
-        """When it said that it is ready, by the time that Docker gave to the line."""
+        """When the service logged that it is ready, by Docker's timestamp of that line."""
         lines = run(DOCKER, "logs", "--timestamps", self.container(service)).splitlines()
         return timestamp(next(line for line in lines if ": ready at " in line).split()[0])
 
@@ -233,7 +233,7 @@ def plugin_is_there() -> bool:
 
 
 def timestamp(text: str) -> float:
-    """Docker's times: nanoseconds, and Z or an offset."""
+    """Parses Docker's timestamps: nanoseconds, and Z or an offset."""
     whole, _, rest = text.partition(".")
     digits = rest.rstrip("Z").split("+")[0].split(" ")[0]
     return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{digits or 0}")

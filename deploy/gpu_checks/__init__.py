@@ -1,1 +1,1 @@
-"""Does everything work on a box with one GPU, and how fast? What `deploy/gpu_check` runs; read `__main__` first."""
+"""Checks that everything works on a machine with one GPU, and how fast. Run by `deploy/gpu_check`; read `__main__`."""

@@ -1,15 +1,15 @@
-"""`deploy/gpu_check`: does everything work on this machine's GPU, and how fast? To runs/gpu/CARD.json too.
+"""`deploy/gpu_check`: does everything work on this machine's GPU, and how fast? Writes runs/gpu/CARD.json too.
 
-    deploy/gpu_check                          all of it, in at most eight minutes; needs no network
-    deploy/gpu_check --device cpu             the same at tiny shapes, where there is no GPU: tries the check itself
-    deploy/gpu_check --only head,head_speed   some sections; `--list` names them
-    deploy/gpu_check --wheels FOLDER          on a machine with a network: collect what a bare box with torch,
-                                              transformers and Triton lacks (--python 3.12: for another Python)
-    deploy/gpu_check --install FOLDER         on that box: unpack those wheels into runs/gpu/site, then check
+    deploy/gpu_check                          everything, in at most eight minutes; needs no network
+    deploy/gpu_check --device cpu             the same with tiny shapes on a CPU, to test the check itself
+    deploy/gpu_check --only head,head_speed   some sections; `--list` lists them
+    deploy/gpu_check --wheels FOLDER          on a machine with a network: collect what a machine without one lacks if
+                                              it has torch, transformers and Triton (--python 3.12: for that Python)
+    deploy/gpu_check --install FOLDER         on that machine: unpack those wheels into runs/gpu/site, then check
 
-Every section is a process of its own with a budget of time: one that fails, crashes or hangs hides no other. What is
-found is on the disk as soon as it is found. Exit codes: 0 all that is correctness passed, 1 some of it did not, 2 it
-can't be run as asked.
+Every section is a separate process with a time budget, so one that fails, crashes or hangs does not affect the others.
+Findings are written to disk at once. Exit codes: 0 all checks of correctness passed, 1 some did not, 2 the command
+cannot be run as given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
         return wheels.collect(options.wheels, options.python)
     if options.install is not None:
         wheels.unpack(options.install, options.out / "site")
-        # Anew, so that every process below finds them.
+        # Start again, so that all processes find them.
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [os.environ.get("PYTHONPATH", ""), str((options.out / "site").resolve())]
         )
@@ -36,7 +36,7 @@ def main() -> int:
         at = next(i for i, argument in enumerate(arguments) if argument.startswith("--install"))
         del arguments[at : at + (1 if "=" in arguments[at] else 2)]
         os.execv(sys.executable, [sys.executable, "-m", "deploy.gpu_checks", *arguments])
-    # Only now what imports torch.
+    # Imports torch, so only now.
     from deploy.gpu_checks.run import SECTIONS, run_sections
 
     if options.list:
@@ -59,12 +59,14 @@ def _options() -> argparse.Namespace:
         prog="deploy/gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together (default: 8)")
-    parser.add_argument("--only", metavar="NAME,...", help="these sections alone")
-    parser.add_argument("--list", action="store_true", help="name the sections")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of all sections together (default: 8)")
+    parser.add_argument("--only", metavar="NAME,...", help="run only these sections")
+    parser.add_argument("--list", action="store_true", help="list the sections")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="collect wheels for a bare box, and end")
-    parser.add_argument("--python", default=None, metavar="3.N", help="with --wheels: the box's Python (default: this)")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="only collect wheels for another machine")
+    parser.add_argument(
+        "--python", default=None, metavar="3.N", help="with --wheels: that machine's Python (default: this one's)"
+    )
     parser.add_argument("--install", type=Path, metavar="FOLDER", help="first unpack these wheels")
     return parser.parse_args()
 

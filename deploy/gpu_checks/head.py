@@ -1,7 +1,8 @@
-"""The fused head on the device, values and gradients, against the tests' dense oracle in float64 on the CPU.
+"""Checks the fused head on the device, values and gradients, against the tests' dense oracle in float64 on the CPU.
 
-Every kind of divergence on every support, every tail, T = 1, 2, 5, in several blocks of rows; rows without a label or
-a teacher among them; in float32, and each kind on each support in the two ways of a run that computes in bfloat16.
+Every kind of divergence on every support, with every tail and T = 1, 2, 5, in several blocks of rows, some of them
+without a label or a teacher. All of it in float32; each kind on each support also in the two ways in which a run
+computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from tests.unit.losses import dense
 
 TEMPERATURES = (1.0, 2.0, 5.0)
 K, DRAWS, TEACHER_WIDTH = 9, 7, 24
-# By name: the dtype of hidden states and head, that which the student computes in, and the bound of the relative error
-# of the value and of each gradient. Of bfloat16 states both sides get the rounded ones: what is left is the rounding
-# of the gradients; where float32 states are multiplied in bfloat16, that of the products too.
+# By name: the dtype of hidden states and head, the dtype that the student computes in, and the bound on the relative
+# error of the value and of each gradient. bfloat16 states are rounded on both sides, so only the gradients' rounding
+# remains; where float32 states are multiplied in bfloat16, that of the products does too.
 WAYS = {
     "float32": (torch.float32, torch.float32, 2e-5),
     "bfloat16": (torch.bfloat16, torch.bfloat16, 2e-2),
@@ -32,11 +33,11 @@ WAYS = {
 }
 
 
-FORWARD = ("forward_kl", "top_k_kl", "tcs")  # KL(teacher‖student), which alone may leave the tail out
+FORWARD = ("forward_kl", "top_k_kl", "tcs")  # KL(teacher‖student), the only divergence that may leave the tail out
 
 
 def run(report: Report, options: Options) -> None:
-    # Two chunks, the first of two blocks where torch's operations go by blocks.
+    # Two chunks, of which the first has two blocks where torch's operations work by blocks.
     rows, vocab_size, width, chunk = (23, 203, 16, 8) if options.tiny else (300, 10_007, 128, 250)
     for way, (dtype, _, _) in WAYS.items():
         inputs = _Inputs(rows, vocab_size, width, dtype)
@@ -58,13 +59,13 @@ def _every_term() -> Iterator[dict[str, Any]]:
             for support in supports:
                 for tail in tails if support != "full" else tails[:1]:
                     if tail == "truncate" and kind not in FORWARD:
-                        continue  # refused: the rest of the mass would be free
+                        continue  # refused by the settings: nothing would limit the rest of the mass
                     settings = {"kind": kind, "support": support, "temperature": temperature}
                     yield settings | ({"tail": tail} if tail else {})
 
 
 class _Inputs:
-    """Leaves in `dtype`, what a teacher says of their rows, and the same in float64; all on the CPU."""
+    """Leaves in `dtype`, and a teacher's targets for their rows, also in float64; all on the CPU."""
 
     def __init__(self, rows: int, vocab_size: int, width: int, dtype: torch.dtype):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Time and peak memory of the fused head, forward and backward, beside Liger's and plain cross-entropy, on one card.
+"""Measures time and peak memory of the fused head, forward and backward, next to Liger's and plain cross-entropy's.
 
-The contenders and inputs of `benchmarks/loss.py`, in this process: hidden states and head in bfloat16.
+The contenders and inputs are those of `benchmarks/loss.py`, in this process, with hidden states and head in bfloat16.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(report: Report, options: Options) -> None:
     for name, contender in CONTENDERS.items():
         try:
             found[name] = _measured(contender, x, rounds, options)
-        except Exception as error:  # a peer that is not installed, too old, or does not fit: the others still count
+        except Exception as error:  # a peer may be missing, too old or out of memory: the others still count
             if "stillhouse" in name:
                 raise
             report.note(f"{name}: not measured ({type(error).__name__}: {str(error).strip().splitlines()[:1]})")

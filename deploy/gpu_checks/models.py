@@ -1,4 +1,4 @@
-"""Models with random weights and text of token ids, made on the spot: no section needs a download."""
+"""Makes models with random weights and data of token ids, so that no section needs a download. Used by several."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.models import tiny_tokenizer
 VOCAB_SIZE = 151_936
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "initializer_range": 0.2}  # fmt: skip
-# What the models of that name have.
+# The shapes of the models of these names.
 QWEN3_0_6B = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
               "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCAB_SIZE}  # fmt: skip
 QWEN3_1_7B = QWEN3_0_6B | {"hidden_size": 2048, "intermediate_size": 6144}
 
 
 def save_qwen3(folder: Path, shape: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A Qwen3 of that shape with a tiny tokenizer. Initialised where torch's default device is."""
+    """Save a Qwen3 of that shape with a tiny tokenizer. Initialised on torch's default device."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         **shape, tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, dtype=dtype
@@ -39,7 +39,7 @@ def save_qwen3(folder: Path, shape: dict[str, Any], *, seed: int = 0, dtype: tor
 
 
 def write_tokens(path: Path, documents: int, longest: int, seed: int = 0) -> Path:
-    """JSON lines of random ids that the tiny tokenizer has; documents of some tokens to `longest`."""
+    """JSON lines of random ids of the tiny tokenizer; documents of a quarter of `longest` to `longest` tokens."""
     draw, most = np.random.default_rng(seed), len(tiny_tokenizer())
     with path.open("w") as file:
         for _ in range(documents):

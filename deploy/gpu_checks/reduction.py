@@ -1,6 +1,6 @@
-"""The teacher's reduction of logits to records on the device, against float64 on the CPU; and its time.
+"""Checks the teacher's reduction of logits to records on the device against float64 on the CPU, and times it.
 
-Reads the public `reduce_rows`, which chooses the kernels by the device.
+Calls the public `reduce_rows`, which chooses the kernels by the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GATHERED = 5
 
 
 def run(report: Report, options: Options) -> None:
-    # More rows than the head makes logits of at a time; a vocabulary beyond 16 bits, and one that no tile divides.
+    # More rows than the head computes logits for at a time; a vocabulary beyond 16 bits; one that no tile size divides.
     shapes = ((37, 1000), (5, 70_001)) if options.tiny else ((37, 1000), (1030, 70_001), (300, 151_936))
     for n, vocab_size in shapes:
         for dtype in (torch.float32, torch.bfloat16):
@@ -88,8 +88,8 @@ def _compare(report: Report, name: str, logits_NV: torch.Tensor, device: str) ->
 
 
 def _same_draws(record: TokenTargets, rows: list[int], reference: TokenTargets) -> float:
-    """The share of rows' draws that `reference`, which has these rows alone, has too. A draw turns on the last bit of a
-    logit where two ids are about as likely to be drawn.
+    """The share of the rows' draws that `reference`, which has only these rows, has too. A draw may depend on the last
+    bit of a logit, if two ids are about equally likely to be drawn.
     """
     common = 0
     for place, row in enumerate(rows):
@@ -104,7 +104,7 @@ def _draws(record: TokenTargets, row: int) -> Counter[int]:
 
 
 def speed(report: Report, options: Options) -> None:
-    """1,024 rows at the vocabulary of Qwen3, from logits that are there."""
+    """Time 1,024 rows of Qwen3's vocabulary, from existing logits."""
     n, vocab_size, rounds = (8, 5000, 2) if options.tiny else (1024, 151_936, 20)
     spec = TargetSpec(kinds=("top_k",), top_k=64, temperatures=(1.0, 2.0, 5.0))
     layout = RowLayout(spec, vocab_size)
@@ -124,7 +124,7 @@ def speed(report: Report, options: Options) -> None:
 
 
 def least_seconds(once: object, rounds: int, device: str) -> float:
-    """The least time of a call, after two that warm it up."""
+    """The shortest time of a call, after two warm-up calls."""
     assert callable(once)
     times = []
     for number in range(rounds + 2):

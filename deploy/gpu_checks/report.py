@@ -1,4 +1,4 @@
-"""What a section finds, line by line into a file, and the card that is made of all of them. Used by every section."""
+"""Writes a section's findings line by line to a file, and the card of all sections. Used by `run` and every section."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    """`device`: cpu or cuda. `tiny`: shapes that a CPU manages. `folder`: for what a section writes."""
+    """`device`: cpu or cuda. `tiny`: shapes small enough for a CPU. `folder`: for the section's files."""
 
     device: str
     tiny: bool
@@ -19,21 +19,21 @@ class Options:
 
 
 class Report:
-    """Every line is on the disk when the call returns: a section that crashes or is ended keeps what it found."""
+    """Every line is on disk when the call returns, so a section that crashes or is killed keeps its findings."""
 
     def __init__(self, path: Path):
         self._file = path.open("a", buffering=1)
 
     def check(self, what: str, passed: bool, said: str = "") -> None:
-        """A point of correctness."""
+        """A check of correctness."""
         self._write(check=what, passed=bool(passed), said=said)
 
     def close(self, what: str, error: float, bound: float) -> None:
-        """A point of correctness: an error that must not exceed its bound, nor be NaN."""
+        """A check of correctness: an error that must not exceed its bound, nor be NaN."""
         self.check(what, error <= bound, f"error {error:.2g}, bound {bound:.2g}")
 
     def figure(self, what: str, value: float, unit: str, aim: str = "") -> None:
-        """A measured number; `aim` is what it ought to be, in words. It fails nothing."""
+        """A measured number; `aim` says what it should be. It cannot fail the section."""
         self._write(figure=what, value=value if math.isfinite(value) else None, unit=unit, aim=aim)
 
     def note(self, text: str) -> None:
@@ -45,10 +45,10 @@ class Report:
 
 @dataclass
 class Findings:
-    """Of one section. `state`: passed, failed, crashed, out of time, or left out."""
+    """The findings of one section. `state`: passed, failed, crashed, out of time, or left out."""
 
     name: str
-    counts: bool  # whether it is of correctness, and so decides the exit code
+    counts: bool  # whether it checks correctness, and so affects the exit code
     state: str = "left out"
     seconds: float = 0.0
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Findings:
         return self.counts and self.state not in ("passed", "left out")
 
     def settle(self, exit_code: int | None) -> None:
-        """The state from how the section's process ended: None where it was ended for its time."""
+        """Set the state from the exit code of the section's process; None if it was killed at the end of its budget."""
         if exit_code is None:
             self.state = "out of time"
         elif exit_code < 0:
@@ -80,7 +80,7 @@ class Findings:
 
 
 def text_of(line: dict[str, Any]) -> str:
-    """A line as it is printed."""
+    """A finding as it is printed."""
     if "check" in line:
         said = f" ({line['said']})" if line["said"] else ""
         return f"  {'ok   ' if line['passed'] else 'WRONG'} {line['check']}{said}"
@@ -91,7 +91,7 @@ def text_of(line: dict[str, Any]) -> str:
 
 
 def write_card(path: Path, about: dict[str, Any], sections: list[Findings]) -> None:
-    """Replace the card by one of what has been found so far."""
+    """Replace the card by one with all findings so far."""
     card = {
         **about,
         "correct": not any(section.wrong for section in sections),

@@ -1,4 +1,4 @@
-"""A run that is killed and started again makes the steps of one that nothing disturbed, bit for bit."""
+"""Checks that a run that is killed and started again makes the same steps as an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deploy.gpu_checks.report import Options, Report
 from student_trainer.checkpoint import checkpoints as checkpoint
 
 STEPS, EVERY = 12, 3
-# A save waits for the one before: when the seventh step is made, the checkpoint of the third is on the disk.
+# A save waits for the previous one: after the seventh step, the checkpoint of the third is on disk.
 KILLED_AT = 7
 
 

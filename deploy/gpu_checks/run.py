@@ -1,4 +1,4 @@
-"""Runs the sections one after another, each in a process group of its own with a budget. Called by `__main__`."""
+"""Runs the sections one after another, each in its own process group with a time budget. Called by `__main__`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from typing import Any
 from deploy.gpu_checks.report import Findings, Options, Report, text_of, write_card
 
 PACKAGES = ("torch", "triton", "transformers", "vllm", "liger-kernel", "safetensors", "numpy")
-# A process from which the sections are forked: torch and transformers are imported once. Neither touches the GPU.
+# Imported once, in the process from which the sections are forked. None of them touches the GPU at import.
 PRELOADED = ["torch", "transformers", "transformers.models.qwen3", "numpy"]
 EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
 class Section:
-    """`module` has `function`(report, options), and is of this package where it begins with a dot. `counts`: it is of
+    """`module` has `function`(report, options); if it begins with a dot, it is in this package. `counts`: it checks
     correctness.
     """
 
@@ -58,7 +58,7 @@ SECTIONS = (
 
 
 def run_sections(names: list[str], device: str, folder: Path, seconds: float) -> int:
-    """The exit code. ValueError where the device is not there."""
+    """Returns the exit code. ValueError if there is no such device."""
     about = machine(device)
     shutil.rmtree(folder / "sections", ignore_errors=True)
     (folder / "sections").mkdir(parents=True)
@@ -77,7 +77,7 @@ def run_sections(names: list[str], device: str, folder: Path, seconds: float) ->
             print("  no time was left for it", flush=True)
         else:
             options = Options(device, device == "cpu", folder / "sections" / section.name)
-            # A CPU that others use too is slow, not hung.
+            # A CPU that others use too may be slow without hanging.
             _run(context, section, options, found, min(left, section.budget_s * (4 if options.tiny else 1)))
         print(f"  {section.name}: {found.state}, {found.seconds:.1f} s", flush=True)
         write_card(folder / "CARD.json", about, findings)
@@ -98,7 +98,7 @@ def _run(context: Any, section: Section, options: Options, found: Findings, budg
             process.join(EVERY_S)
             _take(reader, found)
         late = process.is_alive()
-        # Its whole group: the services and trainers that it started too.
+        # Its whole process group, with the services and trainers that it started.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
@@ -114,7 +114,7 @@ def _run(context: Any, section: Section, options: Options, found: Findings, budg
 
 
 def _take(reader: Any, found: Findings) -> None:
-    """New whole lines of a section, kept and printed."""
+    """Read the complete new lines of a section, keep and print them."""
     while True:
         at = reader.tell()
         text = reader.readline()
@@ -140,9 +140,9 @@ def _child(section: Section, options: Options, lines: Path) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the card says of where it was made. ValueError where there is no CUDA device and one is asked for.
+    """What the card says about this machine. ValueError if `device` is cuda and there is no CUDA device.
 
-    Asked in a process of its own: one that has used the GPU cannot be forked.
+    Queried in a separate process: one that has used the GPU cannot be forked.
     """
     program = "import json, torch; from teacher_proto.hardware import cpu_name; print(json.dumps([cpu_name()] + ("
     program += "[torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, torch.version.cuda, "

@@ -1,4 +1,4 @@
-"""The services over HTTP, on the device, against transformers in float64 on the CPU."""
+"""Checks the services over HTTP, on the device, against transformers in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from teacher_proto.requests import TargetsRequest
 
 READY = re.compile(rb"ready at (\S+), ")
 TEMPERATURES = (2.0, 5.0)
-# Of logprobs, in nats. float16 rounds a logprob of -10 by up to 0.004.
+# On errors of logprobs, in nats. float16 rounds a logprob of -10 by up to 0.004.
 BOUNDS = {"float32": 1e-2, "bfloat16": 0.25}
 
 
@@ -44,7 +44,7 @@ def vllm(report: Report, options: Options) -> None:
 
 
 def _teacher(report: Report, options: Options, engine: str, dtype: str) -> None:
-    # vLLM's kernels want heads of 64 or more.
+    # vLLM's kernels need a head size of 64 or more.
     shape = TINY | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
     model = save_qwen3(options.folder / f"{engine}-{dtype}", shape)
     sequences = _sequences(6, 12 if options.tiny else 300)
@@ -93,7 +93,7 @@ def attention(report: Report, options: Options) -> None:
 
 
 def _map_of(state: Any) -> np.ndarray:
-    """What queries [T, H, d] and keys [T, H_kv, d] attend to, [H, T, T]."""
+    """The attention probabilities of queries [T, H, d] and keys [T, H_kv, d], [H, T, T]."""
     query_HTd, key_HTd = (np.moveaxis(x.astype(np.float64), 1, 0) for x in (state.query, state.key))
     key_HTd = np.repeat(key_HTd, len(query_HTd) // len(key_HTd), 0)
     score_HTT = query_HTd @ np.swapaxes(key_HTd, 1, 2) / query_HTd.shape[-1] ** 0.5
@@ -109,7 +109,7 @@ def _sequences(count: int, longest: int) -> tuple[list[int], ...]:
 
 @contextmanager
 def _service(module: str, arguments: list[str], options: Options) -> Iterator[str]:
-    """The URL of a service with this section's process group; RuntimeError with its log if it does not come up."""
+    """The URL of a service started in this section's process group. RuntimeError with its log if it does not start."""
     device = [] if options.device == "cuda" or "vllm" in arguments else ["--device", "cpu"]
     log = Path(options.folder) / "service.txt"
     environment = os.environ | {"STILLHOUSE_DIE_WITH_PARENT": "1"}

@@ -1,4 +1,4 @@
-"""Steps of the trainer with flex attention against the same steps with SDPA, over packed documents."""
+"""Compares steps of the trainer with flex attention and with SDPA, on packed documents."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from deploy.gpu_checks.models import TINY, save_qwen3, write_tokens
 from deploy.gpu_checks.report import Options, Report
 
 STEPS = 3
-# Relative, of a step's loss and of its gradient's norm. In bfloat16 the two round attention in another order.
+# On relative errors of a step's loss and gradient norm. In bfloat16 the two kernels round attention differently.
 BOUNDS = {"float32": 2e-4, "bfloat16": 3e-2}
 
 
 def run(report: Report, options: Options) -> None:
-    # Heads of 64, which flex attention's kernels on a GPU are made for; sixteen-fold rows of tokens there.
+    # On a GPU heads of 64, which flex attention's kernels are made for, and longer rows.
     shape = TINY if options.tiny else TINY | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
     length, rows = (48, 4) if options.tiny else (1024, 8)
     student = save_qwen3(options.folder / "student", shape)
     teacher = save_qwen3(options.folder / "teacher", TINY, seed=1)
     text = write_tokens(options.folder / "text.jsonl", 40 if options.tiny else 400, length // 2)
-    # Flex attention has no backward pass on a CPU: there the same attention is held against itself, cut otherwise.
+    # Flex attention has no backward pass on a CPU, so there SDPA is compared with itself in two micro batches.
     attention = {"sdpa, two passes": "sdpa"} if options.device == "cpu" else {"flex": "flex"}
     ways = {name: (f"student.attention={kind}", f"optim.micro_batch_rows={rows // 2}")
             for name, kind in attention.items()} | {"sdpa": ("student.attention=sdpa",)}  # fmt: skip

@@ -1,7 +1,7 @@
-"""Tokens a second, memory, recompilations and waits for the device of training steps at the shapes of Qwen3.
+"""Measures tokens per second, memory, recompilations and waits for the device of training steps at Qwen3's shapes.
 
-The trainer as it is, with random weights and a tiny teacher of the same vocabulary in its process, so that what is
-measured is the student's step: forward, fused head, backward, clipping, AdamW.
+The real trainer with random weights and a tiny teacher of the same vocabulary in its process, so that the student's
+step is measured: forward, fused head, backward, clipping, AdamW.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trainers as processes, and what their metrics say. Used by `step`, `resume` and `step_speed`."""
+"""Starts trainers as processes, and reads their metrics. Used by `step`, `resume` and `step_speed`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from deploy.gpu_checks.report import Options
 
-# Not compared between two runs that ought to be one: times.
+# Times, which differ even between identical runs.
 TIMES = ("time", "seconds", "tokens_per_second", "wait_s", "wait_share", "prefetch_depth")
 
 
 def settings(options: Options, folder: Path, student: Path, teacher: Path, *more: str) -> list[str]:
-    """The command line of a run in `folder`/run whose teacher is a model in the trainer's own process."""
+    """The command line of a run in `folder`/run, whose teacher is a model in the trainer's process."""
     return [
         f"student.checkpoint_path={student}", "teacher.kind=local", f"teacher.model={teacher}",
         f"teacher.device={options.device}", "teacher.dtype=float32", "teacher.top_k=16", "teacher.sanity=off",
@@ -28,7 +28,7 @@ def settings(options: Options, folder: Path, student: Path, teacher: Path, *more
 
 
 def start(arguments: list[str], output: Path, module: str = "student_trainer.main") -> subprocess.Popen[bytes]:
-    """In this section's process group, so that it ends with it."""
+    """Start a trainer in this section's process group, with which it ends."""
     environment = os.environ | {"STILLHOUSE_DIE_WITH_PARENT": "1"}
     with output.open("ab") as file:
         command = [sys.executable, "-m", module, *arguments]
@@ -36,13 +36,13 @@ def start(arguments: list[str], output: Path, module: str = "student_trainer.mai
 
 
 def finish(process: subprocess.Popen[bytes], output: Path) -> None:
-    """RuntimeError with the end of what it printed if it failed."""
+    """Wait for its end. RuntimeError with the end of its output if it failed."""
     if process.wait():
         raise RuntimeError(f"a trainer ended with {process.returncode}:\n{output.read_text(errors='replace')[-3000:]}")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's metrics, so far."""
+    """The complete lines of a run's metrics so far."""
     file = folder / "run" / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -53,6 +53,6 @@ def trace(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_step(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
-    """Until that step is made, or the process has ended."""
+    """Wait until that step is made, or the process has ended."""
     while process.poll() is None and len(metrics(folder)) < step:
         time.sleep(0.02)

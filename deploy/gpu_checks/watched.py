@@ -1,6 +1,6 @@
-"""A trainer with a thread that watches its steps: `python -m deploy.gpu_checks.watched FOUND SETTINGS...`.
+"""Runs a trainer with a thread that watches its steps: `python -m deploy.gpu_checks.watched FOUND SETTINGS...`.
 
-Started by `step_speed`. After some steps it writes what it saw to FOUND, and ends the process: nothing is saved.
+Started by `step_speed`. After some steps the thread writes its findings to FOUND and ends the process without saving.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# Steps [3, 10] are timed; then waits for the device are counted, which costs a little, in four more.
+# Steps 3 to 10 are timed. In four more, waits for the device are counted, which slows them a little.
 WARM, TIMED, COUNTED = 2, 8, 4
 LOOKS_EVERY_S = 0.01
 
@@ -34,7 +34,7 @@ def _watch(found: Path, folder: Path) -> None:
     try:
         _write(found, _watched(folder))
         code = 0
-    except BaseException:  # the process ends with this thread, however it ends
+    except BaseException:  # the process ends with this thread in any case
         traceback.print_exc()
         code = 1
     sys.stderr.flush()
@@ -60,7 +60,7 @@ def _watched(folder: Path) -> dict[str, Any]:
 
 
 def _waits(folder: Path) -> dict[str, int]:
-    """Where the trainer waited for the device in some steps, and how often."""
+    """Where in the code the trainer waited for the device in some steps, and how often."""
     import torch
 
     places: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def _waits(folder: Path) -> dict[str, int]:
 
     warnings.simplefilter("always")
     warnings.showwarning = note
-    # From the end of a step to the end of another.
+    # From the end of one step to the end of another.
     _wait_for(folder, _steps(folder) + 1)
     torch.cuda.set_sync_debug_mode("warn")
     places.clear()

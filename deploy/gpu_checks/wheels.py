@@ -1,7 +1,8 @@
-"""Wheels for a box without a network: `--wheels` collects them where there is one, `--install` unpacks them there.
+"""Wheels for a machine without a network: `--wheels` collects them elsewhere, `--install` unpacks them. Called by
+`__main__`.
 
-Needs nothing but Python; pip where it collects. The box must have torch, transformers, Triton, numpy, pyarrow, pandas,
-httpx, msgpack, fsspec and rich itself: they are not collected.
+Needs only Python, and pip to collect. The machine must already have torch, transformers, Triton, numpy, pyarrow,
+pandas, httpx, msgpack, fsspec and rich, which are not collected.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-# What proto, services and trainer import that a box with torch and transformers may lack: with all that they need, ...
+# What proto, services and trainer import that a machine with torch and transformers may lack: with dependencies, ...
 WITH_NEEDS = ("pydantic", "pydantic-settings", "fastapi", "starlette", "uvicorn", "httptools", "structlog", "lmdb")
-# ... and by themselves, since the box has their large needs (pyarrow, pandas, torch), named here with the small ones.
+# ... and without, since the machine has their large dependencies (pyarrow, pandas, torch); the small ones are here.
 ALONE = ("hydra-core", "omegaconf", "antlr4-python3-runtime==4.9.*", "datasets", "dill", "multiprocess", "liger-kernel")
 CONSTRAINTS = Path(__file__).resolve().parent.parent.parent / "constraints.txt"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
@@ -23,7 +24,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 
 
 def collect(folder: Path, python: str | None) -> int:
-    """The exit code: 1 if one of them is not to be had, after all others were tried."""
+    """Returns the exit code: 1 if a wheel cannot be had, after all the others were tried."""
     version = python or f"{sys.version_info.major}.{sys.version_info.minor}"
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -33,7 +34,7 @@ def collect(folder: Path, python: str | None) -> int:
     missing = together if _run([*pip, "download", "--dest", str(folder), *target, *together]) else []
     for name in map(_pinned, ALONE):
         download = [*pip, "download", "--no-deps", "--dest", str(folder), *target, name]
-        # One is there as source alone; it is pure Python, so a wheel that is built here fits there.
+        # One is available as source only. It is pure Python, so a wheel built here works there.
         build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), name]
         if _run(download, quietly=True) and _run(build):
             missing.append(name)
@@ -50,7 +51,7 @@ def _run(command: list[str], quietly: bool = False) -> int:
 
 
 def _pinned(wanted: str) -> str:
-    """With the version that constraints.txt names, where it names one."""
+    """The requirement with its version in constraints.txt, if there is one."""
     for line in CONSTRAINTS.read_text().splitlines():
         name, _, version = line.partition("==")
         if _plain(name) == _plain(wanted) and version:
@@ -59,7 +60,7 @@ def _pinned(wanted: str) -> str:
 
 
 def unpack(folder: Path, site: Path) -> None:
-    """Unpack into `site` what this Python has not in that version; a wheel is a zip file of what is imported."""
+    """Unpack into `site` the wheels that this Python does not have in that version; wheels are zip files of modules."""
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise SystemExit(f"gpu_check: no wheels in {folder}; `deploy/gpu_check --wheels {folder}` collects them")
