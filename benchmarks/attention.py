@@ -1,11 +1,11 @@
-"""Tokens a second and bytes a token of the attention service, against a whole eager forward pass in the same run.
+"""Tokens per second and bytes per token of the attention service, compared with a full eager forward pass.
 
     python -m benchmarks.attention [--sequences 8] [--length 512] [--rounds 3]
 
-The service is a process over HTTP, at its default layer, in float32 on the demo's teacher; its time is the client's,
-with encoding, checks and all. The peer is what one does without it: transformers' whole model with eager attention and
-`output_attentions=True`, in this process, on the same texts and as many threads. Rounds alternate, and every one has
-texts of its own, since the service keeps its latest answers at hand.
+The service runs in another process, over HTTP, at its default layer, in float32 on the demo's teacher. It is timed at
+the client, including encoding and checks. The baseline is what one would do without it: the whole transformers model
+with eager attention and `output_attentions=True`, in this process, on as many tokens and threads. All take turns in
+each round, and every call gets new texts, because the service caches its latest responses.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _whole_forward(model: Any, batch: list[np.ndarray]) -> None:
 
 
 def _texts(num_tokens: int) -> np.ndarray:
-    """That many token ids of the demo's prose, from the beginning again where it ends."""
+    """`num_tokens` token ids of the demo's prose, repeated if it is shorter."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "teacher")
     lines = (DEMO / "text" / "prose.jsonl").read_text().splitlines()
     text = "\n".join(json.loads(line)["text"] for line in lines)
@@ -125,7 +125,7 @@ def _batches(tokens: np.ndarray, sequences: int, length: int) -> Iterator[list[n
 
 @contextmanager
 def _service() -> Iterator[str]:
-    """The URL of a service over the demo's teacher, as many threads as this process has."""
+    """Serve the demo's teacher with as many threads as this process has; yields the service's URL."""
     command = [
         sys.executable,
         "-m",

@@ -1,9 +1,9 @@
-"""vLLM without an answer: prefill alone, and prefill with the head's product on all positions. `serve.py` starts it.
+"""vLLM without a response: prefill alone, or prefill with the head's matmul at all positions. Started by `serve.py`.
 
-    python -m benchmarks.bare_prefill MODEL      a line of JSON on stdin is a round: {"head": bool, "sequences": [...]}
+    python -m benchmarks.bare_prefill MODEL      each line of stdin is a round: {"head": bool, "sequences": [...]}
 
-The engine is set up as the teacher service's, but for the pooler, and answers each round with its seconds. With the
-head it is the physical limit of whoever returns logits. This module is also what vLLM loads the model from.
+The engine is configured like the teacher service's, except for the pooler. For each round it prints the seconds that it
+took. With the head, this is the physical limit for any server of logits. vLLM loads its model class from this module.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> type:
     from teacher_service.engines.vllm_adapter import TargetsPooler, adapted
 
     class BarePooler(TargetsPooler):
-        """Nothing, or the logits of every position in the service's chunks; either way they are dropped."""
+        """Computes nothing, or the logits of every position, chunked like the service's, and drops them."""
 
         def forward(self, hidden_states: torch.Tensor, pooling_metadata: Any) -> list[torch.Tensor | None]:
             head_rows = HEAD_ROWS.get(hidden_states.device.type, HEAD_ROWS_ACCELERATOR)

@@ -1,11 +1,11 @@
-"""What each part of BitDistill's loss teaches: one ternary student, equal tokens, several seeds.
+"""What each part of BitDistill's loss contributes: one ternary student, equal tokens, several seeds.
 
     python -m benchmarks.bitdistill                      the table of docs/guides/bitdistill.md; half an hour on 2 cores
-    python -m benchmarks.bitdistill --steps 2 --pretraining-steps 3 --seeds 0      a few minutes, to see that it works
+    python -m benchmarks.bitdistill --steps 2 --pretraining-steps 3 --seeds 0      a few minutes, to try it out
 
-The student is the small one (every fifth layer of SmolLM2-135M), made ternary, trained on text alone once; from there
-every arm goes on for the same steps over the same text. Teacher and attention service are processes. Runs are kept in
-runs/bitdistill-ablation, and a run that is there is not made again.
+The student is the demo's small one (every fifth layer of SmolLM2-135M), made ternary and trained once on text alone.
+Every arm continues from there for the same steps on the same text. The teacher and the attention service run in
+separate processes. Runs are kept in runs/bitdistill-ablation, and finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from student_trainer.reporting.json_lines import read_lines
 
 ROOT = Path("runs/bitdistill-ablation")
 STAGE2 = "stage2"
-# By arm: whether it asks the attention service, and its settings.
+# Arm -> (whether it uses the attention service, its settings).
 ARMS: dict[str, tuple[bool, list[str]]] = {
     "cross-entropy": (False, ["distillation=cross_entropy"]),
     "+ logits": (False, ["distillation=bitdistill", "distillation.attention.coefficient=null"]),
@@ -39,11 +39,11 @@ TERMS = ("cross_entropy", "top_k_kl", "attention")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretraining-steps", type=int, default=80)
-    parser.add_argument("--steps", type=int, default=40, help="of each arm")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a step")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts come, in which order")
+    parser.add_argument("--steps", type=int, default=40, help="steps per arm")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="choice and order of the texts")
     parser.add_argument("--pretraining-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of each arm")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="learning rate of the arms")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     options = parser.parse_args()
     prepare()
@@ -85,7 +85,7 @@ def common(options: argparse.Namespace) -> list[str]:
 
 
 def learn(name: str, arguments: list[str]) -> None:
-    """One run, as `stillhouse-train` makes it, in this process."""
+    """Run `stillhouse-train` in this process, unless the run already has both of its evaluations."""
     from student_trainer import main as trainer
 
     if len(lines_of(name, "evaluation.jsonl")) < 2 and (code := trainer.run([*arguments, f"run.id={name}"])):

@@ -1,7 +1,7 @@
-"""What `make classification` has found so far, kept and published: `make bench-classification [ARGS=--docs]`, seconds.
+"""Save and publish the results of `make classification` so far: `make bench-classification [ARGS=--docs]`, seconds.
 
-Reads `runs/classification`, writes its lines into `benchmarks/results/classification.jsonl`, and with --docs the tables
-into docs/classification.md. What is not done yet is not there; nothing is trained here.
+Copies the results in `runs/classification` to `benchmarks/results/classification.jsonl` and, with --docs, writes the
+tables into docs/classification.md. Unfinished runs are left out; nothing is trained here.
 """
 
 from __future__ import annotations

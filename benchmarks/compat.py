@@ -1,13 +1,14 @@
-"""TRL's own client against a teacher of ours and against stock vLLM, in the same run.
+"""TRL's own client with our teacher, compared with the same client on stock vLLM, in the same run.
 
     make bench-compat                                         K = 8, 20, 64; 8 sequences of 256 tokens
     make bench-compat ARGS="--sequences 4 --rounds 5"         another model: --model
 
-Contenders: *stock*, `vllm serve`, and *ours*, `stillhouse-teacher`, both asked by TRL 1.16's
-`VLLMClient.get_sequence_logprobs` as its distillation trainers ask, a batch a request; *targets*, our teacher asked for
-the same by our client, as `examples/trl_distill.py` does. All servers are up at the same time, with the same
-threads, and take turns over the same text, new in every round. Tokens are those of whole sequences, tokens/s the median
-of the rounds. CPU is user and system time a token, of the client's process and of all of the server's.
+Contenders: *stock* is `vllm serve` and *ours* is `stillhouse-teacher`, both queried with TRL 1.16's
+`VLLMClient.get_sequence_logprobs` the way its distillation trainers do, one batch per request; *targets* is our teacher
+queried for the same rows with our client, as in `examples/trl_distill.py`. All servers run at the same time with the
+same threads and take turns over the same text, which is new in every round. Tokens are those of whole sequences, and
+tokens/s is the median over rounds. CPU is user plus system time per token, of the client's process and of all of the
+server's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from teacher_proto.requests import TargetsRequest
 from tests.teacher_process import free_port
 
 MAX_LENGTH = 1024
-TEMPERATURE = 1.0  # at any other one stock vLLM's answer is another
+TEMPERATURE = 1.0  # at any other, stock vLLM's response differs from ours
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Round:
 
 @dataclass
 class Contender:
-    """`ask` is given the sequences, where their completions begin, and K."""
+    """`ask` takes the sequences, the positions where their completions begin, and K."""
 
     name: str
     pid: int
@@ -62,7 +63,7 @@ class Contender:
 
 def by_trl(url: str) -> Callable[[Sequences, list[int], int], Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it was tried with earlier versions of vLLM
+        warnings.simplefilter("ignore")  # TRL was tested with earlier versions of vLLM
         from trl.generation.vllm_client import VLLMClient
 
         client = VLLMClient(base_url=url, connection_timeout=60.0)
@@ -93,14 +94,14 @@ def measure(args: argparse.Namespace, contenders: list[Contender]) -> None:
             at += args.sequences * args.length
             for contender in contenders[number % 2 :] + contenders[: number % 2]:
                 result = contender.turn(sequences, top_k)
-                if number:  # in round 0 everything is compiled and allocated
+                if number:  # round 0 warms up: compilation and allocation
                     contender.rounds.setdefault(top_k, []).append(result)
                 print(f"{contender.name} K={top_k}: {args.sequences * args.length / result.seconds:.0f} tokens/s",
                       file=sys.stderr)  # fmt: skip
 
 
 def serve(args: argparse.Namespace, processes: ExitStack) -> list[Contender]:
-    """The servers, ready."""
+    """Start the servers, wait until they are healthy, and return the contenders."""
     model, stub = str(args.model), Path(processes.enter_context(tempfile.TemporaryDirectory()))
     stock_port, our_port = free_port(), free_port()
     limits = ["--max-model-len", str(MAX_LENGTH), "--kv-cache-memory-bytes", str(2**29)]
@@ -152,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     from teacher_service.engines.vllm_options import prepare_environment
 
-    prepare_environment()  # threads and memory: inherited by every contender
+    prepare_environment()  # thread and memory settings, inherited by every contender
     with ExitStack() as processes:
         contenders = serve(args, processes)
         measure(args, contenders)

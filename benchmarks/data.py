@@ -1,12 +1,12 @@
-"""What the trainer's data costs: ten million short documents on disk, opened, resumed midway, read and tokenised.
+"""Cost of the trainer's data: ten million short documents on disk, opened, resumed midway, read and tokenised.
 
     python -m benchmarks.data            # 10,000,000 documents, about 10 GB of disk under --folder while it runs
     python -m benchmarks.data --quick    # 200,000 documents
-    python -m benchmarks.data --keep     # leaves documents and index there, and uses those of the last time
+    python -m benchmarks.data --keep     # keeps documents and index, and reuses those of the last time
 
-Each measurement is a fresh process, as a trainer's start and resume are. A word on memory: the index is memory-mapped,
-so pages of it that were read count as resident until the system wants them back; anonymous memory is what the process
-itself holds. The peer is `datasets` with `shuffle`, the usual way to the same order.
+Each measurement runs in a fresh process, as a trainer's start and resume do. The index is memory-mapped, so pages that
+were read count as resident until the system reclaims them; anonymous memory is what the process itself holds. The
+baseline is `datasets` with `shuffle`, the usual way to read in shuffled order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORDS = Path(__file__).read_text().split()
 
 
 def main() -> None:
-    """Make the documents, run each measurement in a process of its own, and report."""
+    """Write the documents, run each measurement in its own process, and report."""
     arguments = _arguments()
     if arguments.measure:
         print(json.dumps(MEASUREMENTS[arguments.measure](arguments)))
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def write_documents(path: Path, count: int) -> int:
-    """Documents of 20 to 120 words, no two alike; the file's size in bytes."""
+    """Write distinct documents of 20 to 120 words; returns the file's size in bytes."""
     rng = random.Random(0)
     pool = [" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) for _ in range(5000)]
     partial = path.with_suffix(".partial")
@@ -106,7 +106,7 @@ def _run(name: str, arguments: argparse.Namespace, folder: Path, count: int) -> 
 
 
 def _open(arguments: argparse.Namespace, workers: int = 2) -> tuple[Any, float, float]:
-    """A `BatchSource` over the documents; seconds that imports and opening took."""
+    """A `BatchSource` over the documents, and the seconds taken by imports and by opening it."""
     began = time.monotonic()
     from transformers import AutoTokenizer
 
@@ -129,7 +129,7 @@ def _open(arguments: argparse.Namespace, workers: int = 2) -> tuple[Any, float, 
 
 
 def _tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with 8,192 tokens, trained on the words of the documents and the standard library."""
+    """A byte-level BPE tokenizer with 8,192 tokens, trained on this file (the documents' words) and on `argparse`."""
     import argparse as library
     import inspect
 
@@ -147,26 +147,26 @@ def _tiny_tokenizer() -> Any:
 
 
 def measure_index(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The first opening, which makes the index."""
+    """The first opening, which builds the index."""
     source, _, seconds = _open(arguments)
     source.close()
     return {"open_s": seconds, "documents_per_second": arguments.documents / seconds, **_memory()}
 
 
 def measure_start(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From the index to the first batch."""
+    """From opening to the first batch, with an existing index."""
     source, imports, seconds = _open(arguments)
     return _first_batch(source, source.initial_state(), imports, seconds)
 
 
 def measure_middle(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From the index to the first batch in the middle of the documents."""
+    """The same, for a first batch in the middle of the documents."""
     source, imports, seconds = _open(arguments)
     return _first_batch(source, _at(source.initial_state(), arguments.documents // 2), imports, seconds)
 
 
 def measure_steady(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Batches as fast as they come, made ahead: the rate, and how the memory grows from the 50th batch to the last."""
+    """Batches prefetched as fast as possible: their rate, and the growth of memory from the 50th batch to the last."""
     from student_trainer.data.stream import BatchStream
 
     source, _, _ = _open(arguments)
@@ -194,7 +194,7 @@ def measure_steady(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_one_core(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Batches made by one worker, this process pinned to one core."""
+    """Batches made by one worker, with this process pinned to one core."""
     source, _, _ = _open(arguments, workers=1)
     state = source.initial_state()
     for _ in range(5):
@@ -215,7 +215,7 @@ def measure_one_core(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_peer(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`datasets` over the same Arrow file: shuffle, and go to the middle."""
+    """`datasets` on the same Arrow file: shuffle, then read a document in the middle."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -240,7 +240,7 @@ def _first_batch(source: Any, state: Any, imports: float, opened: float) -> dict
 
 
 def _memory() -> dict[str, float]:
-    """Megabytes that the process holds itself, and of mapped files that are resident."""
+    """Resident megabytes of this process: anonymous memory and mapped files."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kilobytes = {name: int(status[name].split()[0]) for name in ("RssAnon", "RssFile")}
     return {"anonymous_mb": kilobytes["RssAnon"] / 1024, "mapped_mb": kilobytes["RssFile"] / 1024}
@@ -260,9 +260,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="200,000 documents")
     parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the documents and the index are put")
-    parser.add_argument("--keep", action="store_true", help="leave documents and index, use those that are there")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer; one of 8,192 tokens is made if not given")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to put the documents and the index")
+    parser.add_argument("--keep", action="store_true", help="keep documents and index, reuse existing ones")
+    parser.add_argument("--tokenizer", help="folder or name of a tokenizer; default: train one of 8,192 tokens")
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""Target datasets: bytes a token and what is lost, beside DistillKit's compressor; speed; a large index.
+"""Target datasets: bytes per token and information lost, beside DistillKit's compressor; speed; a large index.
 
     python -m benchmarks.dataset [--tokens 1000000] [--documents 20000000] [--text-tokens 10000]
-    python -m benchmarks.dataset --tokens 10000000 --for-s 300      in slices: started again, it goes on
+    python -m benchmarks.dataset --tokens 10000000 --for-s 300      in slices: the next call continues
 
-Sizes depend on the data, so they are of what a real model says of real text, where `make demo` has put one, and of
-synthetic records, whose ids are drawn by Zipf's law. KL is over the K ids, renormalised, as DistillKit's own evaluation
-of its compressor has it.
+Sizes depend on the data, so they are measured on a real model's targets for real text, if `make demo` has made one, and
+on synthetic records whose ids are drawn by Zipf's law. KL is over the K ids, renormalised, as in DistillKit's own
+evaluation of its compressor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPEEDS, INDEX = BENCH_DIR / "dataset-speeds.jsonl", BENCH_DIR / "dataset-index.j
 
 
 def shard(records: Sequence[tuple[np.ndarray, TokenTargets]], which: Manifest) -> list[list[Pair]]:
-    """Documents as `encode_shard` takes them, cut to the manifest's K."""
+    """Documents in the form that `encode_shard` takes, cut to the manifest's K."""
     return [
         split(
             which.teacher.fingerprint, Query(tokens_T, (0, len(tokens_T)), which.spec),
@@ -63,7 +63,7 @@ def column_bytes(data: bytes, names: Sequence[str]) -> int:
 
 
 def by_id(pairs: Sequence[Pair]) -> np.ndarray:
-    """Logprobs of all rows [R, K], in the order of the ids."""
+    """Logprobs of all rows [R, K], each row sorted by id."""
     found = []
     for _, targets in pairs:
         assert targets.ids is not None and targets.logprobs is not None
@@ -90,7 +90,7 @@ def ours(records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int, to
 def codec_rows(
     source: str, records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table for one kind of records, and for each of DistillKit's choices the least of ours that loses no more."""
+    """Table rows for one kind of records, and for each DistillKit scheme the smallest of ours that loses no more."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, Any] = {}
     for name, (top_k, _, _) in SCHEMES.items():
@@ -109,8 +109,8 @@ def codec_rows(
 
 
 def speed(tokens: int, top_k: int, until: float) -> list[dict[str, Any]] | None:
-    """Tokens a second of one core, by processor time: records into shards, and shards into checked records. A shard a
-    line of `SPEEDS`, so that it may be stopped and gone on with; None where it was stopped.
+    """Tokens per second of one core, in processor time: encoding records into shards, and decoding and checking them.
+    Each shard is a line of `SPEEDS`, so that the next call continues; None if `until` (monotonic) came first.
     """
     SPEEDS.parent.mkdir(parents=True, exist_ok=True)
     SPEEDS.touch()
@@ -198,8 +198,8 @@ print(each * shards, time.process_time() - began, resource.getrusage(resource.RU
 
 
 def large_index(documents: int) -> dict[str, Any]:
-    """An index of so many documents, made by one fresh process and read by another. Its pages are the system's, not
-    the reader's own. Kept in `INDEX`, for a benchmark that is gone on with.
+    """Build an index of that many documents in one fresh process and query it in another. Its pages are mapped and not
+    counted as the reader's own memory. The result is kept in `INDEX`, for a benchmark that is continued.
     """
     if INDEX.exists() and (kept := json.loads(INDEX.read_text()))["asked"] == documents:
         return dict(kept)
@@ -222,11 +222,11 @@ def large_index(documents: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="written and read for the speeds")
-    parser.add_argument("--documents", type=int, default=20_000_000, help="of the large index")
-    parser.add_argument("--text-tokens", type=int, default=10_000, help="of a model's records")
-    parser.add_argument("--drawn-tokens", type=int, default=20_000, help="of drawn records")
-    parser.add_argument("--for-s", type=float, default=float("inf"), help="stop after so many seconds; it can go on")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens written and read to measure speed")
+    parser.add_argument("--documents", type=int, default=20_000_000, help="documents in the large index")
+    parser.add_argument("--text-tokens", type=int, default=10_000, help="tokens of the model's records")
+    parser.add_argument("--drawn-tokens", type=int, default=20_000, help="tokens of synthetic records")
+    parser.add_argument("--for-s", type=float, default=float("inf"), help="seconds to run; the next call continues")
     options = parser.parse_args()
     index = large_index(options.documents)
     throughput = speed(options.tokens, 64, time.monotonic() + options.for_s)

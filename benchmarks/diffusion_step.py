@@ -1,12 +1,12 @@
-"""Seconds and memory of a block-diffusion student's step, against the autoregressive step on the same tokens.
+"""Time and memory of a block-diffusion student's step, compared with an autoregressive step on the same tokens.
 
     make bench-diffusion_step                      the demo's small student, blocks of 4, 2 rows of 256 tokens
     python -m benchmarks.diffusion_step --block 16 --seq-len 512
 
-A step is forward, cross-entropy and top-64 KL, backward, and the update, in float32; views and targets are made before,
-as prefetching makes them. Each contender runs in a process of its own, in turn. "Noisy half alone" is no way to train:
-it is the one view without its clean half, so the difference is what the doubled sequence costs. Memory is the process's
-largest resident size above what it held with the model loaded; on a GPU, what torch had allocated at most above that.
+A step is forward, cross-entropy and top-64 KL, backward, and the update, in float32. Views and targets are made in
+advance, as prefetching does. Each contender runs in its own process, in turn. "Noisy half alone" is not a way to train:
+it is the single view without its clean half, so the difference is the cost of the doubled sequence. Memory is the
+process's peak resident size above its size with the model loaded; on a GPU, torch's peak allocation above the model's.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ WARM = 2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="counted steps a round")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a contender, in turn")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per round")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per contender, in turn")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--block", type=int, default=4)
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def alone(contender: str) -> dict[str, Any]:
-    """This script's figures of one contender, in a process of its own."""
+    """`measure` of one contender, in its own process."""
     command = [sys.executable, "-m", "benchmarks.diffusion_step", *sys.argv[1:], "--contender", contender]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -97,7 +97,7 @@ def alone(contender: str) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each counted step, the peak of memory, and labels a step."""
+    """Seconds of each timed step, peak memory in GiB, and labels per step."""
     device = torch.device(hardware.pick_device("auto"))
     student = student_of(options, device)
     batch = random_batch(options)
@@ -159,7 +159,7 @@ def random_targets(batch: Batch, vocab_size: int, k: int = 64) -> BatchTargets:
 
 
 def noisy_half(view: View) -> View:
-    """The view without its clean half: half as wide, each block by itself."""
+    """The view without its clean half: half as wide, with each block on its own."""
     width = view.input_ids_BT.shape[1]
     half = width // 2
     attention = view.attention

@@ -1,8 +1,8 @@
-"""DistillKit's compressor of logprobs, by its description: the size and the error of its scheme. Used by `dataset.py`.
+"""Size and error of DistillKit's logprob compression, reimplemented from its description. Used by `dataset.py`.
 
-A vocabulary's ids at ceil(log2 V) bits each, by falling logprob; the first logprobs in bfloat16; a curve through the
-others, by least squares over powers of the rank with float32 coefficients. Its README recommends one choice for new
-captures and a smaller one for who is short of space. Nothing of its code is here.
+Ids take ceil(log2 V) bits each, in order of falling logprob; the first logprobs are stored in bfloat16; the others are
+approximated by a curve, fitted by least squares over powers of the rank with float32 coefficients. DistillKit's README
+recommends one configuration for new captures and a smaller one to save space. None of its code is used here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from teacher_proto.store.parquet import Pair
 
-# K, how many logprobs are kept as they are, the powers of the rank in the curve of the others.
+# Name -> (K, how many logprobs are stored as they are, powers of the rank in the curve of the others).
 SCHEMES: dict[str, tuple[int, int, tuple[float, ...]]] = {
     "budget": (50, 1, (0, 1, 0.5)),
     "recommended": (128, 16, (0, 1, 2, 3, 4, 0.5)),
@@ -51,7 +51,7 @@ def distillkit(pairs: Sequence[Pair], vocab_size: int, name: str, temperature: f
 
 
 def renormalised_kl(exact_RK: np.ndarray, kept_RK: np.ndarray, temperature: float = 1.0) -> float:
-    """Mean over rows of KL(exact, kept) over the K ids, in nats; both sum to one."""
+    """Mean over rows of KL(exact || kept) over the K ids, in nats, both renormalised to sum to one."""
     exact, kept = exact_RK / temperature, kept_RK / temperature
     exact = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
     kept = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))

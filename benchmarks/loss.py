@@ -1,16 +1,16 @@
-"""Time and peak memory of forward and backward from hidden states: our loss against its peers, in the same run.
+"""Time and peak memory of forward and backward from hidden states: our loss compared with others, in the same run.
 
-    python -m benchmarks.loss                  V = 32,000 and 151,936, as many tokens as 16 GiB lets the naive form have
-    python -m benchmarks.loss --of memory --gib 12                the peaks of naive and ours alone, one call each
-    python -m benchmarks.loss --of time --tokens 1024             ours against cross-entropy alone, at any size
+    python -m benchmarks.loss                  V = 32,000 and 151,936, as many tokens as the naive form fits in 16 GiB
+    python -m benchmarks.loss --of memory --gib 12                peaks of the naive form and ours alone, one call each
+    python -m benchmarks.loss --of time --tokens 1024             ours and cross-entropy alone, at any size
     python -m benchmarks.loss --quick          a few hundred tokens, half a minute
     python -m benchmarks.loss --device cuda --dtype bfloat16 --shape 128256x4096 --tokens 8192
 
-Each contender runs in a process of its own, several times in turn with the others; the least time and the largest
-peak count. On a CPU the peak is the process's resident memory (VmHWM) above what it held once the inputs were made;
-on a GPU it is torch's allocated memory, likewise above the inputs. The gradients of hidden states and head are in every
-contender's peak. TRL and Liger know only dense teachers: theirs is the divergence over the whole vocabulary from the
-teacher's hidden states and head, which costs them the teacher's product besides.
+Each contender runs in its own process, several times in turn with the others; the shortest time and the largest peak
+count. On a CPU the peak is the process's resident memory (VmHWM) above its size once the inputs were made; on a GPU it
+is torch's allocated memory, also above the inputs. Every contender's peak includes the gradients of hidden states and
+head. TRL and Liger support only dense teachers: theirs is the divergence over the whole vocabulary from the teacher's
+hidden states and head, so they also compute the teacher's logits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PEER = "torch linear_cross_entropy alone"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every contender gets; row-wise teacher targets and a dense teacher of the student's width."""
+    """Inputs of every contender: top-K targets for each row, and a dense teacher of the student's width."""
 
     hidden_ND: Any
     weight_VD: Any
@@ -126,7 +126,7 @@ QUESTIONS = {
 
 
 def make_inputs(vocab: int, width: int, tokens: int, device: str, dtype_name: str) -> Inputs:
-    """Random inputs with logits of a trained model's spread; made without an array of tokens x vocabulary."""
+    """Random inputs whose logits spread like a trained model's, made without an array of tokens x vocabulary."""
     import torch
 
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def make_inputs(vocab: int, width: int, tokens: int, device: str, dtype_name: st
 
 
 class PeakMemory:
-    """Bytes held at the most since `start`, above what was held then."""
+    """Peak bytes since `start`, above what was held then."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -161,7 +161,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            # "5" sets the high-water mark VmHWM back to the present resident size; see proc(5).
+            # Writing "5" resets the high-water mark VmHWM to the current resident size; see proc(5).
             Path("/proc/self/clear_refs").write_text("5")
             self.before = self._status("VmRSS")
 
@@ -180,10 +180,10 @@ class PeakMemory:
 
 
 def measure(name: str, arguments: argparse.Namespace, vocab: int, width: int, tokens: int) -> dict[str, float]:
-    """One contender in this process: {"seconds", "peak_bytes"}, the first call cold and the rest timed."""
+    """Run one contender in this process: {"seconds", "peak_bytes"}. The first call is not timed unless it is alone."""
     import torch
 
-    # Imports, thread pools and kernels are not the contender's memory or time.
+    # Warm up: imports, thread pools and kernels must not count as the contender's memory or time.
     CONTENDERS[name](make_inputs(TOP_K * 2, width, 8, arguments.device, arguments.dtype))
     x = make_inputs(vocab, width, tokens, arguments.device, arguments.dtype)
     peak, seconds = 0, []
@@ -202,7 +202,7 @@ def measure(name: str, arguments: argparse.Namespace, vocab: int, width: int, to
 
 
 def in_a_process(name: str, arguments: argparse.Namespace, shape: str, tokens: int) -> dict[str, float]:
-    """`measure` in a fresh process. A contender that fails is the run's failure, said with its own words."""
+    """`measure` in a fresh process. RuntimeError with the end of its stderr if it fails."""
     command = [sys.executable, "-m", "benchmarks.loss", "--one", name, "--shape", shape, "--tokens", str(tokens)]
     command += ["--device", arguments.device, "--dtype", arguments.dtype, "--repeats", str(arguments.repeats)]
     # Freed arrays go back to the system at once, so that resident memory means memory in use.
@@ -214,7 +214,7 @@ def in_a_process(name: str, arguments: argparse.Namespace, shape: str, tokens: i
 
 
 def tokens_for(arguments: argparse.Namespace, shape: str) -> int:
-    """As many rows as the naive form can have in the budget, by its own peaks at 512 and 1,024; a multiple of 256."""
+    """`--tokens`, or the multiple of 256 rows that the naive form fits in the budget, by its peaks at 512 and 1,024."""
     if arguments.tokens:
         return arguments.tokens
     low, high = (in_a_process(NAIVE, arguments, shape, rows)["peak_bytes"] for rows in (512, 1024))
@@ -258,14 +258,14 @@ def compare(arguments: argparse.Namespace, shape: str) -> tuple[list[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", help="VOCABULARYxWIDTH, may come several times")
-    parser.add_argument("--tokens", type=int, help="rows; default: what the naive form can have in --gib")
-    parser.add_argument("--gib", type=float, default=BUDGET_GIB, help="memory that the naive form may have")
-    parser.add_argument("--of", choices=QUESTIONS, default="everything", help="which contenders, and what is asked")
+    parser.add_argument("--shape", action="append", help="VOCABULARYxWIDTH, may be repeated")
+    parser.add_argument("--tokens", type=int, help="rows; default: as many as the naive form fits in --gib")
+    parser.add_argument("--gib", type=float, default=BUDGET_GIB, help="memory budget of the naive form")
+    parser.add_argument("--of", choices=QUESTIONS, default="everything", help="what to measure, for which contenders")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=1, help="timed calls a process")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a contender")
+    parser.add_argument("--repeats", type=int, default=1, help="timed calls per process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per contender")
     parser.add_argument("--quick", action="store_true", help="512 tokens of small shapes, one round")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

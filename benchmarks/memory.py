@@ -1,10 +1,10 @@
-"""Memory of one long sequence against a large vocabulary: the service and stock vLLM, in the same run.
+"""Peak memory for one long sequence with a large vocabulary: the teacher service and stock vLLM, in the same run.
 
     make bench-memory                          8,000 tokens, V = 151,936, K = 64 and 256, a random model of two layers
 
-Counted is the largest resident size of the server's processes (VmHWM, reset before each request) above what they held
-before it. The weights are small, so that what a request takes is seen; the logits of the whole sequence alone would
-be tokens x V x 4 bytes. Stock vLLM gets the same steps of 2,048 tokens.
+Measured is the peak resident size of the server's processes (VmHWM, reset before each request) above their size before
+the request. The weights are small, so that the request's own memory shows; the logits of the whole sequence alone would
+take tokens x V x 4 bytes. Stock vLLM also runs in steps of 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENIZER = ROOT / ".cache" / "demo" / "teacher"
 
 
 def save_model(folder: Path, vocab_size: int, positions: int) -> None:
-    """A random bf16 Llama of two layers with the demo's tokenizer, which stock vLLM wants to see."""
+    """Save a random bf16 Llama of two layers, with the demo's tokenizer because stock vLLM requires one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +48,7 @@ def save_model(folder: Path, vocab_size: int, positions: int) -> None:
 
 
 async def growth(pid: int, ask: Callable[[], Awaitable[Any]]) -> int:
-    """Bytes that a server and its children held at most during `ask` above what they held before."""
+    """Peak bytes of a server and its children during `ask`, above what they held before."""
     root = psutil.Process(pid)
     processes = [root, *root.children(recursive=True)]
     for process in processes:
