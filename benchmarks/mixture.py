@@ -1,13 +1,13 @@
-"""Which mixture policy ends with the best student, on six real domains and an equal budget? `make bench-mixture`.
+"""Which mixture policy yields the best student, on six real domains and an equal budget? `make bench-mixture`.
 
-    python -m benchmarks.mixture [--minutes 9] [--docs]      again and again, until it says that nothing is missing
+    python -m benchmarks.mixture [--minutes 9] [--docs]      repeat it until it no longer says "call again for the rest"
 
-Domains: prose and code of the standard library, film reviews, product reviews, editorials, tweets. Each gives a pool to
-train on, a probe for the policies that look at one, and a test set that only the last figure sees. Two tiny models with
-a vocabulary of their own, so that two slow cores make seventy runs: a teacher that was trained on all pools alike, and
-a student that starts from nothing. Every arm makes as many steps of as many tokens; five seeds decide student and order
-of the texts. A run is a line of `benchmarks/results/mixture.jsonl`, and one that is there is not made again. The best
-fixed mixture is searched on a seed of its own, by the probe.
+Domains: prose and code of the standard library, film reviews, product reviews, editorials, tweets. Each has a pool to
+train on, a probe set for the policies that use one, and a test set that only the final metrics use. Two tiny models
+with their own vocabulary make seventy runs feasible on two slow cores: a teacher trained on all pools equally, and a
+student trained from scratch. Every arm makes the same number of steps and tokens; five seeds decide the student's
+weights and the order of the texts. Each run is a line of `benchmarks/results/mixture.jsonl`, and finished runs are not
+repeated. The best fixed mixture is searched for with a separate seed, by the probe.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ RESULTS = Path(__file__).parent / "results" / "mixture.jsonl"
 DOCS = Path(__file__).parent.parent / "docs" / "mixtures.md"
 DOMAINS = ("prose", "code", "movies", "amazon", "nyt", "tweets")
 SPLITS = {"test": range(2), "probe": range(2, 3), "train": range(3, 10)}
-PIECE, POOL, HELD = 400, 200_000, 40_000  # characters: of a piece, of a domain's pool, of its probe and its test set
+PIECE, POOL, HELD = 400, 200_000, 40_000  # characters per piece, per pool, per probe or test set
 SEEDS, SEARCH_SEED = range(5), 100
 VOCABULARY, SEQ_LEN, ROWS = 1024, 256, 4
 STEPS, RATE, INTERVAL, LAG = 40, 5e-3, 5, 2
 TEACHER_STEPS = 300
-# What the student shall be good at in the end: one domain, or all alike.
+# What the student should be good at in the end: one domain, or all equally.
 PROBES: dict[str, tuple[str, ...]] = {"movies": ("movies",), "all": DOMAINS}
 Weights = dict[str, float]
-# Of all else, each policy has its defaults.
+# Everything else is left at each policy's defaults.
 ADAPTIVE = [f"data.mixture.update_interval={INTERVAL}", f"data.mixture.lag={LAG}"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=600.0, help="after these no run begins")
-    parser.add_argument("--only", default="", help="arms whose names contain this")
+    parser.add_argument("--minutes", type=float, default=600.0, help="start no run after this many minutes")
+    parser.add_argument("--only", default="", help="only arms whose names contain this")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/mixtures.md")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def write_data() -> dict[str, int]:
-    """Pieces of each domain's documents in files by split, and how many characters each domain has in all."""
+    """Write pieces of each domain's documents to a file per split; returns the total characters of each domain."""
     done = ROOT / "data" / "sizes.json"
     if not done.exists():
         folder = ROOT / "data.unfinished"
@@ -109,7 +109,7 @@ def documents(domain: str) -> list[str]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Parts of at most PIECE characters that end at white space, where there is some."""
+    """Parts of at most PIECE characters, cut at whitespace if there is any."""
     text = text.strip()
     while text:
         cut = len(text) if len(text) <= PIECE else max(text.rfind(" ", 0, PIECE), text.rfind("\n", 0, PIECE))
@@ -123,7 +123,7 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def make_teacher() -> None:
-    """A model that has learnt from all pools alike, and its tokenizer."""
+    """Train the teacher on all pools equally, and export it with its tokenizer."""
     from student_trainer import main as trainer
 
     if (ROOT / "teacher").exists():
@@ -143,7 +143,7 @@ def make_teacher() -> None:
 
 
 def make_tokenizer() -> Any:
-    """Byte-level BPE of the pools."""
+    """A byte-level BPE tokenizer trained on the pools."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -177,7 +177,7 @@ def random_model(folder: Path, layers: int, width: int, tokenizer: Any, seed: in
 
 
 def student_of(seed: int) -> Path:
-    """The student that a seed starts from: two blocks, random weights."""
+    """The student that a seed starts from: two layers of random weights."""
     from transformers import AutoTokenizer
 
     folder = ROOT / f"student-{seed}"
@@ -198,7 +198,7 @@ def by_size(sizes: Mapping[str, int]) -> Weights:
 
 
 def fixed_mixtures() -> dict[str, Weights]:
-    """Those among which the best fixed one is searched, by name."""
+    """Candidates for the best fixed mixture, by name."""
     mixtures = {f"movies {share:.0%}": _with_share("movies", share) for share in (0.4, 0.7)}
     mixtures["code 40%"] = _with_share("code", 0.4)
     english = ("movies", "amazon", "nyt", "tweets")
@@ -208,20 +208,20 @@ def fixed_mixtures() -> dict[str, Weights]:
 
 
 def _with_share(domain: str, share: float) -> Weights:
-    """The others alike."""
+    """`share` for one domain, the rest in equal parts for the others."""
     rest = (1 - share) / (len(DOMAINS) - 1)
     return {each: share if each == domain else rest for each in DOMAINS}
 
 
 def policies() -> dict[str, list[str]]:
-    """Settings of the arms that look at no probe."""
+    """Settings of the arms that use no probe."""
     arms = {name: [f"data.mixture.policy={name}", *ADAPTIVE] for name in ("excess", "divergence", "ado")}
     arms["divergence over english"] = [*arms["divergence"], "data.mixture.over=[movies,amazon,nyt,tweets]"]
     return arms
 
 
 def arm_settings(arm: str, seed: int, sizes: Mapping[str, int]) -> list[str]:
-    """Sources and policy of an arm. Probes are evaluated in the search alone, and held beside by who looks at one."""
+    """Sources and policy of an arm. Probe sets are included for the search, and for policies that use one."""
     kind, _, name = arm.partition(": ")
     if kind == "fixed":
         weights = {"by size": by_size(sizes), "equal": equal(), **fixed_mixtures()}[name]
@@ -248,7 +248,7 @@ def weighted_source(probe: str) -> list[str]:
 
 
 def weigh(probe: str, path: Path) -> None:
-    """All pools together weighed for a probe, by a student that has learnt from all domains alike."""
+    """Weight the documents of all pools for a probe, by a student trained on all domains equally."""
     from student_trainer import main as trainer
 
     for split, domains in (("train", DOMAINS), ("probe", PROBES[probe])):
@@ -264,12 +264,12 @@ def weigh(probe: str, path: Path) -> None:
 
 
 def healed() -> Path:
-    """The run whose student influence is measured on: equal shares, of the search's seed."""
+    """The run whose student influence is measured on: equal shares, with the search's seed."""
     return ROOT / "runs" / folder_of("fixed: equal", SEARCH_SEED)
 
 
 def missing(sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Runs that are to be made, the search first; the best mixtures follow from it."""
+    """Runs still to be made, the search first, because the best mixtures follow from it."""
     done = {(line["arm"], line["seed"]) for line in results()}
     first = [("fixed: equal", SEARCH_SEED), *((f"fixed: {name}", SEARCH_SEED) for name in fixed_mixtures())]
     yield from (each for each in first if each not in done)
@@ -278,14 +278,14 @@ def missing(sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 
 def arms() -> list[str]:
-    """All that are compared, once the search is through."""
+    """All arms that are compared, known once the search is done."""
     best = dict.fromkeys(f"fixed: {best_fixed(probe)}" for probe in PROBES)
     named = [*policies(), *(f"{kind}: {probe}" for kind in ("influence", "influence_select") for probe in PROBES)]
     return list(dict.fromkeys(["fixed: by size", "fixed: equal", *named, *best]))
 
 
 def best_fixed(probe: str) -> str:
-    """By the probe's KL in the search; before it, equal shares."""
+    """The mixture with the lowest KL on the probe in the search; before the search, equal shares."""
     found = {line["arm"].removeprefix("fixed: "): line for line in results() if line["seed"] == SEARCH_SEED}
     return min(found, key=lambda name: mean_of(found[name], "probe", probe, "kl"), default="equal")
 
@@ -294,7 +294,7 @@ def best_fixed(probe: str) -> str:
 
 
 def common(arm: str, seed: int, student: Path) -> list[str]:
-    """The settings in which no two arms differ."""
+    """The settings that all arms share."""
     return [
         "data=none", f"data.seq_len={SEQ_LEN}", f"data.rows={ROWS}", "data.workers=1", "data.held_out_rows=8",
         f"data.cache_folder={ROOT / 'cache'}", f"run.root={ROOT / 'runs'}", f"run.id={folder_of(arm, seed)}",
@@ -308,7 +308,7 @@ def common(arm: str, seed: int, student: Path) -> list[str]:
 
 
 def sources(weights: Mapping[str, float], probes: Sequence[str] = ()) -> list[str]:
-    """Those with a share to be learnt from, and what is evaluated: the test sets, and the probes of these domains."""
+    """Settings of the training sources with a weight, of the test sets, and of the probes of these domains."""
     lines = []
     for domain in DOMAINS:
         for split in ("train", "test", "probe"):
@@ -329,12 +329,12 @@ def folder_of(arm: str, seed: int) -> str:
 
 
 def run(arm: str, seed: int, sizes: Mapping[str, int]) -> None:
-    """One run, as `stillhouse-train` makes it, and its line."""
+    """Make a run as `stillhouse-train` would, and append its line to the results."""
     from student_trainer import main as trainer
 
     settings = arm_settings(arm, seed, sizes)
     folder = ROOT / "runs" / folder_of(arm, seed)
-    shutil.rmtree(folder, ignore_errors=True)  # of one that was stopped in its middle
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     began = time.monotonic()
     code = trainer.run([*common(arm, seed, student_of(seed)), *settings, "run.resume=never"])
     if code:
@@ -348,7 +348,7 @@ def run(arm: str, seed: int, sizes: Mapping[str, int]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Held-out figures by split and domain, and the share of the tokens that each source gave."""
+    """Held-out metrics by split and domain, and each source's share of the tokens."""
     *_, last = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     figures: dict[str, Any] = {"test": {}, "probe": {}}
     for name, values in last.items():
@@ -387,7 +387,7 @@ def tables(docs: bool) -> None:
 
 
 def table(probe: str) -> list[dict[str, Any]]:
-    """An arm a row, the best KL first. An arm for the other probe is left out."""
+    """One row per arm, the best KL first. Arms for the other probe are left out."""
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for line in results():
         if line["seed"] in SEEDS and not re.search(rf": ({'|'.join(set(PROBES) - {probe})})$", line["arm"]):

@@ -1,11 +1,11 @@
-"""What a mixture that follows the student costs: seconds a step by each policy, against `static`.
+"""Cost of a mixture that adapts to the student: seconds per step under each policy, compared with `static`.
 
     make bench-mixture_cost          or  python -m benchmarks.mixture_cost [--steps N] [--layers N]
 
-The trainer's own loop runs in this process, on two sources, with weights and a top-64 teacher made at random. A step is
-the processor time of the thread that trains: waiting for targets is none of it, nor what else the machine does. Each
-policy decides every `--steps` steps here, so that decisions are among them; what one takes beside ordinary steps
-(sketched steps, the probe, a fit) is put on top of the median step, and spread over the 1,000 steps of the default.
+The trainer's own loop runs in this process, on two sources, with random weights and a random top-64 teacher. A step is
+timed as the processor time of the training thread, which excludes waiting for targets and other load on the machine.
+Each policy decides every `--steps` steps here, so that decisions are measured too: what one takes beyond ordinary steps
+(sketched steps, the probe, a fit) is spread over the default interval of 1,000 steps and added to the median step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from student_trainer.targets.open import Teacher
 from teacher_proto.process.stopping import StopSignals
 
 ROOT = Path("runs/mixture_cost")
-INTERVAL = 1000  # updates from one decision to the next, by default
-WARM = 1  # intervals before those that count
+INTERVAL = 1000  # default number of updates between decisions
+WARM = 1  # warm-up intervals, not counted
 POLICIES: dict[str, tuple[str, ...]] = {
     "static": (),
     "excess": ("data.mixture.policy=excess",),
@@ -43,10 +43,10 @@ POLICIES: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=8, help="steps from one decision to the next, 5 or more")
+    parser.add_argument("--steps", type=int, default=8, help="steps between decisions, at least 5")
     parser.add_argument("--decisions", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=2, help="rows of 256 tokens a step")
+    parser.add_argument("--rows", type=int, default=2, help="rows of 256 tokens per step")
     options = parser.parse_args()
     prepare(options.layers)
     shutil.rmtree(ROOT, ignore_errors=True)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """By policy the seconds of each counted step; one step of each in turn, so that all meet the same machine."""
+    """Seconds of each timed step, by policy. They take turns step by step, so that all see the same machine load."""
     steps = options.steps * options.decisions
     seconds: dict[str, list[float]] = {name: [] for name in POLICIES}
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def open_run(name: str, options: argparse.Namespace, steps: int, stack: ExitStac
 
 
 def cost_of(seconds: list[float], interval: int) -> tuple[float, float]:
-    """(median of the steps that nothing is measured in, what a decision takes on top) out of whole intervals."""
+    """(median seconds of an ordinary step, additional seconds of a decision), from whole intervals."""
     sketched = InfluenceMixture.model_fields["sketch_steps"].default
     intervals = [seconds[start : start + interval] for start in range(0, len(seconds), interval)]
     ordinary_s = statistics.median(taken for each in intervals for taken in each[:-sketched])

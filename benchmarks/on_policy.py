@@ -1,13 +1,13 @@
-"""Does learning from its own text make a student better at its own text? Exposure bias, on-policy against off-policy.
+"""Does training on its own text make a student better at it? Exposure bias, on-policy compared with off-policy.
 
     make bench-on_policy            or  python -m benchmarks.on_policy [--steps N] [--seeds N]
 
-Teacher and student are small and made here, so that three seeds of every arm fit into minutes: a Llama of 4 layers
-that learns the demo's text, and one of 2 that is distilled from it until it writes. From there each arm goes on, on as
-many tokens, with the teacher behind the real service; the arms differ in who wrote the text, and the first in the
-divergence. Afterwards each student continues held-out prompts by itself, and KL(student‖teacher), over the whole
-vocabulary, is measured on what it wrote, and on what the documents say in the same places. What is finished is kept in
-runs/bench/on_policy, and not done again.
+Teacher and student are small and trained here, so that three seeds of every arm take only minutes: a Llama of 4 layers
+that learns the demo's text, and one of 2 that is distilled from it until it can write. Each arm continues from there on
+as many tokens, with the teacher behind the real service. The arms differ in who wrote the text, and the first also in
+the divergence. Afterwards each student continues held-out prompts by itself, and KL(student‖teacher) over the whole
+vocabulary is measured on its own continuations and on those of the documents. Finished work is kept in
+runs/bench/on_policy and not repeated.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from tests.teacher_process import TeacherProcess
 FOLDER = BENCH_DIR / "on_policy"
 TEACHER, STUDENT = FOLDER / "teacher", FOLDER / "student"
 VOCABULARY = 1024
-PROMPTS, DRAWS, PROMPT_TOKENS, WRITTEN_TOKENS = 32, 2, 32, 96  # of measuring: prompts a source, draws a prompt
+PROMPTS, DRAWS, PROMPT_TOKENS, WRITTEN_TOKENS = 32, 2, 32, 96  # in evaluation; prompts per source, draws per prompt
 
-# Of a row that the student wrote the prompt is not learnt from, so there are more of them: every arm learns from about
-# 1,024 tokens a step.
+# The prompt of a rollout is not trained on, so there are more rows of them: every arm trains on about 1,024 tokens per
+# step.
 DATA = ("data.rows=16", "data.seq_len=65", "~distillation.terms.cross_entropy")
 OWN = (
     "data.rows=32", "data.seq_len=65", "on_policy=reverse_kl", "on_policy.share=1.0", "on_policy.prompt_tokens=32",
@@ -58,10 +58,10 @@ ARMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=40, help="updates of each arm")
+    parser.add_argument("--steps", type=int, default=40, help="updates per arm")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher-steps", type=int, default=160)
-    parser.add_argument("--student-steps", type=int, default=80, help="updates before the arms part")
+    parser.add_argument("--student-steps", type=int, default=80, help="updates before the arms branch off")
     options = parser.parse_args()
     prepare()
     if not TEACHER.is_dir():
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the demo's text, made anew each time and the same."""
+    """A byte-level BPE tokenizer of the demo's text, trained in every call with the same result."""
     made = ByteLevelBPETokenizer()
     texts = [json.loads(line)["text"] for line in (CACHE / "text" / "prose.jsonl").read_text().splitlines()]
     made.train_from_iterator(texts, VOCABULARY, special_tokens=["</s>"], show_progress=False)
@@ -113,7 +113,7 @@ def save_model(folder: Path, layers: int, width: int) -> Path:
 
 
 def train(name: str, model: Path, steps: int, *overrides: str, seed: int = 0) -> Student:
-    """The student of a whole run of the trainer; untrained for 0 steps."""
+    """Run the trainer and return its student, which stays untrained if `steps` is 0."""
     settings = compose(
         [
             "data=stdlib", f"student.checkpoint_path={model}", f"run.root={FOLDER}", f"run.id={name}",
@@ -131,7 +131,7 @@ def train(name: str, model: Path, steps: int, *overrides: str, seed: int = 0) ->
 
 
 def once(kept: Path, name: str, steps: int, seed: int, url: str, settings: Sequence[str]) -> dict[str, float]:
-    """The figures of one arm; trained and measured if they are not there yet."""
+    """The metrics of one arm, which is trained and measured unless they are in `kept`."""
     if not kept.is_file():
         figures = measure(train(name, STUDENT, steps, url, "optim.learning_rate=1e-3", *settings, seed=seed))
         lines = (FOLDER / name / "metrics.jsonl").read_text().splitlines()
@@ -140,7 +140,7 @@ def once(kept: Path, name: str, steps: int, seed: int, url: str, settings: Seque
 
 
 def measure(student: Student) -> dict[str, float]:
-    """KL(student‖teacher) by source, on what the student writes and on the data; the same prompts and draws always."""
+    """KL(student‖teacher) by source, on the student's continuations and on the data, for fixed prompts and draws."""
     teacher, own = AutoModelForCausalLM.from_pretrained(TEACHER).eval(), AutoTokenizer.from_pretrained(STUDENT)
     sampler = GenerateSampler(student, ends_of_text(student, own), pad_id(own))
     settings = compose(
@@ -162,7 +162,7 @@ def measure(student: Student) -> dict[str, float]:
 
 
 def held_out_texts(source: BatchSource, name: str) -> list[np.ndarray]:
-    """Held-out pieces as long as a prompt and what follows it."""
+    """Held-out pieces as long as a prompt and its continuation. ValueError if there are too few."""
     texts = [
         batch.tokens_BT[d.row, d.start : d.stop]
         for batch in source.held_out(name)
@@ -176,7 +176,7 @@ def held_out_texts(source: BatchSource, name: str) -> list[np.ndarray]:
 
 @torch.no_grad()
 def reverse_kl(student: Any, teacher: Any, texts: Sequence[np.ndarray]) -> float:
-    """Mean over the tokens after the prompt, in float32, a text at a time: nothing is packed or padded."""
+    """Mean over the tokens after the prompt, in float32, one text at a time: nothing is packed or padded."""
     total, count = 0.0, 0
     for text_T in texts:
         ids_1T = torch.from_numpy(text_T.astype(np.int64))[None]
@@ -202,7 +202,7 @@ def _spread(values: Sequence[float], scale: float = 1.0, sign: str = "", digits:
 
 
 def _changes(measured: dict[str, list[dict[str, float]]]) -> dict[str, str]:
-    """On-policy against each arm on data, pair by pair of the same seed."""
+    """Relative change of the on-policy arm against each arm on data, paired by seed."""
     own = measured["own text, reverse KL"]
     changes = {}
     for arm in ("data, forward KL", "data, reverse KL"):

@@ -1,11 +1,11 @@
-"""What a student keeps of its teacher, by loss, temperature, codec, staleness and sharing: docs/quality.md.
+"""What a student retains of its teacher, by loss, temperature, codec, staleness and sharing: docs/quality.md.
 
-    make quality                                          models that are made here; half an hour of one core
-    python -m benchmarks.quality --minutes 6              begins no run after that time; started again, it goes on
+    make quality                                          small models trained here; half an hour of one core
+    python -m benchmarks.quality --minutes 6              starts no run after that time; the next call continues
     python -m benchmarks.quality --table temperature --docs        one table, written into docs/quality.md
     python -m benchmarks.quality --size smollm2           layers of SmolLM2-135M, 100,000 tokens a run; days of one core
 
-A run is a line of benchmarks/results/quality.jsonl, and one that is there is not made again.
+Each run is a line of benchmarks/results/quality.jsonl, and finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.seeded_results import Line, Results
 from demo.comparison import markdown
 
 RESULTS, DOCS = Path("benchmarks/results/quality.jsonl"), Path("docs/quality.md")
-# Each has NAME, which its mark in the page begins with, about(size), cells(size, seeds),
+# Each module has NAME, which its marker in the page begins with, about(size), cells(size, seeds),
 # make(size, cell) and rows(size, lines).
 TABLES = {
     table.NAME: table
@@ -35,8 +35,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, nargs="+", default=list(TABLES))
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after them no run is begun")
-    parser.add_argument("--seeds", type=int, nargs="+", help="which texts come, in which order; default: the size's")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
+    parser.add_argument("--seeds", type=int, nargs="+", help="choice and order of the texts; default: the size's")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/quality.md")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
@@ -67,8 +67,8 @@ def write(name: str, size: Size, results: Results, docs: bool) -> None:
 
 
 def title_of(about: str, lines: list[Line]) -> str:
-    """With what the runs took: processor time, or wall time where services and trainers ran as processes of their own,
-    whose processor time this one's does not hold.
+    """`about`, with the time that the runs took: processor time, or wall time if services and trainers were separate
+    processes, whose processor time was not measured.
     """
     apart = all("wall_s" in line for line in lines)
     minutes = sum(line["wall_s" if apart else "cpu_s"] for line in lines) / 60

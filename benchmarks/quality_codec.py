@@ -1,4 +1,4 @@
-"""The table of codecs: a student that learns from a target dataset in 8 bits, against the lossless one.
+"""The table of codecs: a student trained on a target dataset in 8 bits, compared with the lossless one.
 
 Made by `quality`.
 """
@@ -13,7 +13,7 @@ from benchmarks.quality_targets import dataset
 from benchmarks.seeded_results import Cell, Line, by_seed, interval, paired, spread
 
 NAME = "codec"
-SHARE = 0.5  # of the steps that the table of losses makes
+SHARE = 0.5  # of the steps in the table of losses
 LOSSLESS, CODECS = "lossless", ("lossless", "compact:8")
 LOSSES = {
     "top-64 and tail": alone("forward_kl"),

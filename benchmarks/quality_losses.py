@@ -1,4 +1,4 @@
-"""The table of losses: how much of the way from cross-entropy to full KL each closes, by the bytes that it reads.
+"""The table of losses: how much of the gap between cross-entropy and full KL each closes, by the bytes that it reads.
 
 Made by `quality`.
 """
@@ -15,7 +15,7 @@ from benchmarks.seeded_results import Cell, Line, by_seed, gap_closed, interval,
 
 NAME = "losses"
 PLAIN, FULL, TAIL = "cross-entropy alone", "full KL, from hidden states", "top-64 and tail"
-# By arm: what of the teacher's answer it reads, and its settings.
+# Arm -> (the targets that it reads, its settings).
 ARMS: dict[str, tuple[str | None, list[str]]] = {
     PLAIN: (None, ["teacher=none", *alone("cross_entropy")]),
     FULL: ("hidden", alone("forward_kl", support="full")),
@@ -39,7 +39,7 @@ def about(size: Size) -> str:
 
 
 def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:
-    """The arms that say most first, on the deeper cut and then on the other; on that one no others are made."""
+    """The most telling arms first, on the more deeply pruned student and then on the other, which has only these."""
     deep, shallow = size.keep[1], size.keep[0]
     most, others = list(ARMS)[:MOST], list(ARMS)[MOST:]
     return [
@@ -91,7 +91,7 @@ def rows(size: Size, lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def _bytes(size: Size, seed: int) -> dict[str, float]:
-    """Kept beside the targets: counting reads all of them."""
+    """Bytes per token of each kind of target, cached beside the targets because counting reads all of them."""
     from transformers import AutoConfig
 
     from benchmarks.quality_runs import teacher_of

@@ -1,7 +1,7 @@
-"""Prune and heal: the sizes at which `quality` compares, one run of a student, and its held-out figures.
+"""Prune and heal: the sizes at which `quality` compares, one run of a student, and its held-out metrics.
 
-A teacher, students with fewer of its layers, and runs that heal one of them on the text of one seed. A run is made in
-this process by `build` and `loop`, as `stillhouse-train` makes it. Used by the `quality_*` tables.
+A teacher, students with fewer of its layers, and runs that heal one of them on the text of one seed. Runs are made in
+this process by `build` and `loop`, as `stillhouse-train` does. Used by the `quality_*` tables.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ROOT = Path("runs/quality")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained. `trained_here`: vocabulary, shape and steps of a teacher that is made; None: SmolLM2-135M.
+    """How much is trained. `trained_here`: vocabulary, shape and steps of a teacher trained here; None: SmolLM2-135M.
 
-    `keep`: layers that the students have, of `layers`.
+    `keep`: how many of the teacher's `layers` each of the two students has.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Size:
         return self.steps * self.rows * self.seq_len
 
     def shortened(self, share: float) -> Size:
-        """The same with fewer steps. A run's text is the beginning of the longer one's, and so are its targets."""
+        """The same with fewer steps. Runs see the beginning of the longer ones' text, and so need no other targets."""
         return replace(self, steps=round(self.steps * share))
 
     @property
@@ -65,7 +65,7 @@ SIZES = {
 
 
 def teacher_of(size: Size) -> Path:
-    """The folder of the teacher, made if there is none."""
+    """The folder of the teacher, which is made if missing."""
     if size.trained_here is None:
         prepare(("teacher", "text"))
         return TEACHER
@@ -85,13 +85,13 @@ def teacher_of(size: Size) -> Path:
 
 
 def student_of(size: Size, keep: int) -> Path:
-    """The teacher with `keep` of its layers."""
+    """The folder of the teacher with only `keep` of its layers."""
     dtype = "float32" if size.trained_here else "bfloat16"
     return keep_layers(teacher_of(size), keep, ROOT / size.name / f"student-{keep}", dtype)
 
 
 def common(size: Size, student: Path, seed: int) -> list[str]:
-    """The settings in which no two arms differ; the seed decides which texts come, and in which order."""
+    """The settings that all arms share; the seed decides the choice and order of the texts."""
     return [
         "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={size.seq_len}", f"data.rows={size.rows}",
         f"data.held_out_rows={size.held_out_rows}", f"run.root={ROOT / size.name}", f"run.seed={seed}",
@@ -103,18 +103,18 @@ def common(size: Size, student: Path, seed: int) -> list[str]:
 
 
 def local_teacher(size: Size) -> list[str]:
-    """The teacher in this process."""
+    """Settings for a teacher in this process."""
     return ["teacher=local", f"teacher.model={teacher_of(size)}", "teacher.dtype=float32"]
 
 
 def alone(kind: str, name: str = "loss", **fields: Any) -> list[str]:
-    """One loss alone, with coefficient 1."""
+    """Settings for one loss alone, with coefficient 1."""
     settings = {"kind": kind, "coefficient": 1.0, **fields}
     return ["distillation=none", *(f"distillation.terms.{name}.{key}={value}" for key, value in settings.items())]
 
 
 def heal(size: Size, student: Path, seed: int, settings: Sequence[str]) -> Any:
-    """The model of a whole run of the trainer."""
+    """Run the trainer to the end and return its student. SystemExit if it is stopped."""
     from student_trainer import loop
     from student_trainer.build import build
     from student_trainer.cli.compose import compose_arguments
@@ -158,15 +158,15 @@ def exact_teacher(size: Size) -> Any:
 
 
 def measure(size: Size, model: Any) -> dict[str, float]:
-    """Held-out figures, means over the tokens of all sources: cross-entropy, both KLs over the whole vocabulary in
-    nats, and per cent of the tokens on which the likeliest is the teacher's.
+    """Held-out metrics, means over the tokens of all sources: cross-entropy, both KLs over the whole vocabulary in
+    nats, and the percentage of tokens on which student and teacher have the same top choice.
     """
     return compare(model, exact_teacher(size), [text for texts in held_out_texts(size).values() for text in texts])
 
 
 @torch.no_grad()
 def compare(student: Any, teacher: Any, texts: Sequence[np.ndarray], after: int = 1) -> dict[str, float]:
-    """The figures on the tokens from place `after` on, in float32, a text at a time: nothing is packed or padded."""
+    """The metrics on the tokens from position `after` on, in float32, one text at a time: no packing or padding."""
     sums = dict.fromkeys(("cross_entropy", "kl", "reverse_kl", "agreement"), 0.0)
     count = 0
     student.eval()

@@ -1,7 +1,7 @@
-"""The table of sharing: four students with different losses on one teacher, against a teacher for each.
+"""The table of sharing: four students with different losses on one teacher, compared with one teacher for each.
 
-Made by `quality`. Real services and real trainers, each a process. The teacher is SmolLM2-135M, each student every
-fifth layer of it. Forward passes are tokens that the teachers computed over tokens of the data.
+Made by `quality`, with real services and real trainers, each its own process. The teacher is SmolLM2-135M, each student
+every fifth layer of it. Forward passes are the tokens that the teachers computed divided by the tokens of the data.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def about(size: Size) -> str:
 
 
 def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:
-    """The same at every size: the teacher has to be what costs."""
+    """The same at every size, because the teacher has to dominate the cost."""
     return [
         {"arm": f"{teachers} teachers", "teachers": teachers, "seed": seed} for seed in seeds for teachers in TEACHERS
     ]
@@ -49,7 +49,7 @@ def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:
 def make(size: Size, cell: Cell) -> Line:
     prepare(("teacher", "student", "text"))
     root = ROOT / "sharing"
-    for name in LOSSES:  # runs of the cell before, or of one that was stopped
+    for name in LOSSES:  # runs of the previous cell, or of an interrupted one
         shutil.rmtree(root / name, ignore_errors=True)
     with ExitStack() as stack:
         urls = []

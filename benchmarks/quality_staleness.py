@@ -1,8 +1,7 @@
-"""The table of staleness: forward and reverse KL on the student's own text, written some updates before.
+"""The table of staleness: forward and reverse KL on the student's own text, sampled some updates earlier.
 
-Made by `quality`. A pruned student is healed on the data for a while; from there each arm learns from what it writes.
-Afterwards it continues held-out prompts, and both KLs are measured on what it wrote, and on what the documents say in
-the same places.
+Made by `quality`. A pruned student is partly healed on the data; from there each arm trains on its own text. Afterwards
+it continues held-out prompts, and both KLs are measured on its own continuations and on those of the documents.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def _loaded(folder: Path, size: Size) -> Any:
 
 
 def _measure(size: Size, folder: Path, student: Any) -> Line:
-    """On the same prompts and with the same draws for every arm."""
+    """Both KLs on the student's own text and on the data, with the same prompts and draws for every arm."""
     from transformers import AutoTokenizer
 
     from student_trainer.data.tokenise import pad_id

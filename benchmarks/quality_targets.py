@@ -1,5 +1,5 @@
-"""Targets of all that the runs of a seed read, scored once and kept: exact ones, as other tools have them at a
-temperature, and as a dataset's codec keeps them. Used by the `quality_*` tables.
+"""Targets for all text that the runs of a seed read, scored once and kept: exact, at a temperature as other tools
+approximate them, and as a dataset's codec stores them. Used by the `quality_*` tables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.store.entry import split
 from teacher_proto.targets import TokenTargets, tensors_of
 
-MOST = 256  # of the top K that are kept; a smaller K is answered from them
+MOST = 256  # K of the stored targets, from which a smaller K is served
 TEMPERATURES = (2.0, 5.0)
 DRAWS = (12, 50)
 SPECS = (
@@ -30,13 +30,13 @@ Answer = tuple[Query, TokenTargets]
 
 
 def stored(size: Size, seed: int) -> Path:
-    """The folder of the exact targets of a seed's text."""
+    """The folder of the target store with the exact targets of a seed's text."""
     return _kept(size, seed, "exact", lambda folder: _score(folder, size, seed))
 
 
 def as_others_have_it(size: Size, seed: int, how: str, temperature: float) -> Path:
-    """Targets in which the 64 likeliest stand at `temperature` as other tools make them of logprobs at 1: "k_sums_to_1"
-    has them scaled so that they have all the mass, "left_at_1" as they were at 1.
+    """Folder of top-64 targets whose probabilities at `temperature` are what other tools make of logprobs at T = 1:
+    with "k_sums_to_1" the scaled 64 are given all the mass, with "left_at_1" they remain as at T = 1.
     """
     alter = {"k_sums_to_1": k_sums_to_1, "left_at_1": left_at_1}[how]
 
@@ -56,7 +56,7 @@ def as_others_have_it(size: Size, seed: int, how: str, temperature: float) -> Pa
 
 
 def dataset(size: Size, seed: int, codec: str) -> Path:
-    """A target dataset of the 64 likeliest, kept by `codec`."""
+    """Folder of a target dataset of the top 64, stored with `codec`."""
 
     def make(folder: Path) -> None:
         from teacher_proto.dataset.codecs import parse_codec
@@ -80,7 +80,7 @@ def _kept(size: Size, seed: int, name: str, make: Callable[[Path], None]) -> Pat
 
 
 def k_sums_to_1(targets: TokenTargets, temperature: float) -> TokenTargets:
-    """With the normaliser of the K alone in the place of the vocabulary's."""
+    """Replace the vocabulary's normaliser by that of the K ids alone."""
     assert targets.logprobs is not None
     scaled_RK = targets.logprobs.astype(np.float64) / temperature
     largest_R1 = scaled_RK.max(axis=1, keepdims=True)
@@ -89,7 +89,7 @@ def k_sums_to_1(targets: TokenTargets, temperature: float) -> TokenTargets:
 
 
 def left_at_1(targets: TokenTargets, temperature: float) -> TokenTargets:
-    """So that what is divided by the temperature is what it was at 1."""
+    """Multiply by the temperature in advance, so that dividing by it gives the logprobs at T = 1."""
     assert targets.logprobs is not None and targets.log_z is not None
     scaled_RK = (targets.logprobs.astype(np.float32) * temperature).clip(-60_000).astype(np.float16)
     return replace(targets, logprobs=scaled_RK, log_z=np.zeros_like(targets.log_z))
@@ -99,7 +99,7 @@ def left_at_1(targets: TokenTargets, temperature: float) -> TokenTargets:
 def _top_64(
     size: Size, seed: int, temperatures: tuple[float, ...] = ()
 ) -> Iterator[tuple[TeacherInfo, Iterator[Answer]]]:
-    """Who the teacher is, and the 64 likeliest of each document of the exact targets."""
+    """The teacher's info, and the top-64 targets of each document, from the exact ones."""
     from teacher_proto.store.target_store import TargetStore
 
     spec = TargetSpec(("top_k",), top_k=64, temperatures=temperatures)
@@ -134,7 +134,7 @@ def _score(folder: Path, size: Size, seed: int) -> None:
 
 @contextmanager
 def _scored(size: Size, seed: int) -> Iterator[tuple[TeacherInfo, Callable[[TargetSpec], Iterator[list[Answer]]]]]:
-    """Who the teacher is, and what it says of each batch of the seed's run."""
+    """The teacher's info, and a function from a spec to the targets of each batch of the seed's run."""
     from student_trainer.build_components import load_tokenizer
     from student_trainer.cli.compose import compose_arguments
     from student_trainer.data.loader import BatchSource
@@ -168,7 +168,7 @@ def _scored(size: Size, seed: int) -> Iterator[tuple[TeacherInfo, Callable[[Targ
 
 
 def bytes_a_token(size: Size, seed: int) -> dict[str, float]:
-    """Of each kind, K and number of draws that the tables compare, on the wire, at temperature 1."""
+    """Wire bytes per token, at temperature 1, of each kind, K and number of draws that the tables compare."""
     from teacher_proto.store.target_store import TargetStore
 
     rows = dict.fromkeys(("top_k", *DRAWS), 0)

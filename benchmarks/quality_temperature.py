@@ -1,7 +1,7 @@
-"""The table of temperatures: what an exact normaliser is worth in the student. Made by `quality`.
+"""The table of temperatures: what an exact normaliser is worth to the student. Made by `quality`.
 
-Teacher and student are compared at a temperature T on the teacher's 64 likeliest. Ours knows the probabilities there;
-others have the logprobs at 1 alone, and scale, renormalise, or leave them as they are.
+Teacher and student are compared at a temperature T on the teacher's top 64. Our targets have the exact probabilities at
+T; other tools have only the logprobs at T = 1, and renormalise them, scale them, or leave them as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from benchmarks.quality_targets import TEMPERATURES, as_others_have_it, stored
 from benchmarks.seeded_results import Cell, Line, by_seed, interval, paired, spread
 
 NAME = "temperature"
-SHARE = 0.5  # of the steps that the table of losses makes
+SHARE = 0.5  # of the steps in the table of losses
 EXACT = "exact, with tail"
 TARGETS = {
     EXACT: "the normaliser over the vocabulary",
@@ -29,7 +29,7 @@ def about(size: Size) -> str:
 
 
 def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:
-    """On the deeper cut, which has more to learn."""
+    """Only the more deeply pruned student, which has more to learn."""
     at_1 = [(1.0, EXACT)]
     others = [(t, targets) for t in TEMPERATURES for targets in TARGETS]
     return [
@@ -45,7 +45,7 @@ def make(size: Size, cell: Cell) -> Line:
         "teacher left at 1": lambda: as_others_have_it(size, seed, "left_at_1", t),
     }.get(targets, lambda: stored(size, seed))()
     tail = {"tail": "renormalise"} if targets == "renormalised on both sides" else {}
-    # The targets are not what a teacher says: no check of them can hold.
+    # Altered targets cannot pass the checks against a teacher.
     settings = [
         "teacher=cached", f"teacher.store={store}", "teacher.sanity=off", *alone("forward_kl", temperature=t, **tail)
     ]  # fmt: skip
