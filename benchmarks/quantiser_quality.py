@@ -1,13 +1,13 @@
-"""What bits cost: one student, ternary, of two real bits and of complex ones, with cross-entropy alone and with the
-teacher, for the same tokens, over several seeds.
+"""What fewer bits cost: one student with ternary, two-bit real or complex weights, trained with cross-entropy alone or
+with the teacher, on the same tokens, over several seeds.
 
-    python -m benchmarks.quantiser_quality                  a model of real text that is made on the spot; minutes
+    python -m benchmarks.quantiser_quality                  small models trained on the spot on real text; minutes
     python -m benchmarks.quantiser_quality --scale small    every fifth layer of SmolLM2-135M; an hour of a core
-    python -m benchmarks.quantiser_quality --for-s 540      begins no run after that time; started again, it goes on
+    python -m benchmarks.quantiser_quality --for-s 540      starts no run after that time; the next call continues
 
-A student that was trained in full precision is where every arm begins; each goes on for the same steps over the same
-text, its linear layers' weights quantised from the first step, activations left alone and no norm added. Runs are kept
-in runs/quantiser-quality, and a run that is there is not made again. `--docs` writes the table of docs/quantisers.md.
+Every arm starts from a student trained in full precision and continues for the same steps on the same text. The weights
+of its linear layers are quantised from the first step, activations are not, and no norm is added. Runs are kept in
+runs/quantiser-quality, and finished ones are not repeated. `--docs` writes the table of docs/quantisers.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from student_trainer.reporting.json_lines import read_lines
 
 ROOT = Path("runs/quantiser-quality")
 DOCS = Path("docs/quantisers.md")
-# What makes the four comparable: weights alone are quantised.
+# Only weights are quantised, which makes the four comparable.
 WEIGHTS_ALONE = ["student.quantisation.sub_norm=none", "student.quantisation.quantise_activations=false"]
 ARMS: dict[str, list[str]] = {
     "full precision": ["student.quantiser=none"],
@@ -47,7 +47,7 @@ FIGURES = ("cross_entropy", "kl", "agreement")
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained. `vocab_size`: of a tokenizer made here, with teacher and student; None takes SmolLM2's."""
+    """How much is trained. `vocab_size`: of a tokenizer made here, as are teacher and student; None: SmolLM2's."""
 
     what: str
     vocab_size: int | None
@@ -66,16 +66,16 @@ SCALES = {
     ),
     "small": Scale("Every fifth layer of SmolLM2-135M", None, 0, 100, 60, 1, 256, 1e-3, 5e-4),
 }
-SHAPES = {"teacher": (192, 512, 4), "student": (96, 256, 3)}  # width, of the MLP, layers
+SHAPES = {"teacher": (192, 512, 4), "student": (96, 256, 3)}  # width, MLP width, layers
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny")
-    parser.add_argument("--steps", type=int, help="of each arm, to see that it works; default: the scale's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts come, in which order")
+    parser.add_argument("--steps", type=int, help="steps per arm, to try it out; default: the scale's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="choice and order of the texts")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--for-s", type=float, help="begin no run after so many seconds; default: make all")
+    parser.add_argument("--for-s", type=float, help="start no run after this many seconds; default: make all")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/quantisers.md")
     options = parser.parse_args()
     began = time.monotonic()
@@ -83,7 +83,7 @@ def main() -> int:
     ROOT.mkdir(parents=True, exist_ok=True)
     options.scale = SCALES[options.scale]
     options.steps = options.steps or options.scale.steps
-    # Seed by seed: whatever time there is, one arm has been made as often as another.
+    # Seed by seed, so that all arms have about equally many runs whenever time runs out.
     wanted = list(product(options.seeds, options.arms, LOSSES))
     missing = [each for each in wanted if result(options, *each) is None]
     teacher, start = models(options.scale)
@@ -92,14 +92,14 @@ def main() -> int:
             print(f"{len(missing) - number} of {len(wanted)} runs are left: start it again", flush=True)
             return 0
         folder = folder_of(options, seed, arm, loss)
-        # What quantising alone did is the same for every seed and loss.
+        # The effect of quantising alone is the same for every seed and loss, so it is evaluated once.
         before = (seed, loss) == (options.seeds[0], next(iter(LOSSES)))
         run_afresh(folder, [
             *common(options.scale, start, options.scale.rate), "teacher.kind=local", f"teacher.model={teacher}",
             *ARMS[arm], LOSSES[loss], f"run.seed={seed}", f"run.steps={options.steps}",
             f"evaluation.every={options.steps}", f"evaluation.at_start={str(before).lower()}",
         ])  # fmt: skip
-        shutil.rmtree(folder / "checkpoints")  # each has every moment of AdamW's
+        shutil.rmtree(folder / "checkpoints")  # large: each holds AdamW's moments
         print(f"{arm}, {loss}, seed {seed}: {result(options, seed, arm, loss)}", flush=True)
     rows = write_table(options, start)
     if options.docs:
@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def models(scale: Scale) -> tuple[Path, Path]:
-    """Folders of the teacher and of the run that every arm begins with, both trained in full precision; made once."""
+    """Folders of the teacher and of the run that every arm starts from, both trained in full precision; made once."""
     if scale.vocab_size is None:
         teacher, student, name = TEACHER, STUDENT, "start-small"
     else:
@@ -150,7 +150,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def result(options: argparse.Namespace, seed: int, arm: str, loss: str) -> dict[str, float] | None:
-    """Held-out figures at the end of a run, means over the tokens of all sources; None if there is no such run."""
+    """Held-out metrics at the end of a run, means over the tokens of all sources; None unless the run is finished."""
     lines = lines_of(folder_of(options, seed, arm, loss))
     if not lines or lines[-1]["step"] != options.steps:
         return None
@@ -159,7 +159,7 @@ def result(options: argparse.Namespace, seed: int, arm: str, loss: str) -> dict[
 
 
 def bits_of(arm: str, start: Path) -> float:
-    """Of a weight of the student's linear layers, packed, scales counted."""
+    """Bits per weight of the student's linear layers when packed, including scales."""
     import torch
 
     from student_trainer.checkpoint.earlier_run import load_student

@@ -1,11 +1,11 @@
-"""What quantising costs a training step: each quantiser against the plain step on the same tokens, compiled and not.
+"""What quantising costs a training step: each quantiser compared with a plain step on the same tokens, compiled or not.
 
     python -m benchmarks.quantisers                     the small student, 2 rows of 256 tokens
     python -m benchmarks.quantisers --compute float32 --rounds 5 --compiled false
 
 A step is forward, cross-entropy, backward, clipping and AdamW's update. Plain and quantised steps alternate in one
-process, so that what else runs on the machine falls on both; the ratio is that of the medians. Beside wall-clock time
-stands the CPU time of all threads, which a busy machine lengthens less.
+process, so that other load on the machine affects both; the ratio is that of the medians. Besides wall-clock time, the
+CPU time of all threads is reported, which a busy machine lengthens less.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ARMS: dict[str, list[str]] = {
     "Fairy2i, W1": ["student.quantiser=fairy2i", "student.quantisation.stages=1"],
     "Fairy2i, W2": ["student.quantiser=fairy2i", "student.quantisation.stages=2"],
 }
-# The first steps allocate, and compile where that is asked for.
+# Warm-up steps, which allocate and, if requested, compile.
 WARM = 2
 
 Step = Callable[[], tuple[float, float]]
@@ -38,7 +38,7 @@ Step = Callable[[], tuple[float, float]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="counted steps of each, in turn")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each, in turn")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--compute", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def step_of(options: argparse.Namespace, given: list[str]) -> tuple[Step, str]:
-    """A function that makes one training step and says what it took, wall-clock and CPU; and the student's dtype."""
+    """A function that makes a training step and returns its wall-clock and CPU seconds, and the student's dtype."""
     import torch
 
     from student_trainer.batch.align import cut

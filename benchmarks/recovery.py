@@ -1,13 +1,13 @@
-"""What low-rank corrections win back: SmolLM2-135M rounded to int4 and to 1.58 bits, before, after the closed form, and
-after training it, by rank and by seed of the calibration text.
+"""What low-rank corrections recover: SmolLM2-135M rounded to int4 and to 1.58 bits, before correction, after the closed
+form, and after training it, by rank and by seed of the calibration text.
 
     python -m benchmarks.recovery --docs                 the table of docs/recovery.md; over an hour of one core
-    python -m benchmarks.recovery --minutes 8            as much of it as fits; the next call goes on
-    python -m benchmarks.recovery --model FOLDER --tokens 1024 --seeds 0 --steps 4     to see that it works
+    python -m benchmarks.recovery --minutes 8            as much of it as fits; the next call continues
+    python -m benchmarks.recovery --model FOLDER --tokens 1024 --seeds 0 --steps 4     to try it out
 
-The closed form is computed by `student_trainer.calibration` at the largest rank; a smaller one is its first columns,
-which is the best correction of that rank of the same inputs. Training is AdamW on the full KL from the model in full
-precision, all but the corrections frozen. What was measured is kept in runs/recovery.
+The closed form is computed by `student_trainer.calibration` at the largest rank; a smaller rank takes its first
+columns, which are the best correction of that rank for the same inputs. Training is AdamW on the full KL from the model
+in full precision, with everything but the corrections frozen. Results are kept in runs/recovery.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ QUANTISERS = {
         "quantiser": "bitnet", "quantisation": QuantisationSettings(sub_norm="none", quantise_activations=False),
     },
 }  # fmt: skip
-# Without a correction: what about as many bits buy otherwise.
+# Without a correction: what a similar number of bits achieves otherwise.
 PLAIN = {
     name: {"quantiser": "rtn", "quantisation": QuantisationSettings(sub_norm="none", bits=bits, group_size=group)}
     for name, bits, group in (("int4, groups of 32", 4, 32), ("int5", 5, None), ("int6", 6, None), ("int8", 8, None))
@@ -59,10 +59,10 @@ CPU = torch.device("cpu")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=TEACHER)
-    parser.add_argument("--tokens", type=int, default=4096, help="of calibration text (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of training, 256 tokens each (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of calibration text (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of 256 tokens (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after them nothing new is begun")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this many minutes")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/recovery.md")
     options = parser.parse_args()
     prepare(("teacher", "text"))
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 class Bench:
-    """`measure` makes one file of figures; `rows` are what the files say."""
+    """`measure` writes one file of metrics; `rows` makes the table from the files."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -92,7 +92,7 @@ class Bench:
         self._exact_NV: list[Tensor] | None = None
 
     def cells(self) -> Iterator[tuple[str, int, str]]:
-        """What is measured, in its order: quantiser, seed, and "plain", "closed" or the rank that is trained."""
+        """What to measure, in order: quantiser, seed, and "plain", "closed" or the rank to train."""
         seeds = self._options.seeds
         yield from ((quantiser, 0, "plain") for quantiser in PLAIN)
         yield from ((quantiser, seed, "closed") for seed in seeds for quantiser in QUANTISERS)
@@ -138,14 +138,14 @@ class Bench:
         self.file(quantiser, 0, "plain").write_text(json.dumps(found, indent=1))
 
     def _calibrate(self, student: Student, quantiser: str, seed: int) -> None:
-        """By the files of an earlier call where there are some: the layers are kept as a run's are."""
+        """Calibrate, continuing from the layers that an earlier call has saved, as a run does."""
         folder = ROOT / f"{self._name}-{quantiser.replace(' ', '-')}-{seed}-layers"
         rows = self._calibration_rows(seed)
         micros = [_micro(part) for part in rows.split(ROWS)]
         calibrate(student, micros, LRCSettings(rank=RANKS[-1]), folder, f"{quantiser} {seed}")
 
     def _train(self, student: Student, seed: int) -> None:
-        """The corrections alone, at a rate of 1e-4, on the full KL of 256 tokens a step."""
+        """Train the corrections alone, at a learning rate of 1e-4, on the full KL of 256 tokens per step."""
         parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
         generator = torch.Generator().manual_seed(1000 + seed)
@@ -190,7 +190,7 @@ class Bench:
         return self._exact
 
     def _text(self) -> Tensor:
-        """The demo's prose, without a gap, in rows."""
+        """The demo's prose, concatenated, as token ids in rows of `WIDTH`."""
         if self._text_RT is None:
             from transformers import AutoTokenizer
 
@@ -209,7 +209,7 @@ class Bench:
         return rows_RT[order[: self._options.tokens // WIDTH]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table: means over the seeds that were measured, their range behind them where there are several."""
+        """The table: means over the measured seeds, followed by their range if they differ."""
         made = []
         for quantiser in QUANTISERS:
             closed = [json.loads(file.read_text()) for file in self._files(quantiser, "closed")]
@@ -251,7 +251,7 @@ class Bench:
 
 
 def _bits(student: Student, rank: float | None) -> float:
-    """Of a weight of the decoder's linears: packed, with its scales, and a correction of this rank in 16 bits."""
+    """Bits per weight of the decoder's linear layers: packed, with scales, and a correction of this rank in 16 bits."""
     bits = weights = 0.0
     for _, layer in quant_linears(student.model):
         count = layer.out_features * layer.in_features
@@ -263,7 +263,7 @@ def _bits(student: Student, rank: float | None) -> float:
 
 
 def _micro(tokens_BT: Tensor) -> MicroBatch:
-    """Rows of one document each; every token but the last of a row predicts its next."""
+    """Each row is one document; every token but a row's last predicts the next one."""
     batch, width = tokens_BT.shape
     rows_N = torch.arange(batch * width).view(batch, width)[:, :-1].flatten()
     view = View(
@@ -276,18 +276,18 @@ def _micro(tokens_BT: Tensor) -> MicroBatch:
 
 
 def _logits(student: Student, micro: MicroBatch) -> Tensor:
-    """Logits [N, V] float32, part of the graph, in the dtype that the student computes in."""
+    """Logits [N, V] as float32, with a graph, computed in the student's dtype."""
     with torch.autocast("cpu", dtype=student.compute, enabled=student.compute != torch.float32):
         return F.linear(student.hidden(micro), student.head.weight_VD).float()
 
 
 def _kl(exact_NV: Tensor, ours_NV: Tensor) -> Tensor:
-    """KL of logprobs and logits, by row."""
+    """KL(exact || ours) of each row [N], from logprobs and logits."""
     return F.kl_div(ours_NV.log_softmax(-1), exact_NV, log_target=True, reduction="none").sum(-1)
 
 
 def _cut(student: Student, largest: dict[str, Correction], rank: float) -> None:
-    """Give the student the first columns of its corrections."""
+    """Give the student the first columns of its largest corrections."""
     cut = {}
     for name, layer in quant_linears(student.model):
         count, found = rank_of(layer, rank), largest[name]

@@ -1,4 +1,4 @@
-"""What every benchmark ends with: a table on the terminal and `runs/bench/NAME.json`. Each script calls `report`."""
+"""The output of every benchmark: a table on the terminal and `runs/bench/NAME.json`. Each script calls `report`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def report(
 ) -> Path:
     """Print `rows` as a table and `ratios` below it; write both with the machine's facts and return the file's path.
 
-    A row is a mapping from column to value; columns come in the order in which they first appear. `ratios` is any
-    JSON value tree under the names that the figures are quoted by.
+    A row is a mapping from column to value; columns come in the order in which they first appear. `ratios` maps the
+    names under which results are quoted to any JSON values. ValueError without rows.
     """
     if not rows:
         raise ValueError(f"benchmark {name!r} measured nothing: at least one row is expected")
@@ -58,8 +58,8 @@ def report(
 
 
 def publish(page: Path, body: str, table: str = "") -> None:
-    """Put `body` between the marks of a page of docs/, of the one table whose mark begins with `table` where there are
-    several. ValueError for a page without them.
+    """Put `body` between the table markers of a page of docs/; if there are several tables, between those of the one
+    whose marker begins with `table`. ValueError unless there is exactly one.
     """
     text = page.read_text(encoding="utf-8")
     marked = [found for found in _MARKED.finditer(text) if found[2].startswith(table)]
@@ -73,7 +73,7 @@ def publish(page: Path, body: str, table: str = "") -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Facts that a figure depends on. Versions of torch and vllm only where they are installed; neither is imported."""
+    """Facts that results depend on. Versions are those of installed packages; torch and vllm are not imported."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -93,7 +93,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title)
     for column in columns:
         numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
-        # Narrow terminals wrap between words: no number is cut, and no column vanishes.
+        # So that narrow terminals wrap between words, instead of cutting numbers or dropping columns.
         words = [word for row in rows for word in _cell(row.get(column)).split()]
         narrowest = min(max(map(len, words), default=1), 16)
         table.add_column(column, justify="right" if numeric else "left", min_width=narrowest)

@@ -1,9 +1,9 @@
-"""Results of runs over seeds: a line a run in a file that is kept, and what a table makes of them.
+"""Results of runs over several seeds: a file with one line per run, and the statistics that tables show.
 
-Used by `quality`; its arithmetic by `bitdistill` and `quantiser_quality` too.
+Used by `quality`; the statistics also by `bitdistill` and `quantiser_quality`.
 
-A run is named by its *cell*, a few words and numbers such as {"table": "losses", "arm": "sampled-50", "seed": 0}; what
-has a line is not made again.
+A run is identified by its *cell*, a few words and numbers such as {"table": "losses", "arm": "sampled-50", "seed": 0};
+a run that has a line is not repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from student_trainer.reporting.json_lines import read_lines
 
 Cell = Mapping[str, Any]
 Line = dict[str, Any]
-# Student's t at 97.5 %, by degrees of freedom; beyond them that of the normal distribution is near enough.
+# Student's t at 97.5 %, by degrees of freedom; beyond these, the normal distribution is close enough.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
@@ -32,12 +32,12 @@ class Results:
         self._path = path
 
     def lines(self, cell: Cell) -> list[Line]:
-        """Those that agree with `cell` in all that it names, in the order in which they were made."""
+        """Lines that agree with `cell` in every field that it names, in the order in which they were made."""
         return [line for line in read_lines(self._path) if all(line.get(name) == value for name, value in cell.items())]
 
     def make_missing(self, cells: Iterable[Cell], make: Callable[[Cell], Line], deadline: float) -> int:
-        """Make what has no line yet, one after another, and begin nothing after `deadline`, by the monotonic clock.
-        How many are left.
+        """Make the runs that have no line yet, one after another, starting none after `deadline` (monotonic). Returns
+        how many are left.
         """
         missing = [cell for cell in cells if not self.lines(cell)]
         for number, cell in enumerate(missing):
@@ -63,12 +63,12 @@ def by_seed(lines: Iterable[Line], figure: str) -> dict[int, float]:
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Ours less theirs, by the seeds that both have."""
+    """Ours minus theirs, for each seed that both have."""
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def gap_closed(arm: Mapping[int, float], worst: Mapping[int, float], best: Mapping[int, float]) -> list[float]:
-    """Per cent of the way from `worst` to `best`, by the seeds that all three have."""
+    """Percentage of the gap from `worst` to `best` that `arm` closes, for each seed that all three have."""
     seeds = sorted(arm.keys() & worst.keys() & best.keys())
     return [100 * (worst[seed] - arm[seed]) / (worst[seed] - best[seed]) for seed in seeds]
 
@@ -93,12 +93,12 @@ def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """The mean and the standard deviation, where there are several."""
+    """The mean and, if there are several values, the standard deviation."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def mean(line: Mapping[str, Any], figure: str) -> float:
-    """Of a line of a run's evaluation.jsonl, over the tokens of all sources."""
+    """Mean of a metric over the tokens of all sources, from a line of a run's evaluation.jsonl."""
     sources = [figures for name, figures in line.items() if name != "step"]
     return float(sum(f[figure] * f["tokens"] for f in sources) / sum(f["tokens"] for f in sources))

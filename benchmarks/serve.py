@@ -1,14 +1,14 @@
-"""The teacher service against stock vLLM and against the physical limit, in the same run.
+"""The teacher service compared with stock vLLM and with the physical limit, in the same run.
 
     make bench-serve                                    K = 16, 64, 256; 16 sequences of 256 tokens and 8 of 1,024
     make bench-serve ARGS="--top-k 64 --rounds 6"       another teacher: --model; fewer shapes: --shapes 16x256
 
-Contenders: *prefill* and *limit*, vLLM alone without and with the head's product on all positions (`bare_prefill.py`);
-*stock*, `vllm serve` asked for `prompt_logprobs`, a request a sequence, its JSON parsed to arrays; *ours*,
-`stillhouse-teacher` asked by `TeacherClient`, one temperature besides 1. All are up at the same time with the same
-threads and settings, and take turns over the same text, new in every round. A ratio is the median of its rounds.
-CPU is user and system time: of all of a server's processes, which is a second measure of the ratio that a busy machine
-disturbs less; of its API process alone; and of the client.
+Contenders: *prefill* and *limit* are vLLM alone, without and with the head's matmul at all positions
+(`bare_prefill.py`); *stock* is `vllm serve` queried for `prompt_logprobs`, one request per sequence, with its JSON
+parsed into arrays; *ours* is `stillhouse-teacher` queried with `TeacherClient`, with one temperature besides 1. All run
+at the same time with the same threads and settings, and take turns over the same text, which is new in every round. A
+ratio is the median over rounds. CPU is user plus system time: of all of a server's processes, which gives a second
+measure of the ratio that is less sensitive to other load; of its API process alone; and of the client.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Sequences = list[list[int]]
 class Round:
     """One contender's turn over one round's sequences; zeros where there is no API process or client.
 
-    `cpu_s` is of all its server's processes, `api_s` of the one that speaks HTTP.
+    `cpu_s` covers all processes of its server, `api_s` only the one that serves HTTP.
     """
 
     seconds: float
@@ -82,7 +82,7 @@ def bare(process: subprocess.Popen, head: bool) -> Callable[[Sequences, int], Aw
 
 
 async def timed(process: subprocess.Popen, ask: Callable[[], Awaitable[int]]) -> Round:
-    """A round of `ask`, which returns the bytes that it received."""
+    """Time one call of `ask`, which returns the number of bytes received."""
     cpu_s, api_s = cpu_seconds(process.pid), cpu_seconds(process.pid, children=False)
     client_s, began = time.process_time(), time.perf_counter()
     received = await ask()
@@ -124,8 +124,8 @@ def stock(
 
 
 def parse_prompt_logprobs(body: bytes, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """vLLM's `prompt_logprobs` as ids and logprobs [T - 1, K]; the prompt's own token comes besides where it is not
-    among the K."""
+    """vLLM's `prompt_logprobs` as ids and logprobs [T - 1, K]. The prompt's own token, which vLLM adds if it is not
+    among the top K, is dropped."""
     rows = json.loads(body)["choices"][0]["prompt_logprobs"][1:]
     kept = [[(int(i), entry["logprob"]) for i, entry in row.items() if entry["rank"] <= top_k][:top_k] for row in rows]
     pairs_RK2 = np.array(kept, dtype=np.float64)
@@ -136,7 +136,7 @@ def parse_prompt_logprobs(body: bytes, top_k: int) -> tuple[np.ndarray, np.ndarr
 
 
 def text_ids(model: Path) -> list[int]:
-    """The demo's text as tokens, enough for every round: each takes up where the one before ended."""
+    """The demo's text as tokens, enough for all rounds; each round continues where the previous one ended."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     ids: list[int] = []
     for path in sorted(TEXT.rglob("*.jsonl")):
@@ -159,7 +159,7 @@ async def measure(args: argparse.Namespace, contenders: list[Contender]) -> None
         at += count * length
         return [ids[at - (i + 1) * length : at - i * length] for i in range(count)]
 
-    for contender in contenders:  # what is compiled or allocated once
+    for contender in contenders:  # warm-up: compilation and allocation
         for top_k in args.top_k:
             await contender.turn(next_sequences(4, 256), top_k)
     for shape in args.shapes:
@@ -201,7 +201,7 @@ def tabulate(args: argparse.Namespace, contenders: list[Contender]) -> list[dict
 
 
 def summary(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The quoted figures: of the shapes measured, each time the worse."""
+    """The quoted results, in stock vLLM's favour: of the measured shapes, the worst of ours and the best of stock's."""
 
     def of(name: str, top_k: int | None) -> dict[str, dict[str, Any]]:
         return {row["shape"]: row for row in rows if row["contender"] == name and row["K"] == top_k}
@@ -281,11 +281,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["16x256", "8x1024"])
     parser.add_argument("--top-k", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stock-rounds", type=int, default=2, help="0 leaves stock vLLM out")
+    parser.add_argument("--stock-rounds", type=int, default=2, help="0 skips stock vLLM")
     args = parser.parse_args()
     from teacher_service.engines.vllm_options import prepare_environment
 
-    prepare_environment()  # threads and memory: inherited by every contender
+    prepare_environment()  # thread and memory settings, inherited by every contender
     contenders = asyncio.run(compare(args))
     rows = tabulate(args, contenders)
     figures = summary(args, rows)

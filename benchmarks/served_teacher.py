@@ -1,4 +1,4 @@
-"""The demo's teacher as a service, and what a run will ask of it, asked beforehand. Used by `step` and
+"""The demo's teacher as a service, and filling its store with what a run will request. Used by `step` and
 `quality_sharing`.
 """
 
@@ -22,7 +22,9 @@ READY = re.compile(r"^stillhouse-teacher: ready at (\S+),", re.MULTILINE)
 
 @contextmanager
 def serve_teacher(root: Path, *options: str) -> Iterator[str]:
-    """The demo's teacher as a process, in transformers; float32 before a target store, or with other `options`."""
+    """Serve the demo's teacher with transformers, by default in float32 with a target store; yields the URL. SystemExit
+    if it does not become ready.
+    """
     options = options or ("--dtype", "float32", "--store", str(root / "store"))
     command = [sys.executable, "-m", "teacher_service.main", str(TEACHER), "--port", "0", "--engine", "hf", *options]
     log = root / "teacher.log"
@@ -41,7 +43,7 @@ def serve_teacher(root: Path, *options: str) -> Iterator[str]:
 
 
 def fill(arguments: list[str], steps: int, url: str) -> None:
-    """Have the teacher score all that a run will ask, in one pass."""
+    """Have the teacher score all that a run will request, every kind of target in one pass."""
     from student_trainer.build_components import load_tokenizer
     from student_trainer.cli.compose import compose_arguments
     from student_trainer.data.loader import BatchSource

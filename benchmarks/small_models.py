@@ -1,5 +1,5 @@
-"""Models that benchmarks make for themselves: a Llama of random weights with a tokenizer of the demo's text, what a run
-of the trainer makes of it, and models without some of their layers. Used by `quality` and `quantiser_quality`.
+"""Small models made by benchmarks: a random Llama with a tokenizer of the demo's text, training it, and removing layers
+from a model. Used by `quality` and `quantiser_quality`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from demo.prepare import TEXT, make_whole
 def make_untrained(
     folder: Path, vocab_size: int, shape: tuple[int, int, int], texts: Sequence[str] = ("prose",)
 ) -> None:
-    """A Llama of random weights, of a width, of an MLP's, and of so many layers, with a byte-level BPE of the text."""
+    """Make a random Llama of `shape` (width, MLP width, layers), with a byte-level BPE tokenizer of the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -42,7 +42,7 @@ def make_untrained(
 
 
 def keep_layers(model_folder: Path, keep: int, folder: Path, dtype: str) -> Path:
-    """The model with `keep` of its layers, spread evenly, the first and the last among them."""
+    """Make a model with `keep` of the layers, evenly spaced and including the first and the last."""
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,7 +59,7 @@ def keep_layers(model_folder: Path, keep: int, folder: Path, dtype: str) -> Path
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Whole or not at all: a folder that is there is taken for complete."""
+    """Save all or nothing, because an existing folder is taken to be complete."""
 
     def write(unfinished: Path) -> None:
         model.save_pretrained(unfinished)
@@ -69,12 +69,12 @@ def _save(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def evenly(number: int, keep: int) -> list[int]:
-    """`keep` of `range(number)`, spread evenly, the first and the last among them."""
+    """`keep` of `range(number)`, evenly spaced and including the first and the last."""
     return sorted({round(i * (number - 1) / (keep - 1)) for i in range(keep)})
 
 
 def learn(arguments: list[str]) -> None:
-    """One run, as `stillhouse-train` makes it, in this process: what it imports is imported once."""
+    """Run `stillhouse-train` in this process, so that its imports are made only once. SystemExit if it fails."""
     from student_trainer import main as trainer
 
     code = trainer.run([*arguments, "run.resume=never"])
@@ -83,13 +83,13 @@ def learn(arguments: list[str]) -> None:
 
 
 def run_afresh(folder: Path, arguments: list[str]) -> None:
-    """One run from its beginning; what an earlier slice left of it is taken away."""
+    """Make a run from its beginning, removing what an interrupted one has left."""
     shutil.rmtree(folder, ignore_errors=True)
     learn([*arguments, f"run.id={folder.name}"])
 
 
 def export(run_folder: Path, folder: Path) -> None:
-    """The run's student as a Hugging Face checkpoint."""
+    """Export the run's student as a Hugging Face checkpoint."""
     from student_trainer.cli.export import main as export_main
 
     def write(unfinished: Path) -> None:

@@ -1,10 +1,11 @@
-"""The share of its time that a run waits for its teacher, against the teacher's latency and the prefetch depth.
+"""Share of a run's time spent waiting for its teacher, by the teacher's latency and the prefetch depth.
 
     make bench-stall
 
-The trainer runs in this process, loop and all, over a teacher service in another: the scripted engine, whose answers
-cost little and come after a set latency. Latencies are multiples of the step's own time, which is measured first. Depth
-0 asks when the step does and waits, as trainers that call a server inside the step do (TRL's among them): the peer.
+The trainer, with its real loop, runs in this process, and the teacher service in another, with the scripted engine,
+whose responses cost little and arrive after a set latency. Latencies are multiples of the step time, which is measured
+first. The baseline is depth 0: targets are requested in the step that needs them, which waits, as in trainers that call
+a server inside the step (TRL's among them).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
         for multiple in latencies:
             trip = 1.0
             for depth in depths:
-                # A service of its own for every run: it keeps its latest answers, which come without the latency.
+                # A new service for every run, because responses that it has cached arrive without the latency.
                 with served(multiple * step_s) as url:
                     lines = bench.run(url, depth)
                 rows.append(row_of(multiple, depth, step_s, trip, lines))
@@ -82,7 +83,7 @@ def table_row(multiple: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row_of(multiple: float, depth: str, step_s: float, trip: float, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """`trip` is what a fetch takes in step times."""
+    """`trip` is the duration of a fetch in step times."""
     seconds, waited = (sum(line[name] for line in lines) for name in ("seconds", "wait_s"))
     covers = depth == "auto" or int(depth) >= max(trip, 1)
     return {
@@ -103,7 +104,7 @@ def served(latency_s: float) -> Iterator[str]:
 
 
 class Bench:
-    """Runs of `steps` steps after `warm_up` more, over a student and text under `folder`."""
+    """Runs of `steps` steps after `warm_up` more, with a student and text under `folder`."""
 
     def __init__(self, folder: Path, steps: int, warm_up: int):
         self._folder, self._steps, self._warm_up = folder, steps, warm_up
@@ -115,7 +116,7 @@ class Bench:
         self._runs = 0
 
     def run(self, url: str, depth: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl after the warm-up."""
+        """Make a run; returns its lines of metrics.jsonl after the warm-up."""
         from student_trainer import loop
         from student_trainer.build import build
         from student_trainer.cli.compose import compose
@@ -139,8 +140,8 @@ class Bench:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two latencies and two depths, to see that it runs")
-    parser.add_argument("--steps", type=int, default=30, help="steps measured in each run")
+    parser.add_argument("--quick", action="store_true", help="two latencies and two depths, to try it out")
+    parser.add_argument("--steps", type=int, default=30, help="steps measured per run")
     parser.add_argument("--warm-up", type=int, default=12, help="steps before them, in which depth auto settles")
     return parser.parse_args()
 

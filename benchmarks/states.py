@@ -1,8 +1,8 @@
-"""What each layer of SmolLM2-135M-Instruct knows of `data=movie_reviews`: a linear probe of its frozen states at the
-prompt's last token. `make bench-states`, half a minute of a core; the student of `make classification` goes by it.
+"""What the layers of SmolLM2-135M-Instruct know about `data=movie_reviews`: linear probes of its frozen states at the
+prompt's last token. `make bench-states`, half a minute of a core; the student of `make classification` is based on it.
 
-One strength of the penalty for all layers and the validation split: nothing is chosen here, and the test split is not
-read.
+All layers have the same penalty and are evaluated on the validation split: nothing is tuned here, and the test split is
+not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROMPT = "Review: {text}\nSentiment:"  # as in data/movie_reviews.yaml
 
 
 def states_of(texts: list[str]) -> Tensor:
-    """[texts, layers + 1, width] float32: what goes into the first layer and what comes out of each."""
+    """Hidden states [texts, layers + 1, width] float32: the first layer's input and every layer's output."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16).eval()

@@ -1,12 +1,12 @@
-"""Seconds a step: distilling from stored targets, against a plain fine-tuning step of TRL's SFTTrainer.
+"""Seconds per step: distilling from stored targets, compared with plain fine-tuning by TRL's SFTTrainer.
 
     python -m benchmarks.step                 the small student, the same rows of tokens for both, in turn
     python -m benchmarks.step --steps 4 --rounds 1
 
-Ours learns cross-entropy and top-64 KL, its targets come over HTTP out of the teacher's store, and its figure is the
-whole step: waiting for targets, forward, loss, backward, clipping, update. TRL's is what lies between its callbacks
-`on_step_begin` and `on_step_end`: forward, loss (with the token accuracy and entropy that it logs), backward, clipping,
-update. Both have AdamW, float32 and no document longer than a row; ours keeps documents of a row apart, TRL does not.
+Ours trains on cross-entropy and top-64 KL, with targets over HTTP from the teacher's store, and is timed over the whole
+step: waiting for targets, forward, loss, backward, clipping, update. TRL is timed between its callbacks `on_step_begin`
+and `on_step_end`: forward, loss (with the token accuracy and entropy that it logs), backward, clipping, update. Both
+use AdamW and float32, with no document longer than a row; ours masks attention between a row's documents, TRL does not.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ WARM = 2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="counted steps a round")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a contender, in turn")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per contender, in turn")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
@@ -105,7 +105,7 @@ def rows_of(settings: list[str], steps: int) -> np.ndarray:
 
 
 def our_steps(settings: list[str], name: str) -> list[float]:
-    """A run as a process; seconds of its counted steps, as its metrics.jsonl says."""
+    """Make a run in its own process; returns the seconds of its timed steps, from its metrics.jsonl."""
     shutil.rmtree(ROOT / name, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "stillhouse-train"), *settings, f"run.id={name}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

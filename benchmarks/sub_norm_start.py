@@ -1,8 +1,8 @@
-"""What SubLN costs SmolLM2-135M-Instruct before any training, by the gains that it starts with: cross-entropy on prose
-of the standard library. `make bench-sub_norm_start [ARGS=--docs]`, two minutes of a core.
+"""What SubLN costs SmolLM2-135M-Instruct before any training, by its initial gains: cross-entropy on prose of the
+standard library. `make bench-sub_norm_start [ARGS=--docs]`, two minutes of a core.
 
-The gains are measured on the first rows, the cross-entropy on those behind them. Columns are shares of quantisation, as
-its warm-up passes through them.
+The gains are calibrated on the first rows, and cross-entropy is measured on the rest. Columns are fractions of
+quantisation, as its warm-up passes through them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from student_trainer.settings import QuantisationSettings, StudentSettings
 from student_trainer.students.quant_linear import set_quantisation_blend
 from student_trainer.students.student import Student
 
-LENGTH, CALIBRATED, HELD_OUT = 256, 4, 8  # tokens of a row, and rows
+LENGTH, CALIBRATED, HELD_OUT = 256, 4, 8  # tokens per row; rows for each purpose
 BLENDS = (0.0, 0.25, 0.5, 1.0)
 STARTS = {"without SubLN": ("none", "ones"), "gains of 1": ("output", "ones"), "typical RMS": ("output", "rms")}
 DOCS = Path(__file__).parent.parent / "docs" / "guides" / "bitdistill.md"

@@ -1,4 +1,4 @@
-"""Records to measure target datasets with: drawn ones, and a real model's of real text. Used by `dataset.py`."""
+"""Records to measure target datasets with: synthetic ones, and a real model's on real text. Used by `dataset.py`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def manifest(vocab_size: int, top_k: int, codec: str) -> Manifest:
 
 
 def synthetic(tokens: int, vocab_size: int, top_k: int) -> Iterator[tuple[np.ndarray, TokenTargets]]:
-    """Documents with valid records: ids by Zipf's law, a next token that is often the first choice."""
+    """Documents with valid records: ids drawn by Zipf's law; the next token is the teacher's first choice."""
     rng = np.random.default_rng(0)
     shares_V = 1 / np.arange(1, vocab_size + 1)
     edges_V = np.cumsum(shares_V / shares_V.sum())
@@ -65,8 +65,8 @@ def synthetic(tokens: int, vocab_size: int, top_k: int) -> Iterator[tuple[np.nda
 def renamed(
     records: Sequence[tuple[np.ndarray, TokenTargets]], vocab_size: int, number: int
 ) -> list[tuple[np.ndarray, TokenTargets]]:
-    """The `number`-th copy of records: other ids for the same words, other documents. Drawing takes longer than what
-    is measured with them.
+    """Copy `number` of the records, with permuted ids and so with different documents. Drawing new ones would take
+    longer than what is measured with them.
     """
     name_V = np.random.default_rng(number).permutation(vocab_size)
     return [
@@ -77,7 +77,7 @@ def renamed(
 
 
 def of_a_model(tokens: int, top_k: int) -> tuple[int, list[tuple[np.ndarray, TokenTargets]]]:
-    """What the demo's teacher says of its prose: the vocabulary's size, and documents with their records."""
+    """The demo's teacher on the demo's prose: the vocabulary size, and documents with their records."""
     from serving.engine import Job
     from teacher_service.run import ENGINES
     from teacher_service.settings import parse_settings

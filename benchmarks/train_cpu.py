@@ -1,13 +1,13 @@
-"""Tokens a second of training on this CPU, beside what the CPU makes of the same matrix products alone.
+"""Tokens per second of training on this CPU, compared with its speed on the same matrix products alone.
 
     python -m benchmarks.train_cpu                       24 layers of SmolLM2-135M's shape, 256 and 512 tokens a step
     python -m benchmarks.train_cpu --layers 6 --tokens 256 --steps 4
 
-The trainer's own loop runs in this process, with weights and a top-64 teacher made at random: cross-entropy and KL,
-backward, clipping, AdamW. A step is what metrics.jsonl says: data, waiting for targets and log included. The products
-are those of one step, forward, back to the inputs and back to the weights, each at its own shape, in the dtype that the
-student computes in, into memory that is there already. `share` is the part of a step that they would take alone: 1 is a
-step in which nothing else takes time. `square` is one large product, for comparison.
+The trainer's own loop runs in this process, with random weights and a random top-64 teacher: cross-entropy and KL,
+backward, clipping, AdamW. A step is timed as in metrics.jsonl, including data, waiting for targets and logging. The
+products are those of one step (forward, gradient of the inputs, gradient of the weights), each at its own shape, in the
+student's compute dtype, into preallocated memory. `share` is the fraction of a step that they would take alone: at 1,
+nothing else takes time. `square` is one large product, for comparison.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from tests.models import save_tiny_llama
 from tests.trainer_run import TOKENS, ScriptedTargets, run_here, teacher_script
 
 ROOT = Path("runs/train_cpu")
-# SmolLM2-135M, but for the layers.
+# SmolLM2-135M's, except for the number of layers.
 HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 576, 1536, 9, 3, 64, 49_152
 TOP_K = 64
-WARM = 2  # steps before those that count
+WARM = 2  # warm-up steps, not counted
 SQUARE = 2048
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512], help="tokens a step, in rows of 256")
-    parser.add_argument("--steps", type=int, default=6, help="counted steps")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512], help="tokens per step, in rows of 256")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--compute", choices=("auto", "float32", "bfloat16"), default="auto")
     options = parser.parse_args()
     dtype = auto_dtype("cpu") if options.compute == "auto" else getattr(torch, options.compute)
@@ -77,7 +77,7 @@ def flops(layers: int, tokens: int) -> float:
 
 
 def prepare(layers: int) -> None:
-    """A student of random weights and two files of random tokens."""
+    """Make a student of random weights and a file of random tokens."""
     shutil.rmtree(ROOT, ignore_errors=True)
     ROOT.mkdir(parents=True)
     save_tiny_llama(
@@ -92,12 +92,12 @@ def prepare(layers: int) -> None:
 
 
 class RandomTargets(ScriptedTargets):
-    """A teacher that costs nothing: one draw of 64 ids and logprobs, for every row."""
+    """A teacher that costs nothing: the same random 64 ids and logprobs for every row."""
 
     def __init__(self) -> None:
         super().__init__(teacher_script(vocab_size=VOCABULARY))
         draw = np.random.default_rng(1)
-        # No token of the text is among them, so that nothing here is at odds with a token's own logprob.
+        # No token of the text is among them, so that they cannot contradict a token's own logprob.
         self._ids_K = np.sort(draw.choice(np.arange(TOKENS, VOCABULARY), TOP_K, replace=False)).astype(np.uint16)
         logits = np.sort(draw.normal(size=TOP_K) * 2)[::-1]
         self._logprobs_K = (logits - np.log(np.exp(logits).sum()) - 0.1).astype(np.float16)
@@ -120,7 +120,7 @@ class RandomTargets(ScriptedTargets):
 def measure(options: argparse.Namespace, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     products_s = [products(options.layers, tokens, dtype)]
     seconds = steps(options, tokens, dtype)
-    # Before and after, the faster of the two: a neighbour who was there for one is no part of the machine.
+    # The faster of before and after, so that other load during one of them does not count.
     products_s.append(products(options.layers, tokens, dtype))
     step_s, work = statistics.median(seconds), flops(options.layers, tokens)
     return {

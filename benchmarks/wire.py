@@ -1,10 +1,10 @@
-"""Bytes and microseconds a token: our wire against JSON in the shape of vLLM's `prompt_logprobs`, in the same run.
+"""Bytes and microseconds per token: our wire format compared with JSON in the form of vLLM's `prompt_logprobs`.
 
     python -m benchmarks.wire
 
-Decoding is what the client does with a body from a socket: 64 KiB pieces into numpy arrays, checksums, and every check
-of `check_targets`. JSON is decoded to the same arrays. Its encoding starts from ready dictionaries, which vLLM must
-build first. The bodies hold 8 sequences of 512 tokens with one temperature besides 1.
+Decoding is what the client does with a body from a socket: 64 KiB chunks into numpy arrays, checksums, and every check
+of `check_targets`. JSON is decoded into the same arrays. Its encoding starts from ready-made dictionaries, which vLLM
+must build first. The bodies hold 8 sequences of 512 tokens with one temperature besides 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK = 64 * 1024
 
 
 def synthetic(vocab_size: int, top_k: int, rng: np.random.Generator) -> tuple[np.ndarray, TokenTargets]:
-    """A sequence [T] and a valid record of it; every second next token is the teacher's first choice."""
+    """A sequence [T] and a valid record of it; every next token is the teacher's first choice."""
     ids_RK = np.stack([rng.choice(vocab_size, top_k, replace=False) for _ in range(LENGTH)])
     weights_RK = -np.sort(-rng.gamma(0.3, size=(LENGTH, top_k)), axis=1) + 1e-4
     tail_R = rng.uniform(0.01, 0.4, LENGTH)
@@ -69,7 +69,7 @@ def decode(body: bytes, request: TargetsRequest | None, vocab_size: int) -> list
 
 
 def as_prompt_logprobs(record: TokenTargets) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: a map a position from id to logprob, rank and decoded token, None for the first."""
+    """vLLM's `prompt_logprobs`: per position a map from id to logprob, rank and decoded token; None for the first."""
     assert record.ids is not None and record.logprobs is not None
     rows: list[dict[str, Any] | None] = [None]
     for ids_K, logprobs_K in zip(record.ids[:-1].tolist(), record.logprobs[:-1].tolist(), strict=True):
@@ -92,7 +92,7 @@ def decode_json(body: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def microseconds(work: Callable[[], Any], rounds: int) -> float:
-    """Median processor time of `work` a token, after one round to warm up; other processes do not count."""
+    """Median processor time of `work` per token, after a warm-up round; other processes do not count."""
     times = []
     for _ in range(rounds + 1):
         began = time.process_time()
