@@ -1,4 +1,4 @@
-"""Training runs one after another within a deadline, each as long as its share of what is left. Called by the demos."""
+"""Train a demo's arms one by one within a deadline, each with its share of the time left. Called by the demos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from demo.plan import PAGE_S, Plan, arm_s, slowed, step_s, time_limit_s
 from demo.processes import Processes, TooLongError, train
 from student_trainer.reporting.json_lines import read_lines
 
-# An arm that is so much over its time has gone wrong, or its machine has: it is ended.
+# An arm that is this late, or its machine, has gone wrong: it is ended.
 GRACE_S = 30.0
 
 
@@ -20,11 +20,11 @@ def run_arms(
     processes: Processes, runs: Path, plan: Plan, machine: Machine, deadline: float, required: int,
     settings: Callable[[Plan, int], list[str]], about: Mapping[str, str],
 ) -> dict[str, int]:  # fmt: skip
-    """Train the plan's arms. Returns the steps that each has made. `deadline`: monotonic, for the page too.
+    """Train the plan's arms. Returns the number of steps that each has made. `deadline` (monotonic) includes the page.
 
-    The first `required` share the time that is left in the proportion of what they need, and end at their last step or
-    with their time. Where a slower machine ends one early, the others make as many steps. Arms beyond them are left out
-    where their steps no longer fit.
+    The first `required` arms share the remaining time in proportion to what they need, and end at their last step or
+    when their time is up. If one ends early on a slower machine, the others make the same number of steps. Arms beyond
+    those are left out if their steps no longer fit.
     """
     steps: dict[str, int] = {}
     for index, name in enumerate(plan.names):
@@ -44,7 +44,7 @@ def run_arms(
 
 
 def _run(processes: Processes, run: Path, settings: list[str], steps: int, deadline: float) -> tuple[int, float]:
-    """One arm as a process. Returns how many steps it has made, and their median time in seconds."""
+    """Train one arm in its own process. Returns how many steps it has made, and their median time in seconds."""
     metrics = run / "metrics.jsonl"
     try:
         train(processes, run.name, settings, lambda: f"step {len(read_lines(metrics))} of {steps}", deadline=deadline)

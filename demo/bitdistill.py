@@ -2,9 +2,9 @@
 
     make bitdistill      or, installed:  python -m demo.bitdistill [--minutes N]
 
-Serves the teacher and the attention service beside it, measures this machine, and in the time it has trains the ternary
-student on text alone (stage 2), goes on from there in two arms of equal steps (text alone; stage 3 with the teacher's
-logits and attention relations), exports the distilled student in three formats, and writes
+Serves the teacher and an attention service beside it, measures this machine and, in the time available, trains the
+ternary student on text alone (stage 2) and then two arms of equal steps from there (text alone; stage 3 with the
+teacher's logits and attention relations). Exports the distilled student in three formats, and writes
 `runs/bitdistill/summary.json` and `runs/bitdistill/report.html`.
 """
 
@@ -41,14 +41,14 @@ ABOUT = {
     PLAIN: "the text alone",
     DISTILLED: "the text, the teacher's logits and its attention relations",
 }
-# The attention service reads the layers up to the one compared, about as much as the teacher does.
+# The attention service runs the layers up to the compared one, which costs about as much as the teacher.
 WORKS = (Work(STAGE2, False), Work(PLAIN, False), Work(DISTILLED, True, attention=True))
 LOSSES = {
     PLAIN: ["distillation=cross_entropy"],
-    # At the paper's 1e5 the relations leave a run as short as this nothing for the rest: docs/guides/bitdistill.md.
+    # At the paper's 1e5 the relations crowd out the other terms in so short a run: docs/guides/bitdistill.md.
     DISTILLED: ["distillation=bitdistill", "distillation.attention.coefficient=1e3"],
 }
-# An export loads the student, writes it, and has other software open it again and compute with it.
+# Of each export, which loads the student, writes it, and has other software reopen it and compute with it.
 EXPORT_S = 25.0
 
 
@@ -93,7 +93,7 @@ def bitdistill(processes: Processes, minutes: float) -> int:
 
 
 def common() -> list[str]:
-    """The settings in which no two runs differ."""
+    """The settings that all runs share."""
     return [
         "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={SEQ_LEN}", f"run.root={RUNS}",
         "run.resume=never", "optim.weight_decay=0.01", "optim.schedule.kind=constant", "optim.schedule.warmup_steps=5",
@@ -102,7 +102,7 @@ def common() -> list[str]:
 
 
 def measured_run() -> list[str]:
-    """Settings of the run whose first steps are measured: stage 2, without a teacher to evaluate with."""
+    """Settings of the run whose first steps are timed: stage 2, without a teacher to evaluate with."""
     return [
         *common(), "recipe=bitnet_pretraining", "optim=adamw", "teacher=none", "run.id=measured",
         f"student.checkpoint_path={TEACHER}",
@@ -111,23 +111,23 @@ def measured_run() -> list[str]:
 
 
 def arm_settings(teacher: Teacher, attention_url: str, plan: Plan, index: int) -> list[str]:
-    """Stage 2, or one of the two arms that begin where it ended and differ in the loss alone."""
+    """Settings of stage 2, or of one of the two arms that start where it ended and differ only in the loss."""
     name = plan.names[index]
     settings = [
         *common(), f"run.id={name}", f"run.steps={plan.steps}", f"data.held_out_rows={plan.held_out_rows}",
         f"evaluation.every={plan.evaluate_every}",
-        # Both arms of stage 3 begin with the student that stage 2 has evaluated last.
+        # Both later arms start from the student that stage 2 evaluated last.
         f"evaluation.at_start={str(index == 0).lower()}",
         f"teacher.url={teacher.url}", f"teacher.top_k={TOP_K}",
     ]  # fmt: skip
     if name == STAGE2:
-        # With the teacher at hand, held-out KL and agreement are measured in stage 2 too.
+        # The teacher is only for evaluation: held-out KL and agreement are measured in stage 2 too.
         return [
             *settings, "recipe=bitnet_pretraining", "optim=adamw", "teacher=remote", "run.seed=0",
             "optim.learning_rate=1e-3", f"student.checkpoint_path={TEACHER}",
             f"student.quantisation.warmup_steps={plan.steps // 2}",
         ]  # fmt: skip
-    # Adam's first steps are of the full rate whatever the gradient; at stage 2's they undo what it learnt.
+    # Adam's first steps have full size whatever the gradient; at stage 2's rate they undo what it learnt.
     settings += [
         "recipe=bitdistill", "optim=adamw", "run.seed=1", "optim.learning_rate=3e-4",
         f"student.checkpoint_path={RUNS / STAGE2}", *LOSSES[name],
@@ -136,7 +136,7 @@ def arm_settings(teacher: Teacher, attention_url: str, plan: Plan, index: int) -
 
 
 def export(processes: Processes) -> dict[str, dict[str, Any]]:
-    """Each format, opened again by its own software; the command fails where that is not the student."""
+    """Export in each format. The command reopens it with that format's software and fails if it is not the student."""
     processes.screen.title("export")
     exported = {}
     for form in FORMATS:
@@ -164,7 +164,7 @@ def summarise(
 def tell(screen: Screen, summary: dict[str, Any], verdict: Verdict) -> None:
     arms = summary["arms"]
     rows = {
-        # The warm-up begins at no quantisation at all.
+        # Quantisation starts at zero and is warmed up.
         "SubLN added": arms[STAGE2]["before"],
         "after stage 2": arms[STAGE2]["after"],
         "text alone": arms[PLAIN]["after"],

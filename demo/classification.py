@@ -1,12 +1,12 @@
 """Film reviews: a ternary student that is to keep up with full precision, with and without the teacher it is made from.
 
     make classification         or, installed:  python -m demo.classification [--minutes N]
-    make classification ARGS='--minutes 5 --runs 3'       in slices: each goes on where the last one ended
+    make classification ARGS='--minutes 5 --runs 3'       in slices: each continues where the last one ended
 
 Fine-tunes SmolLM2-135M on the classes and serves it, trains the ternary student on text (stage 2), chooses each arm's
-learning rate, gamma and stage 2's length on the validation split where there is time for that, and trains every arm
-with every seed; those are told by the test split. The student has fewer layers where the machine is slow. Writes
-`results.jsonl`, `table.md` and `report.html` under `runs/classification`, after every run anew.
+learning rate, gamma and stage 2's length on the validation split if there is time, and trains every arm with every
+seed; these final runs are compared on the test split. On a slow machine the student has fewer layers. After every run,
+`results.jsonl`, `table.md` and `report.html` under `runs/classification` are rewritten.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from teacher_proto.hardware import auto_dtype
 
 RUNS = Path("runs/classification")
 NAME = "SmolLM2-135M-reviews"
-TOP_K = 16  # of the evaluations: a fine-tuned teacher has the words of the classes among its likeliest
+TOP_K = 16  # for evaluation: enough, because a fine-tuned teacher's likeliest tokens include the class words
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def plan_of(processes: Processes, options: Any) -> Plan:
-    """The plan that is there; or what the options say; or one for the machine as it is measured now."""
+    """The existing plan, or one from the options, or one for the machine as it is measured now."""
     from teacher_proto.hardware import cpu_name
 
     file = RUNS / "plan.json"
@@ -106,7 +106,7 @@ def measured_plan(processes: Processes, options: Any) -> Plan:
 
 @dataclass
 class Services:
-    """The fine-tuned teacher and its attention service, each started when a run first asks it."""
+    """The fine-tuned teacher and its attention service, each started when a run first needs it."""
 
     processes: Processes
     teacher: Teacher | None = None
@@ -120,13 +120,13 @@ class Services:
         self._stack.close()
 
     def settings(self, relates: bool) -> list[str]:
-        """Where they are."""
+        """Settings with the services' URLs; with `relates`, the attention service's too. Starts what is not running."""
         model = teacher_model(self.processes)
         if self.teacher is None:
-            # It was trained in float32, and is exported so; a pass takes several times as long in that.
+            # The export is in float32, as it was trained; a forward pass would take several times as long in that.
             dtype = str(auto_dtype("cpu")).removeprefix("torch.")
             ready = self._stack.enter_context(
-                # That of transformers: it starts in seconds, and a prompt has thirty tokens.
+                # The transformers engine starts in seconds, and a prompt has only thirty tokens.
                 serve_teacher(self.processes, RUNS, model, NAME, "--engine", "hf", "--dtype", dtype)
             )
             self.teacher = ready()
@@ -149,12 +149,12 @@ def make_run(processes: Processes, services: Services, plan: Plan, run: Run) -> 
         prepare.first_layers(plan.layers)
     train(processes, run.name, settings, progress_of(RUNS / run.name, run.steps))
     if run.phase not in ("teacher", "stage2"):
-        # What is compared is written down; the checkpoints are large.
+        # What is compared has been saved; the checkpoints are large.
         shutil.rmtree(RUNS / run.name / "checkpoints", ignore_errors=True)
 
 
 def teacher_model(processes: Processes) -> Path:
-    """The fine-tuned teacher as a folder that can be served; a folder that is there is complete."""
+    """The fine-tuned teacher's folder, exported for serving; an existing folder is complete."""
     folder = RUNS / "teacher_model"
     if not folder.exists():
         arguments = ["export", str(RUNS / "teacher"), "--format", "hf", "--out"]
@@ -163,7 +163,7 @@ def teacher_model(processes: Processes) -> Path:
 
 
 def go_on(run: Run, plan: Plan) -> None:
-    """A longer stage 2 begins with the shorter one, which is kept."""
+    """Start a longer stage 2 from a copy of the shorter one, if that is finished."""
     shorter = [length for length in plan.lengths[1:] if length < run.steps]
     folder = RUNS / run.name
     if shorter and not folder.exists() and finished(RUNS / f"stage2-{shorter[-1]}", shorter[-1]):
@@ -171,12 +171,12 @@ def go_on(run: Run, plan: Plan) -> None:
 
 
 def student_folder(layers: int) -> Path:
-    """The student that all arms begin with: the teacher before it is fine-tuned, or its first layers."""
+    """The student that all arms start from: the teacher before fine-tuning, or its first layers."""
     return TEACHER if layers == LAYERS[0] else prepare.first_layers_folder(layers)
 
 
 def common(name: str) -> list[str]:
-    """The settings in which no two runs differ."""
+    """The settings that all runs share."""
     return [
         f"run.root={RUNS}", f"run.id={name}", f"data.seq_len={SEQ_LEN}", f"data.rows={ROWS}",
         "evaluation.at_start=false", "evaluation.samples=0", "checkpoint.every=0", "checkpoint.keep=1",
@@ -185,7 +185,7 @@ def common(name: str) -> list[str]:
 
 
 def run_settings(plan: Plan, run: Run) -> list[str]:
-    """A run's, but for where the services are. A run that is stopped saves itself, and goes on there."""
+    """Settings of a run, without the services' URLs. A run that is stopped saves its state and resumes from there."""
     base = TEACHER if run.phase == "teacher" else student_folder(plan.layers)
     settings = [*common(run.name), f"run.steps={run.steps}", f"run.seed={run.seed}"]
     if run.phase == "teacher":
@@ -219,7 +219,7 @@ def run_settings(plan: Plan, run: Run) -> list[str]:
 
 
 def of_gamma(run: Run, settings: tuple[str, ...]) -> list[str]:
-    """How the relations are weighed against the rest."""
+    """How the relations are weighted against the other terms."""
     if not run.gamma:
         return []
     if run.gamma != "shares":

@@ -1,9 +1,8 @@
-"""Which runs `demo.classification` makes, how long they are, and what follows from those that are done. No clock here.
+"""Which runs `demo.classification` makes, their lengths, and the choices that follow from finished ones. No clock here.
 
-First the teacher and stage 2; then, where there is time for it, what is chosen, on the validation split and with one
-seed: every arm's learning rate out of equally many, how the relations are weighed, how long stage 2 is. In the end
-every arm with every seed, on the test split, which nothing is chosen by. Without a search each arm has the first of its
-rates.
+First the teacher and stage 2; then, if there is time, the search, on the validation split and with one seed: every
+arm's learning rate out of equally many, the weight of the relations, the length of stage 2. Finally every arm with
+every seed, on the test split, which no choice depends on. Without a search each arm uses the first of its rates.
 """
 
 from __future__ import annotations
@@ -17,21 +16,22 @@ from demo.plan import END_S, MARGIN, PAGE_S
 
 ROWS, SEQ_LEN, EXAMPLES_A_STEP, EPOCH = 4, 256, 34, 205
 TEACHERS_LAYERS = 30
-# Of the student: the most that leave each run half an epoch at least, or else the fewest. What the layers below the
-# fifteenth know of a sentence is little more than its words.
+# Of the student: the most that leave each run at least half an epoch, or else the fewest. Layers below the fifteenth
+# know little more about a sentence than its words.
 LAYERS = (30, 24, 15)
-EMBEDDINGS = 4  # embeddings, head and their moments cost a step about what as many layers cost
-# Fifteen layers pass a bag of words in a quarter of them in full precision, and are three quarters right when ternary.
+EMBEDDINGS = 4  # embeddings, head and their moments cost a step about as much as this many layers
+# With the fewest, 15 ternary layers are right three quarters of the time; in full precision, a quarter of these steps
+# is enough to beat a bag of words.
 FEWEST_STEPS, MOST_STEPS = 100, 2 * EPOCH
-# Rows held out, of eight or nine examples: all that there are, or some of each split where runs are short.
+# Held-out rows of eight or nine examples each: all that there are, or some of each split if runs are short.
 ALL_ROWS, FEW_ROWS = 400, 40
-VALIDATION_STEPS, TEST_STEPS = 10, 20  # what evaluating a whole split costs, in steps of training
+VALIDATION_STEPS, TEST_STEPS = 10, 20  # cost of evaluating a whole split, in training steps
 
 
 @dataclass(frozen=True)
 class Arm:
-    """`rates`: learning rates that are tried, the likeliest first. `stage2`: it begins where stage 2 ended. `asks` the
-    teacher, `relates`: the attention service too.
+    """`rates`: learning rates to try, the most promising first. `stage2`: it starts where stage 2 ended. `asks`: it
+    uses the teacher. `relates`: and the attention service too.
     """
 
     about: str
@@ -42,7 +42,7 @@ class Arm:
     relates: bool = False
 
 
-# Of AdamW, which suits the pretrained weights, and of Muon, by which ternary ones learn most in few steps.
+# For AdamW, which suits the pretrained weights, and for Muon, with which ternary ones learn most in few steps.
 FULL_RATES, TERNARY_RATES = (3e-4, 1e-4), (1e-3, 2e-3)
 DISTILLED = ("recipe=bitdistill",)
 ARMS: Mapping[str, Arm] = {
@@ -65,9 +65,9 @@ ARMS: Mapping[str, Arm] = {
         asks=True, relates=True,
     ),
 }  # fmt: skip
-# How the relations are weighed: by equal shares of the gradient, or by the paper's smaller coefficient.
+# How the relations are weighted: by equal shares of the gradient, or by the paper's smaller coefficient.
 GAMMAS = ("shares", "1e3")
-LENGTH_ARM = "logits"  # by which stage 2's length is judged
+LENGTH_ARM = "logits"  # with which stage 2's length is chosen
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plan:
     stage2_steps: int
     held_out_rows: int
     machine: dict[str, Any]
-    search: bool = True  # for rates, gammas and stage 2's length; without it each arm has its first rate
+    search: bool = True  # for rates, gammas and stage 2's length; without it each arm uses its first rate
 
     @property
     def search_steps(self) -> int:
@@ -88,23 +88,23 @@ class Plan:
 
     @property
     def test_rows(self) -> int:
-        """More than is evaluated for a choice: it is done once a run."""
+        """More than for a choice, because a run is tested only once."""
         return min(ALL_ROWS, 3 * self.held_out_rows)
 
     @property
     def evaluate_every(self) -> int:
-        """Steps between evaluations of a run by which something is chosen."""
+        """Steps between the evaluations of runs that a choice depends on."""
         return -(-self.search_steps // (4 if self.held_out_rows == ALL_ROWS else 2))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Stage 2's, tried: none, half and all of it."""
+        """Lengths of stage 2 to try: none, half and all of it."""
         return (0, max(1, self.stage2_steps // 2), self.stage2_steps)
 
 
 @dataclass(frozen=True)
 class Run:
-    """`phase`: teacher, stage2, rates, gammas, lengths or final. `stage2`: steps of the stage 2 that it begins with."""
+    """`phase`: teacher, stage2, rates, gammas, lengths or final. `stage2`: steps of the stage 2 that it starts from."""
 
     phase: str
     name: str
@@ -117,12 +117,12 @@ class Run:
 
 
 def share_of_cost(layers: int) -> float:
-    """Of a step of the teacher's architecture."""
+    """Cost of a step with this many layers, as a fraction of one with all of the teacher's."""
     return (EMBEDDINGS + layers) / (EMBEDDINGS + TEACHERS_LAYERS)
 
 
 def make_plan(machine: Machine, seconds: float, seeds: int, facts: dict[str, Any]) -> Plan:
-    """The largest student whose runs can be half an epoch long beside a search; or else the smallest without one."""
+    """A plan for the largest student whose runs can be half an epoch long with a search, else the smallest without."""
     for layers in LAYERS:
         if (steps := steps_in(machine, seconds, seeds, layers, search=True)) >= EPOCH / 2:
             return planned(layers, steps, facts)
@@ -137,10 +137,10 @@ def planned(layers: int, steps: int, facts: dict[str, Any], search: bool = True)
 
 
 def steps_in(machine: Machine, seconds: float, seeds: int, layers: int, search: bool) -> int:
-    """Steps of an arm, so that all runs are done in that time; the least that shows anything, where it is longer.
+    """Steps of an arm, so that all runs finish in `seconds`; never fewer than show anything, even if they don't finish.
 
-    Every run is `weight` times as long as an arm's; it starts, and evaluates once. The machine was measured with the
-    whole teacher as its student.
+    All training together is as long as `weight` arms; every run also has to start and to evaluate. The machine was
+    measured with the whole teacher as its student.
     """
     tokens, share = ROWS * SEQ_LEN, share_of_cost(layers)
     a_step_s = MARGIN * share * tokens / machine.student_tokens_per_second
@@ -155,14 +155,14 @@ def steps_in(machine: Machine, seconds: float, seeds: int, layers: int, search: 
 
 
 def next_run(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> Run | None:
-    """The first run that is not done; None after the last. `done`: figures by name, of the validation split but for
-    final ones.
+    """The first run that is not done; None after the last. `done`: metrics by name, on the test split for final runs
+    and on the validation split for others.
     """
     return next((run for run in known_runs(plan, done, seeds) if run.name not in done), None)
 
 
 def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
-    """All that are known by what is done: a choice's followers come when it can be made."""
+    """All runs that are known so far: those that depend on a choice appear once it can be made."""
     runs = [Run("teacher", "teacher", plan.teacher_steps)]
     stage2 = [Run("stage2", f"stage2-{steps}", steps, stage2=steps) for steps in plan.lengths[1:]]
     if not plan.search:
@@ -180,7 +180,7 @@ def known_runs(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) 
 
 
 def rates(plan: Plan) -> list[list[Run]]:
-    """Every arm at its first rate, then at the next: what is done when it is stopped can be compared."""
+    """Every arm at its first rate, then at the next, so that finished runs are comparable whenever it is stopped."""
     number = min(len(arm.rates) for arm in ARMS.values())
     return [[rate_run(plan, name, arm.rates[place]) for name, arm in ARMS.items()] for place in range(number)]
 
@@ -192,7 +192,7 @@ def rate_run(plan: Plan, name: str, rate: float) -> Run:
 
 
 def gammas(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
-    """Every arm with relations, with each further way to weigh them, at its own rate."""
+    """Every arm with relations, with each further way to weight them, at its chosen rate."""
     return [
         Run("gammas", f"gamma-{name}-{gamma}", plan.search_steps, name, 0, best_rate(plan, done, name).rate, gamma,
             plan.lengths[-1])
@@ -201,7 +201,7 @@ def gammas(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
 
 
 def lengths(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
-    """One arm after shorter stages 2; after the longest it was tried by its rate, if there was a search."""
+    """`LENGTH_ARM` after shorter stages 2; a search has already tried it after the longest, to choose its rate."""
     rate = best_rate(plan, done, LENGTH_ARM).rate
     return [
         Run("lengths", f"length-{length}", plan.search_steps, LENGTH_ARM, 0, rate, "", length)
@@ -210,7 +210,7 @@ def lengths(plan: Plan, done: Mapping[str, Mapping[str, float]]) -> list[Run]:
 
 
 def final(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> list[Run]:
-    """All arms with the first seed, then with the second: what is done when it is stopped can be compared."""
+    """All arms with the first seed, then with the next, so that finished runs are comparable whenever it is stopped."""
     chosen = {name: best_rate(plan, done, name) for name in ARMS}
     length = plan.lengths[-1]
     if plan.search:
@@ -227,12 +227,12 @@ def final(plan: Plan, done: Mapping[str, Mapping[str, float]], seeds: int) -> li
 
 
 def best_rate(plan: Plan, done: Mapping[str, Mapping[str, float]], arm: str) -> Run:
-    """The run that the arm's rate was chosen by; without a search, that of its first rate, which is never made."""
+    """The run that decided the arm's rate; without a search, the one with its first rate, which is never made."""
     if not plan.search:
         return rate_run(plan, arm, ARMS[arm].rates[0])
     return best(done, [run for these in rates(plan) for run in these if run.arm == arm])
 
 
 def best(done: Mapping[str, Mapping[str, float]], runs: list[Run]) -> Run:
-    """The most accurate; of equals the one with the lower cross-entropy."""
+    """The most accurate; among equals, the one with the lowest cross-entropy."""
     return max(runs, key=lambda run: (done[run.name]["accuracy"], -done[run.name]["cross_entropy"]))

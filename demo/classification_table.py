@@ -1,4 +1,4 @@
-"""The results of `demo.classification`: a line a run, the tables that follow from them, the verdict, and the page."""
+"""The results of `demo.classification`: a line per run, and the tables, verdict and page that are made from them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from demo.classification_plan import ARMS, LENGTH_ARM, Plan, Run, best_rate, kno
 from demo.comparison import finished, markdown
 from student_trainer.reporting.json_lines import read_lines
 
-MOST_SEEDS = 20  # that results are looked for of
+MOST_SEEDS = 20  # for which results are looked up
 BASE, FULL, DISTILLED = "bitnet_sft", "full_precision", ("logits", "relations", "both")
-BEHIND = 2.0  # points that a student may be behind full precision and keep up with it
+BEHIND = 2.0  # points that a student may be behind full precision and still keep up with it
 Line = Mapping[str, Any]
 
 
 def figures_of(runs: Path, plan: Plan) -> dict[str, dict[str, float]]:
-    """By name, the last figures of every run that is done."""
+    """The last metrics of every finished run, by name."""
     done: dict[str, dict[str, float]] = {}
     while True:
         new = [run for run in known_runs(plan, done, MOST_SEEDS)
@@ -35,7 +35,7 @@ def figures_of(runs: Path, plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def lines_of(runs: Path, plan: Plan) -> list[dict[str, Any]]:
-    """A line for every run that is done, in the order in which they are made."""
+    """A line for every finished run, in the order in which runs are made."""
     done = figures_of(runs, plan)
     return [_line(runs, run, done[run.name], plan) for run in known_runs(plan, done, MOST_SEEDS) if run.name in done]
 
@@ -52,12 +52,12 @@ def _line(runs: Path, run: Run, figures: Mapping[str, float], plan: Plan) -> dic
 
 
 def accuracies(lines: Sequence[Line], arm: str) -> list[float]:
-    """Per cent of the test split, a seed each."""
+    """Test accuracies of an arm in per cent, one per seed."""
     return [100 * line["accuracy"] for line in lines if line["phase"] == "final" and line["arm"] == arm]
 
 
 def arm_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """An arm a row: what was chosen for it, and how it ends."""
+    """One row per arm: what was chosen for it, and its results."""
     rows = []
     for name, arm in ARMS.items():
         chosen = [line for line in lines if line["phase"] == "final" and line["arm"] == name]
@@ -75,7 +75,7 @@ def arm_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
 
 
 def search_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """All that was tried, on the validation split."""
+    """Everything that was tried on the validation split."""
     return [
         {"tried": line["phase"], "arm": line["arm"].replace("_", " "), "rate": f"{line['rate']:g}",
          "gamma": line["gamma"] or "–", "steps of stage 2": str(line["stage2_steps"]),
@@ -85,11 +85,11 @@ def search_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
 
 
 def length_rows(lines: Sequence[Line], plan: Plan) -> list[dict[str, str]]:
-    """Accuracy by the tokens of stage 2, of the arm that lengths were tried with."""
+    """Accuracy by the tokens of stage 2, for the arm that lengths were tried with."""
     tokens = {line["steps"]: line["tokens"] for line in lines if line["phase"] == "stage2"}
     tried = [line for line in lines if line["phase"] == "lengths"]
     done = {line["name"]: line for line in lines}
-    if tried and plan.search:  # lengths are tried when the rates are
+    if tried and plan.search:  # the longest was tried with the rates
         tried.append(done[best_rate(plan, done, LENGTH_ARM).name])
     return [
         {"tokens of stage 2": f"{tokens.get(line['stage2_steps'], 0):,}",
@@ -105,8 +105,8 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict(lines: Sequence[Line]) -> str:
-    """Whether the distilled student keeps up, in a sentence: the arm that the validation split prefers; without a
-    search BitDistill as it is published, with logits and relations.
+    """Whether the distilled student keeps up, in a sentence. Its arm is the one that the validation split prefers;
+    without a search it is BitDistill as published, with logits and relations.
     """
     tried = [line for line in lines if line["phase"] in ("rates", "gammas") and line["arm"] in DISTILLED]
     base, full = accuracies(lines, BASE), accuracies(lines, FULL)
@@ -138,7 +138,7 @@ def results_table(runs: Path, plan: Plan) -> Table:
 
 
 def write_results(runs: Path, plan: Plan) -> None:
-    """`results.jsonl`, `table.md` and the page, of what is done. The page shows runs of the validation split."""
+    """Write `results.jsonl`, `table.md` and the page, of finished runs. After a search the page shows its runs."""
     lines = lines_of(runs, plan)
     (runs / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tables = [rows for rows in (arm_rows(lines), length_rows(lines, plan), search_rows(lines)) if rows]

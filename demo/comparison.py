@@ -1,4 +1,4 @@
-"""What comparisons have in common that are made run by run: their options, what is done, and what was planned at first.
+"""What comparisons made run by run have in common: options, progress, the plan that is kept, and Markdown tables.
 Called by `diffusion` and `classification`.
 """
 
@@ -14,7 +14,7 @@ from student_trainer.reporting.json_lines import read_lines
 
 
 def options_of(name: str, about: str, minutes: float) -> argparse.ArgumentParser:
-    """Those that every comparison takes: it goes on where it was stopped, unless it is told to begin anew."""
+    """The options of every comparison, which continues where it was stopped unless --again is given."""
     parser = argparse.ArgumentParser(prog=f"python -m demo.{name}", description=about.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=minutes, help="for all of it (default: %(default)g)")
     parser.add_argument("--again", action="store_true", help="begin anew, not where it was stopped")
@@ -35,7 +35,7 @@ def progress_of(run: Path, steps: int) -> Callable[[], str]:
 
 
 def kept_plan(file: Path) -> dict[str, Any] | None:
-    """What was decided when the comparison began, if it has begun."""
+    """The plan that was made when the comparison began, or None."""
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -44,13 +44,13 @@ def keep_plan(file: Path, plan: dict[str, Any]) -> None:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows with the same columns."""
+    """A Markdown table of rows with the same columns."""
     columns = list(rows[0])
     return markdown_table([columns, *([str(row[column]) for column in columns] for row in rows)])
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:
-    """Its first line is the head; all columns but the first to the right."""
+    """The first line is the header; all columns but the first are right-aligned."""
     lines = ["| " + " | ".join(line) + " |" for line in table]
     lines.insert(1, "| --- |" + " ---: |" * (len(table[0]) - 1))
     return "\n".join(lines)

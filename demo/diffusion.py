@@ -1,12 +1,12 @@
 """Block diffusion: SmolLM2-135M without six of its layers, made a block-diffusion student, with and without a teacher.
 
     make diffusion                          or, installed:  python -m demo.diffusion [--minutes N]
-    make diffusion ARGS=--ablations         what else could be chosen, on a small model that is trained first
+    make diffusion ARGS=--ablations         other design choices, on a small model that is trained first
 
-Serves the teacher, measures this machine, and trains in the time it has: cross-entropy on masked tokens with and
-without target concrete scores, at equal steps, with three seeds each. What is done stays done: stopped and started
-again it goes on where it was, with the steps that it planned at first; --again begins anew. Writes `summary.json`,
-`table.md` and `report.html` under `runs/diffusion`, after every run anew.
+Serves the teacher, measures this machine and, in the time available, trains with cross-entropy on masked tokens, with
+and without target concrete scores, at equal steps, with three seeds each. Finished runs are kept: when started again it
+continues where it was stopped, with the steps first planned; --again starts over. After every run, `summary.json`,
+`table.md` and `report.html` under `runs/diffusion` are rewritten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from student_trainer.reporting.json_lines import read_lines
 
 RUNS = Path("runs/diffusion")
 FEWEST_STEPS = 4
-SMALL_STEPS, SMALL_ROWS = 400, 16  # in which the small teacher learns to write
+SMALL_STEPS, SMALL_ROWS = 400, 16  # training of the small teacher
 BLOCK = 16
 
 
@@ -74,7 +74,7 @@ def compare(processes: Processes, comparison: Comparison, options: argparse.Name
             settings = run_settings(comparison, runs, teacher, plan, arm, seed)
             train(processes, run.name, settings, progress_of(run, plan.steps))
             if (arm, seed) != KEPT:
-                # What is compared is written down; the checkpoints are large.
+                # What is compared has been saved; the checkpoints are large.
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             write_results(runs, comparison, asdict(plan))
     write_results(runs, comparison, asdict(plan))
@@ -90,7 +90,7 @@ KEPT = ("tcs", 0)
 
 @dataclass(frozen=True)
 class Local:
-    """The small teacher, in the process of each run."""
+    """The small teacher, loaded in the process of each run."""
 
     model: Path
 
@@ -108,7 +108,7 @@ def the_teacher(processes: Processes, runs: Path, comparison: Comparison) -> Ite
 
 
 def small_teacher(processes: Processes, runs: Path, comparison: Comparison) -> Local:
-    """The small model, trained from left to right on the text and exported; what is there is not made again."""
+    """The small model, trained autoregressively on the text and exported, unless that has been done."""
     model = runs / "teacher_model"
     if not model.is_dir():
         processes.screen.title(f"the teacher learns to write: {SMALL_STEPS} steps")
@@ -130,7 +130,7 @@ def small_teacher_settings(comparison: Comparison, runs: Path) -> list[str]:
 def planned(
     processes: Processes, comparison: Comparison, teacher: Teacher | Local, seconds: float, runs: int, steps: int | None
 ) -> Plan:
-    """The plan that is there, or one for the machine as it is measured now."""
+    """The existing plan, or one with the given steps, or one for the machine as it is measured now."""
     from teacher_proto.hardware import cpu_name
 
     file = RUNS / comparison.name / "plan.json"
@@ -164,9 +164,9 @@ def measure(processes: Processes, comparison: Comparison, teacher: Teacher) -> M
 
 
 def steps_in(comparison: Comparison, machine: Machine, seconds: float, runs: int) -> int:
-    """Steps of each run, so that all are done in that time: a few at least."""
-    # A token that is learnt is read four times over: two views of two halves. What is written is read as it is, block
-    # by block, and at worst a token a pass.
+    """Steps of each run, so that all finish in `seconds`; at least a few, even if they don't."""
+    # Evaluation, like training, processes each token four times: two views of two halves. Generated text is processed
+    # once per pass, block by block, and at worst a pass gives one token.
     written = 2 * len(THRESHOLDS) * comparison.judged * comparison.new_tokens * BLOCK / 4
     held_out = 2 * comparison.held_out_rows * comparison.seq_len
     evaluating = (held_out + written) / machine.evaluation_tokens_per_second
@@ -181,7 +181,7 @@ def steps_in(comparison: Comparison, machine: Machine, seconds: float, runs: int
 
 
 def common(comparison: Comparison, runs: Path) -> list[str]:
-    """The settings in which no two runs differ."""
+    """The settings that all runs share."""
     return [
         *comparison.settings, f"data.seq_len={comparison.seq_len}", f"run.root={runs}", "student=diffusion",
         f"student.checkpoint_path={comparison.student if comparison.served else runs / 'teacher_model'}",
@@ -193,7 +193,7 @@ def common(comparison: Comparison, runs: Path) -> list[str]:
 def run_settings(
     comparison: Comparison, runs: Path, teacher: Teacher | Local, plan: Plan, arm: str, seed: int
 ) -> list[str]:
-    """One run; an arm's own settings come last. One of one view reads twice the rows, so that a step costs the same."""
+    """Settings of one run, its arm's last. An arm of one view reads twice the rows, so that its steps cost the same."""
     chosen = comparison.arms[arm]
     rows = comparison.rows * 2 // chosen.views
     whose = (
@@ -206,7 +206,7 @@ def run_settings(
         f"evaluation.top_k={TOP_K}", f"evaluation.every={plan.steps}", "evaluation.at_start=false",
         f"evaluation.thresholds=[{','.join(map(str, THRESHOLDS))}]", f"evaluation.judged={comparison.judged}",
         f"evaluation.sample_tokens={comparison.new_tokens}", f"evaluation.infilled={comparison.infilled}",
-        # A run that is stopped goes on from its middle.
+        # So that a stopped run can resume from its middle.
         f"checkpoint.every={-(-plan.steps // 2)}", "checkpoint.keep=1", *chosen.settings,
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What `demo.diffusion` compares: two arms of one student, and others that each differ from one in one thing."""
+"""What `demo.diffusion` compares: two arms of one student, and ablations that each change one thing."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 from demo.prepare import PRUNED, SMALL, TEACHER, TEXT
 
-# How sure of a token a student must be to write it beside others, in the texts that the teacher judges.
+# How confident a student must be in a token to write it in the same pass as others, in texts that the teacher judges.
 THRESHOLDS = (0.2, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """`settings`: in which it differs from the base. `views`: as many rows of one view cost a student as one of two."""
+    """`settings`: where it differs from the base. `views` of a row: two rows of one view cost as much as one of two."""
 
     about: str
     settings: tuple[str, ...] = ("distillation=tcs",)
-    asks: bool = True  # the teacher, in every step
+    asks: bool = True  # the teacher for targets, in every step
     views: int = 2
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms of one student, each with every seed. `base`: the one that the others are held against.
+    """Arms of one student, each with every seed. `base`: the arm that the others are compared with.
 
-    `served`: the teacher is SmolLM2 behind its service, and the runs are as long as there is time for; else it is a
-    small model that is trained first, and they have `steps`. `judged`: texts a source and threshold of `new_tokens`.
+    `served`: the teacher is SmolLM2 behind its service, and the runs are as long as time allows; otherwise it is a
+    small model that is trained first, and they have `steps`. `judged`: texts of `new_tokens` per source and threshold.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """All arms with the first seed, then with the second: what is done when it is stopped can be compared."""
+        """All arms with the first seed, then with the next, so that finished runs are comparable whenever it stops."""
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
 
@@ -80,7 +80,7 @@ ABLATIONS = Comparison(
     arms={
         "tcs": Arm("blocks of 16, row t predicts token t, uniform masks in two views, block-causal clean half"),
         "cross_entropy": CROSS_ENTROPY,
-        # Equal bytes: 16 ids with their logprobs, or 15 and what the tail is worked out from.
+        # Equal bytes: 16 ids with their logprobs, or 15 and what the tail is computed from.
         "k15_tail": _with("the top 15, the rest as one bucket", "teacher.top_k=15"),
         "k16_truncated": _with(
             "the top 16, the rest left out", "teacher.top_k=16", "distillation.terms.tcs.tail=truncate"

@@ -1,7 +1,7 @@
-"""How good what a student writes is, against how much a forward pass gives: points of a curve, and its measures.
+"""Quality of a student's text against tokens per forward pass: measures of a curve through such points.
 Called by `diffusion_table`; pure functions.
 
-A point is (tokens a forward pass, how good); of perplexity less is better, of all else more.
+A point is (tokens per forward pass, quality). Lower is better for perplexity, and higher for everything else.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 Point = tuple[float, float]
-# What a curve may lose of its first point and still count, and how fast what it loses counts less (d3LLM).
+# How far a point may be below the curve's first and still count, and how fast lower ones count less (d3LLM).
 MAY_LOSE, ALPHA = 5.0, 3.0
 
 
 def area_under(points: Sequence[Point], best: float) -> float:
-    """AUP of d3LLM: the area under accuracy (0 to 100) by tokens a pass, where what falls short of `best`, the largest
-    accuracy of all curves compared, counts exponentially less. Points that lose more than `MAY_LOSE` of the first one,
-    the slowest, are left out.
+    """AUP of d3LLM: the area under accuracy (0 to 100) by tokens per pass, where accuracy counts exponentially less the
+    further it is below `best`, the highest of all compared curves. Points more than `MAY_LOSE` below the first one, the
+    slowest, are left out. ValueError without points.
     """
     if not points:
         raise ValueError("got no points, expected one or more of (tokens a pass, accuracy)")
@@ -40,8 +40,8 @@ def _weight(good: float, best: float) -> float:
 
 
 def tokens_per_pass_at(points: Sequence[Point], perplexity: float) -> float | None:
-    """The most tokens a pass at which the curve is not above this perplexity, on straight lines between its points (in
-    the logarithm of perplexity); None where it always is.
+    """The most tokens per pass at which the curve's perplexity is not above this, interpolated linearly between its
+    points (in the logarithm of perplexity); None if it always is.
     """
     ordered = sorted(points)
     wanted = math.log(perplexity)

@@ -1,7 +1,7 @@
-"""The results of `demo.diffusion`: a line an arm, means over the seeds with their spread, and what the pairs differ by.
+"""The results of `demo.diffusion`: means over seeds with their spread, and marks where an arm differs from the base.
 
-Tables for the terminal and in Markdown, and the page. A figure of a run is the mean of its two sources. An arm is told
-better than another where every seed's figure is better than every seed's of the other.
+Tables for the terminal and in Markdown, and the page. A run's metric is the mean over its sources. An arm is marked as
+better than the base if the metric of each of its seeds is better than that of each of the base's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from demo.diffusion_arms import THRESHOLDS, Comparison
 from demo.diffusion_curve import area_under, tokens_per_pass_at
 from student_trainer.reporting.json_lines import read_lines
 
-# By figure: how it is called, decimals, and whether more is better (None: neither).
+# Metric -> (its label, decimals, whether higher is better; None: neither).
 FIGURES: Mapping[str, tuple[str, int, bool | None]] = {
     "cross_entropy": ("masked cross-entropy", 3, False),
     "cross_entropy_masked_25": ("... blocks up to 25 % masked", 3, False),
@@ -40,7 +40,7 @@ FIGURES: Mapping[str, tuple[str, int, bool | None]] = {
 
 @dataclass(frozen=True)
 class Results:
-    """By arm, by seed, the figures of the last evaluation."""
+    """The metrics of the last evaluation, by arm and by seed."""
 
     figures: Mapping[str, Mapping[int, Mapping[str, float]]]
     steps: int
@@ -60,7 +60,7 @@ class Results:
         return [arm.replace("_", " ") for arm in comparison.arms if arm in self.figures]
 
     def rows(self, comparison: Comparison) -> list[list[str]]:
-        """A row a figure: mean ± spread, with a mark where it is better or worse than the base for every seed."""
+        """One row per metric: mean ± spread, with a mark if it is better or worse than the base's for all seeds."""
         rows = []
         for figure, (name, decimals, more) in FIGURES.items():
             cells = [
@@ -82,7 +82,7 @@ class Results:
 
 
 def results_of(runs: Path, comparison: Comparison, steps: int) -> Results:
-    """Of all runs that are done."""
+    """The results of all finished runs."""
     figures: dict[str, dict[int, dict[str, float]]] = {}
     for arm, seed in comparison.runs:
         lines = read_lines(runs / f"{arm}-{seed}" / "evaluation.jsonl")
@@ -93,7 +93,7 @@ def results_of(runs: Path, comparison: Comparison, steps: int) -> Results:
 
 
 def _means(line: Mapping[str, Any]) -> dict[str, float]:
-    """Over the sources; perplexities in the logarithm."""
+    """Means over the sources, geometric ones for perplexities."""
     sources = [value for value in line.values() if isinstance(value, dict)]
     found = {}
     for name in sources[0]:
@@ -109,8 +109,8 @@ def _curve(run: Mapping[str, float]) -> list[tuple[float, float]]:
 
 
 def _add_curves(figures: dict[str, dict[int, dict[str, float]]], comparison: Comparison) -> None:
-    """Tokens a pass at the perplexity that the base has at its highest threshold; the area under the judge's mean
-    probability of a token (per cent) by tokens a pass.
+    """Add the tokens per pass at the perplexity that the base has at its highest threshold, and the area under the
+    judge's mean probability of a token (per cent) by tokens per pass.
     """
     if comparison.base not in figures:
         return
@@ -134,7 +134,7 @@ def _cell(values: Sequence[float], decimals: int) -> str:
 
 
 def write_results(runs: Path, comparison: Comparison, plan: Mapping[str, Any]) -> None:
-    """`summary.json`, `table.md` and the page, of what is done."""
+    """Write `summary.json`, `table.md` and the page, of finished runs."""
     from student_trainer.reporting.report import RunRecord, write_report
 
     results = results_of(runs, comparison, plan["steps"])
@@ -163,7 +163,7 @@ def write_results(runs: Path, comparison: Comparison, plan: Mapping[str, Any]) -
 
 
 def markdown(results: Results, comparison: Comparison) -> str:
-    """A line an arm where there are many, else a line a figure."""
+    """One line per arm if there are many, otherwise one per metric."""
     table = [["held out", *results.columns(comparison)], *results.rows(comparison)]
     if len(table[0]) > 4:
         table = [list(line) for line in zip(*table, strict=True)]
