@@ -1,5 +1,5 @@
-"""How fast this machine is, in a few seconds: the served teacher over HTTP, the real student in the trainer's own step.
-Called by the demos; what is measured of the student is in `student_speed`, in a process of its own.
+"""Measure this machine's speed in seconds: the served teacher over HTTP, the real student in the trainer's own step.
+Called by the demos; the student is measured by `student_speed`, in its own process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEACHER_TOKENS, TEACHER_SECONDS = 256, 3.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan goes by. Rates in tokens a second."""
+    """What a plan is based on. Rates are in tokens per second."""
 
     cpu: str
     cores: int
@@ -45,7 +45,7 @@ class Machine:
 
 
 def teacher_speed(url: str, top_k: int) -> float:
-    """Tokens a second of the teacher at `url`, over HTTP, as many sequences at once as fill `TEACHER_SECONDS`."""
+    """Tokens per second of the teacher at `url`, over HTTP, with enough sequences at once to fill `TEACHER_SECONDS`."""
     import numpy as np
 
     from teacher_proto.client.sync_client import SyncTeacherClient
@@ -54,7 +54,7 @@ def teacher_speed(url: str, top_k: int) -> float:
     draw = np.random.default_rng(0)
 
     def seconds(client: Any, count: int) -> float:
-        # What they say does not matter to the time they take.
+        # Random tokens, because the time does not depend on the text.
         sequences = draw.integers(100, 10_000, (count, TEACHER_TOKENS)).tolist()
         began = time.monotonic()
         client.targets(TargetsRequest(sequences=sequences, top_k=top_k))
@@ -68,7 +68,7 @@ def teacher_speed(url: str, top_k: int) -> float:
 
 
 class StudentProcess:
-    """The process of `python -m demo.student_speed`, as the demo sees it."""
+    """The demo's side of the process `python -m demo.student_speed`."""
 
     def __init__(self, processes: Processes, settings: list[str], out: Path, log: Path):
         self._processes = processes
@@ -83,14 +83,14 @@ class StudentProcess:
         return StudentSpeed(**self._ask("the student is measured", {"do": "measure"}))
 
     def write(self, held_out_rows: int, model: Path) -> None:
-        """Ask for texts; they are there when the process has ended."""
+        """Order texts from `model`; they are complete when the process has ended."""
         assert self._process.stdin is not None
         order = {"do": "write", "held_out_rows": held_out_rows, "model": str(model)}
         self._process.stdin.write(json.dumps(order) + "\n")
         self.close()
 
     def close(self) -> None:
-        """No more orders: the process ends."""
+        """Send no more orders, which ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
@@ -106,7 +106,7 @@ class StudentProcess:
 
 
 def _answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """A list that a thread adds the process's answers to."""
+    """A list to which a thread appends the process's responses."""
     answers: list[dict[str, Any]] = []
 
     def read() -> None:

@@ -1,4 +1,4 @@
-"""What the demo shows in the end: a table for the terminal, and the page. Called by `run` and `bitdistill`."""
+"""What a demo shows at its end: a table for the terminal, and the report page. Called by `run` and `bitdistill`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from student_trainer.reporting.json_lines import read_lines
 
 
 def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """`rows`: a student's name -> its figures by source."""
+    """`rows`: a student's name -> its metrics by source."""
     shown = Table(title=title)
     for column in ("source", "student", "cross-entropy", "KL(teacher‖student)", "agreement"):
         shown.add_column(column, justify="left" if column in ("source", "student") else "right")
@@ -33,7 +33,7 @@ def write_page(runs: Path, summary: Mapping[str, Any], about: Mapping[str, str])
     from student_trainer.reporting.report import RunRecord, write_report
 
     records = [RunRecord.read(runs / name, name.replace("_", " ")) for name in about]
-    # The student that all begin with was evaluated by the first.
+    # Only the first arm has evaluated the student that all start from.
     before = records[0].evaluations[:1]
     records = [records[0], *(replace(record, evaluations=before + record.evaluations) for record in records[1:])]
     teacher, machine = summary["teacher"], summary["machine"]

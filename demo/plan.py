@@ -1,4 +1,4 @@
-"""What a demo does in the time it has: arithmetic on what was measured, without a clock. Called by the demos.
+"""What a demo does in the time available: arithmetic on measurements, without a clock. Called by the demos.
 
 Teacher and student share the cores, so their times add up.
 """
@@ -10,29 +10,29 @@ from typing import Any
 
 from demo.measure import Machine
 
-# Of every arm: passage, saving, the process's end. Of the demo: the page, and ending the teacher.
+# END_S of every arm: its passage, saving, the process's end. PAGE_S of the demo: the page, and ending the teacher.
 END_S, PAGE_S = 12.0, 10.0
-# What is planned with is a little slower than what was measured.
+# Plans assume that everything takes a little longer than was measured.
 MARGIN = 1.12
-# A third arm is worth its time where each arm has this many steps all the same.
+# A third arm is worth its time if every arm still has this many steps.
 THIRD_ARM_STEPS = 30
-# Rows of held-out text a source: the most that takes less than this share of the time, for figures with small errors.
+# Rows of held-out text per source: the most that fit in this share of the time, to keep the errors of metrics small.
 ROWS, EVALUATION_SHARE = (24, 20, 16, 12, 8, 6, 4, 2), 0.3
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an arm asks for. Tokens a step and a row are the same here: a step is one row."""
+    """What an arm's steps need. A step is one row, so that tokens per step and per row are the same."""
 
     name: str
     teacher_in_steps: bool
-    attention: bool = False  # the attention service too, which costs about what the teacher costs
+    attention: bool = False  # the attention service too, which costs about as much as the teacher
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` of every arm; `held_out_rows` of each of two sources; `evaluations` of the first arm, the others make one
-    less; `seconds`: what it takes, from the first arm to the page.
+    """`steps` of every arm; `held_out_rows` of each of two sources; `evaluations` of the first arm, of which the others
+    make one fewer; `seconds` from the first arm to the page.
     """
 
     arms: tuple[Work, ...]
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def evaluate_every(self) -> int:
-        """Steps between evaluations: at the end, and where there are three, in the middle."""
+        """Steps between evaluations: one at the end and, if there are three, one in the middle."""
         return self.steps if self.evaluations == 2 else -(-self.steps // 2)
 
     def as_json(self) -> dict[str, Any]:
@@ -70,12 +70,12 @@ def step_s(plan: Plan, machine: Machine, arm: Work) -> float:
 
 
 def evaluation_s(plan: Plan, machine: Machine) -> float:
-    """One evaluation, with the few texts that the student writes: about as much as two rows."""
+    """Seconds of one evaluation, with the few texts that the student writes, which cost about as much as two rows."""
     return MARGIN * (plan.held_out_tokens + 2 * plan.seq_len) / machine.evaluation_tokens_per_second
 
 
 def arm_s(plan: Plan, machine: Machine, index: int) -> float:
-    """The whole arm. The first one has the held-out text scored, and evaluates before its first step as well."""
+    """Seconds of a whole arm. The first also has the held-out text scored, and evaluates before its first step."""
     evaluations = plan.evaluations - (index > 0)
     asked = MARGIN * plan.held_out_tokens / machine.teacher_tokens_per_second if index == 0 else 0.0
     steps = plan.steps * step_s(plan, machine, plan.arms[index])
@@ -87,7 +87,7 @@ def total_s(plan: Plan, machine: Machine) -> float:
 
 
 def make_plan(machine: Machine, seconds: float, arms: tuple[Work, ...], seq_len: int, required: int = 2) -> Plan:
-    """The best use of `seconds`: the `required` arms at least, and a step of each, even where that takes longer."""
+    """The best use of `seconds`: at least the `required` arms with one step each, even if that takes longer."""
     plans = [_of_arms(machine, seconds, arms[:count], seq_len) for count in range(required, len(arms) + 1)]
     enough = [plan for plan in plans[1:] if plan.steps >= THIRD_ARM_STEPS]
     return enough[-1] if enough else plans[0]
@@ -101,7 +101,7 @@ def _of_arms(machine: Machine, seconds: float, arms: tuple[Work, ...], seq_len: 
         if evaluating + asking <= EVALUATION_SHARE * seconds:
             break
     plan = _with_steps(plan, machine, seconds)
-    # A point in the middle of the curves, where it costs little.
+    # An evaluation in the middle, for the curves, if it costs little.
     with_middle = _with_steps(replace(plan, evaluations=3), machine, seconds)
     return with_middle if with_middle.steps >= max(2, 0.9 * plan.steps) else plan
 
@@ -114,13 +114,13 @@ def _with_steps(plan: Plan, machine: Machine, seconds: float) -> Plan:
 
 
 def time_limit_s(plan: Plan, machine: Machine, index: int, left_s: float, required: int) -> float:
-    """When the arm shall begin no further step, so that the arms that must follow have their share of `left_s`."""
+    """Seconds after which the arm starts no further step, so that the required arms after it get theirs of `left_s`."""
     needed = [arm_s(plan, machine, other) for other in range(index, max(required, index + 1))]
     return max(1.0, left_s * needed[0] / sum(needed) - evaluation_s(plan, machine) - END_S)
 
 
 def slowed(machine: Machine, factor: float) -> Machine:
-    """The machine as it is when a step takes `factor` times as long as planned; a faster one is not counted on."""
+    """The machine if a step takes `factor` times as long as planned; a factor below 1 is ignored."""
     factor = max(1.0, factor)
     rates = ("teacher_tokens_per_second", "student_tokens_per_second", "evaluation_tokens_per_second")
     changes = {name: getattr(machine, name) / factor for name in rates}
@@ -128,7 +128,7 @@ def slowed(machine: Machine, factor: float) -> Machine:
 
 
 def describe(plan: Plan, seconds: float, before_s: float) -> str:
-    """What will be done in `seconds`, the first `before_s` of a demo's time being over."""
+    """The plan in words: what will be done in `seconds`, after the first `before_s` of the demo's time."""
     arms = ", ".join(name.replace("_", " ") for name in plan.names)
     done_at = (before_s + plan.seconds) / 60
     text = (
@@ -142,6 +142,6 @@ def describe(plan: Plan, seconds: float, before_s: float) -> str:
 
 
 def minutes_for(plan: Plan, machine: Machine, seconds_before: float, *, steps: int, held_out_factor: float) -> float:
-    """The demo's whole time, in minutes, with that many steps an arm and that many times the held-out text."""
+    """The demo's total minutes with `steps` steps per arm and `held_out_factor` times the held-out text."""
     more = replace(plan, steps=steps, held_out_rows=round(plan.held_out_rows * held_out_factor))
     return (seconds_before + total_s(more, machine)) / 60

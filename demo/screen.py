@@ -1,7 +1,7 @@
-"""What a demo tells whoever waits for it: lines, and while something goes on, that it still does. Used by the demos.
+"""A demo's output on the terminal: lines, and a sign of life while something is running. Used by the demos.
 
-On a terminal what goes on is a line that changes; elsewhere a new line is printed before ten seconds of silence are
-over.
+On a terminal the sign of life is a status line; elsewhere a new line is printed before ten seconds have passed in
+silence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POLL_S = 0.1
 
 
 class Screen:
-    """One demo's. Lines may come from any thread."""
+    """The output of one demo. Lines may come from any thread."""
 
     def __init__(self, console: Console | None = None, silent_s: float = SILENT_S):
         self.console = console or Console(soft_wrap=False)
@@ -43,14 +43,14 @@ class Screen:
             self._said = time.monotonic()
 
     def relay(self, line: str) -> None:
-        """A line of a child, as it is."""
+        """Print a child's line unchanged."""
         with self._lock:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._said = time.monotonic()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[Callable[[str], None]]:
-        """A block that waits: it calls what it is given every now and then, with how far things are."""
+        """A block that waits. It regularly calls the function that is yielded, with the progress so far."""
         began = time.monotonic()
         if not self.is_terminal:
             yield lambda detail: self._line(what, began, detail)
@@ -63,14 +63,14 @@ class Screen:
             self.say(f"  … {_going(what, began, detail)}", style="dim")
 
     def until(self, what: str, done: Callable[[], bool], detail: Callable[[], str] = str) -> None:
-        """Return when `done` says so."""
+        """Wait until `done()` is true."""
         with self.waiting(what) as still:
             while not done():
                 still(detail())
                 time.sleep(POLL_S)
 
     def background(self, what: str, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, done on a thread of its own, so that waiting for it is not silent."""
+        """Run `work` on its own thread, so that waiting for it is not silent; returns or raises what it does."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -79,7 +79,7 @@ class Screen:
             except BaseException as error:
                 future.set_exception(error)
 
-        # A thread that a stopped demo does not wait for.
+        # A daemon thread, for which a stopped demo does not wait.
         threading.Thread(target=run, daemon=True).start()
         self.until(what, future.done)
         return future.result()

@@ -1,4 +1,4 @@
-"""The demos' teacher behind its service, and this machine measured with it. Called by `run` and `bitdistill`."""
+"""Serve the demos' teacher, and measure this machine with it. Called by the demos."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Teacher:
 def serve_teacher(
     processes: Processes, runs: Path, model: Path = TEACHER, name: str = NAME, *more: str
 ) -> Iterator[Callable[[], Teacher]]:
-    """`stillhouse-teacher` with the demo's teacher or another, and `more` options, its log among `runs`; what is
-    yielded waits until it is ready.
+    """Run `stillhouse-teacher` with the demo's teacher or another, with `more` options and its log under `runs`. Yields
+    a function that waits until it is ready.
 
-    Its store answers what an earlier arm has asked: all arms are held against the same held-out text.
+    Its store has what an earlier arm requested, because all arms are evaluated on the same held-out text.
     """
     options = [str(model), "--name", name, "--max-model-len", "1024", "--store", str(runs / "targets"), *more]
     with processes.serve("stillhouse-teacher", options, runs / "teacher.log") as url:
@@ -51,7 +51,7 @@ def serve_teacher(
 
 
 def measure_machine(processes: Processes, teacher: Teacher, student: StudentProcess) -> Machine:
-    """A few seconds of each, one after the other."""
+    """Measure each for a few seconds, one after the other."""
     processes.screen.say("measuring this machine: the teacher, then the student")
     rate = processes.screen.background("the teacher is measured", lambda: teacher_speed(teacher.url, TOP_K))
     machine = Machine.of(student.speed(), rate, teacher.dtype)
@@ -64,8 +64,8 @@ def measure_machine(processes: Processes, teacher: Teacher, student: StudentProc
 
 
 def ends(run: Path, before: Path | None = None) -> dict[str, Any]:
-    """The first and the last evaluation of a run, by source; the first of `before`, another run of the same student,
-    where this one has none of its own.
+    """The first and the last evaluation of a run, by source. If the run did not evaluate at its start, the first is
+    that of `before`, another run of the same student.
     """
     first = read_lines((before or run) / "evaluation.jsonl")[0]
     last = read_lines(run / "evaluation.jsonl")[-1]

@@ -1,7 +1,7 @@
-"""Two small corpora that every Python has: prose and code of the standard library, as JSON lines. `prepare` calls it.
+"""Two small corpora that every Python has: prose and code of the standard library, as JSON lines. Called by `prepare`.
 
-prose: the language reference's topics (`pydoc_data.topics`), a document each. code: the standard library's modules,
-a document each, tests left out.
+prose: the topics of the language reference (`pydoc_data.topics`), one document each. code: the modules of the standard
+library, one document each, without tests.
 """
 
 import json
@@ -14,7 +14,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2t
 
 
 def write_stdlib(folder: Path) -> dict[str, Path]:
-    """Write `prose.jsonl` and `code.jsonl` under `folder` (made if need be) and return their paths by name."""
+    """Write `prose.jsonl` and `code.jsonl` under `folder` (created if missing) and return their paths by name."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for name, documents in (("prose", prose()), ("code", code())):

@@ -1,10 +1,10 @@
-"""The student's side of `measure`: a process that loads it while the teacher starts, and then does what it is told.
+"""The student's side of `measure`: a process that loads it while the teacher starts, and then follows orders.
 
     python -m demo.student_speed OUT NAME=VALUE ...
 
-Orders come as lines of JSON on standard input, answers go out the same way. `{"do": "measure"}` is answered with
-`StudentSpeed`. `{"do": "write", "held_out_rows": N, "model": FOLDER}` lets that model continue the beginnings of the
-held-out texts into OUT, as the trainer lets its student, and ends the process.
+Orders are lines of JSON on standard input, and responses lines of JSON on standard output. The response to
+`{"do": "measure"}` is `StudentSpeed`. `{"do": "write", "held_out_rows": N, "model": FOLDER}` has that model continue
+the beginnings of held-out texts into OUT, as the trainer has its student do, and ends the process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from teacher_proto.process.parent import end_with_parent_if_asked
 if TYPE_CHECKING:
     from student_trainer.run import Run
 
-# Steps are made until this much time has passed, after one that warms up.
+# Steps are timed for at least this long, after one that warms up.
 MEASURE_S = 4.0
 
 
 @dataclass(frozen=True)
 class StudentSpeed:
-    """`tokens_per_second`: trained, in whole steps. `start_s`: from a process's start to where a step could begin."""
+    """`tokens_per_second`: trained, in whole steps. `start_s`: from the process's start until a step could begin."""
 
     cpu: str
     compute: str
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(run: Run, start_s: float) -> StudentSpeed:
-    """Real steps of the run, which learns from text alone, and a real evaluation."""
+    """Time real steps of the run, which trains on text alone, and a real evaluation."""
     from student_trainer import loop
     from teacher_proto.hardware import cpu_name
 
@@ -82,7 +82,7 @@ def measure(run: Run, start_s: float) -> StudentSpeed:
 
 
 def write_texts(settings: Any, out: Path) -> None:
-    """A line of JSON for each text, with the fields of `samples.jsonl`."""
+    """Write a line of JSON for each text, with the fields of `samples.jsonl`."""
     import torch
 
     from student_trainer.build_components import load_tokenizer

@@ -1,7 +1,7 @@
 """Whether the teacher helped: two arms compared pair by pair on the same held-out documents. Called by the demos.
 
-Tokens of a document are alike, so the standard error is that of a ratio over documents (Cochran, Sampling Techniques,
-section 6.4): with d_i = agreed_B - agreed_A and n_i tokens in document i of m, D = sum d / sum n, and
+Tokens of one document are correlated, so the standard error is that of a ratio over documents (Cochran, Sampling
+Techniques, section 6.4): with d_i = agreed_B - agreed_A and n_i tokens in document i of m, D = sum d / sum n, and
 SE^2 = m / (m - 1) * sum (d_i - D n_i)^2 / (sum n)^2.
 """
 
@@ -20,7 +20,7 @@ from demo.plan import Plan, minutes_for
 Lines = Iterable[Mapping[str, Any]]
 # What counts as more than chance.
 STANDARD_ERRORS = 2.0
-# What showed it where it was tried: docs/guides/prune.md.
+# Steps and held-out tokens that were enough when this was tried: docs/guides/prune.md.
 SHOWS_STEPS, SHOWS_TOKENS = 12, 4000
 
 
@@ -40,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kl`: by source, (without, with). `equal_steps`: whether both arms made as many."""
+    """`kl`: by source, (without, with the teacher). `equal_steps`: whether both arms made equally many."""
 
     agreement: Difference
     kl: Mapping[str, tuple[float, float]]
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def teacher_helps(self) -> bool:
-        """KL better on every source, and agreement over all by more than chance."""
+        """Whether KL is better on every source, and agreement over all sources by more than chance, at equal steps."""
         return self.equal_steps and self.agreement.by_more_than_chance and self.kl_is_better
 
     @property
@@ -59,7 +59,7 @@ class Verdict:
         """How many times the held-out text would show the difference that was found; None if there was none."""
         if self.agreement.mean <= 0:
             return None
-        # A fifth more, for the difference is itself uncertain.
+        # A fifth more, because the difference is itself uncertain.
         return 1.2 * (STANDARD_ERRORS * self.agreement.standard_error / self.agreement.mean) ** 2
 
     def as_json(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def paired(plain: Lines, taught: Lines, figure: str = "agreed") -> Difference:
-    """Over the lines of two `documents.jsonl`. ValueError unless both have the same documents."""
+    """The difference over the lines of two `documents.jsonl`. ValueError unless both have the same documents."""
     a, b = ({(line["source"], line["document"]): line for line in lines} for lines in (plain, taught))
     if a.keys() != b.keys() or len(a) < 2:
         raise ValueError(f"got {len(a)} and {len(b)} held-out documents, expected the same two or more of both runs")
@@ -80,21 +80,21 @@ def paired(plain: Lines, taught: Lines, figure: str = "agreed") -> Difference:
 
 
 def last_documents(run: Path) -> list[dict[str, Any]]:
-    """The lines of the last evaluation of a run."""
+    """The lines of a run's last evaluation."""
     lines = [json.loads(line) for line in (run / "documents.jsonl").read_text().splitlines()]
     last = max(line["step"] for line in lines)
     return [line for line in lines if line["step"] == last]
 
 
 def verdict_on(plain: Path, taught: Path, arms: Mapping[str, Any], equal_steps: bool = True) -> Verdict:
-    """Of two runs' folders; `arms`: the summary's."""
+    """The verdict on two runs' folders; `arms`: the summary's."""
     before_after = (arms[plain.name]["after"], arms[taught.name]["after"])
     kl = {source: (before_after[0][source]["kl"], before_after[1][source]["kl"]) for source in before_after[0]}
     return Verdict(paired(last_documents(plain), last_documents(taught)), kl, equal_steps)
 
 
 def sentences(verdict: Verdict) -> str:
-    """What was found, a line for each source and one for both together."""
+    """What was found: a line for each source and one for both together."""
     lines = [
         f"{source}: KL {with_teacher:.3f} with the teacher, {without:.3f} without ({with_teacher / without - 1:+.1%})"
         for source, (without, with_teacher) in verdict.kl.items()
@@ -109,9 +109,9 @@ def sentences(verdict: Verdict) -> str:
 
 
 def what_it_takes(verdict: Verdict, plan: Plan, machine: Machine, before_s: float) -> str:
-    """Why nothing can be said, and how long the demo would take where it could; empty where the teacher helps.
+    """Why nothing can be concluded, and how long a demo would take in which it could; empty if the teacher helps.
 
-    A difference that was found is extrapolated to more held-out text. Where there was none, it is told what was enough
+    A difference that was found is extrapolated to more held-out text. If there was none, the text says what was enough
     elsewhere.
     """
     if verdict.teacher_helps:

@@ -3,8 +3,8 @@
     pip install 'stillhouse[losses]' transformers accelerate datasets
     python examples/hf_trainer.py http://localhost:8000 HuggingFaceTB/SmolLM2-135M 'corpus/*.txt' --steps 20
 
-The loss is cross-entropy, and KL(teacher || student) at temperature 2 on the teacher's top K with the rest as one
-bucket. Logits over the whole vocabulary are never held: `head_loss` makes loss and gradient chunk by chunk.
+The loss is cross-entropy plus KL(teacher || student) at temperature 2 on the teacher's top K, with the rest as one
+bucket. Logits over the whole vocabulary are never stored: `head_loss` computes loss and gradient chunk by chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TERMS = [
 
 
 class TaughtTrainer(Trainer):
-    """`teacher` answers for every sequence of a batch, padding left out."""
+    """Requests targets from `teacher` for every sequence of a batch, without its padding."""
 
     teacher: SyncTeacherClient
 
@@ -57,7 +57,7 @@ def rows_of(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list[int]]:
 
 
 def next_tokens(labels_BT: torch.Tensor) -> torch.Tensor:
-    """What each position predicts; -100 where that is nothing, as at a sequence's end."""
+    """The label of each position; -100 where there is none, as at the end of a sequence."""
     return torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=-100)
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("url")
     parser.add_argument("student")
-    parser.add_argument("text", help="a pattern for text files")
+    parser.add_argument("text", help="glob pattern of text files")
     for name, value in (("steps", 20), ("rows", 4), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--output", default="outputs/hf")

@@ -20,7 +20,7 @@ from teacher_proto.targets import TokenTargets
 
 
 def bucket_kl(logits_NV: torch.Tensor, targets: list[TokenTargets], temperature: float) -> torch.Tensor:
-    """Mean KL in nats a token over K + 1 buckets, times T^2. `logits_NV`: the rows of all targets, in their order."""
+    """Mean KL in nats per token over K + 1 buckets, times T^2. `logits_NV`: the rows of all targets, in their order."""
     ids_NK = torch.cat([torch.from_numpy(target.ids.astype("int64")) for target in targets])
     p_NK = torch.cat([torch.from_numpy(target.probabilities(0, temperature)) for target in targets])
     log_q_NK = (logits_NV.float() / temperature).log_softmax(-1).gather(-1, ids_NK.to(logits_NV.device))
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("url")
     parser.add_argument("student")
-    parser.add_argument("text", help="a pattern for text files")
+    parser.add_argument("text", help="glob pattern of text files")
     for name, value in (("steps", 20), ("rows", 4), ("length", 128), ("top-k", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--temperature", type=float, default=2.0)

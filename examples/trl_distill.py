@@ -1,10 +1,10 @@
-"""TRL's `DistillationTrainer` on a served teacher: a subclass that asks `/v1/targets`, and patches nothing.
+"""TRL's `DistillationTrainer` on a served teacher: a subclass that requests `/v1/targets` and patches nothing.
 
     python examples/trl_distill.py http://localhost:8000 HuggingFaceTB/SmolLM2-135M --steps 2
 
 Written for trl 1.16. Generation, buffers and metrics are TRL's own, and so are its settings `beta` and `temperature`.
 The teacher's probabilities are exact at that temperature, K of them and the rest in one bucket, for any beta; TRL's own
-server trainer has the top K for beta 0 alone, and imports vLLM, which this one doesn't.
+server trainer supports the top K only for beta 0, and imports vLLM, which this one doesn't.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPTS = ["A still is", "The distillation of", "Python's assert statement", "To
 
 
 class ServedDistillationTrainer(DistillationTrainer):
-    """`teacher` is asked about the completions of each micro batch. `top_k`: how many logprobs a token."""
+    """Requests targets from `teacher` for the completions of each micro batch. `top_k`: logprobs per token."""
 
     def __init__(self, *arguments: Any, teacher: SyncTeacherClient, top_k: int = 64, **named: Any):
         super().__init__(*arguments, teacher_model=None, **named)
@@ -42,7 +42,7 @@ class ServedDistillationTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def distance(self, student: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum over the completions' tokens, and how many they are."""
+        """The loss summed over the completions' tokens, and their number."""
         ids_BT = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask_BT = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         written_BC = inputs["completion_mask"].bool()
@@ -57,7 +57,7 @@ class ServedDistillationTrainer(DistillationTrainer):
         return loss.total, learnt_BC.sum()
 
     def asked(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, inputs: Any) -> TeacherRows:
-        """The teacher's row of every completion's token: the one before it. Padding is not sent."""
+        """The teacher's row for every token of the completions: the row before it. Padding is not sent."""
         sequences = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT.bool(), strict=True)]
         lengths = inputs["completion_mask"].sum(1).tolist()
         rows = [(len(ids) - length - 1, len(ids) - 1) for ids, length in zip(sequences, lengths, strict=True)]
@@ -66,7 +66,7 @@ class ServedDistillationTrainer(DistillationTrainer):
         return teacher_rows(self.teacher.targets(request), temperatures).to(ids_BT.device)
 
     def term(self) -> TokenTerm:
-        """TRL's beta as a loss: 0 is KL(teacher || student), 1 the reverse, between them the JSD."""
+        """TRL's beta as a loss term: 0 is KL(teacher || student), 1 the reverse KL, between them the JSD."""
         shape = {"temperature": self.temperature, "tail": "bucket"}
         if self.beta in (0, 1):
             return token_term("distance", "reverse_kl" if self.beta else "forward_kl", **shape)

@@ -1,9 +1,9 @@
-"""TRL's server distillation with a Stillhouse teacher behind it, through `/v1/completions` as vLLM speaks it.
+"""TRL's server distillation with a Stillhouse teacher behind it, through `/v1/completions` in vLLM's format.
 
     python examples/trl_server.py http://localhost:8000 HuggingFaceTB/SmolLM2-135M --steps 2
 
-Written for trl 1.16. Its client sends `temperature` along, at which this teacher answers exactly; stock vLLM passes it
-over, and the loss compares a softened student with a teacher that is not.
+Written for trl 1.16. Its client sends `temperature`, for which this teacher's response is exact. Stock vLLM ignores it,
+so the loss compares a softened student with a teacher that is not softened.
 """
 
 from __future__ import annotations
