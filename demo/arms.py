@@ -12,7 +12,7 @@ from demo.plan import PAGE_S, Plan, arm_s, slowed, step_s, time_limit_s
 from demo.processes import Processes, TooLongError, train
 from student_trainer.reporting.json_lines import read_lines
 
-# An arm that is this late, or its machine, has gone wrong: it is ended.
+# How late an arm may be before it is ended, because it or its machine has gone wrong.
 GRACE_S = 30.0
 
 

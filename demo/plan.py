@@ -114,7 +114,7 @@ def _with_steps(plan: Plan, machine: Machine, seconds: float) -> Plan:
 
 
 def time_limit_s(plan: Plan, machine: Machine, index: int, left_s: float, required: int) -> float:
-    """Seconds after which the arm starts no further step, so that the required arms after it get theirs of `left_s`."""
+    """Seconds after which the arm starts no further step, leaving the required arms after it a share of `left_s`."""
     needed = [arm_s(plan, machine, other) for other in range(index, max(required, index + 1))]
     return max(1.0, left_s * needed[0] / sum(needed) - evaluation_s(plan, machine) - END_S)
 
