@@ -1,5 +1,5 @@
-"""Targets for all text that the runs of a seed read, scored once and kept: exact, at a temperature as other tools
-approximate them, and as a dataset's codec stores them. Used by the `quality_*` tables.
+"""Targets for all text that the runs of a seed read, scored once and kept: exact ones, other tools' approximations at a
+temperature, and those that a dataset's codec stores. Used by the `quality_*` tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The demo's teacher as a service, and filling its store with what a run will request. Used by `step` and
+"""The demo's teacher as a service, which can score in advance what a run will request. Used by `step` and
 `quality_sharing`.
 """
 

@@ -23,8 +23,8 @@ def run_arms(
     """Train the plan's arms. Returns the number of steps that each has made. `deadline` (monotonic) includes the page.
 
     The first `required` arms share the remaining time in proportion to what they need, and end at their last step or
-    when their time is up. If one ends early on a slower machine, the others make the same number of steps. Arms beyond
-    those are left out if their steps no longer fit.
+    when their time is up. If one ends early on a slower machine, those after it make the same number of steps.
+    Arms beyond the required ones are left out if their steps no longer fit.
     """
     steps: dict[str, int] = {}
     for index, name in enumerate(plan.names):

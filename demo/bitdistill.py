@@ -48,7 +48,7 @@ LOSSES = {
     # At the paper's 1e5 the relations crowd out the other terms in so short a run: docs/guides/bitdistill.md.
     DISTILLED: ["distillation=bitdistill", "distillation.attention.coefficient=1e3"],
 }
-# Of each export, which loads the student, writes it, and has other software reopen it and compute with it.
+# Seconds of an export, which loads the student, writes it, and has other software reopen it and compute with it.
 EXPORT_S = 25.0
 
 

@@ -1,4 +1,4 @@
-"""Measure this machine's speed in seconds: the served teacher over HTTP, the real student in the trainer's own step.
+"""Measure this machine in a few seconds: the served teacher over HTTP, the real student in the trainer's own step.
 Called by the demos; the student is measured by `student_speed`, in its own process.
 """
 

@@ -43,7 +43,7 @@ def serve_teacher(
     """Run `stillhouse-teacher` with the demo's teacher or another, with `more` options and its log under `runs`. Yields
     a function that waits until it is ready.
 
-    Its store has what an earlier arm requested, because all arms are evaluated on the same held-out text.
+    Its store serves what an earlier arm has requested: all arms are evaluated on the same held-out text.
     """
     options = [str(model), "--name", name, "--max-model-len", "1024", "--store", str(runs / "targets"), *more]
     with processes.serve("stillhouse-teacher", options, runs / "teacher.log") as url:
