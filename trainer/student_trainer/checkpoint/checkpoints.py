@@ -1,8 +1,8 @@
-"""Saving a run and finding it again: all that the next update depends on, bit for bit. Used by `loop` and `build`.
+"""Saving and restoring everything that the next update depends on, bit for bit. Used by `loop` and `build`.
 
-Kept: latent weights and buffers, optimizer, random states, step, tokens, the mixture's state, the teacher's identity,
-the settings, the wire's version. The schedule is a function of the step and batches are functions of their number, so
-neither they nor what was prefetched need saving. `files` writes, on a thread of its own.
+Saved: latent weights and buffers, optimizer state, random states, step, tokens, the mixture's state, the teacher's
+identity, the settings, the wire format's version. The schedule is a function of the step, and each batch is a function
+of its number, so neither these nor prefetched batches need saving. `files` writes on a background thread.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ROLLOUTS = "written"  # the file's name
 
 
 class HasTensors(Protocol):
-    """Of a student: its latent weights and buffers by name."""
+    """A student: its latent weights and buffers by name."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
 
 class HasState(Protocol):
-    """Of an optimizer: every tensor that the next step depends on."""
+    """An optimizer: every tensor that its next step depends on."""
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -52,10 +52,10 @@ class HasState(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run in `root`. `constant` is what every one of them says of settings and teacher.
+    """The checkpoints of one run in `root`. `constant` is the state that all share: settings, teacher identity.
 
-    Of several `ranks` all call the same methods at the same step, and each writes its own shard (`sharded`); what they
-    have written loads on any number of ranks. `remote` takes a copy of each.
+    With several `ranks`, all call the same methods at the same step, and each writes its own shard (`sharded`); the
+    result loads on any number of ranks. `remote` receives a copy of each checkpoint.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class Checkpoints:
         self._closed = False
 
     def due(self, step: int, steps: int) -> bool:
-        """At the end always; in between every `every` steps."""
+        """Every `every` steps, and always at the end."""
         return step == steps or (self._settings.every > 0 and step % self._settings.every == 0)
 
     def save(
         self, state: TrainState, student: HasTensors, optimizer: HasState, rollouts: Mapping[str, Tensor] | None = None,
         balance: Mapping[str, Any] | None = None, random: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
-        """Copy the state now, write it in the background. Waits for the save before, whose failure is told here.
+        """Copy the state now and write it in the background. Waits for the previous save and reports its failure.
 
-        `rollouts`: what the student wrote and has not learnt from yet. `balance`: the state of the terms' weighting.
-        `random`: what `randomness.capture` gave, if not now.
+        `rollouts`: text that the student wrote and has not been trained on yet. `balance`: the state of the terms'
+        weighting. `random`: an earlier result of `randomness.capture`; without it, the random state is captured now.
         """
         with self._ranks.sync_errors():
             self.finish()
-        # On all ranks alike: a save is a collective.
+        # All ranks must agree on this: a save is a collective.
         if self._ranks.largest(self._ranks.first and self._saved_step == state.step):
             return
         random_tensors, random_plain = random or randomness.capture()
@@ -100,7 +100,7 @@ class Checkpoints:
             "wire_version": WIRE_VERSION,
             **self._constant,
         }
-        # Copies are made here, before the next update; the thread then writes what no longer changes.
+        # Copied here, before the next update changes the tensors; the thread writes the copies.
         model, states = student.tensors(), optimizer.state()
         if self._sharded is None:
             whole = {"model": _copied(model), "optimizer": _copied(states)}
@@ -111,8 +111,8 @@ class Checkpoints:
         self._pending = self._writer.submit(self._write, state.step, write)
 
     def finish(self, last: bool = False) -> None:
-        """Wait for the save that is under way. A failed one is spoken of loudly; it is raised only if it is the run's
-        `last`, or if the settings say so.
+        """Wait for the save in progress. A failure is logged as an error, and raised only if this is the run's `last`
+        save or checkpoint.on_failure is "stop".
         """
         if self._pending is None:
             return
@@ -131,7 +131,7 @@ class Checkpoints:
             )  # fmt: skip
 
     def resumed_at(self, step: int) -> None:
-        """Note that the checkpoint of `step` is there and sound."""
+        """Record that the checkpoint of `step` exists and is intact."""
         self._saved_step = step
 
     def close(self) -> None:
@@ -153,14 +153,14 @@ class Checkpoints:
         for old in _folders(self._root)[self._settings.keep :]:
             if self._remote is not None and self._remote.needs(old):
                 continue
-            # Under another name first, so that one half deleted is never taken for a checkpoint.
+            # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
             doomed = old.with_name(f".deleted-{old.name}")
             old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
 def newest_step(root: Path) -> int:
-    """That of the newest checkpoint that is as it was written; -1 if there is none."""
+    """The step of the newest intact checkpoint; -1 if there is none."""
     for folder in _folders(root):
         with suppress(DamagedError):
             files.verify(folder)
@@ -169,9 +169,9 @@ def newest_step(root: Path) -> int:
 
 
 def newest(root: Path) -> Snapshot | None:
-    """The newest checkpoint that is as it was written; those passed over are spoken of loudly. None if there is none.
+    """The newest intact checkpoint, or None if there are no checkpoints. Damaged ones are skipped and logged as errors.
 
-    ValueError if one was written by a later version, or if there are some and all are damaged.
+    ValueError if one was written by a later version, or if every checkpoint is damaged.
     """
     found = _folders(root)
     for folder in found:
@@ -187,7 +187,7 @@ def newest(root: Path) -> Snapshot | None:
 
 
 def restore(snapshot: Snapshot, student: HasTensors, optimizer: HasState) -> TrainState:
-    """Put a run back to where it was saved. What its mixture policy had learnt is left to who knows the policy."""
+    """Restore the saved state. The mixture policy's own state is left to the caller, who knows which policy it is."""
     restore_student(snapshot, student)
     optimizer.load(snapshot.tensors["optimizer"])
     randomness.restore(snapshot.tensors["random"], snapshot.state["random"])
@@ -195,13 +195,13 @@ def restore(snapshot: Snapshot, student: HasTensors, optimizer: HasState) -> Tra
 
 
 def restore_student(snapshot: Snapshot, student: HasTensors) -> None:
-    """The saved weights and buffers alone. ValueError if they are those of another student."""
+    """Restore weights and buffers only. ValueError if they belong to a different student."""
     ours = student.tensors()
     saved = snapshot.tensors["model"]
     different = sorted(ours.keys() ^ saved.keys())
     with torch.no_grad():
         for name in () if different else ours:
-            values = saved[name]  # once: it may be put together of pieces
+            values = saved[name]  # read once: sharded tensors are assembled on each access
             if values.shape == ours[name].shape:
                 ours[name].copy_(like(ours[name], values))
             else:

@@ -1,8 +1,8 @@
-"""The student that the settings name: out of a model, an export, or an earlier run. Called by `build_components` and
-`cli.export`.
+"""Loading the student that the settings name: from a model, an export, or an earlier run. Called by `build_components`
+and `cli.export`.
 
-`student.checkpoint_path` may be the folder of a run: its student is built as that run built it and takes the weights
-of its newest checkpoint. So one stage of training follows another by a path. What lies on an object store is fetched.
+`student.checkpoint_path` may be a run's folder: the student is built as that run built it, with the weights of its
+newest checkpoint, so that training stages can be chained by path. Object store URLs are downloaded first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def load_student(settings: StudentSettings, device: torch.device) -> Student:
-    """The student, float32 on `device`. ValueError says why one can't be had."""
+    """The student, float32 on `device`. ValueError if it can't be built."""
     with stage("loading the student"):
         return _load_student(settings, device)
 
@@ -46,20 +46,20 @@ def _load_student(settings: StudentSettings, device: torch.device) -> Student:
             f"{path} trained a student of quantiser {before.quantiser}, student.quantiser is {settings.quantiser}: its "
             f"weights are not a full-precision model's; choose student.quantiser={before.quantiser}"
         )
-    # Recursively: the run before may have begun with a run itself, down to a model.
+    # Recursive: the earlier run may itself have started from a run, down to a model.
     student = _load_student(_as_trained(before, settings), device)
     checkpoint.restore_student(snapshot, student)
     if settings.quantiser != before.quantiser:
-        # From full precision to few bits: adapters are added into the weights first, and the result is quantised.
+        # Full precision to few bits: adapters are merged into the weights before these are quantised.
         return quantised_student(merged(student), settings)
     _check_structure(student, settings)
     return begin(student.model, settings, _adapted(student, settings))
 
 
 def recognised(settings: Settings) -> Settings:
-    """The settings with the student that its folder holds, where they leave architecture or quantiser to that.
+    """The settings with architecture and quantiser, where they are "auto", set to those found in the student's folder.
 
-    ValueError where there is nothing to look into.
+    ValueError if there is no folder to inspect.
     """
     student = settings.student
     if AUTO not in (student.architecture, student.quantiser):
@@ -82,7 +82,7 @@ def recognised(settings: Settings) -> Settings:
 
 
 def earlier_run(path: str) -> Snapshot | None:
-    """The newest checkpoint of the run in the folder `path`; None if it is no run's. ValueError if there is none."""
+    """The newest checkpoint of the run in `path`; None if that is no run's folder. ValueError if there is none yet."""
     if not path or not (Path(path) / SETTINGS_FILE).is_file():
         return None
     snapshot = checkpoint.newest(Path(path) / "checkpoints")
@@ -92,29 +92,29 @@ def earlier_run(path: str) -> Snapshot | None:
 
 
 def settings_of(snapshot: Snapshot) -> StudentSettings:
-    """The student's settings in a run's checkpoint."""
+    """The student settings stored in a run's checkpoint."""
     return StudentSettings.model_validate(snapshot.state["settings"]["student"])
 
 
 def model_behind(settings: StudentSettings) -> StudentSettings:
-    """The settings of the run that began with a model, at the end of a chain of runs: where the tokenizer is."""
+    """The settings of the first run in a chain, which started from a model: that model's folder has the tokenizer."""
     settings = on_this_disk(settings)
     snapshot = earlier_run(settings.checkpoint_path)
     return settings if snapshot is None else model_behind(settings_of(snapshot))
 
 
 def _as_trained(before: StudentSettings, settings: StudentSettings) -> StudentSettings:
-    """The student as it was trained before, to be computed as is wanted now. How its passes are made is set when it
-    begins anew.
+    """The earlier run's student settings with the current compute settings. Gradient checkpointing and compilation are
+    off; `begin` applies the current ones.
     """
     changes: dict[str, Any] = {name: getattr(settings, name) for name in ("compute", "attention")}
     return before.model_copy(update={**changes, "gradient_checkpointing": False, "compile": False})
 
 
 def _adapted(student: Student, settings: StudentSettings) -> StudentSettings | None:
-    """By which settings the student's adapter was made, which is put in here where the earlier run had none.
+    """The settings that the student's adapter was made with. An adapter is added here if the earlier run had none.
 
-    ValueError where another one is asked for than it has been trained with.
+    ValueError if the settings request a different adapter than the one it was trained with.
     """
     had = student.adapted
     if had is None:
@@ -128,7 +128,7 @@ def _adapted(student: Student, settings: StudentSettings) -> StudentSettings | N
 
 
 def _check_structure(student: Student, settings: StudentSettings) -> None:
-    """ValueError where a quantised student is asked to be quantised in another way than it was trained."""
+    """ValueError if the settings would quantise a student differently from how it was trained."""
     record = read_record(student.model.config)
     if record is None:
         return

@@ -1,9 +1,10 @@
-"""A student's checkpoint that lies on an object store, as a folder of this disk. Called by `earlier_run`.
+"""Downloads a student's checkpoint from an object store into a local folder. Called by `earlier_run`.
 
     student.checkpoint_path=gs://BUCKET/CHECKPOINT/     a Hugging Face folder, a run's folder, or one of a run's copies
 
-Every file is fetched in ranges; one that was cut short goes on where it was. Whole files are held against size and
-MD5, where the store tells it, and a run's checkpoint against its manifest. The next start fetches what has changed.
+Files are fetched in ranges, and an interrupted download resumes where it stopped. Complete files are checked against
+their size, and their MD5 where the store gives one; a run's checkpoint is checked against its manifest. The next start
+fetches only what has changed.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from teacher_proto.process.stages import Stage, stage
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.yaml"
-RECORD = ".fetched.json"  # of each file, which one it is: its size, and the store's tag of it
+RECORD = ".fetched.json"  # size and store tag of each file, by which a changed file is noticed
 READ = {".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".yaml"}
 RANGE = 16 * 2**20
 TRIES = 2
-_fetched: dict[str, str] = {}  # by this process: the store is asked once
+_fetched: dict[str, str] = {}  # per process: the store is queried once
 
 
 @dataclass(frozen=True)
 class _File:
-    """One file there. `place`: where it belongs here. `md5`: in hexadecimal, empty where the store does not tell it."""
+    """One remote file. `place`: its path in the local folder. `md5`: hexadecimal, empty if the store gives none."""
 
     source: str
     place: str
@@ -51,8 +52,8 @@ class _File:
 
 
 def on_this_disk(settings: StudentSettings) -> StudentSettings:
-    """The settings with a folder of this disk in place of a URL. OSError where the store can't be asked and nothing was
-    fetched before, ValueError for what is no checkpoint or stays damaged.
+    """The settings with a local folder in place of a URL. OSError if the store can't be reached and no earlier download
+    is complete; ValueError if the URL holds no checkpoint or downloads stay damaged.
     """
     url = settings.checkpoint_path
     if "://" not in url:
@@ -84,7 +85,7 @@ def _fetch(url: str, folder: Path, options: Mapping[str, Any]) -> Path:
 
 
 def _listed(url: str, options: Mapping[str, Any]) -> tuple[Any, list[_File]]:
-    """The store, and what of the folder is fetched: of a run its newest checkpoint alone."""
+    """The store and the files to fetch; for a run's folder, only the newest of its checkpoints."""
     store, root = fsspec.core.url_to_fs(url, **options)
     store.invalidate_cache()
     found = {
@@ -106,13 +107,13 @@ def _listed(url: str, options: Mapping[str, Any]) -> tuple[Any, list[_File]]:
 
 
 def _tag(info: Mapping[str, Any]) -> str:
-    """What is another one when the file is: the first of these that the store tells."""
+    """A value that changes when the file does: the first of these that the store gives."""
     names = ("md5Hash", "ETag", "etag", "crc32c", "updated", "LastModified", "mtime", "created")
     return next((str(info[name]) for name in names if info.get(name)), "")
 
 
 def _md5(info: Mapping[str, Any]) -> str:
-    # Google's; an S3 ETag may be that of parts, or of what is encrypted.
+    # Google Cloud Storage only: an S3 ETag may be computed over parts, or over encrypted data.
     return base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else ""
 
 
@@ -129,7 +130,7 @@ def _download(url: str, store: Any, there: list[_File], folder: Path, record: di
         record["complete"] = False
         for file in missing:
             if had.get(file.place) != _identity(file):
-                # A beginning of another file than the one that is there now.
+                # The partial download belongs to an older version of the file.
                 _part(folder, file).unlink(missing_ok=True)
                 (folder / file.place).unlink(missing_ok=True)
             had[file.place] = _identity(file)
@@ -173,7 +174,7 @@ def _range(url: str, store: Any, file: _File, start: int) -> bytes:
 
 
 def _complete(url: str, there: list[_File], folder: Path, record: dict[str, Any]) -> None:
-    """Hold a run's checkpoint against its manifest, and give a copy that has none its settings."""
+    """Verify a run's checkpoint against its manifest, and write settings.yaml where the remote copy has none."""
     for manifest in (folder / file.place for file in there if file.place.endswith(f"/{MANIFEST}")):
         if not record.get("complete"):
             try:
@@ -191,7 +192,7 @@ def _complete(url: str, there: list[_File], folder: Path, record: dict[str, Any]
 
 @contextmanager
 def _keeping(folder: Path, record: Mapping[str, Any]) -> Iterator[None]:
-    """Whatever ends the work, what is known of the files is kept."""
+    """Write the record however the block ends, so that a later start can resume."""
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""One checkpoint on disk: written so that it is there whole or not at all, read only if every byte is as written.
+"""One checkpoint on disk: written atomically, and read only if every byte is as written.
 
 Called by `checkpoints`. A checkpoint is a folder `step-00000500` of safetensors and JSON files with a manifest of their
-sizes and sha256. It is made under another name, every file and folder is forced to the disk, and then it is renamed.
-Version 1 has whole tensors, in `model.safetensors` and `optimizer.safetensors`; version 2 has shards (`pieces`).
+sizes and sha256. It is written under a temporary name, every file and folder is fsynced, and then it is renamed.
+Version 1 has full tensors, in `model.safetensors` and `optimizer.safetensors`; version 2 has shards (`pieces`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PREFIX = "step-"
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not as it was written; the message says which file and how."""
+    """A checkpoint that is not as it was written; the message says which file differs and how."""
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A run at rest. `tensors`: file name -> name -> tensor; `state`: what JSON holds exactly."""
+    """The content of a checkpoint. `tensors`: file name -> name -> tensor; `state`: what JSON can hold exactly."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -45,12 +45,12 @@ def folder_name(step: int) -> str:
 
 
 def unfinished(root: Path, step: int) -> Path:
-    """What a checkpoint's folder is called until it is whole."""
+    """The temporary folder of a checkpoint that is being written."""
     return root / f".unfinished-{folder_name(step)}"
 
 
 def write(root: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint under `root` and return its folder. OSError leaves nothing that could be taken for one."""
+    """Write a checkpoint under `root` and return its folder. An OSError leaves nothing that could be taken for one."""
     begin(root, snapshot.step)
     try:
         return commit(root, snapshot, VERSION, {})
@@ -60,32 +60,32 @@ def write(root: Path, snapshot: Snapshot) -> Path:
 
 
 def begin(root: Path, step: int) -> None:
-    """An empty folder to write a checkpoint into."""
+    """Make an empty temporary folder to write a checkpoint into."""
     folder = unfinished(root, step)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def commit(root: Path, snapshot: Snapshot, version: int, sealed: Mapping[str, Any]) -> Path:
-    """Make a checkpoint of what was begun: write the snapshot beside the files that are `sealed` already, the manifest
-    over all, and give the folder its name.
+    """Complete a checkpoint: write the snapshot beside the files that are already `sealed`, then a manifest of all
+    files, and rename the folder to its final name, which is returned.
     """
     final, folder = root / folder_name(snapshot.step), unfinished(root, snapshot.step)
     for name, tensors in snapshot.tensors.items():
         save_tensors(tensors, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1))
-    # Shards of other ranks may lie on a disk that this one sees late: their entries come with `sealed`.
+    # Other ranks' shards may not be visible here yet on a network file system: their entries are in `sealed`.
     names = sorted({path.name for path in folder.iterdir()} | sealed.keys())
     files = {name: sealed[name] if name in sealed else seal(folder / name) for name in names}
     manifest = {"version": version, "step": snapshot.step, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    # The manifest after all that it names, then the folder's entries, then the name: in this order on the disk.
+    # Order on disk: the files, the manifest that lists them, the folder's entries, then the final name.
     seal(folder / MANIFEST)
     sync_folder(folder)
     make_way(final)
-    # On one file system a rename is there whole or not at all.
+    # Within one file system a rename is atomic.
     folder.rename(final)
-    # The rename itself is an entry of the folder above.
+    # The rename changes an entry of the parent folder.
     sync_folder(root)
     return final
 
@@ -108,7 +108,7 @@ def read(folder: Path) -> Snapshot:
 
 
 def verify(folder: Path) -> None:
-    """Hold every file against the manifest."""
+    """Check every file against the manifest. DamagedError if one differs, ValueError if a later version wrote it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, files = manifest["version"], dict(manifest["files"])
@@ -137,7 +137,7 @@ def sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk."""
+    """Fsync a folder's entries."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,7 +146,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small file whole: old or new after any crash."""
+    """Replace a small file atomically: after a crash it has the old or the new text."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text)
     seal(fresh)
@@ -163,14 +163,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Force a file to the disk; its entry in the manifest."""
+    """Fsync a file and return its entry for the manifest."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def make_way(final: Path) -> None:
-    """Move a damaged checkpoint of the same step aside; its name shall not stand in the way of a sound one."""
+    """Move an existing, damaged checkpoint of the same step aside, so that an intact one can take its name."""
     if final.exists():
         aside = final.with_name(f".damaged-{final.name}")
         shutil.rmtree(aside, ignore_errors=True)

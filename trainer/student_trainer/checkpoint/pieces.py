@@ -1,9 +1,9 @@
-"""Tensors in pieces over several files, put together by name: what `sharded` wrote. Called by `files` when it reads.
+"""Reads sharded checkpoints: assembles tensors from the pieces that `sharded` wrote. Called by `files`.
 
     step-00000500/shard-00000.safetensors  shard-00001.safetensors  random.safetensors  state.json  manifest.json
 
-A shard holds one rank's pieces of parameters and optimizer state under their names, in plain safetensors; where a piece
-lies in its tensor stands in the file's header, as torch's own HuggingFaceStorageReader wants it. Nothing is pickled.
+A shard is a plain safetensors file with one rank's pieces of parameters and optimizer state, by name. Each piece's
+offsets in its tensor are in the file's header, in the format of torch's HuggingFaceStorageReader. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-# What a shard's file name begins with.
+# Prefix of a shard's file name.
 SHARD = "shard-"
-# In the name of optimizer state, between the parameter's name and its own.
+# Separates the parameter's name from the state's in the name of an optimizer tensor.
 STATE_OF = "//"
-# Of a safetensors header: JSON that gives each piece's offsets in its tensor.
+# Keys in a safetensors header: JSON with the offsets of each piece in its tensor.
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
 class Pieces(Mapping[str, Tensor]):
-    """Each tensor is put together when it is asked for, and not kept: of a whole student there is no more than one
-    tensor in memory at a time.
-    """
+    """Assembles each tensor on access and does not keep it, so that only one full tensor is in memory at a time."""
 
     def __init__(self, reader: _Reader, names: Sequence[str]) -> None:
         self._reader, self._names = reader, dict.fromkeys(names)
@@ -37,10 +35,10 @@ class Pieces(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         stored = self._reader.read_metadata().state_dict_metadata[name]
-        # DCP copies each piece to its offsets in a tensor of the whole size, whatever ranks wrote them.
+        # DCP copies each piece to its offsets in the full tensor, whichever ranks wrote them.
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         with warnings.catch_warnings():
-            # Every rank reads for itself, and so does a process that is none.
+            # Every rank reads on its own, and a process without ranks can read too, so DCP's warning says nothing.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
@@ -64,7 +62,7 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
 
 def read_shards(folder: Path) -> dict[str, Mapping[str, Tensor]]:
-    """The model's and the optimizer's tensors of a folder of shards; SafetensorError for a file that is none."""
+    """The model's and the optimizer's tensors in a folder of shards; SafetensorError if a file isn't safetensors."""
     reader = _Reader(str(folder))
     stored = reader.read_metadata().storage_data or {}
     names = sorted({index.fqn for index, at in stored.items() if Path(at.relative_path).name.startswith(SHARD)})

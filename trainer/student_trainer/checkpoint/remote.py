@@ -1,10 +1,9 @@
-"""A run's checkpoints on any fsspec URL, beside those on its own disk. Built by `build`, fed by `checkpoints`.
+"""Copies of a run's checkpoints at any fsspec URL. Built by `build`; `checkpoints` uploads to it.
 
     URL/RUN_ID/step-00000500/manifest.json, model.safetensors, ...
 
-What was written and sealed here is uploaded in the background, its manifest last, and downloaded into the run's folder
-when a run starts that has not got it, where every byte is held against the manifest. A store that is down costs the
-copy, never a step.
+A completed checkpoint is uploaded in the background, its manifest last. A run that starts without it downloads it into
+its folder and verifies it against the manifest. If the store is down, the copy is missing, but training goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 
 class RemoteCheckpoints:
-    """Those of the run `run_id` under `settings.url`. Uploads run on a thread of their own, the newest first."""
+    """The remote checkpoints of run `run_id` under `settings.url`, uploaded by a background thread."""
 
     def __init__(self, settings: CheckpointSettings, run_id: str):
         assert settings.url is not None
@@ -45,24 +44,24 @@ class RemoteCheckpoints:
         self._thread.start()
 
     def upload(self, folder: Path) -> None:
-        """Upload a sealed checkpoint, in the background; it takes the place of one that is still waiting."""
+        """Upload a completed checkpoint in the background. It replaces one that is still waiting."""
         with self._wake:
             self._waiting = folder
             self._wake.notify_all()
 
     def needs(self, folder: Path) -> bool:
-        """Whether the folder must stay, as it is being uploaded."""
+        """Whether the folder must be kept because its upload is waiting or in progress."""
         return folder in (self._waiting, self._uploading)
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there whole, newest first. OSError if the store cannot be asked."""
+        """The steps of the complete checkpoints, newest first. OSError if the store cannot be reached."""
         return self._asking(self._steps)
 
     def pull(self, root: Path, beyond: int, name: str) -> None:
-        """Download the newest sound checkpoint of a later step than `beyond` into `root`, if there is one.
+        """Download the newest intact checkpoint of a step after `beyond` into `root`, if there is one.
 
-        `name` tells apart those who may do so at the same time. OSError if the store cannot be asked; a damaged
-        checkpoint is passed over loudly.
+        `name` distinguishes processes that may download at the same time. OSError if the store cannot be reached; a
+        damaged checkpoint is skipped and logged as an error.
         """
         for step in self.steps():
             if step <= beyond:
@@ -82,7 +81,7 @@ class RemoteCheckpoints:
             return
 
     def close(self) -> None:
-        """Wait for what is under way, but no longer than the settings say."""
+        """Wait for pending uploads, but at most `upload_within_s`."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -99,7 +98,7 @@ class RemoteCheckpoints:
             try:
                 self._upload(folder)
                 self._keep_newest()
-            except Exception as error:  # the edge of a thread that runs other people's code
+            except Exception as error:  # fsspec backends may raise anything, and the thread must survive it
                 logger.error(
                     "THE CHECKPOINT %s IS NOT IN %s: %s: %s. Training goes on; the next one is uploaded when it is "
                     "saved", folder.name, self.url, type(error).__name__, error,
@@ -116,7 +115,7 @@ class RemoteCheckpoints:
             return self._uploading
 
     def _asking(self, call: Callable[..., T], *arguments: Any) -> T:
-        """OSError for whatever the store's library raises: each has errors of its own."""
+        """Raise OSError for whatever the store's library raises: each has errors of its own."""
         try:
             return call(*arguments)
         except (DamagedError, OSError):
@@ -147,11 +146,11 @@ class RemoteCheckpoints:
 
     def _upload(self, folder: Path) -> None:
         store, target = self._store(), f"{self._root}/{folder.name}"
-        # Whatever lies there is no checkpoint from here on, and is one again with its new manifest.
+        # Without its manifest an existing folder is no checkpoint while its files are replaced.
         if store.exists(f"{target}/{MANIFEST}"):
             store.rm_file(f"{target}/{MANIFEST}")
         store.makedirs(target, exist_ok=True)
-        # The manifest last: until it is there, nobody takes the folder for a checkpoint.
+        # The manifest last: the folder counts as a checkpoint only once it is there.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
             store.put_file(str(path), f"{target}/{path.name}")
 
@@ -164,7 +163,7 @@ class RemoteCheckpoints:
             store.rm(target, recursive=True)
 
     def _remove_cut_short(self, store: Any) -> None:
-        """Folders without a manifest: killed uploads. Ours has come to its end, and a run has one uploader."""
+        """Remove folders without a manifest, left by killed uploads: ours is finished, and a run has one uploader."""
         whole = set(self._steps())
         for name in store.ls(self._root, detail=False):
             step = name.rstrip("/").rpartition("/")[2].removeprefix(files.PREFIX)

@@ -1,7 +1,8 @@
-"""May a run go on with other settings than it began with? Called by `build` when a checkpoint is there.
+"""Checks whether a run may resume with changed settings. Called by `build` if there is a checkpoint.
 
-Every setting has one of three answers. *fixed*: it changes what is learnt; refused, unless `run.allow_changes` names
-it. *numeric*: it changes only how sums are rounded; warned of. *free*: it changes nothing that is learnt.
+Every setting is of one of three classes. *fixed*: it changes what is learnt, so a change is refused unless
+`run.allow_changes` names it. *numeric*: it changes only rounding; a change is logged as a warning. *free*: it changes
+nothing that is learnt.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ logger = logging.getLogger(__name__)
 Answer = Literal["fixed", "numeric", "free"]
 
 TERMS = ("distillation.terms.", "on_policy.terms.")
-# Of a term that is there with a coefficient alone; without one the rest of them says nothing.
+# Settings of a term that exists only with a coefficient; without one the others have no effect.
 RELATIONS = "distillation.attention."
 COEFFICIENT = f"{RELATIONS}coefficient"
 
-# By dotted name; the longest that is a beginning of a setting's name answers for it. "*" stands for one part.
+# By dotted name; the longest prefix of a setting's name applies. "*" matches one part.
 ANSWERS: dict[str, Answer] = {
     "run.root": "free",
     "run.id": "free",
@@ -43,7 +44,7 @@ ANSWERS: dict[str, Answer] = {
     "data.cache_folder": "free",
     "data.sources.*.storage_options": "free",
     "student": "fixed",
-    # The weights come from the checkpoint; config and tokenizer, by `check_student`, must be those that they were.
+    # The weights come from the checkpoint; `check_student` checks that config and tokenizer are unchanged.
     "student.checkpoint_path": "free",
     "student.cache_folder": "free",
     "student.storage_options": "free",
@@ -53,7 +54,7 @@ ANSWERS: dict[str, Answer] = {
     "student.attention": "numeric",
     "student.gradient_checkpointing": "numeric",
     "student.compile": "numeric",
-    "teacher": "free",  # who answers, by which way: the identity itself is compared, unless `may_change` allows another
+    "teacher": "free",  # how it is reached: its identity is compared elsewhere, unless `may_change` allows another
     "teacher.top_k": "fixed",
     "distillation": "fixed",
     **dict.fromkeys(  # names of the presets: the terms, which are fixed, hold the values
@@ -72,7 +73,7 @@ ANSWERS: dict[str, Answer] = {
 
 
 def answer_for(name: str) -> Answer:
-    """What a change of the setting `name` means. KeyError for a name that nothing in the table covers."""
+    """The class of the setting `name`. KeyError if nothing in the table covers it."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         for known, answer in ANSWERS.items():
@@ -83,16 +84,16 @@ def answer_for(name: str) -> Answer:
 
 
 def may_change(name: str, now: Settings) -> bool:
-    """Whether `run.allow_changes` names the setting, or a section that it is in."""
+    """Whether `run.allow_changes` names the setting or a section that contains it."""
     return any(name == allowed or name.startswith(f"{allowed}.") for allowed in now.run.allow_changes)
 
 
 def check_changes(before: Mapping[str, Any], now: Settings) -> None:
-    """`before` are the settings in the checkpoint. ValueError lists the fixed ones that differ and are not allowed.
+    """`before`: the settings in the checkpoint. ValueError lists fixed ones that differ and are not allowed to.
 
-    A setting that an older trainer did not have stood at its default then.
+    A setting that an older trainer did not have counts as its default.
     """
-    # Every run has the terms that it names; those of the default settings are none of its own.
+    # A run has only the terms that it names, so those of the default settings are left out.
     defaults = {name: value for name, value in flatten(public(Settings())).items() if not name.startswith(TERMS)}
     old, new = defaults | flatten(_as_written_now(public_tree(before))), flatten(public(now))
     refused = []
@@ -116,16 +117,17 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
 
 
 def _as_written_now(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier trainer, whose terms and student were written otherwise."""
+    """Settings of an older trainer in today's form: terms and student were written differently."""
     before = {**before, "student": with_new_names(before["student"])}
     losses = {name: before[name] for name in ("distillation", "on_policy") if name in before}
     return {**before, **{name: {**of, "terms": as_written_now(of["terms"])} for name, of in losses.items()}}
 
 
 def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], settings: Settings) -> None:
-    """Hold the student's config and tokenizer against those that the run began with, as `student_identity` gives them.
+    """Compare the student's config and tokenizer, from `student_identity`, with those that the run began with.
 
-    ValueError lists the fields that differ. Where they lie doesn't matter. A checkpoint of an older trainer has none.
+    ValueError lists the fields that differ. The files' location doesn't matter. `before` is None in an older trainer's
+    checkpoint.
     """
     if before is None:
         logger.warning(
@@ -141,7 +143,7 @@ def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], sett
             if was == becomes:
                 continue
             line = f"{part}.{name}: {was} in the checkpoint, {becomes} now"
-            # Another version of transformers may know more, or fewer, fields of the same model.
+            # Another version of transformers may have more or fewer fields for the same model.
             if may_change(setting, settings) or (not same_version and "absent" in (was, becomes)):
                 logger.warning("resumed with a change of the student, %s", line)
             else:

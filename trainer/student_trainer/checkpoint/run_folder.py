@@ -1,5 +1,5 @@
-"""The folder of one run, named by its id: who works in it, the rubbish of those who were killed, and the checkpoint to
-go on from. Used by `build`.
+"""The folder of one run, named by its id: locking it, cleaning up after killed processes, and finding the checkpoint to
+resume from. Used by `build`.
 
 runs/ID/settings.yaml  metrics.jsonl  evaluation.jsonl  passage.json  checkpoints/  dumps/
 """
@@ -32,7 +32,7 @@ from teacher_proto.process.stages import stage
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.yaml"
 LOCK_FILE = ".lock"
-# What a save, a download or a small file is called until it is whole, and a checkpoint on its way out.
+# Temporary names of saves, downloads and small files, and of checkpoints that are being deleted.
 LEFTOVERS = (".unfinished-*", ".deleted-*", ".damaged-*", ".download-*", ".*.new")
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
@@ -56,9 +56,9 @@ def folder_of(settings: RunSettings, run_id: str) -> RunFolder:
 
 
 def choose_folder(settings: RunSettings, has_copies: bool = False) -> RunFolder:
-    """The run's folder. ValueError if the id cannot be one, or if `resume` and what is there do not fit.
+    """The run's folder. ValueError if the id is invalid, or if `resume` rules out what the folder holds.
 
-    `has_copies`: the run may be resumed from a copy elsewhere.
+    `has_copies`: the run may be resumed from a remote copy.
     """
     run_id = settings.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     if not SAFE_ID.fullmatch(run_id):
@@ -73,8 +73,8 @@ def choose_folder(settings: RunSettings, has_copies: bool = False) -> RunFolder:
 
 
 def take(folder: RunFolder, stack: ExitStack) -> bool:
-    """Mark the folder as this process's until `stack` closes or the process ends, however it does. False if another
-    living process has it. One that comes on a file system without locks has it alone, as far as anyone can tell.
+    """Lock the folder until `stack` closes or the process ends, however it ends. False if another live process holds
+    it. On a file system without locks this warns and returns True, since nothing can be checked.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -89,9 +89,9 @@ def take(folder: RunFolder, stack: ExitStack) -> bool:
 
 
 def sweep(folder: RunFolder) -> list[str]:
-    """Remove what killed processes have left in a folder that is ours (`take`); their names.
+    """Remove what killed processes left in a folder that we have locked (`take`), and return the names.
 
-    Nothing that a run can go on from is among it. What can't be removed is left, with a warning.
+    None of it is needed to resume. What can't be removed is left, with a warning.
     """
     swept = []
     for place in (folder.path, folder.checkpoints):
@@ -108,14 +108,14 @@ def sweep(folder: RunFolder) -> list[str]:
 
 
 def open_folder(settings: Settings, ranks: Ranks, stack: ExitStack) -> RunFolder:
-    """The run's folder, chosen by rank 0 for all, taken and cleared. Before any rank reads it or downloads into it."""
+    """The run's folder: rank 0 chooses it, then it is locked and cleaned before any rank reads or downloads into it."""
     run_id = ""
     with ranks.sync_errors():
         if ranks.first:
             run_id = choose_folder(settings.run, has_copies=settings.checkpoint.url is not None).id
     folder = folder_of(settings.run, ranks.from_first(run_id))
     with ranks.sync_errors():
-        # On every disk that one lies on.
+        # One rank per machine: the machines may have separate disks.
         if ranks.local == 0 and take(folder, stack):
             sweep(folder)
         elif ranks.first:
@@ -128,7 +128,10 @@ def open_folder(settings: Settings, ranks: Ranks, stack: ExitStack) -> RunFolder
 def find_earlier(
     settings: Settings, folder: RunFolder, ranks: Ranks, remote: RemoteCheckpoints | None
 ) -> Snapshot | None:
-    """The checkpoint to go on from, here or remote, if there is one and the settings want and allow it."""
+    """The checkpoint to resume from, local or remote, if there is one and the settings allow it.
+
+    ValueError if `run.resume` or changed settings forbid it, or if the ranks find different checkpoints.
+    """
     with ranks.sync_errors():
         if remote is not None and ranks.local == 0:
             with stage(f"looking for a later checkpoint in {remote.url}"):
@@ -151,7 +154,7 @@ def find_earlier(
 
 
 def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoints, name: str) -> None:
-    """A checkpoint that only the store has, or has later than this disk, into the run's folder."""
+    """Download the store's newest checkpoint into the run's folder if it is newer than the local one."""
     if settings.run.resume == "never":
         if remote.steps():
             raise ValueError(f"{remote.url} holds a run, and run.resume is never: choose another run.id, or remove it")
@@ -166,7 +169,7 @@ def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoint
 
 
 def write_settings(settings: Settings, folder: RunFolder) -> None:
-    """Beside the checkpoints, for who looks at the run and for a run that goes on from its student."""
+    """Write settings.yaml, for people who look at the run and for later runs that start from its student."""
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
     replace_text(folder.path / SETTINGS_FILE, yaml.safe_dump(public(settings), sort_keys=False))
