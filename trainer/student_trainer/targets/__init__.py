@@ -1,4 +1,4 @@
-"""Where a teacher's targets come from, and how they come ahead of time.
+"""Sources of a teacher's targets, and prefetching them ahead of the training step.
 
 May import students and what lies below them, not rollouts. Open `protocol.py` first; then `prefetch.py`.
 """

@@ -1,5 +1,5 @@
-"""What a teacher takes at a time, and whether the longest sequence that a run may ask about fits. Called by `open`
-before anything is asked; the client splits what is more than one sequence.
+"""Checks that the longest sequence a run may request fits the teacher's limits. Called by `open` before any request;
+requests of several sequences are split by the client.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from teacher_proto.requests import TargetsRequest
 
 
 def check_admission(settings: Settings, card: TeacherCard) -> None:
-    """ValueError if a document as long as a row would be refused, with what would fit."""
+    """ValueError if the teacher would refuse a document as long as a row; it says what would fit."""
     for member in (card, *(card.members or {}).values()):
         if member.admits is not None:
             for what, request in _longest(settings):
@@ -23,7 +23,7 @@ def check_admission(settings: Settings, card: TeacherCard) -> None:
 
 
 def _longest(settings: Settings) -> list[tuple[str, TargetsRequest]]:
-    """The dearest request about one sequence of each kind that this run makes, with what it is in the settings."""
+    """The costliest single-sequence requests of this run, one for each way it asks, each with its setting's name."""
     length, evaluation = settings.data.seq_len, settings.evaluation
     tokens_T = np.zeros(length, np.int64)
     top_k = max(settings.teacher.top_k, evaluation.top_k or 0)

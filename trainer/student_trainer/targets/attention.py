@@ -1,8 +1,8 @@
-"""The teacher's attention states, from the service beside it, asked for together with the tokens' targets.
+"""The teacher's attention states, fetched from the attention service together with the token targets.
 
-Opened by `build`; `BesideTokens` is what `prefetch` then calls, `align` cuts into micro batches.
-States travel, and the loss rebuilds the relations from them. A batch has its states or is not trained on: a service
-that is gone is waited for as the teacher is, one that can't be right stops the run.
+Opened by `build_components`; `prefetch` then calls `BesideTokens`, and `align` cuts the result into micro batches.
+States are sent, and the loss computes the relations from them. No batch is trained on without its states: an attention
+service that is unreachable is waited for like the teacher, and one that serves another model stops the run.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from teacher_proto.errors import OutOfRangeError, PoisonBatchError, TeacherUnava
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.requests import TargetSpec
 
-# Asked of the teacher where only its attention is learnt from.
+# The spec for a run that learns only from the teacher's attention.
 NO_TOKENS = TargetSpec(kinds=())
 
 
 class AttentionSource:
-    """`make_client` is called on the event loop. `terms`: who wants the states, of one layer and in one dtype. `reason`
-    is the last that was heard while an outage lasts. `seq_len`: tokens of the longest document.
+    """`make_client` is called on the event loop. `terms`: the losses that need the states, all of one layer and in one
+    dtype. `reason`: the last error of an ongoing outage. `seq_len`: length of the longest document in tokens.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AttentionSource:
         self.reason = ""
 
     async def open(self) -> AttentionInfo:
-        """Reach the service. ValueError if it can't serve what the settings ask, before anything is asked."""
+        """Connect to the service. ValueError if it can't serve what the settings require."""
         self._client = self._make_client()
         self._info = await reach(
             self._client, "attention service", self._waiting.start_within_s, self._waiting.log_every_s
@@ -85,8 +85,8 @@ class AttentionSource:
         return self._info
 
     def _check_longest(self, info: AttentionInfo) -> None:
-        """ValueError if a document as long as a row would be refused, with what would fit."""
-        # Asked on the settings' longest document now, before hours of training end on it.
+        """ValueError if the service would refuse a document as long as a row; it says what would fit."""
+        # Checked now, so that such a document doesn't end the run after hours of training.
         longest = self._request([np.zeros(self._seq_len, np.int64)])
         field = f"a document of data.seq_len {self._seq_len}"
         try:
@@ -97,12 +97,12 @@ class AttentionSource:
             raise ValueError(f"distillation.attention, {field}, the attention service refuses it: {error}") from None
 
     async def fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
-        """The states of every document. TeacherUnavailableError if the service stays away for too long."""
+        """The states of every document. TeacherUnavailableError after `teacher.outage_timeout_s` without a service."""
         assert self._client is not None, "open() comes before fetch()"
         client, given = self._client, dict[int, AttentionTargets]()
         request = self._request([batch.tokens_BT[d.row, d.start : d.stop] for d in batch.documents])
         try:
-            # `given` outlives an attempt: what has come is not asked again.
+            # `given` is kept between attempts, so that nothing received is requested again.
             answers = await retry_until(
                 lambda: client.attention(request, given=given), self._waiting.outage_timeout_s, self._note,
                 "attention service at teacher.attention_url", lambda: len(given),
@@ -126,7 +126,7 @@ class AttentionSource:
 
 
 class BesideTokens:
-    """`Targets` of the tokens and of attention in one answer; text that the student wrote has those of tokens alone."""
+    """`Targets` that fetch token targets and attention states together; for rollouts, token targets only."""
 
     def __init__(self, tokens: Targets, attention: AttentionSource):
         self._tokens, self._attention = tokens, attention
@@ -161,7 +161,7 @@ class BesideTokens:
 
 
 def open_attention(settings: Settings, teacher: Teacher, thread: EventThread, stack: ExitStack) -> AttentionSource:
-    """Reach the service beside `teacher`. StillhouseError if nobody answers, or another model than the teacher's."""
+    """Connect to the attention service. StillhouseError if none answers, or if its model is not `teacher`'s."""
     asked = settings.teacher
     identity = teacher.card.identity
     beside = TeacherIdentity.model_validate(identity) if identity else teacher.card.fingerprint

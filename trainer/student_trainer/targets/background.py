@@ -1,5 +1,5 @@
-"""An event loop on a thread of its own, so that targets travel while the main thread trains. Used by `build`,
-`prefetch` and `evaluator`.
+"""An event loop on a background thread, so that targets are fetched while the main thread trains. Used by `build`,
+`prefetch`, `evaluation` and commands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class EventThread:
-    """Runs coroutines for other threads. Close it, or use it in a `with`: what still runs then is cancelled."""
+    """Runs coroutines for other threads. Close it, or use it in a `with`; closing cancels what still runs."""
 
     def __init__(self, name: str = "targets"):
         self._loop = asyncio.new_event_loop()
@@ -22,16 +22,16 @@ class EventThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start it and return at once."""
+        """Start a coroutine and return at once."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run it and wait for its result."""
+        """Run a coroutine and wait for its result."""
         assert threading.current_thread() is not self._thread, "the loop would wait for itself"
         return self.submit(coroutine).result()
 
     def close(self) -> None:
-        """Cancel what runs, wait for its end, stop the loop. Safe to call twice."""
+        """Cancel all tasks, wait for them to end, and stop the loop. Safe to call twice."""
         if not self._thread.is_alive():
             return
         self.submit(self._cancel_others()).result()
@@ -54,7 +54,7 @@ class EventThread:
 
 
 async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first failure ends the others."""
+    """All results in order; the first failure cancels the others."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

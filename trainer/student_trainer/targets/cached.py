@@ -1,7 +1,7 @@
-"""Targets out of a target store or dataset: what a service kept or `stillhouse-teacher fill` made. Opened by `open`.
+"""Targets from a target store or dataset, written by a service or by `stillhouse-teacher fill`. Opened by `open`.
 
-A document that the store can't answer stops the run, or is asked of another source of targets and written through, so
-that the next epoch finds it. What comes out of the store is bit for bit what went in.
+A document that is missing stops the run, or is requested from the teacher behind the store and written to the store,
+where the next epoch finds it. Targets are read back bit for bit as they were written.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ READERS = 4
 
 
 class MissingTargetsError(ValueError):
-    """Documents that the store can't answer, where nobody else may be asked."""
+    """Documents are missing from the store, and there is no teacher behind it."""
 
 
 class CachedTargets:
-    """`fingerprint`: the teacher to read where the store holds several. `behind`: whom a miss is asked of, None where
-    it is an error. `saved`: the card of the teacher that the run began with. `hits` and `misses` count documents.
+    """`fingerprint`: which teacher to read if the store holds several. `behind`: the source that misses are requested
+    from; if None, a miss is an error. `saved`: the card of the teacher that the run began with. `hits` and `misses`
+    count documents.
 
-    ValueError where the store holds no such teacher.
+    `open` raises ValueError if the store has no such teacher.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class CachedTargets:
 
     @property
     def dataset(self) -> TargetDataset | None:
-        """The store, where it is a dataset."""
+        """The store if it is a dataset, else None."""
         return self._store if isinstance(self._store, TargetDataset) else None
 
     @property
@@ -67,7 +68,7 @@ class CachedTargets:
     async def open(self) -> TeacherCard:
         info = await self._run(self._remembered)
         if info is None:
-            # An empty store that is to be written through: only the teacher behind it can say who it is.
+            # The store is empty, so the identity comes from the teacher behind it.
             await self._open_behind()
             assert self._behind_card is not None
             info = self._behind_card.info()
@@ -75,7 +76,7 @@ class CachedTargets:
         self._expected.check_identity(info, f"the target store at {self._store.path}")
         self._info = info
         card = TeacherCard.of(info, self._expected.canary)
-        # The student's own ids were not known when the store was filled, and a store has no head.
+        # When the store was filled, the student's own ids were unknown; and a store has no output head.
         beyond = ("gather", "hidden") if self._behind is None else ()
         return replace(card, kinds=tuple(kind for kind in card.kinds if kind not in beyond))
 
@@ -83,9 +84,9 @@ class CachedTargets:
         assert self._info is not None, "open() comes before fetch()"
         fingerprint = self._info.fingerprint
         asked = asked_of(batch, queries, self._info.limits.vocab_size)
-        # On threads: a read of LMDB may wait for the disk.
+        # On other threads: an LMDB read may wait for the disk.
         found = by_document(queries, await self._run(self._read, fingerprint, asked))
-        # Only what the store lacks is asked of the teacher behind it.
+        # Only misses are requested from the teacher behind the store.
         missing = [None if answer is not None else query for query, answer in zip(queries, found, strict=True)]
         misses = sum(query is not None for query in missing)
         self.hits += len(asked) - misses
@@ -110,7 +111,7 @@ class CachedTargets:
         return self._behind.waiting() if self._behind is not None else None
 
     async def close(self) -> None:
-        """Write what waits."""
+        """Write all pending targets, then close."""
         if self._writer is not None:
             await asyncio.to_thread(self._writer.close)
         if self._behind is not None:
@@ -124,7 +125,10 @@ class CachedTargets:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work, *arguments)
 
     def _remembered(self) -> TeacherInfo | None:
-        """Who the store's answers are from: the teacher that the settings or the checkpoint name, or its only one."""
+        """The teacher to read: the one that the settings or the checkpoint name, or else the store's only one.
+
+        None for an empty store with a teacher behind it; ValueError if none fits.
+        """
         known = {info.fingerprint: info for info in self._store.teachers()}
         wanted = self._expected.fingerprint
         if wanted is not None and wanted in known:
@@ -143,7 +147,7 @@ class CachedTargets:
         return [self._store.get(fingerprint, query) for query in asked]
 
     async def _open_behind(self) -> None:
-        """Reach the teacher behind the store, once, when it is first needed. WrongTeacherError if it is another."""
+        """Connect to the teacher behind the store on first use. WrongTeacherError if it isn't the store's teacher."""
         assert self._behind is not None
         async with self._opening:
             if self._behind_card is None:
@@ -157,13 +161,13 @@ class CachedTargets:
             )  # fmt: skip
 
     async def _fetch_behind(self, batch: Batch, missing: Queries) -> tuple[TokenTargets | None, ...]:
-        """The answers of the teacher behind the store, on their way to the disk."""
+        """Fetch misses from the teacher behind the store, and queue them for writing."""
         assert self._behind is not None and self._writer is not None and self._info is not None
         await self._open_behind()
         given = (await self._behind.fetch(batch, missing)).documents
         for query, answer in zip(missing, given, strict=True):
             if query is not None and answer is not None:
-                # On a thread of its own; the step does not wait for the disk.
+                # Written on a background thread, so that the step doesn't wait for the disk.
                 self._writer.add(self._info.fingerprint, query, answer)
         return given
 
@@ -181,7 +185,7 @@ class CachedTargets:
 
 
 def fill_options(spec: TargetSpec) -> str:
-    """What `stillhouse-teacher fill` has to be asked for, each option after a space."""
+    """The options of `stillhouse-teacher fill` that produce `spec`, each preceded by a space."""
     options = [f"--kinds {','.join(spec.kinds)}"]
     options += [f"--top-k {spec.top_k}"] if spec.top_k else []
     options += [f"--temperatures {','.join(f'{t:g}' for t in spec.temperatures)}"] if spec.temperatures else []

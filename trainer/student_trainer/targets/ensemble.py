@@ -1,19 +1,20 @@
-"""The answer of several teachers to one document: probabilities mixed by weight. Called by `mixed`.
+"""Targets of an ensemble of teachers for one document: probabilities mixed by weight. Called by `mixed`.
 
-With w_i the weights (they sum to one) and p_i(v; T) what teacher i gives token v at temperature T, the ensemble is
+With weights w_i that sum to one and p_i(v; T) teacher i's probability of token v at temperature T, the ensemble is
 
     P(v; T) = sum_i w_i p_i(v; T)
 
-at every temperature: the teachers' softened probabilities are mixed, which is not the mixture softened. So logprobs at
-T do not follow from those at 1, and a record holds both. Out of the union of the ids that the teachers list, and the
-document's own next token, a row keeps the K likeliest at T = 1.
+at every temperature: softened probabilities are mixed, which is not the same as softening the mixture. So logprobs at
+T cannot be computed from those at 1, and a record holds both. From the union of the teachers' top-K ids and the
+document's next token, each row keeps the K likeliest at T = 1.
 
-Exact, up to the teachers' rounding of a logprob to fp16: the document's own next token, and every id that all teachers
-list. An id that teacher i does not list is short of w_i p_i(v; T), which is at most w_i times the least probability
-that i lists on that row at T, and at most w_i times its tail mass. What is short stays in the tail: probabilities are
-never above the truth, and one minus their sum is the tail's mass plus all that is short, never negative.
+Up to the teachers' rounding of logprobs to fp16, the document's next token and every id that all teachers list are
+exact. An id that teacher i does not list lacks the summand w_i p_i(v; T), which is at most w_i times the smallest
+probability that i lists in that row at T, and at most w_i times i's tail mass. What is lacking stays in the tail:
+probabilities are never too high, and one minus their sum is the true tail mass plus all that is lacking, never
+negative.
 
-Draws are shared out among the teachers by weight, to the nearest whole draw. Logprobs at gathered ids are exact.
+Draws are divided among the teachers by weight, rounded to whole draws. Logprobs at gathered ids are exact.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ LEAST = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True, eq=False)
 class MixedTargets(TokenTargets):
-    """A record of an ensemble: ids [R, K] int32, logprobs [R, K] and next_logprob [R] fp32 at temperature 1.
+    """Targets of an ensemble: ids [R, K] int32, logprobs [R, K] and next_logprob [R] fp32 at temperature 1.
 
-    tempered_logprobs [R, K, T] fp32 are those at the temperatures asked for. There is no lse and no log_z.
+    tempered_logprobs [R, K, T] fp32 are those at the requested temperatures. There is no lse and no log_z.
     """
 
     tempered_logprobs: np.ndarray | None = None
@@ -45,7 +46,7 @@ class MixedTargets(TokenTargets):
 
 
 def mix(answers: Sequence[TokenTargets], weights: Sequence[float], query: Query) -> MixedTargets:
-    """The ensemble's record of one document out of its teachers', which are of the same rows."""
+    """The ensemble's targets for one document, from its teachers' targets for the same rows."""
     start, num_rows, spec = answers[0].start, answers[0].num_rows, query.spec
     assert all((answer.start, answer.num_rows) == (start, num_rows) for answer in answers)
     tensors: dict[str, np.ndarray] = {}
@@ -64,12 +65,15 @@ def mix(answers: Sequence[TokenTargets], weights: Sequence[float], query: Query)
 
 
 def share_draws(spec: TargetSpec, weights: Sequence[float]) -> list[TargetSpec]:
-    """What each teacher is asked: the same, but for its share of the draws under a seed of its own."""
+    """The spec for each teacher: the same except for its share of the draws and its seed.
+
+    ValueError if there are too few draws for every teacher to have one.
+    """
     if "sampled" not in spec.kinds:
         return [spec] * len(weights)
     quota = np.array(weights) * spec.num_samples
     counts = np.floor(quota).astype(int)
-    # Largest remainders first, until all draws are handed out.
+    # Largest remainders first, until all draws are assigned.
     for index in np.argsort(counts - quota, kind="stable")[: spec.num_samples - counts.sum()]:
         counts[index] += 1
     if not counts.all():
@@ -83,9 +87,9 @@ def share_draws(spec: TargetSpec, weights: Sequence[float]) -> list[TargetSpec]:
 def _mix_top_k(
     answers: Sequence[TokenTargets], weights: Sequence[float], spec: TargetSpec, next_R: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The K likeliest of the union, and their logprobs at 1 and at each temperature.
+    """The K likeliest ids of the union, and their logprobs at 1 and at each temperature.
 
-    The candidates of a row are all ids that somebody lists, column by column, and last its next token.
+    The candidates of a row are all ids that any teacher lists, teacher by teacher, followed by the next token.
     """
     columns, probabilities, exact = [], [], []
     for answer, weight in zip(answers, weights, strict=True):
@@ -97,7 +101,7 @@ def _mix_top_k(
     own_R1 = np.where(has_next_R1, next_R[:, None], columns[0][:, :1])
     ids_RC = np.concatenate([*columns, own_R1], 1)
     listed_RCS = np.concatenate(probabilities, 1)
-    # The next token's probability is known of every teacher, so what some of them list of it is not counted again.
+    # Every teacher sends the next token's probability separately, so it is not counted again where it is listed.
     listed_RCS[(ids_RC[:, :-1] == own_R1) & has_next_R1] = 0.0
     own_R1S = np.where(has_next_R1[:, :, None], np.nan_to_num(sum(exact)), 0.0)
     ids_RK, mixed_RKS = _largest_sums(ids_RC, np.concatenate([listed_RCS, own_R1S], 1), spec.top_k)
@@ -110,7 +114,7 @@ def _mix_top_k(
 
 
 def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, spec: TargetSpec) -> np.ndarray:
-    """Probabilities [R, C, 1 + T] at temperature 1 and at each that was asked for."""
+    """Probabilities [R, C, 1 + T] at temperature 1 and at each requested temperature."""
     assert logprobs_RC is not None
     wide_RC = logprobs_RC.astype(np.float64)
     softened = [wide_RC]
@@ -122,37 +126,39 @@ def _at_temperatures(answer: TokenTargets, logprobs_RC: np.ndarray | None, spec:
 
 
 def _largest_sums(ids_RC: np.ndarray, parts_RCS: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each row, the parts of equal ids added up; the ids of the `top_k` largest sums [., ., 0], largest first."""
+    """For each row, sum the parts of equal ids; return the `top_k` ids with the largest sums [., ., 0], largest first,
+    and their sums.
+    """
     rows, width = ids_RC.shape
-    # Equal ids side by side: a group begins wherever the id changes.
+    # Sorting puts equal ids side by side: a group begins wherever the id changes.
     order_RC = np.argsort(ids_RC, axis=1, kind="stable")
     sorted_RC = np.take_along_axis(ids_RC, order_RC, axis=1)
     first_RC = np.ones_like(sorted_RC, dtype=bool)
     first_RC[:, 1:] = sorted_RC[:, 1:] != sorted_RC[:, :-1]
     group_RC = np.cumsum(first_RC, axis=1) - 1
-    # One index over all rows, so that a single `np.add.at` adds up every row's groups.
+    # A flat index over all rows, so that one `np.add.at` sums the groups of every row.
     flat_RC = group_RC + np.arange(rows)[:, None] * width
     ids_RG = np.zeros((rows, width), dtype=np.int64)
     ids_RG.reshape(-1)[flat_RC[first_RC]] = sorted_RC[first_RC]
     sums_RGS = np.zeros_like(parts_RCS)
     sorted_RCS = np.take_along_axis(parts_RCS, order_RC[:, :, None], axis=1)
     np.add.at(sums_RGS.reshape(rows * width, -1), flat_RC.reshape(-1), sorted_RCS.reshape(rows * width, -1))
-    # Beyond a row's own number of ids there is nothing: behind all others, whose sums are not negative.
+    # Unused slots sort last: actual sums are never negative.
     key_RG = np.where(np.arange(width) <= group_RC[:, -1:], sums_RGS[:, :, 0], -1.0)
     best_RK = np.argsort(-key_RG, axis=1, kind="stable")[:, :top_k]
     return np.take_along_axis(ids_RG, best_RK, axis=1), np.take_along_axis(sums_RGS, best_RK[:, :, None], axis=1)
 
 
 def _log_mean(logprobs: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """log sum_i w_i exp(logprob_i) as fp32; NaN where one is."""
-    # log of a weighted sum of probabilities, in logarithms throughout: a small one is not lost.
+    """log sum_i w_i exp(logprob_i) as fp32; NaN where any of them is NaN."""
+    # In log space throughout, so that small probabilities do not underflow.
     terms = [np.log(weight) + x.astype(np.float64) for x, weight in zip(logprobs, weights, strict=True)]
     with np.errstate(invalid="ignore"):
         return np.logaddexp.reduce(terms, axis=0).astype(np.float32)
 
 
 def _mix_draws(answers: Sequence[TokenTargets], num_rows: int) -> dict[str, np.ndarray]:
-    """The draws of all teachers together: each id once a row, ascending, with how often it was drawn."""
+    """The combined draws of all teachers: in each row every id once, ascending, with its count."""
     rows, ids, counts = [], [], []
     for answer in answers:
         assert (
@@ -162,7 +168,7 @@ def _mix_draws(answers: Sequence[TokenTargets], num_rows: int) -> dict[str, np.n
         ids.append(answer.sampled_ids.astype(np.int64))
         counts.append(answer.sampled_counts.astype(np.int64))
     row_M, id_M, count_M = np.concatenate(rows), np.concatenate(ids), np.concatenate(counts)
-    # Pairs (row, id) in order, each once; counts of the same id by several teachers add up.
+    # Sorted unique (row, id) pairs; counts of the same id from several teachers are summed.
     pairs_U, inverse_M = np.unique(np.stack([row_M, id_M]), axis=1, return_inverse=True)
     summed_U = np.bincount(inverse_M.reshape(-1), weights=count_M, minlength=pairs_U.shape[1])
     offsets = np.concatenate([[0], np.cumsum(np.bincount(pairs_U[0], minlength=num_rows))])

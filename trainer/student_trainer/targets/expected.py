@@ -1,4 +1,4 @@
-"""Who must answer: the teacher that the settings name, or that of the checkpoint. Used by every single teacher."""
+"""The expected teacher: the one that the settings or the checkpoint name. Used by `open`, `local` and `cached`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from teacher_proto.identity import TeacherIdentity, compare_fingerprints
 def expected(
     fingerprint: str | None, saved: Mapping[str, Any] | None
 ) -> tuple[TeacherIdentity | str | None, Canary | None]:
-    """Identity or fingerprint, and canary. `saved` is a `TeacherCard` as a checkpoint keeps it.
+    """The expected identity or fingerprint, and canary. `saved` is a `TeacherCard` from a checkpoint.
 
-    WrongTeacherError if the settings name another fingerprint than the run began with. One that differs in its rounding
-    alone is expected as it is named, and has the same canary.
+    WrongTeacherError if the settings name another teacher than the run began with. A fingerprint that differs only in
+    its numeric half replaces the saved one, with the same canary.
     """
     if saved is None:
         return fingerprint, None
@@ -39,6 +39,6 @@ def hold_against(fingerprint: str | None, saved: Mapping[str, Any]) -> None:
 
 
 def expectation(fingerprint: str | None, saved: Mapping[str, Any] | None) -> Expectation:
-    """What a teacher that comes without a client is held against."""
+    """The checks for a teacher that is not reached through a client."""
     identity, canary = expected(fingerprint, saved)
     return Expectation(identity, canary, None, False, ClientStats())

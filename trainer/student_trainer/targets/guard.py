@@ -1,6 +1,6 @@
-"""What stands between targets and an update: alignment, outages, numbers that are not finite. Called by `loop`.
+"""Checks between targets and update: alignment, outages, non-finite numbers. Called by `loop`.
 
-Whatever it refuses is written to the run's `dumps` first, batch and targets, so that it can be looked at.
+A refused batch and its targets are first written to the run's `dumps`, where they can be inspected.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from student_trainer.students.student import Student
 
 logger = logging.getLogger(__name__)
-DUMPED = ("tokens_BT", "position_ids_BT", "document_ids_BT", "loss_mask_BT", "source_ids_BT")  # of a batch
+DUMPED = ("tokens_BT", "position_ids_BT", "document_ids_BT", "loss_mask_BT", "source_ids_BT")  # arrays of a batch
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is NaN or infinite; nothing was updated."""
+    """A loss or gradient is NaN or infinite; nothing was updated."""
 
 
 class TargetGuard:
-    """`reason` tells what is known of an outage; `vocab_size` is the teacher's. Each of several `ranks` dumps its own
-    rows.
+    """`reason` returns the reason for an ongoing outage; `vocab_size` is passed to `check_alignment`. Each of several
+    `ranks` dumps its own rows.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class TargetGuard:
         self._checked = settings.sanity == "off"
 
     def watch(self, waited_s: float, save: Callable[[], None] | None) -> None:
-        """Called while a step waits."""
+        """To be called while a step waits."""
         self._watch(waited_s, save)
 
     def check(self, ready: Ready) -> None:
-        """The alignment of the first batch that this process trains on. InvalidTargetsError if it is wrong."""
+        """Check the alignment of the first batch that this process trains on. InvalidTargetsError if it is wrong."""
         if self._checked or ready.targets is None:
             return
-        # What a student writes may be nonsense to the teacher, so it leaves the whole check to the data's first batch.
+        # A rollout may be nonsense to the teacher, so the full check is left to the first batch of data.
         likely = ready.batch.kind == "data"
         self._checked = likely
         try:
@@ -72,7 +72,7 @@ class TargetGuard:
             raise self.refuse(ready.batch, ready.targets, error) from error
 
     def refuse(self, batch: Batch, targets: BatchTargets | None, error: InvalidTargetsError) -> InvalidTargetsError:
-        """Keep what was refused; the same error with the place where it is kept."""
+        """Dump what was refused, and return the same error with the dump's folder in its message."""
         folder = write_dump(self._dumps / f"batch-{batch.number:08d}", str(error), batch, targets)
         kept = "Batch and targets are" if targets is not None else "The batch is"
         refused = copy.copy(error)
@@ -81,7 +81,7 @@ class TargetGuard:
         return refused
 
     def require_finite(self, losses: LossMetrics, sums: LossSums, ready: Ready, student: Student, number: int) -> None:
-        """NonFiniteError with step, source and documents if a figure of this step is NaN or infinite."""
+        """NonFiniteError with step, source and documents if this step's loss or gradient is NaN or infinite."""
         if losses.finite:
             return
         where = bad_tokens(sums, ready) or _bad_parameters(student)
@@ -97,10 +97,10 @@ class TargetGuard:
 
 
 def bad_tokens(sums: LossSums, ready: Ready) -> str:
-    """The first token whose loss is not finite, by term, source and document; empty if all are."""
+    """Describe the first token whose loss is not finite: term, source and document. Empty if all are finite."""
     for values, micro in zip(sums.per_term, ready.micro, strict=True):
         for name, value_N in values.items():
-            # Only now is every token looked at, in a step that is lost anyway.
+            # Checking every token is slow, but this step is lost anyway.
             bad_N = ~value_N.isfinite()
             if bad_N.any():
                 index = int(bad_N.int().argmax())
@@ -124,7 +124,7 @@ def _bad_parameters(student: Student) -> str:
 
 
 def _shard(gradient: Tensor) -> Tensor:
-    """This rank's part: the others may not be looking."""
+    """This rank's part; gathering the full gradient would need the other ranks, which may not be here."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 

@@ -1,5 +1,5 @@
-"""What is asked of the teacher between two updates, because the question comes out of the student's weights. Made by
-`build`, called by `run`: a batch that was prefetched, with what its losses lack.
+"""Requests made between two updates, because they depend on the student's current weights: they add to a prefetched
+batch the targets that its losses still lack. Made by `build`, called by `run`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from student_trainer.targets.student_support import StudentSupport
 
 @dataclass(frozen=True, eq=False)
 class LateQueries:
-    """Either may be missing: a run may ask nothing that its student decides."""
+    """Both are None in a run without requests that depend on the student."""
 
     lookahead: Lookahead | None = None
     support: StudentSupport | None = None
 
     def due(self, kind: Kind, terms: tuple[Term, ...]) -> bool:
-        """Whether there is something to ask about a batch of this kind, for these losses: on all ranks alike."""
+        """Whether a batch of this kind needs such requests for these losses. All ranks agree on it."""
         return self._looks_ahead(kind) or self._gathers(terms)
 
     def add(
         self, student: Student, ready: Ready, terms: tuple[Term, ...], while_waiting: Callable[[float], None]
     ) -> Ready:
-        """The batch with its rows of masked tokens by what follows them, if they are looked ahead of, and with what the
-        teacher says of the ids that the student finds likeliest, if a loss wants that.
+        """The batch with lookahead rows for masked tokens, if the run uses lookahead, and with the teacher's logprobs
+        at the student's likeliest ids, if a loss needs them.
         """
-        # First: it replaces top-K rows, and what the support adds stands beside them.
+        # Lookahead comes first: it replaces top-K rows, and the support is added beside them.
         if self._looks_ahead(ready.batch.kind):
             assert self.lookahead is not None
             ready = self.lookahead.add(student, ready, while_waiting)
@@ -55,14 +55,14 @@ class LateQueries:
 
 
 def asks_late(settings: Settings) -> bool:
-    """Whether a run of these settings asks anything between two updates."""
+    """Whether a run with these settings makes requests between two updates."""
     return settings.distillation.lookahead.window is not None or bool(Needs.of(all_terms(settings)).late)
 
 
 def open_late(
     settings: Settings, student: Student, teacher: Teacher | None, tokenizer: Any, thread: EventThread
 ) -> LateQueries:
-    """ValueError where something is to be looked ahead of that can't be."""
+    """The late requests of a run. ValueError if lookahead is set but student, teacher or losses can't use it."""
     support = None
     if teacher is not None and Needs.of(all_terms(settings)).late:
         wanted = settings.distillation

@@ -1,8 +1,8 @@
-"""Targets from a model in this process, without a service: transformers, on a thread of its own. Opened by `open`.
+"""Targets from a transformers model in this process, without a service, on a background thread. Opened by `open`.
 
-The model, its identity and the reduction are those of the service's `hf` engine, so a run may go from one to the other.
-Batches take their turns; within one, documents of like length share a forward pass, by a rule that looks at this batch
-alone: the same batch has the same answer, bit for bit, whatever else is asked.
+The model, its identity and the reduction are those of the service's `hf` engine, so a run can switch between the two.
+Batches are scored one after another. Within a batch, documents of similar length share a forward pass; the grouping
+depends on this batch alone, so its targets are the same, bit for bit, whatever other batches are in flight.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from teacher_proto.compute.hf_model import HfModel
 
 MAX_TOP_K = 4096
-SHORTEST = 0.75  # A forward pass takes documents at least this long in parts of its longest: little of it is padding.
+SHORTEST = 0.75  # smallest length in a forward pass, relative to its longest document: it limits padding
 
 
 @dataclass(eq=False)
 class _Progress:
-    """How far one batch is; `began_at` by the monotonic clock, None while it waits for its turn."""
+    """Progress of one batch; `began_at` is a time of the monotonic clock, None while the batch waits for its turn."""
 
     tokens: int
     tokens_done: int = 0
@@ -48,7 +48,7 @@ class _Progress:
 class LocalTargets:
     """`settings` name the model; `saved` is the card of the teacher that the run began with.
 
-    ValueError where it can't be loaded; WrongTeacherError if it is not the one that is expected.
+    `open` raises ValueError if no model is given, WrongTeacherError if it is not the expected one.
     """
 
     def __init__(self, settings: OneTeacher, saved: Mapping[str, Any] | None = None):
@@ -56,7 +56,7 @@ class LocalTargets:
         self._expected = expectation(settings.fingerprint, saved)
         self._dtype = _dtype_of(saved) if settings.dtype == "auto" else settings.dtype
         threads = torch.get_num_threads()
-        # A thread takes the number of cores for its own from the environment, not from the thread that starts it.
+        # A new thread takes its number of intra-op threads from the environment, not from the thread that starts it.
         self._thread = ThreadPoolExecutor(1, "local-teacher", lambda: torch.set_num_threads(threads))
         self._model: HfModel | None = None
         self._info: TeacherInfo | None = None
@@ -72,7 +72,7 @@ class LocalTargets:
         progress = _Progress(sum(query.num_tokens for query in asked))
         self._under_way.add(progress)
         try:
-            # One thread, so batches are scored one after another; the event loop goes on meanwhile.
+            # One thread, so batches are scored one after another without blocking the event loop.
             given = await self._run(self._score, asked, progress)
         finally:
             self._under_way.discard(progress)
@@ -99,7 +99,7 @@ class LocalTargets:
         )
 
     async def close(self) -> None:
-        """Wait for the forward pass that runs, give the memory back."""
+        """Wait for the forward pass in progress, then free the model's memory."""
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
         self._model = None
 
@@ -127,14 +127,14 @@ class LocalTargets:
         return info
 
     def _score(self, asked: list[Query], progress: _Progress | None = None) -> list[TokenTargets]:
-        """The answers in order. InvalidTargetsError for what cannot be a distribution: the model overflowed."""
+        """The targets in order. InvalidTargetsError if one cannot be a distribution because the model overflowed."""
         assert self._model is not None
         progress = progress or _Progress(0)
         progress.began_at = time.monotonic()
         model = self._model
         given: dict[int, TokenTargets] = {}
         for group in alike(asked, self._settings.max_batch_tokens):
-            # Documents of like length together; the padding costs little, and no row sees it.
+            # Similar lengths together, so that there is little padding; no row attends to it.
             packed = model.score([asked[index] for index in group])
             for index, packed_RB in zip(group, packed, strict=True):
                 layout = layout_of(asked[index], model.vocab_size, model.hidden_size)
@@ -153,18 +153,20 @@ class LocalTargets:
 
 
 def _dtype_of(saved: Mapping[str, Any] | None) -> str:
-    """What the teacher of the run that goes on computed in, so that other hardware makes no other teacher of it."""
+    """The dtype that the resumed run's teacher had, so that other hardware does not make it a different teacher."""
     identity = (saved or {}).get("identity")
     return str(identity["semantic"]["dtype"]) if identity else "auto"
 
 
 def alike(asked: list[Query], max_tokens: int) -> list[list[int]]:
-    """Places of documents that share a forward pass: longest first, of like length, `max_tokens` with the padding."""
+    """Groups of indices of documents that share a forward pass: longest first, of similar length, each group at most
+    `max_tokens` including padding.
+    """
     groups: list[list[int]] = []
     lengths = [query.num_tokens for query in asked]
     for index in sorted(range(len(asked)), key=lambda index: (-lengths[index], index)):
         longest = lengths[groups[-1][0]] if groups else 0
-        # Every row of a group is as wide as its longest, which came first.
+        # Every row of a group is padded to its longest document, which came first.
         fits = bool(groups) and longest * (len(groups[-1]) + 1) <= max_tokens
         if fits and lengths[index] >= SHORTEST * longest:
             groups[-1].append(index)

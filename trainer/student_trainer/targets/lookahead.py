@@ -1,14 +1,14 @@
-"""The teacher's leave-one-out distribution of a masked token, as far as a window of the tokens that follow tells it.
-Called by `loop`, for block-diffusion students.
+"""The teacher's leave-one-out distribution of a masked token, approximated from a window of the tokens that follow.
+Called by `late`, for block-diffusion students.
 
-The teacher's own row l-1 says p(v | x_<l) and knows nothing of what comes after l, which the student partly sees. By
-Bayes' rule p(v | all other tokens) is in proportion to p(v | x_<l) p(x_l+1, ..., x_l+w | x_<l, v), for w to the text's
-end. So for each of a few candidates the text is scored once with the candidate in the token's place: texts that share
-all that comes before, which a teacher with a prefix cache computes once. What is no candidate gets nothing.
+The teacher's own row l-1 is p(v | x_<l) and knows nothing of the tokens after l, some of which the student sees. By
+Bayes' rule p(v | all other tokens) is proportional to p(v | x_<l) p(x_l+1, ..., x_l+w | x_<l, v), exactly if w reaches
+the end of the text. So the text is scored once for each of a few candidates, with the candidate in the token's place.
+These texts share a prefix, which a teacher with a prefix cache computes once. All other ids get no mass.
 
-Candidates are the teacher's likeliest, the clean token, and the student's own likeliest, which comes out of its
-weights: so the question is put between two updates. It follows from batch and weights alone, and a resumed run asks it
-again. Tokens that are not looked ahead of keep the teacher's causal row.
+Candidates are the teacher's likeliest ids, the clean token, and the student's own likeliest id. The latter depends on
+the student's weights, so the request is made between two updates. It depends on batch and weights alone, so a resumed
+run repeats it. Tokens without lookahead keep the teacher's causal row.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from student_trainer.targets.student_support import answered, likeliest
 from teacher_proto.requests import Query, TargetSpec
 
 SPEC = TargetSpec(("score",))
-NOTHING = -1e4  # the logprob of what has no mass
-CHOICE = 2  # beside the purposes of views: what of a row is looked ahead of
+NOTHING = -1e4  # logprob of an id without mass
+CHOICE = 2  # random stream for choosing a row's tokens; views use other numbers
 
 
 @dataclass(frozen=True, eq=False)
 class CandidateTexts:
-    """What is asked about one micro batch: for each of M labels its candidates [M, G], -1 where there are fewer,
-    and the texts with one of them each, in the order of the table.
+    """The request for one micro batch: for each of M labels its candidates [M, G], padded with -1, and one text for
+    each candidate, in the table's order.
     """
 
     label_M: np.ndarray
@@ -48,7 +48,7 @@ class CandidateTexts:
 
 
 class Lookahead:
-    """`seed`: of the run, by which the tokens of a row are chosen where not all are looked ahead of."""
+    """`seed`: the run's seed, which decides the tokens of a row where lookahead is limited to some of them."""
 
     def __init__(self, targets: Targets, thread: EventThread, settings: LookaheadSettings, seed: int):
         assert settings.window is not None, "there is nothing to look at"
@@ -56,9 +56,7 @@ class Lookahead:
         self._window = settings.window
 
     def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
-        """The batch with other top-K rows for the tokens that are looked ahead of. `while_waiting` as in
-        `Prefetch.next`.
-        """
+        """The batch with the top-K rows of the chosen tokens replaced. `while_waiting` as in `Prefetch.next`."""
         asked = [self._ask(student, micro, ready.batch) for micro in ready.micro]
         calls = [self._targets.fetch(each.texts, each.queries) for each in asked if each is not None]
         answers, waited_s = answered(self._thread, calls, while_waiting)
@@ -80,18 +78,18 @@ class Lookahead:
         label_M = np.flatnonzero(chosen_C[counted_N])
         if not len(label_M):
             return None
-        # Costs a forward pass of its own, without dropout, as the student stands now.
+        # Costs an extra forward pass, without dropout and with the current weights.
         best_N1 = likeliest(student, micro, 1).cpu().numpy() if self._settings.student_best else None
         candidates_MG = candidates(
             micro.teacher.ids_NK.cpu().numpy()[label_M], self._settings.candidates,
             micro.view.labels_N.cpu().numpy()[label_M], None if best_N1 is None else best_N1[label_M, 0],
         )  # fmt: skip
-        # The position that counts at column t is the prediction of token t + 1.
+        # A counted position at column t predicts token t + 1.
         place_M2 = np.stack([row_C, column_C + 1], 1)[counted_N[label_M]]
         return CandidateTexts(label_M, candidates_MG, *texts_of(part, place_M2, candidates_MG, self._window))
 
     def _chosen(self, part: Batch, row_C: np.ndarray) -> np.ndarray:
-        """[C] bool: at most `positions` of each row's tokens, whichever view masks them."""
+        """[C] bool: at most `positions` tokens of each row, regardless of which view masks them."""
         chosen_C = np.ones(len(row_C), bool)
         if self._settings.positions is None:
             return chosen_C
@@ -104,14 +102,14 @@ class Lookahead:
 
 
 def candidates(ids_MK: np.ndarray, most: int, label_M: np.ndarray, best_M: np.ndarray | None) -> np.ndarray:
-    """[M, G] distinct ids a row, -1 behind its last: the teacher's `most` likeliest, then the clean token and the
-    student's best, which take the place of the teacher's last where there are more than its K.
+    """[M, G] distinct ids per row, padded with -1: the teacher's `most` likeliest, then the clean token and the
+    student's best, which replace the teacher's last ones where a row would have more than K.
     """
     rows = []
     for index, ids_K in enumerate(ids_MK):
-        # In order and each once: the student's best is often the clean token.
+        # Deduplicated in order: the student's best is often the clean token.
         own = dict.fromkeys([int(label_M[index]), *([] if best_M is None else [int(best_M[index])])])
-        # Those of the teacher that are not there already, as many as the row has room for.
+        # The teacher's other candidates, as many as the row has room for.
         theirs = [int(each) for each in ids_K[:most] if int(each) not in own]
         rows.append([*theirs[: max(0, len(ids_K) - len(own))], *own][: len(ids_K)])
     table = np.full((len(rows), max(map(len, rows))), -1)
@@ -121,8 +119,8 @@ def candidates(ids_MK: np.ndarray, most: int, label_M: np.ndarray, best_M: np.nd
 
 
 def texts_of(part: Batch, place_M2: np.ndarray, candidates_MG: np.ndarray, window: int) -> tuple[Batch, Queries]:
-    """Each place's document up to `window` tokens behind it, once with each candidate there, a row each; and the
-    question for the scores from that token on.
+    """For each place and each of its candidates, a row with the document up to `window` tokens past the place, the
+    candidate in it; and the query for the scores from that token on.
     """
     rows: list[list[Placed]] = []
     queries: list[Query] = []
@@ -141,21 +139,21 @@ def texts_of(part: Batch, place_M2: np.ndarray, candidates_MG: np.ndarray, windo
 
 
 def _with_rows(micro: MicroBatch, asked: CandidateTexts, answer: BatchTargets) -> MicroBatch:
-    """The micro batch with the candidates' distributions in place of the top-K rows."""
+    """The micro batch with the candidates' distributions in place of its labels' top-K rows."""
     teacher = micro.teacher
     assert teacher is not None and teacher.ids_NK is not None and teacher.logprobs_NK is not None
     scores = []
     for targets in answer.documents:
         assert targets is not None and targets.next_logprob is not None
-        # log p(v | x_<l) + log p(x_l+1, ..., x_l+w | x_<l, v): the scores of the candidate and of the window, summed.
+        # log p(v | x_<l) + log p(x_l+1, ..., x_l+w | x_<l, v): the sum of the scores of candidate and window.
         scores.append(float(targets.next_logprob.astype(np.float64).sum()))
     there_MG = asked.candidates_MG >= 0
     score_MG = torch.full(there_MG.shape, -torch.inf, dtype=torch.float64)
     score_MG[torch.from_numpy(there_MG)] = torch.tensor(scores, dtype=torch.float64)
-    # Bayes' rule over the candidates: their scores normalised. Absent ones have -inf, and so no mass.
+    # Bayes' rule over the candidates: normalise their scores. Padding has -inf, and so no mass.
     log_p_MG, order_MG = score_MG.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
     ids_MG = torch.from_numpy(asked.candidates_MG).gather(1, order_MG).clamp(min=0)
-    # Padded to the teacher's K with id 0 at next to no mass, so that rows of both kinds are one array.
+    # Padded to the teacher's K with id 0 at almost no mass, so that both kinds of row fit one array.
     width = teacher.ids_NK.shape[1]
     ids_MK = torch.nn.functional.pad(ids_MG, (0, width - ids_MG.shape[1]))
     log_p_MK = torch.nn.functional.pad(log_p_MG.clamp(min=NOTHING), (0, width - log_p_MG.shape[1]), value=NOTHING)
@@ -165,7 +163,7 @@ def _with_rows(micro: MicroBatch, asked: CandidateTexts, answer: BatchTargets) -
         "logprobs_NK": teacher.logprobs_NK.float().index_copy(0, label_M, log_p_MK.float().to(device)),
     }
     if teacher.log_z_NT is not None and teacher.temperatures:
-        # All mass is on the candidates, so log_z(T) = logsumexp(log p / T) is a sum over them.
+        # All mass is on the candidates, so log_z(T) = logsumexp(log p / T) over them.
         log_z_MT = torch.stack([(log_p_MK / t).logsumexp(-1) for t in teacher.temperatures], -1)
         changes["log_z_NT"] = teacher.log_z_NT.float().index_copy(0, label_M, log_z_MT.float().to(device))
     return replace(micro, teacher=replace(teacher, **changes))

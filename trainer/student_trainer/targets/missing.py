@@ -1,4 +1,4 @@
-"""Which documents of a run its target dataset lacks, told before the run begins. Called by `build`."""
+"""Finds the documents of a run that its target dataset lacks, before training starts. Called by `build`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def list_missing(
     settings: Settings, targets: Targets | None, specs: Sequence[TargetSpec], tokenizer: Any, state: TrainState,
     folder: Path,
 ) -> None:  # fmt: skip
-    """Look up all documents of the rest of a run in its target dataset, and write those that it lacks to a file in
-    `folder`. Nothing for a run that has no dataset, or whose documents its losses decide.
+    """Look up all remaining documents of a run in its target dataset, and write the missing ones to a file in `folder`.
+    Does nothing for a run without a dataset, or whose losses decide which documents it draws.
 
-    MissingTargetsError where there are some, or where the dataset was asked less than `specs`, and nobody else may be
-    asked; a warning where somebody may.
+    If documents are missing, or the dataset was filled with less than `specs`: MissingTargetsError, or only a warning
+    if there is a teacher behind the dataset.
     """
     if not isinstance(targets, CachedTargets) or targets.dataset is None or not settings.teacher.list_missing:
         return
@@ -43,7 +43,7 @@ def list_missing(
     if lacking := [spec for spec in specs if not targets.dataset.covers(spec)]:
         _refuse_query(targets.dataset, lacking[0], targets.writes_through)
         return
-    # Of its own, so that the run's counters begin with the run.
+    # A separate source, so that the run's own counters stay at zero.
     source = BatchSource(settings.data, tokenizer, settings.run.seed)
     try:
         ahead = documents_ahead(source, state.mixture, settings.run.steps - state.step, settings.evaluation.every > 0)
@@ -54,9 +54,7 @@ def list_missing(
 
 @dataclass
 class Coverage:
-    """Of the documents of a run, each counted once, what a dataset has. `file` holds those that are missing, of which
-    `first` are the names of a few.
-    """
+    """How many of a run's distinct documents a dataset has. `file` holds the missing ones; `first` names a few."""
 
     file: Path
     documents: int = 0
@@ -67,7 +65,7 @@ class Coverage:
 
 
 def look_up(dataset: TargetDataset, documents: Iterable[tuple[str, list[int]]], file: Path) -> Coverage:
-    """Each document's name and token ids, looked up by its tokens."""
+    """Look up documents, given as names and token ids, by their tokens, and write the missing ones to `file`."""
     found = Coverage(file)
     fresh = distinct(documents)
     with file.open("w") as out:

@@ -1,6 +1,6 @@
-"""Several teachers as one source of targets: an ensemble, or one teacher for each source of data. Opened by `open`.
+"""Several teachers as one source of targets: an ensemble, or one teacher for each data source. Opened by `open`.
 
-All of them share a tokenizer. What the ensemble of an answer is stands in `ensemble.py`.
+All of them share a tokenizer. `ensemble.py` defines the ensemble's targets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from teacher_proto.targets import TokenTargets
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One teacher of several: `weight` is its share, against the others'; `sources` the data that it answers for."""
+    """One of several teachers: `weight` is relative to the others', `sources` are the data sources that it serves."""
 
     name: str
     targets: Targets
@@ -34,7 +34,7 @@ class Member:
 
 
 class _Several:
-    """What both ways to mix have in common: who the members are together, and their life."""
+    """Common to both ways to mix: the members' combined identity, opening and closing them."""
 
     def __init__(self, members: Sequence[Member]):
         assert members
@@ -70,12 +70,12 @@ class _Several:
         return tuple(kind for kind in KINDS if kind != "hidden" and all(kind in card.kinds for card in cards.values()))
 
     def _description(self) -> list[Any]:
-        """What beside the members themselves decides the answers."""
+        """What determines the targets besides the members themselves; part of the fingerprint."""
         raise NotImplementedError
 
 
 class Ensemble(_Several):
-    """Every teacher is asked, and their probabilities are mixed by weight."""
+    """Every teacher scores every document, and their probabilities are mixed by weight."""
 
     def __init__(self, members: Sequence[Member]):
         super().__init__(members)
@@ -84,11 +84,11 @@ class Ensemble(_Several):
 
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         given = await gather(
-            # Each teacher has its own share of the draws, all else is asked of all alike.
+            # Each teacher gets its share of the draws; everything else is requested from all alike.
             member.targets.fetch(batch, [None if query is None else replace(query, spec=spec) for query in queries])
             for member, spec in zip(self._members, share_draws(spec_of(queries), self._weights), strict=True)
         )
-        # Off the event loop: sorting and adding up over thousands of rows takes a while.
+        # Off the event loop: sorting and summing thousands of rows takes a while.
         documents = await asyncio.to_thread(_mix_all, queries, given, self._weights)
         return BatchTargets(documents, spec_of(queries), self._fingerprint)
 
@@ -97,7 +97,7 @@ class Ensemble(_Several):
 
 
 class BySource(_Several):
-    """Each document is answered by the one teacher that its source of data names."""
+    """Each document is scored by the teacher that serves its data source."""
 
     def __init__(self, members: Sequence[Member]):
         super().__init__(members)
@@ -146,7 +146,7 @@ def _mix_all(
 
 
 def as_one(cards: Mapping[str, TeacherCard], kinds: tuple[Kind, ...], description: list[Any]) -> TeacherCard:
-    """Who several teachers are as one. ValueError where their tokenizers differ, or there is no kind that all serve."""
+    """The combined card of several teachers. ValueError if their tokenizers differ, or if no kind is served by all."""
     tokenizers = {card.tokenizer_sha256: name for name, card in cards.items()}
     if len(tokenizers) > 1:
         raise ValueError(
@@ -156,7 +156,7 @@ def as_one(cards: Mapping[str, TeacherCard], kinds: tuple[Kind, ...], descriptio
     if not kinds:
         served = "; ".join(f"{name} serves {', '.join(card.kinds)}" for name, card in cards.items())
         raise ValueError(f"there is no kind of targets that all teachers serve and that can be mixed: {served}")
-    # Each half of the fingerprint over the members' halves: what the answers mean, and what they are rounded by.
+    # The semantic and the numeric half of the fingerprint, each a digest of the members' halves.
     meaning, rounding = zip(*(card.fingerprint.split(".") for card in cards.values()), strict=True)
     return TeacherCard(
         name=" + ".join(card.name for card in cards.values()),

@@ -1,5 +1,5 @@
-"""Opens the teacher that the settings name, holds it against what the run needs, and reads its output head out of the
-file that `GET /v1/head` gives. Called by `build_components`.
+"""Opens the teacher that the settings name, checks that it can serve the run, and reads its output head from the file
+of `GET /v1/head`. Called by `build_components`.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Teacher:
 def open_teacher(
     settings: TeacherSettings, thread: EventThread, stack: ExitStack, saved: Mapping[str, Any] | None = None
 ) -> Teacher:
-    """Reach the teacher; `saved` is the card in the checkpoint that the run goes on from.
+    """Open the teacher; `saved` is the card in the checkpoint that the run resumes from.
 
-    StillhouseError if nobody answers, or another teacher than the run began with. ValueError for one that the settings
-    don't describe.
+    StillhouseError if no teacher answers, or another one than the run began with. ValueError if the settings do not
+    describe one.
     """
     opening = _Opening(settings, stack)
     targets = opening.several(saved) if settings.kind == "mixed" else opening.one(settings.kind, settings, saved)
@@ -67,7 +67,7 @@ def open_teacher(
 
 
 class _Opening:
-    """Makes sources of targets that are yet to be opened. Members that read one store share it."""
+    """Creates sources of targets without opening them. Members that read the same store share one instance."""
 
     def __init__(self, settings: TeacherSettings, stack: ExitStack):
         self._settings, self._stack = settings, stack
@@ -127,18 +127,18 @@ class _Opening:
 
 
 def _place(store: str) -> str:
-    """Equal for stores that are one."""
+    """A canonical path or URL, equal for settings that name the same store."""
     return store.rstrip("/") if is_url(store) else str(Path(store).resolve())
 
 
 def is_dataset(place: str) -> bool:
-    """Whether a dataset is meant, and not a target store: by its URL, or its manifest."""
+    """Whether `place` is a target dataset rather than a target store: a URL, or a folder with a manifest."""
     return is_url(place) or any(Path(place).glob(f"{MANIFEST}*"))
 
 
 def _compare_several(saved: Mapping[str, Any] | None, named: str | None, card: TeacherCard) -> None:
-    """WrongTeacherError if the teachers together are not those that the run began with, or not those that the settings
-    name; their own cards are compared by each.
+    """WrongTeacherError if the combined card is not the one that the run began with or that the settings name. Each
+    member compares its own card.
     """
     if saved is not None:
         hold_against(named, saved)
@@ -161,7 +161,7 @@ def _compare_several(saved: Mapping[str, Any] | None, named: str | None, card: T
 
 
 def check_ask(settings: Settings, card: TeacherCard) -> None:
-    """ValueError if the teacher can't serve what this run will ask, before anything is asked."""
+    """ValueError if the teacher can't serve this run's requests; called before the first one."""
     if settings.data.seq_len > card.max_sequence_length:
         raise ValueError(
             f"data.seq_len is {settings.data.seq_len}, the teacher takes sequences of {card.max_sequence_length} at "
@@ -198,7 +198,7 @@ def _check_mix(settings: Settings) -> None:
 
 
 def wants_head(settings: Settings) -> bool:
-    """Whether something compares whole vocabularies, for which hidden states need the teacher's head."""
+    """Whether losses or evaluation compare full vocabularies, for which hidden states need the teacher's head."""
     evaluates = settings.evaluation.every > 0 and settings.evaluation.kl == "full"
     return evaluates or "hidden" in Needs.of(all_terms(settings)).kinds
 
@@ -207,7 +207,7 @@ NAMES = {"weight", "bias", "scale", "soft_cap"}
 
 
 def read_head(file: bytes, device: torch.device) -> Head:
-    """The head on `device`, in the dtype that its products run in there. InvalidTargetsError if it is none.
+    """The head on `device`, in the dtype of its matrix products there. InvalidTargetsError if the file is malformed.
 
     The file's logits are scale * c * tanh(z / c); ours are C * tanh(scale * z / C), the same with C = scale * c.
     """

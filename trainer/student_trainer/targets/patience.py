@@ -1,7 +1,7 @@
-"""Waiting for a teacher that is gone: never a step without its targets, never for ever, never in silence.
+"""Waiting for an unreachable teacher: no step runs without targets, and the wait is logged and limited in time.
 
-`retry_until` asks again until the teacher is back or the limit has passed; `OutageWatch` is what the loop calls while a
-step stands still: it says so, saves the run once, and lets a signal through.
+`retry_until` retries until the teacher is back or the limit has passed; `remote` and `attention` call it. `guard` calls
+`OutageWatch` while a step waits: it logs the wait and saves the run once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ async def retry_until(
     attempt: Callable[[], Awaitable[T]], outage_timeout_s: float, note: Callable[[str], None], who: str,
     progress: Callable[[], int] = lambda: 0,
 ) -> T:  # fmt: skip
-    """What `attempt` gives, tried again while nobody can be asked; `note` hears why, and "" once it is over.
+    """The result of `attempt`, retried while no teacher is available. `note` is called with the reason, and with ""
+    once the outage is over.
 
-    TeacherUnavailableError after `outage_timeout_s` in which `progress`, what has come so far, did not grow.
+    TeacherUnavailableError after `outage_timeout_s` in which `progress`, the number of results so far, did not grow.
     """
     started, so_far = time.monotonic(), progress()
     while True:
@@ -35,7 +36,7 @@ async def retry_until(
             answer = await attempt()
         except TeacherUnavailableError as error:
             note(str(error))
-            # Something came since the last failure: the outage is a new one.
+            # There were results since the last failure, so this is a new outage.
             if progress() > so_far:
                 started, so_far = time.monotonic(), progress()
             lasted_s = time.monotonic() - started
@@ -52,8 +53,8 @@ async def retry_until(
 
 @dataclass
 class OutageWatch:
-    """Called with the seconds that a step has waited, and how to save the run; None where that takes all ranks, and the
-    others wait for this one. `reason` tells what is known.
+    """Called with the seconds that a step has waited and a function that saves the run. The latter is None with several
+    ranks, since a save needs them all. `reason` returns the reason for the outage.
     """
 
     settings: TeacherSettings
@@ -63,13 +64,13 @@ class OutageWatch:
     _saved: bool = False
 
     def __call__(self, waited_s: float, save: Callable[[], None] | None) -> None:
-        # Another wait than the last: the step came through in between.
+        # A new wait: the previous one ended in between.
         if waited_s < self._waited_s:
             self._said, self._saved = 0, False
         self._waited_s = waited_s
         if waited_s >= (self._said + 1) * self.settings.log_every_s:
             self._said = int(waited_s / self.settings.log_every_s)
-            # Where the teacher can be reached, the terminal says how far it is.
+            # While the teacher is reachable there is no reason to log: the progress line shows how far it is.
             if reason := self.reason():
                 logger.warning("NO TARGETS FOR %.0f s, TRAINING WAITS: %s", waited_s, reason)
         if waited_s >= self.settings.save_after_s and not self._saved:

@@ -1,15 +1,16 @@
-"""The next batches with their targets, asked for ahead of the step and handed over in order. Used by `loop`.
+"""Fetches the targets of the next batches ahead of the step and hands them over in order. Used by `loop`.
 
     prefetch = Prefetch(stream, steps, targets, asked, thread, prepare, refuse, settings)
     ready = prefetch.next(while_waiting)
 
-With depth D, D batches are under way beside the one that the step works on; depth 0 asks when the step does. The order
-is that of the stream whatever comes first, so a run's figures do not depend on depth or delay. Nothing is read or asked
-for past the last of `steps`: what a run that is later given more steps learns from follows from the state after its
-last batch, and of text of its own none is written for a step that it does not have (`RolloutStream.write`).
+With depth D, D batches are in flight besides the one that the step works on; at depth 0 a batch is requested when the
+step asks for it. Batches keep the stream's order whichever targets arrive first, so a run's metrics do not depend on
+depth or latency. Nothing is read or requested past the last of `steps`: a run that is later given more steps continues
+from the state after its last batch, and no rollout is written for a step that the run does not have
+(`RolloutStream.write`).
 
-The stream makes its batches ahead as well, on its own thread (`data.stream`): that one is bounded in batches, this one
-in answers, and between the two stands the student, which may write a batch.
+The stream also prepares batches ahead, on its own thread (`data.stream`). Its queue is limited in batches, this one in
+targets. Between the two, the student may have to write a batch first.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from teacher_proto.errors import InvalidTargetsError
 from teacher_proto.requests import TargetSpec
 
 POLL_S = 0.2
-WINDOW, START = 64, 2  # batches by which depth `auto` goes, and where it begins
+WINDOW, START = 64, 2  # depth `auto`: batches that it looks back at, and its first depth
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A batch to train on. `state` is the mixture's after it; `latency_s`: from the first request for its targets until
-    all was there, `waited_s`: how long the step stood still for it.
+    """A batch to train on. `state`: the mixture's state after it. `latency_s`: time from the request for its targets
+    until it was ready. `waited_s`: how long the step waited for it.
     """
 
     batch: Batch
@@ -52,18 +53,18 @@ class Ready:
     waited_s: float = 0.0
 
 
-# A batch that is not written yet comes as its promise, and the ones behind it need not wait for it.
+# A rollout that is not written yet is a future, so that later batches need not wait for it.
 Stream = Iterator[tuple[Batch | Future[Batch], MixtureState]]
-# What is asked about a batch of each kind; None: nothing.
+# The spec requested for a batch of each kind; None: nothing.
 Asked = Mapping[Kind, TargetSpec | None]
 Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
-# Keeps a batch whose targets are no targets, and gives the error to raise.
+# Dumps a batch with invalid targets, and returns the error to raise.
 Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTargetsError]
 
 
 class Prefetch:
-    """Close it, or use it in a `with`. `steps`: how often `next` will be called at the most. `targets` is None for a
-    run without a teacher.
+    """Close it, or use it in a `with`. `steps`: the maximum number of calls of `next`. `targets`: None in a run without
+    a teacher.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Prefetch:
             assert self._calls <= self._steps, "more steps than were announced"
             self._room.notify_all()
         future: Future[Ready] | None = None
-        # Polled, so that `while_waiting` is called: it says what is waited for, and gives up on a signal.
+        # Polled, so that `while_waiting` can log the wait and give up on a signal.
         while future is None or not future.done():
             if future is None:
                 future = self._head()
@@ -111,7 +112,7 @@ class Prefetch:
         return replace(ready, waited_s=waited_s)
 
     def close(self) -> None:
-        """Stop reading and cancel what is under way. Safe to call twice."""
+        """Stop reading and cancel everything in flight. Safe to call twice."""
         with self._room:
             self._closed = True
             under_way = list(self._under_way)
@@ -126,19 +127,19 @@ class Prefetch:
         self.close()
 
     def _head(self) -> Future[Ready] | None:
-        """The oldest batch under way; None if the reader has not come to it within the poll's time."""
+        """The oldest batch in flight; None if the reader has started none within `POLL_S`."""
         with self._room:
             if not self._made:
                 self._room.wait(POLL_S)
             return self._made.popleft() if self._made else None
 
     def _read(self) -> None:
-        """Pulls batches from the stream, one thread and in order, as there is room."""
+        """Pull batches from the stream as there is room, on one thread and in order."""
         while self._wait_for_room():
             try:
-                # One thread alone reads, so batches come in the order of their numbers.
+                # Only this thread reads, so batches come in the order of their numbers.
                 batch, state = next(self._stream)
-            except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
+            except Exception as error:  # passed to the caller of `next`: this thread has nobody to raise to
                 failed: Future[Ready] = Future()
                 failed.set_exception(error)
                 self._append(failed)
@@ -148,7 +149,7 @@ class Prefetch:
 
     def _wait_for_room(self) -> bool:
         with self._room:
-            # `_calls` steps have asked for theirs; `depth` more may be under way, of those that the run has.
+            # `_calls` batches have been requested by steps; `depth` more may be in flight, up to the run's last.
             while not self._closed and self._started >= min(self._calls + self.control.depth, self._steps):
                 self._room.wait()
             self._started += 1
@@ -165,7 +166,7 @@ class Prefetch:
             future.cancel()
 
     async def _make(self, item: Batch | Future[Batch], state: MixtureState) -> Ready:
-        # A batch that the student writes may come late; those behind it are fetched meanwhile.
+        # A rollout may take a while; later batches are fetched meanwhile.
         batch = await asyncio.wrap_future(item) if isinstance(item, Future) else item
         start = time.monotonic()
         targets = None
@@ -173,7 +174,7 @@ class Prefetch:
         try:
             if self._targets is not None and (spec := self._asked[batch.kind]) is not None:
                 targets = await self._targets.fetch(batch, queries_of(batch, spec))
-            # Off the event loop: alignment is numpy on megabytes, and requests would wait for it.
+            # Off the event loop: alignment is numpy work on megabytes, which would delay requests.
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
         except InvalidTargetsError as error:
             raise (await loop.run_in_executor(None, self._refuse, batch, targets, error)) from error
@@ -181,11 +182,11 @@ class Prefetch:
 
 
 class DepthControl:
-    """`depth` is the number of batches under way beside the one in use.
+    """`depth` is the number of batches in flight besides the one in use.
 
-    `auto` covers the latency that nine batches in ten stay below, plus one batch for jitter. A teacher that is short of
-    throughput answers later the more it is asked, so the depth stays within four times what the quickest answer of the
-    window needs; and within `max_bytes` of targets, by the largest batch so far.
+    `auto` covers the 90th percentile of the latency, plus one batch for jitter. If the teacher's throughput is too low,
+    latency grows with the number of requests, so the depth is at most four times what the lowest latency of the window
+    needs. It also keeps targets within `max_bytes`, assuming the size of the largest batch so far.
     """
 
     def __init__(self, settings: PrefetchSettings):
@@ -196,7 +197,7 @@ class DepthControl:
         self.depth = START if settings.depth == "auto" else settings.depth
 
     def observe(self, latency_s: float, step_s: float | None, nbytes: int) -> None:
-        """A batch was handed over: how long it took to make, how long the step before it worked, its bytes."""
+        """Record a handed-over batch: its latency, the duration of the step before it, and its size in bytes."""
         self._latencies.append(latency_s)
         self._largest = max(self._largest, nbytes)
         if step_s is not None:
@@ -205,13 +206,13 @@ class DepthControl:
             self.depth = self._wanted()
 
     def _wanted(self) -> int:
-        # The median: an evaluation or a save between two steps does not count as a slow step.
+        # The median, so that an evaluation or a save between two steps doesn't count as a slow step.
         step_s = max(sorted(self._steps)[len(self._steps) // 2], 1e-3)
         latencies = sorted(self._latencies)
-        # A batch asked for when the step begins must be there `latency` later: latency / step of them cover that.
+        # A batch arrives `latency` after its request, so latency / step duration batches must be in flight.
         covering = math.ceil(latencies[int(0.9 * (len(latencies) - 1))] / step_s) + 1
-        # The fastest answer, from an idle teacher: beyond four times that depth we would wait in our own queue.
+        # The lowest latency is that of an idle teacher; beyond four times that depth we would wait in our own queue.
         unloaded = math.ceil(latencies[0] / step_s)
-        # The largest batch so far stands for all of them.
+        # Every batch is assumed to be as large as the largest so far.
         by_bytes = self._settings.max_bytes // self._largest if self._largest else self._settings.max_depth
         return max(1, min(covering, 4 * unloaded + 1, by_bytes, self._settings.max_depth))

@@ -1,7 +1,7 @@
-"""Where targets come from: one protocol, and the records that pass it. Made by remote, local, cached and mixed.
+"""The protocol for sources of targets, and its records. Implemented by `remote`, `local`, `cached` and `mixed`.
 
-`prefetch` calls `fetch` for batches ahead of the step, `evaluator` for the held-out ones; `align` turns what comes into
-rows beside the student's hidden rows.
+`prefetch` calls `fetch` for batches ahead of the step, `evaluator` for held-out ones; `align` turns the targets into
+rows that match the student's hidden rows.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from teacher_proto.requests import KINDS, Kind, Limits, Query, TargetSpec
 if TYPE_CHECKING:
     from student_trainer.settings import DistillationSettings, Settings
 
-# What is asked about a batch, by document: None of one about which nothing is asked; all of one spec.
+# One query for each document of a batch, all with the same spec; None where nothing is requested.
 Queries = Sequence[Query | None]
 
 
 @dataclass(frozen=True)
 class Admits:
-    """A service's limits for one request: ids a row of kind `gather`, tokens, bytes of a body, cost in tokens x
-    (numbers answered a token + 1), None where it doesn't say; numbers of a hidden state."""
+    """A service's limits for one request: ids per row of kind `gather`, tokens, bytes of a body, and cost in tokens x
+    (numbers returned per token + 1), None if the service gives none. `hidden_width`: numbers per hidden state."""
 
     max_gather: int
     max_request_tokens: int
@@ -49,11 +49,11 @@ class Admits:
 
 @dataclass(frozen=True)
 class TeacherCard:
-    """Who answers: what a run keeps of its teacher in checkpoints and compares on resume.
+    """Describes a teacher: checkpoints keep it, and it is compared on resume.
 
-    `identity` is the plain form of `TeacherIdentity`; several teachers that answer together have none, but a card each
-    in `members`. `canary` are the logprobs of the client's fixed sequences, which catch a teacher that is not who it
-    says. `admits` is what a service takes at a time, None where the answers come from elsewhere.
+    `identity` is the plain form of `TeacherIdentity`; several combined teachers have none, but a card each in
+    `members`. `canary`: the logprobs of fixed sequences, which expose a teacher with a false identity. `admits`: a
+    service's limits for one request; None for targets from elsewhere.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TeacherCard:
 
     @classmethod
     def of(cls, info: TeacherInfo, canary: Canary | None) -> TeacherCard:
-        """The card of one teacher, out of what it publishes."""
+        """The card of one teacher, from what it publishes."""
         semantic, limits = info.identity.semantic, info.limits
         return cls(
             name=semantic.model, fingerprint=info.fingerprint, vocab_size=limits.vocab_size,
@@ -80,7 +80,7 @@ class TeacherCard:
         )  # fmt: skip
 
     def info(self) -> TeacherInfo:
-        """What a target store keeps of one teacher."""
+        """The teacher's entry in a target store."""
         assert self.identity is not None
         limits = Limits(
             vocab_size=self.vocab_size, max_sequence_length=self.max_sequence_length, max_top_k=self.max_top_k
@@ -93,35 +93,35 @@ class Targets(Protocol):
     """A source of targets. All methods run on the prefetch thread's event loop."""
 
     async def open(self) -> TeacherCard:
-        """Reach the teacher. A `StillhouseError` that says what to do if it can't be reached or is the wrong one."""
+        """Connect to the teacher. A `StillhouseError` says what to do if it can't be reached or is the wrong one."""
         ...
 
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
-        """The answers to the queries about a batch's documents (`queries.queries_of`). They depend on what is given and
-        the teacher alone."""
+        """The targets for the queries about a batch's documents (`queries.queries_of`). They depend only on the
+        arguments and the teacher."""
         ...
 
     async def head(self) -> bytes:
-        """The teacher's output head, the file of `GET /v1/head`. NotFoundError where there is none."""
+        """The teacher's output head, the file of `GET /v1/head`. NotFoundError if there is none."""
         ...
 
     def outage(self) -> str:
-        """What is known of an outage that `fetch` is trying to outlast; empty while there is none. From any thread."""
+        """The reason for an outage that `fetch` is waiting out; empty if there is none. May be called by any thread."""
         ...
 
     def waiting(self) -> Waiting | None:
-        """How far everything is that is being fetched, all together; None where nothing is. From any thread."""
+        """The combined progress of everything being fetched; None if nothing is. May be called by any thread."""
         ...
 
     async def close(self) -> None: ...
 
 
 def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettings) -> TargetSpec | None:
-    """What these losses need of a teacher ahead of the step: None where none reads targets, else top K at least, which
-    the sanity check and the figures want. `gather` is not among it: its ids are known when the step begins
-    (`student_support`), its `log_z` is top K's.
+    """What these losses need from a teacher ahead of the step. None if no loss reads targets; otherwise at least top K,
+    which the sanity check and the metrics need. `gather` is not included: its ids are known only when the step begins
+    (`student_support`), and it uses the `log_z` of top K.
 
-    ValueError for losses on samples at several temperatures: the teacher draws at one.
+    ValueError for losses on samples at several temperatures: the teacher draws at only one.
     """
     needs = Needs.of(terms)
     if not needs.kinds:
@@ -141,7 +141,7 @@ def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettin
 
 
 def held_out_spec(settings: Settings) -> TargetSpec:
-    """What is asked about held-out rows, whatever the losses are."""
+    """What is requested for held-out rows, whatever the losses are."""
     top_k = settings.evaluation.top_k or settings.teacher.top_k
     if settings.evaluation.kl == "full":
         return TargetSpec(("top_k", "hidden"), top_k, hidden_dtype="float16")

@@ -1,6 +1,7 @@
-"""A batch as queries to a teacher, one for each document that has rows which count. Used by who asks and who answers.
+"""Turns a batch into queries to a teacher, one for each document with counted rows. Used by sources of targets and
+their callers.
 
-A document is a sequence of its own, so the teacher respects its boundaries as the student does.
+Each document is a separate sequence, so the teacher respects document boundaries as the student does.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from teacher_proto.targets import TokenTargets
 
 
 def queries_of(batch: Batch, spec: TargetSpec, gather_ids: Sequence[np.ndarray] | None = None) -> Queries:
-    """What is asked by document; None of one without a row that counts, and of all where `spec` has no kinds.
+    """One query for each document; None for those without a counted row, and for all if `spec` has no kinds.
 
-    `gather_ids`: by document, the ids [R, G] of kind `gather`, a row for each row asked about.
+    `gather_ids`: for each document, the ids [R, G] of kind `gather`, one row for each requested row.
     """
     if not spec.kinds:
         return (None,) * len(batch.documents)
@@ -33,9 +34,9 @@ def queries_of(batch: Batch, spec: TargetSpec, gather_ids: Sequence[np.ndarray] 
 
 
 def asked_of(batch: Batch, queries: Queries, vocab_size: int) -> list[Query]:
-    """The queries that there are, in order.
+    """The queries that are not None, in order.
 
-    OutOfRangeError with the document that holds a token which the teacher, of `vocab_size` ids, does not have.
+    OutOfRangeError names the first document with a token outside the teacher's vocabulary of `vocab_size` ids.
     """
     asked = []
     for document, query in zip(batch.documents, queries, strict=True):
@@ -53,18 +54,18 @@ def asked_of(batch: Batch, queries: Queries, vocab_size: int) -> list[Query]:
 
 
 def by_document(queries: Queries, answers: Sequence[TokenTargets | None]) -> tuple[TokenTargets | None, ...]:
-    """The answers to the queries that there are, each at the place of its document."""
+    """The results of `asked_of`'s queries, each put at its document's index, None elsewhere."""
     answered = iter(answers)
     return tuple(None if query is None else next(answered) for query in queries)
 
 
 def spec_of(queries: Queries) -> TargetSpec:
-    """What is asked of all of them alike; of no kind where nothing is asked."""
+    """The spec that all queries share; one without kinds if there are no queries."""
     return next((query.spec for query in queries if query is not None), TargetSpec(()))
 
 
 def with_documents(error: PoisonBatchError, batch: Batch) -> PoisonBatchError:
-    """The same error with the names of the documents that its sequences are."""
+    """The same error with the names of the refused documents."""
     keys = [
         document.key
         for document in batch.documents

@@ -1,7 +1,7 @@
-"""Targets from a teacher service, one replica or several. Opened by `open`, called through the `Targets` protocol.
+"""Targets from a teacher service with one or more replicas. Opened by `open`, called through the `Targets` protocol.
 
-Only rows that count are asked for; a document without any is not sent at all. The client splits what is asked as the
-service admits it.
+Only counted rows are requested; a document without any is not sent. The client splits requests to fit the service's
+limits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteTargets:
-    """`make_client` is called on the event loop, where the client of `urls` lives. `patience` says how long `open`
-    waits for a teacher, and how long `fetch` outlasts one that is gone.
+    """`make_client` is called on the event loop, where the client of `urls` runs. `patience` says how long `open` waits
+    for a teacher to start, and how long `fetch` waits for one that is unreachable.
     """
 
     def __init__(self, make_client: Callable[[], TeacherClient], urls: Sequence[str], patience: TeacherSettings):
@@ -56,7 +56,7 @@ class RemoteTargets:
         return replace(TeacherCard.of(info, self.client.canary), admits=Admits.of(info))
 
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
-        """What has come is kept however often the rest must be asked for again. TeacherUnavailableError after
+        """Results are kept when the rest must be requested again. TeacherUnavailableError after
         `teacher.outage_timeout_s` without a teacher."""
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
         client = self.client
@@ -96,8 +96,8 @@ class RemoteTargets:
 
 
 async def reach(client: ReplicaClient[Any, Any, InfoT], whom: str, within_s: float, log_every_s: float) -> InfoT:
-    """Who serves there; every `log_every_s` a line while nobody does, or a model still loads. TeacherUnavailableError
-    after `within_s`.
+    """Wait for a service and return what it publishes. While there is none, or its model is loading, log a line every
+    `log_every_s`. TeacherUnavailableError after `within_s`.
     """
     clock = asyncio.get_running_loop().time
     deadline, patience_s = clock() + within_s, 0.0

@@ -1,11 +1,11 @@
-"""Do the first targets belong to the tokens that they came for? Called by `loop` before the first step.
+"""Checks that the first targets belong to the tokens of their batch. Called by `guard` before the first step.
 
-A teacher that is off by one row, that reads other ids, or that mixes up its own tensors would train the student towards
-nonsense without any error. Three questions that only a sound answer passes:
+A teacher that is off by one row, that uses other ids, or that mixes up its tensors would train the student towards
+nonsense without any error. The checks:
 
 1. Where the next token is among the top K, does its logprob there equal the served `next_logprob`?
 2. Do the rows give more probability to the next token than to the one before or after it?
-3. Is the next token likelier than one drawn blindly from the vocabulary?
+3. Is the next token likelier than one drawn uniformly from the vocabulary?
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from teacher_proto.errors import InvalidTargetsError
 
 # fp16 keeps 11 bits, so a logprob is off by at most 2**-11 of itself.
 ROUNDING = 2.0**-10
-# A shifted row must win by this many standard errors: chance does so once in 10**9 batches.
+# A neighbour must lead by this many standard errors, which happens by chance in one of 10**9 batches.
 SIGMAS = 6.0
-# Nats above the logarithm of the vocabulary from which the next token counts as absurdly unlikely.
+# The mean next-token loss may exceed log(vocabulary size) by this many nats.
 ABSURD_NATS = 1.0
 FEWEST_ROWS = 16
 
 
 def check_alignment(batch: Batch, targets: BatchTargets, vocab_size: int, likely: bool = True) -> None:
-    """InvalidTargetsError if the targets cannot be those of the batch's own tokens. A batch too small passes.
+    """InvalidTargetsError if the targets cannot belong to the batch's tokens. A very small batch passes.
 
-    `likely`: whether its text is such that the teacher should think it so; the first question is asked of any text.
+    `likely`: whether the teacher should find the text likely; otherwise only the first check is made.
     """
     pairs = list(_pairs(batch, targets))
     if sum(len(next_R) for next_R, *_ in pairs) < FEWEST_ROWS:
@@ -49,12 +49,12 @@ def check_alignment(batch: Batch, targets: BatchTargets, vocab_size: int, likely
         )
 
 
-# next_logprob [R], ids [R, K], logprobs [R, K], and the tokens before, at and after the predicted place [R, 3].
+# next_logprob [R], ids [R, K], logprobs [R, K], and the tokens before, at and after the predicted position [R, 3].
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _pairs(batch: Batch, targets: BatchTargets) -> Iterator[Pair]:
-    """What is needed of each document: rows whose next token has a neighbour on both sides."""
+    """For each document, the rows whose next token has a neighbour on both sides."""
     for document, answer in zip(batch.documents, targets.documents, strict=True):
         if answer is None or answer.ids is None or answer.logprobs is None or answer.next_logprob is None:
             continue
@@ -69,12 +69,12 @@ def _pairs(batch: Batch, targets: BatchTargets) -> Iterator[Pair]:
 
 def _check_agreement(pairs: list[Pair]) -> None:
     for next_R, ids_RK, logprobs_RK, around_R3 in pairs:
-        # The next token's logprob comes twice: by itself, and where it is among the top K.
+        # The next token's logprob is sent separately, and again if it is among the top K.
         hit_RK = ids_RK == around_R3[:, 1:2]
         hit_R = hit_RK.any(1)
         listed_R = (logprobs_RK * hit_RK).sum(1)
         gap_R = np.abs(listed_R - next_R) - ROUNDING * (1.0 + np.abs(next_R))
-        # They must agree; and what the top K leaves out may not be likelier than the least of them.
+        # Both must agree, and a token outside the top K may not be likelier than the least of these.
         bad_R = (hit_R & (gap_R > 0)) | (~hit_R & (next_R > logprobs_RK[:, -1] + ROUNDING * (1.0 + np.abs(next_R))))
         if bad_R.any():
             row = int(bad_R.argmax())
@@ -86,7 +86,9 @@ def _check_agreement(pairs: list[Pair]) -> None:
 
 
 def _check_shift(pairs: list[Pair]) -> None:
-    """The probability that a row gives to the token at each of three places; its own must not lose."""
+    """Compare the probabilities that rows give to the tokens before, at and after the predicted position: on average,
+    neither neighbour may be ahead.
+    """
     given_N3 = np.concatenate(
         [
             (np.exp(logprobs_RK)[:, :, None] * (ids_RK[:, :, None] == around_R3[:, None, :])).sum(1)
@@ -94,7 +96,7 @@ def _check_shift(pairs: list[Pair]) -> None:
         ]
     )
     for place, what in ((0, "the token before"), (2, "the token after")):
-        # By how much a neighbour's probability leads that of the token itself, row by row.
+        # How much a neighbour's probability exceeds that of the token itself, row by row.
         lead_N = given_N3[:, place] - given_N3[:, 1]
         # The standard error of the mean lead.
         error = lead_N.std() / math.sqrt(len(lead_N))

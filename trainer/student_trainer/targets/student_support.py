@@ -1,10 +1,10 @@
-"""The teacher's logprobs at the student's own likeliest ids, or at the words of the classes, for losses with support
-`gather`. Called by `loop`.
+"""The teacher's logprobs at the student's own likeliest ids, or at the class words, for losses with support `gather`.
+Called by `late`.
 
-Those ids come out of the student's weights, so they are not known before the update before has been made: nothing can
-be asked ahead of time. They are taken from the weights that the step begins with, in a forward pass of its own without
-dropout, and asked for between two updates, all micro batches at once: a step costs a forward pass without gradient and
-one round trip more. The answer depends on the batch and the weights alone, so a resumed run learns from the same.
+The student's likeliest ids depend on its weights, so they are known only after the previous update and cannot be
+requested ahead of time. They are computed from the weights at the start of the step, in an extra forward pass without
+dropout, and requested between two updates for all micro batches at once. A step thus costs one more forward pass
+without gradient and one more round trip. The targets depend only on batch and weights, so a resumed run gets the same.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SPEC = TargetSpec(("gather",))
 
 
 class StudentSupport:
-    """Asks `targets` about the student's `k` likeliest ids on every row that counts; with `words`, about those."""
+    """Requests logprobs at the student's `k` likeliest ids of every counted row, or at `words` if given."""
 
     def __init__(self, targets: Targets, thread: EventThread, k: int, words: Sequence[int] = ()):
         self._targets, self._thread, self._k, self._words = targets, thread, k, words
 
     def add(self, student: Student, ready: Ready, while_waiting: Callable[[float], None]) -> Ready:
-        """The batch with `gather_*` beside its other targets. `while_waiting` as in `Prefetch.next`."""
-        # A micro batch of ranks that have no label here asks nothing.
+        """The batch with `gather_*` added to its other targets. `while_waiting` as in `Prefetch.next`."""
+        # With several ranks, a micro batch may have no label on this one.
         counting = [micro for micro in ready.micro if len(micro.view.labels_N)]
         parts = [ready.batch.rows(micro.first_row, micro.first_row + micro.rows) for micro in counting]
         ids = [self._ids(student, micro) for micro in counting]
@@ -64,7 +64,7 @@ class StudentSupport:
 
 
 def likeliest(student: Student, micro: MicroBatch, k: int) -> Tensor:
-    """The student's own k likeliest ids of each label [N, k], by a forward pass without dropout."""
+    """The student's k likeliest ids for each label [N, k], from a forward pass without dropout."""
     head = student.head
     with student.resting():
         return student_top_ids(
@@ -76,7 +76,9 @@ def likeliest(student: Student, micro: MicroBatch, k: int) -> Tensor:
 def answered(
     thread: EventThread, calls: Sequence[Coroutine[Any, Any, BatchTargets]], while_waiting: Callable[[float], None]
 ) -> tuple[list[BatchTargets], float]:
-    """What all of them came to, asked at once, and how long that took; meanwhile `while_waiting` is called with it."""
+    """Run all calls concurrently; return their results and the seconds that took. `while_waiting` is called meanwhile
+    with the seconds so far.
+    """
     asked = time.monotonic()
     futures = [thread.submit(call) for call in calls]
     try:
@@ -89,9 +91,9 @@ def answered(
 
 
 def ids_by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarray:
-    """The labels' ids by counted position [C, S * G]; one that no label of the view stands for gets any.
+    """The labels' ids by counted position [C, S * G]; positions without a label in the view get id 0.
 
-    S is how many labels one position has at most, which is 1 but in a view that reads it in several ways.
+    S is the largest number of labels at one position: 1 unless a view reads a position in several ways.
     """
     counted_N, slot_N = slots_of(micro)
     shape = int(part.loss_mask_BT.sum()), int(slot_N.max()) + 1, ids_NG.shape[1]
@@ -101,18 +103,18 @@ def ids_by_position(micro: MicroBatch, ids_NG: Tensor, part: Batch) -> np.ndarra
 
 
 def slots_of(micro: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Of each label its counted position, and how many labels before it have the same."""
+    """For each label, its counted position and the number of earlier labels at the same position."""
     counted_N = micro.view.counted_N.numpy()
     order_N = np.argsort(counted_N, kind="stable")
     sorted_N = counted_N[order_N]
     slot_N = np.empty_like(counted_N)
-    # The place among the sorted, less where its equals begin: 0 for the first label of a position, 1 for the next.
+    # The index in the sorted order minus that of the first equal one: 0 for a position's first label, 1 for its next.
     slot_N[order_N] = np.arange(len(counted_N)) - np.searchsorted(sorted_N, sorted_N)
     return counted_N, slot_N
 
 
 def queries_at(part: Batch, ids_CG: np.ndarray) -> Queries:
-    """What is asked at the ids of the positions that count; a row in between that doesn't gets any."""
+    """Queries for the ids of the counted positions; uncounted rows in between get id 0."""
     asked = []
     first = 0
     for document in part.documents:
@@ -153,8 +155,8 @@ def student_top_ids(
 ) -> Tensor:
     """Ids [N, k] (int64) of the student's k largest logits, largest first, among the first `shared_vocab` ids.
 
-    `compute`: the dtype that the student computes in, see `projection`. Soft cap and scale keep the order of logits and
-    are not asked for. Raises ValueError if k is more than there is.
+    `compute`: the student's compute dtype, see `projection`. Soft cap and scale are not needed, since they keep the
+    order of logits. ValueError if k is below 1 or exceeds the number of ids.
     """
     width = len(head_weight_VD) if shared_vocab is None else shared_vocab
     if not 0 < k <= width:
@@ -163,7 +165,7 @@ def student_top_ids(
     # Without cap and scale: both keep the order of logits.
     head = HeadProjection(head_weight_VD[:width], bias_W, None, 1.0, hidden_ND.dtype, compute)
     height = min(chunk_rows or default_chunk_rows(width, hidden_ND.device), max(1, len(hidden_ND)))
-    # One chunk of logits, written over by the next.
+    # A buffer for one chunk of logits, reused by the next.
     z_CW = torch.empty(height, width, dtype=head.accumulator, device=hidden_ND.device)
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     for start in range(0, len(hidden_ND), height):

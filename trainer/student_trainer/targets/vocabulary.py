@@ -1,7 +1,7 @@
-"""Do student and teacher mean the same token by the same id? Called by `build_components` before anything is trained.
+"""Checks that student and teacher map the same ids to the same tokens. Called by `build_components` before training.
 
-The two may differ at the end: a padded head, tokens added to one of them. What they share is then a prefix of the ids,
-and the losses compare the models on it. Another tokenizer is refused.
+The two may differ at the end: a padded head, or tokens added to one of them. They then share a prefix of the ids, and
+the losses compare the models on it. A different tokenizer is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ SHOWN = 5
 
 
 def agree_on_vocabulary(settings: TeacherSettings, card: TeacherCard, tokenizer: Any, student_rows: int) -> int:
-    """How many leading ids the losses may compare, by what is known of both tokenizers. ValueError as below."""
+    """How many leading ids the losses may compare, from what is known about both tokenizers. ValueError as in
+    `shared_vocabulary`, or if teacher.tokenizer can't be loaded.
+    """
     rows = min(student_rows, card.vocab_size)
     if settings.same_tokenizer == "trust":
         logger.warning("teacher.same_tokenizer is trust: nobody checks that ids mean the same to student and teacher")
@@ -38,7 +40,9 @@ def agree_on_vocabulary(settings: TeacherSettings, card: TeacherCard, tokenizer:
 
 
 def _teacher_tokens(name: str, local_only: bool) -> dict[int, str] | None:
-    """The teacher's tokens if its tokenizer is to be had: by the settings, or on this disk under the teacher's name."""
+    """The teacher's tokens, from teacher.tokenizer or else from a local copy under the teacher's name; None if there is
+    neither.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -51,7 +55,7 @@ def _teacher_tokens(name: str, local_only: bool) -> dict[int, str] | None:
 
 
 def tokens_by_id(tokenizer: Any) -> dict[int, str]:
-    """A Hugging Face tokenizer's vocabulary with the added tokens."""
+    """A Hugging Face tokenizer's vocabulary by id, including added tokens."""
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
@@ -59,11 +63,11 @@ def shared_vocabulary(
     student: Mapping[int, str], student_rows: int, teacher_sha256: str, teacher_rows: int,
     teacher: Mapping[int, str] | None = None,
 ) -> int:  # fmt: skip
-    """How many leading ids mean the same to both: what the losses may compare.
+    """How many leading ids mean the same token to both, which the losses may compare.
 
-    `student`: its tokenizer's tokens by id; `student_rows` and `teacher_rows`: sizes of the two heads; `teacher_sha256`
-    is of the teacher's tokens (`identity.tokenizer_sha256`), `teacher` the tokens themselves where they can be had.
-    ValueError with the first tokens that differ, or with what to do where only the hashes tell that some do.
+    `student`: its tokenizer's tokens by id; `student_rows` and `teacher_rows`: sizes of the two heads;
+    `teacher_sha256`: hash of the teacher's tokens (`identity.tokenizer_sha256`); `teacher`: these tokens, if available.
+    ValueError names the first tokens that differ, or says what to do if only the hashes are known to differ.
     """
     rows = min(student_rows, teacher_rows)
     same = matching_prefix(student, teacher_sha256)
@@ -78,7 +82,7 @@ def shared_vocabulary(
     unshared = False
     for tokens, who, other in ((student, "student", "teacher"), (teacher or {}, "teacher", "student")):
         if extra := sorted(index for index in tokens if index >= same):
-            # Ids that only one of them knows are left out, and so are all after them.
+            # Ids that only one of them has are left out, as are all ids after them.
             rows, unshared = min(rows, same), True
             logger.warning(
                 "the %s knows %d tokens that the %s does not, from %r (id %d) on: the losses compare the two on the %d "
@@ -93,16 +97,16 @@ def shared_vocabulary(
 
 
 def matching_prefix(tokens: Mapping[int, str], sha256: str) -> int | None:
-    """How many leading ids have the hash `identity.tokenizer_sha256` gives; None if no number of them has.
+    """The number of leading ids whose `identity.tokenizer_sha256` is `sha256`; None if there is no such prefix.
 
-    The hash is of canonical JSON, `[[0,"a"],[1,"b"]]`, so that every beginning can be tried in one pass.
+    The hash is of canonical JSON, `[[0,"a"],[1,"b"]]`, so every prefix can be tried in one pass.
     """
     running = hashlib.sha256(b"[")
     found = None
     for count, index in enumerate(sorted(tokens)):
         entry = json.dumps([index, tokens[index]], separators=(",", ":"))
         running.update((("," if count else "") + entry).encode())
-        # The hash of the list as it would be if it ended here: all beginnings in one pass over the tokens.
+        # The hash of the list if it ended here.
         closed = running.copy()
         closed.update(b"]")
         if closed.hexdigest() == sha256:
@@ -120,5 +124,5 @@ def _compare(student: Mapping[int, str], teacher: Mapping[int, str]) -> int:
             f"the student's tokenizer is not the teacher's: {len(differing)} ids mean different tokens, first {shown}. "
             "Targets of one tokenizer teach nothing to a student of another: use a student with the teacher's"
         )
-    # No common id differs, so all up to the end of the shorter one are the same.
+    # No common id differs, so the two agree up to the end of the shorter one.
     return min(max(student), max(teacher)) + 1
