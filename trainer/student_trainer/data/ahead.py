@@ -1,4 +1,4 @@
-"""The documents that a run will ask its teacher about, before it asks. Used by `sequences` and by `build`."""
+"""Lists the documents that a run will request targets for. Used by `cli.sequences` and `targets.missing`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Tokens = list[int]
 def documents_ahead(
     source: BatchSource, state: MixtureState, steps: int, evaluates: bool
 ) -> Iterator[tuple[Key, Tokens]]:
-    """Name and token ids of each document of what is held out, if it is evaluated, and of the `steps` batches from
-    `state` on; in order, repeats included. For a mixture whose weights no loss changes.
+    """Name and token ids of every held-out document, if the run evaluates, and of every document in the `steps` batches
+    from `state` on; in order and with repeats. Only for a mixture whose weights do not depend on losses.
     """
     if evaluates:
         for name in source.names:
@@ -37,10 +37,10 @@ def documents_ahead(
 
 
 def distinct(documents: Iterable[tuple[Key, Tokens]]) -> Iterator[tuple[Key, Tokens]]:
-    """Those whose tokens did not come before. Sixteen bytes of each are kept: a run may have many millions."""
+    """Documents without repeats, by their tokens. Only a 16-byte hash of each is kept: there may be many millions."""
     seen: set[bytes] = set()
     for key, ids in documents:
-        # Its tokens are what a store finds a document by.
+        # A store looks documents up by their tokens.
         digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=16).digest()
         if digest not in seen:
             seen.add(digest)

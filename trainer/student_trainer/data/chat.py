@@ -1,9 +1,9 @@
-"""Conversations to token ids and to the tokens that are learnt. Called by `tokenise` for sources of format chat.
+"""Converts conversations to token ids and a mask of the tokens to learn. Called by `tokenise` for format chat.
 
-The model sees the whole conversation as the tokenizer's template renders it. What the assistant said is found by the
-template's own `{% generation %}` markers, or else by rendering prefixes: the text of the conversation up to and with an
-assistant message, less the text up to it with the generation prompt. That is right only if every prefix renders to a
-prefix of the whole, which is checked on each conversation.
+The model sees the whole conversation as the tokenizer's template renders it. The assistant's text is located by the
+template's own `{% generation %}` markers, or else by rendering prefixes: it is the conversation rendered up to and
+including an assistant message, minus the rendering up to it with the generation prompt. This works only if every prefix
+of the conversation renders to a prefix of its text, which is checked for each conversation.
 """
 
 import re
@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 
 class ChatTemplate:
-    """`template({"messages": [...], "tools": [...]})` gives (ids_N, counts_N); counts_N is True on what is learnt."""
+    """`template({"messages": [...], "tools": [...]})` gives (ids_N, counts_N); counts_N is True for tokens to learn."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: SourceSettings) -> None:
         if not tokenizer.is_fast:
@@ -38,7 +38,7 @@ class ChatTemplate:
         self._marked = GENERATION.search(self._template) is not None
 
     def __call__(self, content: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """ValueError for a conversation that the template refuses or whose prefixes are not stable."""
+        """ValueError if the template refuses the conversation, or if its prefixes do not render to prefixes."""
         messages, tools = as_messages(content["messages"]), content.get("tools")
         if self._marked:
             made = self._render(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -63,7 +63,7 @@ class ChatTemplate:
             ) from error
 
     def _assistant_spans(self, text: str, messages: list[dict[str, Any]], tools: Any) -> list[Span]:
-        """Character spans of what the assistant said, in the rendered conversation."""
+        """Character spans of the assistant's messages in the rendered conversation."""
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         spans = []
         for i in turns[-1:] if self._loss_on == "last_assistant" else turns:
@@ -72,7 +72,7 @@ class ChatTemplate:
             before = self._render(messages[:i], tools, tokenize=False, add_generation_prompt=True)
             upto = text if i == len(messages) - 1 else self._render(messages[: i + 1], tools, tokenize=False)
             if not text.startswith(upto) and self._tokenizer.eos_token:
-                upto = upto.rstrip().removesuffix(self._tokenizer.eos_token)  # some templates write it at every end
+                upto = upto.rstrip().removesuffix(self._tokenizer.eos_token)  # some templates always end with it
             if not (text.startswith(upto) and upto.startswith(before)):
                 raise ValueError(
                     f"the chat template renders message {i} otherwise when more follows (it may drop earlier "
@@ -83,7 +83,7 @@ class ChatTemplate:
         return spans
 
     def _trim(self, upto: str, start: int) -> int:
-        """Where the turn ends: right after its end-of-turn token, if the template closes it with one."""
+        """The end of the turn: right after its end-of-turn token, if the template closes it with one."""
         eos = self._tokenizer.eos_token
         found = upto.rfind(eos, start) if eos else -1
         return found + len(eos) if found >= 0 and not upto[found + len(eos) :].strip() else len(upto)
@@ -99,7 +99,7 @@ class ChatTemplate:
 
 
 def as_messages(messages: Any) -> list[dict[str, Any]]:
-    """A list of {"role", "content", ...}; {"from", "value"} of ShareGPT is understood. ValueError for anything else."""
+    """A list of {"role", "content", ...}; ShareGPT's {"from", "value"} is converted. ValueError for anything else."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"expected a list of messages that is not empty, got {str(messages)[:80]!r}")
     if all("from" in m and "value" in m for m in messages):
@@ -113,7 +113,7 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _last_run(counts_N: np.ndarray) -> np.ndarray:
-    """The last run of True alone."""
+    """Keep only the last run of True."""
     edges_N = np.flatnonzero(np.diff(np.concatenate([[False], counts_N, [False]])))
     last_N = np.zeros(len(counts_N), bool)
     if len(edges_N):

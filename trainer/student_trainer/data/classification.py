@@ -1,8 +1,8 @@
-"""Examples with a class to prompts that end in the word of the class, which alone is learnt. Called by `tokenise` for
-sources of format classification, and by `build` for what evaluation calls accuracy.
+"""Converts labelled examples to prompts that end in the class's word, which alone is learnt. Called by `tokenise` for
+format classification, by `evaluation.open` for accuracy, and by `targets.late` for losses at the class words.
 
-The head of a causal model at the prompt's last token, read at the words of the classes, is a classifier: student and
-teacher are compared there by the losses that compare any token.
+A causal model's logits of the class words at the prompt's last token are a classifier, so the usual token losses
+compare student and teacher there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from student_trainer.settings.data import DataSettings, SourceSettings
 
 
 class LabelWords:
-    """`words(content)` gives (ids_N, counts_N) of a prompt and its word; counts_N is True on the word alone.
+    """`words(content)` gives (ids_N, counts_N) of a prompt with its class word; counts_N is True only for the word.
 
-    ValueError where a word is more than one token, or two classes have the same.
+    ValueError if a word is more than one token, or if two classes have the same token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: SourceSettings) -> None:
@@ -28,7 +28,7 @@ class LabelWords:
             raise ValueError(f"labels {settings.labels}: two classes have the same token; give them different words")
 
     def __call__(self, content: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """ValueError for an example of no known class."""
+        """ValueError for an example of an unknown class."""
         label = str(content[self._settings.column_name])
         if label not in self.ids:
             raise ValueError(
@@ -54,13 +54,13 @@ class LabelWords:
 
 
 def class_words(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
-    """The ids of the classes' words of each source of this format."""
+    """The ids of the class words, for each source of this format."""
     sources = {name: source for name, source in data.sources.items() if source.format == "classification"}
     return {name: tuple(LabelWords(tokenizer, source).ids.values()) for name, source in sources.items()}
 
 
 def one_set_of_words(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of the words that all sources have in common. ValueError where they have not."""
+    """The ids of the class words, which must be the same for all sources. ValueError otherwise."""
     words = class_words(data, tokenizer)
     if len(words) < len(data.sources) or len(set(words.values())) != 1:
         raise ValueError(

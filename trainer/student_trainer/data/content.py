@@ -1,9 +1,9 @@
-"""What a source's documents are, as hashes of all of them: made once, kept beside the index, compared on resume.
+"""Hashes of all documents of a source, computed once, cached beside the index, and compared on resume.
 
-Used by `random_access` for indexed sources (`ContentHasher`, `content_of`) and by `streamed` for files
-(`files_content`). A changed document anywhere changes the fingerprint, and `Content.difference` says where. Hashes of
-what lies on this disk are kept by path, size, inode, and times of modification and change; the last can't be set back,
-so a file that was edited is hashed again, at the disk's speed.
+Used by `index` and `random_access` for indexed sources (`ContentHasher`, `content_of`) and by `streamed` for files
+(`files_content`). A change in any document changes the fingerprint, and `Content.difference` says where. Hashes of
+local files are cached by path, size, inode, mtime and ctime; ctime can't be set back, so an edited file is always
+hashed again, at the disk's speed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from teacher_proto.process.stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 VERSION = 1
-LEAF = 64  # documents that share a hash, and so the finest place that a difference can be told of
+LEAF = 64  # documents that share a hash: a difference can't be located more precisely
 HASH_BYTES = 8
 SLICE = 64 * LEAF
-MOST_BLOCKS = 256  # that a checkpoint holds of a source
+MOST_BLOCKS = 256  # hashes per source in a checkpoint
 READ_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Content:
-    """Hashes of a source's parts, in order. `unit`: what is counted, "documents" or "files". `names`: of files."""
+    """Hashes of a source's parts, in order. `count` is in `unit`s, "documents" or "files". `names`: of the files."""
 
     count: int
     hashes: tuple[str, ...]
@@ -48,12 +48,12 @@ class Content:
 
     @property
     def block(self) -> int:
-        """How many documents a block of `to_json` has."""
+        """The number of documents (or files) in a block of `to_json`."""
         leaves = -(-len(self.hashes) // MOST_BLOCKS) if self.unit == "documents" else 1
         return LEAF * max(1, leaves) if self.unit == "documents" else 1
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the fingerprint, and enough to say where other content differs."""
+        """What a checkpoint keeps: enough to say where other content differs."""
         step = self.block // LEAF if self.unit == "documents" else 1
         blocks = [
             hashlib.sha256("".join(self.hashes[start : start + step]).encode()).hexdigest()[: 2 * HASH_BYTES]
@@ -63,7 +63,7 @@ class Content:
                 "names": list(self.names[: 16 * MOST_BLOCKS])}  # fmt: skip
 
     def difference(self, saved: Mapping[str, Any]) -> str:
-        """Where this content differs from one that `to_json` described, in words."""
+        """A description of where this content differs from the `saved` one of `to_json`."""
         ours = self.to_json()
         unit, was = self.unit, int(saved["count"])
         lines = [] if was == self.count else [f"{was:,} {saved['unit']} then, {self.count:,} {unit} now"]
@@ -85,8 +85,7 @@ class Content:
 
 
 class ContentHasher:
-    """Hashes documents as they come, in tables of the one column `document`; how they are cut into tables doesn't
-    matter."""
+    """Hashes documents incrementally, from chunks of a column `document`. The chunks' boundaries don't matter."""
 
     def __init__(self) -> None:
         self._hashes: list[str] = []
@@ -95,11 +94,11 @@ class ContentHasher:
 
     def add(self, column: pa.ChunkedArray) -> None:
         for array in column.chunks:
-            # Lengths apart from bytes: "ab", "c" and "a", "bc" have the same bytes, and are other documents.
+            # Lengths are hashed apart from bytes: "ab", "c" and "a", "bc" are different documents with the same bytes.
             offsets, data = _flat(array)
             start = 0
             while start < len(array):
-                # As far as the leaf goes, which may have begun in the table before.
+                # Up to the end of the leaf, which may have begun in the previous chunk.
                 stop = min(len(array), start + LEAF - self._count % LEAF)
                 self._lengths.update(np.diff(offsets[start : stop + 1]).tobytes())
                 self._bytes.update(data[offsets[start] : offsets[stop]].tobytes())
@@ -119,7 +118,7 @@ class ContentHasher:
 
 
 def content_of(name: str, dataset: datasets.Dataset, folder: Path) -> Content:
-    """Of a data set on this disk. Hashed once; `folder` keeps the result for as long as its files stay as they are."""
+    """The content of a data set on this disk. The result is cached in `folder` until its files change."""
     files = [Path(entry["filename"]) for entry in dataset.cache_files]
     kept, state = kept_at(dataset, folder), state_of(files)
     if state and (content := _kept(kept, state)) is not None:
@@ -132,8 +131,8 @@ def content_of(name: str, dataset: datasets.Dataset, folder: Path) -> Content:
 
 
 def files_content(name: str, files: Sequence[DataFile], folder: Path) -> Content:
-    """Of files that are streamed: what their store says of their content; on this disk their own hash, kept like those
-    of `content_of`. ValueError for a file that can't be read.
+    """The content of streamed files: for remote ones their size and the store's hash or etag, for local ones their own
+    hash, cached as in `content_of`. ValueError for a file that can't be read.
     """
     local = sum(file.size for file in files if file.local_path is not None) / 1e6
     hashes, silent = [], []
@@ -166,7 +165,7 @@ def _file_hash(path: Path, folder: Path, doing: Stage) -> str:
             while part := file.read(READ_BYTES):
                 digest.update(part)
                 doing.done += len(part) / 1e6
-        # A file that was written to while it was read has no hash that could be kept.
+        # The hash of a file that was written to while it was read must not be cached.
         unchanged = state == state_of([path])
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
@@ -176,8 +175,8 @@ def _file_hash(path: Path, folder: Path, doing: Stage) -> str:
 
 
 def kept_at(dataset: datasets.Dataset, folder: Path) -> Path:
-    """Where the hashes of a data set are kept. What `select` or a saved shuffle made of its files is part of the
-    fingerprint that `datasets` gives it.
+    """Where the hashes of a data set are cached. The fingerprint of `datasets` covers what `select` or a saved shuffle
+    did to its files.
     """
     files = [entry["filename"] for entry in dataset.cache_files]
     key = [str(dataset._fingerprint), len(dataset), dataset.column_names, files]
@@ -185,14 +184,14 @@ def kept_at(dataset: datasets.Dataset, folder: Path) -> Path:
 
 
 def state_of(files: Sequence[Path]) -> list[list[Any]]:
-    """What changes when a file is written to, whatever time it is given."""
+    """A value that changes when a file is written to, even if its mtime is set back."""
     stats = [(path, path.stat()) for path in files]
     return [[str(path), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for path, s in stats]
 
 
 def keep(path: Path, state: list[list[Any]], content: Content) -> None:
-    """Note the content of files that are in this state; where that can't be, they are hashed again next time."""
-    # Renamed into place: another process that reads it meanwhile finds the old one or the new one, whole.
+    """Cache the content of files in this state. If that fails, they are hashed again next time."""
+    # Renamed into place, so that other processes read either the old or the new file.
     fresh = path.with_suffix(f".{time.monotonic_ns()}.new")
     noted = {"version": VERSION, "of": state, "count": content.count, "hashes": content.hashes}
     try:
@@ -209,7 +208,7 @@ def _kept(path: Path, state: list[list[Any]]) -> Content | None:
         if kept["version"] == VERSION and kept["of"] == state:
             return Content(int(kept["count"]), tuple(kept["hashes"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a cache: what can't be read is made again
+        return None  # only a cache: what can't be read is computed again
     return None
 
 
@@ -225,10 +224,10 @@ def _hash(dataset: datasets.Dataset, doing: Stage) -> Content:
 
 
 def _records(arrow: datasets.Dataset, doing: Stage) -> Iterator[str]:
-    """Hashes of documents of any columns, nested ones too: of their bytes as Arrow sends them."""
+    """Hashes of documents with any columns, also nested ones, from their bytes in Arrow's IPC format."""
     for start in range(0, len(arrow), SLICE):
         doing.done = start
-        # Metadata may say when or by what a file was written: not what it holds.
+        # Metadata may say when or by what a file was written, which is not content.
         table = arrow[start : start + SLICE].replace_schema_metadata(None)
         for first in range(0, len(table), LEAF):
             leaf = table.slice(first, LEAF).combine_chunks().to_batches()
@@ -240,10 +239,10 @@ def _flat_type(kind: pa.DataType) -> bool:
 
 
 def _flat(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document begins in the bytes of all of them, with their end; and the bytes. No copy is made."""
+    """The offsets of all documents in their joint bytes, including the end, and these bytes, without a copy."""
     assert _flat_type(array.type) and not array.null_count, array.type
     _, offsets, *_ = array.buffers()
-    # A slice of an array shares the buffers of the whole: its own offsets begin at `array.offset`.
+    # A slice shares the buffers of the full array: its offsets begin at `array.offset`.
     offsets_N = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
     if array.type == pa.string():
         data = array.buffers()[2]

@@ -1,4 +1,4 @@
-"""A document as it lies in a source, and which documents are kept from training. Used all over this package."""
+"""A document as a source returns it, and which documents are held out. Used throughout this package."""
 
 import hashlib
 import json
@@ -8,19 +8,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RawDocument:
-    """A document as it lies in the source: text, {"messages", "tools"}, or token ids."""
+    """A document as a source returns it: text, {"messages", "tools"}, an example's fields, or token ids."""
 
-    index: str  # names it within the source: "17", or in a stream "shard/17"
+    index: str  # its name within the source: "17", or "shard/17" in a stream
     content: Any
 
 
 def canonical(content: Any) -> str:
-    """A document as one string, equal for equal documents."""
+    """A document as one string; equal documents give equal strings."""
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
 
 
 def is_held_out(content: Any, fraction: float) -> bool:
-    """Whether a document is kept from training: by its hash, so copies fall on the same side, whatever the seed."""
+    """Whether a document is held out from training. Decided by its hash, so copies are treated alike with any seed."""
     if fraction <= 0:
         return False
     data = canonical(content).encode("utf-8", "surrogatepass")

@@ -1,7 +1,7 @@
-"""Documents of one source as tokens, read and tokenised on worker threads ahead of their use. Used by `loader`.
+"""Tokenised documents of one source, read and tokenised ahead of use on worker threads. Used by `loader`.
 
-A cache, never a state: whatever is asked for is given, in any order, and what follows it is fetched ahead. One thread
-reads a source, so sources need no locks; all sources share the pool that tokenises.
+It is a cache without state: documents can be requested in any order, and those that follow are fetched ahead. Each
+source is read by one thread, so sources need no locks; all share one pool for tokenising.
 """
 
 import threading
@@ -21,14 +21,14 @@ Address = tuple[int, int, int]  # epoch, shard, block
 
 @dataclass(frozen=True)
 class Block:
-    """A block of documents; None in the place of one that is held out or has no tokens."""
+    """A block of documents; None for those that are held out or have no tokens."""
 
     documents: list[TokenDocument | None]
-    is_last: bool  # the shard ends with it
+    is_last: bool  # whether the shard ends with this block
 
 
 class Rate:
-    """Tokens made, and the thread time they took; several threads add to it."""
+    """Number of tokens made and the CPU time they took, summed over threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -42,27 +42,27 @@ class Rate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one worker thread; 0 before the first block."""
+        """Tokens per second of CPU time of one worker thread; 0 before the first block."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class Feed:
-    """The training documents of one source by cursor, with the next blocks on their way."""
+    """The training documents of one source by cursor, with the next blocks prefetched."""
 
     def __init__(self, source: Source, tokeniser: Tokeniser, pool: Executor, rate: Rate, ahead: int) -> None:
         self.source = source
         self.tokeniser, self._pool, self._rate, self._ahead = tokeniser, pool, rate, ahead
         self._reader = ThreadPoolExecutor(1, f"read-{source.name}")
         self._lock = threading.RLock()
-        self._blocks: OrderedDict[Address, Future[Block]] = OrderedDict()  # in reading order, the one in use first
+        self._blocks: OrderedDict[Address, Future[Block]] = OrderedDict()  # in reading order, the current one first
         self._closed = False
-        self._next: Address | None = None  # what to read after the last of them; None while that is being read
-        self._answer: tuple[Cursor, tuple[Cursor, TokenDocument]] | None = None  # what `first` was asked last
+        self._next: Address | None = None  # what to read after the last block; None while that is read
+        self._answer: tuple[Cursor, tuple[Cursor, TokenDocument]] | None = None  # last argument and result of `first`
 
     def first(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
-        """The first document for training at or after `cursor`, with its own cursor. Blocks until it is there."""
-        # At the end of an epoch the same is asked until its unfinished documents are read. The answer lies in the next
-        # epoch's blocks, and to find it anew would be to go back a block, which throws away those that follow.
+        """The first training document at or after `cursor`, with its cursor. Blocks until it has been read."""
+        # At the end of an epoch, the same cursor is requested until all unfinished documents are read. Its document is
+        # in the next epoch's blocks; searching again would go back a block and drop the prefetched ones.
         if self._answer is None or self._answer[0] != cursor:
             self._answer = cursor, self._search(cursor)
         return self._answer[1]
@@ -70,7 +70,7 @@ class Feed:
     def _search(self, cursor: Cursor) -> tuple[Cursor, TokenDocument]:
         start = cursor
         while cursor.epoch <= start.epoch + 1:
-            # Documents are counted through a shard; blocks are what is read and tokenised at a time.
+            # Cursors count documents within a shard; documents are read and tokenised in blocks.
             number, place = divmod(cursor.document, self.source.block_size)
             address = (cursor.epoch, cursor.shard, number)
             block = self._block(address)
@@ -90,11 +90,11 @@ class Feed:
 
     @property
     def skipped(self) -> int:
-        """Bad documents that were met and left out."""
+        """The number of bad documents skipped so far."""
         return self.tokeniser.skipped
 
     def close(self) -> None:
-        """Stop reading; a block that is being read is waited for."""
+        """Stop reading; waits for the block that is being read."""
         with self._lock:
             self._closed, self._answer = True, None
         self._reader.shutdown(cancel_futures=True)
@@ -105,7 +105,7 @@ class Feed:
                 raise ValueError(f"source {self.source.name!r} is closed")
             held = self._blocks.get(address)
             failed = held is not None and held.done() and held.exception() is not None
-            if held is None or failed:  # a failure is not for ever: asking again tries again
+            if held is None or failed:  # a failed block is read again when it is requested again
                 self._blocks.clear()
                 self._request(address)
             while next(iter(self._blocks)) != address:
@@ -122,11 +122,11 @@ class Feed:
         block: Future[Block] = Future()
         self._blocks[address] = block
         self._next = None
-        # One reader a source, so that blocks are read in order; tokenising runs beside it, in any.
+        # One reader per source, so that blocks are read in order; they may be tokenised in any order.
         self._reader.submit(self.source.read, *address).add_done_callback(partial(self._on_read, address, block))
 
     def _on_read(self, address: Address, block: Future[Block], raw: Future[list[RawDocument]]) -> None:
-        """On the reader's thread: hand the block on to be tokenised, and read the next one."""
+        """On the reader's thread: submit the block for tokenising, and request the next one."""
         if raw.cancelled():
             block.cancel()
             return
@@ -144,7 +144,7 @@ class Feed:
     def _tokenise(self, documents: list[RawDocument], is_last: bool) -> Block:
         began = time.thread_time()
         fraction = self.source.settings.held_out_fraction
-        # Places of documents that are held out stay, empty: a cursor means the same whatever is held out.
+        # Held-out documents stay as None, so that a cursor means the same whatever is held out.
         wanted = [i for i, d in enumerate(documents) if not is_held_out(d.content, fraction)]
         made: list[TokenDocument | None] = [None] * len(documents)
         for i, document in zip(wanted, self.tokeniser([documents[i] for i in wanted]), strict=True):

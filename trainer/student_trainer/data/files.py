@@ -1,6 +1,6 @@
-"""Which files a source is made of, and their bytes: folders, globs and compression on any fsspec URL.
+"""Finds and opens a source's files: folders, globs and compression at any fsspec URL.
 
-Used by `records`, which makes documents of them, and by `index` and `streamed`.
+Used by `records`, which turns them into documents, and by `index` and `streamed`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ EXTENSIONS = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet", "
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file to read. `version` changes when its content does (size with mtime or etag), as far as the store tells.
+    """A file to read. `version` changes with its content (size with mtime or etag), as far as the store can tell.
 
-    `told`: what the store says of the content itself, an etag or a hash; None where it says nothing. `written`: what
-    changes when somebody writes to it.
+    `told`: the store's etag or hash of the content; None if it gives none. `written`: a value that changes when the
+    file is written to.
     """
 
     url: str
@@ -36,12 +36,14 @@ class DataFile:
 
     @property
     def local_path(self) -> Path | None:
-        """Where it lies, if on this disk."""
+        """Its path if it is on this disk, else None."""
         return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
 
 
 def find_files(settings: SourceSettings) -> list[DataFile]:
-    """All files that `settings.path` names, in the order of their URLs; a folder is searched with its subfolders."""
+    """All files that `settings.path` names, sorted by URL; folders are searched recursively. ValueError if a path has
+    none.
+    """
     found: dict[str, DataFile] = {}
     for path in settings.path:
         files = _find(path, settings)
@@ -78,7 +80,7 @@ def _find(path: str, settings: SourceSettings) -> list[DataFile]:
 
 
 def check_unchanged(file: DataFile, settings: SourceSettings) -> None:
-    """ValueError if the file was written to since it was found: what is read would not be what the run has noted."""
+    """ValueError if the file was written to since it was found: the run's fingerprint would no longer describe it."""
     try:
         fs, path = fsspec.core.url_to_fs(file.url, **settings.storage_options)
         written = _written(fs, path, fs.info(path))
@@ -91,12 +93,12 @@ def check_unchanged(file: DataFile, settings: SourceSettings) -> None:
 
 
 def _written(fs: Any, path: str, info: Mapping[str, Any]) -> str:
-    """Of a file on this disk without the time of its last change, which a backup's hard link moves as well."""
+    """For a local file, size, mtime and inode; without ctime, which a backup's hard link changes as well."""
     return f"{info['size']}:{info['mtime']}:{info['ino']}" if "ino" in info else str(fs.ukey(path))
 
 
 def _told(info: Mapping[str, Any]) -> str | None:
-    """A listing's word on the content, by the names that stores have for it; the hub's large files have a sha256."""
+    """The content's hash or etag from a listing, under the names that stores use; the hub's LFS files have a sha256."""
     lfs = info.get("lfs")
     if lfs is not None and (found := getattr(lfs, "sha256", None)):
         return str(found)
@@ -114,8 +116,8 @@ def _wanted(name: str, root: str, kind: str) -> bool:
 
 @contextmanager
 def open_file(file: DataFile, settings: SourceSettings) -> Iterator[Any]:
-    """The file's bytes, decompressed by its name's ending. A file that was cut short raises OSError or EOFError."""
-    # fsspec's reader takes a truncated Zstandard file for a whole one; Arrow's does not.
+    """The file's bytes, decompressed according to its extension. A truncated file raises OSError or EOFError."""
+    # fsspec's reader takes a truncated Zstandard file for a complete one; Arrow's does not.
     is_zstandard = file.url.endswith(".zst")
     with fsspec.open(
         file.url, "rb", compression=None if is_zstandard else "infer", **settings.storage_options
@@ -124,12 +126,12 @@ def open_file(file: DataFile, settings: SourceSettings) -> Iterator[Any]:
 
 
 def decode(data: bytes, settings: SourceSettings) -> str:
-    """UTF-8, with errors by the source's settings."""
+    """Decode UTF-8, handling errors as the source's settings say."""
     return data.decode("utf-8", settings.encoding_errors)
 
 
 def chunks(file: DataFile, settings: SourceSettings, separator: bytes) -> Iterator[tuple[bytes, int]]:
-    """Parts of about CHUNK_BYTES that end at a separator, each with the number of its first line, from 1."""
+    """Chunks of about CHUNK_BYTES that end at a separator, each with the number of its first line, from 1."""
     line, rest = 1, b""
     with open_file(file, settings) as binary:
         while data := binary.read(CHUNK_BYTES):

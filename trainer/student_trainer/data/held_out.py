@@ -1,8 +1,8 @@
-"""The fixed batches that a source is evaluated on: documents whose hash keeps them from training. Called by `loader`.
+"""The fixed batches that a source is evaluated on, made of documents held out by their hash. Called by `loader`.
 
-They depend on the source and on the shape of a batch, not on seed, weights or step, so that runs compare. Every
-document gives one piece before any gives a second, chosen by its hash, so that few rows see many documents. A probe
-that is trained on is refused (`check_apart`): documents are compared as they lie in the sources, but for white space.
+They depend on the source and on the batch shape, not on seed, weights or step, so that runs are comparable. Every
+document contributes one piece, chosen by its hash, before any contributes a second, so that a few rows cover many
+documents. A probe that is trained on is refused (`check_apart`): raw documents are compared, ignoring white space.
 """
 
 import hashlib
@@ -22,9 +22,10 @@ from teacher_proto.process.stages import stage
 def held_out_batches(
     source: Source, tokeniser: Tokeniser, settings: DataSettings, pad_id: int, names: tuple[str, ...]
 ) -> list[Batch]:
-    """Batches of `settings.rows` rows, at most `settings.held_out_rows` rows together; the last ones may be empty.
+    """Batches of `settings.rows` rows each, with at most `settings.held_out_rows` rows in total; the last batch is
+    filled up with empty rows.
 
-    ValueError where the hash keeps no document back.
+    ValueError if no document is held out.
     """
     documents = _collect(source, tokeniser, settings.held_out_rows * settings.seq_len, settings.seq_len)
     if not documents:
@@ -53,7 +54,7 @@ def _collect(source: Source, tokeniser: Tokeniser, wanted: int, seq_len: int) ->
 
 
 def _pieces(documents: Sequence[TokenDocument], source: int, name: str, seq_len: int) -> Iterator[Placed]:
-    """One piece of each document, then a second of each that has one, and so on."""
+    """One piece of each document, then a second piece of those that have one, and so on."""
     turn = 0
     left = list(documents)
     while left:
@@ -81,9 +82,9 @@ def _pack(pieces: Iterator[Placed], settings: DataSettings) -> Rows:
 
 
 def check_apart(sources: Sequence[Source], probe: Collection[str]) -> None:
-    """Read all documents of the sources, and raise a ValueError for one that the probe has and a source trains on.
+    """Read all documents of the sources, and raise ValueError if a source trains on a document of the probe.
 
-    Documents that the hash keeps back in a source are not trained on there; copies within a source fall on one side.
+    Held-out documents of a source are not trained on there; copies within a source are either all held out or none.
     """
     with stage(
         "comparing the probe's documents with those trained on", len(sources), "sources", closing=False
@@ -114,6 +115,6 @@ def _check(source: Source, held: dict[bytes, str]) -> None:
 
 
 def _digest(content: Any) -> bytes:
-    # Copies that differ in white space alone are copies.
+    # Documents that differ only in white space count as copies.
     text = " ".join(canonical(content).split())
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""Data sets by name from the Hugging Face hub, downloaded or streamed. Used by `random_access` and `streamed`."""
+"""Data sets from the Hugging Face hub, downloaded or streamed. Used by `random_access` and `streamed`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from teacher_proto.process.stages import stage
 
 
 def load_hub(name: str, settings: SourceSettings) -> datasets.Dataset:
-    """The data set, downloaded. ValueError where the hub does not answer or has no such data set."""
+    """The downloaded data set. ValueError if the hub does not answer or has no such data set."""
     with _loading(name, settings):
         return datasets.load_dataset(
             settings.name,
@@ -27,7 +27,7 @@ def load_hub(name: str, settings: SourceSettings) -> datasets.Dataset:
 def stream_hub(name: str, settings: SourceSettings) -> tuple[datasets.IterableDataset, list[DataFile]]:
     """The data set as a stream, and the files that it is read from. ValueError as in `load_hub`.
 
-    Of the hub's own files is told the commit that they are of.
+    `told` of the hub's own files is their commit.
     """
     with _loading(name, settings):
         builder = datasets.load_dataset_builder(

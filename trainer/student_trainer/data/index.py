@@ -1,7 +1,7 @@
-"""Files into one Arrow file that is memory-mapped afterwards: any document in microseconds, none held in memory.
+"""Indexes files into one memory-mapped Arrow file: any document in microseconds, none held in memory.
 
-Called by `random_access` for files that are not streamed. The Arrow file's name is a hash of what it was made from, so
-a changed file is indexed anew and an unchanged one opens at once.
+Called by `random_access` for files that are not streamed. The Arrow file is named by a hash of its inputs, so changed
+files are indexed again and unchanged ones open at once.
 """
 
 import hashlib
@@ -39,36 +39,36 @@ SHAPES_THE_INDEX = (
 
 
 def cache_root(folder: str | None) -> Path:
-    """Where indexes lie: the setting, else beside the cache of `datasets`."""
+    """The folder of the indexes: the setting, or else one in the cache of `datasets`."""
     return Path(folder) if folder else Path(datasets.config.HF_DATASETS_CACHE) / "stillhouse"
 
 
 def open_index(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
-    """The documents of a file source as a memory-mapped data set with the one column `document`, and `weight` where
-    the settings name one.
+    """The documents of a file source as a memory-mapped data set with the column `document`, and `weight` if the
+    settings name a weight column.
     """
     files = find_files(settings)
     folder = cache_root(cache_folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_digest(files, settings)}.arrow"
-    # One process writes an index, the others wait and then find it.
+    # One process writes the index while the others wait for it.
     with stage(f"waiting for another process that may index source {name!r}"), filelock.FileLock(f"{path}.lock"):
         if path.exists():
             return datasets.Dataset.from_file(str(path))
         _sweep(folder, path.stem)
         content = _write(name, path, files, settings)
         dataset = datasets.Dataset.from_file(str(path))
-        if settings.weight_column is None:  # else its weights are part of its content, which is hashed as it is opened
+        if settings.weight_column is None:  # weights are content too: then `content_of` hashes both columns
             keep(kept_at(dataset, folder), state_of([path]), content)
     return dataset
 
 
 def _sweep(folder: Path, ours: str) -> None:
-    """Remove what killed processes had half written: only who holds an index's lock writes it. We hold `ours`."""
+    """Remove partial files of killed processes. Only the holder of an index's lock writes it, and we hold `ours`."""
     for left in folder.glob("*.partial"):
         digest = left.name.partition(".")[0]
         lock = filelock.FileLock(folder / f"{digest}.arrow.lock", timeout=0)
-        # A lock that is held has a living process behind it, which is still writing.
+        # A held lock belongs to a live process that is still writing.
         with suppress(filelock.Timeout), nullcontext() if digest == ours else lock:
             left.unlink(missing_ok=True)
 
@@ -94,7 +94,7 @@ def _write(name: str, path: Path, files: list[DataFile], settings: SourceSetting
                 f"source {name!r} holds no documents: {len(files)} files, {size} bytes, "
                 f"the first is {files[0].url}; give files with content"
             )
-        # Whole or not there: a name that is found is never half an index.
+        # An atomic rename: the final name never refers to a partial index.
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _write(name: str, path: Path, files: list[DataFile], settings: SourceSetting
 
 
 def _tables(files: list[DataFile], settings: SourceSettings, doing: Stage) -> Iterator[pa.Table]:
-    """Those of all files; what is done is reckoned by the tables' size within a file, and by the file's after it."""
+    """The tables of all files. Progress is estimated from the tables' sizes, and corrected at the end of each file."""
     before = 0
     for file in files:
         for table in read_tables(file, settings):

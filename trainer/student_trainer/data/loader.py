@@ -1,8 +1,8 @@
-"""Batch n from (settings, mixture state, n). Built by `main`; the loop reads it through `stream.BatchStream`.
+"""Makes batch n from (settings, mixture state, n). Built by `build_components`; read through `stream.BatchStream`.
 
 source = BatchSource(settings.data, tokenizer, seed)
 state = source.initial_state()
-batch, state = source.batch(state, 0)  # pure: ask again, on any machine, and get the same bits
+batch, state = source.batch(state, 0)  # pure: the same bits every time and on any machine
 """
 
 import threading
@@ -30,14 +30,14 @@ CHARACTERS_A_TOKEN = 4
 
 
 class BatchSource:
-    """The data of a run. Everything random is a function of `seed` and of places in the data."""
+    """The data of a run. Everything random is a function of `seed` and of positions in the data."""
 
     def __init__(
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, world: int = 1
     ) -> None:
         """Open every source. ValueError names the source and what is wrong with it.
 
-        rank, world: each process makes every batch whole and keeps its own rows/world rows of it.
+        rank, world: each process makes the full batch and keeps its own rows/world rows of it.
         """
         if not settings.sources:
             raise ValueError("data.sources is empty; name at least one source")
@@ -73,12 +73,12 @@ class BatchSource:
         )
 
     def contents(self) -> dict[str, dict[str, Any]]:
-        """What each source holds, as a checkpoint keeps it to say what differs."""
+        """The content of each source, for a checkpoint, by which a resumed run can say what differs."""
         return {feed.source.name: feed.source.content.to_json() for feed in self._feeds}
 
     def resumed(self, state: MixtureState, contents: Mapping[str, Mapping[str, Any]]) -> MixtureState:
-        """The state out of a checkpoint, whose `contents` are those of that time; checked. One of an older trainer
-        knows a sample of the documents alone, and knows all of them from here on.
+        """The checked state from a checkpoint; `contents` are those in the checkpoint. An older trainer's fingerprint
+        covers only a sample of the documents; it is replaced by one that covers all.
         """
         self.check_state(state, contents)
         fingerprints = [feed.source.fingerprint for feed in self._feeds]
@@ -86,8 +86,8 @@ class BatchSource:
         return replace(state, sources=tuple(replace(source, fingerprint=now) for source, now in sources))
 
     def check_state(self, state: MixtureState, contents: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """ValueError if `state` is of other data: other sources, or other documents in one of them. `contents`, those
-        of the state, let it say where they differ.
+        """ValueError if `state` belongs to other sources, or to other documents in one of them. With the `contents` at
+        the time of `state`, the message says where they differ.
         """
         names = tuple(source.name for source in state.sources)
         if names != self.names:
@@ -107,27 +107,27 @@ class BatchSource:
                 )
 
     def batch(self, state: MixtureState, number: int) -> tuple[Batch, MixtureState]:
-        """Batch `number`, and the state after it. Pure; `state` must be the one before that batch."""
+        """Batch `number` and the state after it. Pure; `state` must be the one before that batch."""
         if number != state.number:
             raise ValueError(f"batch {number} was asked for with the mixture state before batch {state.number}")
         self.check_state(state)
         with self._lock:
             mixer = Mixer(state)
-            # Those half read or waiting: at hand after the batch before, read anew after a resume.
+            # Partly read and pending documents: cached after the previous batch, read again after a resume.
             documents = fetch_in_use(state, self._feeds, self._at_hand)
             rows, waiting = MODES[self.settings.packing](
                 Draws(mixer, self._feeds, documents), state.pending, self.settings
             )
             after = mixer.freeze(number + 1, tuple(drawn.start for drawn in waiting))
-            # A cache alone: the batch is the same whether anything was at hand or not.
+            # Only a cache: the batch is the same with or without it.
             self._at_hand = {start: documents[start] for start in documents_in_use(after)}
         batch = build_batch(number, rows, self.settings.seq_len, self._pad_id, self.names)
         return self._mine(batch), after
 
     def held_out(self, name: str) -> list[Batch]:
-        """The fixed batches that source `name` is evaluated on; empty where its held_out_fraction is 0.
+        """The fixed batches that source `name` is evaluated on; empty if its held_out_fraction is 0.
 
-        Rows that no document was left for hold padding alone.
+        Rows left without documents hold only padding.
         """
         if name not in self.names:
             raise ValueError(f"there is no source {name!r}; the sources are {', '.join(self.names)}")
@@ -135,18 +135,18 @@ class BatchSource:
         if feed.source.settings.held_out_fraction == 0:
             return []
         if name not in self._held_out:
-            # Every rank makes them whole and keeps its rows, as it does with batches to train on.
+            # Every rank makes the full batches and keeps its rows, as with training batches.
             batches = held_out_batches(feed.source, feed.tokeniser, self.settings, self._pad_id, self.names)
             self._held_out[name] = [self._mine(batch) for batch in batches]
         return self._held_out[name]
 
     def raw_documents(self, name: str) -> Iterator[RawDocument]:
-        """All documents of a source once, held out or not, in an order that is the same for every seed."""
+        """All documents of a source once, held out or not, in an order that does not depend on the seed."""
         for block in self._feeds[self.names.index(name)].source.scan():
             yield from block
 
     def documents(self, name: str) -> Iterator[tuple[RawDocument, Placed | None]]:
-        """The same with their first `seq_len` tokens; None of one of which nothing would be learnt."""
+        """The same documents with their first `seq_len` tokens; None if these have no token to learn."""
         number = self.names.index(name)
         feed = self._feeds[number]
         for block in feed.source.scan():
@@ -155,8 +155,8 @@ class BatchSource:
                 yield raw, placed if placed is not None and _teaches(placed) else None
 
     def check_probe(self) -> None:
-        """ValueError if what is held out of the probe's sources is trained on in another, or nothing is held out of
-        one. Nothing for a mixture without a probe.
+        """ValueError if another source trains on held-out documents of the probe's sources, or if one of these holds
+        out nothing. Does nothing for a mixture without a probe.
         """
         if not isinstance(self.settings.mixture, InfluenceMixture):
             return
@@ -172,7 +172,7 @@ class BatchSource:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad documents that were met and left out, by source; those without any are not listed."""
+        """The number of bad documents skipped so far, for each source that had any."""
         return {feed.source.name: feed.skipped for feed in self._feeds if feed.skipped}
 
     def _mine(self, batch: Batch) -> Batch:
@@ -187,12 +187,12 @@ class BatchSource:
 
 
 def _teaches(placed: Placed) -> bool:
-    """Whether any token of it is predicted and counts."""
+    """Whether any of its tokens is both predicted and counted."""
     return len(placed.ids_N) > 1 and (placed.counts_N is None or bool(placed.counts_N[1:].any()))
 
 
 def open_source(name: str, settings: SourceSettings, seed: int, cache_folder: str | None) -> Source:
-    """The source that its settings describe. ValueError for whatever is missing, empty or not what they say."""
+    """Open the source that the settings describe. ValueError if it is missing, empty or not as described."""
     if settings.streaming:
         shards, content = open_shards(name, settings, cache_folder)
         return StreamedSource(name, settings, shards, content, seed)

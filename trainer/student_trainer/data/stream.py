@@ -1,4 +1,4 @@
-"""Batches in order from any state on, made ahead on a thread. Used by the loop and by target prefetching."""
+"""Batches in order from a given state on, prepared ahead on a thread. Built by `build`, used by target prefetching."""
 
 import contextlib
 import logging
@@ -17,26 +17,26 @@ from student_trainer.data.policies.decisions import BatchWeights
 
 logger = logging.getLogger(__name__)
 WINDOW = 32  # batches over which waiting is measured
-TOO_MUCH = 0.05  # share of the time waited that is worth a warning
+TOO_MUCH = 0.05  # fraction of time spent waiting above which a warning is logged
 WARN_EVERY_S = 300.0
 POLL_S = 0.2
-Made = tuple[Batch, MixtureState, float]  # and the seconds in which nobody had decided its weights
+Made = tuple[Batch, MixtureState, float]  # the last: seconds of waiting for the decision about its weights
 
 
 @dataclass(frozen=True)
 class StreamStats:
-    """Over the last WINDOW batches, but `tokens_per_second_worker`, which is over the run."""
+    """Over the last WINDOW batches, except `tokens_per_second_worker` and `skipped`, which are over the run."""
 
     batches: int
-    wait_share: float  # of the time between one batch and the next, the part spent waiting for data
-    tokens_per_second: float  # tokens that were consumed
-    tokens_per_second_worker: float  # what one worker thread tokenises in a second of its own CPU time
+    wait_share: float  # fraction of the time between two batches that is spent waiting for data
+    tokens_per_second: float  # tokens consumed
+    tokens_per_second_worker: float  # tokens that one worker thread makes per second of its CPU time
     fill_rate: float
-    skipped: dict[str, int]  # bad documents met so far, by source, where there are any
+    skipped: dict[str, int]  # bad documents so far, for each source that has any
 
 
 class BatchStream:
-    """An iterator of (batch, state after it). Close it, or use it in a `with`. `weights`: of a mixture that changes."""
+    """An iterator of (batch, state after it). Close it, or use it in a `with`. `weights`: for an adaptive mixture."""
 
     def __init__(self, source: BatchSource, state: MixtureState, weights: BatchWeights | None = None) -> None:
         self._source, self._weights = source, weights
@@ -69,13 +69,13 @@ class BatchStream:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread; batches made and not used are dropped, as the state says where to begin again."""
+        """Stop the thread. Prepared batches are dropped; the state says where to begin again."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
 
     def stats(self) -> StreamStats:
-        """What the log line says of the data."""
+        """The data's statistics for the log line."""
         waited, whole, tokens, fill = (
             (sum(column) for column in zip(*self._window, strict=True)) if self._window else (0.0,) * 4
         )
@@ -95,11 +95,11 @@ class BatchStream:
                 began = time.monotonic()
                 if self._weights is not None and (weights := self._weights.wait_for(state.number, self._stop)):
                     state = state.with_weights(weights)
-                # Waiting for a decision of the training thread is no fault of the data.
+                # Waiting for a decision of the training thread doesn't count as waiting for data.
                 undecided_s = time.monotonic() - began
                 batch, state = self._source.batch(state, state.number)
                 self._put((batch, state, undecided_s))
-        except Exception as error:  # the edge of a thread: whoever asks for the next batch gets it
+        except Exception as error:  # passed to the caller of `next`: this thread has nobody to raise to
             self._put(error)
 
     def _get(self) -> Made | Exception:

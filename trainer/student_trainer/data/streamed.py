@@ -1,8 +1,8 @@
-"""Sources read in order as they come, without an index on the local disk: large or remote files, and hub data sets.
+"""Sources read sequentially, without an index on the local disk: large or remote files, and hub data sets.
 
-Opened by `loader`. A place in a stream is two integers, shard and document within it. Shards (the files, or the data
-set's own shards) are shuffled each epoch, and documents within windows of `shuffle_window`; going back to a place means
-opening its shard and passing over what lies before the window, which Parquet does by row groups and others by reading.
+Opened by `loader`. A position in a stream is two integers, shard and document within it. Shards (the files, or the data
+set's own shards) are shuffled each epoch, and documents within windows of `shuffle_window`. Seeking means opening the
+shard and skipping to the window: by row groups in Parquet, by reading in other formats.
 """
 
 import itertools
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 BLOCK = 64
 SAMPLED = 16
 ATTEMPTS = 5
-Shard = Callable[[int], Iterator[Any]]  # from a first document on, the contents of a shard
+Shard = Callable[[int], Iterator[Any]]  # the documents of a shard, from a given one on
 
 
 class StreamedSource:
-    """Blocks of a stream, read one after another by one thread. Another block than the next one means a seek."""
+    """Blocks of a stream, read sequentially by one thread. Requesting any other block than the next is a seek."""
 
     block_size = BLOCK
 
@@ -42,7 +42,7 @@ class StreamedSource:
         self.name, self.settings, self.seed = name, settings, seed
         self._window = -(-settings.shuffle_window // BLOCK) * BLOCK if settings.shuffle else BLOCK
         self._shards = shards
-        self._place: tuple[int, int, int] | None = None  # epoch, shard and window of the documents that are held
+        self._place: tuple[int, int, int] | None = None  # epoch, shard and window of the documents in memory
         self._documents: list[RawDocument] = []
         self._rest: Iterator[Any] = iter(())
         contents = itertools.chain.from_iterable(shard(0) for shard in shards)
@@ -75,7 +75,7 @@ class StreamedSource:
         start = window * self._window
         if window == 0 or self._place != (epoch, shard, window - 1):
             self._rest = self._shards[physical](start)
-        self._place = None  # until the window is whole
+        self._place = None  # until the window is complete
         contents = self._take(physical, start)
         order_N = np.arange(len(contents))
         if self.settings.shuffle and len(contents):
@@ -84,7 +84,7 @@ class StreamedSource:
         self._place = (epoch, shard, window)
 
     def _take(self, physical: int, start: int) -> list[Any]:
-        """The next window. A connection that breaks is opened again, some seconds later."""
+        """The next window. A broken connection is opened again after a few seconds."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return list(itertools.islice(self._rest, self._window))
@@ -103,13 +103,13 @@ class StreamedSource:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether it is the connection's fault: what the network and the system raise, but for what is not there."""
+    """Whether the error may be temporary: raised by the network or the system, but not e.g. for a missing file."""
     cause = error.__cause__ or error
     return isinstance(cause, (ConnectionError, TimeoutError)) or type(cause) is OSError
 
 
 def open_shards(name: str, settings: SourceSettings, cache_folder: str | None) -> tuple[list[Shard], Content]:
-    """The shards, and what they hold. ValueError for missing files."""
+    """The shards and their content. ValueError for missing files."""
     if settings.kind != "hub":
         files = find_files(settings)
         content = files_content(name, files, cache_root(cache_folder))
@@ -121,7 +121,7 @@ def open_shards(name: str, settings: SourceSettings, cache_folder: str | None) -
 
 
 class _FileShard:
-    """One file of the source. ValueError if it is not the one any more that the run opened."""
+    """One file of the source. Reading it raises ValueError if it has changed since the run opened it."""
 
     def __init__(self, file: DataFile, settings: SourceSettings) -> None:
         self._file, self._settings = file, settings

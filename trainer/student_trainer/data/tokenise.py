@@ -1,6 +1,6 @@
-"""Raw documents to token ids, with BOS and EOS by the settings.
+"""Converts raw documents to token ids, with BOS and EOS as set.
 
-Called by `feed` on worker threads: `tokenizers` works outside the GIL, so threads are enough.
+Called by `feed` on worker threads: `tokenizers` releases the GIL, so threads are enough.
 """
 
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """A document's tokens. `prefix` (BOS or nothing) opens every sequence that is cut from it."""
+    """A document's tokens. Every sequence that is cut from it begins with `prefix` (BOS or nothing)."""
 
     index: str
     ids_N: np.ndarray  # int32, without the prefix
@@ -31,12 +31,12 @@ class TokenDocument:
 
 
 class Tokeniser:
-    """Turns the documents of one source into `TokenDocument`s; None for one without tokens."""
+    """Converts the documents of one source to `TokenDocument`s; None for those without tokens."""
 
     def __init__(
         self, name: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer | None, data: DataSettings
     ) -> None:
-        """backend: what `plain_backend` made of `tokenizer`, shared by all sources."""
+        """backend: `plain_backend(tokenizer)`, shared by all sources."""
         self.name = name
         self.skipped = 0
         self._tokenizer = tokenizer
@@ -83,7 +83,10 @@ class Tokeniser:
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _from_chat(self, document: RawDocument) -> TokenDocument | None:
-        """The template writes its own BOS and end-of-turn tokens; a BOS it writes opens later pieces too."""
+        """The template writes its own BOS and end-of-turn tokens; a BOS of its becomes the prefix of later pieces too.
+
+        ValueError if the conversation has no token to learn.
+        """
         assert self._chat is not None
         ids_N, counts_N = self._chat(document.content)
         if not counts_N.any():
@@ -100,7 +103,7 @@ class Tokeniser:
         return TokenDocument(document.index, ids_N, counts_N, self._prefix)
 
     def _from_ids(self, document: RawDocument) -> TokenDocument | None:
-        """Ids made beforehand are taken as they are: no BOS, no EOS, all within the vocabulary."""
+        """Ready-made ids are used as they are, without BOS or EOS. ValueError if one is outside the vocabulary."""
         ids_N = np.asarray(document.content, np.int32)
         if len(ids_N) == 0:
             return None
@@ -114,7 +117,9 @@ class Tokeniser:
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> tuple[int, ...]:
-    """(bos id,) or (): by the setting, or where that is None, as the tokenizer does by itself."""
+    """(bos id,) or (): by the setting, or if that is None, as the tokenizer does by itself. ValueError if there is no
+    BOS token to add.
+    """
     bos = tokenizer.bos_token_id
     if add_bos is None:
         ids = tokenizer("a")["input_ids"]
@@ -125,15 +130,15 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> tupl
 
 
 def eos_suffix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """(eos id,)."""
+    """(eos id,). ValueError if there is no EOS token."""
     if tokenizer.eos_token_id is None:
         raise ValueError("add_eos is true, but the tokenizer has no EOS token; set data.add_eos=false")
     return (tokenizer.eos_token_id,)
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """A copy of the Rust tokenizer without the truncation and padding its file may ask for; None if there is none."""
-    # Threads of ours share the work out; the library's own would fight with the training step's.
+    """A copy of the Rust tokenizer without the truncation and padding its file may set; None if there is none."""
+    # Our threads share the work; the library's own threads would compete with the training step's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -145,5 +150,5 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What padding is written with; it never enters a loss, so any valid id will do where there is no pad token."""
+    """The id used for padding. It never enters a loss, so any valid id will do if there is no pad token."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,7 +1,7 @@
-"""Mixture policies: who decides, from what a run's updates say, how much each source gives.
+"""Mixture policies, which set the weights of the sources from the metrics of a run's updates.
 
-    update n -> policy.observe(n, losses) -> policy.weights(n) -> batch n + lag is drawn by them
+    update n -> policy.observe(n, losses) -> policy.weights(n) -> batch n + lag is drawn with these weights
 
-May import settings, ranks, and of `data` the mixture. Open `policy.py` first: what a policy is. `decisions.py` has them
-by name, and takes what they decide from the loop to the thread that makes batches.
+May import settings, ranks, and `data.mixture`. Open `policy.py` first: it says what a policy is. `decisions.py` lists
+the policies by name, and passes their decisions from the loop to the thread that makes batches.
 """

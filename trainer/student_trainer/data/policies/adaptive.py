@@ -1,4 +1,4 @@
-"""What all policies that change weights have: a decision every so many updates, within bounds. Used by each of them."""
+"""The base of all policies that change weights: a decision every `update_interval` updates, within bounds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from student_trainer.settings.mixture import AdaptiveMixture
 
 @dataclass(frozen=True)
 class Adaptive:
-    """`prior`: the weights of the settings, which sum to 1, of the sources that have one: a source of weight 0 is never
-    drawn, whatever is decided. `current`: those of the last decision.
+    """`prior`: the settings' weights of the sources whose weight is positive, which sum to 1. `unused`: the sources of
+    weight 0, which are never drawn. `current`: the weights of the last decision.
     """
 
     settings: AdaptiveMixture
@@ -27,13 +27,13 @@ class Adaptive:
 
     @classmethod
     def of(cls, settings: Any, initial: Weights) -> Self:
-        """Before the first update."""
+        """The policy before the first update."""
         prior = {name: weight for name, weight in initial.items() if weight > 0}
         unused = tuple(name for name in initial if name not in prior)
         return cls(settings=settings, prior=prior, unused=unused, current=prior)
 
     def take_in(self, sketches: Sketches) -> Self:
-        """Nothing of it is wanted, but by `influence`."""
+        """Ignored, except by `influence`."""
         return self
 
     def due(self, step: int) -> bool:
@@ -44,9 +44,10 @@ class Adaptive:
         self, step: int, wanted: Weights, reasons: Mapping[str, Mapping[str, float]], note: str = "",
         low: Weights | None = None, high: Weights | None = None,
     ) -> Self:  # fmt: skip
-        """With `wanted` as the weights, within the bounds of the settings and, where they leave room, `low` and `high`.
+        """The policy with `wanted` as its weights, limited by the settings' bounds and, within these, by `low` and
+        `high`.
 
-        A source gets at least `floor` of its own weight and at most `cap`, or its own weight where that is more.
+        A source gets at least `floor` times its prior weight, and at most `cap` or its prior weight, whichever is more.
         """
         least = {name: self.settings.floor * weight for name, weight in self.prior.items()}
         most = {name: max(self.settings.cap, weight) for name, weight in self.prior.items()}
@@ -63,7 +64,7 @@ class Adaptive:
         return {"weights": dict(self.current)}
 
     def restored(self, state: Mapping[str, Any]) -> Self:
-        """ValueError for weights of other sources."""
+        """ValueError if the state belongs to other sources."""
         if state["weights"].keys() != self.prior.keys():
             raise ValueError(
                 f"the mixture policy's state is of the sources {sorted(state['weights'])}, those with a weight are "

@@ -1,9 +1,9 @@
-"""`ado`: more of a source whose loss still falls fast, by a scaling law fitted to it (ADO, arXiv 2410.11820).
+"""`ado`: more weight for sources whose loss still falls fast, by a scaling law fitted to it (ADO, arXiv 2410.11820).
 
 The loss is the student's cross-entropy with the data's own tokens; no teacher is needed. n counts the tokens of all
-sources, and a source's credit is the root of its share of what was lately drawn.
+sources, and a source's credit is the square root of its share of recently drawn tokens.
 
-The law is L(n) = e^e + e^a n^-alpha, fitted to a source's losses by Huber's loss of the logarithm, with L-BFGS from the
+The law is L(n) = e^e + e^a n^-alpha, fitted to a source's losses with a Huber loss of the log loss, by L-BFGS from the
 best points of a grid.
 """
 
@@ -26,41 +26,41 @@ from student_trainer.settings.mixture import AdoMixture
 HUBER = 1e-3
 LEAST_ALPHA, LARGEST_ALPHA, LARGEST_A, LEAST_E = 0.05, 0.8, 6.5, 0.5
 GRID = (torch.arange(-2.0, 6.5, 1.0), torch.arange(-2.0, 2.0, 0.5), torch.arange(0.0, 0.85, 0.1))
-STARTS = 3  # points of the grid from which a fit is tried
+STARTS = 3  # grid points to start a fit from
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """Its loss after n tokens, of which `exp(e)` stays however many they are."""
+    """A source's loss after n tokens; `exp(e)` is the irreducible part."""
 
     a: float
     e: float
     alpha: float
 
     def reducible(self, n: float) -> float:
-        """What training on more can still take off after n tokens."""
-        # loss(n) = exp(e) + exp(a) n^-alpha, of which the second part is what n can still take off.
+        """The reducible part of the loss after n tokens."""
+        # loss(n) = exp(e) + exp(a) n^-alpha; the second summand is reducible.
         return math.exp(self.a - self.alpha * math.log(n))
 
     def slope(self, n: float) -> float:
-        """How fast the loss falls with n, the exponent taken for no less than LEAST_ALPHA."""
+        """How fast the loss falls with n, with the exponent clipped to at least LEAST_ALPHA."""
         # -d loss / d n = alpha exp(a) n^(-alpha - 1).
         return max(self.alpha, LEAST_ALPHA) * self.reducible(n) / n
 
 
 def fit(tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """The law nearest to these losses after so many tokens. `e` is at least 0.5, the published bound, or the logarithm
-    of half the least loss where that is less: small losses would not fit under it.
+    """The law that fits these losses after these numbers of tokens best. `e` is at least 0.5, the published bound, or
+    the logarithm of half the smallest loss if that is less, since the bound is too high for small losses.
     """
     log_n_T = torch.tensor(tokens, dtype=torch.float64).log()
     log_loss_T = torch.tensor(losses, dtype=torch.float64).log()
     least_e = min(LEAST_E, float(log_loss_T.min()) - math.log(2.0))
     grid_G3 = torch.cartesian_prod(*GRID).double()
     with torch.no_grad():
-        # The misfit has many local minima: descent begins at the best points of a grid.
+        # The misfit has many local minima, so descent starts from the best points of a grid.
         starts = grid_G3[_misfit(grid_G3, log_n_T, log_loss_T, least_e).argsort(stable=True)[:STARTS]]
     fitted = min((_descend(start_3, log_n_T, log_loss_T, least_e) for start_3 in starts), key=lambda pair: pair[0])
-    # Descent is only pushed towards the bounds; here they hold.
+    # A penalty only pushes descent towards the bounds; here they are enforced.
     a, e, alpha = fitted[1]
     return ScalingLaw(min(a, LARGEST_A), max(e, least_e), min(max(alpha, 0.0), LARGEST_ALPHA))
 
@@ -83,9 +83,9 @@ def _descend(start_3: Tensor, log_n_T: Tensor, log_loss_T: Tensor, least_e: floa
 
 
 def _misfit(law_G3: Tensor, log_n_T: Tensor, log_loss_T: Tensor, least_e: float) -> Tensor:
-    """[G]: the sum of Huber's losses, and how far the laws are outside of their bounds."""
+    """[G]: the sum of Huber losses, plus how far each law is out of bounds."""
     a_G1, e_G1, alpha_G1 = law_G3[:, :1], law_G3[:, 1:2], law_G3[:, 2:]
-    # In logarithms, so that early and late losses count alike.
+    # In log space, so that early and late losses count alike.
     log_fit_GT = torch.logaddexp(a_G1 - alpha_G1 * log_n_T, e_G1.expand(-1, len(log_n_T)))
     huber_GT = torch.nn.functional.huber_loss(
         log_fit_GT, log_loss_T.expand_as(log_fit_GT), reduction="none", delta=HUBER
@@ -100,10 +100,10 @@ def _misfit(law_G3: Tensor, log_n_T: Tensor, log_loss_T: Tensor, least_e: float)
 
 
 LOSS = "student_cross_entropy"
-POINTS = 256  # of a source's curve; where there are more, neighbours are put together
-FEWEST = 8  # points that a law is fitted to
-A_DECISION = 50  # points from one decision to the next, where there are as many updates
-HISTORY = 0.9  # what stays, at an update, of the shares lately drawn
+POINTS = 256  # maximum for a source's curve; beyond it, neighbours are merged
+FEWEST = 8  # minimum of points to fit a law to
+A_DECISION = 50  # points between two decisions, if there are as many updates
+HISTORY = 0.9  # decay per update of the running mean of the shares drawn
 Points = tuple[tuple[float, float], ...]  # (tokens of all sources until then, mean loss)
 
 
@@ -115,7 +115,7 @@ class Ado(Adaptive):
     curves: Mapping[str, Points] = field(default_factory=dict)
     tokens: float = 0.0
     drawn: Mapping[str, float] = field(default_factory=dict)  # running mean of the shares drawn
-    average: Mapping[str, float] = field(default_factory=dict)  # of what the laws said, the prior to begin with
+    average: Mapping[str, float] = field(default_factory=dict)  # running mean of the preferences, from the prior on
     decisions: int = 0
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
@@ -128,7 +128,7 @@ class Ado(Adaptive):
             self,
             means=self.means.add(of_sources(metrics, LOSS, self.prior), metrics),
             tokens=self.tokens + whole,
-            # Exponential mean of the shares drawn, which the prior begins.
+            # Exponential mean of the shares drawn, starting from the prior.
             drawn={n: HISTORY * drawn[n] + (1 - HISTORY) * counts[n] / whole for n in self.prior},
         )
         if (step + 1) % max(1, self.settings.update_interval // A_DECISION) == 0 or self.due(step):
@@ -136,7 +136,7 @@ class Ado(Adaptive):
         return after._decided(step) if self.due(step) else after
 
     def _with_points(self) -> Self:
-        """What was drawn since the last point, as one more point of each source's curve."""
+        """Add the mean loss since the last point to each source's curve, as one more point."""
         curves = dict(self.curves)
         for name, (total, count) in self.means.sums.items():
             curves[name] = thinned((*curves.get(name, ()), (self.tokens, total / count)))
@@ -147,10 +147,10 @@ class Ado(Adaptive):
         slopes = {name: law.slope(self.tokens) for name, law in laws.items() if law is not None}
         if not slopes:
             return self
-        mean = sum(slopes.values()) / len(slopes)  # for a source of which too little was drawn
+        mean = sum(slopes.values()) / len(slopes)  # for sources of which too little was drawn
         average = self.average or self.prior
         says = preferences(self.prior, {n: slopes.get(n, mean) for n in self.prior}, self.drawn)
-        # Mostly the mean of all that the laws have said: one fit alone is noisy.
+        # Mostly the mean of all preferences so far: a single fit is noisy.
         wanted = {name: 0.9 * average[name] + 0.1 * says[name] for name in self.prior}
         # A running mean over the prior and all decisions so far.
         part = 1.0 / (self.decisions + 2)  # the prior counts as one
@@ -179,12 +179,12 @@ class Ado(Adaptive):
 
 
 def preferences(prior: Weights, slopes: Mapping[str, float], drawn: Weights) -> dict[str, float]:
-    """rho = norm(prior * slope * sqrt(share drawn)), each at least 0.01 before they are normed again."""
+    """rho = norm(prior * slope * sqrt(share drawn)), each raised to at least 0.01 and then normalised again."""
     return floored(normed({name: prior[name] * slopes[name] * drawn[name] ** 0.5 for name in prior}), 0.01)
 
 
 def thinned(points: Points) -> Points:
-    """As they are up to POINTS; beyond, every two neighbours as one."""
+    """Unchanged up to POINTS; beyond that, every two neighbours are merged into one."""
     if len(points) <= POINTS:
         return points
     pairs = [points[i : i + 2] for i in range(0, len(points), 2)]
@@ -192,6 +192,8 @@ def thinned(points: Points) -> Points:
 
 
 def fit_curve(points: Sequence[tuple[float, float]]) -> ScalingLaw | None:
-    """The law of a source, without the first tenth of its points: the rate still warms up there. None of too few."""
+    """Fit a source's law without the first tenth of its points, where the learning rate warms up. None if there are
+    too few points.
+    """
     kept = [(n, loss) for n, loss in points[len(points) // 10 :] if loss > 0]
     return fit([n for n, _ in kept], [loss for _, loss in kept]) if len(kept) >= FEWEST else None

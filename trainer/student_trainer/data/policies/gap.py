@@ -1,9 +1,9 @@
-"""Policies by how far the student is behind its teacher, source by source: `excess` and `divergence`.
+"""Policies that weight sources by how far the student is behind its teacher: `excess` and `divergence`.
 
-`excess`: the student's cross-entropy on the data's own tokens less the teacher's, whose logprob of them every target
-brings. `divergence`: KL(teacher‖student). Both are means over the tokens trained on since the last decision; no pass is
-made for them. The forms are DDK's (arXiv 2407.16154), bounded, and DoReMi's (arXiv 2305.10429), which puts nearly all
-on one source where the gaps stay as they are.
+`excess`: the student's cross-entropy on the data's own tokens minus the teacher's, whose logprobs of them are part of
+all targets. `divergence`: KL(teacher‖student). Both are means over the tokens trained on since the last decision, and
+need no extra forward pass. The forms are DDK's (arXiv 2407.16154), which is bounded, and DoReMi's (arXiv 2305.10429),
+which moves nearly all weight to one source if the gaps stay the same.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ STUDENT, TEACHER, DIVERGENCE = "student_cross_entropy", "teacher_cross_entropy",
 
 @dataclass(frozen=True)
 class Gap(Adaptive):
-    """`settings.over`: the sources among which shares move; all others keep their own."""
+    """`settings.over`: the sources among which weight is moved; all others keep theirs."""
 
     settings: GapMixture
     means: SourceMeans = field(default_factory=SourceMeans)
-    begun: bool = False  # whether there was a decision
+    begun: bool = False  # whether there has been a decision
 
     reason = ""
 
     def gaps(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By source, of one update."""
+        """The gaps of one update, by source."""
         raise NotImplementedError
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
@@ -46,17 +46,17 @@ class Gap(Adaptive):
         if not gaps:
             return after
         whole = sum(moving.values())
-        # Shares among those that move; their sum stays what it was.
+        # The update is computed on shares among the moving sources; their total weight stays the same.
         stepped = self.step_from({name: weight / whole for name, weight in moving.items()}, gaps)
         wanted = {**self.current, **{name: whole * weight for name, weight in stepped.items()}}
         reasons = {name: {self.reason: gap} for name, gap in gaps.items()}
-        # What keeps its own share is held to it: else the bounds of the others would move it.
+        # The other sources are pinned to their weights; otherwise the bounds of the moving ones could shift them.
         held = {name: weight for name, weight in self.current.items() if name not in moving}
         low, high = ({**dict.fromkeys(self.prior, bound), **held} for bound in (0.0, 1.0))
         return replace(after.decide(step, wanted, reasons, low=low, high=high), begun=True)
 
     def step_from(self, weights: Weights, gaps: Mapping[str, float]) -> Weights:
-        """The form's update of weights that sum to 1."""
+        """Update weights that sum to 1, by the form in the settings."""
         settings = self.settings
         if settings.form == "exponentiated":
             return exponentiated_step(weights, gaps, settings.eta, settings.smoothing)

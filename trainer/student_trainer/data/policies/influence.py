@@ -1,7 +1,7 @@
-"""`influence`: more of a source whose gradient points where the probe's does (DoGE, DGA, Influence Distillation).
+"""`influence`: more weight for sources whose gradient aligns with the probe's (DoGE, DGA, Influence Distillation).
 
-The probe is held-out text of the user's choice, with the loss that is trained. `evaluation.influence` measures: in the
-last updates before a decision a sketch of each source's gradient, and at the decision the probe's, with its loss.
+The probe is held-out text of the user's choice, with the training loss. `evaluation.influence` measures a sketch of
+each source's gradient in the last updates before a decision, and the probe's gradient and loss at the decision.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from student_trainer.settings.mixture import InfluenceMixture
 class Influence(Adaptive):
     settings: InfluenceMixture
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)  # by source [size] float32, since the last decision
-    tokens: Mapping[str, float] = field(default_factory=dict)  # of the sketched updates
-    scores: Mapping[str, float] = field(default_factory=dict)  # of the last decision that had them
-    probe_loss: float | None = None  # of the last decision
-    taken: Sketches | None = None  # of the update that is about to be observed
+    tokens: Mapping[str, float] = field(default_factory=dict)  # by source, in the sketched updates
+    scores: Mapping[str, float] = field(default_factory=dict)  # the last known ones
+    probe_loss: float | None = None  # at the last decision
+    taken: Sketches | None = None  # of the update to be observed next
 
     def sketched(self, step: int) -> bool:
-        """Whether update `step` is sketched: the last ones before a decision."""
+        """Whether gradients are sketched in update `step`, one of the last before a decision."""
         interval = self.settings.update_interval
         return step % interval >= interval - self.settings.sketch_steps
 
@@ -61,7 +61,7 @@ class Influence(Adaptive):
         note = f"the probe's loss is {probe_loss:.4f}"
         if not scores:
             return after
-        mean = sum(scores.values()) / len(scores)  # for a source that was not drawn in any sketched update
+        mean = sum(scores.values()) / len(scores)  # for sources that were not drawn in any sketched update
         known = {name: scores.get(name, mean) for name in self.prior}
         wanted = averaged_step(self.current, known, self.settings.eta, self.settings.kept)
         part = self.settings.most_change
@@ -70,9 +70,9 @@ class Influence(Adaptive):
         return after.decide(step, wanted, reasons, note, low=low, high=high)
 
     def _scores(self, probe: np.ndarray) -> dict[str, float]:
-        """Of the sources that were sketched since the last decision."""
+        """The scores of the sources that were sketched since the last decision."""
         whole = sum(self.tokens.values())
-        # A sketch is that of a source's part of the loss: by its share of the tokens it is the mean gradient's.
+        # A sketch is of the source's part of the total loss; divided by its share of tokens, of its mean gradient.
         means = {name: self.sums[name].astype(np.float64) * (whole / self.tokens[name]) for name in self.sums}
         norms = {name: float(np.linalg.norm(mean)) for name, mean in means.items()}
         target = probe.astype(np.float64)

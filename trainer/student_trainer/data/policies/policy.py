@@ -1,4 +1,4 @@
-"""What a mixture policy is, and the record of what it decides. Each is a file beside this one, named in `decisions`."""
+"""The protocol of mixture policies, and the record of a decision. Each policy is a file here, listed in `decisions`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Weights = Mapping[str, float]  # by source; they need not sum to 1
 
 @dataclass(frozen=True)
 class Decision:
-    """The weights that a policy chose after update `step`, counted from 0, and its reasons: figures by source. `note`
-    says what else there is to say, as that it went back to the prior.
+    """The weights that a policy chose after update `step`, counted from 0, and its reasons: metrics by source. `note`:
+    further remarks for the log, such as a return to the prior.
     """
 
     step: int
@@ -25,8 +25,8 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Sketches:
-    """What was measured of gradients in one update: by source [size] float32, and where a decision is due that of the
-    probe, with the probe's loss a token.
+    """Gradient sketches of one update: [size] float32 by source, and if a decision is due, also the probe's, with its
+    loss per token.
     """
 
     by_source: Mapping[str, np.ndarray]
@@ -35,45 +35,45 @@ class Sketches:
 
 
 class MixturePolicy(Protocol):
-    """A frozen record; what it has learnt of the run is its state."""
+    """A frozen record; `state` is what it has learnt from the run."""
 
     @property
     def varies(self) -> bool:
-        """Whether weights ever change. Those of a policy that says no are never asked for."""
+        """Whether weights ever change; if not, `weights` is never called."""
         ...
 
     @property
     def watches(self) -> tuple[str, ...]:
-        """Figures that it goes by and that the loss may not have, see `losses.watched`."""
+        """Metrics that it needs and that the loss may not provide, see `losses.watched`."""
         ...
 
     @property
     def decision(self) -> Decision | None:
-        """The last one."""
+        """The last decision."""
         ...
 
     def take_in(self, sketches: Sketches) -> Self:
-        """With what was measured of an update's gradients, ahead of `observe` for the same update."""
+        """The policy with an update's gradient sketches; called before `observe` for the same update."""
         ...
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Self:
         """The policy after update `step`, counted from 0.
 
         metrics: losses of the update over all ranks, by their names in metrics.jsonl: "loss", "loss/TERM",
-        "source/NAME/TERM", "source/NAME/tokens", ... A source of which the batch had nothing has none.
+        "source/NAME/TERM", "source/NAME/tokens", ... There are none for a source that the batch had nothing of.
         """
         ...
 
     def weights(self, step: int) -> Weights:
-        """What batch `step` + lag is drawn by; asked for after update `step` is observed."""
+        """The weights for batch `step` + lag; called after update `step` was observed."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """All that `observe` has changed, as JSON holds it exactly."""
+        """Everything that `observe` has changed, in a form that JSON holds exactly."""
         ...
 
     def restored(self, state: Mapping[str, Any]) -> Self:
-        """With a state out of a checkpoint."""
+        """The policy with the state from a checkpoint."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""The arithmetic of the policies: new weights out of old ones and figures, by source, in double precision.
+"""The arithmetic of the policies: new weights from old ones and metrics, by source, in double precision.
 
-Sources come in the order of the weights, so that sums are the same on every rank and after a resume.
+Sources are kept in the order of the weights, so that sums are the same on every rank and after a resume.
 """
 
 from __future__ import annotations
@@ -14,59 +14,59 @@ TINY = 1e-300
 
 
 def normed(weights: Weights) -> dict[str, float]:
-    """They sum to 1."""
+    """Weights scaled to sum to 1."""
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 
 
 def floored(weights: Weights, least: float) -> dict[str, float]:
-    """Each at least `least`, and normed again, which may bring it somewhat below."""
+    """Weights raised to at least `least` and normalised again, which may bring them slightly below it."""
     return normed({name: max(weight, least) for name, weight in weights.items()})
 
 
 def tilted(weights: Weights, exponents: Mapping[str, float]) -> dict[str, float]:
-    """norm(w exp(x)), which no exponent is too large for."""
+    """norm(w exp(x)), without overflow for any exponent."""
     largest = max(exponents[name] for name in weights)
     return normed({name: weight * math.exp(exponents[name] - largest) for name, weight in weights.items()})
 
 
 def perplexity_ratios(gaps: Mapping[str, float]) -> dict[str, float]:
-    """exp(gap): the student's perplexity over the teacher's, where the gap is that of their cross-entropies."""
+    """exp(gap): the student's perplexity divided by the teacher's if the gap is between their cross-entropies."""
     return {name: math.exp(min(gap, 700.0)) for name, gap in gaps.items()}
 
 
 def bounded_step(weights: Weights, gaps: Mapping[str, float], kept: float) -> dict[str, float]:
-    """DDK (arXiv 2407.16154): a norm(w exp(ratio)) + (1 - a) / N, which no source leaves with less than (1 - a) / N."""
+    """DDK (arXiv 2407.16154): a norm(w exp(ratio)) + (1 - a) / N with a = `kept`, so at least (1 - a) / N each."""
     tilt, share = tilted(weights, perplexity_ratios(gaps)), (1.0 - kept) / len(weights)
     return {name: kept * weight + share for name, weight in tilt.items()}
 
 
 def exponentiated_step(weights: Weights, gaps: Mapping[str, float], eta: float, smoothing: float) -> dict[str, float]:
-    """DoReMi (arXiv 2305.10429): (1 - c) norm(w exp(eta gap)) + c / N, the gap of each source's mean not below 0.
+    """DoReMi (arXiv 2305.10429): (1 - c) norm(w exp(eta gap)) + c / N, with each source's mean gap clipped at 0.
 
-    The mean is clipped and not each token: a clip by token makes a gap of noise that has none in the mean.
+    The mean is clipped and not each token: clipping per token would turn noise with mean 0 into a gap.
     """
     tilt = tilted(weights, {name: eta * max(gaps[name], 0.0) for name in weights})
     return {name: (1.0 - smoothing) * weight + smoothing / len(weights) for name, weight in tilt.items()}
 
 
 def averaged_step(weights: Weights, scores: Mapping[str, float], eta: float, kept: float) -> dict[str, float]:
-    """kept w + (1 - kept) norm(w exp(eta score)). With scores of `doge_scores` and kept = 0 that is DoGE's step, with
-    dot products DGA's (arXiv 2410.02498).
+    """kept w + (1 - kept) norm(w exp(eta score)). With `doge_scores` and kept = 0 this is DoGE's step, with dot
+    products as scores DGA's (arXiv 2410.02498).
     """
     tilt = tilted(weights, {name: eta * scores[name] for name in weights})
     return {name: kept * weight + (1.0 - kept) * tilt[name] for name, weight in weights.items()}
 
 
 def doge_scores(dots: Mapping[str, float], norms: Mapping[str, float]) -> dict[str, float]:
-    """DoGE (arXiv 2310.15393): <g_i, g_probe> over the mean norm of the g_i, between 0 and 5."""
+    """DoGE (arXiv 2310.15393): <g_i, g_probe> divided by the mean norm of the g_i, clipped to [0, 5]."""
     mean = sum(norms[name] for name in dots) / len(dots)
     return {name: min(max(dot / max(mean, TINY), 0.0), 5.0) for name, dot in dots.items()}
 
 
 def within(weights: Weights, low: Weights, high: Weights) -> dict[str, float]:
-    """Weights in proportion to `weights` that sum to 1, but where a bound holds them: clip(t w, low, high), with the t
-    for which they sum to 1. It is there where sum(low) <= 1 <= sum(high).
+    """clip(t w, low, high) with the t for which it sums to 1: in proportion to `weights` except where a bound holds.
+    There is such a t if sum(low) <= 1 <= sum(high).
     """
     free = {name: max(weight, TINY) for name, weight in normed(weights).items()}
     held: dict[str, float] = {}
@@ -76,7 +76,7 @@ def within(weights: Weights, low: Weights, high: Weights) -> dict[str, float]:
         below = {name: low[name] for name, weight in free.items() if scale * weight < low[name]}
         if not above and not below:
             break
-        # Whichever bounds move more of the whole are sure to hold in the end; the others may yet be let go.
+        # The side whose bounds shift more weight is certain to hold in the end; the other side's may become inactive.
         given = sum(scale * free[name] - bound for name, bound in above.items())
         taken = sum(bound - scale * free[name] for name, bound in below.items())
         fixed = above if given >= taken else below
