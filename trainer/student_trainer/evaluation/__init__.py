@@ -1,4 +1,4 @@
-"""Held-out figures, and texts that the student continues, to be read.
+"""Held-out metrics, and sample texts that the student writes.
 
 May import targets, rollouts and what lies below them. Open `evaluator.py` first.
 """

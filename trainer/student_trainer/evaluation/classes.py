@@ -1,5 +1,5 @@
-"""What student and teacher say of held-out examples with a class: the right one, another, and how surely. Called by
-`evaluator` for sources of format classification; written to `classes.jsonl`, a line for each source and evaluation.
+"""Student's and teacher's choices on held-out classification examples, with their probabilities. Called by `evaluator`
+for sources of format classification; written to `classes.jsonl`, one line per source and evaluation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.evaluation.records import ClassExample, ClassFigures
 from student_trainer.ranks import Ranks
 
-EXAMPLES = 20  # that are kept to be read
+EXAMPLES = 20  # kept for the report
 
 
 class ClassSums:
-    """Adds up the micro batches of one source. `words`: the ids of the classes' words; `decode`: ids as text."""
+    """Accumulates the micro batches of one source. `words`: the ids of the class words; `decode`: ids to text."""
 
     def __init__(self, source: str, words: Sequence[int], decode: Callable[[Sequence[int]], str]):
         self._source, self._words, self._decode = source, tuple(words), decode
@@ -27,7 +27,7 @@ class ClassSums:
         self._prompts: dict[str, Tensor] = {}
 
     def add(self, batch: Batch, micro: MicroBatch, logits_NV: Tensor) -> Tensor:
-        """[N] bool: where the likeliest of the classes' words is the right one."""
+        """[N] bool: where the likeliest class word is the right one."""
         words_C = torch.tensor(self._words, device=logits_NV.device)
         logits_NC = logits_NV[:, words_C]
         rows = range(micro.first_row, micro.first_row + micro.rows)
@@ -41,7 +41,7 @@ class ClassSums:
         return words_C[logits_NC.argmax(1)] == micro.view.labels_N
 
     def figures(self, ranks: Ranks) -> ClassFigures:
-        """Of all ranks together, which all must call."""
+        """The result over all ranks, which must all call it."""
         said = {key: columns_5 for each in ranks.gather(self._said) for key, columns_5 in each.items()}
         mine = {key: self._prompts[key] for key in _chosen(self._prompts)}
         prompts = {key: ids_T for each in ranks.gather(mine) for key, ids_T in each.items()}
@@ -65,8 +65,8 @@ class ClassSums:
         )  # fmt: skip
 
     def _columns(self, micro: MicroBatch, logits_NC: Tensor, words_C: Tensor) -> Tensor:
-        """[N, 5]: the right class, the student's and its probability among the classes, the teacher's and its own; -1
-        where the teacher has none of the words among those it was asked for.
+        """[N, 5]: the right class, the student's choice and its probability among the classes, and the same for the
+        teacher; its choice is -1 if none of the words is in its top K.
         """
         label_N = (micro.view.labels_N[:, None] == words_C).int().argmax(1)
         student_NC = logits_NC.double().softmax(1)
@@ -81,7 +81,7 @@ class ClassSums:
 
 
 def _teachers(micro: MicroBatch, words_C: Tensor) -> Tensor:
-    """[N, C] the teacher's probabilities of the words, given that it is one of those among its top K; NaN for none."""
+    """[N, C] the teacher's probabilities of the words in its top K, normalised over these; NaN if there are none."""
     rows = micro.teacher
     if rows is None or rows.ids_NK is None or rows.logprobs_NK is None:
         return torch.full((len(micro.view.labels_N), len(words_C)), torch.nan, device=words_C.device)
@@ -93,5 +93,5 @@ def _teachers(micro: MicroBatch, words_C: Tensor) -> Tensor:
 
 
 def _chosen(keys: Iterable[str]) -> list[str]:
-    """The same few of the same examples, by hash: in the order of a file classes often lie side by side."""
+    """A few examples, always the same, chosen by hash: files are often sorted by class."""
     return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:EXAMPLES]

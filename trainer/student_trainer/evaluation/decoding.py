@@ -1,12 +1,12 @@
-"""What a block-diffusion student fills in and writes, in figures. Built by `build`, called by `evaluator`.
+"""Metrics of what a block-diffusion student fills in and generates. Built by `open`, called by `evaluator`.
 
-- Infilling: spans of four held-out tokens, with all that stands left of them and, as far as their block reaches, what
-  stands right. `infilled_exactly`: the share of spans with every token right; `infilled_tokens`: of tokens. The spans
-  are the same for students of all block sizes.
-- Texts that it draws after held-out beginnings, at each of `evaluation.thresholds`: tokens a forward pass
-  (`written_THRESHOLD_tokens_per_pass`: passes over the beginning do not count, those over written blocks do), the
-  perplexity that the autoregressive teacher gives them (`_perplexity`), and the entropy of their tokens' frequencies in
-  nats (`_entropy`), for a text that repeats itself has a low perplexity too.
+- Infilling: spans of four held-out tokens, given everything to their left and the rest of their block to their right.
+  `infilled_exactly`: the fraction of spans with every token right; `infilled_tokens`: that of tokens. The spans are the
+  same for all block sizes.
+- Texts generated from held-out prompts, at each of `evaluation.thresholds`: tokens per forward pass
+  (`written_THRESHOLD_tokens_per_pass`; passes over the prompt do not count, those over finished blocks do), their
+  perplexity under the autoregressive teacher (`_perplexity`), and the entropy of their token frequencies in nats
+  (`_entropy`), since repetitive text has a low perplexity too.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import LARGEST_BLOCK
 from student_trainer.students.student import Student
 
-# A span begins at this place of each sixteen, and is as long: blocks of 16 and more have something right of it.
+# Spans of SPAN tokens begin at position AT of every sixteen, so blocks of 16 and more have tokens to their right.
 EVERY, AT, SPAN = 16, 4, 4
 
 
 class Decoding:
-    """`batches`: the held-out rows by source. `ends`: tokens that end a text. `judge`: the logprobs that the teacher
-    gives a batch's tokens, None without one: then nothing is judged.
+    """`batches`: the held-out rows by source. `ends`: tokens that end a text. `judge`: returns the teacher's logprobs
+    of a batch's tokens; None without a teacher, in which case no texts are generated.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Decoding:
         self._prompts = {name: _prompts(group, settings)[:judged] for name, group in batches.items()}
 
     def figures(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Figures:
-        """Of one source. `meanwhile` is called before every pass, and may raise to give up."""
+        """The metrics of one source. `meanwhile` is called before every pass, and may raise to give up."""
         assert isinstance(student.reader, DiffusionReader)
         figures: Figures = {}
         if spans := self._spans.get(source):
@@ -94,7 +94,7 @@ class Decoding:
         }
 
     def _perplexity(self, prompts: Sequence[np.ndarray], samples: Sequence[Sample]) -> float:
-        """By the teacher, of what was written, each text given its beginning."""
+        """The teacher's perplexity of the generated texts, given their prompts."""
         assert self._judge is not None
         rows = [
             [Placed(0, f"judged:{row}", np.concatenate([ids_N, sample.ids_N]).astype(np.int32),
@@ -112,15 +112,15 @@ class Decoding:
 
 
 def spans_of(batches: Sequence[Batch]) -> list[tuple[np.ndarray, int]]:
-    """(tokens, place of the span): one of each document, then a second of each, and so on. The tokens reach as far as
-    the largest block may see.
+    """(tokens, position of the span): one for each document, then a second for each, and so on. The tokens end with the
+    largest possible block around the span.
     """
     turns: list[tuple[int, np.ndarray, int]] = []
     draw = np.random.default_rng(0)
     for batch in batches:
         for document in batch.documents:
             ids_N = batch.tokens_BT[document.row, document.start : document.stop]
-            # Token t counts where the position before it does.
+            # Token t counts if the position before it, which predicts it, does.
             learnt_N = batch.loss_mask_BT[document.row, document.start : document.stop - 1]
             places = [
                 start for start in range(EVERY + AT, len(ids_N) - SPAN + 1, EVERY)
@@ -134,7 +134,7 @@ def spans_of(batches: Sequence[Batch]) -> list[tuple[np.ndarray, int]]:
 
 
 def _prompts(batches: Sequence[Batch], settings: EvaluationSettings) -> list[np.ndarray]:
-    """Beginnings of held-out documents, those of full length first."""
+    """Prompts from the beginnings of held-out documents, those of full length first."""
     found = []
     for batch in batches:
         for document in batch.documents:

@@ -1,7 +1,7 @@
-"""Held-out figures document by document, so that two runs can be compared pair by pair. Called by `evaluator`.
+"""Held-out metrics per document, for paired comparison of two runs. Called by `evaluator`.
 
-Tokens of one document are alike, documents are not: whether two students differ by more than chance is judged by the
-spread of their differences over documents. They go to `documents.jsonl`, a line for each document and evaluation.
+Tokens of one document are not independent, documents are: whether two students differ by more than chance is judged by
+the spread of their differences over documents. Written to `documents.jsonl`, one line per document and evaluation.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ COLUMNS = ("tokens", "cross_entropy", "kl", "agreed")
 
 
 class DocumentSums:
-    """Adds up the micro batches of one source."""
+    """Accumulates the micro batches of one source."""
 
     def __init__(self, source: str, has_teacher: bool):
         self._source, self._has_teacher = source, has_teacher
-        self._parts: list[tuple[list[str], Tensor]] = []  # documents, and COLUMNS of each on the device
+        self._parts: list[tuple[list[str], Tensor]] = []  # documents, and the COLUMNS of each, on the device
 
     def add(self, batch: Batch, micro: MicroBatch, loss: HeadLoss, agrees_N: Tensor | None) -> None:
-        """`agrees_N`: where student and teacher put the same token first, None without a teacher."""
+        """`agrees_N`: where student and teacher have the same likeliest token; None without a teacher."""
         if not len(micro.view.labels_N):
             return
         rows = range(micro.first_row, micro.first_row + micro.rows)
@@ -43,7 +43,7 @@ class DocumentSums:
         self._parts.append((keys, sums_4D))
 
     def figures(self, ranks: Ranks) -> list[DocumentFigures]:
-        """Of all ranks together, which all must call; ordered by document."""
+        """The metrics over all ranks, which must all call it, sorted by document."""
         own: dict[str, Tensor] = {}
         for keys, sums_4D in self._parts:
             for key, sums_4 in zip(keys, sums_4D.cpu().T, strict=True):
@@ -67,5 +67,5 @@ class DocumentSums:
 
 
 def _number(value: float) -> float:
-    """As a whole number where it is one."""
+    """As an int if it is integral."""
     return int(value) if value.is_integer() else value

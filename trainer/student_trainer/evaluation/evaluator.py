@@ -1,7 +1,7 @@
-"""Held-out figures, by source: cross-entropy, KL(teacher‖student), agreement. Made in `open`, called by `run`.
+"""Held-out metrics by source: cross-entropy, KL(teacher‖student), agreement. Built by `open`, called by `run`.
 
-KL is at temperature 1, over the served K ids and one bucket for all others, which is a lower bound of the
-full KL, or with `evaluation.kl=full` over the whole vocabulary.
+KL is at temperature 1, over the served K ids and one bucket for all others, which is a lower bound of the full KL; or,
+with `evaluation.kl=full`, over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ KL: dict[str, TokenTerm] = {
 
 
 class SourceFigures(Protocol):
-    """Further figures of a student on one source, as `decoding.Decoding` has them."""
+    """Further metrics of a student on one source, such as those of `decoding.Decoding`."""
 
     def figures(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Figures: ...
 
 
 class Evaluator:
-    """`micro_rows`: rows a forward pass. `decode`: token ids as text, for what is kept to be read. `head`: the
-    teacher's, for the full KL. `classes`: by source of format classification, the ids of its classes' words.
-    `decoding`: of a block-diffusion student that can write here. With several `ranks`, each has its own rows of every
-    batch, and all call together.
+    """`micro_rows`: rows per forward pass. `decode`: token ids to text. `head`: the teacher's, for the full KL.
+    `classes`: for each source of format classification, the ids of its class words. `decoding`: for a block-diffusion
+    student that can generate here. With several `ranks`, each has its own rows of every batch, and all call the methods
+    together.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Evaluator:
         return self._settings.every > 0 and self._settings.at_start
 
     def evaluate(self, student: Student, pause: Callable[[], None] = lambda: None) -> Evaluation:
-        """Figures by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
+        """Metrics by source, means over its held-out tokens; `kl` and `agreement` are None without a teacher.
 
-        A source of format classification has `accuracy` too: how often the likeliest of its words is the right one. A
-        block-diffusion student has those of `mask_rates` and `decoding`.
+        A source of format classification also has `accuracy`: how often the likeliest class word is the right one. A
+        block-diffusion student also has the metrics of `mask_rates` and `decoding`.
         `pause` is called after each batch, and may raise to give up.
         """
         by_source: dict[str, Figures] = {}
@@ -95,7 +95,7 @@ class Evaluator:
         return Evaluation(by_source, documents, classes)
 
     def write_passage(self, student: Student) -> None:
-        """A held-out text in which each token shows what teacher and student would have said, for the report."""
+        """Write a held-out text with teacher's and student's predictions for each token, for the report."""
         for name, batches in self._held_out.batches.items():
             if batches and self._held_out.targets[name][0] is not None and self._settings.every > 0:
                 self._write_passage(student, batches[0], self._held_out.targets[name][0])
@@ -107,7 +107,7 @@ class Evaluator:
             passage = make_passage(student, batch, targets, lambda token: self._decode([token]), self._seed)
             self._passage_file.write_text(json.dumps(passage))
         elif self._ranks.total(0):
-            # The student is whole for rank 0 only while the others have it whole too.
+            # Rank 0's forward pass gathers sharded parameters, so the other ranks must run one too.
             for micro in cut(batch.rows(0, 1), None, student, self._seed, keep_empty=True):
                 student.logits(micro.to(student.device))
 
@@ -120,7 +120,7 @@ class Evaluator:
         sums = LossSums(terms, batches[0].source_names)
         documents, rates = DocumentSums(name, has_teacher), MaskRates.of(student)
         tokens = 0
-        # Weights of the labels that agree, of those that are right, and of all: on the device until the end.
+        # Total weight of labels that agree, of those that are right, and of all; on the device until the end.
         hits_3 = torch.zeros(3, dtype=torch.float64, device=student.device)
         words = self._classes.get(name)
         classes = ClassSums(name, words, self._decode) if words else None
@@ -159,12 +159,12 @@ class Evaluator:
 
 
 def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:
-    """[N] bool: where student and teacher put the same token first."""
+    """[N] bool: where student and teacher have the same likeliest token."""
     assert micro.teacher is not None and micro.teacher.ids_NK is not None and top1_N is not None
     return top1_N == micro.teacher.ids_NK[:, 0]
 
 
 def _weight(micro: MicroBatch, chosen_N: torch.Tensor) -> torch.Tensor:
-    """What the chosen labels weigh together: their number, where labels have no weights."""
+    """The total weight of the chosen labels, or their number if labels have no weights."""
     weights_N = micro.view.weights_N
     return chosen_N.sum() if weights_N is None else (chosen_N * weights_N.double()).sum()

@@ -1,4 +1,4 @@
-"""The held-out rows with the teacher's answers, which is asked once: every evaluation compares with the same ones.
+"""The held-out rows with their targets, which are fetched once, so that all evaluations compare with the same ones.
 Called by `open`, read by `evaluator`.
 """
 
@@ -19,7 +19,7 @@ from teacher_proto.requests import TargetSpec
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """The held-out rows of all sources with the teacher's answers, ready to be read."""
+    """The held-out rows of all sources, with their targets."""
 
     batches: Mapping[str, Sequence[Batch]]
     targets: Mapping[str, Sequence[BatchTargets | None]]
@@ -29,7 +29,7 @@ def fetch_held_out(
     batches: Mapping[str, Sequence[Batch]], targets: Targets | None, thread: EventThread, spec: TargetSpec,
     waiting: Callable[[], str] = str,
 ) -> HeldOut:  # fmt: skip
-    """Ask the teacher for all of them, side by side; the first failure is raised. `waiting` says how far they are."""
+    """Fetch the targets of all batches concurrently; raises the first failure. `waiting` describes the progress."""
     if targets is None:
         return HeldOut(batches, {name: [None] * len(group) for name, group in batches.items()})
     ordered = [batch for group in batches.values() for batch in group]

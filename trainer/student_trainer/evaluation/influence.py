@@ -1,8 +1,8 @@
-"""Measures for the mixture policy `influence`: sketches of the sources' gradients in updates that are made anyway, and
-of the probe's where a decision is due. Made in `open`, called by `loop`.
+"""Measurements for the mixture policy `influence`: sketches of the sources' gradients, taken during regular updates,
+and of the probe's gradient when a decision is due. Built by `open`, called by `run` and `loop`.
 
-The probe is measured before the update that its decision follows, with the parameters that this update starts from: it
-changes nothing of the student, and an update that is given up takes its probe along.
+The probe is measured just before the update after which the decision is made, with the same parameters as that update.
+This changes nothing in the student, and if the update is abandoned, so is the measurement.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from student_trainer.students.student import Student
 from student_trainer.targets.prefetch import Ready
 from teacher_proto.process.stages import stage
 
-Ask = Callable[[Ready], Ready]  # a batch with what is asked of a teacher at ids that the student finds likeliest
+Ask = Callable[[Ready], Ready]  # adds to a batch the targets at the student's likeliest ids
 
 
 class HasMoments(Protocol):
-    """Of an optimizer."""
+    """An optimizer, as far as it is needed here."""
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -40,10 +40,10 @@ class HasMoments(Protocol):
 
 
 class NoMeter:
-    """Of a run whose mixture does not go by gradients."""
+    """Does nothing, for runs whose mixture does not depend on gradients."""
 
     def probes(self, state: TrainState) -> bool:
-        """Whether `begin` will measure the probe ahead of the next update: on all ranks alike."""
+        """Whether `begin` will measure the probe before the next update. All ranks agree on it."""
         return False
 
     def begin(
@@ -59,8 +59,8 @@ class NoMeter:
 
 
 class InfluenceMeter(NoMeter):
-    """`begin` before an update, `watching` around each of its forward passes, `take` after it. `probe`: batches with
-    their targets, cut for this student.
+    """Call `begin` before an update, `watching` around each of its forward passes, `take` after it. `probe`: batches
+    with their targets, cut into micro batches for this student.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class InfluenceMeter(NoMeter):
     def begin(
         self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
     ) -> None:
-        """Ahead of update `state.step`, which all ranks call. `pause` may raise to give the update up."""
+        """To be called by all ranks before update `state.step`. `pause` may raise to abandon the update."""
         policy = state.policy.policy
         assert isinstance(policy, Influence)
         self._active = kind == "data" and policy.sketched(state.step)
@@ -97,11 +97,11 @@ class InfluenceMeter(NoMeter):
         self._sketches.scales = self._preconditioners() if self._active and self._settings.precondition else {}
 
     def watching(self, micro: MicroBatch) -> AbstractContextManager[None]:
-        """Around a forward pass of the update."""
+        """A context for one forward pass of the update."""
         return self._sketches.watching(micro) if self._active else nullcontext()
 
     def take(self) -> Sketches | None:
-        """What was measured of the update, over all ranks, which all must call; None where nothing was due."""
+        """The update's measurements over all ranks, which must all call it; None if nothing was due."""
         if not self._active and self._probed is None:
             return None
         by_source = {}
@@ -116,7 +116,7 @@ class InfluenceMeter(NoMeter):
     def _measure(
         self, micros: Sequence[MicroBatch], terms: tuple[Term, ...], pause: Callable[[], None]
     ) -> tuple[Tensor, float]:
-        """The sketch of the probe's gradient, and its loss, a token."""
+        """The sketch of the probe's gradient, and its loss per token."""
         # The probe's gradient is not preconditioned: Adam's step is P g_source, and its gain <g_probe, P g_source>.
         self._sketches.scales = {}
         count = self._ranks.total(sum(micro.view.count for micro in micros))
@@ -130,19 +130,19 @@ class InfluenceMeter(NoMeter):
                 lost += loss.total.detach().double().cpu()
                 doing.done += 1
                 pause()
-        # What the probe's backward pass left in `grad` is none of the update's.
+        # The probe's gradients must not enter the update.
         self._optimizer.zero_grad()
         (total,) = self._ranks.totals([float(lost)])
         return self._ranks.add_up(self._sketches.take())[0], total / max(count, 1)
 
     def _preconditioners(self) -> dict[str, Tensor]:
-        """1 / (sqrt(v) + eps) by parameter, of Adam's second moments; they are there from the second update on."""
+        """1 / (sqrt(v) + eps) by parameter, from Adam's second moments, which exist from the second update on."""
         state = self._optimizer.state()
         scales = {}
         for name in self._names:
             if (second := state.get(f"{name}//exp_avg_sq")) is None:
                 continue
-            # Adam's v / (1 - beta2^t): without the correction early estimates are too small.
+            # Adam's v / (1 - beta2^t): without this correction early estimates are too small.
             corrected = full_tensor(second).float() / (1.0 - self._optim.betas[1] ** float(state[f"{name}//step"]))
             scales[name] = 1.0 / (corrected.sqrt() + self._optim.eps)
         return scales

@@ -1,7 +1,7 @@
 """Cross-entropy of a block-diffusion student by how much of a token's block is masked. Called by `evaluator`.
 
-Figures `cross_entropy_masked_25` and on: of tokens in blocks of which up to that many per cent are masked, and more
-than the figure before it. The lower ones say what right context is worth, the last one how it begins a block.
+`cross_entropy_masked_25` and so on: over tokens in blocks that are masked by at most that percentage, and by more than
+that of the preceding metric. The lower ones show the value of right context, the last how the student begins a block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PER_CENT = (25, 50, 75, 100)
 
 
 class MaskRates:
-    """Adds up the micro batches of one source."""
+    """Accumulates the micro batches of one source."""
 
     def __init__(self, record: DiffusionRecord, device: torch.device):
         self._record = record
@@ -29,14 +29,14 @@ class MaskRates:
 
     @classmethod
     def of(cls, student: Student) -> MaskRates | None:
-        """None for a student that masks nothing."""
+        """None unless the student is a diffusion student."""
         reader = student.reader
         return cls(reader.record, student.device) if isinstance(reader, DiffusionReader) else None
 
     def add(self, micro: MicroBatch, cross_entropy_N: Tensor) -> None:
         if not len(micro.view.labels_N):
             return
-        # Bin r has shares above the rate before it and up to its own.
+        # Bin r holds percentages above PER_CENT[r - 1] and up to PER_CENT[r].
         share_N = masked_share(micro.view, self._record)
         edges_R = torch.tensor(PER_CENT, device=share_N.device)
         at_N = torch.searchsorted(edges_R, (100.0 * share_N).contiguous()).clamp_max(len(PER_CENT) - 1)
@@ -44,25 +44,25 @@ class MaskRates:
             self._sums_2R[row].index_add_(0, at_N, values_N)
 
     def figures(self, ranks: Ranks) -> Figures:
-        """Of all ranks together, which all must call; a rate that no token has is left out."""
+        """The metrics over all ranks, which must all call it; bins without tokens are left out."""
         sums_R, counts_R = ranks.add_up(self._sums_2R.cpu())
         every = zip(PER_CENT, sums_R.tolist(), counts_R.tolist(), strict=True)
         return {f"cross_entropy_masked_{per_cent}": total / count for per_cent, total, count in every if count}
 
 
 def masked_share(view: View, record: DiffusionRecord) -> Tensor:
-    """[N]: how much of the block of each label is masked."""
+    """[N]: the masked fraction of each label's block."""
     attention = view.attention
     assert isinstance(attention, OrderedDocuments), "a diffusion student's view has blocks"
     groups_BT = attention.groups_BT.long()
     row_B1 = torch.arange(len(groups_BT), device=groups_BT.device)[:, None]
-    # A number for each block of each document of each row; what is in no block shares one with itself alone.
+    # A number for each block of each document of each row; tokens in no block get numbers that no block has.
     blocks = int(groups_BT.max()) + 2
     documents = int(attention.document_ids_BT.max()) + 2
     block_BT = (row_B1 * documents + attention.document_ids_BT.long() + 1) * blocks + groups_BT + 1
     masked_BT = (view.input_ids_BT == record.mask_token_id) & (groups_BT >= 0)
     place_N = view.rows_N + (1 if record.family == "token_shift" else 0)
     of_N, size = block_BT.flatten()[place_N], int(block_BT.max()) + 1
-    # Masked tokens of each block over all its tokens, looked up for each label's block.
+    # Masked tokens of a block divided by all its tokens, looked up for each label's block.
     count_M = torch.bincount(block_BT[masked_BT], minlength=size)
     return count_M[of_N].float() / torch.bincount(block_BT[groups_BT >= 0], minlength=size)[of_N]

@@ -1,4 +1,4 @@
-"""What a run measures beside its loss, out of its settings: held-out figures, samples, the mixture's gradients. Called
+"""Builds what a run measures besides its loss, from its settings: evaluator, samples, gradients for the mixture. Called
 by `build`.
 """
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def open_evaluator(
     settings: Settings, components: Components, folder: Path, thread: EventThread, ranks: Ranks
 ) -> Evaluator:
-    """With the teacher's answers to all that is held out, which are asked for here and waited for."""
+    """The evaluator, after fetching the targets of all held-out rows."""
     batches = _held_out(settings, components)
     teacher, tokenizer = components.teacher, components.tokenizer
     held_out = fetch_held_out(
@@ -57,7 +57,7 @@ def open_evaluator(
 
 
 def open_samples(settings: Settings, components: Components, ranks: Ranks) -> SampleWriter:
-    """What the student writes to be read: nothing, said loudly, where it can't."""
+    """The writer of sample texts. If the student can't write, it writes nothing, and a warning says so."""
     student, tokenizer = components.student, components.tokenizer
     wanted = settings.evaluation.every and settings.evaluation.samples
     if not ranks.alone and wanted:
@@ -75,7 +75,7 @@ def open_meter(
     settings: Settings, components: Components, losses: Weighting, optimizer: HasMoments, state: TrainState,
     thread: EventThread, ranks: Ranks,
 ) -> NoMeter:  # fmt: skip
-    """What measures gradients for the mixture, where it goes by them. `losses`: those on the data."""
+    """The meter of gradients for the mixture, if it depends on them. `losses`: the data's losses."""
     source, student = components.source, components.student
     if not isinstance(settings.data.mixture, InfluenceMixture):
         return NoMeter()
@@ -103,7 +103,7 @@ def _decoding(
     settings: Settings, components: Components, batches: Mapping[str, Sequence[Batch]], thread: EventThread,
     ranks: Ranks,
 ) -> Decoding | None:  # fmt: skip
-    """Figures of what a block-diffusion student fills in and writes."""
+    """The decoding metrics of a block-diffusion student; None for other students, or with several ranks."""
     student, teacher = components.student, components.teacher
     if not isinstance(student.reader, DiffusionReader):
         return None

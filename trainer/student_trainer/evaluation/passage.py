@@ -1,4 +1,4 @@
-"""A held-out text in which each token shows what teacher and student would have said. Called by `evaluator`."""
+"""A held-out text with teacher's and student's predictions for each token. Called by `evaluator`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ GUESSES = 5
 def make_passage(
     student: Student, batch: Batch, targets: BatchTargets | None, decode: Callable[[int], str], seed: ViewSeed
 ) -> list[dict[str, Any]]:
-    """`[{"text", "teacher": [[token, probability], ...], "student": ...}, ...]` of the batch's first document.
+    """`[{"text", "teacher": [[token, probability], ...], "student": ...}, ...]` for the batch's first document.
 
-    The guesses of an entry are those for this very token, made before it; the first token has none.
+    The guesses of an entry are predictions of this token; the first token has none.
     """
     if not can_be_shown(targets):
         return []
@@ -48,7 +48,7 @@ def make_passage(
 
 
 def can_be_shown(targets: BatchTargets | None) -> bool:
-    """Whether the batch's first document has a teacher's guesses; then a passage takes one pass of the student."""
+    """Whether the batch's first document has top-K targets; if so, making a passage takes one pass of the student."""
     answer = targets.documents[0] if targets is not None and targets.documents else None
     return answer is not None and answer.ids is not None
 
@@ -56,7 +56,7 @@ def can_be_shown(targets: BatchTargets | None) -> bool:
 def _student_guesses(
     student: Student, row: Batch, length: int, decode: Callable[[int], str], seed: ViewSeed
 ) -> dict[int, list[list[Any]]]:
-    """The student's likeliest tokens for what follows place t of the row's first document, by t."""
+    """The student's likeliest tokens after position t of the row's first document, by t."""
     first = row.documents[0]
     mask_BT = np.zeros_like(row.loss_mask_BT)
     mask_BT[0, first.start : first.start + length] = row.loss_mask_BT[0, first.start : first.start + length]

@@ -1,4 +1,4 @@
-"""What an evaluation says: held-out figures by source and by document, and texts. Made here, written by `reporting`."""
+"""The results of an evaluation: metrics by source and by document, and texts. Made here, written by `reporting`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Figures = dict[str, float | int | None]
 
 @dataclass(frozen=True)
 class DocumentFigures:
-    """Sums over the tokens of one held-out document that count, in nats; `kl`, `agreed` are None without a teacher.
+    """Sums over the counted tokens of one held-out document, in nats; `kl` and `agreed` are None without a teacher.
 
-    `tokens` is what divides them. In a view whose labels have weights, all are sums of those.
+    Divide them by `tokens` for means. If the view's labels have weights, all sums, `tokens` included, are weighted.
     """
 
     source: str
@@ -25,8 +25,8 @@ class DocumentFigures:
 
 @dataclass(frozen=True)
 class ClassExample:
-    """One held-out example with a class: what stands before the class's word, the right class, the student's and the
-    teacher's (by number), with their probabilities among the classes. None where the teacher says nothing of them.
+    """One held-out classification example: its prompt, the right class, and the student's and the teacher's choices (as
+    class indices) with their probabilities among the classes. None if no class word is in the teacher's top K.
     """
 
     document: str
@@ -40,8 +40,8 @@ class ClassExample:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Of a source with classes: their words; how often each right class (a row) was taken for which (a column), by the
-    student and by the teacher; and a few examples, the same in every evaluation.
+    """For a source with classes: the class words; the confusion matrices of student and teacher, with a row per right
+    class and a column per choice; and a few examples, the same in every evaluation.
     """
 
     source: str
@@ -53,7 +53,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by source, the sums of every held-out document that they are made of, and what is said of classes."""
+    """Metrics by source, the sums of every held-out document behind them, and the classification results."""
 
     by_source: Mapping[str, Figures]
     documents: Sequence[DocumentFigures]
@@ -62,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SampledText:
-    """One prompt, what the student wrote after it, and what the document says there."""
+    """One prompt, the student's continuation (`written`), and the document's own (`instead`)."""
 
     source: str
     document: str

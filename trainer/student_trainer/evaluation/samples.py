@@ -1,6 +1,7 @@
-"""What the student writes after the beginnings of held-out texts, to be read. Built by `build`, called by `loop`.
+"""Sample texts that the student writes after the beginnings of held-out documents. Built by `open`, called by `loop`.
 
-Greedy, so that two evaluations differ by the student alone. The texts go to `samples.jsonl`, the page and the trackers.
+Decoding is greedy, so that two evaluations differ only by the student. The texts go to `samples.jsonl`, the report page
+and the trackers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class _Prompt:
 
 
 class SampleWriter:
-    """`batches`: the held-out rows by source. `sampler`: None where the student can't write. `decode`: ids as text."""
+    """`batches`: the held-out rows by source. `sampler`: None if the student can't write. `decode`: ids to text."""
 
     def __init__(
         self, settings: EvaluationSettings, batches: Mapping[str, Sequence[Batch]], sampler: Sampler | None,
@@ -41,7 +42,9 @@ class SampleWriter:
         ]
 
     def write(self) -> list[SampledText]:
-        """By source, in the order of its held-out documents; empty where none was asked for or none has a beginning."""
+        """The texts by source, in the order of its held-out documents; empty if none are requested or there is no
+        document to begin from.
+        """
         if not self._prompts or self._sampler is None:
             return []
         ids = [prompt.ids_N for prompt in self._prompts]
@@ -64,7 +67,7 @@ class SampleWriter:
 
 
 def _first_prompts(source: str, batches: Sequence[Batch], settings: EvaluationSettings) -> list[_Prompt]:
-    """The beginning of every document that has one of full length; of shorter ones, if there is no other."""
+    """One prompt from each document that is long enough; those of full length come first."""
     prompts = []
     for batch in batches:
         for document in batch.documents:
