@@ -1,4 +1,4 @@
-"""Which documents help with which: Influence Distillation (arXiv 2505.19051) in its offline form.
+"""Which training documents help with which targets: Influence Distillation (arXiv 2505.19051) in its offline form.
 
 May import targets and what lies below them. Open `scores.py` first; the command is `cli.influence`.
 """

@@ -1,9 +1,9 @@
-"""What a document is like to the student, cheaply: how its last hidden state would move if the weights moved.
+"""Cheap document embeddings: how the last hidden state of a document changes when the student's weights change.
 
-Called by `measure`. The first blocks' weights are moved along a few random directions, and the state of the last token
-that counts, behind those blocks, is compared (the JVP embeddings of arXiv 2505.19051). Derivatives are central
-differences in float32: they need two short forward passes a direction and no rule of differentiation, so every student
-has them, a quantised one too, whose weights jump.
+Called by `measure`. The first blocks' weights are perturbed along a few random directions, and the change of the last
+counted token's state after those blocks is measured (the JVP embeddings of arXiv 2505.19051). Derivatives are central
+differences in float32. They take two short forward passes per direction and no automatic differentiation, so they work
+for every student, also for a quantised one, whose weights are not a smooth function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.students.attention_hook import attention_modules
 from student_trainer.students.student import Student
 
-STEP = 1e-2  # of a tensor's own root mean square
+STEP = 1e-2  # relative to a tensor's root mean square
 
 
 class _Reached(Exception):
@@ -29,10 +29,10 @@ class _Reached(Exception):
 
 
 class FirstBlocks:
-    """The first `blocks` blocks of a student, and the parameters up to there."""
+    """The first `blocks` blocks of a student, and the parameters up to them."""
 
     def __init__(self, student: Student, blocks: int) -> None:
-        # Pinned to float32: a difference of two passes in bf16 is its rounding.
+        # Pinned to float32: in bf16 the difference of two passes would be mostly rounding.
         self._student = replace(student, compute=torch.float32)
         names = {module: name for name, module in student.model.named_modules()}
         found = [names[module].rpartition(".")[0] for module in attention_modules(student.model).values()][:blocks]
@@ -44,8 +44,8 @@ class FirstBlocks:
         self.parameters = list({id(p): p for owner in owners for p in owner.parameters()}.values())
 
     def __call__(self, micro: MicroBatch) -> Tensor:
-        """[rows, D] float32: the state at the last label of each row, which holds one document; 0 where a view has no
-        label of it.
+        """[rows, D] float32: the state at the last label of each row, which holds one document; 0 if the view has no
+        label in the row.
         """
         handle = self._last.register_forward_hook(_stop)
         try:
@@ -56,7 +56,7 @@ class FirstBlocks:
             handle.remove()
         last_M = torch.full((micro.rows,), -1, dtype=torch.int64, device=hidden_ND.device)
         places_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
-        # A row is a document here: the largest place of its labels is its last one.
+        # A row is a document here, and its last label has the largest index.
         last_M.scatter_reduce_(0, micro.documents_N.to(hidden_ND.device), places_N, "amax")
         return hidden_ND[last_M] * (last_M >= 0).unsqueeze(1)
 
@@ -67,14 +67,14 @@ def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
 
 @torch.no_grad()
 def embed(first: FirstBlocks, micros: Sequence[MicroBatch], tangents: int, seed: int) -> Tensor:
-    """[documents, tangents * D]: of each tangent a part of length 1. All micro batches see the same directions."""
+    """[documents, tangents * D]: one unit vector per tangent. All micro batches use the same directions."""
     parts = []
     for tangent in range(tangents):
         states = []
         for sign in (1.0, -1.0):
             with moved(first.parameters, seed * 1009 + tangent, sign * STEP):
                 states.append(torch.cat([first(micro) for micro in micros]))
-        # f(w + h d) - f(w - h d), the directional derivative but for 1 / 2h, which the length takes out.
+        # f(w + h d) - f(w - h d): the directional derivative up to 1 / 2h, which normalisation removes.
         slope_ND = states[0] - states[1]
         parts.append(slope_ND / slope_ND.norm(dim=1, keepdim=True).clamp_min(1e-30))
     return torch.cat(parts, 1).cpu()
@@ -82,7 +82,7 @@ def embed(first: FirstBlocks, micros: Sequence[MicroBatch], tangents: int, seed:
 
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter], seed: int, step: float) -> Iterator[None]:
-    """With the parameters moved along a direction of the seed's, `step` times their root mean squares."""
+    """Within the block, the parameters are moved by `step` times their root mean square in a direction from `seed`."""
     before = [parameter.detach().clone() for parameter in parameters]
     draw = torch.Generator().manual_seed(seed)
     try:
@@ -93,5 +93,5 @@ def moved(parameters: Sequence[nn.Parameter], seed: int, step: float) -> Iterato
         yield
     finally:
         for parameter, value in zip(parameters, before, strict=True):
-            # Copied back, not stepped back: a sum and a difference would leave rounding behind.
+            # Copied back: adding and subtracting the step would leave rounding errors.
             parameter.data.copy_(value)

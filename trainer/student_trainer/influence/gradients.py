@@ -1,9 +1,10 @@
-"""Gradients of single documents, sketched: short vectors whose inner products are those of the gradients, on average.
+"""Sketched gradients of single documents: short vectors whose inner products equal those of the gradients on average.
 
-Called by `measure`. The gradient is that of the loss which the run trains on, at some of the parameters: by default the
-MLPs' output projections, as in the paper's code. A sketch adds each coordinate, with a random sign, to one of R places
-(count sketch): its inner products are unbiased, and off by about sqrt(2 / R) of the lengths. The map is drawn once and
-held, for it serves thousands of documents; `students.gradient_sketches`, for gradients in shards, hashes it anew.
+Called by `measure`. The gradient is that of the training loss with respect to some parameters, by default the MLPs'
+output projections, as in the paper's code. A sketch adds each coordinate, with a random sign, to one of R buckets
+(count sketch): its inner products are unbiased, with an error of about sqrt(2 / R) relative to the norms. The map is
+drawn once and kept in memory, since it serves thousands of documents; `students.gradient_sketches`, for sharded
+gradients, computes it by hashing each time.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.losses.terms import Term
 from student_trainer.students.student import Student
 
-OUTPUTS = r"\.(down_proj|fc2|c_proj|dense_4h_to_h|w2)\.weight$"  # by the names that models have for them
-MOST_COORDINATES = 2**24  # of all that match, a random part
+OUTPUTS = r"\.(down_proj|fc2|c_proj|dense_4h_to_h|w2)\.weight$"  # under the names that models give them
+MOST_COORDINATES = 2**24  # if more match, a random subset is used
 
 
 def chosen_parameters(model: nn.Module, pattern: str = OUTPUTS) -> dict[str, nn.Parameter]:
-    """Those that are trained and whose names match. ValueError where there are none."""
+    """The trained parameters whose names match `pattern`. ValueError if there are none."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     chosen = {name: parameter for name, parameter in trained.items() if re.search(pattern, name)}
     if not chosen:
@@ -38,17 +39,17 @@ def chosen_parameters(model: nn.Module, pattern: str = OUTPUTS) -> dict[str, nn.
 
 
 class Sketch:
-    """A fixed random map from the gradient at `parameters` to R numbers."""
+    """A fixed random map from the gradient of `parameters` to R numbers."""
 
     def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:
         self.size = size
         draw = np.random.default_rng([seed, 0x5EED])
-        # Beyond that many coordinates the map itself would be as large as the model.
+        # With more coordinates the map itself would be as large as the model.
         share = min(1.0, MOST_COORDINATES / sum(parameter.numel() for parameter in parameters))
         self._maps: list[tuple[Tensor | None, Tensor, Tensor]] = []
         for parameter in parameters:
             count = parameter.numel() if share == 1 else max(1, int(share * parameter.numel()))
-            # Drawn with replacement: a coordinate drawn twice counts twice, the same in every document's gradient.
+            # Drawn with replacement: a coordinate drawn twice counts twice, in every document's gradient alike.
             places = None if share == 1 else torch.from_numpy(draw.integers(0, parameter.numel(), count))
             buckets = torch.from_numpy(draw.integers(0, size, count))
             signs = torch.from_numpy(draw.integers(0, 2, count).astype(np.float32) * 2 - 1)
@@ -62,14 +63,14 @@ class Sketch:
         for gradient, (places, buckets, signs) in zip(gradients, self._maps, strict=True):
             if gradient is not None:
                 values = gradient.flatten().float()
-                # s_b = sum of sign_i g_i over the i of bucket b: E <s, s'> = <g, g'>, unlike i cancel on average.
+                # s_b = sum of sign_i g_i over all i in bucket b. E <s, s'> = <g, g'>: terms of different i cancel.
                 made_R.index_add_(0, buckets, signs * (values if places is None else values[places]))
         return made_R.cpu()
 
 
 @contextmanager
 def differentiating(student: Student, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Only these parameters take gradients, and the student rests: no dropout."""
+    """Within the block, only these parameters have gradients, and there is no dropout."""
     before = {parameter: parameter.requires_grad for parameter in student.model.parameters()}
     was_training = student.model.training
     try:
@@ -87,15 +88,15 @@ def document_gradient(
     student: Student, views: Sequence[MicroBatch], terms: tuple[Term, ...], chunk_rows: int | None,
     parameters: Sequence[nn.Parameter],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Of the loss on one document, all its views together; None where nothing of it is learnt."""
+    """The gradient of the loss on one document, summed over its views; None where there is no gradient."""
     if not views:
         return [None] * len(parameters)
-    # Sums, not means: a long document pulls as hard as its tokens do in training.
+    # Sums, not means: a long document has as much effect as its tokens have in training.
     total = sum(student.loss(view, terms, chunk_rows).total for view in views)
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, list(parameters), allow_unused=True))
 
 
 def noise(size: int) -> float:
-    """By how much a sketched cosine is off."""
+    """The typical error of a cosine between sketches."""
     return math.sqrt(2 / size)

@@ -1,10 +1,9 @@
-"""The influence of every document of one source on another source's: read, embed, differentiate, propagate. Called by
-`cli.influence`.
+"""Measures the influence of one source's documents on those of another, the target. Called by `cli.influence`.
 
-    gradients of the targets' documents, and of landmarks: some of the documents, chosen by hash
-    embeddings of all documents, where they are more than the landmarks, and from those the influence of the others
+    gradients of the target's documents and of landmarks, which are some of the documents, chosen by hash
+    embeddings of all documents, if there are more than the landmarks, from which the others' influence is estimated
 
-What is computed is kept in parts beside the result, so a run that was stopped goes on where it was.
+Results are saved in parts beside the output, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from student_trainer.targets.queries import queries_of
 from teacher_proto.process.stages import stage
 from teacher_proto.requests import TargetSpec
 
-CHUNK = 256  # documents whose embeddings are kept together
-GROUP = 32  # documents whose gradients are kept together
-ROWS = 8  # of a forward pass
+CHUNK = 256  # documents per saved part of embeddings
+GROUP = 32  # documents per saved part of gradients
+ROWS = 8  # rows per forward pass
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How influence is measured."""
+    """Options of the measurement; `strength` is that of `scores.sample_weights`."""
 
     landmarks: int = 2048
     target_documents: int = 256
@@ -62,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What is trained on, and who answers: the loss's terms, and of the teacher what they need; None without one."""
+    """The training loss: its terms, and what they need from the teacher, None without one."""
 
     terms: tuple[Term, ...]
     chunk_rows: int | None
@@ -73,8 +72,8 @@ class Objective:
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """`influence_N`: in the order of the source's `scan`, NaN of a document of which nothing is learnt. `trust`: how
-    well landmarks tell each other's influence; None where all documents are landmarks.
+    """`influence_N`: in the order of the source's `scan`, NaN for documents with no token to learn. `trust`: how well
+    landmarks predict each other's influence; None if all documents are landmarks.
     """
 
     influence_N: Tensor
@@ -85,7 +84,7 @@ class Influence:
 
 
 class Measure:
-    """Of the sources `data` and `target` of `source`."""
+    """Measures the influence of the documents of `source`'s source "data" on those of its source "target"."""
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ class Measure:
         self._first = FirstBlocks(student, options.blocks)
 
     def fingerprint(self) -> str:
-        """All that the parts follow from."""
+        """Everything that the saved parts depend on."""
         weights = [float(parameter.detach().double().sum()) for parameter in self._student.model.parameters()]
         state = self._source.initial_state()
         known = {
@@ -118,12 +117,12 @@ class Measure:
         return json.dumps(known, sort_keys=True)
 
     def __call__(self, kept: PartFiles) -> Influence:
-        """ValueError where there is nothing to measure, or data and targets share a document."""
+        """ValueError if there is nothing to measure, or if data and target share a document."""
         target = [placed for _, placed in islice(self._learnt("target"), self._options.target_documents)]
         if not target:
             raise ValueError("the target has no document that anything is learnt of; give one with text in it")
         count = self._check_apart()
-        # A hash of each place, so the choice follows from seed and data alone.
+        # A hash of each index, so that the choice depends only on seed and data.
         chance_N = hashed(count, key_of(self._seed, "landmarks"))
         wanted = set(np.argsort(chance_N, kind="stable")[: self._options.landmarks].tolist())
         exact = count <= self._options.landmarks
@@ -138,7 +137,7 @@ class Measure:
             of_landmarks_LE = embeddings[[row_of[place] for place in landmarks]]
             sure = scores.trust(of_landmarks_LE, influence_L)
             influence_N[places] = scores.Propagation.of(of_landmarks_LE, influence_L)(embeddings)
-        # Landmarks have their own, exactly; what was propagated to them is written over.
+        # Landmarks have exact values, which replace their estimates.
         influence_N[list(landmarks)] = influence_L
         known_N = ~influence_N.isnan()
         weights_N = torch.zeros(count, dtype=torch.float64)
@@ -146,7 +145,7 @@ class Measure:
         return Influence(influence_N, weights_N, len(landmarks), len(target), sure)
 
     def _check_apart(self) -> int:
-        """How many documents there are; none may be among the targets."""
+        """The number of documents in the data. ValueError if there are none, or if one is in the target too."""
         of_target = {_digest(raw) for raw, _ in self._source.documents("target")}
         count = 0
         for raw in self._source.raw_documents("data"):
@@ -162,7 +161,7 @@ class Measure:
         return count
 
     def _learnt(self, name: str) -> Iterator[tuple[int, Placed]]:
-        """The documents of which something is learnt, by place, cut to a row."""
+        """The documents with tokens to learn, cut to a row, with their index."""
         for place, (_, placed) in enumerate(self._source.documents(name)):
             if placed is not None:
                 yield place, placed
@@ -170,7 +169,9 @@ class Measure:
     def _read(
         self, wanted: set[int], count: int, exact: bool, kept: PartFiles
     ) -> tuple[dict[int, Placed], list[int], Tensor | None]:
-        """The landmarks by place; and where there are other documents, all places and their embeddings."""
+        """The landmarks by index; the indices of all documents with tokens to learn; and the embeddings of these, None
+        if all are landmarks.
+        """
         landmarks: dict[int, Placed] = {}
         places: list[int] = []
         parts: list[Tensor] = []
@@ -190,7 +191,7 @@ class Measure:
         return landmarks, places, torch.cat(parts) if parts else None
 
     def _embed(self, chunk: Sequence[Placed], number: int) -> Tensor:
-        # By length, so that rows of a pass are padded little; put back in order below.
+        # Sorted by length, so that there is little padding; put back in order below.
         order = sorted(range(len(chunk)), key=lambda i: len(chunk[i].ids_N))
         micros = []
         for start in range(0, len(order), ROWS):
@@ -202,7 +203,7 @@ class Measure:
         return in_order
 
     def _gradients(self, what: str, documents: Sequence[Placed], kept: PartFiles) -> Tensor:
-        """[documents, R] sketches."""
+        """[documents, R]: the sketches of the documents' gradients."""
         parts = []
         with (
             stage(f"gradients of {what} documents", len(documents), "documents") as doing,
@@ -242,7 +243,7 @@ class Measure:
         return tuple(view.to(self._student.device) for view in views)
 
     def _batch(self, rows: Sequence[Placed], number: int) -> Batch:
-        """A document a row, as wide as the longest."""
+        """A batch with one document per row, as wide as the longest."""
         width = max(len(placed.ids_N) for placed in rows)
         return build_batch(number, [[placed] for placed in rows], width, self._pad_id, self._source.names)
 

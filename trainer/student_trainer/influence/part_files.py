@@ -1,5 +1,5 @@
-"""What is computed for a measure of influence, part by part in a folder beside its result. Made by `cli.influence`,
-filled and read by `measure`.
+"""Intermediate results of an influence measurement, saved in parts beside its output. Made by `cli.influence`, filled
+and read by `measure`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class PartFiles:
-    """Parts of what is under way, in a folder; those of another `fingerprint` are thrown away."""
+    """Parts of an unfinished measurement, in a folder. Parts with another `fingerprint` are deleted."""
 
     folder: Path
     fingerprint: str
