@@ -1,5 +1,5 @@
-"""What a run's page shows of sources with classes: who takes which class for which, and examples with what each says.
-Called by `report`; reads the lines of `classes.jsonl`.
+"""Classification results for the report page: confusion matrices, and examples with every model's choice. Called by
+`report`; reads the lines of `classes.jsonl`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def class_pictures(runs: Sequence[tuple[str, Lines]]) -> list[dict[str, Any]]:
-    """By source, of every run's last evaluation (`runs`: name and lines): a confusion matrix of the teacher, if there
-    is one, and of each student; and the examples, each with what they say.
+    """For each source, from every run's last evaluation (`runs`: name and lines): confusion matrices of the teacher, if
+    there is one, and of each student; and the examples with the choices of all of them.
     """
     sources = {str(line["source"]): None for _, lines in runs for line in lines}
     return [_picture(source, [(name, _of(lines, source)) for name, lines in runs]) for source in sources]
@@ -42,7 +42,7 @@ def _picture(source: str, runs: Sequence[tuple[str, Lines]]) -> dict[str, Any]:
 
 
 def _matrix(who: str, words: Sequence[str], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Rows of (count, share of its row), a line a right class."""
+    """A row per right class, with cells of (count, fraction of the row)."""
     total = sum(map(sum, counts))
     right = sum(row[place] for place, row in enumerate(counts))
     rows = [
@@ -53,7 +53,7 @@ def _matrix(who: str, words: Sequence[str], counts: Sequence[Sequence[int]]) -> 
 
 
 def _say(examples: dict[str, dict[str, Any]], example: Mapping[str, Any], run: str, words: Sequence[str]) -> None:
-    """Add what teacher and student say of an example to what is shown of it."""
+    """Add the teacher's and this run's choices to the example."""
     shown = examples.setdefault(
         example["document"],
         {

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run writes, read while it may still be writing. Called by `report`, and by the demos."""
+"""Reads JSON lines that a run may still be writing. Called by `report`, `cli.export`, demos and benchmarks."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: one without a line break at its end is being written. None where there is no file."""
+    """All complete lines; one without a line break is still being written. Empty if there is no file."""
     if not path.is_file():
         return []
     *whole, _ = path.read_text().split("\n")

@@ -1,7 +1,7 @@
-"""Where a run's figures go: `metrics.jsonl` and `evaluation.jsonl` always, the terminal, and trackers if there are any.
+"""Writes a run's metrics to `metrics.jsonl`, `evaluation.jsonl` and other files, the terminal, and trackers if any.
 
-Built by `build`, written by `loop`. The files are the truth: a line a step, flushed as it is written, and on resume the
-lines of steps that will be made again are taken out first.
+Built by `build`, written by `loop`. The files are authoritative: each line is flushed when it is written, and on resume
+the lines of steps that will be repeated are removed first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES = (METRICS, EVALUATION, SAMPLES, DOCUMENTS, CLASSES)
 
 
 class RunLog:
-    """Close it, or use it in a `with`. Without a folder no file is written: rank 0 does that for the others."""
+    """Close it, or use it in a `with`. Without a folder no files are written: only rank 0 has one."""
 
     def __init__(self, folder: Path | None, progress: Progress, trackers: Sequence[Tracker]):
         self._files = {name: LineFile(folder / name) for name in FILES} if folder else {}
@@ -41,7 +41,7 @@ class RunLog:
         self.evaluated = _last_step(folder / EVALUATION) if folder else -1
 
     def step(self, state: TrainState, metrics: StepMetrics, seconds: float, prefetch_depth: int) -> None:
-        """One line for the update that led to `state`."""
+        """Write one line for the update that led to `state`."""
         line = step_line(state, metrics, seconds, prefetch_depth)
         self._write(METRICS, line)
         self._progress.step(state.step, metrics, seconds)
@@ -51,8 +51,8 @@ class RunLog:
             tracker.log(state.step, {key: value for key, value in line.items() if key not in ("step", "time")})
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """One line: the step, and the figures of each source under its name; and a line a held-out document, a line a
-        source with classes."""
+        """Write one line with the step and the metrics of each source under its name; also one line per held-out
+        document, and one per source with classes."""
         by_source = evaluation.by_source
         if not by_source:
             return
@@ -72,7 +72,7 @@ class RunLog:
             self._files[name].append(line)
 
     def samples(self, step: int, samples: Sequence[SampledText]) -> None:
-        """A line a text; trackers get the texts of a source as one."""
+        """Write one line per text; trackers get the texts of a source as one."""
         texts: dict[str, str] = {}
         for sample in samples:
             self._write(SAMPLES, {"step": step, **vars(sample)})
@@ -98,7 +98,7 @@ class RunLog:
 
 
 class LineFile:
-    """A file of JSON lines. What can't be written (a full disk) is kept for a later line's turn, up to a limit."""
+    """A file of JSON lines. Lines that can't be written (full disk) are kept, up to a limit, for the next attempt."""
 
     KEEP = 100_000
 
@@ -125,7 +125,7 @@ class LineFile:
         self._file.close()
 
     def _reopen(self, size: int) -> None:
-        """Forget the buffer that failed, and what part of it reached the file."""
+        """Discard the failed buffer, and whatever part of it reached the file."""
         descriptor = self._file.buffer.raw if hasattr(self._file.buffer, "raw") else self._file
         descriptor.close()
         self._file = self._path.open("a")
@@ -133,7 +133,9 @@ class LineFile:
 
 
 def open_log(settings: Settings, run_id: str, folder: Path, step: int, ranks: Ranks) -> RunLog:
-    """The log of a run that stands at `step`, with the trackers that it asks for; of the first rank alone."""
+    """The log of a run that is at `step`, with the trackers in its settings. Ranks but the first get one that writes
+    nothing.
+    """
     if not ranks.first:
         return RunLog(None, Progress(settings.run.steps, step, "off"), ())
     progress = Progress(settings.run.steps, step, settings.logging.progress)
@@ -141,7 +143,7 @@ def open_log(settings: Settings, run_id: str, folder: Path, step: int, ranks: Ra
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Take out the lines of steps after `step`: a resumed run makes them again. A cut last line goes as well."""
+    """Remove the lines of steps after `step`, which a resumed run will repeat, and an incomplete last line."""
     for name in FILES:
         path = folder / name
         if path.is_file():
@@ -150,7 +152,7 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def _last_step(path: Path) -> int:
-    """That of the file's last line; -1 where there is none."""
+    """The step in the file's last line; -1 if there is none."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return int(_step_of(lines[-1])) if lines else -1
 
@@ -163,7 +165,7 @@ def _step_of(line: str) -> float:
 
 
 def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_depth: int) -> dict[str, Any]:
-    """The keys of `metrics.jsonl`. Losses are means in nats a token; `wait_share` is of this step's time."""
+    """A line of `metrics.jsonl`. Losses are means in nats per token; `wait_share` is a fraction of this step's time."""
     rates = list(metrics.rates.values())
     return {
         "step": state.step,
@@ -188,7 +190,7 @@ def step_line(state: TrainState, metrics: StepMetrics, seconds: float, prefetch_
 
 
 def _decision(state: TrainState) -> dict[str, Any]:
-    """What the update led the mixture's policy to: weights from `lag` batches later on, and the reasons."""
+    """The mixture policy's decision after the update: weights that apply `lag` batches later, and the reasons."""
     decision = state.policy.decision
     if decision is None:
         return {}
@@ -199,7 +201,7 @@ def _decision(state: TrainState) -> dict[str, Any]:
 
 
 def _rollout(metrics: StepMetrics) -> dict[str, Any]:
-    """Of a batch that the student wrote: how much, and how sure it was of it; and the time it takes to write."""
+    """In an on-policy run: whether the batch is a rollout, its length and logprob if so, and the time spent writing."""
     if metrics.wrote_s is None:
         return {}
     of_it = {f"on_policy/{name}": value for name, value in (metrics.rollout or {}).items()}
@@ -207,7 +209,7 @@ def _rollout(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def _attention(metrics: StepMetrics) -> dict[str, Any]:
-    """Of a run with QK-clip: the largest attention logit before the clip, and how many heads were clipped."""
+    """In a run with QK-clip: the largest attention logit before clipping, and the number of clipped heads."""
     clipped = metrics.clipped
     if clipped is None:
         return {}

@@ -1,6 +1,6 @@
-"""The run on the terminal: a bar with rate, losses, waiting and time left, and lines where there is no terminal.
+"""A run's progress on the terminal: a bar with rate, losses, waiting and time left, or lines if there is no terminal.
 
-Used by `logs` alone. What else is under way, and for whom a step waits, `teacher_proto.process.stages` says above it.
+Used by `logs`. Other work in progress, and what a step is waiting for, is shown by `teacher_proto.process.stages`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LINES_A_RUN = 20
 
 
 class Progress:
-    """`shown`: "on", "off", or "auto" for where standard error is a terminal; otherwise a line now and then, and every
-    ten seconds in which a step was made. `first`: steps made before.
+    """`shown`: "on" draws a bar, "auto" does if standard error is a terminal, "off" shows nothing. Without a bar, there
+    are about 20 lines per run, and one every ten seconds with a new step. `first`: steps made before this process.
     """
 
     def __init__(self, steps: int, first: int, shown: str):
@@ -64,7 +64,7 @@ class Progress:
             DISPLAY.print(f"held out at step {step}, {source}: {'  '.join(parts)}")
 
     def decision(self, decision: Decision, lag: int) -> None:
-        """What the mixture will be, and why."""
+        """Print the new mixture and the reasons."""
         if self._quiet:
             return
         parts = []
@@ -75,21 +75,21 @@ class Progress:
         DISPLAY.print(f"mixture from step {decision.step + lag + 1} on: {', '.join(parts)}{note}")
 
     def line(self) -> str | None:
-        """See `stages.Pinned`: steps that were made since the last line, ten seconds after it."""
+        """See `stages.Pinned`: a line if steps were made since the last one, and that was ten seconds ago."""
         if self._step == self._said or time.monotonic() - self._said_at < EVERY_S:
             return None
         self._said_at, self._said = time.monotonic(), self._step
         return self._line()
 
     def rows(self, width: int) -> list[Any]:
-        """See `stages.Pinned`: a row with the bar, a row with the figures."""
+        """See `stages.Pinned`: a row with the bar, and one with the metrics."""
         left = f"{self._left()} left" if self._left() else ""
         clock = duration(time.monotonic() - self._began)
         rows = [bar_line(width, "train", self._step, self._steps, (clock, f"{self._step:,}/{self._steps:,}", left))]
         return [*rows, shortened(self._text, width)] if self._text else rows
 
     def _left(self) -> str:
-        """How long the rest takes at the pace of this process's steps, evaluation and saving included."""
+        """The time left at this process's pace so far, including evaluation and saving."""
         made, left = self._step - self._first, self._steps - self._step
         if not made:
             return ""

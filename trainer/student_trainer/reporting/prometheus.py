@@ -1,8 +1,8 @@
-"""The run's figures for Prometheus, at `http://HOST:PORT/metrics`. Opened by `trackers` where `logging.prometheus_port`
+"""Serves a run's metrics to Prometheus at `http://HOST:PORT/metrics`. Opened by `trackers` if `logging.prometheus_port`
 is set.
 
-The same figures as `metrics.jsonl` and `evaluation.jsonl`, the newest of each: Prometheus keeps the rest. Names of
-terms, sources and groups become labels. deploy/grafana and deploy/prometheus read them.
+The metrics are those of `metrics.jsonl` and `evaluation.jsonl`, with their latest values: Prometheus keeps the history.
+Names of terms, sources and groups become labels. deploy/grafana and deploy/prometheus use these metrics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 PREFIX = "stillhouse_train_"
-# Key of a step's line -> metric and its text.
+# Key in a step's line -> metric and its help text.
 GAUGES = {
     "loss": ("loss", "What was differentiated, nats a token"),
     "learning_rate": ("learning_rate", "Of the first group of parameters"),
@@ -24,7 +24,7 @@ GAUGES = {
     "wait_share": ("wait_share", "Share of the last step's time that it waited for targets"),
     "prefetch_depth": ("prefetch_depth", "Batches asked for ahead"),
 }
-# First part of a key -> metric, its text, and the labels that the rest of the key fills, separated by "/".
+# First part of a key -> metric, its help text, and labels for the rest of the key, which is split at "/".
 LABELLED = {
     "loss": ("term_loss", "Mean of a loss term, nats a token", ("term",)),
     "weighted": ("term_weighted", "A loss term's share of the loss", ("term",)),
@@ -35,7 +35,7 @@ LABELLED = {
 
 
 class Exporter:
-    """A tracker's sink that is read over HTTP. ValueError where the port can't be had."""
+    """A tracker's sink that is read over HTTP. ValueError if the port can't be opened."""
 
     def __init__(self, host: str, port: int, run_id: str, steps: int):
         registry = CollectorRegistry()
@@ -70,7 +70,7 @@ class Exporter:
             if key in self._gauges:
                 self._gauges[key].set(value)
             elif rest and first in self._labelled:
-                # A source may have a slash in its name, a figure has none.
+                # Source names may contain slashes, metric names don't.
                 labels = rest.rsplit("/", 1) if len(LABELLED[first][2]) == 2 else [rest]
                 self._labelled[first].labels(*labels).set(value)
         if "seconds" in figures:
@@ -82,7 +82,7 @@ class Exporter:
         self._thread.join()
 
     def _count(self, step: int, figures: Mapping[str, Any]) -> None:
-        """What a step adds up to. A resumed run's tokens begin at what was learnt before: only the rise counts."""
+        """Update the counters. A resumed run's token count includes earlier processes, so only increases are added."""
         tokens = figures["tokens"]
         if self._tokens_before is not None:
             self._tokens.inc(tokens - self._tokens_before)

@@ -1,10 +1,9 @@
-"""One self-contained page about one run or several: figures, curves, and a passage with what each would have said.
+"""A self-contained report page about one or more runs: metrics, curves, and a passage with every model's predictions.
 
     stillhouse-train report RUN [RUN ...] [--out report.html]
 
-Reads what a run leaves in its folder: `metrics.jsonl`, `evaluation.jsonl`, and where they are there `samples.jsonl`,
-`classes.jsonl` and `passage.json`.
-The demos call `write_report` with their arms.
+Reads `metrics.jsonl` and `evaluation.jsonl` in a run's folder and, if they exist, `samples.jsonl`, `classes.jsonl` and
+`passage.json`. The demos call `write_report` with their arms.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from student_trainer.reporting.classes import class_pictures
 from student_trainer.reporting.json_lines import read_lines
 from teacher_proto.process.stages import stage
 
-# Figures of an evaluation, with how the page calls them and whether more is better.
+# Metrics of an evaluation, with their names on the page and whether higher is better.
 FIGURES = {
     "cross_entropy": ("cross-entropy", False),
     "kl": ("KL(teacher‖student)", False),
     "agreement": ("agreement", True),
     "accuracy": ("accuracy", True),  # of sources with classes
 }
-# Figures of a training step that get a chart where a run has them; `loss/NAME` of every term comes on top.
+# Metrics of a training step that get a chart if a run has them, besides `loss/NAME` of every term.
 STEP_FIGURES = {
     "grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens a second",
     "wait_share": "share of time waited for targets", "on_policy/mean_length": "tokens the student writes at a time",
@@ -40,8 +39,8 @@ STEP_FIGURES = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run left: a line a step, a line an evaluation, a line a text that it wrote, a passage, a line an
-    evaluation of a source with classes.
+    """The files of one run. `metrics`: one line per step. `evaluations`: one per evaluation. `samples`: one per sample
+    text. `classes`: one per evaluation of a source with classes.
     """
 
     name: str
@@ -71,9 +70,9 @@ def write_report(
     runs: Sequence[RunRecord], out: Path, *, title: str, lead: str = "", facts: Iterable[tuple[str, str]] = (),
     others: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}), untrained: str | None = None,
 ) -> None:  # fmt: skip
-    """Render the page of these runs to `out`. `facts` are name and value pairs for its head. `others`: by name, lines
-    like those of `samples.jsonl` of models that are no run. `untrained`: what to call the student that all runs begin
-    with, for runs that have one in common.
+    """Render the page of these runs to `out`. `facts`: name and value pairs for its head. `others`: by name, lines like
+    those of `samples.jsonl` from models that are not runs. `untrained`: a name for the student that all runs start
+    from, if it is the same one.
     """
     import jinja2
 
@@ -92,13 +91,13 @@ def write_report(
               "mixtures": _mixtures(runs)},
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.new")  # so that the page is never there in part
+    fresh = out.with_name(f".{out.name}.new")  # renamed below, so that the page is never incomplete
     fresh.write_text(page)
     fresh.replace(out)
 
 
 def _table(runs: Sequence[RunRecord], untrained: str | None) -> list[dict[str, Any]]:
-    """Rows of first and last evaluation, by source, with the best last figure of each source marked."""
+    """Rows with every run's first and last evaluation, by source; the best last value of each metric is marked."""
     rows: list[dict[str, Any]] = []
     for source in _sources(runs):
         last_rows = []
@@ -123,7 +122,9 @@ def _table(runs: Sequence[RunRecord], untrained: str | None) -> list[dict[str, A
 def _samples(
     runs: Sequence[RunRecord], others: Mapping[str, Sequence[Mapping[str, Any]]], untrained: str | None
 ) -> list[dict[str, Any]]:
-    """By held-out text: its beginning, how it goes on, how others and each run's student went on, first and last."""
+    """For each held-out text: its beginning, its continuation, and the continuations by other models and by each run's
+    student in its first and last evaluation.
+    """
     texts: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(line: Mapping[str, Any], who: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _mixtures(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """By run whose policy changed them: weight of every source by step, where it changed, and what was decided why."""
+    """For each run with an adaptive mixture: the weights at every step where they changed, and the last decisions."""
     pictures = []
     for run in runs:
         drawn = [line for line in run.metrics if any(key.startswith("mixture/") for key in line)]
@@ -179,7 +180,7 @@ def _mixtures(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _decisions(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By decision: its step, of each source the weight and the reasons, and what else was said of it."""
+    """For each decision: its step, the weight and reasons of each source, and its note."""
     decisions = []
     for line in lines:
         sources = [key.removeprefix("decided/") for key in line if key.startswith("decided/")]
@@ -194,7 +195,7 @@ def _decisions(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _series(lines: Sequence[Sequence[tuple[int, Any]]]) -> list[dict[str, Any]]:
-    """One line a run that has the figure: [step, value] points, at most 400 of them."""
+    """One series per run that has the metric: at most 400 points [step, value]."""
     series = []
     for index, pairs in enumerate(lines):
         points = [[step, value] for step, value in pairs if isinstance(value, (int, float))]
@@ -212,7 +213,7 @@ def _sources(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="stillhouse-train report", description="Make the page of one run or several.")
+    parser = argparse.ArgumentParser(prog="stillhouse-train report", description="Make a page of one or more runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first run)")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""All that is known of one update: its losses, and what optimizer, rollouts and the wait for targets add.
+"""The metrics of one update: losses, and those of the optimizer, the rollouts and the wait for targets.
 
 Made by `loop`, written by `logs` and `progress`.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """`losses`: of all ranks. `waited_s`: seconds without targets, of the rank that waited longest.
+    """`losses`: over all ranks. `waited_s`: seconds waited for targets by the rank that waited longest.
 
-    `rates`: learning rates by group of parameters. `clipped`: of a run with QK-clip.
-    `coefficients` where they change in the run; `gradient_shares` where they were measured, see `losses.weighting`.
-    `mixture`: weight by source that the batch was drawn by, where a policy changes them.
-    `wrote_s`: seconds in which the student wrote a later batch; `rollout`: of a batch that it wrote, see
-    `RolloutSums`.
+    `rates`: learning rates by parameter group. `clipped`: in a run with QK-clip.
+    `coefficients`: if they change during the run. `gradient_shares`: if they were measured, see `losses.weighting`.
+    `mixture`: the batch's weights by source, if a policy changes them.
+    `wrote_s`: seconds in which the student wrote a later batch. `rollout`: metrics of this batch if the student wrote
+    it, see `RolloutSums`.
     """
 
     losses: LossMetrics

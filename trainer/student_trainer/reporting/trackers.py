@@ -1,7 +1,7 @@
-"""Trackers of others: Weights & Biases, TensorBoard and Prometheus. Built by `build`, fed by `logs`.
+"""External trackers: Weights & Biases, TensorBoard and Prometheus. Built and used by `logs`.
 
-A tracker may be slow, down or gone: it is fed from a queue by a thread of its own, and what it can't take is counted
-and dropped. `metrics.jsonl` has every line whatever happens here.
+A tracker may be slow or unreachable. Each has a queue and a thread; what it can't take is dropped and counted.
+`metrics.jsonl` has every line regardless.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLOSE_WITHIN_S = 20.0
 
 
 class Sink(Protocol):
-    """What writes figures somewhere. Lives on one thread."""
+    """Writes metrics somewhere. Used from one thread only."""
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None: ...
 
@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Feeds a sink that `open_sink` makes on the tracker's thread."""
+    """Feeds a sink, which `open_sink` creates on the tracker's thread."""
 
     def __init__(self, name: str, open_sink: Callable[[], Sink]):
         self._name, self._open_sink = name, open_sink
@@ -43,7 +43,7 @@ class Tracker:
         self._thread.start()
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Never waits: a line that finds the queue full is dropped and counted."""
+        """Never blocks: if the queue is full, the line is dropped and counted."""
         try:
             self._queue.put_nowait((step, figures))
         except queue.Full:
@@ -52,7 +52,7 @@ class Tracker:
                 logger.warning("%s takes figures too slowly: some are dropped, metrics.jsonl has them all", self._name)
 
     def close(self) -> None:
-        """Give the sink what is queued, but no more than 20 seconds."""
+        """Let the sink take what is queued. Waits at most 20 seconds for space in the queue, and 20 for the thread."""
         try:
             self._queue.put(None, timeout=CLOSE_WITHIN_S)
         except queue.Full:
@@ -69,12 +69,12 @@ class Tracker:
             while (item := self._queue.get()) is not None:
                 sink.log(*item)
             sink.close()
-        except Exception as error:  # the edge of a thread that runs other people's code
+        except Exception as error:  # trackers' libraries may raise anything; the run must go on
             logger.error("%s FAILED AND GETS NOTHING MORE: %r. metrics.jsonl has every line", self._name, error)
             self._drain()
 
     def _drain(self) -> None:
-        """Take what comes until the end, so that nobody waits for this tracker."""
+        """Discard items until the end, so that `close` doesn't wait for this tracker."""
         while self._queue.get() is not None:
             self.dropped += 1
 
@@ -87,7 +87,7 @@ class _Wandb:
         self._run = wandb.init(
             project=settings.logging.project, id=run_id, name=run_id, dir=str(folder), resume="allow",
             mode=mode, config=public(settings),
-            # Of the process it would keep the command line too, whatever is in it.
+            # wandb's metadata include the command line, which may hold secrets.
             settings=wandb.Settings(console="off", x_disable_meta=any(redact(word) != word for word in sys.argv)),
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ class _TensorBoard:
 
 
 def open_trackers(settings: Settings, run_id: str, folder: Path) -> list[Tracker]:
-    """The trackers that the settings ask for; says very loudly if there is no online one and none was refused."""
+    """The trackers in the settings. Warns conspicuously if `logging.wandb` is auto and there is no API key."""
     trackers = []
     mode = settings.logging.wandb
     if mode == "auto" and os.environ.get("WANDB_API_KEY"):
@@ -141,7 +141,7 @@ def open_trackers(settings: Settings, run_id: str, folder: Path) -> list[Tracker
 
 
 def _prometheus(settings: Settings, run_id: str) -> Tracker:
-    """Opened here and not on the tracker's thread: a port that is taken stops the run before it begins."""
+    """Opened here and not on the tracker's thread, so that a port in use stops the run before it begins."""
     from student_trainer.reporting.prometheus import Exporter
 
     assert settings.logging.prometheus_port is not None
