@@ -1,4 +1,4 @@
-"""A trained student in the formats of those who run it: Hugging Face, BitNet, GGUF.
+"""Exports a trained student for other software: Hugging Face, BitNet, GGUF and other formats.
 
 May import students and what lies below them. Open `export.py` first.
 """

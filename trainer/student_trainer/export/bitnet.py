@@ -1,8 +1,9 @@
-"""A student in the terms of transformers' BitNet: as its architecture, or as its quantisation of another one.
+"""Expresses a student as transformers' BitNet: as its architecture, or as its quantisation of another architecture.
 
-`export` calls `in_transformers` to learn which of the two says exactly what the student computes, if either does.
-With SubLN before o_proj and down_proj it is the BitNet architecture (attn_sub_norm, ffn_sub_norm); with SubLN before
-every linear, or none, it is the original architecture with `quantization_config` (which names the norms rms_norm).
+`hf` calls `in_transformers`, `gguf` calls `as_architecture`. The result computes exactly what the student does, or the
+student is refused. With SubLN before o_proj and down_proj it is the BitNet architecture (attn_sub_norm, ffn_sub_norm);
+with SubLN before every linear, or none, it is the original architecture with `quantization_config` (which names the
+norms rms_norm).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from student_trainer.students.diffusion_record import read_diffusion, write_diff
 from student_trainer.students.quant_linear import quant_linears, quantise_as
 from student_trainer.students.quantisers.record import read_record
 
-# Of the logits' spread. Rounding in float32 stays under 1e-5 at 30 layers; a norm's eps that is off gives 8e-3.
+# Relative to the logits' standard deviation. float32 rounding gives less than 1e-5 at 30 layers, a wrong eps 8e-3.
 SAME_LOGITS = 1e-3
 BF16_SAME_LOGITS = 5e-2
 _FULL_ACTIVATIONS = "activations are not quantised, and there they always are"
@@ -30,7 +31,7 @@ NORM_NAMES = {"self_attn.o_proj.rms_norm": "self_attn.attn_sub_norm", "mlp.down_
 
 
 def in_transformers(model: Any) -> Expression:
-    """The student for plain transformers. Raises CannotExpressError with every reason why there is none."""
+    """The student for plain transformers. CannotExpressError lists every reason if it can't be expressed."""
     record = record_of(model)
     if record.sub_norm == "output":
         return as_architecture(model)
@@ -43,12 +44,13 @@ def in_transformers(model: Any) -> Expression:
 
 
 def as_architecture(model: Any, *, any_activations: bool = False) -> Expression:
-    """The student as a BitNetForCausalLM, its logits compared with the student's own.
+    """The student as a BitNetForCausalLM, after comparing its logits with the student's own.
 
-    `any_activations`: whoever will run it rounds activations in a way of its own, so the student's way is no obstacle.
+    `any_activations`: the runtime rounds activations in its own way, so the student's way is no obstacle.
 
-    The architecture has one eps for all norms. Scaling the input of SubLN by c turns its eps e into e / c^2, and that
-    input is linear in v_proj and up_proj: their weights take c = sqrt(eps of the model / eps of SubLN).
+    The architecture has one eps for all norms. Scaling the input of SubLN by c has the effect of dividing its eps by
+    c^2, and that input is linear in v_proj and up_proj: so their weights are multiplied by
+    c = sqrt(eps of the model / eps of SubLN).
     """
     reasons = [reason for reason in obstacles(model) if not (any_activations and reason == _FULL_ACTIVATIONS)]
     if reasons:
@@ -70,7 +72,7 @@ def as_architecture(model: Any, *, any_activations: bool = False) -> Expression:
 
 
 def obstacles(model: Any) -> list[str]:
-    """What this student has that the BitNet architecture has not, in words. Empty where it fits."""
+    """What this student has that the BitNet architecture lacks, in words. Empty if it fits."""
     config, record = model.config, record_of(model)
     reasons = []
     if type(model).__name__.endswith("ForSequenceClassification"):
@@ -119,32 +121,32 @@ def _sub_norm_gain(model: Any) -> float:
     if model.config.model_type == "bitnet":
         return 1.0
     gain = math.sqrt(model.config.rms_norm_eps / record_of(model).eps)
-    # A product that rounds would move latent weights across a ternary threshold; a power of two never does.
+    # Rounded products would move latent weights across a ternary threshold; multiplying by a power of two is exact.
     return gain if model.dtype == torch.float32 else 2.0 ** round(math.log2(gain))
 
 
 @torch.no_grad()
 def _check_same_logits(model: Any, config: Any, weights: dict[str, Tensor], added: dict[str, Correction]) -> None:
-    """Compare on random tokens: a model may differ from Llama in ways that neither its config nor its names show.
+    """Compare logits on random tokens: a model may differ from Llama in ways that neither config nor names show.
 
-    With exact activations: where int8 rounding meets a tie, the last bit of a sum decides, and in a deep model such
-    ties alone move logits by some per cent, from one number of threads to another.
+    Activations are not quantised here: at ties in int8 rounding the last bit of a sum decides, and in a deep model
+    ties alone change logits by a few per cent from one number of threads to another.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        # On meta: no second set of weights is allocated, the student's own are assigned.
+        # On meta, so that no second set of weights is allocated: the student's own are assigned.
         rebuilt = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     rebuilt.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
     rebuilt.tie_weights()
-    # RoPE's frequencies are no part of the state dict: take a rotary module that was not made on meta.
+    # RoPE's frequencies are not in the state dict, so make the rotary module anew, not on meta.
     rebuilt.model.rotary_emb = type(rebuilt.model.rotary_emb)(config).to(model.device)
     quantise_as(rebuilt, record_of(model))
     put_corrections(rebuilt, added)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(config.vocab_size, (2, 32), generator=generator).to(model.device)
     ours, theirs = (_exact_activation_logits(each, ids_BT) for each in (model, rebuilt))
-    # Root mean square of the difference over the spread of the logits.
+    # Root mean square of the difference, relative to the logits' standard deviation.
     difference = ((ours - theirs).pow(2).mean().sqrt() / ours.std()).item()
     if not difference < (SAME_LOGITS if model.dtype == torch.float32 else BF16_SAME_LOGITS):
         reason = f"{model.config.model_type} computes something else: logits differ by {difference:.2g} of their spread"
@@ -174,10 +176,10 @@ def _exact_activations(model: Any) -> Iterator[None]:
 
 
 def packed(expression: Expression) -> dict[str, Tensor]:
-    """The weights with each ternary one as uint8, four codes a byte, and its float32 `weight_scale`.
+    """The weights, each ternary one as uint8 with four codes per byte and a float32 `weight_scale`.
 
-    The layout is transformers' (rows o, o + O/4, o + O/2, o + 3O/4 share a byte). Raises CannotExpressError for an
-    output width that is no multiple of 4.
+    The layout is transformers' (rows o, o + O/4, o + O/2, o + 3O/4 share a byte). CannotExpressError if an output width
+    is not a multiple of 4, or if a ternary linear has a bias.
     """
     from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 
@@ -193,14 +195,14 @@ def packed(expression: Expression) -> dict[str, Tensor]:
         raise CannotExpressError("transformers' packed BitNet", reasons)
     for name in expression.ternary_names:
         codes_OI, scale = expression.codes(tensors[name])
-        # Code + 1 in two bits; four rows O/4 apart make one row of bytes.
+        # Code + 1 in two bits; four rows at distance O/4 make one row of bytes.
         tensors[name] = pack_weights(codes_OI)
         tensors[f"{name}_scale"] = scale.reshape(1)
     return tensors
 
 
 def quantisation_config(config: Any, *, mode: str) -> dict[str, Any]:
-    """transformers' BitNetQuantConfig for a student's checkpoint: `mode` "online" for latent, "offline" for packed."""
+    """transformers' BitNetQuantConfig for an export; `mode`: "online" for latent weights, "offline" for packed ones."""
     record = read_record(config)
     assert record is not None, "a quantised model has its record"
     return {

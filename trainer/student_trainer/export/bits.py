@@ -1,4 +1,4 @@
-"""What a weight of a quantised student takes, scales and adapters counted. Called by `export`, for the card."""
+"""Bits per weight of a quantised student, including scales and adapters. Called by `folder` and `gguf` for the card."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from student_trainer.students.quant_linear import quant_linears, quantiser_of
 
-ADAPTER_BITS = 16  # of a number that an adapter adds, as it is served
+ADAPTER_BITS = 16  # of an adapter's parameter as it is served
 
 
 @dataclass(frozen=True)
 class BitsAWeight:
-    """Means over the weights of all quantised layers: as they are packed, and with what adapters add to them."""
+    """Means over the weights of all quantised layers: as packed, and including adapters."""
 
     packed: float
     with_adapter: float
 
 
 def bits_a_weight(model: Any) -> BitsAWeight | None:
-    """Of a quantised model; None of one in full precision."""
+    """The bits per weight of a quantised model; None for one in full precision."""
     weights, packed, added = 0, 0.0, 0
     for _, layer in quant_linears(model):
         count = layer.weight.numel()

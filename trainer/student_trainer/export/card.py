@@ -1,4 +1,4 @@
-"""The model card that goes with every export: README.md by the template `model_card.md.jinja`."""
+"""The model card of every export: README.md from the template `model_card.md.jinja`. Called by the formats."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 class ModelCard:
     """What a run knows about the model it made; the exporter adds format and loading instructions.
 
-    `teacher` and its fingerprint are empty for a student that had none. `data`: one line a source. `figures`: name ->
-    value as it shall be printed. `config`: the run's settings as YAML.
+    `teacher` and its fingerprint are empty if there was none. `data`: one line per source. `figures`: name -> value as
+    it is printed. `config`: the run's settings as YAML.
     """
 
     name: str
@@ -40,8 +40,8 @@ def write_card(
     quantiser: Quantiser,
     bits: BitsAWeight | None,
 ) -> None:
-    """Render the card. `quantiser`: of its weights, which take `bits`. Markdown: `what` says what the files hold,
-    `loading` how to open them, `notes` are caveats.
+    """Render the card. `quantiser`: that of the weights, which take `bits`. In Markdown: `what` says what the files
+    hold, `loading` how to open them, `notes` are caveats.
     """
     from jinja2 import Environment, StrictUndefined
 

@@ -1,8 +1,8 @@
-"""Opens an export with other people's software and compares its logits with the student's. Called after an export by
-`bitdistill` and by the tests.
+"""Runs an export in third-party software and compares its logits with the student's. Called by `cli.export` and tests.
 
-Ternary students are touchy: int8 rounding turns the last bit of a sum into a step of 1/127, so two machines, or two
-numbers of threads, already differ. `compare_logits` therefore gives distances of distributions, not a yes or no.
+Ternary students are sensitive: int8 rounding turns the last bit of a sum into a step of 1/127, so results differ even
+between two machines or numbers of threads. Therefore `compare_logits` returns distances of distributions, not a yes or
+no.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Runs where none of our packages can be imported.
+# Runs in a process where our packages cannot be imported.
 _SCRIPT = """
 import pathlib, sys
 for name in ("student_trainer", "teacher_proto", "serving", "teacher_service", "attention_service"):
@@ -37,8 +37,8 @@ for index, folder in enumerate(folders):
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """Of two sets of logits: mean KL(ours || theirs) in nats, share of rows with the same first choice, and the root
-    mean square difference in units of our logits' standard deviation.
+    """Two sets of logits compared: mean KL(ours || theirs) in nats, fraction of rows with the same likeliest token, and
+    the root mean square difference in units of our logits' standard deviation.
     """
 
     kl: float
@@ -47,7 +47,7 @@ class LogitsComparison:
 
 
 def compare_logits(ours_NV: np.ndarray, theirs_NV: np.ndarray) -> LogitsComparison:
-    """Compare [..., V] logits row by row, in float64. ValueError where the shapes differ."""
+    """Compare [..., V] logits row by row, in float64. ValueError if the shapes differ."""
     if ours_NV.shape != theirs_NV.shape:
         raise ValueError(f"logits of shape {ours_NV.shape} cannot be compared with {theirs_NV.shape}")
     ours, theirs = ours_NV.astype(np.float64), theirs_NV.astype(np.float64)
@@ -65,10 +65,10 @@ def _log_softmax(logits_NV: np.ndarray) -> np.ndarray:
 
 
 def transformers_logits(folders: Sequence[Path], ids_BT: np.ndarray, *, compiled: bool = False) -> list[np.ndarray]:
-    """Logits [B, T, V] of exports as transformers loads them, in a process that cannot import our packages.
+    """Logits [B, T, V] of exports loaded by transformers, in a process that cannot import our packages.
 
-    `compiled` lets transformers compile its BitNet layers, for which a CPU needs a C++ compiler; the result is the
-    same up to rounding. Raises RuntimeError with that process's last lines if it fails.
+    `compiled` lets transformers compile its BitNet layers, which needs a C++ compiler on CPUs; the result is the same
+    up to rounding. RuntimeError with that process's last output if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         np.save(Path(scratch) / "ids.npy", ids_BT)
@@ -81,7 +81,7 @@ def transformers_logits(folders: Sequence[Path], ids_BT: np.ndarray, *, compiled
 
 
 def llama_cpp_logits(file: Path, ids_T: np.ndarray) -> np.ndarray | None:
-    """Logits [T, V] of a GGUF file by llama.cpp, or None where its Python package is not installed."""
+    """Logits [T, V] of a GGUF file in llama.cpp, or None if its Python package is not installed."""
     try:
         from llama_cpp import Llama
     except ImportError:

@@ -1,8 +1,7 @@
-"""A quantised student as a plain model of full-precision weights, each worth what its codes were. A format of
-`export`.
+"""A quantised student as a plain model in full precision, with its dequantised weights. A format of `export`.
 
-Nothing is saved by it; whoever knows no such codes gets the student's own answers. What an adapter adds is added in, or
-written beside it.
+It saves no memory, but software without support for the codes computes the student's own outputs. An adapter is merged
+into the weights, or written beside them.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from student_trainer.students.adapters.low_rank import corrections
 from student_trainer.students.quant_linear import quant_linears, quantiser_of
 from student_trainer.students.quantisers.record import ENTRY
 
-Placed = Literal["merged", "beside"]  # where a dense model has what an adapter adds
+Placed = Literal["merged", "beside"]  # where the adapter goes
 
 
 def export_dense(
     model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, adapter: Placed = "merged"
 ) -> ExportReport:
-    """Write what the codes are worth in full precision, for whatever loads the original model; adapters are added in,
+    """Write the dequantised weights in full precision, for anything that loads the original model; adapters are merged,
     or written "beside" it for peft.
 
-    Raises CannotExpressError naming what a plain model lacks: SubLN, rounded activations.
+    CannotExpressError names what a plain model lacks: SubLN, rounded activations.
     """
     check_finished(model, "dense")
     config, weights = dense_weights(model, merged=adapter == "merged")
@@ -49,8 +48,8 @@ def export_dense(
 
 @torch.no_grad()
 def dense_weights(model: Any, merged: bool = True) -> tuple[Any, dict[str, Tensor]]:
-    """The original architecture's config, and its weights by name. CannotExpressError where a plain model lacks what
-    the student has: SubLN, or inputs that are rounded. `merged`: with what an adapter adds.
+    """The original architecture's config, and its weights by name. CannotExpressError if the student has what a plain
+    model lacks: SubLN, or rounded inputs. `merged`: with adapters merged into the weights.
     """
     record = record_of(model)
     reasons = [] if record.sub_norm == "none" else [f"it has no SubLN (sub_norm '{record.sub_norm}')"]
@@ -73,7 +72,7 @@ def dense_weights(model: Any, merged: bool = True) -> tuple[Any, dict[str, Tenso
         weight_OI = quantiser_of(layer).weight(layer, torch.ones((), device=layer.weight.device)).detach()
         if (correction := added.get(name)) is not None:
             scale = correction.alpha / len(correction.a_RI)
-            # W + (alpha / r) B A: what base and correction compute together, as one matrix.
+            # W + (alpha / r) B A: base and correction as one matrix.
             weight_OI = weight_OI + scale * correction.b_OR @ correction.a_RI
         weights[f"{name}.weight"] = weight_OI
     return config, weights

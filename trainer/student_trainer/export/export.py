@@ -1,17 +1,17 @@
-"""Writes a trained student for others to load. Called by `cli.export`, and by scripts: `EXPORTS[format](...)`.
+"""Writes a trained student in one of several formats. Called by `cli.export`, and by scripts: `EXPORTS[format](...)`.
 
-- hf: latent weights, to be trained on or quantised while running; the weights as they are of a student that is not
-  quantised, for which this is the only format;
-- bitnet: ternary weights, two bits each, which transformers loads with nothing of ours installed;
+- hf: latent weights, to train further or to quantise while running; for a student that is not quantised, its weights;
+- bitnet: ternary weights, two bits each, which transformers loads without any of our packages;
 - gguf: ternary weights, one file for llama.cpp;
 - sdar: a block-diffusion student in the form that SGLang serves;
-- packed: codes of two bits, four a byte, and their scales, for readers like `packed_reader`;
-- dense: what the codes are worth, in full precision, as a model that transformers knows nothing special of.
+- packed: codes of two bits, four per byte, with their scales, for readers like `packed_reader`;
+- dense: dequantised weights in full precision, as a model that needs no special support in transformers.
 
-A quantiser says which of them hold it. An adapter of a quantised student is written beside it, in peft's format.
+A quantiser lists the formats that can hold it. An adapter of a quantised student is written beside it, in peft's
+format.
 
-Each writes a folder that must not exist yet, with a model card, and says in its report whether the files alone give
-the student's function. What a format cannot hold is refused by name.
+Each writes a new folder with a model card, and reports whether the files alone reproduce the student's function. What
+a format cannot hold is refused by name.
 """
 
 from __future__ import annotations

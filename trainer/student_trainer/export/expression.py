@@ -1,5 +1,5 @@
-"""A student as others would hold it: a config and weights by name, and what to say where nobody can. Used by every
-format.
+"""A student in third-party terms, as a config and weights by name, and the error if it can't be expressed. Used by
+every format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from student_trainer.students.quantisers.record import Record, read_record
 @dataclass(frozen=True)
 class Expression:
     """A student as transformers would hold it: config, latent weights by name, and the names of quantised weights.
-    `corrections`: what an adapter adds, by the layer's name. `codes`: of a quantised weight, as its quantiser has them.
+    `corrections`: those of adapters, by the layer's name. `codes`: computes a quantised weight's codes and scale.
     """
 
     config: Any
@@ -31,7 +31,7 @@ class Expression:
 
 
 class CannotExpressError(ValueError):
-    """transformers has no model that computes this; `reasons` names each part."""
+    """The target software has no model that computes this; `reasons` names each part that it lacks."""
 
     def __init__(self, target: str, reasons: list[str]) -> None:
         super().__init__(f"{target} cannot express this student: {'; '.join(reasons)}")
@@ -39,7 +39,7 @@ class CannotExpressError(ValueError):
 
 
 def latent_weights(model: Any) -> dict[str, Tensor]:
-    """The state dict without what only training needs, and without the copies of tied tensors."""
+    """The state dict without what only training needs, without adapters, and without copies of tied tensors."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {
         name: tensor.detach()
@@ -51,14 +51,14 @@ def latent_weights(model: Any) -> dict[str, Tensor]:
 
 
 def record_of(model: Any) -> Record:
-    """How a quantised model is quantised."""
+    """The record of how a quantised model is quantised."""
     record = read_record(model.config)
     assert record is not None, "a quantised model has its record"
     return record
 
 
 def express(model: Any, config: Any, weights: dict[str, Tensor], added: dict[str, Correction]) -> Expression:
-    """The model's layers under another config or other values of its weights."""
+    """The model's layers with the given config, weights and corrections."""
     layers = dict(quant_linears(model))
     quantiser = quantiser_of(next(iter(layers.values()))) if layers else NONE
     return Expression(config, weights, tuple(f"{name}.weight" for name in layers), added, quantiser.codes)
@@ -71,5 +71,5 @@ def express_original(model: Any) -> Expression:
 
 
 def quantiser_in(model: Any) -> Quantiser:
-    """The quantiser of a model's decoder: one for all its layers."""
+    """The quantiser of a model's decoder, which all its layers share."""
     return next((quantiser_of(layer) for _, layer in quant_linears(model)), NONE)

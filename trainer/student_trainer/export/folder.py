@@ -1,5 +1,5 @@
-"""A folder in Hugging Face's form with its model card: what the formats share that transformers can open. Used by `hf`,
-`dense`, `packed`; the others use its folder that is whole or not there.
+"""Writes a folder in Hugging Face's form with its model card, for the formats `hf`, `dense` and `packed`; `gguf` and
+`sdar` use its atomic `fresh_folder`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BLOCKS = (
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. `stands_alone`: others' software computes the student's function from these files alone."""
+    """What was written. `stands_alone`: third-party software computes the student's function from these files alone."""
 
     format: str
     folder: Path
@@ -60,7 +60,7 @@ class ExportReport:
 
 
 def check_finished(model: Any, form: str) -> None:
-    """ValueError unless the format holds this student's quantiser, and its warm-up has ended."""
+    """ValueError unless the format can hold this student's quantiser, and its warm-up has ended."""
     quantiser = quantiser_in(model)
     if form not in quantiser.exports:
         raise ValueError(
@@ -76,7 +76,7 @@ def write_folder(
     model: Any, tokenizer: Any, folder: Path, card: ModelCard, expression: Expression, tensors: dict[str, Tensor], *,
     report: tuple[str, bool, tuple[str, ...]], what: str, loading: str, pattern: str = "model{suffix}.safetensors",
 ) -> ExportReport:  # fmt: skip
-    """Config, weights, tokenizer, adapter and card. `report`: format, whether it stands alone, notes."""
+    """Write config, weights, tokenizer, adapter and card. `report`: format, whether it stands alone, notes."""
     from huggingface_hub import save_torch_state_dict
 
     kind, stands_alone, notes = report
@@ -107,7 +107,7 @@ def write_folder(
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name once the block has written everything, and is gone if it fails."""
+    """A temporary folder beside `folder`, renamed to it at the end of the block, or removed if the block fails."""
     if folder.exists():
         raise ValueError(f"{folder} exists already: give a folder that does not, an export never writes over another")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -121,16 +121,16 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
 
 def loading(model: Any) -> str:
-    """How transformers, with peft where something is beside the weights, loads what `write_folder` has written."""
+    """Instructions for loading what `write_folder` wrote with transformers, and with peft if there is an adapter."""
     return (LOAD_ADAPTED if corrections(model) else LOAD_TRANSFORMERS).format(factory=factory_of(model))
 
 
 def factory_of(model: Any) -> str:
-    """The class of transformers that opens it."""
+    """The Auto class of transformers that opens the model."""
     classes = type(model).__name__.endswith("ForSequenceClassification")
     return "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
 
 
 def size_of(folder: Path) -> int:
-    """The bytes of all its files."""
+    """The total size of all files in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,8 +1,8 @@
 """A ternary student as a GGUF file of llama.cpp's `bitnet` architecture. A format of `export`.
 
 llama.cpp's graph for it is a Llama with attn_sub_norm and ffn_sub_norm, SiLU, RoPE in Hugging Face's layout and the
-head tied to the embeddings. TQ1_0 and TQ2_0 come in blocks of 256 along the input width. Where 256 does not divide it
-a Q4_0 block of 32 takes the same values exactly: d = scale, nibbles 7, 8 and 9 for -1, 0 and 1.
+head tied to the embeddings. TQ1_0 and TQ2_0 have blocks of 256 along the input width. If that is not a multiple of 256,
+Q4_0 blocks of 32 hold the same values exactly: d = scale, nibbles 7, 8 and 9 for -1, 0 and 1.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ OUTER_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.wei
 def export_gguf(
     model: Any, tokenizer: Any, folder: Path, card: ModelCard, *, ternary_type: TernaryType = "TQ2_0"
 ) -> ExportReport:
-    """Write `<card name>.gguf` of llama.cpp's bitnet architecture, read back and compared tensor by tensor.
+    """Write `<card name>.gguf` of llama.cpp's bitnet architecture, then read it back and compare every tensor.
 
-    `tokenizer` None writes no vocabulary: such a file takes and gives token ids alone. Raises CannotExpressError for
-    what the architecture has no place for, and ValueError for a tokenizer that GGUF has no name for.
+    With `tokenizer` None no vocabulary is written: such a file can only be used with token ids. CannotExpressError for
+    what the architecture lacks, ValueError for a tokenizer that GGUF has no name for.
     """
     check_finished(model, "gguf")
     if read_diffusion(model.config) is not None:
@@ -78,9 +78,9 @@ def _gguf_notes(types: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def write_gguf(model: Any, tokenizer: Any, file: Path, name: str, *, ternary_type: TernaryType) -> dict[str, int]:
-    """Write the file, read it back and compare every tensor. Returns how many tensors have which GGML type.
+    """Write the file, read it back and compare every tensor. Returns the number of tensors of each GGML type.
 
-    Raises CannotExpressError naming what the architecture lacks, ValueError for a scale that fp16 does not hold.
+    CannotExpressError names what the architecture lacks; ValueError for a scale or weight beyond fp16.
     """
     import gguf
 
@@ -94,7 +94,7 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, name: str, *, ternary_typ
         expected = {}
         for hf_name, tensor in expression.weights.items():
             gguf_name = tensor_name(hf_name)
-            # From the codes, not from the weights: the file holds what the student multiplies by.
+            # From the codes, not the latent weights: the file holds the values that the student multiplies by.
             codes = expression.codes(tensor) if hf_name in expression.ternary_names else None
             data, kind, values = _encode(hf_name, tensor, codes, ternary_type)
             writer.add_tensor(gguf_name, data, raw_dtype=kind)
@@ -155,9 +155,9 @@ def _add_metadata(writer: Any, config: Any, name: str, ternary_type: TernaryType
 def _encode(
     name: str, tensor: Tensor, codes: tuple[Tensor, Tensor] | None, kind: TernaryType
 ) -> tuple[np.ndarray, Any, np.ndarray]:
-    """Bytes or floats for the writer, their GGML type, and the values that the file must give back.
+    """Bytes or floats for the writer, their GGML type, and the values that must be read back.
 
-    `codes`: those of a ternary tensor and their scale, None of one that is kept in floats.
+    `codes`: the codes and scale of a ternary tensor; None for one that stays in floating point.
     """
     import gguf
 
@@ -176,7 +176,7 @@ def _encode(
     values_OI = codes_OI.numpy().astype(np.float32) * np.float32(half)
     width = values_OI.shape[1]
     if width % 256 == 0:
-        # {-s, 0, s} is what a TQ block holds exactly, with s as its scale: nothing is rounded but s to fp16.
+        # A TQ block with scale s holds {-s, 0, s} exactly: only s is rounded, to fp16.
         return gguf.quants.quantize(values_OI, types[kind]), types[kind], values_OI
     if width % 32 == 0:
         return q4_0_blocks(codes_OI.numpy(), half), types.Q4_0, values_OI
@@ -184,7 +184,7 @@ def _encode(
 
 
 def q4_0_blocks(codes_OI: np.ndarray, scale: np.float16) -> np.ndarray:
-    """Ternary codes as Q4_0: 18 bytes for 32 values, fp16 d and then value i in the low, i + 16 in the high nibble."""
+    """Ternary codes as Q4_0: 18 bytes for 32 values; fp16 d, then value i in the low and i + 16 in the high nibbles."""
     rows, width = codes_OI.shape
     # Value = d (nibble - 8): 7, 8 and 9 are -1, 0 and 1.
     nibbles = (codes_OI + 8).astype(np.uint8).reshape(rows, width // 32, 2, 16)
@@ -194,7 +194,7 @@ def q4_0_blocks(codes_OI: np.ndarray, scale: np.float16) -> np.ndarray:
 
 
 def _read_back(file: Path, expected: dict[str, np.ndarray]) -> dict[str, int]:
-    """Dequantise every tensor of the file by gguf's own definitions; anything but the exact values is our bug."""
+    """Dequantise every tensor of the file with the gguf package, and assert that the values are exact."""
     import gguf
 
     reader = gguf.GGUFReader(file)

@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer as GGUF metadata. Called by `gguf`.
 
-GGUF holds the vocabulary and merges of a byte-level BPE and only the *name* of its pre-tokeniser: llama.cpp has the
-regular expressions built in. So the name is looked up from the rules themselves, and rules without a name are refused.
+GGUF holds the vocabulary and merges of a byte-level BPE, but only the *name* of its pre-tokeniser: llama.cpp has the
+regular expressions built in. So the name is looked up by the tokenizer's rules, and rules without a name are refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# The rules that split text ahead of BPE -> llama.cpp's name. "gpt2" stands for ByteLevel's own expression.
+# The rules that split text before BPE -> llama.cpp's name. "gpt2" stands for ByteLevel's own regular expression.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENISERS = {
@@ -27,9 +27,9 @@ SPECIAL = {
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
-    """Write the tokenizer's fields, or for None the mark that there is none.
+    """Write the tokenizer's fields; for None, write that there is none.
 
-    Raises ValueError for one that is not a fast byte-level BPE, or whose pre-tokeniser has no name in llama.cpp.
+    ValueError if it is not a fast byte-level BPE, or if its pre-tokeniser has no known name in llama.cpp.
     """
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
@@ -57,7 +57,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 
 
 def pre_tokeniser_name(rules: dict[str, Any]) -> str:
-    """llama.cpp's name for the rules of a tokenizer.json. ValueError naming what came where there is none."""
+    """llama.cpp's name for the rules of a tokenizer.json. ValueError names the rules if there is none."""
     if rules["model"]["type"] != "BPE" or rules["model"].get("byte_fallback"):
         raise ValueError(f"gguf: the tokenizer is a {rules['model']['type']} model, expected byte-level BPE; pass none")
     steps = rules.get("pre_tokenizer") or {}
@@ -81,7 +81,9 @@ def _signature(step: dict[str, Any]) -> str | None:
 
 
 def _tokens(rules: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Token texts by id and their GGUF types; ids that the tokenizer lacks are filled up as unused."""
+    """Token texts by id and their GGUF types; ids that the tokenizer lacks are marked as unused. ValueError if it has
+    ids beyond `vocab_size`.
+    """
     import gguf
 
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]

@@ -1,6 +1,4 @@
-"""A student for transformers: latent weights, or ternary ones in its packed BitNet layout. Two formats of
-`export`.
-"""
+"""A student for transformers: latent weights, or ternary ones in its packed BitNet layout. Two formats of `export`."""
 
 from __future__ import annotations
 
@@ -37,10 +35,10 @@ def export_hf(
 ) -> ExportReport:
     """Write the latent weights.
 
-    "auto" writes them as a model that transformers quantises while it runs, where it has one that computes the same;
-    else, and with "original", under the names of the original architecture with SubLN beside them. Then transformers
-    loads them too, but as the unquantised model without SubLN, which is another function: report and card say so.
-    `tokenizer` may be None. Raises ValueError if the warm-up has not ended or the folder exists.
+    "auto" writes a model that transformers quantises while it runs, if there is one that computes the same. Otherwise,
+    and with "original", the weights have the names of the original architecture, with SubLN beside them. transformers
+    loads these too, but as the unquantised model without SubLN, which is a different function: report and card say so.
+    `tokenizer` may be None. ValueError if the warm-up has not ended or the folder exists.
     """
     if not is_quantised(model):
         return write_folder(model, tokenizer, folder, card, express_original(model), latent_weights(model),
@@ -66,10 +64,10 @@ def export_hf(
 
 
 def export_bitnet(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
-    """Write packed ternary weights, four a byte, that transformers loads as they are and runs to the same logits.
+    """Write packed ternary weights, four per byte, which transformers loads and runs directly to the same logits.
 
-    Raises CannotExpressError (a ValueError) naming what transformers' BitNet has no place for: QK-norm, biases or
-    head widths with SubLN before the outputs, any bias or odd output width, unquantised activations.
+    CannotExpressError (a ValueError) names what transformers' BitNet lacks: with SubLN before the outputs, QK-norm,
+    biases or other head widths; in any case biases, output widths that 4 does not divide, unquantised activations.
     """
     check_finished(model, "bitnet")
     try:

@@ -1,4 +1,4 @@
-"""Names a diffusion student's mask token in the tokenizer that goes with it. Called by the exporters."""
+"""Names a diffusion student's mask token in its tokenizer. Called by `folder` and `sdar`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ NAME = "<|MASK|>"
 
 
 def with_mask_token(tokenizer: Any, mask: int) -> tuple[Any, str]:
-    """A copy of the tokenizer whose mask token is row `mask`, and no words; or the tokenizer as it is, and why not.
+    """A copy of the tokenizer whose mask token is id `mask`, and ""; or the unchanged tokenizer, and the reason.
 
-    A tokenizer gives a token that it learns the next id, so it can name the row behind its last one alone.
+    A tokenizer gives a new token the next free id, so the only new id that it can name is the one after its last.
     """
     from transformers import AddedToken
 

@@ -1,12 +1,12 @@
-"""Codes of two bits, four a byte, with their scales: a format of `export`, written and opened again.
+"""Codes of two bits, four per byte, with their scales: writing and loading this format of `export`.
 
     packed.safetensors    NAME.codes   uint8 [..., ceil(I / 4)], code j of a row in bits 2 (j mod 4) of byte j // 4
-                          NAME.scales  float32, what the codes are worth
+                          NAME.scales  float32, the scales of the codes
     config.json           `student_quantisation` names the quantiser; `student_packing` the width of each NAME's codes
 
-and every tensor that is not quantised as it is. seq2 keeps codes [O, I] and a scale a row: (code - 1.5) scale. fairy2i
-keeps codes k of i^k, [stages, 2, O/2, I/2] of U and of W, and scales [stages, 2, 2] of real and of imaginary ones.
-`packed_reader` reads the files with numpy alone.
+Tensors that are not quantised are stored unchanged. seq2 stores codes [O, I] and a scale per row: (code - 1.5) scale.
+fairy2i stores codes k of i^k, [stages, 2, O/2, I/2] for U and W, and scales [stages, 2, 2] of their real and imaginary
+parts. `packed_reader` reads the files with only numpy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ model = load_packed(FOLDER)
 
 
 def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
-    """Write codes of two bits and their scales, four codes a byte along the input; `load_packed` opens them."""
+    """Write codes of two bits and their scales, four codes per byte along the input; `load_packed` opens them."""
     check_finished(model, "packed")
     expression = express_original(model)
     tensors, entry = packed_weights(model, expression.weights)
@@ -52,14 +52,14 @@ def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes 0 to 3 [..., I], four a byte [..., ceil(I / 4)]; zeros fill the last byte."""
+    """Pack codes 0 to 3 [..., I], four per byte, into [..., ceil(I / 4)]; zeros fill the last byte."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4)).unflatten(-1, (-1, 4))
-    # Four codes of two bits at bits 0, 2, 4 and 6: they do not overlap, so their sum is their union.
+    # Four codes of two bits at bits 0, 2, 4 and 6 do not overlap, so their sum is their bitwise or.
     return (padded << _shifts(codes)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
-    """The codes [..., width] of what `pack` gave."""
+    """The inverse of `pack`: codes [..., width]."""
     return ((packed[..., None] >> _shifts(packed)) & 3).flatten(-2)[..., :width]
 
 
@@ -69,7 +69,7 @@ def _shifts(like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def packed_weights(model: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`weights`, the model's state, with codes and scales in the place of quantised ones, and the config's entry."""
+    """`weights`, the model's state, with codes and scales in place of the quantised weights; and the config's entry."""
     tensors, widths = dict(weights), {}
     for name, layer in quant_linears(model):
         quantiser = quantiser_of(layer)
@@ -78,14 +78,14 @@ def packed_weights(model: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Te
             del tensors[f"{name}.{learnt}"]
         tensors[f"{name}.weight{CODES}"], tensors[f"{name}.weight{SCALES}"] = pack(codes), scales.contiguous()
         widths[f"{name}.weight"] = codes.shape[-1]
-    # numpy, whose reader there is, knows no bfloat16.
+    # `packed_reader` uses numpy, which has no bfloat16.
     wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
     return wide, {"version": VERSION, "widths": widths}
 
 
 def load_packed(folder: Path | str) -> Any:
-    """The model of a packed export, in float32, its weights those that the student multiplied by. Not trainable: latent
-    weights are gone. ValueError for a folder that holds none.
+    """The model of a packed export, in float32, with the dequantised weights. Not trainable, since the latent weights
+    are gone. ValueError if the folder holds no packed export.
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -106,7 +106,7 @@ def load_packed(folder: Path | str) -> Any:
     classes = config.architectures[0].endswith("ForSequenceClassification")
     factory = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     model = factory.from_config(config, dtype=torch.float32)
-    # SubLN and rounded activations stay as the record says; the weights are what they became.
+    # SubLN and activation rounding stay as recorded; the weights are already quantised.
     quantise_as(model, replace(record, quantiser="none", stages=None))
     outcome = model.load_state_dict(weights, strict=False)
     model.tie_weights()

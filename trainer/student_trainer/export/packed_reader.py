@@ -1,5 +1,5 @@
-"""Packed exports read with numpy and safetensors alone, nothing of torch. For other runtimes, which call `read_packed`,
-and for `packed`, where the layout is written down.
+"""Reads packed exports with numpy and safetensors, without torch. For other runtimes, which call `read_packed`, and for
+`packed`, which describes the layout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ VERSION = 1
 
 
 def read_packed(folder: Path | str) -> dict[str, np.ndarray]:
-    """The model's tensors by name, quantised weights as the float32 numbers that they are worth.
+    """The model's tensors by name, with quantised weights dequantised to float32.
 
-    ValueError for a folder that holds none, or packed by a quantiser that is not read here.
+    ValueError if the folder holds no packed export, or one of a quantiser that is not supported here.
     """
     from safetensors.numpy import load_file
 
@@ -40,7 +40,7 @@ def read_packed(folder: Path | str) -> dict[str, np.ndarray]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that the tensors lie in."""
+    """The files that hold the tensors."""
     index = folder / f"{STEM}.safetensors.index.json"
     if not index.is_file():
         return [folder / f"{STEM}.safetensors"]
@@ -48,7 +48,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def unpack(packed: np.ndarray, width: int) -> np.ndarray:
-    """Codes 0 to 3 [..., width] of bytes that hold four each, the first in the lowest bits."""
+    """Codes 0 to 3 [..., width] from bytes that hold four each, the first in the lowest bits."""
     codes = (packed[..., None] >> np.array([0, 2, 4, 6], np.uint8)) & np.uint8(3)
     return codes.reshape(*packed.shape[:-1], -1)[..., :width]
 
@@ -59,7 +59,7 @@ def seq2_weight(codes_OI: np.ndarray, step_O: np.ndarray) -> np.ndarray:
 
 
 def fairy2i_weight(codes_SUOI: np.ndarray, scales_SUP: np.ndarray) -> np.ndarray:
-    """The real matrix [[Re U + Re W, Im W - Im U], [Im U + Im W, Re U - Re W]] of U and W, sums over the stages."""
+    """The real matrix [[Re U + Re W, Im W - Im U], [Im U + Im W, Re U - Re W]], with U and W summed over the stages."""
     real, imaginary = np.zeros((2, 2, *codes_SUOI.shape[2:]), np.float32)
     cosine, sine = np.array([[1, 0, -1, 0], [0, 1, 0, -1]], np.float32)
     for codes_UOI, scales_UP in zip(codes_SUOI, scales_SUP, strict=True):

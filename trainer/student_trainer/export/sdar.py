@@ -1,16 +1,17 @@
-"""A diffusion student as a folder of SDAR's form, which SGLang serves. A format of `export`.
+"""A diffusion student as a folder in SDAR's form, which SGLang serves. A format of `export`.
 
-The form is Qwen3's keys and names of weights with blocks and a mask token. SGLang reads less of a folder than it seems
-to, and says nothing of what it misses, so whatever it would compute otherwise is refused here by its reason:
+The form is Qwen3's config keys and weight names plus blocks and a mask token. SGLang reads less of a folder than it
+seems to, and does not report what it ignores. So every student that it would compute differently is refused here, with
+the reason:
 
-- the architecture's name alone chooses the mask token, 151669, whatever the config says;
-- it always builds norms of queries and keys, and weights that are missing for them are not reported;
-- a head that is tied to the embeddings is looked for under its own name, so it is written out;
-- the base of the rotary positions is looked for as `rope_theta`, and 10,000 is taken where it stands elsewhere;
-- prompts are read a block at a time, each token seeing its whole block, and a token is predicted by its own row.
+- the architecture's name alone determines the mask token, 151669, whatever the config says;
+- it always builds norms of queries and keys, and does not report missing weights for them;
+- it looks for the head under its own name even if it is tied to the embeddings, so the head is written out;
+- it looks for the rotary base only in `rope_theta`, and otherwise uses 10,000;
+- it reads prompts block by block, with each token seeing its whole block, and predicts a token in its own row.
 
-`configuration_sdar.py` and `modeling_sdar.py` beside it are templates that are written into the folder. The first
-is what SGLang needs beside the weights; the second computes a pass over whole blocks, on any device.
+`configuration_sdar.py` and `modeling_sdar.py`, templates beside this file, are written into the folder. SGLang needs
+the first besides the weights; the second computes a pass over whole blocks, on any device.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from student_trainer.students.quant_linear import is_quantised
 from student_trainer.students.quantisers.none import NONE
 
 MASK = 151669
-BLOCK = 4  # SGLang's where nothing else is said
+BLOCK = 4  # SGLang's default
 THRESHOLD = 0.95
 SAMPLER_FILE = "sglang_low_confidence.yaml"
 TEMPLATES = ("configuration_sdar.py", "modeling_sdar.py")
-# Of Qwen3's config, what SDAR's has under the same name.
+# The entries of Qwen3's config that SDAR's has under the same name.
 KEPT = (
     "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
     "initializer_range", "intermediate_size", "max_position_embeddings", "max_window_layers", "num_attention_heads",
@@ -56,7 +57,7 @@ _SDAR_NOTE = (
 
 
 def export_sdar(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
-    """Write a block-diffusion student in SDAR's form. Raises CannotExpressError with every reason why it can't be."""
+    """Write a block-diffusion student in SDAR's form. CannotExpressError lists every reason why it can't be written."""
     record = check_sdar(model, tokenizer)
     with fresh_folder(folder) as unfinished:
         write_sdar(model, tokenizer, unfinished, record)
@@ -68,7 +69,7 @@ def export_sdar(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> Ex
 
 
 def check_sdar(model: Any, tokenizer: Any) -> DiffusionRecord:
-    """What the student is. CannotExpressError with every reason why SGLang would compute something else."""
+    """The student's diffusion record. CannotExpressError lists every reason why SGLang would compute something else."""
     record, config = read_diffusion(model.config), model.config
     if record is None:
         raise CannotExpressError("SDAR's form", ["it reads from left to right, not by blocks"])
@@ -99,7 +100,7 @@ def check_sdar(model: Any, tokenizer: Any) -> DiffusionRecord:
 
 
 def sdar_config(model: Any, record: DiffusionRecord) -> dict[str, Any]:
-    """config.json: SDAR's fields, and no other's."""
+    """The content of config.json, with SDAR's fields only."""
     ours = model.config.to_dict()
     config = {name: ours[name] for name in KEPT}
     ends = config["eos_token_id"]
@@ -123,12 +124,12 @@ def sdar_config(model: Any, record: DiffusionRecord) -> dict[str, Any]:
 
 
 def sdar_weights(model: Any) -> dict[str, Tensor]:
-    """Qwen3's names, with a head of its own whether it is tied or not."""
+    """The weights under Qwen3's names, with the head as a separate tensor whether it is tied or not."""
     return {**latent_weights(model), "lm_head.weight": model.get_output_embeddings().weight.detach().clone()}
 
 
 def write_sdar(model: Any, tokenizer: Any, folder: Path, record: DiffusionRecord) -> None:
-    """All of the folder but its card."""
+    """Write everything in the folder except its card."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict({name: tensor.contiguous() for name, tensor in sdar_weights(model).items()}, folder)
