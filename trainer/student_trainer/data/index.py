@@ -58,7 +58,7 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
         _sweep(folder, path.stem)
         content = _write(name, path, files, settings)
         dataset = datasets.Dataset.from_file(str(path))
-        if settings.weight_column is None:  # weights are content too: then `content_of` hashes both columns
+        if settings.weight_column is None:  # weights are content too: with them, `content_of` hashes both columns
             keep(kept_at(dataset, folder), state_of([path]), content)
     return dataset
 

@@ -99,7 +99,7 @@ class BatchStream:
                 undecided_s = time.monotonic() - began
                 batch, state = self._source.batch(state, state.number)
                 self._put((batch, state, undecided_s))
-        except Exception as error:  # passed to the caller of `next`: this thread has nobody to raise to
+        except Exception as error:  # re-raised in `__next__`: here it would only end the thread
             self._put(error)
 
     def _get(self) -> Made | Exception:

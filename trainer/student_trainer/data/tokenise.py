@@ -1,4 +1,4 @@
-"""Converts raw documents to token ids, with BOS and EOS as set.
+"""Converts raw documents to token ids, with BOS and EOS as the settings say.
 
 Called by `feed` on worker threads: `tokenizers` releases the GIL, so threads are enough.
 """

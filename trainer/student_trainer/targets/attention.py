@@ -2,7 +2,7 @@
 
 Opened by `build_components`; `prefetch` then calls `BesideTokens`, and `align` cuts the result into micro batches.
 States are sent, and the loss computes the relations from them. No batch is trained on without its states: an attention
-service that is unreachable is waited for like the teacher, and one that serves another model stops the run.
+service that is unreachable is waited for like the teacher, and any other error stops the run.
 """
 
 from __future__ import annotations

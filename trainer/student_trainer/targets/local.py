@@ -48,7 +48,7 @@ class _Progress:
 class LocalTargets:
     """`settings` name the model; `saved` is the card of the teacher that the run began with.
 
-    `open` raises ValueError if no model is given, WrongTeacherError if it is not the expected one.
+    `open` raises ValueError if the model is missing or can't be loaded, WrongTeacherError if it isn't the expected one.
     """
 
     def __init__(self, settings: OneTeacher, saved: Mapping[str, Any] | None = None):

@@ -139,7 +139,7 @@ class Prefetch:
             try:
                 # Only this thread reads, so batches come in the order of their numbers.
                 batch, state = next(self._stream)
-            except Exception as error:  # passed to the caller of `next`: this thread has nobody to raise to
+            except Exception as error:  # re-raised in `next`: here it would only end the thread
                 failed: Future[Ready] = Future()
                 failed.set_exception(error)
                 self._append(failed)
