@@ -1,6 +1,6 @@
-"""What an engine is to the parts of a service that both have: something that starts, answers jobs, lives and dies.
+"""The interface between an engine and the shared parts of a service: start, score jobs, report health, close.
 
-A `Job` is a query on its way through a service. Made by each service's `app.py`.
+A `Job` is one query on its way through a service; each service's `app.py` makes them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from teacher_proto.request_checks import SequenceLimits
 
 
 class AnyQuery(Protocol):
-    """What is asked about one sequence. `num_tokens` is what it weighs in a queue; queries of equal `key` have equal
-    answers."""
+    """A query about one sequence. `num_tokens` is its weight in the queue; queries with equal `key` have equal
+    results."""
 
     @property
     def tokens_T(self) -> np.ndarray: ...
@@ -28,7 +28,7 @@ class AnyQuery(Protocol):
 
 
 class AnyAnswer(Protocol):
-    """`nbytes` is what it takes in memory."""
+    """`nbytes` is its size in memory."""
 
     @property
     def nbytes(self) -> int: ...
@@ -40,8 +40,8 @@ AnswerT = TypeVar("AnswerT", bound=AnyAnswer)
 
 @dataclass(frozen=True, eq=False)
 class Job(Generic[QueryT]):
-    """A checked query to compute, with the id that names it in errors. `urgent`: ahead of all that is not, which is for
-    control traffic. `fresh`: computed, whatever answer is at hand."""
+    """A validated query to compute, with the id that names it in errors. `urgent` jobs (control traffic) go ahead of
+    all others. `fresh` jobs are computed even if a result is already available."""
 
     query: QueryT
     request_id: str
@@ -50,7 +50,7 @@ class Job(Generic[QueryT]):
 
 
 class AnyEngine(Protocol):
-    """Jobs run side by side; the engine batches as it likes. `identity` and `limits` are known once `start` has
+    """Jobs run concurrently; the engine batches them as it likes. `identity` and `limits` are known once `start` has
     returned. Cancelling a `score` aborts its work. `tokens_computed` counts every token that went through the model.
     """
 
@@ -63,18 +63,18 @@ class AnyEngine(Protocol):
     def limits(self) -> SequenceLimits: ...
 
     async def start(self) -> None:
-        """Load the model. ValueError with what to do if it can't be served."""
+        """Load the model. ValueError, with what to do, if it can't be served."""
         ...
 
     async def score(self, job: Any) -> Any:
-        """The answer to a job that has passed the request's checks. EngineError if none can come, or one that only a
-        broken model computes: nobody behind it looks at its numbers again before the client. EngineDeadError."""
+        """Compute a job that has passed the request's checks. EngineError if that fails, or if the numbers are those of
+        a broken model: nothing checks them again before the client does. EngineDeadError if the engine is dead."""
         ...
 
     async def check(self) -> None:
-        """Return if the engine lives; EngineDeadError with the reason otherwise."""
+        """Return if the engine is alive; EngineDeadError with the reason otherwise."""
         ...
 
     async def close(self) -> None:
-        """Give back the device and end child processes; safe to call twice."""
+        """Release the device and end child processes; safe to call twice."""
         ...

@@ -1,7 +1,7 @@
-"""`python -m serving.health_check`: ends with 0 where the service in this container does what it was deployed for.
+"""`python -m serving.health_check`: exits with 0 if the service in this container is ready and requires keys.
 
-Asked at the container's own address, as others ask it, and not at loopback: it answers, it is ready, and it lets nobody
-in without a key (`--open` where it may). Run by docker-compose.yml; one line on stderr says what does not hold.
+It connects to the container's own address, as clients do, not to loopback. With `--open`, the service may accept
+requests without a key. Run by docker-compose.yml; on failure, one line on stderr says what is wrong.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _TIMEOUT_S = 8.0
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.health_check")
-    parser.add_argument("--host", default=None, help="address to ask at; this machine's own if not given")
+    parser.add_argument("--host", default=None, help="address to connect to; this machine's own if not given")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--open", action="store_true", help="the service is meant to answer without a key")
+    parser.add_argument("--open", action="store_true", help="the service may accept requests without a key")
     options = parser.parse_args(arguments)
     try:
         host = options.host or socket.gethostbyname(socket.gethostname())
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_fault(url: str, is_open: bool) -> str | None:
-    """What does not hold, None where all does. OSError where nobody answers."""
+    """What is wrong, or None. OSError if the service can't be reached."""
     status, body = _ask(f"{url}/health/ready")
     if status != 200:
         return f"not ready: {body}"
@@ -43,7 +43,7 @@ def find_fault(url: str, is_open: bool) -> str | None:
 
 
 def _ask(url: str) -> tuple[int, str]:
-    # Only what is named here is asked, by no proxy.
+    # Connect directly: a proxy from the environment would check something else.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=_TIMEOUT_S) as answer:

@@ -1,7 +1,7 @@
-"""Structured logs on stderr, a line an event: JSON for machines, plain for people. Set up once by each main.
+"""Structured logs on stderr, one line per event: JSON for machines, plain text for people. Set up by `process.py`.
 
-Headers, keys, bodies and query strings are never passed to a logger. What a service does until it is ready is said as
-it goes (`stage`): a line a stage with its seconds, and while one lasts, that it does.
+Headers, keys, bodies and query strings are never logged. `stage` reports what a service does until it is ready: one
+line per stage with its duration, and a line every 10 s while the stage lasts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def set_up_logs(form: LogFormat, level: LogLevel) -> None:
 
 @contextmanager
 def stage(what: str, **facts: object) -> Iterator[None]:
-    """Around one stage of a start, in any thread. Its line comes at its end, and one every 10 s while it lasts."""
+    """Wrap one stage of a start, in any thread. Logs a line when it succeeds, and one every 10 s while it lasts."""
     began, over = time.monotonic(), threading.Event()
 
     def say_that_it_lasts() -> None:
@@ -67,5 +67,5 @@ def stage(what: str, **facts: object) -> Iterator[None]:
 
 
 def done(what: str, seconds: float, **facts: object) -> None:
-    """The line of a stage that somebody else has timed."""
+    """Log the line of a stage that was timed elsewhere."""
     log.info("starting", done=what, seconds=round(seconds, 2), **facts)

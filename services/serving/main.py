@@ -1,6 +1,6 @@
-"""How every service's command begins and ends: with its parent, by exit codes, and quietly. For each `main.py`.
+"""Runs the command of a service: exit codes, a quiet exit, and ending with the parent process. Used by each `main.py`.
 
-What the user did wrong is one line on stderr.
+User errors become one line on stderr.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import NoReturn
 from teacher_proto.extras import explain_missing
 from teacher_proto.process.parent import end_with_parent_if_asked
 
-# When this process began, to a few hundredths of a second: a command imports this first.
+# When this process began, to within a few hundredths of a second: a command imports this module first.
 BEGAN = time.monotonic()
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
 class QuietEnd:
-    """Once made, this process ends with its exit handlers and `code`, and not with what comes behind them: there
-    libraries write to stderr what they have not freed, forty lines of it in Triton's case.
+    """Once created, makes this process exit with `code` right after its exit handlers. In what would follow, libraries
+    report on stderr what they have not freed; Triton writes forty lines.
 
-    Made before anything registers an exit handler, so that its own is the last. `code` is 1 until it is set.
+    Create it before anything else registers an exit handler, so that its own runs last. `code` is 1 until it is set.
     """
 
     def __init__(self, code: int = 1):
@@ -34,15 +34,15 @@ class QuietEnd:
 
     def _leave(self) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # whoever read it has gone
+            with suppress(OSError):  # the reader is gone
                 stream.flush()
         os._exit(self.code)
 
 
 def run_command(program: str, command: Callable[[list[str]], int], arguments: list[str] | None) -> NoReturn:
-    """Run `command` and exit with its code; 2 for a ValueError or a library that is not there, 130 for Ctrl-C.
+    """Run `command` and exit with its code; 2 for a ValueError or a missing library, 130 for Ctrl-C.
 
-    `arguments` None: those of the process, which then is this command's and nobody else's.
+    If `arguments` is None, those of the process are used, and the process is assumed to run nothing else.
     """
     end = None
     if arguments is None:

@@ -1,7 +1,7 @@
-"""Prometheus metrics of a service, by client and reason. Counted by the request layer and the answer pipeline.
+"""Prometheus metrics of a service, by client and reason. Updated by the HTTP layer and the coalescer.
 
-One registry a service object, so that tests may have several in one process. Label values come from route templates,
-key names, kinds and error codes: none from a client's text.
+Each service object has its own registry, so that tests can have several in one process. Label values are route
+templates, names of keys, sources and error codes, never text from a client.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _METHODS = {"GET", "HEAD", "POST", "OPTIONS"}
 
 
 class Metrics:
-    """The counters that design names: requests, tokens, queue, engine and encode seconds, bytes, store, coalesced."""
+    """Counters of requests, tokens by source, failures, bytes, and seconds in the queue, the engine and encoding."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,11 +44,11 @@ class Metrics:
         return Counter(f"stillhouse_{name}", text, labels, registry=self.registry)
 
     def gauge(self, name: str, text: str, read: object) -> None:
-        """A gauge that calls `read` when it is scraped."""
+        """Add a gauge that calls `read` at each scrape."""
         Gauge(f"stillhouse_{name}", text, registry=self.registry).set_function(read)  # type: ignore[arg-type]
 
     def observe(self, exchange: Exchange) -> None:
-        """Count a request that is over."""
+        """Count a finished request."""
         method = exchange.method if exchange.method in _METHODS else "other"
         self.requests.labels(exchange.route, method, str(exchange.status), exchange.client).inc()
         self.request_seconds.labels(exchange.route).observe(exchange.seconds)

@@ -1,9 +1,9 @@
 """The life of a service process: from its settings to a listener, then start, serve, drain, stop. Called by each
 service's `run`.
 
-SIGTERM or SIGINT drains: newcomers get 503, those inside are answered, then the process ends with 0. A second signal,
-or the end of the drain time, aborts: what is left is answered 503 and the process ends with 1. An engine that died ends
-it with 70.
+SIGTERM or SIGINT drains: new requests get 503, accepted ones are finished, then the process exits with 0. A second
+signal, or the end of the drain time, aborts: the remaining requests get 503 and the process exits with 1. If the engine
+dies, it exits with 70.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _FLUSH_S = 1.0
 def run_service(
     settings: ServiceSettings, make_service: Callable[[Keys], ServiceT], make_app: Callable[[ServiceT], ASGIApp]
 ) -> int:
-    """Serve until a signal; the exit code. ValueError for what can't be served.
+    """Serve until a signal; returns the exit code. ValueError for what can't be served.
 
-    `make_service` is called in the event loop, once keys are read and the port is taken.
+    `make_service` is called in the event loop, once the keys are read and the port is bound.
     """
     set_up_logs(settings.log_format, settings.log_level)
     done("service imported", time.monotonic() - BEGAN)
@@ -97,7 +97,7 @@ async def _serve(
 
 
 class Process:
-    """Runs one service behind one listener until a signal or a death."""
+    """Runs one service behind one listener until a signal arrives or the engine dies."""
 
     def __init__(self, service: Service[Any, Any, Any, Any], drain_s: float, deadlines: Deadlines):
         self._service = service
@@ -114,7 +114,7 @@ class Process:
         self, app: ASGIApp, listener: socket.socket, *, tls: ssl.SSLContext | None = None,
         watched: Sequence[Watched] = (), on_ready: Callable[[], None],
     ) -> int:  # fmt: skip
-        """The exit code. ValueError of the service's start, where it can't serve what was asked, passes through."""
+        """Returns the exit code. A ValueError of the service's start, for what it can't serve, propagates."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -138,7 +138,7 @@ class Process:
         return self._left_while_starting
 
     def died(self, error: EngineDeadError) -> None:
-        """Told by whoever notices first; the process ends with the first reason."""
+        """Called by whoever notices that the engine died; the first reason is the one reported."""
         if self._death is None:
             self._death = error
             self._died.set()
@@ -160,8 +160,8 @@ class Process:
             log.warning("stopped before it was ready")
             return False
         await start
-        # All that was loaded stays. Full collections would walk it, which takes 0.4 s with vLLM's modules, and nothing
-        # is answered meanwhile.
+        # Everything loaded so far stays. A full collection would traverse it, which takes 0.4 s with vLLM's modules and
+        # blocks the event loop.
         gc.collect()
         gc.freeze()
         on_ready()
@@ -186,7 +186,7 @@ class Process:
         await asyncio.wait({drained, again}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
         again.cancel()
         if drained.done():
-            # The last answers may still be in socket buffers: the rest of the time is for their readers.
+            # The last responses may still be in socket buffers: clients get the rest of the time to read them.
             self._server.config.timeout_graceful_shutdown = max(1, int(deadline - loop.time()))
             log.info("drained")
             return EXIT_OK
@@ -233,8 +233,8 @@ class Process:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End the process without waiting for its threads: one that loads a model can't be stopped, and the interpreter
-    would wait minutes for it. Children are ended first, which its exit would have done."""
+    """End the process without waiting for its threads: one that is loading a model can't be stopped, and the
+    interpreter would wait minutes for it. Child processes, which a normal exit would end, are killed first."""
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()

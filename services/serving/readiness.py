@@ -1,7 +1,7 @@
-"""Whether the engine computes what it is handed. Asked by the readiness probe; kept by a service.
+"""Whether the engine makes progress with its work. Kept by a service; used by its readiness probe.
 
-An engine that answered of late, or whose work in hand may take so long at the rate measured, is ready. One that is
-silent is handed a token past all queues: that it answers it, however busy, shows that it is slow and not stuck.
+An engine is ready if it finished something recently, or if its current work may take that long at the measured rate. A
+silent engine gets a one-token probe that skips all queues: if that returns, the engine is slow but not stuck.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from teacher_proto.errors import OverloadedError, StillhouseError
 log = structlog.get_logger("stillhouse.readiness")
 _FRESH_S = 1.0
 _LOOK_EVERY_S = 1.0
-# An idle engine is not waited for longer: whoever probes has a timeout of its own.
+# Wait no longer than this for an idle engine: the prober has a timeout of its own.
 _IDLE_S = 10.0
-# Work may take so many times as long as the rate says.
+# Work may take this many times as long as the rate predicts.
 _SLOWER = 3.0
 
 
 class Readiness:
-    """`probe` runs a token through the engine; `within_s` is how long a busy engine may be silent."""
+    """`probe` runs one token through the engine; `within_s` is how long a busy engine may be silent."""
 
     def __init__(
         self, probe: Callable[[], Awaitable[None]], coalescer: Coalescer[Any, Any], queue: FairQueue, rate: Rate,
@@ -42,7 +42,7 @@ class Readiness:
         self._busy_since: float | None = None
 
     async def watch(self) -> None:
-        """Look every second, for ever: an engine that is silent for half of the time is probed."""
+        """Look every second, forever; probe an engine that has been silent for half of the allowed time."""
         while True:
             now = time.monotonic()
             if not self._queue.running:
@@ -54,7 +54,7 @@ class Readiness:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def check(self) -> None:
-        """Return if the engine computes. OverloadedError where it is stuck, the probe's own error where it fails."""
+        """Return if the engine makes progress. OverloadedError if it is stuck, the probe's own error if that fails."""
         now = time.monotonic()
         if now - self._coalescer.last_success < _FRESH_S:
             return
@@ -70,7 +70,7 @@ class Readiness:
             raise OverloadedError(f"no token got through the engine in {within_s:g} s") from None
 
     def _silent_s(self, now: float) -> float:
-        """Seconds since the engine, which has work, answered anything; 0 where it has none."""
+        """Seconds since the engine last finished anything; 0 if it has no work."""
         if not self._queue.running or self._busy_since is None:
             return 0.0
         return now - max(self._busy_since, self._coalescer.last_success)

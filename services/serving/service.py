@@ -1,6 +1,6 @@
-"""A service as one object: engine, admission, queue, metrics. Each service's own adds what it answers.
+"""A service as one object: engine, admission, queue, metrics. Each service subclasses it with what it serves.
 
-`process.py` runs it, `routes.py` puts the routes on it that every service has.
+`process.py` runs it; `routes.py` adds the routes that every service has.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 
 
 class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
-    """What `serving.process` runs: an engine and all around it. `on_death` is told of a dead engine by whoever meets it
-    first.
+    """What `serving.process` runs: an engine and everything around it. `on_death` is called when a job finds the engine
+    dead.
 
-    A subclass says what is asked of the engine to prove itself (`readiness_job`). `unit` is what the cost of its
-    answers counts.
+    A subclass provides the job that shows that the engine works (`readiness_job`). `unit` is what the cost of a
+    response counts, in words.
     """
 
     unit = "tokens x (K + 1)"
@@ -66,7 +66,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
 
     @abstractmethod
     def cost_of_longest(self) -> int:
-        """What the longest sequence may cost, which an empty service lets in whatever its capacity is."""
+        """The highest cost of one sequence of maximum length; an empty service admits it whatever its capacity."""
 
     async def start(self) -> None:
         await self.engine.start()
@@ -79,7 +79,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
         ]
 
     async def _after_load(self) -> None:
-        """What a service still does between its engine's start and its own first request."""
+        """Hook for what a service does between its engine's start and its first request."""
 
     async def check(self) -> None:
         await self.engine.check()
@@ -108,7 +108,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
         return "draining" if self.admission.closed else "ready"
 
     def status(self) -> StatusBody:
-        """What `/v1/status` answers: numbers for people, over the last five minutes."""
+        """The body of `/v1/status`: numbers for people, over the last five minutes."""
         identity, history = self.engine.identity, self._history
         return StatusBody(
             model=identity.semantic.model, dtype=identity.semantic.dtype, quantization=identity.semantic.quantization,
@@ -123,14 +123,14 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
         )  # fmt: skip
 
     def require_started(self) -> None:
-        """LoadingError while the model loads, EngineDeadError when it is gone."""
+        """LoadingError while the model loads, EngineDeadError once the engine is dead."""
         if self._death is not None:
             raise self._death
         if not self.started:
             raise LoadingError("the service is still loading its model", retry_after=1.0)
 
     async def check_ready(self) -> None:
-        """Return if requests are let in and the engine computes them; the error that a probe should see otherwise."""
+        """Return if requests are admitted and the engine makes progress; otherwise raise what a probe should see."""
         self.require_started()
         if self.admission.closed:
             raise OverloadedError("the service is draining", retry_after=5.0)

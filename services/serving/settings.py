@@ -1,8 +1,7 @@
 """Options that every service has, and how a command line and the environment become settings.
 
-Each service's `settings.py` adds its own fields. Every option has an environment variable, the class's prefix and its
-name; an option on the command line beats its variable. Imports nothing that takes its time: `--help` is answered at
-once.
+Each service's `settings.py` adds its own fields. Every option also has an environment variable, the class's prefix and
+its name; the command line takes precedence. Nothing slow is imported here, so that `--help` is immediate.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ _OF_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|U
 
 
 class ServiceSettings(BaseSettings):
-    """Sizes in tokens, bytes or numbers of an answer; times in seconds. `program` is the command's name."""
+    """Sizes in tokens, bytes or numbers in responses; times in seconds. `program` is the command's name."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
     program: ClassVar[str]
-    others: ClassVar[tuple[str, ...]] = ()  # variables of other programs; with _ at the end all that begin so
+    others: ClassVar[tuple[str, ...]] = ()  # variables of other programs; a name that ends in _ is a prefix
 
     model: str = Field(description="folder or hub name of the model")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0: any free port")
-    revision: str | None = Field(None, description="revision on the hub, best a commit")
+    revision: str | None = Field(None, description="revision on the hub, preferably a commit")
     name: str | None = Field(
         None, description="name under which the model is served; its folder's or hub name if not given"
     )
@@ -54,17 +53,17 @@ class ServiceSettings(BaseSettings):
     )
     window: int = Field(16_384, ge=1, description="tokens given to the engine at a time; clients take turns by tokens")
     keep_time: float = Field(
-        600.0, gt=0, description="seconds for which answers are kept whose client hung up, for when it asks again"
+        600.0, gt=0, description="seconds to keep a result whose client disconnected, in case it asks again"
     )
-    keep_bytes: int = Field(2**28, ge=0, description="memory for those answers, in bytes")
+    keep_bytes: int = Field(2**28, ge=0, description="memory for those results, in bytes")
     ready_time: float = Field(
         60.0, gt=0, description="seconds without progress after which a busy engine is reported as not ready"
     )
     body_timeout: float = Field(
-        10.0, gt=0, description="seconds in which a request's body has to arrive, plus 1 per 64 KiB"
+        10.0, gt=0, description="seconds within which a request body must arrive, plus 1 per 64 KiB"
     )
     stall_timeout: float = Field(
-        60.0, gt=0, description="seconds after which a client that stops reading its answer is disconnected"
+        60.0, gt=0, description="seconds after which a client that stops reading its response is disconnected"
     )
     drain_time: float = Field(60.0, gt=0, description="seconds that accepted requests get to finish after SIGTERM")
     tls_cert: Path | None = Field(None, description="certificate chain (PEM); turns on TLS, with --tls-key")
@@ -88,8 +87,8 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
 def build_settings(kind: type[Settings], given: dict[str, Any]) -> Settings:
-    """Settings from given options and the environment. ValueError in one line, also for a variable that looks like the
-    service's and is none of its own: one that was to name its keys would leave it open."""
+    """Settings from the given options and the environment. ValueError in one line, also for an unknown variable with
+    the service's prefix: a misspelt variable for the keys file would leave the service open."""
     if unknown := unknown_variables(kind, os.environ):
         known = ", ".join(sorted(variables(kind)))
         raise ValueError(f"environment: {', '.join(unknown)} is no variable of {kind.program}; known are {known}")
@@ -105,8 +104,8 @@ def variables(kind: type[ServiceSettings]) -> set[str]:
 
 
 def unknown_variables(kind: type[ServiceSettings], environment: Mapping[str, str]) -> list[str]:
-    """Variables that begin as the service's do and are read by nobody. Kubernetes sets some by itself, for a Service
-    that is called as the prefix."""
+    """Variables with the service's prefix that nothing reads, except those that Kubernetes sets by itself for a Service
+    whose name is the prefix."""
     prefix, others = kind.model_config["env_prefix"], kind.others
     return sorted(
         name for name, value in environment.items()
@@ -125,7 +124,7 @@ def _explain(kind: type[ServiceSettings], error: Any) -> str:
 
 
 def options_parser(kind: type[ServiceSettings], description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with an option for each field; what is not given is None."""
+    """A parser with an option for each field; options that are not given are None."""
     parser = argparse.ArgumentParser(prog=kind.program, description=description, epilog=epilog, allow_abbrev=False)
     for name, field in kind.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" (default: {field.default})"

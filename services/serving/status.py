@@ -1,5 +1,5 @@
-"""What the page for people shows: who is using the teacher, how fast, from where. `service.py` keeps one, `app.py`
-serves it as `/v1/status`, and `page.html` draws it."""
+"""The data behind the status page: who is using the teacher, how fast, and where the targets came from. `service.py`
+keeps a `History`, `http/routes.py` serves it as `/v1/status`, and `http/pages/status.html` draws it."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Client(BaseModel):
 
 
 class Curves(BaseModel):
-    """Five minutes, a value every `step_s`, oldest first."""
+    """The last five minutes, one value every `step_s`, oldest first."""
 
     tokens_per_second: list[float]
     queue_tokens: list[int]
 
 
 class StatusBody(BaseModel):
-    """The body of `GET /v1/status`. `used`: the share of the capacity that is taken."""
+    """The body of `GET /v1/status`. `used` is the fraction of the capacity in use."""
 
     model: str
     dtype: str
@@ -70,7 +70,7 @@ class StatusBody(BaseModel):
 
 @dataclass(frozen=True)
 class Sample:
-    """Totals at one moment: tokens answered by client, and the tokens that wait."""
+    """Totals at one moment: tokens served by client, and tokens waiting."""
 
     at: float
     tokens: dict[str, int]
@@ -109,7 +109,7 @@ class History:
         self._samples.append(Sample(now, tokens, queue_tokens))
 
     async def keep(self, queue_tokens: Callable[[], int]) -> None:
-        """Take a sample every two seconds, for ever; `queue_tokens()` is asked each time."""
+        """Take a sample every two seconds, forever; `queue_tokens()` is called each time."""
         while True:
             self.take(queue_tokens())
             await asyncio.sleep(STEP_S)
@@ -119,13 +119,13 @@ class History:
         return Curves(tokens_per_second=rates, queue_tokens=[sample.queue_tokens for sample in self._samples])
 
     def recent(self) -> dict[str, float]:
-        """Tokens a second of each client over the last ten seconds."""
+        """Tokens per second of each client over the last ten seconds."""
         if len(self._samples) < 2:
             return {}
         return _rates(self._samples[max(-len(self._samples), -1 - _RECENT_SAMPLES)], self._samples[-1])
 
     def clients(self, held: dict[str, int]) -> list[Client]:
-        """Everybody who has asked, the busiest of late first."""
+        """Every client that has sent a request, the busiest over the last ten seconds first."""
         metrics, recent, now = self._metrics, self.recent(), time.monotonic()
         tokens, rejected = totals(metrics.tokens, "client"), totals(metrics.rejected, "client")
         requests, cancelled = totals(metrics.requests, "client"), totals(metrics.cancelled, "client")
