@@ -1,4 +1,4 @@
-"""What both services stand on: request ids, body limits, keys, admission, fair queueing, metrics, draining.
+"""The common base of both services: request ids, body limits, keys, admission, fair queueing, metrics, draining.
 
-`teacher_service` and `attention_service` build on it; it knows neither of them, and no engine.
+`teacher_service` and `attention_service` build on it; it imports neither of them, and no engine.
 """

@@ -1,4 +1,4 @@
-"""HTTP: connections, body limits, keys, TLS, routes that every service has, errors by one table.
+"""HTTP: connections, body limits, keys, TLS, the routes that every service has, and one table of errors.
 
 May import `scheduling` and the contract. Open `routes.py` first.
 """

@@ -1,9 +1,9 @@
-"""Request bodies: limits that hold before a byte too many is buffered, and what the bytes say once they are here.
+"""Request bodies: limits that are enforced before the excess is buffered, and parsing.
 
-The limits (size, encoding, speed, the sum over all requests and of one client's) are ASGI middleware that wraps
-`receive`: a route that reads no body is not held to them, and a request without a key is refused before its body is
-looked at. Routes read with `read_request`, or
-`read_json` where the form is another server's. Everything wrong is a RequestError with the field at fault.
+The limits (size, encoding, speed, the total of all requests and of each client) are ASGI middleware that wraps
+`receive`: they do not apply to a route that reads no body, and a request without a key is refused before its body is
+read. Routes read with `read_request`, or with `read_json` for another server's format. Every error names the field at
+fault.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from teacher_proto.wire.as_json import decode_json_request
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """`max_bytes` of a content type; a body must come within `timeout_s` plus its size over `min_rate` bytes/s.
+    """`max_bytes` by content type; a body must arrive within `timeout_s` plus its size divided by `min_rate` bytes/s.
 
-    `max_total_bytes` is what all bodies may take together; where clients are `shared` by keys, each may hold a share,
-    of those who hold any one part more than there are.
+    `max_total_bytes` bounds all bodies together. With `shared`, each client may hold a share of it: with n clients that
+    hold any, one part in n + 1.
     """
 
     max_bytes: Callable[[str], int]
@@ -48,9 +48,9 @@ class BodyLimits:
 
 
 class BodyGuard:
-    """Raises TooLargeError, UnsupportedTypeError, SlowBodyError, QuotaError or OverloadedError out of `receive`.
+    """Raises TooLargeError, UnsupportedTypeError, SlowBodyError, QuotaError or OverloadedError from `receive`.
 
-    What a request declares is held from its first byte on, so that of many large bodies some come whole.
+    A request reserves its declared length at its first byte, so that of many large bodies some arrive whole.
     """
 
     def __init__(self, app: ASGIApp, limits: BodyLimits):
@@ -146,7 +146,7 @@ class _GuardedBody:
 
     def _hold(self, num_bytes: int) -> None:
         if num_bytes:
-            # Known once the route has looked at the key, which is before it reads.
+            # Set by the route's key check, which precedes reading the body.
             self.client = self.client or self._scope.get("state", {}).get("client", "")
             self._guard.hold(self.client, num_bytes)
             self.held += num_bytes
@@ -159,7 +159,7 @@ class _GuardedBody:
 
 
 async def read_json(request: Request, limits: SequenceLimits) -> dict[str, Any]:
-    """The plain fields of a JSON body."""
+    """The decoded fields of a JSON body."""
     _media_type(request, wire.JSON)
     return decode_json_request(await request.body(), limits)
 
@@ -167,9 +167,9 @@ async def read_json(request: Request, limits: SequenceLimits) -> dict[str, Any]:
 async def read_request(
     request: Request, kind: type[RequestT], engine: AnyEngine, check: Callable[[RequestT], None]
 ) -> tuple[RequestT, bool]:
-    """What a msgpack or JSON body asks, held to what `check` raises, and whether the answer is to be JSON. WireError
-    where the bytes are neither, WrongTeacherError where another teacher is meant: one of other weights. A numeric
-    difference is the client's to judge: the header tells it."""
+    """The request in a msgpack or JSON body, after `check` has passed it, and whether the response is to be JSON.
+    WireError if the bytes don't decode, WrongTeacherError if the request is for a teacher with other weights. A
+    difference in the numeric half of the fingerprint is for the client to judge: it is in the response's header."""
     content_type = _media_type(request, wire.MSGPACK, wire.JSON)
     body, limits = await request.body(), engine.limits
     packed = content_type == wire.MSGPACK
@@ -186,7 +186,7 @@ async def read_request(
 
 
 def _media_type(request: Request, *spoken: str) -> str:
-    """The content type of the body, one of `spoken`. UnsupportedTypeError otherwise."""
+    """The content type of the body, which must be one of `spoken`. UnsupportedTypeError otherwise."""
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind not in spoken:
@@ -198,7 +198,7 @@ def _media_type(request: Request, *spoken: str) -> str:
 
 
 def _wants_json(accept: str, content_type: str) -> bool:
-    """The Accept header decides where it names one of the two, else the answer comes as the question did."""
+    """The Accept header decides if it names one of the two; otherwise the response has the format of the request."""
     named = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
     for kind in named:
         if kind in (wire.MSGPACK, wire.JSON):

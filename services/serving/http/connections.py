@@ -1,7 +1,7 @@
-"""One HTTP connection and how long it may live in each of its states: uvicorn's protocol with what it lacks.
+"""One HTTP connection and how long it may stay in each state: uvicorn's protocol plus deadlines and limits.
 
-`server.py` makes one for each client and asks every half second which are `overdue`: by what a connection is,
-not by what happened to it, so that no order of bytes leaves one behind. Whoever has shown no key is given little.
+`server.py` makes one for each client and asks every half second which are `overdue`. That depends on a connection's
+state, not on a history of events, so that no sequence of bytes escapes it. Clients without a key get tighter limits.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from uvicorn.server import ServerState
 from teacher_proto.errors import MalformedError
 
 MAX_HEADER_BYTES = 32 * 1024
-# Requests that came before the one in hand was answered; each takes some kilobytes, and its bytes may be 18.
+# Requests that arrived before the current one was answered; each takes some kilobytes of memory for as few as 18 bytes.
 MAX_PIPELINED = 16
 MAX_KEYLESS = 512
-# Where `struct tcp_info` of Linux has it, since 4.1.
+# Offset of tcpi_bytes_acked in Linux's `struct tcp_info`, since 4.1.
 _BYTES_ACKED = 120
-# Around a body: chunk sizes, their extensions, trailers. Chunks of one byte have 5 around it.
+# Overhead allowed for each byte of a body: chunk sizes, their extensions, trailers. A chunk of one byte has 5.
 _AROUND_BODY = 8
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds. `stall_s`: a reader with a key that takes nothing. Without a key: `keyless_idle_s` between requests,
-    `keyless_life_s` in all, and `broken_s` for a reader that takes nothing, as for any whose answer was broken off."""
+    """In seconds. `stall_s`: for a client with a key that has stopped reading. Without a key: `keyless_idle_s` between
+    requests, `keyless_life_s` in total, and `broken_s` for a client that has stopped reading. `broken_s` is also for
+    clients with a key whose response was broken off."""
 
     header_s: float = 8.0
     linger_s: float = 2.0
@@ -47,7 +48,7 @@ class Deadlines:
 
 
 class Keyless:
-    """The connections that have shown no key, oldest first. Beyond `limit` the oldest that asks nothing goes."""
+    """The connections that have shown no key, oldest first. Above `limit`, the oldest without a request is closed."""
 
     def __init__(self, limit: int = MAX_KEYLESS):
         self._limit = limit
@@ -77,9 +78,9 @@ class Connection(HttpToolsProtocol):
         self._keyed = False
         self._opened = self._since = self.loop.time()
         self._in_headers = True
-        # Of the message in hand: bytes that came, and of them its body.
+        # Of the current message: bytes received, and how many of them are its body.
         self._came = self._body_came = 0
-        # How much the reader has taken, and since when no more.
+        # How much the client has read, and when that last increased.
         self._taken: tuple[int, float] | None = None
 
     @property
@@ -88,8 +89,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def overdue(self, now: float) -> Literal["close", "reset"] | None:
-        """What is to be done with this connection by now: nothing, a close that lets it read what is on its way, or an
-        end at once."""
+        """What to do with this connection now: nothing, close it (what was written is still delivered), or reset it."""
         if not self.answering or self.transport.is_closing() or self.flow.write_paused:
             if self._stalls(now):
                 return "reset"
@@ -98,7 +98,7 @@ class Connection(HttpToolsProtocol):
         else:
             self._taken = None
         if self.answering:
-            return None  # the body has its deadline in `bodies.py`, the work none
+            return None  # `bodies.py` has a deadline for the body; the work has none
         limits, waited = self._deadlines, now - self._since
         if not self._keyed and now - self._opened > limits.keyless_life_s:
             return "close"
@@ -135,7 +135,7 @@ class Connection(HttpToolsProtocol):
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Trailers are passed over: the request's headers have been acted on.
+        # Trailers are ignored: the request's headers have been acted on.
         if self._in_headers:
             super().on_header(name, value)
 
@@ -144,7 +144,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
             self.end_at_once()
-            raise ValueError("too many requests before an answer")  # ends the parser's work on what has come
+            raise ValueError("too many requests before an answer")  # makes the parser stop
 
     def on_body(self, body: bytes) -> None:
         self._body_came += len(body)
@@ -163,11 +163,11 @@ class Connection(HttpToolsProtocol):
         if not self._keyed and now - self._opened > self._deadlines.keyless_life_s:
             self.transport.close()
         super().on_response_complete()
-        # uvicorn's own timer starts anew with each request, whoever asks.
+        # uvicorn's own timer restarts with each request, with or without a key.
         self._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, answered as our other errors are; in the midst of an answer only the end is left to say."""
+        """Answer what is not HTTP in the format of our other errors; in the middle of a response, just disconnect."""
         if self.transport.is_closing():
             return
         if self.pipeline or (self.answering and self.cycle.response_started):
@@ -179,7 +179,7 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def end_at_once(self) -> None:
-        """With a reset: what the peer has not taken is dropped, by the kernel, too, which would keep it for minutes."""
+        """Reset the connection: unread data is dropped, even by the kernel, which would else keep it for minutes."""
         if (number := _descriptor(self.transport)) is not None:
             borrowed = socket.socket(fileno=number)
             borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -187,7 +187,7 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _stalls(self, now: float) -> bool:
-        """Whether the reader has taken nothing for too long."""
+        """Whether the client has read nothing for too long."""
         unsent = self.transport.get_write_buffer_size() + _in_kernel(self.transport)
         taken = _acknowledged(self.transport)
         if taken is None:
@@ -201,13 +201,13 @@ class Connection(HttpToolsProtocol):
 
 
 def _in_kernel(transport: asyncio.Transport) -> int:
-    """Bytes that the kernel has and the peer has not acknowledged."""
+    """Bytes in the kernel that the peer has not acknowledged."""
     number = _descriptor(transport)
     return 0 if number is None else int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
 
 
 def _acknowledged(transport: asyncio.Transport) -> int | None:
-    """Bytes that the peer has acknowledged in all, whatever was written meanwhile; None where no kernel tells."""
+    """Total bytes that the peer has acknowledged, whatever was written meanwhile; None if the kernel doesn't tell."""
     connected = transport.get_extra_info("socket")
     if connected is None or connected.fileno() < 0 or not hasattr(socket, "TCP_INFO"):
         return None
@@ -216,7 +216,7 @@ def _acknowledged(transport: asyncio.Transport) -> int | None:
 
 
 def _descriptor(transport: asyncio.Transport) -> int | None:
-    """Of its socket, None once that is closed."""
+    """The file descriptor of a transport's socket, None once that is closed."""
     connected = transport.get_extra_info("socket")
     number = -1 if connected is None else connected.fileno()
     return number if number >= 0 else None

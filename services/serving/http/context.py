@@ -1,6 +1,6 @@
-"""The outermost layer of a service: a request id, one log line and one count a request, and JSON for the unforeseen.
+"""The outermost middleware of a service: request ids, a log line and metrics per request, JSON for unexpected errors.
 
-Pure ASGI, so that nothing is buffered and cancellation passes through. Added by `create_app` of each service.
+Pure ASGI, so that nothing is buffered and cancellation propagates. Added by `make_app` in `routes.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 @dataclass
 class Exchange:
-    """What is known of one request when it is over. `reason` is an error's code, `disconnect`, or empty."""
+    """What is known of a request when it is over. `reason` is an error's code, `disconnect`, `internal` or empty."""
 
     method: str
     request_id: str
@@ -38,7 +38,7 @@ class Exchange:
 
 
 class RequestContext:
-    """ASGI middleware. `state.request_id` is the caller's X-Request-Id where it is a plain word, else a new one."""
+    """ASGI middleware. `state.request_id` is the client's X-Request-Id if that is safe to log, else a new one."""
 
     def __init__(self, app: ASGIApp, observe: Callable[[Exchange], None]):
         self._app = app
@@ -75,7 +75,7 @@ class RequestContext:
             log.exception("unforeseen error", error=str(error))
             exchange.reason = "internal"
             if exchange.status:
-                # Half an answer is out: only a cut connection tells the client that the rest won't come.
+                # Part of the response is out: only a broken connection tells the client that the rest won't come.
                 raise
             unforeseen = StillhouseError("the service failed; its log has the request id", retryable=False)
             await error_response(unforeseen, exchange.request_id)(scope, receive, send_noted)
@@ -95,7 +95,7 @@ class RequestContext:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The caller's request id if it can be logged as it is, else a new one."""
+    """The client's request id if it is safe to log, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             text = value.decode("latin-1")

@@ -1,6 +1,6 @@
-"""From errors to HTTP: one table for every route of every service. Installed by `install_error_table(app)`.
+"""From errors to HTTP responses, for every route of every service. Installed by `install_error_table(app)`.
 
-The status is the error class's own (`teacher_proto.errors`); what is raised by framework or wire is translated here.
+The status is that of the error's class (`teacher_proto.errors`); errors of framework and wire are translated here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COME_AGAIN = {429, 503}
 
 
 def error_response(error: StillhouseError, request_id: str | None) -> Response:
-    """The response that stands for an error: its status, its JSON, and Retry-After where it is to come again."""
+    """The response for an error: its status, its JSON, and Retry-After if the client should retry."""
     headers = {}
     if error.status in _COME_AGAIN:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
@@ -36,19 +36,19 @@ def error_response(error: StillhouseError, request_id: str | None) -> Response:
     body = {name: _plain(value) for name, value in error.to_json().items()} | {"request_id": request_id}
     response = Response(json.dumps(body), error.status, headers, "application/json")
     if isinstance(error, UnauthorizedError):
-        # Basic makes a browser ask for the key on the pages for people; browsers read one scheme a header.
+        # Basic makes a browser ask for the key on the HTML pages; browsers read one scheme per header.
         for scheme in ("Bearer", "Basic"):
             response.headers.append("WWW-Authenticate", f'{scheme} realm="stillhouse"')
     return response
 
 
 def _plain(value: Any) -> Any:
-    """What came may be NaN or infinity, which JSON has not."""
+    """NaN and infinity, which a request may contain, as text: JSON has neither."""
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def translate(error: Exception, request: Request) -> StillhouseError:
-    """The error of our tree that stands for what wire, framework or route raised."""
+    """The StillhouseError for what wire, framework or route raised."""
     if isinstance(error, WireError):
         return MalformedError(error.message, field=error.field or "body")
     if isinstance(error, StillhouseError):
@@ -68,13 +68,13 @@ def translate(error: Exception, request: Request) -> StillhouseError:
 
 
 def _path(request: Request) -> str:
-    """The path as the router saw it, which `request.url` would let a Host header bend."""
+    """The path as the router saw it; a Host header could alter that of `request.url`."""
     path = request.scope["path"]
     return repr(path if len(path) <= 80 else path[:77] + "...")
 
 
 def install_error_table(app: FastAPI) -> None:
-    """Answer every StillhouseError, and what the framework refuses by itself, as JSON."""
+    """Answer every StillhouseError, and every error that the framework raises itself, as JSON."""
 
     async def answer(request: Request, error: Exception) -> Response:
         translated = translate(error, request)

@@ -1,7 +1,7 @@
-"""Named keys: who may ask, and under which name they are counted. A dependency on every route but the probes.
+"""Named API keys: who may send requests, and under which name they are counted. Required by all routes but the probes.
 
-A keys file has a line a client, `NAME KEY` or `NAME sha256:HEX`; `#` begins a comment. Only digests are kept. A key
-comes as `Authorization: Bearer KEY`, or as the password of Basic, which is what a browser can send.
+A keys file has one line per client, `NAME KEY` or `NAME sha256:HEX`; `#` begins a comment. Only digests are kept. A key
+is sent as `Authorization: Bearer KEY`, or as the password of Basic authentication, for browsers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MIN_KEY_LENGTH = 16
 
 
 class Keys:
-    """Digest by name. Without any, everyone is let in as `anonymous`. `reload` reads the file again."""
+    """Digests of keys by client name. Without a file, everyone is let in as `anonymous`. `reload` reads it again."""
 
     def __init__(self, path: Path | None = None):
         self.path = path
         self._digests = None if path is None else _read(path)
 
     def reload(self) -> None:
-        """Take the file as it is now. ValueError leaves the keys as they were."""
+        """Read the file again. If that raises ValueError, the keys stay as they were."""
         if self.path is not None:
             self._digests = _read(self.path)
 
@@ -39,7 +39,7 @@ class Keys:
         return self._digests is not None
 
     def client(self, secret: str | None) -> str:
-        """The name behind a key. UnauthorizedError if there is none. Takes as long for every key of one length."""
+        """The name of a key's client. UnauthorizedError if there is none. Constant time for keys of equal length."""
         if self._digests is None:
             return ANONYMOUS
         if secret is None:
@@ -58,7 +58,7 @@ class Keys:
 
 
 def _read(path: Path) -> dict[str, bytes]:
-    """Digests of a file. ValueError with the line at fault, which is not shown: it may hold a key."""
+    """Digests of a keys file. ValueError with the number of the line at fault, not its text, which may hold a key."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -91,7 +91,7 @@ def _digest_of(secret: str, path: Path, number: int) -> bytes:
 
 
 def presented_key(authorization: str | None) -> str | None:
-    """The key in an Authorization header, None if there is none that can be read."""
+    """The key in an Authorization header, None if there is none or it can't be decoded."""
     scheme, _, value = (authorization or "").partition(" ")
     value = value.strip()
     if scheme.lower() == "bearer" and value:
@@ -105,7 +105,7 @@ def presented_key(authorization: str | None) -> str | None:
 
 
 async def require_client(request: Request) -> str:
-    """FastAPI dependency: the client who asks, by the key in the Authorization header and by nothing else."""
+    """FastAPI dependency: the name of the client, by the key in the Authorization header and by nothing else."""
     keys: Keys = request.app.state.keys
     request.state.client = keys.client(presented_key(request.headers.get("authorization")))
     return request.state.client

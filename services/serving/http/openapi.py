@@ -1,6 +1,6 @@
-"""What routes say of themselves in OpenAPI: errors, bodies and answers out of their models, and who may ask.
+"""OpenAPI descriptions of the routes: errors, request bodies and responses from their models, and authentication.
 
-Each service's `openapi.py` adds its bounds and examples.
+The services add their own bounds and examples, in `teacher_service/openapi.py` and `attention_service/app.py`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SECURITY_SCHEMES = {
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every response that is not a success."""
 
-    code: str = Field(description="what went wrong, one word of `teacher_proto.errors`")
-    message: str = Field(description="what came, what was expected, what to do")
+    code: str = Field(description="the kind of error, one of the codes in `teacher_proto.errors`")
+    message: str = Field(description="what was received, what was expected, what to do")
     field: str | None = Field(description="the part of the request at fault")
-    got: Any = Field(description="what came there")
-    limit: Any = Field(description="what would have been taken")
+    got: Any = Field(description="the value received there")
+    limit: Any = Field(description="what would have been accepted")
     request_id: str | None = Field(description="the X-Request-Id of the request")
     retryable: bool = Field(description="whether the same request may succeed later")
 
@@ -54,7 +54,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _MEANING[status]} for status in statuses}
 
 
-# What any request with a key can meet, and what any request with a body can.
+# Errors that any request with a key can get, and those that any request with a body can get.
 ASKING = (400, 401, 503)
 POSTING = (400, 401, 408, 409, 413, 415, 422, 429, 500, 503)
 
@@ -90,8 +90,8 @@ def request_body(
     kind: type[SequencesRequest], bounds: Mapping[str, dict[str, Any]], arrays: Mapping[str, dict[str, Any]],
     example: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of a POST as JSON and as msgpack: the model's fields, within the `bounds` of this very service.
-    `arrays`: what an item of each field of arrays is; msgpack has tensors for them too."""
+    """The content of a POST as JSON and as msgpack: the model's fields, with the `bounds` of this service. `arrays` has
+    the schema of an item for each array field; msgpack also accepts tensors for those."""
 
     def schema(packed: bool) -> dict[str, Any]:
         model = kind.model_json_schema()
@@ -107,7 +107,7 @@ def request_body(
 
 
 def _one_type(field: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema, with `null` among its types where pydantic says that it is either of two schemas."""
+    """A field's schema, with `null` among its types where pydantic writes `anyOf` of a schema and null."""
     if field.get("anyOf", [])[1:] != [{"type": "null"}]:
         return field
     only = field["anyOf"][0]
@@ -117,7 +117,7 @@ def _one_type(field: dict[str, Any]) -> dict[str, Any]:
 def records_answer(
     what: str, header: type, tensors: Iterable[str], sequence: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """An answer of records, `what` they are called: the fields of `header`, and what each sequence has beside them."""
+    """A response of records, whose messages are called `what`: the fields of `header`, and those of each sequence."""
     numbers = {name: {"type": "array", "items": {}} for name in tensors}
     each = {"index": {"type": "integer"}, "error": {"type": "object"}, **sequence, **numbers}
     one = {"type": "object", "properties": each, "required": ["index"], "additionalProperties": False}
@@ -137,13 +137,13 @@ METRICS_ANSWER: dict[str, Any] = {
 
 
 class Health(BaseModel):
-    """What a probe answers when all is well."""
+    """The body of a successful probe."""
 
     status: str
 
 
 def describe_app(app: FastAPI, description: str, bodies: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI document of a service, made once; `bodies` are the contents of POSTs that FastAPI can't see."""
+    """The OpenAPI document of a service, made once; `bodies` are the request bodies that FastAPI can't infer."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=description, routes=app.routes)
         schema["components"]["securitySchemes"] = SECURITY_SCHEMES

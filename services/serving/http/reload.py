@@ -1,4 +1,4 @@
-"""Files that take effect when they are replaced, TLS certificates and keys. `process.py` has them looked at."""
+"""Reloads TLS certificates and the keys file when they are replaced on disk. Used by `process.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOOK_EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class Watched:
-    """`load` is called when one of `paths` has changed; with ValueError it keeps what it had."""
+    """`load` is called when one of `paths` has changed; if it raises ValueError, the old contents stay in use."""
 
     name: str
     paths: Sequence[Path]
@@ -24,7 +24,7 @@ class Watched:
 
 
 async def keep_loaded(watched: Sequence[Watched]) -> None:
-    """Look at the files every two seconds, for ever."""
+    """Look at the files every two seconds, forever."""
     seen = [_stamps(one.paths) for one in watched]
     while watched:
         await asyncio.sleep(_LOOK_EVERY_S)
@@ -52,7 +52,7 @@ def _stamps(paths: Sequence[Path]) -> list[tuple[int, ...] | None]:
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """Certificate chain and key (PEM); with `client_ca`, only clients whose certificate it signed are let in."""
+    """Certificate chain and key (PEM); with `client_ca`, only clients with a certificate signed by it are accepted."""
 
     cert: Path
     key: Path
@@ -63,7 +63,7 @@ class TlsFiles:
         return tuple(path for path in (self.cert, self.key, self.client_ca) if path is not None)
 
     def context(self) -> ssl.SSLContext:
-        """A server's context, TLS 1.2 or newer. ValueError names the file at fault."""
+        """A server context, TLS 1.2 or newer. ValueError names the file at fault."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.load_into(context)
@@ -72,12 +72,12 @@ class TlsFiles:
         return context
 
     def load_into(self, context: ssl.SSLContext) -> None:
-        """Read the files again: connections made from now on see the new certificate."""
+        """Read the files into `context`, for new connections. ValueError names the file at fault."""
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"the TLS file {path} is not there")
         try:
-            # Tried on a context of its own first: half a replacement must not break the one in use.
+            # Try a separate context first: a half-finished replacement must not break the one in use.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
             context.load_cert_chain(self.cert, self.key)
         except (ssl.SSLError, OSError) as error:

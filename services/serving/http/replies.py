@@ -1,4 +1,5 @@
-"""Answers on their way out: msgpack messages as sequences finish, with progress meanwhile, or one JSON document."""
+"""Responses: msgpack messages as sequences finish, with progress in between, or one JSON document. Used by each
+service's `app.py` and by the teacher's `compat` routes."""
 
 from __future__ import annotations
 
@@ -29,16 +30,16 @@ from teacher_proto.wire.answers import (
     encode_progress,
 )
 
-# JSON takes some 20 bytes a value, and a list of Python numbers in between.
+# JSON takes some 20 bytes per value, and a list of Python numbers while it is made.
 MAX_JSON_VALUES = 2**20
-# What a value takes as JSON (its digits, a Python number, a copy on its way out) of what it takes on our wire.
+# Memory of a value as JSON (its digits, a Python number, a copy on its way out), relative to its size in msgpack.
 JSON_WEIGHT = 8
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Work(Generic[QueryT]):
-    """What one checked request makes a service do: a job a sequence, on a client's account, once `permit` is given."""
+    """The work of one validated request: one job per sequence, on a client's account, once `permit` is granted."""
 
     request_id: str
     client: str
@@ -48,8 +49,8 @@ class Work(Generic[QueryT]):
 
 @dataclass(frozen=True)
 class Reply(Generic[QueryT, AnswerT]):
-    """A request's work, and how its answers are written: `header` is the first message, `encode` makes a message of
-    (index, answer), `document` the JSON of all answers, which is what is sent where `as_json`.
+    """A request's work, and how its response is written: `header` is the first message, `encode` makes a message of
+    (index, answer). With `as_json`, `document` makes the JSON of all answers instead.
     """
 
     work: Work[QueryT]
@@ -60,7 +61,7 @@ class Reply(Generic[QueryT, AnswerT]):
 
 
 class AnyService(Protocol[QueryT, AnswerT]):
-    """What of a service an answer goes through."""
+    """The parts of a service that a response needs."""
 
     @property
     def admission(self) -> Admission: ...
@@ -75,7 +76,7 @@ class AnyService(Protocol[QueryT, AnswerT]):
 async def outcomes(
     work: Work[QueryT], service: AnyService[QueryT, AnswerT]
 ) -> AsyncGenerator[tuple[int, AnswerT | StillhouseError]]:
-    """(index, answer or error) of every job, as they finish. Leaving the iterator cancels what is left."""
+    """(index, answer or error) of every job, as they finish. Closing the iterator cancels the remaining jobs."""
     finished: asyncio.Queue[asyncio.Task[AnswerT]] = asyncio.Queue()
     running: dict[asyncio.Task[AnswerT], int] = {}
     try:
@@ -102,7 +103,7 @@ def _outcome(task: asyncio.Task[AnswerT], client: str, metrics: Metrics) -> Answ
 
 
 def response(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], request: Request) -> RacedResponse:
-    """What a route returns: the answer, written in the form and with the progress that `request` asks for."""
+    """What a route returns: the response in the requested format, with progress if `request` asks for it."""
     every_s = _progress_interval(request)
 
     async def work(outlet: Outlet) -> None:
@@ -115,7 +116,7 @@ def response(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT]
 
 
 def _progress_interval(request: Request) -> float | None:
-    """After how many seconds without a word the client wants to hear of its progress; None if it never does."""
+    """After how many seconds of silence the client wants a progress message; None if it wants none."""
     given = request.headers.get(PROGRESS_HEADER)
     if given is None:
         return None
@@ -134,9 +135,9 @@ def _progress_interval(request: Request) -> float | None:
 async def _stream(
     reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
 ) -> None:
-    """Write the answer as WIRE.md has it, once it is admitted. The status waits for a first success: if every sequence
-    fails, the first error is raised and becomes the status. With `every_s` it waits for no longer than that: progress
-    is written whenever nothing else was, and what fails later is an error message."""
+    """Write the response as WIRE.md defines it, once the request is admitted. The status waits for the first success:
+    if every sequence fails, the first error is raised and becomes the status. With `every_s` it waits no longer than
+    that: progress is written whenever nothing else was, and a later error becomes a message in the response."""
     out = _Stream(reply, service, outlet, every_s)
     try:
         async with AsyncExitStack() as stack:
@@ -154,7 +155,7 @@ async def _stream(
 
 
 class _Stream(Generic[QueryT, AnswerT]):
-    """One answer on its way out: what of it is written, and what its client is told while nothing is."""
+    """One response being written: what has been sent of it, and progress while there is nothing else to send."""
 
     def __init__(
         self, reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
@@ -169,7 +170,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         self._tokens_done = 0
 
     async def telling(self, result: Awaitable[T]) -> T:
-        """The result; until it is there, progress is written whenever the client heard nothing for a while."""
+        """Await `result`; until it is available, write progress whenever nothing was sent for `every_s`."""
         if self._every_s is None:
             return await result
         task = asyncio.ensure_future(result)
@@ -200,7 +201,7 @@ class _Stream(Generic[QueryT, AnswerT]):
             await self._outlet.write(encode_failure(failed, error))
 
     async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
-        """Write an answer or an error; errors are held back until there is something else to say."""
+        """Write an answer or an error; errors are held back until something else has been written."""
         job = self._reply.work.jobs[index]
         self._tokens_done += job.query.num_tokens
         self._keys.pop(index, None)
@@ -217,14 +218,14 @@ class _Stream(Generic[QueryT, AnswerT]):
         await self._outlet.write(message)
 
     async def end(self) -> None:
-        """The end message. The first error is raised if nothing was written but errors."""
+        """Write the end message; if every sequence failed and nothing was written, raise the first error."""
         if not self._outlet.started:
             raise self._held[0][1]
         await self._outlet.write(encode_end(len(self._reply.work.jobs)), last=True)
 
 
 async def _document(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet) -> None:
-    """Write the answer as one JSON document, without progress. If every sequence fails, the first error is raised."""
+    """Write the response as one JSON document, without progress. If every sequence fails, the first error is raised."""
     async with service.admission.admit(reply.work.permit):
         results = outcomes(reply.work, service)
         async with aclosing(results):
@@ -238,7 +239,7 @@ async def _document(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, A
 
 
 def check_json_size(values: int) -> None:
-    """Refuse what would be a huge document; msgpack has no such limit."""
+    """OutOfRangeError if the JSON document would be huge; msgpack has no such limit."""
     if values > MAX_JSON_VALUES:
         raise OutOfRangeError(
             f"an answer of {values} values, of at most {MAX_JSON_VALUES} as JSON: ask with "

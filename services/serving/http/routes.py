@@ -1,7 +1,7 @@
-"""The routes that every service has, and the application around them: probes, metrics, status, pages for people.
+"""The routes that every service has, and the application around them: probes, metrics, status, HTML pages.
 
-Every route but the probes depends on `require_client`. The pages are single files without a build step, which need no
-network but this service.
+Every route but the probes depends on `require_client`. The pages are single files without a build step, which load
+nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PAGES = Path(__file__).parent / "pages"
 
 
 def keyed_router() -> APIRouter:
-    """A router whose every route asks for the key."""
+    """A router whose routes all require a key."""
     return APIRouter(dependencies=[Depends(require_client)])
 
 
@@ -45,7 +45,7 @@ probes = APIRouter()
 def make_app(
     title: str, service: AnyService, router: APIRouter, describe: Callable[[FastAPI], dict[str, Any]]
 ) -> FastAPI:
-    """A whole ASGI application: a service's own routes beside the common ones, behind limits, keys and the log.
+    """The complete ASGI application: a service's own routes and the common ones, behind limits, keys and the log.
 
     `describe` makes the OpenAPI document once the service has started.
     """
@@ -64,7 +64,7 @@ def make_app(
 
 
 def _max_body(service: AnyService, content_type: str) -> int:
-    """Bytes that a body of this content type may have. Nothing is known of a model that still loads."""
+    """Maximum size of a body of this content type, in bytes. The model's limits are unknown while it loads."""
     limits = service.engine.limits if service.started else SequenceLimits(vocab_size=1, max_sequence_length=1)
     return limits.max_json_bytes if content_type.startswith(JSON) else limits.max_body_bytes
 
@@ -78,7 +78,7 @@ TheService = Annotated[AnyService, Depends(_service_of)]
 
 @common.get("/v1/status", responses=errors(*ASKING))
 async def get_status(service: TheService) -> StatusBody:
-    """What the page at `/` shows: who is asking, and how fast."""
+    """The data behind the page at `/`: who is using the service, and at what rate."""
     service.require_started()
     return service.status()
 
@@ -91,14 +91,14 @@ async def get_metrics(service: TheService) -> Response:
 
 @probes.get("/health/live", responses=errors(400))
 async def get_live() -> Health:
-    """200 as long as the process answers at all."""
+    """200 as long as the process responds."""
     return Health(status="live")
 
 
 @probes.get("/health", responses=errors(400, 503), name="get_health")
 @probes.get("/health/ready", responses=errors(400, 503))
 async def get_ready(service: TheService) -> Health:
-    """200 when a token gets through the engine; 503 while loading, draining or broken. `/health` is vLLM's name."""
+    """200 if the engine makes progress; 503 if it is loading, draining, stuck or dead. `/health` is vLLM's name."""
     await service.check_ready()
     return Health(status="ready")
 
@@ -121,7 +121,7 @@ async def get_openapi(request: Request, service: TheService) -> JSONResponse:
 
 @cache
 def _read_page(name: str) -> tuple[str, str]:
-    """A page and the policy that lets its own script and style run and nothing else."""
+    """A page and the Content-Security-Policy that allows its own script and style and nothing else."""
     text = (_PAGES / name).read_text(encoding="utf-8")
     sources = {
         tag: " ".join(f"'sha256-{_digest(body)}'" for body in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))

@@ -1,4 +1,4 @@
-"""uvicorn on one listener, with connections that have deadlines and a stop that we decide on. Used by `process.py`."""
+"""uvicorn on one listener, with deadlines for connections and a shutdown under our control. Used by `process.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_DESCRIPTORS = 65_536
 
 
 class Server(uvicorn.Server):
-    """Listens on one bound socket; signals are `process.py`'s business."""
+    """Listens on one bound socket; `process.py` handles signals."""
 
     def __init__(
         self, app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None, deadlines: Deadlines,
@@ -72,12 +72,12 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening address, taken before the model loads. ValueError if it can't be had."""
+    """Bind the address before the model loads. ValueError if that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Peers that vanished without a word are found out, though nothing is to be sent to them; clients inherit it.
+        # Detects peers that vanished while nothing is being sent to them; accepted connections inherit the option.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.bind(address)
     except OSError as error:
@@ -87,7 +87,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _raise_descriptor_limit() -> None:
-    """Many systems start a process with 1024 descriptors and allow it more; a flood would use them up."""
+    """Many systems start a process with 1024 descriptors but allow more; a flood of connections would use them up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:

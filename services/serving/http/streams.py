@@ -1,4 +1,4 @@
-"""A response whose work stops when its client leaves. Returned by routes that do work before or while they answer.
+"""A response whose work stops when its client disconnects. Returned by routes that do work before or while responding.
 
 Neither uvicorn nor FastAPI cancels a handler when the connection closes: here the work races `http.disconnect`.
 """
@@ -13,13 +13,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-# A message goes out in pieces, so that no more than one is in the connection's buffer.
+# A message is sent in pieces, so that no more than one is in the connection's buffer.
 _PIECE_BYTES = 2**18
 
 
 class Outlet:
-    """Where the work writes: `start` once, `write` any number of times. It waits for a reader who is slow; one who
-    takes nothing loses the connection (`connections.py`), which ends the work."""
+    """Where the work writes: `start` once, `write` any number of times. Writing waits for a slow client; one that stops
+    reading is disconnected (`connections.py`), which ends the work."""
 
     def __init__(self, send: Send):
         self._send = send
@@ -29,11 +29,11 @@ class Outlet:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since something was written, or since the work began."""
+        """Seconds since the last write, or since the work began."""
         return time.monotonic() - self._written_at
 
     async def start(self, media_type: str, status: int = 200, more: Mapping[str, str] | None = None) -> None:
-        """Status and headers; `more` are headers beside the two that every answer has."""
+        """Send the status and headers; `more` are headers besides the two that every response has."""
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
         headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
         await self._put({"type": "http.response.start", "status": status, "headers": headers})
@@ -48,7 +48,7 @@ class Outlet:
 
     async def _put(self, message: dict) -> None:
         await self._send(message)
-        if self.client_left:  # then nothing was sent, without a word
+        if self.client_left:  # then `send` has silently dropped the message
             raise ClientDisconnect("the client left before its answer was whole")
         self._written_at = time.monotonic()
 
@@ -76,7 +76,7 @@ class RacedResponse(Response):
             gone.cancel()
             if not work.done():
                 work.cancel()
-            # Both are awaited so that permits are back and nothing is computed in vain when this returns.
+            # Await both, so that permits are returned and nothing is computed in vain once this returns.
             await asyncio.gather(work, gone, return_exceptions=True)
 
 
