@@ -1,4 +1,4 @@
-"""Who gets in, and whose turn it is: permits, fair queueing by tokens, one computation for all who ask the same.
+"""Admission and scheduling: permits, fair queueing by tokens, and coalescing of identical queries.
 
 May import the contract. Open `coalescer.py` first, then `admission.py`.
 """

@@ -1,9 +1,10 @@
-"""Who gets in, by what their request will cost, and who is told to come again (429, 503). A permit is taken once,
-in one step, and always given back.
+"""Admission: which requests are let in, by their cost, and which are told to retry later (429, 503). A permit is taken
+once, in one step, and always given back.
 
-Cost is tokens x (values a token + 1), which is what an answer takes in memory and what scoring is attacked through.
-Held by a service's routes around all their work; also where draining begins. What finds no room is refused, or waits:
-those who wait get in in the order in which they came, and nobody who comes later gets past one who waits for room.
+Cost is tokens x (values per token + 1): what a response takes in memory, and so what an attack on the service would
+use up. A service's routes hold a permit around all their work; draining also begins here. A request that finds no
+room is refused or waits. Waiting requests are admitted in order of arrival, and no later one overtakes one that waits
+for room.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from dataclasses import dataclass, field
 from serving.scheduling.fair import Rate
 from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError, StillhouseError
 
-# A client counts among those who share for so long after it last asked.
+# A client counts as one of those that share the capacity for this long after its last request.
 _ACTIVE_S = 5.0
-# What nobody is told about waits for so long, and only if it is so large a part of the capacity that small requests
-# would keep it out for ever; all else is refused at once.
+# A request without progress reports waits this long, and only if it takes so large a part of the capacity that small
+# requests would keep it out forever; any other is refused at once.
 _UNTOLD_S = 5.0
 _LARGE = 0.25
 _MAX_WAITING = 1024
-# So many canaries go past all that within so long.
+# How many canaries may bypass all that, per client and in total, within `_WITHIN_S`.
 PER_CLIENT = 4
 PER_SERVICE = 16
 _WITHIN_S = 60.0
@@ -32,7 +33,7 @@ _WITHIN_S = 60.0
 
 @dataclass(frozen=True)
 class Permit:
-    """The right to have work of this cost in flight. Control traffic costs nothing: what bounds it is `ControlLane`."""
+    """The right to have work of this cost in flight. Control traffic costs nothing; `ControlLane` bounds it."""
 
     client: str
     tokens: int
@@ -51,7 +52,7 @@ class _Waiting:
 
 @dataclass
 class _Held:
-    """What one client has in flight and has waiting, and when it last asked."""
+    """What one client has in flight and waiting, and when it last sent a request."""
 
     permits: int = 0
     cost: int = 0
@@ -61,11 +62,11 @@ class _Held:
 
 
 class Admission:
-    """Counts permits. All methods run in the event loop's thread; a check and its take are one act.
+    """Counts permits. All methods run in the event loop's thread, so that a check and the grant after it are atomic.
 
-    `unit` is what cost counts, in words. With `shared`, a client may hold a share of the capacity: of those who ask
-    of late, one part more than there are. `max_cost` is the most that a single request may cost, the capacity unless
-    it is set: what costs more than the capacity waits until nothing else is in flight.
+    `unit` is what cost counts, in words. With `shared`, a client may hold a share of the capacity: with n recently
+    active clients, one part in n + 1. `max_cost` is the highest cost of a single request, the capacity unless it is
+    set; a request that costs more than the capacity waits until nothing else is in flight.
     """
 
     def __init__(self, capacity: int, *, shared: bool, rate: Rate, unit: str = "tokens x (K + 1)"):
@@ -89,15 +90,15 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a permit."""
+        """Number of requests waiting for a permit."""
         return len(self._waiting)
 
     def clients(self) -> dict[str, int]:
-        """Cost held now, by client."""
+        """Cost in flight, by client."""
         return {client: held.cost for client, held in self._held.items() if held.cost}
 
     def close(self, reason: str) -> None:
-        """Let nobody in any more; those inside finish, those who wait are refused."""
+        """Admit nothing from now on; requests in flight finish, waiting ones are refused."""
         self._closed = OverloadedError(reason, retry_after=5.0)
         for waiting in self._waiting:
             if not waiting.granted.done():
@@ -109,11 +110,11 @@ class Admission:
 
     @asynccontextmanager
     async def admit(self, permit: Permit, *, told: bool = False) -> AsyncIterator[Permit]:
-        """The permit is held for the time of the `async with` block.
+        """Hold the permit for the duration of the `async with` block.
 
-        A client that is `told` of its request's progress waits for its permit as long as it likes; others get
-        OverloadedError or QuotaError with when to come again, at once or, with a large request, after some seconds.
-        OutOfRangeError for what an empty service would not let in.
+        A client that is `told` of its request's progress may wait for a permit indefinitely; others get OverloadedError
+        or QuotaError with the time to retry, at once or, for a large request, after some seconds. OutOfRangeError for
+        what even an empty service would not admit.
         """
         await self._take(permit, told)
         try:
@@ -122,7 +123,7 @@ class Admission:
             self._give_back(permit)
 
     def tokens_before(self, permit: Permit) -> int:
-        """Tokens of those that wait to be let in before this one; 0 once it is in."""
+        """Tokens of the requests that are waiting ahead of this one; 0 once it is admitted."""
         before = 0
         for waiting in self._waiting:
             if waiting.permit is permit:
@@ -144,7 +145,7 @@ class Admission:
             )  # fmt: skip
         held = self._note(permit.client)
         waiting = _Waiting(permit)
-        # What costs nothing, control traffic, waits for nobody.
+        # Control traffic costs nothing and never waits.
         if not permit.cost:
             self._grant(waiting)
             return
@@ -157,7 +158,7 @@ class Admission:
             waiting.granted.result()
         except BaseException:
             if waiting.granted.done() and not waiting.granted.cancelled() and waiting.granted.exception() is None:
-                self._give_back(permit)  # it was granted in the instant in which its client left
+                self._give_back(permit)  # it was granted just as its client left
             raise
         finally:
             held.waiting -= 1
@@ -166,16 +167,16 @@ class Admission:
                 self._admit_waiting()
 
     async def _wait(self, waiting: _Waiting, told: bool) -> None:
-        """Until it is granted. OverloadedError or QuotaError where it may not wait, or waited for long enough."""
+        """Wait for the grant. OverloadedError or QuotaError if it may not wait, or has waited long enough."""
         permit = waiting.permit
-        # Places in the queue are shared as capacity is: no client's requests fill it alone.
+        # Places in the queue are shared like the capacity, so that no client fills it alone.
         most = _MAX_WAITING // (len(self._held) + 1) if self._shared else _MAX_WAITING
         limit_s = None if told else _UNTOLD_S if permit.cost >= _LARGE * self._capacity else 0.0
         if limit_s == 0 or self._held[permit.client].waiting > most:
             raise self._no_room(permit)
         try:
             async with asyncio.timeout(limit_s):
-                # Shielded: a timeout ends our waiting and leaves the future, which `_take` looks at once more.
+                # Shielded: a timeout ends the wait but not the future, which `_take` checks once more.
                 await asyncio.shield(waiting.granted)
         except TimeoutError:
             raise self._no_room(permit) from None
@@ -197,7 +198,7 @@ class Admission:
         )  # fmt: skip
 
     def _share(self) -> int:
-        # One part more than there are clients, so that a newcomer finds room at once.
+        # One part more than there are clients, so that a new one finds room at once.
         return self._capacity // (len(self._held) + 1)
 
     def _beyond_share(self, permit: Permit) -> bool:
@@ -205,8 +206,8 @@ class Admission:
         return self._shared and bool(held.cost) and held.cost + permit.cost > self._share()
 
     def _admit_waiting(self) -> None:
-        """Permits to those who wait, in order. Who waits for its share is passed by others, but not by its own later
-        requests; who waits for room is passed by nobody."""
+        """Grant permits to waiting requests, in order. One that waits for its client's share may be overtaken, though
+        not by later requests of that client; one that waits for room may not."""
         held_up: set[str] = set()
         for waiting in list(self._waiting):
             permit = waiting.permit
@@ -214,7 +215,7 @@ class Admission:
                 continue
             if self._beyond_share(permit):
                 held_up.add(permit.client)
-                # Every client that waits is held up by its own share: nobody further back can be let in.
+                # Every waiting client is held up by its own share: nothing further back can be admitted.
                 if len(held_up) == sum(held.waiting > 0 for held in self._held.values()):
                     return
             # No capacity left: stop here, so that small requests behind a large one do not keep it out. An empty
@@ -237,7 +238,7 @@ class Admission:
         waiting.granted.set_result(None)
 
     def _note(self, client: str) -> _Held:
-        """The account of a client who asks; those who hold nothing and have not asked of late are struck off."""
+        """The account of a client that sends a request; accounts without requests now or recently are deleted."""
         now = asyncio.get_running_loop().time()
         held = self._held.setdefault(client, _Held())
         held.asked_at = now
@@ -261,17 +262,17 @@ class Admission:
 
 
 class ControlLane:
-    """Who may go past queue and admission with control traffic: few requests of a client a minute, and of all together.
+    """Lets control traffic bypass queue and admission: a few requests a minute, per client and in total.
 
-    Canaries are small and always computed. Those beyond the allowance queue and are charged as any other request.
-    Asked by a service's routes. All methods run in the event loop's thread.
+    Canaries are small and always computed. Those beyond the allowance are queued and charged like any other request.
+    Used by a service's routes. All methods run in the event loop's thread.
     """
 
     def __init__(self) -> None:
         self._passed: deque[tuple[float, str]] = deque()
 
     def take(self, client: str) -> bool:
-        """Whether this client may go past now; counts it if so."""
+        """Whether this client may bypass them now; if so, counts it."""
         now = asyncio.get_running_loop().time()
         while self._passed and now - self._passed[0][0] > _WITHIN_S:
             self._passed.popleft()

@@ -1,7 +1,7 @@
-"""Jobs of an engine that computes in this process: one batch of like lengths at a time, in a thread of its own.
+"""Batching for engines that compute in this process: jobs of similar length, one batch at a time, in a thread.
 
-Used by the engines over transformers. A job that is cancelled while it waits is never computed, an urgent one goes in
-the next batch; a batch that fails is tried again job by job, so that one bad job fails only itself.
+Used by the engines over transformers. A job that is cancelled while it waits is never computed; an urgent one goes into
+the next batch. If a batch fails, its jobs are retried one by one, so that a bad job fails alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from serving.engine import AnswerT, Job, QueryT
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 
-# A batch takes sequences at least this long in parts of its longest, so that little of it is padding.
+# The shortest sequence of a batch, as a fraction of its longest: limits padding.
 _LEAST_LENGTH = 0.75
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ class _Waiting(Generic[QueryT, AnswerT]):
 
 
 class Batches(Generic[QueryT, AnswerT]):
-    """`compute` makes the answers of a batch, in its order. `max_tokens` bounds a batch, padding included; a longer
-    job goes alone. `tokens_computed` counts those of all jobs that went through `compute`. Every method but `compute`
-    runs in the event loop's thread."""
+    """`compute` returns the answers of a batch, in order. `max_tokens` bounds a batch, padding included; a longer job
+    is a batch by itself. `tokens_computed` counts the tokens of all jobs passed to `compute`, retries included. Every
+    method but `compute` runs in the event loop's thread."""
 
     def __init__(self, name: str, compute: Callable[[Sequence[QueryT]], Sequence[AnswerT]], max_tokens: int):
         self._name = name
@@ -43,13 +43,13 @@ class Batches(Generic[QueryT, AnswerT]):
         self._death: str | None = "it has not been started"
 
     async def start(self, load: Callable[[], T]) -> T:
-        """Run `load` in the thread; jobs are taken from then on."""
+        """Run `load` in the thread; jobs are accepted once it has returned."""
         loaded = await asyncio.get_running_loop().run_in_executor(self._thread, load)
         self._death = None
         return loaded
 
     async def answer(self, job: Job[QueryT]) -> AnswerT:
-        """The answer to a job. EngineError where it failed, EngineMemoryError where memory ran out at it."""
+        """The answer to a job. EngineError if it failed, EngineMemoryError if it ran out of memory."""
         self.check()
         waiting = _Waiting(job, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -63,12 +63,12 @@ class Batches(Generic[QueryT, AnswerT]):
             self._open.discard(waiting)
 
     def check(self) -> None:
-        """EngineDeadError if nothing is answered any more."""
+        """EngineDeadError if jobs are no longer computed."""
         if self._death is not None:
             raise EngineDeadError(f"the {self._name} is dead: {self._death}")
 
     async def close(self) -> None:
-        """Wait for the batch that runs, drop what waits."""
+        """Wait for the running batch, and fail the jobs that wait."""
         self._die("it was closed")
         await asyncio.to_thread(self._thread.shutdown)
 
@@ -77,7 +77,7 @@ class Batches(Generic[QueryT, AnswerT]):
             await self._compute(batch)
 
     def _next_batch(self) -> list[_Waiting[QueryT, AnswerT]]:
-        """The job that waits longest, urgent ones first, and others of like length up to the batch's tokens."""
+        """The job that has waited longest, urgent ones first, and others of similar length, up to `max_tokens`."""
         self._waiting = [waiting for waiting in self._waiting if not waiting.answer.done()]
         self._waiting.sort(key=lambda waiting: not waiting.job.urgent)
         batch: list[_Waiting[QueryT, AnswerT]] = []
@@ -112,7 +112,7 @@ class Batches(Generic[QueryT, AnswerT]):
             self._die(repr(error))
 
     def _die(self, reason: str) -> None:
-        """Nothing is answered any more, to those who wait no more than to those who come."""
+        """Fail all waiting jobs, and all later ones, with EngineDeadError."""
         self._death = self._death or reason
         for waiting in self._open:
             if not waiting.answer.done():
@@ -120,7 +120,7 @@ class Batches(Generic[QueryT, AnswerT]):
 
 
 def _failure(error: Exception, request_id: str) -> EngineError:
-    """An engine's own error as it is; torch's say by their type or their words that memory ran out."""
+    """An engine's own error unchanged, any other as EngineError, or EngineMemoryError if its type or text says so."""
     if isinstance(error, EngineError):
         error.request_id = error.request_id or request_id
         return error

@@ -1,11 +1,11 @@
-"""The way of one sequence through the service: look into the store, coalesce, wait for a fair turn, score.
+"""The path of one sequence through the service: store lookup, coalescing, a fair turn, scoring.
 
-Sequences that are asked for while an identical one is in flight wait for that one. It goes when the first of those
-who want it gets a turn. When the last of them has left, it is dropped if it still waits; what was handed to the engine
-is finished and kept for the one who asks again, within bounds of bytes and time. Answers that somebody had stay at hand
-for those who come a little later: the latest `RECENT_BYTES` of them, or where there is a store until it has them.
+A sequence that is requested while an identical one is in flight waits for that one, which is computed as soon as one of
+the clients that want it gets a turn. When the last of them has left, it is dropped if it is still queued; once begun in
+the engine, it is finished, and the answer is kept for a repeated request, bounded in bytes and time. Answers that were
+delivered also stay available for a while: the latest `RECENT_BYTES` of them or, with a store, until the store has them.
 
-A `fresh` job is computed, whatever is at hand: what the model says now is what it asks.
+A `fresh` job is computed even if an answer is available: it asks what the model computes now.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseE
 log = structlog.get_logger("stillhouse.coalescer")
 _SETTLING_S = 1.0
 RECENT_BYTES = 64 * 2**20
-_IN_FLIGHT_BYTES = 4096  # what a finished one takes beside its answer
-# The engine is handed what it computes in so long, and at least so many tokens: control traffic waits for no more. One
-# that computes a whole step (vLLM's on a CPU) in that time is handed the window: its own steps bound the wait.
+_IN_FLIGHT_BYTES = 4096  # memory of a finished sequence besides its answer
+# The engine is given what it computes in this time, and at least `_LEAST_PACE` tokens, which bounds the wait of control
+# traffic. An engine that computes `_STEP_TOKENS` (a step of vLLM on a CPU) in that time is given the whole window: its
+# own steps bound the wait.
 _PACE_S = 1.5
-_LEAST_PACE = 256  # a step costs something of its own
+_LEAST_PACE = 256  # a step has a fixed cost
 _STEP_TOKENS = 2048
 StoredQueryT = TypeVar("StoredQueryT", contravariant=True)
 
 
 @dataclass(eq=False)
 class InFlight(Generic[AnswerT]):
-    """A sequence that is computed or was, how many wait for it, and what ends it if nobody asks for it again."""
+    """A sequence that is being or was computed, how many wait for it, and the timer that ends it if nobody does."""
 
     ticket: Ticket
     task: asyncio.Task[AnswerT]
@@ -49,19 +50,19 @@ class InFlight(Generic[AnswerT]):
 
 
 class AnswerStore(Protocol[StoredQueryT, AnswerT]):
-    """Where answers are kept and found again."""
+    """Where answers are stored and looked up."""
 
     async def get(self, query: StoredQueryT) -> AnswerT | None: ...
 
     def put(self, query: StoredQueryT, answer: AnswerT) -> bool:
-        """Whether it will be found there, in a moment."""
+        """Whether `get` will find it, after a moment."""
         ...
 
 
 class Coalescer(Generic[QueryT, AnswerT]):
     """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
 
-    Work that nobody waits for is kept for `keep_s`, in `keep_bytes` at most.
+    Answers that nobody waits for are kept for `keep_s`, in at most `keep_bytes`.
     """
 
     def __init__(
@@ -91,16 +92,16 @@ class Coalescer(Generic[QueryT, AnswerT]):
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of answers that were computed after all who asked had left."""
+        """Bytes of answers that were computed after every client that wanted them had left."""
         return self._unread.nbytes
 
     def tokens_ahead(self, keys: Collection[Hashable]) -> int:
-        """Tokens of others that are computed before the last of these. All, while none of them is in flight."""
+        """Tokens of other sequences that are computed before the last of these; all, if none of these is in flight."""
         tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
         return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
 
     async def answer(self, job: Job[QueryT], client: str) -> AnswerT:
-        """The answer to a job that was admitted. EngineError if the engine failed at it."""
+        """The answer to an admitted job. EngineError if the engine failed on it."""
         self._check_open()
         if job.fresh:
             return await self._answer_fresh(job, client)
@@ -113,7 +114,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         one, source = self._join(job, client)
         one.waiters += 1
         try:
-            # Shielded: a client that leaves cancels its own waiting, not the work that others wait for too.
+            # Shielded: a client that leaves cancels its own wait, not the work that others wait for too.
             answer = await asyncio.shield(one.task)
         except asyncio.CancelledError:
             if one.task.cancelled() and self._aborted is not None:
@@ -127,7 +128,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         return answer
 
     def _left(self, one: InFlight[AnswerT], client: str) -> None:
-        """Nobody waits for it any more: what never began is dropped, what did has so long to be asked for again."""
+        """Nobody waits for it any more: drop it if it is queued or the service drains, else give it `keep_s`."""
         if one.ticket.waiting or self._draining:
             one.task.cancel()
             return
@@ -163,31 +164,31 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._metrics.sequences.labels(client, source).inc()
 
     def drain(self) -> None:
-        """Nobody will ask again: end what nobody waits for, now and later."""
+        """No request will be repeated here: cancel what nobody waits for, now and later."""
         self._draining = True
         for one in list(self._in_flight.values()):
             if not one.waiters:
                 one.task.cancel()
 
     def abort(self, error: StillhouseError) -> None:
-        """End everything in flight; those who wait for it get `error`."""
+        """Cancel everything in flight; those who wait for it get `error`."""
         self._aborted = error
         for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
             task.cancel()
 
     def _join(self, job: Job[QueryT], client: str) -> tuple[InFlight[AnswerT], str]:
-        """What is in flight for a job, and `coalesced` if it was there before, else `engine`."""
+        """The entry for a job, and `coalesced` if it existed before, else `engine`."""
         key = job.query.key
         one = self._in_flight.get(key)
         if one is not None and not one.task.cancelling():
             if one.given_up is not None:
-                # Asked for again in time: the clock that would have ended it is stopped.
+                # Requested again in time: stop the timer that would have cancelled it.
                 one.given_up.cancel()
                 one.given_up = None
             if key in self._unread:
                 self._unread.discard(key)
                 self._recent.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
-            # In the lane of each client that wants it: it comes up by whichever of them is first.
+            # Queued in the lane of each client that wants it; whichever comes up first serves it.
             if client not in one.clients and one.ticket.waiting:
                 one.clients.add(client)
                 self._queue.join(client, one.ticket)
@@ -203,11 +204,11 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._queue.leave(one.ticket)
         if one.given_up is not None:
             one.given_up.cancel()
-        # Read here, since those who waited may all have left; they raise it too, if they have not.
+        # Read the exception even if all who waited have left; those who have not raise it too.
         if one.task.cancelled() or one.task.exception() is not None:
             self._forget(key, one)
         elif one.stored:
-            # In the store from now on; until it is on disk there, requests find it here.
+            # The store has it from now on; until it is on disk, requests find it here.
             asyncio.get_running_loop().call_later(_SETTLING_S, self._forget, key, one)
         else:
             kept = self._recent if one.waiters else self._unread

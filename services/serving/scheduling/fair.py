@@ -1,11 +1,10 @@
-"""Turns at the engine, shared fairly by tokens between clients, however many requests each of them sends; and how fast
-it takes them.
+"""Fair queueing: clients take turns at the engine by tokens, however many requests each of them sends; and its rate.
 
-Every client has a lane, a queue of tickets with a count of the tokens it was served; the lane with the lowest count
-goes next. A lane that wakes starts at the present count: idleness saves nothing up. Only `window` tokens are handed to
-the engine at a time, since what it holds it serves in its own order, and no more than `pace`, so that control traffic,
-which goes past the lanes, waits for little. Used by a service's answer pipeline, which also counts the `Rate`; that is
-read by whoever must say when to come again.
+Every client has a lane, a queue of tickets with a count of the tokens served; the lane with the lowest count goes next.
+A lane that becomes active starts at the current count, so that being idle earns no credit. Only `window` tokens are
+given to the engine at a time, since it computes in its own order what it has been given, and no more than `pace`, so
+that control traffic, which bypasses the lanes, waits only briefly. Used by the coalescer, which also updates the
+`Rate`; that is read wherever a time to retry is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Ticket:
-    """One piece of work of `tokens` that waits for its turn, in one lane or, when several clients want it, in more."""
+    """Work of `tokens` tokens that waits for its turn, in one lane or, if several clients want it, in several."""
 
     tokens: int
     generation: int = -1
@@ -39,20 +38,20 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Order:
-    """The lanes at one time: what waits in each, and before each ticket how many tokens of its lane."""
+    """A snapshot of the lanes: the tokens waiting in each, and how many of its lane's are ahead of each ticket."""
 
     at: float
     totals: dict[_Lane, int]
     before: dict[Ticket, list[tuple[_Lane, int]]]
 
     def tokens_before(self, ticket: Ticket) -> int:
-        """Of all lanes. A lane gets its turn as soon as it was served less than the ticket's will have been."""
+        """Tokens of all lanes that are served before this ticket."""
         places = self.before.get(ticket)
-        if places is None:  # it came later
+        if places is None:  # queued after the snapshot
             return sum(self.totals.values())
         return min(
             before + sum(
-                # Another lane goes first until it was served as much as ours will be then, or has nothing left.
+                # Another lane goes first until it has been served as much as ours will have been, or is empty.
                 min(total, max(0, int(own.served + before - lane.served)))
                 for lane, total in self.totals.items() if lane is not own
             )
@@ -60,7 +59,7 @@ class _Order:
         )  # fmt: skip
 
 
-_ORDER_S = 0.5  # so old may an order be, since making one takes a look at every ticket
+_ORDER_S = 0.5  # maximum age of a snapshot, since making one visits every ticket
 
 
 class FairQueue:
@@ -79,12 +78,12 @@ class FairQueue:
         self._order: _Order | None = None
 
     def busy_s(self) -> float:
-        """Seconds that work has been running, all in all: the clock by which a rate is measured."""
+        """Total seconds during which work was running: the clock that rates are measured by."""
         running_for = asyncio.get_running_loop().time() - self._busy_since if self.running else 0.0
         return self._busy_s + running_for
 
     def rate_at_most(self) -> float:
-        """Tokens a second that the engine can't be above, if nothing of what it runs has finished; 0 if unknown."""
+        """Upper bound of the engine's tokens per second if nothing of what it runs has finished; 0 if unknown."""
         busy_s = self.busy_s()
         return self.running / busy_s if self.running and busy_s > 0.0 else 0.0
 
@@ -94,7 +93,7 @@ class FairQueue:
         return sum(ticket.tokens for ticket in tickets)
 
     def tokens_ahead(self, tickets: Collection[Ticket]) -> int:
-        """Tokens of others that the engine computes before the last of these tickets, in the order of now."""
+        """Tokens of others that the engine computes before the last of these tickets, in the present order."""
         mine = [ticket for ticket in tickets if not ticket.left]
         if not mine:
             return 0
@@ -108,7 +107,7 @@ class FairQueue:
         return max(0, ahead)
 
     def tokens_in_all(self) -> int:
-        """Tokens that run or wait."""
+        """Tokens running or waiting."""
         return self.running + sum(self._present_order().totals.values())
 
     def _present_order(self) -> _Order:
@@ -125,22 +124,22 @@ class FairQueue:
         return self._order
 
     def rush(self, ticket: Ticket) -> None:
-        """Serve a ticket now, whatever runs: for control traffic, which others bound."""
+        """Serve a ticket at once, whatever is running: for control traffic, which is bounded elsewhere."""
         self._serve(ticket)
 
     def join(self, client: str, ticket: Ticket) -> None:
-        """Put a ticket into a client's lane. It is served once, by the first of its lanes that comes up, and
-        charged to that one."""
+        """Put a ticket into a client's lane. It is served once, by the first of its lanes to come up, and charged to
+        that one."""
         lane = self._lanes.get(client)
         if lane is None:
-            # A new lane starts level with the one that is served: neither a backlog to catch up nor a lead.
+            # A new lane starts level with the one being served, neither behind nor ahead.
             lane = self._lanes[client] = _Lane(served=self._now_serving)
         lane.waiting.append(ticket)
         self._dispatch()
 
     @asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Wait until the ticket is served; its tokens count as running for the time of the block."""
+        """Wait until the ticket is served; its tokens count as running for the duration of the block."""
         try:
             await ticket.turn
             yield
@@ -148,11 +147,11 @@ class FairQueue:
             self.leave(ticket)
 
     def leave(self, ticket: Ticket) -> None:
-        """Give back a turn, or a place in the queue. `turn` does it; this is for what is cancelled before it begins."""
+        """Give back a turn or a place in the queue. `turn` does so; this is for what is cancelled before it begins."""
         if ticket.left:
             return
         ticket.left = True
-        # It had its turn: what ran for it ends, and the busy clock, which stands while nothing runs, is set anew.
+        # It had its turn, which ends now. The busy clock stands still while nothing runs, so bring it up to date.
         if ticket.turn.done() and not ticket.turn.cancelled():
             self._busy_s = self.busy_s()
             self._busy_since = asyncio.get_running_loop().time()
@@ -161,28 +160,28 @@ class FairQueue:
         self._dispatch()
 
     def halve(self, ticket: Ticket) -> None:
-        """The engine ran out of memory at this ticket: hand it half as much at a time. Tickets that were served
-        before the last halving say nothing new."""
+        """The engine ran out of memory on this ticket: give it half as much at a time. Tickets that were served before
+        the last halving have no effect."""
         # Several tickets of one batch fail together: the first halves the window, the others are of the old generation.
         if ticket.generation == self._generation:
             self._generation += 1
             self.window = max(1, self.window // 2)
 
     def recover(self) -> None:
-        """Work succeeded: go a thousandth of the way back to the full window."""
+        """Work succeeded: widen the window by a thousandth of the full one."""
         if self.window < self._full_window:
-            # Halved at once, won back slowly: multiplicative decrease, additive increase, as in congestion control.
+            # Multiplicative decrease, additive increase, as in congestion control.
             self.window = min(self._full_window, self.window + max(1, self._full_window // 1000))
 
     def _dispatch(self) -> None:
         while (lane := self._next_lane()) is not None:
             ticket = lane.waiting[0]
-            # An idle engine takes any ticket, however large: nothing that was admitted waits for ever.
+            # An idle engine takes any ticket, however large: nothing that was admitted waits forever.
             if self.running and self.running + ticket.tokens > min(self.window, self.pace):
                 return
             lane.waiting.popleft()
             self._now_serving = lane.served
-            # Charged as it is handed over, not as it ends: else a lane could hand over all it has at one count.
+            # Charged when it is served, not when it ends: else a lane could have all it has served at one count.
             lane.served += ticket.tokens
             self._serve(ticket)
 
@@ -194,13 +193,13 @@ class FairQueue:
         ticket.turn.set_result(None)
 
     def _next_lane(self) -> _Lane | None:
-        """The lane with the lowest count that has somebody waiting. Empty lanes go, once nobody is behind them."""
+        """The lane with the lowest count among those with a ticket waiting. Deletes empty lanes that aren't ahead."""
         best = None
         for client, lane in list(self._lanes.items()):
             while lane.waiting and not lane.waiting[0].waiting:
                 lane.waiting.popleft()
             if not lane.waiting:
-                # A lane ahead of the present count is kept though empty: deleted, its client could come back at par.
+                # An empty lane ahead of the present count is kept: otherwise its client could come back level.
                 if lane.served <= self._now_serving:
                     del self._lanes[client]
             elif best is None or lane.served < best.served:
@@ -209,10 +208,10 @@ class FairQueue:
 
 
 class Rate:
-    """Tokens a second of the time in which the engine had work, and from that when to come again.
+    """Tokens per second of the time in which the engine had work, and the time to retry that follows from it.
 
-    `tokens_per_second` is 0 until something has finished; `at_most` bounds it from then back: an engine that has had so
-    many tokens for so long without finishing any is no faster than that.
+    `tokens_per_second` is 0 until something has finished; until then `seconds` uses `at_most`: an engine that has had
+    so many tokens for so long without finishing any is no faster than that.
     """
 
     def __init__(self, low_s: float = 1.0, high_s: float = 60.0, at_most: Callable[[], float] = lambda: 0.0):
@@ -229,8 +228,8 @@ class Rate:
         return self._rate
 
     def count(self, tokens: int, busy_s: float) -> None:
-        """Note finished work, by a clock that starts at 0 and runs while there is some. Within the first second the
-        rate is that of all there was; then every second moves it a third of the way to what was measured."""
+        """Record finished work. `busy_s` is a clock that starts at 0 and runs while there is work. During the first
+        second the rate is the average so far; then every second moves it a third of the way to the measured one."""
         self._counted += tokens
         elapsed = max(busy_s - self._since, 1e-6)
         measured = self._counted / elapsed
@@ -242,7 +241,7 @@ class Rate:
             self._since, self._counted, self._whole = busy_s, 0, True
 
     def seconds(self, tokens: int) -> float:
-        """When to come again, with so many tokens to be computed before: within 1 and 60 s."""
+        """When to retry, with this many tokens to be computed first: between `low_s` and `high_s`."""
         rate = self._rate or self._at_most()
         if not rate:
             return self._low_s

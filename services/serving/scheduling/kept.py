@@ -1,4 +1,4 @@
-"""What is kept for a while in case somebody asks for it, within bounds of bytes and of time. Used by `coalescer.py`."""
+"""Keeps track of answers that may be requested again, bounded in bytes and time. Used by `coalescer.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable
 
 
 class Kept:
-    """Keys of things kept elsewhere; `forget(key)` is called when one has to go: the oldest above `max_bytes`, and
-    whatever is older than `max_s`. All methods run in the event loop's thread."""
+    """Keys of things stored elsewhere. `forget(key)` is called for what has to go: the oldest while all take more than
+    `max_bytes`, and whatever is older than `max_s`. All methods run in the event loop's thread."""
 
     def __init__(self, max_bytes: int, max_s: float, forget: Callable[[Hashable], None]):
         self._max_bytes = max_bytes
@@ -36,7 +36,7 @@ class Kept:
             self._timer = loop.call_later(self._max_s, self._expire)
 
     def discard(self, key: Hashable) -> None:
-        """Keep it no longer, without a word."""
+        """Remove a key without calling `forget`."""
         if key in self._items:
             self.nbytes -= self._items.pop(key)[0]
 
