@@ -1,7 +1,7 @@
-"""The routes of the teacher service beside the common ones. `create_app(service)` is a whole ASGI application.
+"""The teacher service's own routes; `create_app(service)` makes the complete ASGI application. Used by `run.py`.
 
-Every route but the probes depends on `require_client`. What a route needs beyond its HTTP is in `compat`, `service.py`
-and `serving`. Everything wrong with a request is a RequestError with the field at fault.
+Every route but the probes depends on `require_client`. What a route needs besides HTTP is in `compat`, `service.py` and
+`serving`. An invalid request raises a RequestError that names the field at fault.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ async def post_targets(request: Request, client: Client, service: Service) -> Re
     responses={**errors(*POSTING, 404), 200: openapi.COMPLETIONS_ANSWER},
 )  # fmt: skip
 async def post_completions(request: Request, client: Client, service: Service) -> Response:
-    """Score prompts in vLLM's JSON shape: `prompt_logprobs`, or `echo` with `logprobs`."""
+    """Score prompts in vLLM's JSON format: `prompt_logprobs`, or `echo` with `logprobs`."""
     return await answered(request, client, service, completions.FACE)
 
 
@@ -67,7 +67,7 @@ async def post_completions(request: Request, client: Client, service: Service) -
     responses={**errors(*POSTING), 200: openapi.SGLANG_ANSWER},
 )  # fmt: skip
 async def post_generate(request: Request, client: Client, service: Service) -> Response:
-    """Score token ids in SGLang's JSON shape: `input_token_logprobs`, `input_top_logprobs`."""
+    """Score token ids in SGLang's JSON format: `input_token_logprobs`, `input_top_logprobs`."""
     return await answered(request, client, service, sglang_generate.FACE)
 
 
@@ -76,20 +76,20 @@ async def post_generate(request: Request, client: Client, service: Service) -> R
     responses={**errors(*POSTING, 404), 200: openapi.TOKENS_ANSWER},
 )  # fmt: skip
 async def post_tokens(request: Request, client: Client, service: Service) -> Response:
-    """Score token ids in vLLM's JSON shape: `prompt_logprobs`, or the logprobs of given ids as an array."""
+    """Score token ids in vLLM's JSON format: `prompt_logprobs`, or the logprobs of given ids as an array."""
     return await answered(request, client, service, token_generate.FACE)
 
 
 @router.get("/v1/teacher", responses=errors(*ASKING))
 async def get_teacher(service: Service) -> TeacherInfo:
-    """Who the teacher is, what it accepts and what it can answer."""
+    """The teacher's identity, its limits, and the kinds of target that it serves."""
     service.require_started()
     return service.info()
 
 
 @router.get("/v1/head", response_class=Response, responses={**errors(*ASKING, 404), **openapi.HEAD_ANSWERS})
 async def get_head(request: Request, service: Service) -> Response:
-    """The output head as safetensors: with hidden states, the logits of the whole vocabulary."""
+    """The output head as safetensors: applied to hidden states, it gives the logits of the whole vocabulary."""
     service.require_started()
     head = await service.head()
 
@@ -101,13 +101,13 @@ async def get_head(request: Request, service: Service) -> Response:
 
 @router.get("/v1/models", responses=errors(*ASKING))
 async def get_models(service: Service) -> dict[str, Any]:
-    """The one model that is served, as vLLM lists it."""
+    """The one model that is served, in vLLM's format."""
     service.require_started()
     return completions.models(service)
 
 
 async def _read_targets(request: Request, client: str, service: TeacherService) -> Reply[Query, TokenTargets]:
-    """What the request asks, checked against the engine's limits, and how it is answered."""
+    """The request, checked against the engine's limits, as work and how its response is written."""
     engine = service.engine
     asked, as_json = await read_request(
         request, TargetsRequest, engine, lambda asked: check_request(asked, engine.limits, engine.kinds)

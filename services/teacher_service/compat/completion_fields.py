@@ -1,7 +1,7 @@
-"""What becomes of each field of vLLM's completion request: read, without effect here, or refused unless it is neutral.
+"""How each field of vLLM's completion request is treated: read, without effect, or refused unless it is neutral.
 
-Used by `completions.py`; the tables are in docs/api.md too, and a test holds the two together. The fields are those of
-vLLM 0.32 (`vllm.entrypoints.openai.completion.protocol`), and what axolotl and TRL send beside them.
+Used by `completions.py`; the tables are also in docs/api.md, and a test compares the two. The fields are those of vLLM
+0.32 (`vllm.entrypoints.openai.completion.protocol`), and others that axolotl and TRL send.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from teacher_proto.errors import OutOfRangeError
 from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
 
-# Fields that change neither a score nor the most likely token, and why; their values are not looked at.
+# Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "how a token would be drawn; the one that is written is the most likely": ("seed", "top_p", "top_k", "min_p"),
     "when writing ends; one token is written at most": (
@@ -30,8 +30,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "of chat completions, sent along by axolotl; `prompt_logprobs` is read": ("top_logprobs",),
 }  # fmt: skip
 
-# Fields that would change an answer in a way that is not served, each with the values that change nothing. None always
-# changes nothing.
+# Fields that would change the response in an unsupported way, each with the values that change nothing. None never
+# changes anything.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "stream": (False,), "suffix": ("",), "use_beam_search": (False,), "logit_bias": ({},),
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_tokens": (0, 1),
@@ -49,20 +49,20 @@ def _as_number(value: Any) -> Any:
 
 
 class CompletionRequest(BaseModel):
-    """What is read of vLLM's completion request. `prompt` is text or token ids, one or several of either."""
+    """The fields of vLLM's completion request that are read. `prompt` is one prompt or several, text or token ids."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     model: str | None = None
     prompt: Ids | list[Ids] | str | list[str]
     max_tokens: StrictInt | None = Field(
-        None, description="0, or 1 for the most likely next token; 0 where it is left out and the prompt is scored"
+        None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )
     prompt_logprobs: StrictInt | None = None
     logprobs: Annotated[StrictInt | None, BeforeValidator(_as_number)] = None
     echo: StrictBool | None = False
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, description="of `prompt_logprobs`; 0 and 1 are the teacher's own"
+        None, ge=0, description="of `prompt_logprobs`; 0 and 1 both give the teacher's own distribution"
     )
     add_special_tokens: StrictBool = True
     return_token_ids: StrictBool | None = None
@@ -70,23 +70,23 @@ class CompletionRequest(BaseModel):
 
     @property
     def scoring_temperature(self) -> float | None:
-        """The temperature that `prompt_logprobs` are at; None for the teacher's own, as 0 and 1 are."""
+        """The temperature of `prompt_logprobs`; None for the teacher's own distribution, also requested as 0 or 1."""
         return None if self.temperature in (None, 0, 1) else self.temperature
 
     @property
     def lists_prompt(self) -> bool:
-        """Whether `prompt_logprobs` are answered: where they are asked for, or the prompt is echoed with logprobs."""
+        """Whether to return `prompt_logprobs`: if they are requested, or the prompt is echoed with logprobs."""
         return self.prompt_logprobs is not None or bool(self.echo and self.logprobs is not None)
 
     @property
     def top_k(self) -> int:
-        """The K that the engine is asked for: 1 at least where a token is to be written, or a temperature is asked."""
+        """The K to request from the engine: at least 1 if a token is generated or a temperature is requested."""
         tempered = self.scoring_temperature is not None and self.lists_prompt
         return max(self.prompt_logprobs or 0, self.logprobs or 0, 1 if self.max_tokens or tempered else 0)
 
 
 def read_completion(body: dict[str, Any], max_top_k: int) -> CompletionRequest:
-    """A request in which every field is heeded or changes nothing. OutOfRangeError names the one that is neither."""
+    """A request whose fields are all honoured or change nothing. OutOfRangeError names one that is neither."""
     request = read_model(CompletionRequest, body)
     check_extras(request.model_extra, WITHOUT_EFFECT, NEUTRAL, "vLLM's completion request")
     if "max_tokens" not in body and (request.prompt_logprobs is not None or request.echo):

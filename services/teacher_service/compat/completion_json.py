@@ -1,8 +1,8 @@
 """Targets as vLLM's JSON, in pieces of bytes: `prompt_logprobs` and OpenAI's `logprobs`. CPU work, run in a thread.
 
 Entry t of `prompt_logprobs` is about token t given those before it, so it is row t - 1 of our targets; entry 0 is
-null. It holds the token that came, first as vLLM has it, and the K most likely by rank. A token that is not among the K
-has rank K + 1: how far below it lies is not known.
+null. It lists the actual token first, as vLLM does, and the K most likely by rank. An actual token outside the top K
+has rank K + 1: its true rank is not known.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from teacher_proto.targets import TokenTargets
 from teacher_service.text import JsonPieces, Text
 
 LOWEST = -9999.0
-# Entries that are written in one go: a join of some thousand lets no other thread run for a millisecond.
+# Entries that are joined at a time: a join of some thousands blocks all other threads for a millisecond.
 PIECE_ENTRIES = 8192
 _PIECE_ROWS = 64
 
 
 def prompt_logprobs(tokens_T: np.ndarray, targets: TokenTargets, top_k: int, pieces: JsonPieces) -> list[bytes]:
-    """The list [T] as JSON, in pieces. `targets` covers rows [0, T - 1) at least; `top_k` 0 lists the token that came
-    alone."""
+    """The list [T] as JSON, in pieces. `targets` covers at least rows [0, T - 1); `top_k` 0 lists only the actual
+    tokens."""
     count = len(tokens_T) - 1
     assert targets.start == 0 and targets.next_logprob is not None
     rows = max(1, PIECE_ENTRIES // (top_k + 1))
@@ -36,7 +36,7 @@ def prompt_logprobs(tokens_T: np.ndarray, targets: TokenTargets, top_k: int, pie
 def _entries(
     tokens_T: np.ndarray, targets: TokenTargets, top_k: int, pieces: JsonPieces, start: int, stop: int
 ) -> bytes:
-    """The entries after rows [start, stop), each with the comma before it."""
+    """The entries of rows [start, stop), each with a comma in front."""
     assert targets.next_logprob is not None
     came_R, logprob_R = tokens_T[start + 1 : stop + 1], targets.next_logprob[start:stop]
     if not top_k:
@@ -54,7 +54,7 @@ def _entries(
     ranks_R = np.full(stop - start, top_k + 1)
     inside, places = np.nonzero(ids_RK == came_R[:, None])
     ranks_R[inside] = places + 1
-    for slot in (1, 2, 3):  # it stands before the others, and but once
+    for slot in (1, 2, 3):  # the actual token is listed first, and only once
         parts[inside, 3 * places + slot] = b""
     for row, (token, value, rank) in enumerate(zip(came_R.tolist(), logprob_R.tolist(), ranks_R.tolist(), strict=True)):
         parts[row, 0] = b',{%b%.6g,"rank":%d}' % (pieces.entries[token][1:], max(value, LOWEST), rank)
@@ -62,9 +62,9 @@ def _entries(
 
 
 def at_temperature(targets: TokenTargets, temperature: float | None) -> TokenTargets:
-    """The record with its logprobs at the one temperature that was asked for; as it is for None.
+    """The record with its logprobs at the one requested temperature; unchanged for None.
 
-    log p(v; T) = log p(v) / T - log_z(T), for the K and the gathered ids in fp16 as they are at temperature 1.
+    log p(v; T) = log p(v) / T - log_z(T), in fp16 for the K and the gathered ids, as at temperature 1.
     """
     if temperature is None:
         return targets
@@ -84,7 +84,7 @@ def at_temperature(targets: TokenTargets, temperature: float | None) -> TokenTar
 def openai_logprobs(
     tokens_T: np.ndarray, targets: TokenTargets, top_k: int, text: Text, as_ids: bool, generated: int | None
 ) -> list[bytes]:
-    """OpenAI's `logprobs` object of an echoed prompt, and of the token that follows it where one was `generated`."""
+    """OpenAI's `logprobs` object of an echoed prompt and of the token that follows it, if one was `generated`."""
     name = _namer(text, as_ids)
     tokens = tokens_T.tolist() + ([] if generated is None else [generated])
     values: list[float | None] = [None]
@@ -98,17 +98,17 @@ def openai_logprobs(
         for row, token in enumerate(tokens[start + 1 : stop + 1]):
             top = dict(zip(ids_RK[row][:top_k], logprobs_RK[row][:top_k], strict=True))
             came = float(targets.next_logprob[start + row])
-            # The last row has no next token: what is written after it is the most likely one.
+            # The last row has no next token: the one generated after it is the most likely.
             value = logprobs_RK[row][0] if np.isnan(came) else max(round(came, 6), LOWEST)
             values.append(value)
-            # First and with the very same number as above: lm-eval takes it for greedy if it is the largest listed.
+            # Listed first, with the same number as above: lm-eval counts it as greedy if it is the largest listed.
             listed = {token: value} | {i: lp for i, lp in top.items() if i != token}
             tops.append(_json({name(i): listed_value for i, listed_value in listed.items()}))
     return _object([name(token) for token in tokens], values, tops)
 
 
 def next_token_logprobs(targets: TokenTargets, token: int, top_k: int, text: Text, as_ids: bool) -> list[bytes]:
-    """OpenAI's `logprobs` of the generated token alone, out of the last row."""
+    """OpenAI's `logprobs` of the generated token alone, from the last row."""
     assert targets.ids is not None and targets.logprobs is not None
     name = _namer(text, as_ids)
     values = _rounded(targets.logprobs[-1:])[0]
@@ -117,12 +117,12 @@ def next_token_logprobs(targets: TokenTargets, token: int, top_k: int, text: Tex
 
 
 def _namer(text: Text, as_ids: bool) -> Callable[[int], str]:
-    """How a token is written: as text, or as vLLM's `token_id:5`."""
+    """How tokens are named: by their text, or as vLLM's `token_id:5`."""
     return (lambda token: f"token_id:{token}") if as_ids else text.strings().__getitem__
 
 
 def _object(names: list[str], values: list[float | None], tops: list[bytes]) -> list[bytes]:
-    """The object in pieces; `tops` are JSON already."""
+    """The object as JSON, in pieces; `tops` are already JSON."""
     offsets = np.concatenate([[0], np.cumsum([len(name) for name in names])[:-1]]).astype(int).tolist()
     fields = {"text_offset": offsets, "token_logprobs": values, "tokens": names}
     pieces = [b"{"]
@@ -139,5 +139,5 @@ def _json(value: Any) -> bytes:
 
 
 def _rounded(logprobs_RK: np.ndarray) -> list[list[float]]:
-    """fp16 numbers with the five digits that tell them apart."""
+    """fp16 logprobs rounded to five decimals, and not below `LOWEST`."""
     return np.maximum(np.round(logprobs_RK.astype(np.float64), 5), LOWEST).tolist()

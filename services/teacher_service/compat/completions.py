@@ -1,7 +1,7 @@
-"""`POST /v1/completions` and `GET /v1/models` in vLLM's JSON, for trainers that speak to vLLM. Used by `app.py`.
+"""`POST /v1/completions` and `GET /v1/models` in vLLM's JSON, for trainers written for vLLM. Used by `app.py`.
 
-A teacher scores and does not write: `max_tokens` is 0, or 1 for clients that must ask for one, which is answered with
-the most likely token. What becomes of every other field is in `completion_fields.py`.
+A teacher scores and does not generate: `max_tokens` is 0, or 1 for clients that must request one, which get the most
+likely token. How every other field is treated is in `completion_fields.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OUR_NAMES = {"sequences": "prompt", "temperatures.0": "temperature"}
 
 
 def parse(body: dict[str, Any], service: TeacherService) -> CompletionRequest:
-    """A request that this teacher can answer. OutOfRangeError or NotFoundError names the field that it can't."""
+    """A request that this teacher can serve. OutOfRangeError or NotFoundError names a field that it can't."""
     limits = service.engine.limits
     request = read_completion(body, min(limits.max_top_k, limits.vocab_size))
     check_model(request.model, service)
@@ -42,7 +42,7 @@ def parse(body: dict[str, Any], service: TeacherService) -> CompletionRequest:
 
 
 async def work_of(request: CompletionRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
-    """The request as one for targets. OutOfRangeError where a prompt, or its answer, would be too long."""
+    """The request as one for targets. OutOfRangeError if a prompt or its response would be too long."""
     prompt = request.prompt
     prompts: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
     if prompts and isinstance(prompts[0], str):

@@ -1,6 +1,6 @@
-"""From another server's request to ours: the way, the checks, the costs and the errors that every face has alike.
+"""From another server's request to ours: the steps, checks, costs and errors that all compatible routes share.
 
-Used by all modules of this package that read a request or make its work, and by `app.py`.
+Used by all modules of this package that read a request or make its work, by `app.py` and by `openapi.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from teacher_service.text import JsonPieces, Text
 
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
-# What no tensor of ids can hold is refused before there is one.
+# Ids that don't fit a tensor are refused before one is made.
 Ids = list[Annotated[StrictInt, Field(ge=0, lt=2**31)]]
 Fields = Mapping[str, tuple[Any, ...]]
 
@@ -32,8 +32,8 @@ _RETRIED_STATUSES = (500, 502, 503)
 
 @contextmanager
 def retried_by_clients() -> Iterator[None]:
-    """What is to be asked again is answered 503: TRL's client asks again after 500, 502 and 503 alone, slime's after
-    5xx, and neither after the 429 of a client that has its share in flight."""
+    """Turn retryable errors into 503: TRL's client retries only after 500, 502 and 503, slime's only after 5xx, and
+    neither after 429, the status for a client that has its share in flight."""
     try:
         yield
     except StillhouseError as error:
@@ -46,8 +46,8 @@ def retried_by_clients() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Face(Generic[T]):
-    """Another server's route: `parse` reads its JSON, `work_of` says what that makes the service do, `answer` writes
-    what came of it."""
+    """Another server's route: `parse` reads its JSON, `work_of` turns that into work for the service, `answer` writes
+    the response."""
 
     parse: Callable[[dict[str, Any], TeacherService], T]
     work_of: Callable[[T, TeacherService, str, str], Awaitable[Work[Query]]]
@@ -55,7 +55,7 @@ class Face(Generic[T]):
 
 
 async def answered(http: Request, client: str, service: TeacherService, face: Face[T]) -> RacedResponse:
-    """What the route of a face returns."""
+    """What the route of a `Face` returns."""
     with retried_by_clients():
         service.require_started()
         fields = await read_json(http, service.engine.limits)
@@ -72,7 +72,7 @@ async def answered(http: Request, client: str, service: TeacherService, face: Fa
 
 
 def read_model(kind: type[Model], body: Any) -> Model:
-    """The fields of a body that are read. OutOfRangeError names the one that is not what it should be."""
+    """Parse the fields of a body that are read. OutOfRangeError names the first invalid one."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -87,10 +87,10 @@ def read_model(kind: type[Model], body: Any) -> Model:
 def check_extras(
     extras: Mapping[str, Any] | None, without_effect: Fields, neutral: Fields, whose: str, inside: str = ""
 ) -> None:
-    """Hold the fields that are not read to what becomes of them. OutOfRangeError unless each has no effect here, or
-    its value has none. `without_effect`: reasons with the fields that they are of. `neutral`: fields with the values
-    that change nothing; None always changes nothing. `whose`: whose fields they are, in words. `inside`: what stands
-    before their names, `sampling_params.` or nothing."""
+    """Check the fields that are not read. OutOfRangeError unless each has no effect here, or its value changes nothing.
+    `without_effect`: reasons, each with the fields that it applies to. `neutral`: fields, each with the values that
+    change nothing; None never changes anything. `whose`: what the fields belong to, in words. `inside`: the prefix of
+    their names, `sampling_params.` or nothing."""
     ignored = {field for fields in without_effect.values() for field in fields}
     for name, value in (extras or {}).items():
         field = f"{inside}{name[:80]}"
@@ -101,7 +101,7 @@ def check_extras(
                 f"{field}: no field of {whose}, so nothing would come of it: leave it out", field=field,
                 got=repr(value)[:80],
             )  # fmt: skip
-        # True == 1 in Python, and is no number of samples.
+        # True == 1 in Python, but is not a number of samples.
         if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral[name]):
             raise OutOfRangeError(
                 f"{field}: this teacher scores prompts and does not sample, so it can't heed {name}", field=field,
@@ -110,8 +110,8 @@ def check_extras(
 
 
 def check_written(field: str, got: Any, count: int | None, otherwise: int) -> None:
-    """OutOfRangeError unless the number of tokens to write, which the body gives as `got`, is 0 or 1; their server
-    takes `otherwise` where it is left out."""
+    """OutOfRangeError unless `count`, the number of tokens to generate, is 0 or 1. `got` is what the body has there;
+    the other server uses `otherwise` if it is left out."""
     if count is None or not 0 <= count <= 1:
         raise OutOfRangeError(
             f"{field}: got {f'nothing, which is {otherwise}' if got is None else got}, expected 0 or 1: this teacher "
@@ -120,7 +120,7 @@ def check_written(field: str, got: Any, count: int | None, otherwise: int) -> No
 
 
 def check_model(model: str | None, service: TeacherService) -> None:
-    """NotFoundError where another model than the one that is served is named."""
+    """NotFoundError if the request names a model that is not the one served."""
     names = {service.engine.identity.semantic.model, service.settings.model}
     if model is not None and model not in names:
         raise NotFoundError(
@@ -130,7 +130,7 @@ def check_model(model: str | None, service: TeacherService) -> None:
 
 
 def check_cost(field: str, num_tokens: int, values: int, service: TeacherService, weight: int = JSON_WEIGHT) -> None:
-    """OutOfRangeError where an answer of so many values a token could never be admitted."""
+    """OutOfRangeError if a response with this many values per token could never be admitted."""
     cost, most = num_tokens * weight * (values + 1), service.admission.max_cost
     if cost > most:
         raise OutOfRangeError(
@@ -143,8 +143,8 @@ def checked_work(
     targets: TargetsRequest, names: Mapping[str, str], service: TeacherService, client: str, request_id: str,
     weight: int = JSON_WEIGHT,
 ) -> Work[Query]:  # fmt: skip
-    """The work of a request for targets that the teacher can answer. OutOfRangeError in their field's name, which
-    `names` gives for ours."""
+    """The work of a request for targets. OutOfRangeError if the teacher can't serve it, with the other server's name
+    of the field; `names` maps our names to theirs."""
     try:
         check_request(targets, service.engine.limits, service.engine.kinds)
     except OutOfRangeError as error:

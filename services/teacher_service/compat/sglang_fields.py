@@ -1,8 +1,8 @@
-"""What becomes of each field of SGLang's `/generate` request: read, without effect, or refused unless it is neutral.
+"""How each field of SGLang's `/generate` request is treated: read, without effect, or refused unless it is neutral.
 
-Used by `sglang_generate.py`; the tables are in docs/api.md too, and a test holds the two together. The fields are those
-of SGLang 0.5.23 (`GenerateReqInput` of `sglang.srt.managers.io_struct`, `SamplingParams` of
-`sglang.srt.sampling.sampling_params`), and what axolotl sends beside them.
+Used by `sglang_generate.py`; the tables are also in docs/api.md, and a test compares the two. The fields are those of
+SGLang 0.5.23 (`GenerateReqInput` of `sglang.srt.managers.io_struct`, `SamplingParams` of
+`sglang.srt.sampling.sampling_params`), and others that axolotl sends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from teacher_proto.errors import OutOfRangeError
 from teacher_proto.request_checks import within
 from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
 
-# Fields that change neither a score nor the most likely token, and why; their values are not looked at.
+# Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "whom a request belongs to; the key says that here": (
         "rid", "session_id", "conversation_id", "priority", "routing_key",
@@ -38,8 +38,8 @@ SAMPLING_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "skip_special_tokens", "spaces_between_special_tokens", "stream_interval",
     ),
 }  # fmt: skip
-# Fields that would change an answer in a way that is not served, each with the values that change nothing. None always
-# changes nothing.
+# Fields that would change the response in an unsupported way, each with the values that change nothing. None never
+# changes anything.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "text": (), "input_embeds": (), "image_data": ([],), "video_data": ([],), "audio_data": ([],), "modalities": ([],),
     "stream": (False,), "return_hidden_states": (False,), "return_routed_experts": (False,),
@@ -56,20 +56,20 @@ SAMPLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class SamplingParams(BaseModel):
-    """What is read of SGLang's sampling parameters."""
+    """The fields of SGLang's sampling parameters that are read."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     max_new_tokens: StrictInt | None = Field(
-        None, description="0, or 1 for the most likely next token; 0 where it is left out and the prompt is scored"
+        None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, description="of every logprob; 0 and 1 are the teacher's own"
+        None, ge=0, description="of every logprob; 0 and 1 both give the teacher's own distribution"
     )
 
 
 class GenerateRequest(BaseModel):
-    """What is read of SGLang's request. `input_ids` are the token ids of one sequence, or of several."""
+    """The fields of SGLang's request that are read. `input_ids` are the token ids of one sequence, or of several."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -77,7 +77,7 @@ class GenerateRequest(BaseModel):
     sampling_params: SamplingParams | None = None
     return_logprob: StrictBool | None = False
     logprob_start_len: StrictInt | list[StrictInt] | None = Field(
-        None, description="the token from which on the input's logprobs are listed, for all sequences or each; -1: none"
+        None, description="first token whose logprob is listed, one for all sequences or one for each; -1: none"
     )
     top_logprobs_num: StrictInt | None = 0
     token_ids_logprob: Ids | list[Ids] | None = Field(
@@ -89,7 +89,7 @@ class GenerateRequest(BaseModel):
 
     @property
     def batched(self) -> bool:
-        """Whether several sequences came, to be answered as a list."""
+        """Whether the request has several sequences, so that the response is a list."""
         return not self.input_ids or isinstance(self.input_ids[0], list)
 
     @property
@@ -98,14 +98,14 @@ class GenerateRequest(BaseModel):
 
     @property
     def starts(self) -> list[int]:
-        """For each sequence the first token of which a logprob is listed; its length where none is."""
+        """For each sequence the first token whose logprob is listed; the sequence's length if none is."""
         given = self.logprob_start_len if self.return_logprob and self.logprob_start_len is not None else -1
         each = given if isinstance(given, list) else [given] * len(self.sequences)
         return [len(ids) if start < 0 else start for start, ids in zip(each, self.sequences, strict=True)]
 
     @property
     def gathered(self) -> list[list[int]] | None:
-        """For each sequence the ids that are scored at every position."""
+        """For each sequence the ids to score at every position; None for no ids."""
         ids = self.token_ids_logprob
         if not ids:
             return None
@@ -113,18 +113,18 @@ class GenerateRequest(BaseModel):
 
     @property
     def written(self) -> int:
-        """How many tokens are written."""
+        """How many tokens are generated."""
         return (self.sampling_params and self.sampling_params.max_new_tokens) or 0
 
     @property
     def temperature(self) -> float | None:
-        """The temperature that all logprobs are at; None for the teacher's own, as 0 and 1 are."""
+        """The temperature of all logprobs; None for the teacher's own distribution, also requested as 0 or 1."""
         asked = self.sampling_params.temperature if self.sampling_params and self.return_logprob else None
         return None if asked in (None, 0, 1) else asked
 
 
 def read_generate(body: dict[str, Any], max_top_k: int) -> GenerateRequest:
-    """A request that this teacher can answer. OutOfRangeError names the field that it can't."""
+    """A request that this teacher can serve. OutOfRangeError names a field that it can't."""
     request = read_model(GenerateRequest, body)
     check_extras(request.model_extra, WITHOUT_EFFECT, NEUTRAL, "SGLang's request")
     params = request.sampling_params or SamplingParams()

@@ -1,8 +1,8 @@
 """`POST /generate` in SGLang's JSON, for trainers that score through SGLang: slime, miles, axolotl. Used by `app.py`.
 
-A teacher scores: `max_new_tokens` is 0, or 1 for the most likely next token. What becomes of every field is in
+A teacher scores: `max_new_tokens` is 0, or 1 for the most likely next token. How every field is treated is in
 `sglang_fields.py`. Entry i of `input_token_logprobs` is about token `logprob_start_len` + i given those before it; the
-first has no logprob, as SGLang has it.
+first has no logprob, as in SGLang.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from teacher_service.text import JsonPieces, Text
 
 _OUR_NAMES = {"sequences": "input_ids", "temperatures.0": "sampling_params.temperature",
               "gather_ids": "token_ids_logprob", "rows": "input_ids"}  # fmt: skip
-# A value is some 11 bytes as base64 of a float32 and an int32, of 4 on our wire, and is no Python number in between.
+# A value takes some 11 bytes as base64 of a float32 and an int32, 4 on our wire, and is never a Python number.
 _BASE64_WEIGHT = JSON_WEIGHT // 2
 
 
 def parse(body: dict[str, Any], service: TeacherService) -> GenerateRequest:
-    """A request that this teacher can answer. OutOfRangeError names the field that it can't."""
+    """A request that this teacher can serve. OutOfRangeError names a field that it can't."""
     limits = service.engine.limits
     return read_generate(body, min(limits.max_top_k, limits.vocab_size))
 
 
 async def work_of(request: GenerateRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
-    """The request as one for targets. OutOfRangeError where a sequence, or its answer, would be too long."""
+    """The request as one for targets. OutOfRangeError if a sequence or its response would be too long."""
     sequences, starts, gathered = request.sequences, request.starts, request.gathered
     limits, tokens, width = service.engine.limits, sum(map(len, sequences)), max(map(len, request.gathered or [[]]))
     tempered = request.temperature is not None
@@ -48,7 +48,7 @@ async def work_of(request: GenerateRequest, service: TeacherService, client: str
     if gathered:
         within("token_ids_logprob", min(map(len, gathered)), 1, limits.max_gather, "ids")
         within("token_ids_logprob", width, 1, limits.max_gather, "ids")
-        # Before the ids are there once for every row.
+        # Before the ids are repeated for every row.
         check_cost("input_ids", tokens, top_k + width, service)
         kinds = (*kinds, "gather")
     rows = tuple((min(start, max(len(ids) - 1, 0)), len(ids)) for ids, start in zip(sequences, starts, strict=True))
@@ -65,7 +65,7 @@ async def work_of(request: GenerateRequest, service: TeacherService, client: str
 async def answer(
     request: GenerateRequest, work: Work[Query], service: TeacherService, text: Text, pieces: JsonPieces, outlet: Outlet
 ) -> None:
-    """Write the answer: an object, or for several sequences a list."""
+    """Write the response: an object, or for several sequences a list."""
     started = time.perf_counter()
     writer = _Writer(request, service.engine.identity.fingerprint, work.request_id, text, pieces)
 
@@ -80,7 +80,7 @@ async def answer(
 
 
 class _Writer:
-    """Targets as the items of SGLang's answer, in pieces of bytes. CPU work, run in a thread."""
+    """Targets as the items of SGLang's response, in pieces of bytes. CPU work, run in a thread."""
 
     def __init__(self, request: GenerateRequest, fingerprint: str, request_id: str, text: Text, pieces: JsonPieces):
         self._request = request
@@ -90,7 +90,7 @@ class _Writer:
         self._pieces = pieces
 
     def item(self, index: int, query: Query, targets: TokenTargets, latency_s: float) -> list[bytes]:
-        """The answer about one sequence as JSON."""
+        """The response for one sequence as JSON."""
         request, tokens_T = self._request, query.tokens_T
         targets = at_temperature(targets, request.temperature)
         written = targets.ids[-1, :1].tolist() if request.written and targets.ids is not None else []
@@ -106,8 +106,8 @@ class _Writer:
         return [start, *lists, b"}}"]
 
     def _lists(self, index: int, tokens_T: np.ndarray, targets: TokenTargets) -> list[bytes]:
-        """The members of `meta_info` that hold logprobs, each with the comma before it. Row r of `targets` is about the
-        token r + 1 after the first that is listed; the last row is about the token that is written."""
+        """The members of `meta_info` that hold logprobs, each with a comma in front. Row r of `targets` is about the
+        listed token r + 1; the last row is about the generated token."""
         listed_T = tokens_T[self._request.starts[index] :]
         assert targets.next_logprob is not None
         pieces = [b', "input_token_logprobs": [', *self._came(listed_T, targets.next_logprob), b"]"]
@@ -129,7 +129,7 @@ class _Writer:
         return pieces
 
     def _came(self, listed_T: np.ndarray, logprob_R: np.ndarray) -> list[bytes]:
-        """Lists of three about the tokens that came, in fp32."""
+        """[logprob, id, text] of each actual token, in fp32."""
         if not len(listed_T):
             return []
         ends_T, values = self._ends[listed_T].tolist(), logprob_R[: len(listed_T) - 1].tolist()
@@ -144,7 +144,7 @@ class _Writer:
     def _member(
         self, name: str, listed_T: np.ndarray, ids_RC: np.ndarray, logprobs_RC: np.ndarray, *, flat: bool = False
     ) -> list[bytes]:
-        """`input_` and `output_` with that name: C lists of three at every position but the first."""
+        """`input_` and `output_` of that name: C lists [logprob, id, text] at every position but the first."""
         rows = max(len(listed_T) - 1, 0)
         if flat:
             pieces = self._flat(len(listed_T), ids_RC[:rows], logprobs_RC[:rows])
@@ -155,7 +155,7 @@ class _Writer:
         return [*pieces, b', "output_%b": [%b]' % (name.encode(), out)]
 
     def _rows(self, ids_RC: np.ndarray, logprobs_RC: np.ndarray) -> list[bytes]:
-        """Rows of lists of three, each row with the comma before it."""
+        """Rows of lists [logprob, id, text], each row with a comma in front."""
         num_rows, columns = ids_RC.shape
         step = max(1, PIECE_ENTRIES // columns)
         return [self._block(ids_RC[i : i + step], logprobs_RC[i : i + step]) for i in range(0, num_rows, step)]

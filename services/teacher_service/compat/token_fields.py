@@ -1,7 +1,7 @@
-"""What becomes of each field of vLLM's `/inference/v1/generate` request: read, without effect, or refused.
+"""How each field of vLLM's `/inference/v1/generate` request is treated: read, without effect, or refused.
 
-Used by `token_generate.py`; the tables are in docs/api.md too, and a test holds the two together. The fields are those
-of vLLM 0.32 (`vllm.entrypoints.scale_out.token_in_token_out.protocol.GenerateRequest`, `vllm.SamplingParams`).
+Used by `token_generate.py`; the tables are also in docs/api.md, and a test compares the two. The fields are those of
+vLLM 0.32 (`vllm.entrypoints.scale_out.token_in_token_out.protocol.GenerateRequest`, `vllm.SamplingParams`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from teacher_proto.request_checks import refuse, within
 from teacher_proto.requests import Limits
 from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
 
-# Fields that change neither a score nor the most likely token, and why; their values are not looked at.
+# Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "whom a request belongs to; the key says that here": ("request_id", "priority"),
     "how vLLM keeps its cache, or what its renderer found": (
@@ -34,8 +34,8 @@ SAMPLING_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "routed_experts_prompt_start",
     ),
 }  # fmt: skip
-# Fields that would change an answer in a way that is not served, each with the values that change nothing. None always
-# changes nothing.
+# Fields that would change the response in an unsupported way, each with the values that change nothing. None never
+# changes anything.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "features": (), "content_parts": ([],), "output_mode": ("tokens",), "stream": (False,), "kv_transfer_params": (),
     "ec_transfer_params": (),
@@ -52,15 +52,15 @@ _PADDED = list[Annotated[StrictInt, Field(ge=-1, lt=2**31)]]
 
 
 class SamplingParams(BaseModel):
-    """What is read of vLLM's sampling parameters."""
+    """The fields of vLLM's sampling parameters that are read."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     max_tokens: StrictInt | None = Field(
-        None, description="0, or 1 for the most likely next token; 0 where it is left out and the prompt is scored"
+        None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, description="of the prompt's logprobs; 0 and 1 are the teacher's own"
+        None, ge=0, description="of the prompt's logprobs; 0 and 1 both give the teacher's own distribution"
     )
     logprobs: StrictInt | None = None
     prompt_logprobs: StrictInt | None = None
@@ -76,12 +76,12 @@ class SamplingParams(BaseModel):
 
     @property
     def scoring_temperature(self) -> float | None:
-        """The temperature that the prompt's logprobs are at; None for the teacher's own, as 0 and 1 are."""
+        """The temperature of the prompt's logprobs; None for the teacher's own distribution, as for 0 and 1."""
         return None if self.temperature in (None, 0, 1) or not self.scores else self.temperature
 
 
 class TokenRequest(BaseModel):
-    """What is read of vLLM's request. `token_ids` are those of one prompt."""
+    """The fields of vLLM's request that are read. `token_ids` are those of one prompt."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -92,7 +92,7 @@ class TokenRequest(BaseModel):
 
 
 def read_tokens(body: dict[str, Any], limits: Limits) -> TokenRequest:
-    """A request in which every field is heeded or changes nothing. OutOfRangeError names the one that is neither."""
+    """A request whose fields are all honoured or change nothing. OutOfRangeError names one that is neither."""
     request = read_model(TokenRequest, body)
     params, inside = request.sampling_params, "sampling_params."
     check_extras(request.model_extra, WITHOUT_EFFECT, NEUTRAL, "vLLM's request")

@@ -1,8 +1,8 @@
-"""`POST /inference/v1/generate` in vLLM's JSON, for trainers that send it token ids, as prime-rl. Used by `app.py`.
+"""`POST /inference/v1/generate` in vLLM's JSON, for trainers that send token ids, such as prime-rl. Used by `app.py`.
 
-A teacher scores: `max_tokens` is 0, or 1 for the most likely next token. What becomes of every field is in
-`token_fields.py`. `prompt_logprobs` are those of `/v1/completions`; the logprobs of ids that came with the request go
-through kind `gather`, and out as the bytes of an `.npy` in base64.
+A teacher scores: `max_tokens` is 0, or 1 for the most likely next token. How every field is treated is in
+`token_fields.py`. `prompt_logprobs` are those of `/v1/completions`; the logprobs of given ids are targets of kind
+`gather`, returned as the bytes of an `.npy` file in base64.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from teacher_service.text import JsonPieces, Text
 
 _OUR_NAMES = {"sequences.0": "token_ids", "sequences": "token_ids", "temperatures.0": "sampling_params.temperature",
               "gather_ids.0": "sampling_params.prompt_logprob_token_ids"}  # fmt: skip
-# A gathered value is some six bytes as base64 of a float32, of two on our wire, and is no Python number in between.
+# A gathered value takes some six bytes as base64 of a float32, two on our wire, and is never a Python number.
 _BASE64_WEIGHT = JSON_WEIGHT // 2
 
 
 def parse(body: dict[str, Any], service: TeacherService) -> TokenRequest:
-    """A request that this teacher can answer. OutOfRangeError or NotFoundError names the field that it can't."""
+    """A request that this teacher can serve. OutOfRangeError or NotFoundError names a field that it can't."""
     request = read_tokens(body, service.engine.limits)
     check_model(request.model, service)
     return request
 
 
 async def work_of(request: TokenRequest, service: TeacherService, client: str, request_id: str) -> Work[Query]:
-    """The request as one for targets. OutOfRangeError where the prompt, or its answer, would be too long."""
+    """The request as one for targets. OutOfRangeError if the prompt or its response would be too long."""
     params, length = request.sampling_params, len(request.token_ids)
     gathers, temperature = params.prompt_logprob_token_ids is not None, params.scoring_temperature
     tempered = temperature is not None and not gathers
     top_k = max(params.prompt_logprobs or 0, params.logprobs or 0, 1 if params.max_tokens or tempered else 0)
     kinds: tuple[Kind, ...] = ("top_k",) if top_k else ("score",)
     weight = _BASE64_WEIGHT if gathers and not params.prompt_logprobs else JSON_WEIGHT
-    # All rows, as the other faces ask for them, so that their answers are shared; of given ids alone, those rows.
+    # All rows, like the other compatible routes, so that answers are shared; for given ids alone, only their rows.
     alone = gathers and params.prompt_logprobs is None
     rows = (params.prompt_logprob_start or 0 if alone else 0, length - 1 if alone and not params.max_tokens else length)
     gathered: tuple[np.ndarray, ...] | None = None
     if gathers:
         kinds = (*kinds, "gather")
         width = max(map(len, params.prompt_logprob_token_ids or []))
-        # Before the ids are there once for every row.
+        # Before the ids are copied into an array of all rows.
         check_cost("token_ids", length, top_k + width, service, weight)
         gathered = (_gather_ids(params, rows, width),)
     targets = TargetsRequest(
@@ -65,7 +65,7 @@ async def work_of(request: TokenRequest, service: TeacherService, client: str, r
 
 
 def _gather_ids(params: SamplingParams, rows: tuple[int, int], width: int) -> np.ndarray:
-    """The ids to score at every row that is asked for [R, G]; 0 where none came, whose score nobody reads."""
+    """The ids to score at every requested row [R, G]; 0 as padding, whose score is not read."""
     assert params.prompt_logprob_token_ids is not None
     ids_RG = np.zeros((rows[1] - rows[0], width), dtype=np.int64)
     for row, ids in enumerate(params.prompt_logprob_token_ids, (params.prompt_logprob_start or 0) - rows[0]):
@@ -76,7 +76,7 @@ def _gather_ids(params: SamplingParams, rows: tuple[int, int], width: int) -> np
 async def answer(
     request: TokenRequest, work: Work[Query], service: TeacherService, text: Text, pieces: JsonPieces, outlet: Outlet
 ) -> None:
-    """Write the answer about the one prompt, in which no token is a `text`."""
+    """Write the response for the one prompt. It contains no text, so `text` is not used."""
 
     def body_of(index: int, query: Query, targets: TokenTargets) -> list[bytes]:
         return _body(request, work, targets, service, pieces)
@@ -91,7 +91,7 @@ async def answer(
 def _body(
     request: TokenRequest, work: Work[Query], targets: TokenTargets, service: TeacherService, pieces: JsonPieces
 ) -> list[bytes]:
-    """The whole answer as JSON, in pieces. CPU work, run in a thread."""
+    """The whole response as JSON, in pieces. CPU work, run in a thread."""
     params, tokens_T = request.sampling_params, work.jobs[0].query.tokens_T
     count, written = (
         len(tokens_T),
@@ -120,7 +120,7 @@ def _body(
 
 
 def _written_logprobs(targets: TokenTargets, top_k: int) -> dict[str, Any]:
-    """vLLM's logprobs of the token that is written, at temperature 1: itself, and the most likely, itself at least."""
+    """vLLM's logprobs of the generated token, at temperature 1: its own, and the `top_k` most likely, at least one."""
     assert targets.ids is not None and targets.logprobs is not None
     values = np.maximum(np.round(targets.logprobs[-1].astype(np.float64), 5), LOWEST).tolist()
     top = [
@@ -131,8 +131,8 @@ def _written_logprobs(targets: TokenTargets, top_k: int) -> dict[str, Any]:
 
 
 def _given_logprobs(params: SamplingParams, tokens_T: np.ndarray, targets: TokenTargets) -> np.ndarray:
-    """Logprobs of the ids that came [rows, ids] in fp32, minus infinity where a row was padded. That of the token that
-    came is exact to fp32; the others were fp16."""
+    """Logprobs of the given ids [rows, ids] in fp32, minus infinity where a row was padded. That of the actual token
+    has fp32 precision; the others were fp16."""
     start = params.prompt_logprob_start or 0
     assert params.prompt_logprob_token_ids is not None and targets.gather_logprobs is not None
     assert targets.next_logprob is not None

@@ -1,5 +1,5 @@
-"""From what the engine found to another server's answer: sequence by sequence, encoded beside the event loop. Used by
-the faces that answer.
+"""From targets to another server's response: encoded sequence by sequence, outside the event loop. Used by the
+compatible routes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Encode = Callable[[int, Query, TokenTargets], list[bytes]]
 
 async def encoded(work: Work[Query], service: TeacherService, encode: Encode) -> dict[int, list[bytes]]:
     """What `encode` makes of each sequence's targets, in pieces, by the sequence's index. It is CPU work and runs in a
-    thread. The first sequence that fails fails the request, as the servers have it whose JSON this is.
+    thread. The first sequence that fails fails the request, as in the servers whose JSON this is.
     """
     found: dict[int, list[bytes]] = {}
     results = outcomes(work, service)
@@ -36,7 +36,7 @@ async def encoded(work: Work[Query], service: TeacherService, encode: Encode) ->
 
 
 async def write_items(found: dict[int, list[bytes]], outlet: Outlet) -> None:
-    """The items of a JSON list in their order, without its brackets. What is written is let go of."""
+    """Write the items of a JSON list in order, without its brackets. Each item is freed once it is written."""
     for index in range(len(found)):
         item = found.pop(index)
         item[0] = (b"," if index else b"") + item[0]
