@@ -1,7 +1,7 @@
-"""The engine for any machine and any model: transformers, one forward pass at a time in a thread of its own.
+"""The engine for any machine and any causal model: transformers, one forward pass at a time in a thread.
 
-`run.py` builds it for `--engine hf`; tests take it, in float32, as what the truth is. torch and transformers are
-imported when it starts.
+`run.py` builds it for `--engine hf`; tests use it, in float32, as the reference. torch and transformers are imported
+when it starts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 class HfEngine:
     """`Engine` over transformers.
 
-    `dtype` "auto" is the checkpoint's own where the device computes in it, else float32; `device` "auto" a GPU where
-    there is one.
-    `max_batch_tokens` bounds the tokens of a forward pass, padding included; a longer sequence goes alone.
+    `dtype` "auto" is the checkpoint's own if the device computes in it, else float32; `device` "auto" is a GPU if there
+    is one. `max_batch_tokens` bounds the tokens of a forward pass, padding included; a longer sequence goes alone.
     """
 
     kinds: tuple[Kind, ...] = KINDS
@@ -57,7 +56,7 @@ class HfEngine:
         self._batches: Batches[Query, np.ndarray] = Batches("transformers engine", self._compute, max_batch_tokens)
 
     async def start(self) -> None:
-        """Load the model. ValueError if transformers can't load it, or its head is not one that we know."""
+        """Load the model. ValueError if transformers can't load it, or its head is of an unknown form."""
         await self._batches.start(self._load)
 
     @property
@@ -65,7 +64,7 @@ class HfEngine:
         return self._batches.tokens_computed
 
     def _load(self) -> None:
-        with stage("model found"):  # before the import below, so that a mistyped name is answered at once
+        with stage("model found"):  # before the import below, so that a mistyped name is reported at once
             folder = find_model(**self._source)
         with stage("torch and transformers imported"):
             from teacher_proto.compute.hf_model import HfModel
@@ -98,6 +97,6 @@ class HfEngine:
         return HeadFile(tensors, self._model.scaling)
 
     async def close(self) -> None:
-        """Wait for the forward pass that runs, drop what waits, give the memory back."""
+        """Wait for the running forward pass, fail the jobs that wait, release the memory."""
         await self._batches.close()
         self._model = None

@@ -1,8 +1,7 @@
-"""What a teacher engine is to the service: one protocol, three engines behind it (vLLM, transformers, scripted).
+"""The protocol between the teacher service and its engines (vLLM, transformers, scripted), and the check of targets.
 
-What an engine computed is checked here, once, as it becomes the record that it answers with.
-
-The service sees nothing else of an engine; `run.py` picks one by name.
+What an engine computed is checked here, once, as it becomes a record. The service sees nothing else of an engine;
+`run.py` picks one by name.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ if TYPE_CHECKING:
 
 
 class Engine(AnyEngine, Protocol):
-    """Scores sequences, urgent ones first. `kinds` are known once `start` has returned."""
+    """Scores sequences, urgent ones first. `kinds` is known once `start` has returned."""
 
     limits: Limits
     kinds: tuple[Kind, ...]
 
     async def score(self, job: Job[Query]) -> TokenTargets:
-        """The targets of a job that `check_request` has passed, as `checked` gives them on. EngineError, or
-        EngineDeadError if none can come."""
+        """The targets of a job that has passed `check_request`, themselves passed by `checked`. EngineError if the job
+        failed, EngineDeadError if the engine is dead."""
         ...
 
     def head(self) -> HeadFile:
-        """The output head, read as it is sent. Asked for only where `hidden` is in `kinds`."""
+        """The output head, read as it is sent. Called only if `hidden` is in `kinds`."""
         ...
 
 
 def read_rows(packed_RB: np.ndarray, job: Job[Query], layout: RowLayout) -> TokenTargets:
-    """The checked record of a job's packed rows. EngineError if rows are missing, and as `checked`."""
+    """The checked record of a job's packed rows. EngineError if rows are missing, or `checked` raises it."""
     start, stop = job.query.rows
     if packed_RB.shape != (stop - start, layout.row_bytes):
         raise EngineError(
@@ -51,8 +50,8 @@ def read_rows(packed_RB: np.ndarray, job: Job[Query], layout: RowLayout) -> Toke
 
 
 def checked(targets: TokenTargets, job: Job[Query]) -> TokenTargets:
-    """These targets, unless only a broken model computes them: EngineError for another number of rows, or one that is
-    not finite. The client checks the whole record; this is cheap enough for every answer.
+    """Returns the targets, unless only a broken model computes such: EngineError for a wrong number of rows or a number
+    that is not finite. The client checks the whole record; this is cheap enough for every job.
 
     NaN spreads through a sequence's attention, so the first bad row is named for orientation, not as the culprit.
     """

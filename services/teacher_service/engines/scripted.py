@@ -1,7 +1,7 @@
-"""An engine without a model, for tests: answers follow from the token ids, and it fails when its script says so.
+"""An engine without a model, for tests: targets follow from the token ids, and it fails when its script says so.
 
 `stillhouse-teacher scripted --engine scripted --script '{"delay_s": 0.1}'` serves it; tests also build it directly.
-The truth it should tell is `scripted_model.scripted_logits`.
+The reference for its targets is `scripted_model.scripted_logits`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ _IN_LOOP_ELEMENTS = 100_000
 
 
 class Script(BaseModel):
-    """What the scripted engine is to be and do. Times in seconds; a `..._token` acts on sequences that hold it.
+    """How the scripted engine behaves. Times in seconds; a `..._token` acts on sequences that contain it.
 
     `tokens_per_second` makes jobs queue for one device, which computes a few tokens of one at a time, urgent jobs
-    first; `delay_s` is a latency that jobs have side by side. `stuck_token` hangs the device and whatever comes later.
-    `oom_above_tokens` fails a job that would bring the tokens being computed above it. `shift` rolls the rows,
-    `noise` is added to the logits, `corrupt` spoils finished records, `identity` overrides fields by dotted name.
+    first; `delay_s` is a latency of every job, concurrently. `hang_token` hangs one job, `stuck_token` the engine.
+    `oom_above_tokens` fails a job that raises the tokens being computed above it. `shift` rolls the rows, `noise` is
+    the standard deviation of noise on the logits, `corrupt` damages finished records, `identity` overrides fields by
+    dotted name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,8 +65,8 @@ class Script(BaseModel):
 
 
 class ScriptedEngine:
-    """`Engine` by arithmetic. `jobs_started`, `jobs_finished` and `jobs_aborted` count what reached it, and
-    `tokens_computed` every token that was computed, those of jobs that were aborted later too."""
+    """`Engine` by arithmetic. `jobs_started`, `jobs_finished` and `jobs_aborted` count jobs, and `tokens_computed`
+    every token that was computed, even for jobs that were aborted later."""
 
     kinds: tuple[Kind, ...] = KINDS
 
@@ -86,7 +87,7 @@ class ScriptedEngine:
         self._device = None if rate is None else ScriptedDevice(rate)
 
     async def start(self) -> None:
-        # In a thread, which nobody can stop, as real models load.
+        # In a thread, which can't be stopped, as real models load.
         await asyncio.to_thread(time.sleep, self.script.start_s)
         if self.script.die_after_s is not None:
             asyncio.get_running_loop().call_later(self.script.die_after_s, self.die)
@@ -95,7 +96,7 @@ class ScriptedEngine:
         self._death = reason
 
     def hang(self) -> None:
-        """Compute nothing any more, and look alive."""
+        """Stop computing, but still look alive."""
         self._stuck = True
         if self._device is not None:
             self._device.stuck = True

@@ -1,6 +1,6 @@
-"""A device that computes so many tokens a second and no more, for the scripted engine: one job at a time, in steps.
+"""A simulated device with a fixed rate in tokens per second, for the scripted engine: one job at a time, in steps.
 
-Jobs go in order of arrival, urgent ones first, which wait for the end of a step as they would for a forward pass.
+Jobs run in order of arrival, urgent ones first; those wait for the end of a step, as they would for a forward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ScriptedDevice:
         self._running: asyncio.Task[None] | None = None
 
     async def compute(self, tokens: int, urgent: bool, count: Callable[[int], None]) -> None:
-        """Return once so many tokens were computed; `count` is told of each step's. Cancelled work stops."""
+        """Return once these tokens are computed; `count` is called with those of each step. Cancelled work stops."""
         done = asyncio.get_running_loop().create_future()
         heapq.heappush(self._queue, _Work(not urgent, next(self._numbers), tokens, count, done))
         if self._running is None or self._running.done():
@@ -51,7 +51,7 @@ class ScriptedDevice:
                 heapq.heappop(self._queue)
                 continue
             step = min(self._step, work.tokens)
-            # By a clock of its own, so that a late wake-up does not lower the rate.
+            # Steps are due by the rate alone, so that a late wake-up does not lower it.
             due = max(due + step / self._rate, loop.time() - _STEP_S)
             await asyncio.sleep(due - loop.time())
             if self.stuck:

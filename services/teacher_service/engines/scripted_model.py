@@ -1,7 +1,7 @@
-"""A language model that is arithmetic on token ids: what the scripted engine serves, and what tests hold it against.
+"""A language model that is arithmetic on token ids: what the scripted engine serves, and the reference in its tests.
 
 Row t depends on tokens 0..t only, strongly on token t, so that a student can learn it. Hidden states and head are
-whole numbers times powers of two: every sum is exact in float64 and no answer depends on batch, order or machine.
+integers times powers of two: every sum is exact in float64, and no result depends on batch, order or machine.
 Used by `scripted.py` and by tests; numpy alone, so that a service with it starts within a second.
 """
 
@@ -30,14 +30,14 @@ def mix(value: np.ndarray) -> np.ndarray:
 
 
 def prefix_hashes(tokens_T: np.ndarray) -> np.ndarray:
-    """One uint64 a row [T], of tokens 0..t and their places."""
+    """One uint64 per row [T], of tokens 0..t and their positions."""
     tokens = tokens_T.astype(np.uint64)
     places = mix(np.arange(len(tokens), dtype=np.uint64)) | np.uint64(1)
     return mix(np.cumsum((tokens + np.uint64(1)) * places, dtype=np.uint64))
 
 
 def _whole_numbers(keys_N: np.ndarray, limit: int) -> np.ndarray:
-    """Whole numbers in [-limit, limit], [N, WIDTH], out of one key a row."""
+    """Integers in [-limit, limit], [N, WIDTH], from one key per row."""
     lanes = np.arange(WIDTH, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
     return (mix(keys_N[:, None] ^ lanes[None, :]) % np.uint64(2 * limit + 1)).astype(np.int64) - limit
 
@@ -59,12 +59,12 @@ def scripted_head(vocab_size: int) -> np.ndarray:
 
 
 def scripted_logits(tokens_T: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The truth about a sequence: raw logits [T, V] fp32 of the scripted teacher, a pure function."""
+    """The reference for a sequence: raw logits [T, V] fp32 of the scripted teacher, a pure function."""
     return (scripted_hidden(tokens_T) @ scripted_head(vocab_size).T).astype(np.float32)
 
 
 def reduce_sequence(query: Query, hidden_TD: np.ndarray, head_VD: np.ndarray, noise: float = 0.0) -> TokenTargets:
-    """The answer to a query, reduced in chunks of rows. `noise` is the standard deviation on logits."""
+    """The targets of a query, reduced in chunks of rows. `noise` is the standard deviation of noise on the logits."""
     (start, stop), tokens_T, spec = query.rows, query.tokens_T, query.spec
     step = max(1, _ROW_CHUNK_ELEMENTS // len(head_VD))
     seeds_T = prefix_hashes(tokens_T)
@@ -90,7 +90,7 @@ def reduce_logits(
     logits_RV: np.ndarray, following_R: np.ndarray, spec: TargetSpec, gather_ids_RG: np.ndarray | None,
     seeds_R: np.ndarray,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """`teacher_proto.targets`'s definitions, row by row. `following_R` is the next token, -1 where there is none."""
+    """The definitions of `teacher_proto.targets`, row by row. `following_R` is the next token, -1 if there is none."""
     wanted = tensors_of(spec.kinds)
     rows = np.arange(len(logits_RV))
     lse_R = _logsumexp(logits_RV)
@@ -119,7 +119,7 @@ def _logsumexp(logits_RV: np.ndarray) -> np.ndarray:
 
 
 def _largest(logits_RV: np.ndarray, top_k: int) -> np.ndarray:
-    """Ids [R, K] of the largest logits, largest first; the smaller id first where two are equal."""
+    """Ids [R, K] of the largest logits, largest first; of equal ones, the smaller id first."""
     vocab_size = logits_RV.shape[1]
     if top_k >= vocab_size:
         return np.argsort(-logits_RV, axis=1, kind="stable")
@@ -129,7 +129,7 @@ def _largest(logits_RV: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def _sample(logits_RV: np.ndarray, spec: TargetSpec, seeds_R: np.ndarray) -> dict[str, np.ndarray]:
-    """n draws a row by inverse distribution function; a row's uniforms come from the seed and its own prefix."""
+    """n draws per row by inverse transform sampling; a row's uniforms come from the seed and its own prefix."""
     lanes = np.arange(spec.num_samples, dtype=np.uint64) * _GOLDEN
     keys_RM = mix(seeds_R ^ mix(np.full_like(seeds_R, spec.seed)))[:, None] ^ lanes[None, :]
     uniform_RM = (mix(keys_RM) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -152,7 +152,7 @@ def _sample(logits_RV: np.ndarray, spec: TargetSpec, seeds_R: np.ndarray) -> dic
 
 
 def encode_hidden(hidden_RD: np.ndarray, dtype: HiddenDtype) -> dict[str, np.ndarray]:
-    """Hidden states as the wire has them: fp16, bf16 as uint16 bits, or int8 with a scale a row (max|h| / 127)."""
+    """Hidden states as on the wire: fp16, bf16 as uint16 bits, or int8 with one scale per row (max|h| / 127)."""
     if dtype == "float16":
         return {"hidden": hidden_RD.astype(np.float16)}
     if dtype == "bfloat16":

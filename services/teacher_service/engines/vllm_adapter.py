@@ -1,9 +1,9 @@
 """What runs inside vLLM: any causal language model with a token-wise pooler that makes target records.
 
-vLLM imports this in its engine processes, named by `VllmEngine` through vLLM's option `model_class_overrides`:
-attribute `MODULE.CLASS` of this module is vLLM's class CLASS of MODULE, adapted. Nothing else imports it.
+Attribute `MODULE.CLASS` of this module is vLLM's class CLASS of MODULE, adapted. vLLM is given it by `vllm_options.py`;
+its workers import it by name, through the option `model_class_overrides`. Only `vllm_process.py` imports it as well.
 
-An exception in a pooler ends the engine, so requests are checked before they come here and nothing is refused here.
+An exception in a pooler ends the engine, so requests are validated before they get here, and none is refused here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from teacher_service.engines.vllm_ranks import SharedHead, shared_head
 from teacher_service.engines.vllm_wrappers import weights_of
 
 TASK = "token_classify"
-# What a model calls once its weights are there; `vllm_process.py` sets it, in its own process.
+# Called once the weights are loaded; `vllm_process.py` sets it, in its own process.
 on_weights: Callable[[], None] | None = None
-# vLLM measures its memory with a run of requests that ask nothing: they are taken to ask for the most.
+# vLLM measures its memory with requests that specify nothing: they are taken to request the most.
 _PROFILE = TargetSpec(
     kinds=("top_k", "score", "sampled", "hidden"),
     top_k=256,
@@ -45,9 +45,9 @@ def __getattr__(name: str) -> type:
 
 
 def adapted(name: str, pooler: type[TargetsPooler]) -> type:
-    """Class MODULE.CLASS with a `pooler`, under its own name, so that whatever vLLM keys by names still finds it.
+    """Class MODULE.CLASS with a `pooler`, under its own name, so that whatever vLLM looks up by name still finds it.
 
-    AttributeError where `name` is no such path, as a module attribute's lookup must say it.
+    AttributeError if `name` is no such path, as a lookup of a module attribute must raise.
     """
     module, _, class_name = name.rpartition(".")
     if not module:
@@ -77,8 +77,8 @@ def adapted(name: str, pooler: type[TargetsPooler]) -> type:
 class TargetsPooler(Pooler):
     """Packed rows of each request's wanted positions, gathered over the steps of a chunked prefill.
 
-    A request whose first step lies behind its first row, since vLLM found that in its prefix cache, gets no rows.
-    `PoolingParams.extra_kwargs` is what `vllm_messages.arguments` made.
+    A request whose first step begins after its first row, because vLLM found that in its prefix cache, gets no rows.
+    `PoolingParams.extra_kwargs` is made by `vllm_messages.arguments`.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class TargetsPooler(Pooler):
             begin = end - count
             asked = pooling_metadata.pooling_params[i].extra_kwargs or {}
             first, last = asked.get("rows", (0, len(tokens_T)))
-            # A preempted request begins anew, with rows that are here; one that reads the prefix cache begins late.
+            # A preempted request starts over, with its rows in `caches`; one that reads the prefix cache starts late.
             start, stop = first + sum(map(len, caches[i])), min(last, end)
-            if begin <= start < stop:  # else rows are missing that lie in the cache, and `vllm_process.py` asks again
+            if begin <= start < stop:  # else rows are missing that vLLM has cached: `vllm_process.py` retries
                 ids_NG = _gather_ids(asked, start, stop)
                 wanted = Slice(start, stop, hidden_ND[start - begin : stop - begin], tokens_T, ids_NG,
                                asked.get("sample_key", 0))  # fmt: skip
@@ -125,7 +125,7 @@ class TargetsPooler(Pooler):
         assert reduce is not None
         for layout, members in groups.items():
             packed = reduce_slices([wanted for _, wanted in members], self.compute_logits, layout, reduce)
-            # A rank that only helps has rows without bytes: every rank must know which rows are done.
+            # A rank that returns nothing appends rows without bytes: every rank must know which rows are done.
             empty = [torch.empty((wanted.stop - wanted.start, 0), dtype=torch.uint8) for _, wanted in members]
             for (i, _), part in zip(members, packed or empty, strict=True):
                 caches[i].append(part)
@@ -133,9 +133,9 @@ class TargetsPooler(Pooler):
                 for cache, done in zip(caches, cursor.get_finished_mask(), strict=True)]  # fmt: skip
 
     def shares_rows(self, like_ND: torch.Tensor) -> bool:
-        """Whether the ranks of the head share its rows; found out once, by all of them in the same call.
+        """Whether the ranks of the head share its rows; determined once, by all of them in the same call.
 
-        `like` has the hidden states' width, dtype and device.
+        `like_ND` has the hidden states' width, dtype and device.
         """
         if self._reduce is None:
             assert self._shared is not None

@@ -1,7 +1,7 @@
-"""The engine that serves: vLLM's pooling runner with our own pooler, which returns target records for every position.
+"""The production engine: vLLM's pooling runner with our own pooler, which returns target records for every position.
 
-`run.py` builds it; vLLM is imported in a process of its own alone. This side validates nothing again, hands token ids
-over and reads the bytes that come back.
+`run.py` builds it; vLLM is imported only in a separate process. This side does not validate requests again: it sends
+token ids and reads the bytes that come back.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _PROBE_LENGTH = 16
 
 
 class VllmEngine:
-    """`Engine` over vLLM's LLMEngine, in a process beside this one.
+    """`Engine` over vLLM's LLMEngine, in a separate process.
 
     `dtype`, `quantization`, `max_model_len`, `gpu_memory_utilization`, the parallel sizes and `vllm_args` are vLLM's
-    own options and pass through, but `dtype` "auto" is the checkpoint's own where the hardware computes in it, else
-    float32. `head_dtype` is that of the logits' product: "auto" is float32 on a GPU, where it costs nothing, and the
-    model's on a CPU and where the head is itself quantised. `kv_cache_bytes` bounds the cache on a CPU (1 GiB
-    if None). `kinds` is without `hidden` where the checkpoint's head can't stand for vLLM's.
+    own options and pass through, except that `dtype` "auto" is the checkpoint's own if the hardware computes in it,
+    else float32. `head_dtype` is the dtype in which logits are computed: "auto" is float32 on a GPU, where it costs
+    nothing, and the model's on a CPU or if the head is quantised. `kv_cache_bytes` bounds the cache on a CPU (1 GiB
+    if None). `kinds` lacks `hidden` if the checkpoint's head does not reproduce vLLM's logits.
     """
 
     kinds: tuple[Kind, ...] = KINDS
@@ -97,7 +97,7 @@ class VllmEngine:
             on_failure.push_async_callback(self.close)
             with stage("model found"):
                 folder = await asyncio.to_thread(lambda: find_model(**self._source))
-            # Both take seconds, and beside the other process there is a core for it.
+            # Hashes and imports take seconds, and there is a core for them while the other process loads.
             reading = asyncio.create_task(asyncio.to_thread(_read_beside, folder))
             facts = await self._load(folder)
             _tell_of_ranks(facts)
@@ -131,7 +131,7 @@ class VllmEngine:
         )
 
     async def _find_head(self, folder: ModelFolder, description: Mapping[str, Any]) -> None:
-        """Hold the checkpoint's head to what vLLM computes; without agreement `hidden` is not served."""
+        """Compare the checkpoint's head with what vLLM computes; if they disagree, `hidden` is not served."""
         from teacher_proto.compute.head import HeadScaling
         from teacher_service.head import CheckpointHead
 
@@ -151,18 +151,18 @@ class VllmEngine:
             self._head = head
 
     def head(self) -> HeadFile:
-        """Read from the checkpoint. Only where `hidden` is among the kinds."""
+        """The head as read from the checkpoint. Only if `hidden` is among the kinds."""
         return self._head.file()
 
     async def score(self, job: Job[Query]) -> TokenTargets:
-        """The targets of a job. EngineError for this job, EngineDeadError where no other can be answered either."""
+        """The targets of a job. EngineError if this job failed, EngineDeadError if no other can be computed either."""
         query = job.query
         layout = layout_of(query, self.limits.vocab_size, self._hidden_size)
         key = sample_key(query.spec.seed, query.tokens_T) if "sampled" in query.spec.kinds else 0
         try:
             packed_RB, computed = await self._process.ask(
                 next(self._numbers), query.tokens_T, arguments(query, key), priority=0 if job.urgent else 1,
-                # Tokens before the first row need no hidden state, and prompts are shared by rollouts.
+                # Tokens before the first row need no hidden states, and rollouts share prompts.
                 reads_cache=query.rows[0] > 0 and not job.fresh,
             )  # fmt: skip
         except EngineGone as error:
@@ -173,7 +173,7 @@ class VllmEngine:
         return read_rows(packed_RB, job, layout)
 
     async def check(self) -> None:
-        """Return if the engine process lives; EngineDeadError otherwise."""
+        """Return if the engine process is alive; EngineDeadError otherwise."""
         try:
             self._process.check()
         except EngineGone as error:
@@ -193,7 +193,7 @@ def _tell_of_ranks(facts: Mapping[str, Any]) -> None:
 
 
 def _read_beside(folder: ModelFolder) -> dict[str, str]:
-    """The weights' hashes by file; and the imports that tokenizer and head take are made."""
+    """The weights' hashes by file. Also imports what tokenizer and head need."""
     with stage("weights hashed"):
         hashes = hash_files(folder.weight_files)
     with stage("tokenizer and head imported"):

@@ -1,7 +1,7 @@
-"""What of vLLM's options decides its answers: the part of a teacher's identity that no file of the model tells.
+"""Which of vLLM's options determine its results: the part of a teacher's identity that is in no file of the model.
 
 Called by `vllm_process.py` once the engine has loaded, and by `vllm_engine.py`. An option that is not named here counts
-as deciding: one too many makes another fingerprint, one too few mixes targets of two teachers in a store.
+as relevant: one too many makes another fingerprint, one too few mixes targets of two teachers in a store.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Where, when and how fast, what is logged, what scoring never does: answers stay, or move as they do with each batch.
+# Placement, scheduling, speed, logging, and what scoring never does: results don't change, or only as they do from
+# batch to batch.
 NEUTRAL = frozenset([
     "aggregate_engine_logging", "allowed_local_media_path", "allowed_media_domains", "async_scheduling",
     "code_revision", "collect_detailed_traces", "cpu_distributed_timeout_seconds", "cpu_offload_gb",
@@ -39,7 +40,7 @@ NEUTRAL = frozenset([
     "stream_interval", "tensor_parallel_size", "tokenizer", "tokenizer_mode", "tokenizer_revision",
     "trust_remote_code", "use_tqdm_on_load", "watermark", "worker_extension_cls",
 ])  # fmt: skip
-# The same numbers summed in another order, or by another kernel.
+# The same numbers, but summed in another order or by another kernel.
 NUMERIC = frozenset([
     "all2all_backend", "attention_backend", "attention_config", "block_size", "compilation_config",
     "data_parallel_size", "data_parallel_size_local", "decode_context_parallel_size", "disable_cascade_attn",
@@ -47,9 +48,9 @@ NUMERIC = frozenset([
     "ir_op_priority", "kernel_config", "linear_backend", "moe_backend", "optimization_level", "performance_mode",
     "prefill_context_parallel_size",
 ])  # fmt: skip
-# Formats that give the weights as the hashed files hold them.
+# Load formats that give the weights as they are in the hashed files.
 _SAME_WEIGHTS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-# Scalings of RoPE that take nothing from the longest sequence which is served.
+# RoPE scalings that don't depend on the maximum sequence length that is served.
 _FIXED_ROPE = {"default", "linear", "yarn", "llama3", "mrope", "proportional"}
 _NEUTRAL_VARIABLE = re.compile(
     r"_(CACHE|LOGGING|LOG|CONFIG|PATH|ROOT|DIR|PORT|HOST|IP|TIMEOUT|STATS|SERVER|KEY|PROFILER|TRACE|DEBUG|USAGE|METRICS)"
@@ -58,13 +59,13 @@ _NEUTRAL_VARIABLE = re.compile(
 
 
 def deciding_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the options that the user gave, those that decide the answers and are not vLLM's defaults: (what they mean,
-    what they are rounded by), each value as JSON."""
+    """Of the options that the user gave, those that change results and differ from vLLM's defaults: (semantic, numeric)
+    options, that is, what targets mean and how they are rounded, each value as JSON."""
     semantic: dict[str, str] = {}
     numeric: dict[str, str] = {}
     for name, value in given.items():
         if name == "hf_overrides" and isinstance(value, Mapping):
-            # The dtype of the head's product is in the identity beside the device.
+            # The head's dtype is already in the identity, next to the device.
             value = {field: item for field, item in value.items() if field != "head_dtype"} or None
         if name in NEUTRAL or value is None or value == defaults.get(name):
             continue
@@ -75,7 +76,7 @@ def deciding_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> t
 
 
 def length_option(text_config: Mapping[str, Any], max_model_len: int) -> dict[str, str]:
-    """`max_model_len` where the model's RoPE is scaled by it, as Phi-3's is: it chooses between two sets of factors.
+    """`max_model_len` if the model's RoPE scaling depends on it, as in Phi-3: it chooses between two sets of factors.
     Nothing for other models."""
     scaling = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
     # One for all layers, or one for each kind of layer.
@@ -85,7 +86,7 @@ def length_option(text_config: Mapping[str, Any], max_model_len: int) -> dict[st
 
 
 def deciding_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of vLLM's environment variables those that may choose kernels."""
+    """Those of vLLM's environment variables that may choose kernels."""
     return {
         name: value for name, value in environment.items()
         if name.startswith("VLLM_") and not _NEUTRAL_VARIABLE.search(name)

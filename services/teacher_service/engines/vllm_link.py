@@ -1,6 +1,6 @@
-"""The service's end of its vLLM process: starts it, hands it jobs, takes its answers, ends it. Used by `VllmEngine`.
+"""The service's end of its vLLM process: starts it, sends jobs, receives results, ends it. Used by `VllmEngine`.
 
-All methods run in the event loop; a thread reads what comes, and another writes, so that no pipe is ever waited for.
+All methods run in the event loop; one thread reads the pipe and another writes to it, so that the loop never blocks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ GONE = "a vLLM engine process is gone; what it wrote to stderr tells why"
 
 
 class EngineGone(Exception):
-    """The process has ended. Its message is a sentence."""
+    """The process has ended. The error's message is a sentence."""
 
 
 class JobFailed(Exception):
-    """vLLM could not answer one job, and goes on."""
+    """vLLM failed on one job, and continues."""
 
 
 class EngineProcess:
-    """The process and the jobs that are in it. `start` comes first, `close` may be called at any time and twice."""
+    """The process and its jobs. `start` comes first; `close` may be called at any time, and twice."""
 
     def __init__(self) -> None:
         self._process: Any = None
@@ -43,7 +43,7 @@ class EngineProcess:
         self._closing = False
 
     async def start(self, order: vllm_process.Order) -> dict[str, Any]:
-        """What was loaded. ValueError with the reason if vLLM can't serve it."""
+        """Start the process; returns facts about what it loaded. ValueError with the reason if vLLM can't serve it."""
         loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
@@ -61,9 +61,9 @@ class EngineProcess:
     async def ask(
         self, number: int, tokens_T: np.ndarray, asked: dict[str, Any], *, priority: int, reads_cache: bool
     ) -> tuple[np.ndarray, int]:
-        """Packed rows [R, bytes] uint8 of a job of this number, and the tokens that were computed for them: fewer than
-        it has where it `reads_cache`. A lower `priority` goes first. EngineGone, or JobFailed where only this one has
-        no answer."""
+        """Packed rows [R, bytes] uint8 of the job with this number, and how many tokens were computed for them: with
+        `reads_cache`, they may be fewer than the job has. A lower `priority` goes first. EngineGone if the process has
+        ended, JobFailed if only this job failed."""
         self.check()
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._send("job", number, tokens_T.astype("<i4").tobytes(), asked, priority, reads_cache)
@@ -75,12 +75,12 @@ class EngineProcess:
                 self._send("abort", number)
 
     def check(self) -> None:
-        """EngineGone if nothing is answered any more."""
+        """EngineGone if the process has ended or was closed."""
         if self._gone:
             raise EngineGone(self._gone)
 
     async def close(self) -> None:
-        """End the process: in peace where it serves, by force where it still loads or does not end in time."""
+        """End the process: gracefully if it serves, by force if it is still loading or does not end in time."""
         if self._process is None or self._closing:
             return
         self._closing = True
@@ -92,7 +92,7 @@ class EngineProcess:
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join, _END_WITHIN_S)
-        await asyncio.to_thread(self._reader.join)  # it meets the end of the pipe now, while there is a loop to tell
+        await asyncio.to_thread(self._reader.join)  # it meets the end of the pipe now, while the loop still runs
         await asyncio.to_thread(self._writer.shutdown)
 
     def _serves(self) -> bool:
@@ -109,7 +109,7 @@ class EngineProcess:
         try:
             send(connection, *message)
         except OSError:
-            return  # the reader sees the end as well, and tells all who wait
+            return  # the reader sees the end as well, and fails all jobs
 
     def _read(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
         try:
@@ -139,7 +139,7 @@ class EngineProcess:
                 answer.set_exception(JobFailed(rest[1]))
 
     def _on_end(self, why: str) -> None:
-        """Nobody answers any more: all who wait are told."""
+        """The process has ended: fail all jobs that wait."""
         self._gone = self._gone or why
         if self._facts is not None and not self._facts.done():
             self._facts.set_exception(ValueError(f"its process ended while it loaded: {GONE}"))

@@ -1,9 +1,9 @@
-"""What the service and its vLLM process say to each other: msgpack over a pipe, each message a list that begins with
-its name. Used by `vllm_link.py` on the service's side, by `vllm_process.py` and `vllm_adapter.py` on the other.
+"""Messages between the service and its vLLM process: msgpack over a pipe, each a list that begins with its name. Used
+by `vllm_engine.py` and `vllm_link.py` on the service's side, by `vllm_process.py` and `vllm_adapter.py` on the other.
 
 To the engine: `job NUMBER TOKENS ASKED PRIORITY READS_CACHE`, `abort NUMBER`, `close`. From it: `stage WHAT SECONDS`,
-`ready FACTS`, `refused REASON`, `answer NUMBER TOKENS_COMPUTED ROWS BYTES_A_ROW` with the bytes themselves as a message
-of their own behind it, `failed NUMBER REASON`. Importing this imports nothing of vLLM, nor torch.
+`ready FACTS`, `refused REASON`, `answer NUMBER TOKENS_COMPUTED ROWS BYTES_PER_ROW` followed by the bytes themselves as
+a separate message, `failed NUMBER REASON`. This module imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SPEC_FIELDS = tuple(TargetSpec.__dataclass_fields__)
 
 
 def arguments(query: Query, sample_key: int = 0) -> dict[str, Any]:
-    """A query beside its tokens, as `extra_kwargs` of a vLLM request: plain values and bytes, which vLLM's own messages
-    carry."""
+    """A query without its tokens, as `extra_kwargs` of a vLLM request: plain values and bytes, which vLLM's own
+    messages can carry."""
     plain: dict[str, Any] = {name: getattr(query.spec, name) for name in SPEC_FIELDS}
     plain |= {"rows": query.rows, "sample_key": sample_key}
     if query.gather_width and query.gather_ids_RG is not None:
@@ -33,6 +33,6 @@ def send(connection: Connection, *message: Any) -> None:
 
 
 def receive(connection: Connection) -> list[Any]:
-    """The next message. EOFError when the other side is gone."""
+    """The next message. EOFError if the other side is gone."""
     message: list[Any] = msgpack.unpackb(connection.recv_bytes())
     return message

@@ -1,6 +1,6 @@
 """How vLLM is set up for scoring: its environment and its arguments. Used by `vllm_process.py`.
 
-Importing this imports nothing of vLLM.
+Importing this module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ log = logging.getLogger("stillhouse.vllm")
 _ADAPTER = "teacher_service.engines.vllm_adapter"
 _TRANSFORMERS_MODEL = "vllm.model_executor.models.transformers.TransformersForCausalLM"
 _CPU_KV_CACHE_BYTES = 2**30
-# CUDA graphs are of steps of up to 512 tokens, as decoding makes them, and take memory and minutes at the start; a step
-# that scores has thousands.
+# CUDA graphs are for steps of up to 512 tokens, as in decoding, and cost memory and minutes at the start; a scoring
+# step has thousands.
 _COMPILATION = {"cudagraph_mode": "NONE"}
 
 
 def prepare_environment() -> None:
-    """Settings that vLLM reads from the environment when it is imported; what the user has set stays.
+    """Set the environment variables that vLLM reads when it is imported; those that the user has set stay.
 
-    No device is asked for: whoever asks torch before vLLM is imported initialises CUDA, and no process that vLLM
-    starts can use it then. Nothing is imported either: the number of OpenMP's threads is read when torch is.
+    No device is queried: querying torch before vLLM is imported initialises CUDA, and then no process that vLLM starts
+    can use it. Nothing is imported either: the number of OpenMP threads is read when torch is imported.
 
-    The engine runs in the process that asks for it, which is there for nothing else. Workers of several GPUs are
-    spawned, since a fork of a process that has threads takes along their locks. On a CPU threads are left to the
-    operating system (binding them gives one core of two away).
+    The engine runs in the calling process, which exists for nothing else. Workers of several GPUs are spawned, since a
+    fork of a process with threads copies their locks. On a CPU, threads are left to the operating system (binding them
+    gives away one core of two).
     """
     settings = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -52,7 +52,7 @@ def prepare_environment() -> None:
 
 
 def built_for_cpu() -> bool:
-    """Whether the vLLM that is installed computes on CPUs: by the rule by which it tells itself."""
+    """Whether the installed vLLM computes on CPUs, by vLLM's own rule."""
     if os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu" or sys.platform == "darwin":
         return True
     try:
@@ -64,9 +64,9 @@ def built_for_cpu() -> bool:
 def engine_arguments(
     folder: ModelFolder, options: Mapping[str, Any], vllm_args: Mapping[str, Any], head_dtype: str
 ) -> dict[str, Any]:
-    """EngineArgs: defaults for scoring, over them `options` that are set, then the user's `vllm_args`.
+    """EngineArgs: defaults for scoring, overridden by those of `options` that are set, then by the user's `vllm_args`.
 
-    ValueError where the user sets what only the service can.
+    ValueError if the user sets what only the service may.
     """
     from vllm.platforms import current_platform
 
@@ -76,9 +76,9 @@ def engine_arguments(
         "model": str(folder.path),
         "runner": "pooling",
         "trust_remote_code": False,
-        # Token ids come from the client, and `check_request` has held them to the vocabulary.
+        # Token ids come from the client, and `check_request` has checked them against the vocabulary.
         "skip_tokenizer_init": True,
-        # Nothing but text is scored. Without this the tower is loaded, and its processor asks for a tokenizer.
+        # Only text is scored. Without this the vision tower is loaded, and its processor requires a tokenizer.
         "language_model_only": True,
         "worker_extension_cls": "teacher_service.engines.vllm_worker.TargetsWorker",
     }
@@ -86,13 +86,13 @@ def engine_arguments(
         raise ValueError(f"vLLM's {', '.join(sorted(taken))} can't be set: the teacher service decides on them")
     defaults = {
         "dtype": _auto_dtype(folder, on_cpu),
-        # vLLM's word for the longest that the model and the memory allow.
+        # For vLLM: the longest that the model and the memory allow.
         "max_model_len": -1,
         "max_num_batched_tokens": 2048 if on_cpu else 8192,
         "max_num_seqs": 64 if on_cpu else 256,
         "enforce_eager": on_cpu,
         "enable_chunked_prefill": True,
-        # Control traffic is in the next step, whatever waits.
+        # Control traffic is in the next step, whatever else waits.
         "scheduling_policy": "priority",
         "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES if on_cpu else None,
         "disable_log_stats": True,
@@ -111,7 +111,7 @@ def engine_arguments(
 
 
 def _head_dtype(folder: ModelFolder, asked: str, on_cpu: bool) -> str:
-    """vLLM's `head_dtype`. On a GPU a product in float32 costs nothing, but vLLM has none for a quantised head."""
+    """vLLM's `head_dtype`. On a GPU float32 costs nothing, but vLLM does not support it for a quantised head."""
     from teacher_service.head import quantised_head
 
     quantised = None if asked == "model" else quantised_head(folder.weight_files)
@@ -125,8 +125,8 @@ def _head_dtype(folder: ModelFolder, asked: str, on_cpu: bool) -> str:
 
 
 def _auto_dtype(folder: ModelFolder, on_cpu: bool) -> str:
-    """The dtype that the weights were saved in where the hardware computes in it, else float32. vLLM by itself would
-    serve float32 weights as float16, and bfloat16 on any CPU.
+    """The checkpoint's dtype if the hardware computes in it, else float32. vLLM by itself would serve float32 weights
+    as float16, and bfloat16 on any CPU.
     """
     if folder.config.get("quantization_config"):
         return folder.dtype  # the kernels for quantised weights are made for it
@@ -134,7 +134,7 @@ def _auto_dtype(folder: ModelFolder, on_cpu: bool) -> str:
         return str(choose_dtype("auto", "cpu", folder.dtype)).removeprefix("torch.")
     from vllm.platforms import current_platform
 
-    # The platform asks the driver, not torch.
+    # The platform queries the driver, not torch.
     supported = {str(dtype).removeprefix("torch.") for dtype in current_platform.supported_dtypes}
     return folder.dtype if folder.dtype in supported else "float32"
 
@@ -148,15 +148,15 @@ def _warn_of_emulation(folder: ModelFolder, dtype: str) -> None:
 
 
 def in_one_process(arguments: Mapping[str, Any]) -> bool:
-    """Whether vLLM computes in this very process, and has no workers."""
+    """Whether vLLM computes in the calling process, without workers."""
     ranks = [arguments.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline")]
     return ranks == [1, 1] and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
 def _adapt(folder: ModelFolder, alone: bool) -> dict[str, Any]:
-    """Have vLLM use the adapted class: by itself where the model is loaded here, or by its name in every worker.
+    """Have vLLM use the adapted class: directly if the model is loaded in this process, or by its name in every worker.
 
-    By its name vLLM looks at it in one more process, which imports all of vLLM, where it has not kept what it saw.
+    If given by name, vLLM inspects the class in one more process, which imports all of vLLM, unless that is cached.
     """
     named = adapted_class(folder)
     if not alone:
@@ -171,7 +171,7 @@ def _adapt(folder: ModelFolder, alone: bool) -> dict[str, Any]:
 
 
 def adapted_class(folder: ModelFolder, adapter: str = _ADAPTER) -> dict[str, str]:
-    """vLLM's `model_class_overrides` for this model: its architecture, as module `adapter` adapts it."""
+    """vLLM's `model_class_overrides` for this model: its architecture, adapted by the module `adapter`."""
     from vllm.model_executor.models import ModelRegistry
 
     inner = text_architecture(folder)

@@ -1,7 +1,7 @@
 """The process that holds vLLM: one engine, stepped in its main thread. Started by `vllm_link.EngineProcess`.
 
-vLLM is imported here and nowhere else, once: the service beside it stays light, and loads nothing twice. With several
-GPUs vLLM starts a worker process for each from here. Messages are those of `vllm_messages.py`.
+vLLM is imported only in this process: the service stays light, and nothing is loaded twice. With several GPUs, vLLM
+starts a worker process for each from here. Messages are those of `vllm_messages.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXIT_REFUSED, EXIT_DIED = 2, 70
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be loaded, and how: what `VllmEngine` was made with."""
+    """What to load, and how: the options of `VllmEngine`."""
 
     folder: ModelFolder
     options: dict[str, Any]
@@ -43,7 +43,7 @@ class Order:
 
 
 def run(connection: Connection, order: Order) -> None:
-    """Load, say what was loaded, and answer jobs until `close`, or until the service is gone."""
+    """Load, report what was loaded, and answer jobs until `close`, or until the service is gone."""
     end_spawned_with_parent()
     # Ctrl-C in a terminal goes to its whole process group; the service alone decides when the engine ends.
     os.setpgrp()
@@ -68,7 +68,7 @@ def _serve(connection: Connection, order: Order) -> int:
     threading.Thread(target=_fill, args=(connection, inbox), name="inbox", daemon=True).start()
     _answer(engine, connection, inbox)
     if not in_one_process(order.options | order.vllm_args):
-        engine.engine_core.shutdown()  # else the end of this process is all there is to it, and takes no second
+        engine.engine_core.shutdown()  # otherwise ending this process is enough, and takes no second
     return 0
 
 
@@ -85,7 +85,7 @@ def _load(connection: Connection, order: Order) -> Any:
     prepare_environment()
     from tqdm import tqdm
 
-    # By itself it makes a lock among processes, which is missed aloud where this one is killed.
+    # By default tqdm makes a multiprocessing lock, about which Python warns if this process is killed.
     tqdm.set_lock(threading.RLock())
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -101,7 +101,7 @@ def _load(connection: Connection, order: Order) -> Any:
 
 
 def _facts(engine: Any, order: Order) -> dict[str, Any]:
-    """What the service tells of the engine, and what its head is held to."""
+    """What the service publishes about the engine, and what it compares the checkpoint's head with."""
     import vllm
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -127,7 +127,7 @@ def _facts(engine: Any, order: Order) -> dict[str, Any]:
 
 
 def _fill(connection: Connection, inbox: queue.SimpleQueue[list[Any] | None]) -> None:
-    """Messages as they come, from a thread of their own, so that the service never waits for a step to end."""
+    """Receive messages in a thread, so that the service never waits for a step to end."""
     try:
         while True:
             inbox.put(receive(connection))
@@ -136,7 +136,7 @@ def _fill(connection: Connection, inbox: queue.SimpleQueue[list[Any] | None]) ->
 
 
 def _answer(engine: Any, connection: Connection, inbox: queue.SimpleQueue[list[Any] | None]) -> None:
-    """Step the engine while it has jobs, until `close` comes or nobody is there any more."""
+    """Step the engine while it has jobs, until `close` arrives or the service is gone."""
     jobs: dict[int, EngineJob] = {}
     while True:
         for message in _take(inbox, wait=not engine.has_unfinished_requests()):
@@ -158,7 +158,7 @@ def _answer(engine: Any, connection: Connection, inbox: queue.SimpleQueue[list[A
 
 @dataclass(frozen=True)
 class EngineJob:
-    """A job as the service sends it; `computed` are the tokens that vLLM has computed for it so far."""
+    """A job as the service sends it; `computed` counts the tokens that vLLM has computed for it so far."""
 
     number: int
     tokens: bytes
@@ -169,7 +169,7 @@ class EngineJob:
 
     @property
     def request_id(self) -> str:
-        """vLLM's name for it; another one when it is asked a second time."""
+        """vLLM's id for the job; a retry has another one."""
         return f"{self.number}-{self.computed}"
 
     @property
@@ -179,9 +179,9 @@ class EngineJob:
 
 
 def _hand_over(engine: Any, connection: Connection, jobs: dict[int, EngineJob], job: EngineJob, output: Any) -> None:
-    """Send the service what came of a job; or ask again without the prefix cache, where that held rows of the answer.
+    """Send the result of a job to the service; or retry without the prefix cache, if that held some of its rows.
 
-    vLLM takes as much from its cache as it finds there, and has no hidden states of that.
+    vLLM takes as much from its cache as it finds there, and has no hidden states for that.
     """
     if output.error is not None:
         send(connection, "failed", job.number, str(output.error))
@@ -196,7 +196,7 @@ def _hand_over(engine: Any, connection: Connection, jobs: dict[int, EngineJob], 
 
 
 def _take(inbox: queue.SimpleQueue[list[Any] | None], wait: bool) -> Iterator[list[Any] | None]:
-    """All messages that are there; at least one where there is nothing else to do but `wait`."""
+    """All messages that have arrived; with `wait`, at least one."""
     if wait:
         yield inbox.get()
     while not inbox.empty():
@@ -220,7 +220,7 @@ def _add(engine: Any, connection: Connection, jobs: dict[int, EngineJob], job: E
 
 
 def _reason(error: Exception, folder: ModelFolder) -> str:
-    """What an error says, without pydantic's frame around it."""
+    """The text of an error, without pydantic's frame around it."""
     if isinstance(error, ImportError) and (told := missing(folder, error)):
         return told
     if isinstance(error, ValidationError):

@@ -1,9 +1,9 @@
-"""Tensor parallelism: the ranks of a head share its rows, where vLLM has each of them gather and reduce all logits.
+"""Tensor parallelism: the ranks of a head share its rows, whereas vLLM has each of them gather and reduce all logits.
 
 Used by `vllm_adapter.py` on every rank. Each rank holds some columns of the head. It multiplies all rows by them, then
-the ranks swap columns for rows, and each reduces its rows with all of their logits. So a logit is sent once, where an
-all-gather sends it to every rank, and reduced once. The packed rows, some hundred bytes each, go to the first rank,
-which is the one that answers vLLM.
+an all-to-all swaps columns for rows, and each rank reduces its own rows with all of their logits. So a logit is sent
+once, where an all-gather sends it to every rank, and reduced once. The packed rows, some hundred bytes each, go to the
+first rank, which returns them to vLLM.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from teacher_proto.compute.reduction import Rows, chunk_rows, reduce_rows
 from teacher_proto.wire.packed import RowLayout
 
-_PROBE_ROWS = 3  # a rank
-_TOLERANCE = 1e-2  # of the largest logit; in the head's own dtype another order of sums is as far off
+_PROBE_ROWS = 3  # per rank
+_TOLERANCE = 1e-2  # relative to the largest logit; in the head's dtype, another order of sums differs as much
 
 
 class SharedHead:
-    """The head of a model on the ranks of `group`. `multiply` makes this rank's columns [n, C] of the logits, soft cap
-    and scale included, of hidden states [n, D]; columns behind the vocabulary's end, on the last ranks, are padding.
+    """The head of a model on the ranks of `group`. `multiply` computes this rank's columns [n, C] of the logits, soft
+    cap and scale included, from hidden states [n, D]; columns beyond the vocabulary, on the last ranks, are padding.
     """
 
     def __init__(self, multiply: Callable[[torch.Tensor], torch.Tensor], vocab_size: int, group: dist.ProcessGroup):
@@ -35,7 +35,7 @@ class SharedHead:
     def reduce_rows(
         self, hidden_ND: torch.Tensor, compute_logits: Any, rows: Rows, layout: RowLayout
     ) -> torch.Tensor | None:
-        """As `reduction.reduce_rows`, on the first rank; None on the others. All are called with the same."""
+        """Like `reduction.reduce_rows` on the first rank; None on the others. All are called with the same inputs."""
         packed_NB = torch.zeros((len(hidden_ND), layout.row_bytes), dtype=torch.uint8, device=hidden_ND.device)
         step = chunk_rows(hidden_ND.device) * self._size
         for start in range(0, len(hidden_ND), step):
@@ -47,25 +47,25 @@ class SharedHead:
                 assert own is not None
                 packed_NB[a:b] = own
             del logits_mV
-        # Every row is zeros on all ranks but one.
+        # Each row is zero on all ranks but one, so their sum is the result.
         dist.reduce(packed_NB, dst=dist.get_global_rank(self._group, 0), group=self._group)
         return packed_NB if self._rank == 0 else None
 
     def logits(self, hidden_nD: torch.Tensor) -> torch.Tensor:
-        """Logits [m, V] of this rank's m rows of n."""
+        """Logits [m, V] of this rank's m of the n rows."""
         share = -(-len(hidden_nD) // self._size)
         filled_nD = torch.nn.functional.pad(hidden_nD, (0, 0, 0, share * self._size - len(hidden_nD)))
         sent_nC = self._multiply(filled_nD).contiguous()
         received_nC = torch.empty_like(sent_nC)
         dist.all_to_all_single(received_nC, sent_nC, group=self._group)
-        # What came from rank r are the columns of rank r of the rows that are ours.
+        # Rank r has sent its columns of our rows.
         logits_mV = received_nC.view(self._size, share, -1).transpose(0, 1).flatten(1)[:, : self._vocab_size]
         a, b = self._own(len(hidden_nD))
         return logits_mV[: b - a]
 
     def agrees_with(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], like_ND: torch.Tensor) -> bool:
-        """Whether the ranks together make the logits that the model makes, which may do more than it seems to: on all
-        ranks the same answer, from hidden states drawn for it."""
+        """Whether the ranks together compute the same logits as the model, which may do more than it seems to. Tested
+        on random hidden states; the result is the same on all ranks."""
         n = _PROBE_ROWS * self._size
         generator = torch.Generator().manual_seed(0)
         hidden_nD = torch.randn((n, like_ND.shape[1]), generator=generator).to(like_ND)
@@ -81,13 +81,13 @@ class SharedHead:
         return bool(worst.item() <= _TOLERANCE)
 
     def _own(self, n: int) -> tuple[int, int]:
-        """Which rows of n are this rank's."""
+        """The range of the n rows that is this rank's."""
         share = -(-n // self._size)
         return min(self._rank * share, n), min((self._rank + 1) * share, n)
 
 
 def shared_head(model: Any, vocab_size: int) -> SharedHead | None:
-    """Of vLLM's model on this rank; None where it has one rank, or a head that is not what most models' are."""
+    """The shared head of vLLM's model on this rank; None if there is one rank, or its head is unlike most models'."""
     from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
     if getattr(model, "logits_processor", None) is None and hasattr(model, "get_language_model"):

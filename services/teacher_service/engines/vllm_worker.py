@@ -1,6 +1,6 @@
-"""What a vLLM worker tells about itself, for the teacher's identity and head. Imported by vLLM in its workers.
+"""What a vLLM worker reports about itself, for the teacher's identity and head. Imported by vLLM in its workers.
 
-Named by `VllmEngine` through vLLM's option `worker_extension_cls`, called through `collective_rpc`.
+Named in `vllm_options.py` through vLLM's option `worker_extension_cls`; `vllm_process.py` calls it by `collective_rpc`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 
 
 class TargetsWorker:
-    """Mixed into vLLM's worker class; the names must not meet any of its own."""
+    """Mixed into vLLM's worker class; the names here must not clash with those of that class."""
 
     def stillhouse_describe(self: Any) -> dict[str, Any]:
-        """Attention backends in use, how logits follow from the head's product (soft cap, scale), and
-        whether ranks share its rows."""
+        """Attention backends in use, how logits follow from the head's product (soft cap, scale), and whether ranks
+        share its rows."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
         model, config = self.get_model(), self.vllm_config.model_config

@@ -1,11 +1,11 @@
-"""Language models beside a vision tower: how vLLM serves the language model, and nothing else of the checkpoint.
+"""Models with a vision tower (wrappers): how vLLM serves their language model, and nothing else of the checkpoint.
 
-Used by `vllm_options.py`, and by `vllm_adapter.py` inside vLLM.
+Used by `vllm_options.py`, by `vllm_process.py`, and by `vllm_adapter.py` inside vLLM.
 
 vLLM's classes for such models import transformers' image processors, which need torchvision: no CPU installation of
 ours has it. The language models in TEXT_ARCHITECTURES are plain ones under longer names, so vLLM is given its own class
-for those, with their part of config.json and of the weights; of the tower nothing is imported, read or kept. Any other
-wrapper is vLLM's own class for it with `language_model_only`, and where that needs torchvision, `missing` says so.
+for those, with their part of config.json and of the weights; nothing of the tower is imported, read or kept. For any
+other wrapper, vLLM uses its own class with `language_model_only`; if that needs torchvision, `missing` says so.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TEXT_ARCHITECTURES = {
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
-# The names of these weights: as a checkpoint of today has them, as one of transformers before 4.52, and as the first
-# wrappers of Qwen's, which are plain names.
+# Prefixes of these weights' names: in current checkpoints, in those of transformers before 4.52, and in Qwen's first
+# wrappers, which use plain names.
 _PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -38,7 +38,7 @@ _WRAPPED = "stillhouse_wrapped"
 def text_architecture(folder: ModelFolder) -> str | None:
     """vLLM's architecture for the language model in this wrapper; None for any other model.
 
-    Names in the config of a quantised checkpoint are the wrapper's, so such a one is left to vLLM's own class.
+    The config of a quantised checkpoint uses the wrapper's names, so vLLM's own class serves it.
     """
     text = folder.config.get("text_config") or {}
     if not is_wrapper(folder) or folder.config.get("quantization_config"):
@@ -51,7 +51,7 @@ def is_wrapper(folder: ModelFolder) -> bool:
 
 
 def missing(folder: ModelFolder, error: ImportError) -> str | None:
-    """What to tell where vLLM's class for a wrapper can't be imported; None where the error is another."""
+    """The message if vLLM's class for a wrapper can't be imported; None for any other error."""
     if not is_wrapper(folder) or error.name is None or error.name.partition(".")[0] != "torchvision":
         return None
     architecture = ", ".join(folder.config.get("architectures") or ["?"])
@@ -64,9 +64,9 @@ def missing(folder: ModelFolder, error: ImportError) -> str | None:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """vLLM's `hf_overrides` for a wrapper: its language model's part of the config, with `overrides` in it.
+    """vLLM's `hf_overrides` for a wrapper: its language model's part of the config, with `overrides` applied.
 
-    Overrides under `text_config` are that part's own, as they are where vLLM is given the wrapper.
+    Overrides under `text_config` apply to that part too, as they do if vLLM is given the wrapper.
     """
 
     architecture: str
@@ -77,14 +77,14 @@ class TextConfig:
         tied = getattr(config, "tie_word_embeddings", None)
         if tied is not None:
             text.tie_word_embeddings = tied
-        # The three coordinates of a token of text are one and the same, which makes this the plain rotation.
+        # The three coordinates of a text token are equal, which makes this plain RoPE.
         rope = dict(getattr(text, "rope_parameters", None) or {})
         for name in ("mrope_section", "mrope_interleaved"):
             rope.pop(name, None)
         if rope:
             text.rope_parameters = rope
         if beta := rope.get("llama_4_scaling_beta"):
-            # Ministral 3's factor of queries at far positions, by the name that vLLM looks for.
+            # Ministral 3's factor for queries at far positions, under the name that vLLM reads.
             far = rope["original_max_position_embeddings"]
             text.llama_4_scaling = {"beta": beta, "original_max_position_embeddings": far}
         given = dict(self.overrides)
@@ -94,8 +94,8 @@ class TextConfig:
 
 
 def weights_of(config: Any, weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """A checkpoint's weights under the names that the model of `config` has for them; of a wrapper's the language
-    model's."""
+    """A checkpoint's weights under the names that the model of `config` uses; of a wrapper, only those of its language
+    model."""
     if not getattr(config, _WRAPPED, False):
         yield from weights
         return
