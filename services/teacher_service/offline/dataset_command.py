@@ -1,8 +1,8 @@
-"""`stillhouse-teacher dataset`: looks after target datasets in folders and buckets. Called by `main.py`.
+"""`stillhouse-teacher dataset`: maintains target datasets in folders and buckets. Called by `main.py`.
 
 stillhouse-teacher dataset stats URL               what is in it, by its index
 stillhouse-teacher dataset check URL [--clean]     reads every byte; exit code 1 and a line for each fault
-stillhouse-teacher dataset merge URL [FROM ...]    one index out of many; shards of FROM, filled apart, are copied in
+stillhouse-teacher dataset merge URL [FROM ...]    makes one index of many, and copies in the shards of other datasets
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def dataset_command(arguments: list[str]) -> int:
-    """Run the command; the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
+    """Run the command; returns the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
     options = _parser().parse_args(arguments)
     if options.source and options.what != "merge":
         raise ValueError(f"dataset {options.what} takes one URL, {1 + len(options.source)} were given")
@@ -54,7 +54,7 @@ def _stats(folder: Folder) -> int:
 
 
 def _errors(errors: dict[str, float]) -> dict[str, str]:
-    """What a codec lost, in nats a row; `kl_at_2` is at temperature 2."""
+    """What a codec lost, in nats per row; `kl_at_2` is at temperature 2."""
     return {
         name.removeprefix("sum_").replace(
             "_", " "

@@ -1,7 +1,8 @@
-"""Scores documents into a target dataset, a unit a shard: what `fill --output` does once engine and dataset are open.
+"""Scores documents into a target dataset, one shard per unit. Used by `fill_command.py` and `ray_worker.py`.
 
-A unit whose documents the dataset has is passed over; of one that it has in part the rest is scored. What is under way
-when a process is killed is lost and done again; a stop or a dead engine writes down what was scored until then.
+A unit whose documents are all in the dataset is skipped; of one that is partly there, the rest is scored. Work in
+progress when a process is killed is lost and done again; after a stop, or if the engine dies, what was scored until
+then is written.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from teacher_service.offline.scoring import Scorer
 from teacher_service.offline.units import Unit
 
 log = structlog.get_logger("stillhouse.fill")
-# Units whose documents are all started and that are not written yet; the engine waits where there are more.
+# Units whose documents have all been started but that are not written yet; if there are more, the engine waits.
 _WRITING = 2
 
 
@@ -40,8 +41,8 @@ async def fill_dataset(
 ) -> FillReport:  # fmt: skip
     """Score the units of `part` with a started engine, `window` tokens at a time, and return when all is written.
 
-    A document that the engine fails at is counted and passed over. EngineDeadError ends the run; `report`, where it is
-    given, says what was done until then.
+    A document that the engine fails on is counted and skipped. EngineDeadError ends the run; `report`, if given, then
+    holds what was done.
     """
     run, began = _Run(engine, dataset, report or FillReport(), on_progress), time.monotonic()
     try:
@@ -56,7 +57,7 @@ def missing_units(
     dataset: TargetDataset, units: Iterator[Unit], part: Slice, report: FillReport,
     on_progress: Callable[[FillReport], object],
 ) -> Iterator[Unit]:  # fmt: skip
-    """The units of `part` that the dataset has not, or not all of, each with what is missing alone."""
+    """The units of `part` that are not, or not entirely, in the dataset, each with only its missing documents."""
     for unit in units:
         if part.has(unit.number):
             there = dataset.holds(unit.documents)
@@ -71,7 +72,7 @@ def missing_units(
 
 @dataclass(eq=False)
 class _UnderWay:
-    """A unit's documents that are to be scored, and the entries of each that is."""
+    """A unit's documents to score, and the entries of those that are scored."""
 
     documents: list[np.ndarray]
     num_bytes: int
@@ -120,7 +121,7 @@ class _Run:
             await asyncio.gather(*running, *writing, return_exceptions=True)
 
     async def write_the_rest(self) -> None:
-        """Write what was scored of units that are not done, however long that takes and whoever cancels meanwhile."""
+        """Write what was scored of unfinished units, however long that takes, even if cancelled meanwhile."""
         left, self._open = self._open, []
         cancelled = None
         with finishing():

@@ -1,7 +1,7 @@
-"""Documents to score offline, as pieces of token ids: out of JSONL, Parquet or plain text. Read by `fill.py`.
+"""Documents to score offline, as pieces of token ids: from JSONL, Parquet or plain text. Used by `fill_command.py`.
 
-A row has `tokens` or `input_ids`, or `text` that the model's tokenizer reads; in a `.txt` file a line is a document.
-What is longer than a sequence may be goes on in the next piece.
+A row has `tokens` or `input_ids`, or `text` for the model's tokenizer; in a `.txt` file a line is a document. What
+exceeds the maximum length of a sequence continues in the next piece.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PARQUET_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Token ids [T] of one sequence, and how many bytes of the data are behind it."""
+    """Token ids [T] of one sequence, and how many bytes of the data have been read up to it."""
 
     tokens_T: np.ndarray
     bytes_read: int
@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How documents become sequences. `special` adds what the tokenizer puts around a text by itself."""
+    """How documents become sequences. With `special`, the tokenizer adds its special tokens."""
 
     max_length: int
     vocab_size: int
@@ -39,7 +39,7 @@ class Cutting:
 
 
 def find_files(data: Path) -> list[Path]:
-    """The files that `data` names: itself, or those of a folder, by name. ValueError if there are none."""
+    """The files that `data` names: itself, or those of a folder, sorted by name. ValueError if there are none."""
     files = sorted(p for p in data.rglob("*") if p.suffix in SUFFIXES) if data.is_dir() else [data]
     if not files or not all(path.is_file() for path in files):
         raise ValueError(f"there is no data at {data}: a {', '.join(SUFFIXES)} file or a folder of such is expected")
@@ -49,7 +49,7 @@ def find_files(data: Path) -> list[Path]:
 
 
 def read_pieces(files: list[Path], text: Text, cutting: Cutting) -> Iterator[Piece]:
-    """The sequences of all files, in order. ValueError names the place of what is no document."""
+    """The sequences of all files, in order. ValueError names the place of an invalid document."""
     before = 0
     for path in files:
         rows = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": _lines}[path.suffix](path)

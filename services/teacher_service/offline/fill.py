@@ -1,7 +1,7 @@
-"""Scores sequences into a target store without a server: what `stillhouse-teacher fill` does once all is open.
+"""Scores sequences into a target store without a server. Used by `fill_command.py`.
 
 The engine, the reduction and the store are those that the service uses, so what is filled is what would be served.
-Sequences that the store can answer already are passed over: a run that was stopped goes on where it was.
+Sequences that the store already has are skipped: a run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _SETTLING = 4096
 
 @dataclass
 class FillReport:
-    """What a run did, in sequences; `tokens` were scored. `failures` holds the first reasons.
+    """What a run did, in sequences; `tokens` counts the tokens scored. `failures` holds the first reasons.
 
-    `lost` entries did not stay: the store was full and let older ones go, or refused them. `bytes_done` of the data are
-    behind what was scored, skipped or failed.
+    `lost` entries did not stay: the store was full and evicted older ones, or refused them. `bytes_done` is the size of
+    the data that was scored, skipped or failed.
     """
 
     scored: int = 0
@@ -58,10 +58,10 @@ async def fill(
     window: int = 16_384,
     on_progress: Callable[[FillReport], object] = lambda report: None,
 ) -> FillReport:
-    """Score `pieces` with a started engine, `window` tokens at a time, and return when all of it is on disk.
+    """Score `pieces` with a started engine, `window` tokens at a time, and return when everything is on disk.
 
-    A sequence that the engine fails at is counted and passed over. EngineDeadError ends the run; what was scored
-    until then is kept.
+    A sequence that the engine fails on is counted and skipped. EngineDeadError ends the run; what was scored until then
+    is kept.
     """
     info = info_of(engine)
     store.remember(info)
@@ -109,11 +109,11 @@ class _Run:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _next_missing(self, pieces: Iterator[Piece]) -> tuple[Job[Query], int] | None:
-        """The next sequence that the store cannot answer and that is not on its way, with the bytes of data behind it
-        alone.
+        """The next sequence that is neither in the store nor being scored, and the bytes of data that it accounts
+        for.
         """
         if len(self._settling) > _SETTLING:
-            # What was handed to the writer before it was flushed can be found in the store from now on.
+            # What was given to the writer before this flush can be found in the store from now on.
             settled, self._settling = self._settling, []
             self.writer.flush()
             self._on_way.difference_update(settled)
@@ -148,7 +148,7 @@ class _Run:
             self._on_progress(self.report)
 
     async def _keep(self, query: Query, targets: TokenTargets) -> None:
-        """Hand over to the writer; the disk's pace is ours where it is the slower one."""
+        """Give targets to the writer, and wait for the disk if that is slower than the engine."""
         fingerprint = self._info.fingerprint
         if not self.writer.add(fingerprint, query, targets):
             await asyncio.to_thread(self.writer.flush)
@@ -157,7 +157,7 @@ class _Run:
 
 
 async def _close(writer: StoreWriter) -> None:
-    """Put what was scored on the disk, however long that takes and whoever cancels meanwhile."""
+    """Write what was scored to disk, however long that takes, even if cancelled meanwhile."""
     closing = asyncio.ensure_future(asyncio.to_thread(writer.close))
     cancelled = None
     with finishing():
@@ -172,7 +172,7 @@ async def _close(writer: StoreWriter) -> None:
 
 
 async def finish_one(running: dict[asyncio.Task[None], int]) -> None:
-    """Wait for the first of `running`, and let it go."""
+    """Wait until one of `running` has finished, and remove it; raises its error."""
     done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         del running[task]

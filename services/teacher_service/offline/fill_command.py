@@ -4,9 +4,9 @@
     stillhouse-teacher fill HuggingFaceTB/SmolLM2-135M-Instruct data/ --output s3://bucket/targets --slice 3/16
     stillhouse-teacher fill Qwen/Qwen3-8B data/ --output s3://bucket/targets --ray auto --replicas 16
 
-Options that are not fill's own are the service's: --engine, --dtype, --window, vLLM's. Run it again to go on.
-Exit codes: 0 all is there, 1 some sequences failed, 2 can't be done as asked, 70 the engine died, 75 stopped by SIGTERM
-or Ctrl-C within 5 s: what was scored is kept.
+Options that are not fill's own are the service's: --engine, --dtype, --window, vLLM's. The same command resumes.
+Exit codes: 0 all is there, 1 some sequences failed or were lost, 2 can't be done as requested, 70 the engine died, 75
+stopped by SIGTERM or Ctrl-C within 5 s: what was scored is kept.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _FAILED, _ENGINE_DIED = 1, 70
 
 
 def fill_command(arguments: list[str], signals: StopSignals) -> int:
-    """Run the command; the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
+    """Run the command; returns the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
     options = parse_fill(arguments)
-    # Only now the imports that take their time.
+    # Slow imports come after parsing.
     with stage("importing libraries"):
         from serving.logs import set_up_logs
         from teacher_service.offline.documents import find_files
@@ -73,7 +73,7 @@ def _fill_on_ray(options: FillOptions, files: list[Path], signals: StopSignals) 
 
 
 def _pieces(options: FillOptions, files: list[Path], limits: Limits, kinds: tuple[Kind, ...]) -> Iterator[Piece]:
-    """The documents as sequences for this teacher. ValueError where it can't be asked this."""
+    """The documents as sequences for this teacher. ValueError if it does not serve such requests."""
     from teacher_proto.model_files import find_model
     from teacher_service.offline.documents import Cutting, read_pieces
     from teacher_service.text import Text
@@ -97,7 +97,7 @@ async def _fill(options: FillOptions, files: list[Path], signals: StopSignals) -
     assert task is not None
     engine = ENGINES[settings.engine](settings)
     with ExitStack() as stack:
-        # A store that can't be opened is told before a model is loaded.
+        # Opened first, so that a store that can't be opened is reported before a model is loaded.
         store = stack.enter_context(TargetStore(settings.store, settings.store_bytes)) if settings.store else None
         stack.enter_context(signals.cancelling(task))
         try:
@@ -131,7 +131,7 @@ async def _into_dataset(
 
 
 class _Scoring:
-    """How far it is, by the data that is done with, and what became of the sequences."""
+    """Shows the progress of a fill, by bytes of data, and how many sequences were scored, skipped or failed."""
 
     def __init__(self, num_bytes: int, replicas: int = 1):
         self._replicas = replicas

@@ -1,4 +1,4 @@
-"""The options of `stillhouse-teacher fill`, and what they ask of a teacher. Read by `fill_command.py`."""
+"""The options of `stillhouse-teacher fill`, and the request that they make. Used by `fill_command.py`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from teacher_service.settings import TeacherSettings, parse_settings
 
 @dataclass(frozen=True)
 class Slice:
-    """Which units of the data are this process's: every `of`-th, from the `number`-th, counted from 1."""
+    """Which units of the data this process scores: every `of`-th, from the `number`-th, counted from 1."""
 
     number: int = 1
     of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Slice:
-        """`2/8`. ValueError for what is none."""
+        """From text such as `2/8`. ValueError for anything else."""
         number, _, of = text.partition("/")
         if not number.isdigit() or not of.isdigit() or not 1 <= int(number) <= int(of):
             raise ValueError(f"--slice {text}: I/N was expected, such as 1/8 to 8/8")
@@ -35,9 +35,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class FillOptions:
-    """`own` are fill's options, `settings` the service's, `request` what is asked of every document, `part` the
-    share of the data that is ours, `codec` how a dataset keeps it;
-    `engine_arguments` make the settings again, elsewhere."""
+    """`own` are fill's options, `settings` the service's, `request` is what is requested for every document, `part`
+    this process's share of the data, `codec` how a dataset encodes targets; from `engine_arguments`, `settings` can be
+    made again in another process."""
 
     own: argparse.Namespace
     settings: TeacherSettings
@@ -48,7 +48,7 @@ class FillOptions:
 
 
 def parse_fill(arguments: list[str]) -> FillOptions:
-    """ValueError in one line for what can't be done as asked."""
+    """Parse the command line. ValueError in one line for what can't be done as requested."""
     options, rest = _parser().parse_known_args(arguments)
     for name, value in (("MODEL", options.model), ("DATA", options.data)):
         if value is None or value.startswith("-"):
@@ -79,7 +79,7 @@ def parse_fill(arguments: list[str]) -> FillOptions:
     )
 
 
-# Options that --store has no use for, and their defaults.
+# Options that don't apply to --store, and their defaults.
 _OF_DATASETS = {"slice": "1/1", "shard-tokens": 2**20, "codec": "lossless", "ray": None, "replicas": 1}
 
 
@@ -92,7 +92,7 @@ def sequence_length(limits: Limits, options: argparse.Namespace) -> int:
 
 
 def _request(options: argparse.Namespace) -> TargetsRequest:
-    """What is asked of every sequence, with one of them as a stand-in."""
+    """What is requested for every sequence, with a one-token sequence as a placeholder."""
     asked = {
         "kinds": options.kinds.split(","), "top_k": options.top_k, "num_samples": options.num_samples,
         "temperatures": [float(t) for t in options.temperatures.split(",") if t],

@@ -14,9 +14,10 @@ from teacher_proto.process.stages import stage
 
 
 def pack_command(arguments: list[str]) -> int:
-    """Run the command; the exit code: 1 where rows were left out. ValueError in one line for what can't be done.
+    """Run the command; returns the exit code: 1 if rows were left out or lost. ValueError in one line for what can't be
+    done.
 
-    A signal's `Stop` passes through: an export that it ends leaves no file, an import what was read until then.
+    A signal's `Stop` propagates: an export that it ends leaves no file, an import what was read until then.
     """
     options = _parser().parse_args(arguments)
     with stage("importing libraries"):

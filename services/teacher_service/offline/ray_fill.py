@@ -1,11 +1,11 @@
 """`fill --output URL --ray ADDRESS --replicas N`: one data set scored by engines on the nodes of a Ray cluster.
 
-The driver reads the data and hands out units; N actors (`ray_worker.py`) score them and write shards, which are those
-that one process would write. Ray starts actors again that were lost with their node or process, and those that no
-node has room for once one joins; meanwhile their units are the others'. Called by `fill_command.py`; needs `ray`.
+The driver reads the data and hands out units; N actors (`ray_worker.py`) score them and write shards, the same as a
+single process would write. Ray restarts actors that were lost with their node or process, and starts those that no node
+has room for once one joins; meanwhile the others take their units. Called by `fill_command.py`; needs `ray`.
 
-These are Ray's core actors, and not a `map_batches` of Ray Data, whose actors can't be asked anything before they are
-given data: units follow from the teacher's own limits and identity, so one more engine would have to load for them.
+These are actors of Ray Core, not a `map_batches` of Ray Data, whose actors can't be called before they are given data:
+units depend on the teacher's limits and identity, so that one more engine would have to be loaded to know them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from teacher_service.settings import TeacherSettings
 if TYPE_CHECKING:
     from teacher_service.offline.ray_worker import Filled
 
-# Units that a worker has: one that it scores, one to go on with while the first is written.
+# Units that a worker has: one that it scores, and one to continue with while the first is written.
 _AT_ONCE = 2
-# How often an engine may die of a unit, and a worker may be lost with it, before the fill ends.
+# How many engines may die of a unit, and how many workers may be lost with it, before the fill ends.
 _DEATHS, _LOSSES = 3, 8
 _POLL_S, _AGAIN_S = 1.0, 0.5
 
 
 class RayCluster:
-    """N workers of a fill on a cluster; leaving the block ends them. ValueError where there is no Ray or no cluster."""
+    """N workers of a fill on a cluster; leaving the block ends them. ValueError if there is no Ray or no cluster."""
 
     def __init__(self, options: FillOptions, signals: StopSignals):
         try:
@@ -46,8 +46,8 @@ class RayCluster:
         except ImportError:
             raise ValueError("--ray needs the package ray: pip install 'stillhouse[ray]', on all nodes") from None
         self._ray, self._options, self._signals = ray, options, signals
-        self._starting: dict[Any, Any] = {}  # calls that are answered once a worker's engine runs, and the workers
-        self._free: list[Any] = []  # once for each unit that a worker may be given
+        self._starting: dict[Any, Any] = {}  # calls that return once a worker's engine runs, and the workers
+        self._free: list[Any] = []  # workers, once for each unit that they may be given
         self._again: list[Unit] = []
         self._deaths: dict[int, int] = {}
 
@@ -73,16 +73,16 @@ class RayCluster:
         self._ray.shutdown()
 
     def teacher(self) -> TeacherInfo:
-        """Who the workers are, by the first that has started."""
+        """The identity and limits of the teacher, from the first worker that has started."""
         while True:
             done, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=_POLL_S)
             self._signals.check()
             if done:
-                # Stays among those that start, so that `fill` finds it there.
+                # It stays in `_starting`, so that `fill` finds it there.
                 return TeacherInfo.model_validate_json(self._get(done[0]))
 
     def fill(self, info: TeacherInfo, units: Iterator[Unit], show: Callable[[FillReport], object]) -> FillReport:
-        """Have the units of our part scored by the workers. EngineDeadError where a unit kills engine after engine."""
+        """Have the workers score the units of our part. EngineDeadError if a unit kills engine after engine."""
         options, report, began = self._options, FillReport(), time.monotonic()
         manifest = Manifest(info, options.request.spec, options.codec, versions())
         under_way: dict[Any, tuple[Unit, Any]] = {}
@@ -106,7 +106,7 @@ class RayCluster:
         return report
 
     def _started(self, reference: Any, info: TeacherInfo) -> None:
-        """A worker is there, or was lost before it was: then it is asked for again."""
+        """A worker has started, or was lost before it had: then wait for it again. ValueError for another teacher."""
         worker = self._starting.pop(reference)
         try:
             theirs = TeacherInfo.model_validate_json(self._get(reference))
@@ -120,11 +120,11 @@ class RayCluster:
         self._free += [worker] * _AT_ONCE
 
     def _finished(self, reference: Any, unit: Unit, worker: Any, report: FillReport) -> None:
-        """A unit is done, or its engine or all of its worker has died: then it is another's."""
+        """A unit is done, or its engine or its whole worker has died: then the unit is handed out again."""
         try:
             filled: Filled = self._get(reference)
         except self._ray.exceptions.RayActorError as error:
-            # Ray starts it again where there is room for it. Its other unit's turn to be found lost comes too.
+            # Ray restarts it where there is room for it. Its other unit will be found lost in its turn.
             self._free = [one for one in self._free if one is not worker]
             if worker not in self._starting.values():
                 self._starting[worker.teacher.remote()] = worker
@@ -142,7 +142,7 @@ class RayCluster:
         self._again.append(unit)
 
     def _get(self, reference: Any) -> Any:
-        """What a call gave. Its error as it was raised there."""
+        """The result of a call; its error is raised as it was in the worker."""
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
@@ -150,7 +150,7 @@ class RayCluster:
 
 
 def check_reachable(address: str) -> None:
-    """ValueError at once where nobody listens, for which Ray would look for minutes."""
+    """ValueError at once if nothing listens there; Ray would keep trying for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         return  # auto, local, or a URL of Ray's own
@@ -161,7 +161,7 @@ def check_reachable(address: str) -> None:
 
 
 def gpus_of(settings: TeacherSettings) -> int:
-    """GPUs that one engine takes: ranks of its tensors times stages of its layers."""
+    """GPUs that one engine takes: tensor-parallel ranks times pipeline stages."""
     words, gpus = shlex.split(settings.engine_args), 1
     for name in ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"):
         for place, word in enumerate(words):

@@ -1,7 +1,7 @@
-"""One engine of many that fill a dataset together: an actor on a Ray cluster. Made by `ray_fill.py`; imports no Ray.
+"""One of the engines that fill a dataset together: an actor on a Ray cluster. Made by `ray_fill.py`; imports no Ray.
 
-It scores units that it is handed and writes their shards. One that is killed is started again by Ray, somewhere, and is
-handed its units again; what the dataset has by then is not scored twice.
+It scores the units that it is given and writes their shards. If it is killed, Ray restarts it on some node, and its
+units are handed out again; what the dataset has by then is not scored twice.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from teacher_service.settings import parse_settings
 
 @dataclass(frozen=True)
 class Filled:
-    """What became of a unit; `died`: why the engine did before it was done."""
+    """The outcome of a unit; `died` is why the engine died before the unit was done, if it did."""
 
     report: FillReport
     died: str = ""
 
 
 class FillWorker:
-    """`arguments` are those of `stillhouse-teacher`. The engine starts when it is needed, and anew after it died."""
+    """`arguments` are those of `stillhouse-teacher`. The engine starts when first needed, and again after it died."""
 
     def __init__(self, arguments: list[str]):
         self._settings = parse_settings(arguments)
@@ -38,11 +38,11 @@ class FillWorker:
         self._starting = asyncio.Lock()
 
     async def teacher(self) -> str:
-        """Who the engine is, as the JSON of a `TeacherInfo`."""
+        """The identity and limits of the engine, as the JSON of a `TeacherInfo`."""
         return info_of(await self._started()).model_dump_json()
 
     async def fill(self, url: str, manifest: Manifest, unit: Unit) -> Filled:
-        """Score what the dataset lacks of a unit, and write it."""
+        """Score what the dataset lacks of a unit, and write a shard of it."""
         engine = await self._started()
         if url not in self._datasets:
             self._datasets[url] = await asyncio.to_thread(lambda: TargetDataset(url, create=manifest))

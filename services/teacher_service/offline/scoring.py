@@ -1,4 +1,4 @@
-"""One document after another through a started engine: checked answers. Used by `fill.py` and `dataset_fill.py`."""
+"""Scores documents with a started engine, and checks the targets. Used by `fill.py` and `dataset_fill.py`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from teacher_service.engines.protocol import Engine
 
 
 def info_of(engine: Engine) -> TeacherInfo:
-    """Who a started engine is."""
+    """The identity, limits and kinds of a started engine."""
     return TeacherInfo(
         identity=engine.identity, fingerprint=engine.identity.fingerprint, limits=engine.limits, kinds=engine.kinds
     )
 
 
 class Scorer:
-    """Answers that may be asked for side by side, on one event loop."""
+    """Scores jobs, which may be concurrent, on one event loop."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -29,7 +29,7 @@ class Scorer:
         self._computing = 0
 
     async def answer(self, job: Job[Query]) -> TokenTargets:
-        """Checked targets; what did not fit the device beside others is tried once more by itself."""
+        """Checked targets; a job that did not fit the device together with others is retried alone."""
         targets = await self._beside_others(job)
         if targets is None:
             async with self._alone:
@@ -39,7 +39,7 @@ class Scorer:
         return targets
 
     async def _beside_others(self, job: Job[Query]) -> TokenTargets | None:
-        """Targets, or None where the device was too small for all at once. Nobody starts while one is tried alone."""
+        """Targets, or None if the device was too small for all at once. Nothing starts while a job is retried alone."""
         async with self._alone:
             self._computing += 1
             self._idle.clear()

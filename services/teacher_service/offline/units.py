@@ -1,7 +1,7 @@
-"""Documents in units, each of which becomes a shard: the same data in the same units, whoever reads them.
+"""Documents in units, each of which becomes a shard: the same data gives the same units in every process.
 
-Read by `dataset_fill.py` and `ray_fill.py`. A unit depends on the data and its size alone, not on what is filled
-already, so that processes which know nothing of each other share the work by a unit's number.
+Used by `fill_command.py`, `dataset_fill.py` and `ray_fill.py`. Units depend only on the data and the unit size, not on
+what is filled already, so that processes which know nothing of each other can share the work by number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from teacher_service.offline.documents import Piece
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Token ids of different documents, in order. `num_bytes` of the data are behind it alone."""
+    """Token ids of distinct documents, in order. `num_bytes` is the size of their data, including `repeats` left out."""
 
     number: int
     documents: tuple[np.ndarray, ...]
@@ -30,7 +30,7 @@ class Unit:
 
 
 def read_units(pieces: Iterator[Piece], tokens: int) -> Iterator[Unit]:
-    """Units of at least `tokens`, but for the last. A document that came before is left out; 60 bytes each remember."""
+    """Units of at least `tokens`, but for the last. Repeats are left out, which takes 60 bytes of memory a document."""
     seen: set[int] = set()
     documents: list[np.ndarray] = []
     number = size = repeats = read = before = 0
