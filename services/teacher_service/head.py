@@ -1,4 +1,5 @@
-"""The output head of a checkpoint, read without loading the model: what `GET /v1/head` gives out beside vLLM."""
+"""The output head of a checkpoint, read without loading the model: what `GET /v1/head` serves with vLLM. Used by the
+engines."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from teacher_service.head_file import HeadFile, HeadTensor
 _WEIGHT_NAMES = ("lm_head.weight", "output.weight", "embed_out.weight", "language_model.lm_head.weight")
 _EMBEDDING_NAMES = (
     "model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
-    # of a language model beside a vision tower: today's name, and the one before
+    # of a language model with a vision tower: the current name, and the former one
     "model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
 )  # fmt: skip
-# Of the largest logit: bf16 rounds by 2**-9 of it, and sums in another order.
+# Relative to the largest logit: bf16 rounds by 2**-9 of it, and sums are in another order.
 _HEAD_TOLERANCE = 0.02
 
 
@@ -25,8 +26,8 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 
 def quantised_head(weight_files: list[Path]) -> str | None:
-    """The tensor that tells of a quantised output head in a checkpoint: packed values or scales, or a weight that is
-    none of plain numbers. None for a plain head, and where there is none of its own."""
+    """The name of a tensor that shows that a checkpoint's output head is quantised: packed values or scales, or a
+    weight that is not in floating point. None for a plain head, and for a checkpoint without a separate head."""
     for path in weight_files:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -39,19 +40,19 @@ def quantised_head(weight_files: list[Path]) -> str | None:
 
 
 def head_tensor(tensor: torch.Tensor) -> HeadTensor:
-    """A tensor [N, ...] on whatever device, copied from there as it is read."""
+    """A tensor [N, ...] on any device, copied from there as it is read."""
     return HeadTensor(_NAMES[tensor.dtype], tuple(tensor.shape), lambda start, stop: raw_bytes(tensor[start:stop]))
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    """The numbers of a tensor as they lie in memory."""
+    """The bytes of a tensor as they are in memory."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 class CheckpointHead:
-    """The head of a checkpoint: `weight` [V, D] and, where there is one, `bias` [V].
+    """The head of a checkpoint: `weight` [V, D] and, if there is one, `bias` [V].
 
-    The embeddings stand in where the head is tied to them. ValueError where there is neither as plain numbers.
+    If the head is tied to the embeddings, those are used. ValueError if the checkpoint has neither by a known name.
     """
 
     def __init__(self, weight_files: list[Path], vocab_size: int, scaling: HeadScaling):
@@ -70,7 +71,8 @@ class CheckpointHead:
         self._scaling = scaling
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Some checkpoints pad the vocabulary; ids beyond it are never answered, and cut off here."""
+        """Some checkpoints pad the vocabulary; ids beyond it are never returned, and are cut off here. ValueError if
+        the weight is quantised."""
         tensors = {role: self._read(name)[: self._vocab_size].contiguous() for role, name in self._names.items()}
         weight = tensors["weight"]
         if not weight.is_floating_point() or weight.element_size() < 2:
@@ -78,11 +80,11 @@ class CheckpointHead:
         return tensors
 
     def file(self) -> HeadFile:
-        """The head as a file, whose rows are read from the checkpoint when they are asked for."""
+        """The head as a file, whose rows are read from the checkpoint on demand."""
         return HeadFile({role: self._tensor(name) for role, name in self._names.items()}, self._scaling)
 
     def check(self, targets: TokenTargets) -> None:
-        """ValueError unless the head makes of fp16 `hidden` the logits of `ids`, `logprobs` and `lse` beside it."""
+        """ValueError unless the head turns fp16 `hidden` into the logits that `logprobs` and `lse` give for `ids`."""
         assert targets.hidden is not None and targets.ids is not None
         assert targets.logprobs is not None and targets.lse is not None
         tensors = self.tensors()

@@ -1,7 +1,7 @@
-"""The output head as the safetensors file of `GET /v1/head`, made out of the engine's tensors as it is sent: the whole,
-or what a client lacks of it, in pieces, under one checksum.
+"""The output head as the safetensors file of `GET /v1/head`, generated from the engine's tensors while it is sent: all
+of it, or the part that a client lacks, in pieces, under one checksum.
 
-Nothing is written to a disk. Engines make one, `service.py` keeps it, `app.py` has it sent.
+Nothing is written to disk. Engines make one, `service.py` keeps it, `app.py` sends it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})?")
 
 @dataclass(frozen=True)
 class HeadTensor:
-    """One tensor [N, ...]: its dtype as safetensors names it; `read(start, stop)`: the bytes of rows [start, stop)."""
+    """One tensor [N, ...]: its dtype as named by safetensors; `read(start, stop)` returns the bytes of those rows."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,14 +51,14 @@ def scalar(value: float) -> HeadTensor:
 
 
 class HeadFile:
-    """A safetensors file that is nowhere: `read` makes any part of its `size` bytes. Its methods block; all threads may
-    call them."""
+    """A virtual safetensors file: `read` generates any part of its `size` bytes. Its methods block, and may be called
+    from any thread."""
 
     def __init__(self, tensors: Mapping[str, HeadTensor], scaling: HeadScaling):
         scalars = {"scale": scalar(scaling.scale)}
         if scaling.soft_cap is not None:
             scalars["soft_cap"] = scalar(scaling.soft_cap)
-        # As safetensors orders them: wide types first, so that every tensor lies at a multiple of its item's size.
+        # In the order of safetensors: wide types first, so that every tensor is aligned to the size of its items.
         parts = sorted({**tensors, **scalars}.items(), key=lambda item: (-_ITEM_BYTES[item[1].dtype], item[0]))
         fields, end = {}, 0
         for name, tensor in parts:
@@ -82,7 +82,7 @@ class HeadFile:
         return b"".join(pieces)
 
     def sha256(self) -> bytes:
-        """Of the whole, which is read once for it."""
+        """The digest of the whole file, which is read once for it."""
         digest = hashlib.sha256()
         for start in range(0, self.size, _READ_BYTES):
             digest.update(self.read(start, min(start + _READ_BYTES, self.size)))
@@ -100,7 +100,7 @@ def _part(tensor: HeadTensor, low: int, high: int) -> bytes:
 
 @dataclass(frozen=True)
 class ServedHead:
-    """The file with its checksum, which is its entity tag, too: who begins at one replica may go on at another."""
+    """The file with its checksum, which is also its entity tag: a download may resume at another replica."""
 
     file: HeadFile
     sha256: bytes
@@ -111,19 +111,19 @@ class ServedHead:
 
     @property
     def digest(self) -> str:
-        """Of RFC 9530."""
+        """The value of `Repr-Digest` (RFC 9530)."""
         return f"sha-256=:{base64.b64encode(self.sha256).decode()}:"
 
 
 class KeptHead:
-    """The head of an engine, hashed when somebody first asks for it; those who ask meanwhile wait for that."""
+    """The head of an engine, hashed at the first request for it; requests in the meantime wait for that."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._hashing: asyncio.Task[ServedHead] | None = None
 
     async def head(self) -> ServedHead:
-        """NotFoundError where the engine serves no hidden states."""
+        """NotFoundError if the engine serves no hidden states."""
         if "hidden" not in self._engine.kinds:
             raise NotFoundError(
                 "this teacher serves no hidden states, so no head: `kinds` at GET /v1/teacher says what it serves",
@@ -139,8 +139,8 @@ class KeptHead:
 
 
 def wanted_range(headers: Mapping[str, str], head: ServedHead) -> tuple[int, int] | None:
-    """The bytes [start, stop) that a request asks for, None for all: also where its range is none that we serve, or is
-    of another file (`If-Range`)."""
+    """The requested bytes [start, stop), None for all: also if the range is not one that we serve, or is of another
+    file (`If-Range`)."""
     asked = _RANGE.fullmatch(headers.get("range", "").strip())
     if asked is None or headers.get("if-range", head.etag) != head.etag:
         return None
@@ -149,7 +149,7 @@ def wanted_range(headers: Mapping[str, str], head: ServedHead) -> tuple[int, int
 
 
 async def send_head(headers: Mapping[str, str], head: ServedHead, fingerprint: str, outlet: Outlet) -> None:
-    """Write the answer to a request with these headers."""
+    """Write the response to a request with these headers."""
     size, part = head.file.size, wanted_range(headers, head)
     start, stop = part or (0, size)
     told = {

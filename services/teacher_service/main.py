@@ -7,10 +7,10 @@
     stillhouse-teacher pack export FOLDER PARQUET_FOLDER    a target store as Parquet files; `pack import` back
     stillhouse-teacher dataset check | merge | stats URL    look after a target dataset
 
-On stdout comes one line, when requests can be answered:
+Prints one line on stdout once it is ready:
 `stillhouse-teacher: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.
-Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died. `fill`, `pack` and `dataset` say
-theirs; they obey SIGTERM and Ctrl-C within 5 s and end with 75: start them again and they go on.
+Exit codes: 0 drained, 1 aborted, 2 can't serve what was requested, 70 the engine died. `fill`, `pack` and `dataset`
+have their own; SIGTERM and Ctrl-C end them within 5 s with 75, and started again they continue.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from teacher_proto.process.command_end import stoppable
 from teacher_proto.process.parent import end_spawned_with_parent
 from teacher_proto.process.stopping import StopSignals
 
-# multiprocessing imports the main module first in a process that it spawns: those of vLLM end with theirs.
+# multiprocessing imports the main module first in a process that it spawns, so that vLLM's end with their parent.
 end_spawned_with_parent()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
+    """Entry point. User errors become one line on stderr and exit code 2."""
     run_command("stillhouse-teacher", _command, arguments)
 
 
@@ -37,7 +37,7 @@ def _serve(arguments: list[str]) -> int:
     from teacher_service.settings import parse_settings
 
     settings = parse_settings(arguments)
-    # Only now the imports that take their time: --help and a misspelt option are answered at once.
+    # Slow imports come after parsing, so that --help and a misspelt option are answered at once.
     from teacher_service.run import run
 
     return run(settings)

@@ -1,6 +1,6 @@
-"""The description of the API at `/openapi.json`: what FastAPI cannot see by itself, bodies that are not its models.
+"""The description of the API at `/openapi.json`: what FastAPI cannot infer, such as bodies that are not its models.
 
-`app.py` gives its pieces to the routes; `docs/api.md` says the same with examples.
+`app.py` attaches its parts to the routes; `docs/api.md` says the same with examples.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def describe(engine: Engine, app: FastAPI) -> dict[str, Any]:
 
 
 def _targets_body(limits: Limits, kinds: tuple[Kind, ...]) -> dict[str, Any]:
-    """The body of `POST /v1/targets` with the limits of this very teacher."""
+    """The body of `POST /v1/targets` with the limits of this teacher."""
     longest, many = limits.max_sequence_length, items_of(1, limits.max_sequences)
     token, temperature = whole(0, limits.vocab_size - 1), within(0.001, 1000)
     bounds = {
@@ -134,7 +134,7 @@ def _tokens_body() -> dict[str, Any]:
 
 
 def _theirs(kind: type[BaseModel], without_effect: Fields, neutral: Fields) -> dict[str, Any]:
-    """The schema of another server's body: the fields that are read, and what becomes of the others."""
+    """The schema of another server's body: the fields that are read, and how the others are treated."""
     schema = kind.model_json_schema()
     schema.pop("$defs", None)
     ignored = {field: {"description": why} for why, fields in without_effect.items() for field in fields}

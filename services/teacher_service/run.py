@@ -1,4 +1,4 @@
-"""Builds engine, service and application out of settings, and runs them. Called by `main.py` once options are read."""
+"""Builds engine, service and application from settings, and runs them. Called by `main.py` once options are parsed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(settings: TeacherSettings) -> int:
-    """Serve until a signal; the exit code. ValueError for what can't be served."""
+    """Serve until a signal; returns the exit code. ValueError for what can't be served."""
 
     def make_service(keys: Keys) -> TeacherService:
         return TeacherService(ENGINES[settings.engine](settings), settings, keys, _store(settings))
@@ -79,7 +79,7 @@ ENGINES: dict[EngineName, Callable[[TeacherSettings], Engine]] = {"vllm": _vllm,
 def engine_options(text: str) -> dict[str, Any]:
     """`--tensor-parallel-size 2 --enforce-eager` as `{"tensor_parallel_size": 2, "enforce_eager": True}`.
 
-    Values are read as JSON where they are JSON; `--no-x` is `x: False`. ValueError for anything else.
+    Values that are JSON are parsed as JSON; `--no-x` is `x: False`. ValueError for anything else.
     """
     words = shlex.split(text)
     options: dict[str, Any] = {}

@@ -1,4 +1,7 @@
-"""The teacher service as one object: a `serving.service` of targets, with a store, a head and text."""
+"""The teacher service as one object: a `serving.service` of targets, with a store, an output head and a tokenizer.
+
+Made by `run.py`; used by the routes of `app.py` and `compat`.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
             await asyncio.to_thread(self._store.close)
 
     def info(self) -> TeacherInfo:
-        """What `GET /v1/teacher` answers."""
+        """The body of `GET /v1/teacher`."""
         identity, engine = self.engine.identity, self.engine
         return TeacherInfo(
             identity=identity, fingerprint=identity.fingerprint, kinds=tuple(engine.kinds),
@@ -78,22 +81,22 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
         )  # fmt: skip
 
     async def head(self) -> ServedHead:
-        """The file of the output head. NotFoundError where the engine can't give hidden states."""
+        """The file of the output head. NotFoundError if the engine serves no hidden states."""
         return await self._head.head()
 
     def work_of(
         self, asked: TargetsRequest, request_id: str, client: str, *, weight: int = 1, fresh: bool = False,
         urgent: bool = False,
     ) -> Work[Query]:  # fmt: skip
-        """The work of a checked request. `weight`: what its answer takes, of what our wire does. `fresh` as of a `Job`;
-        an `urgent` one goes past queue and admission."""
+        """The work of a validated request. `weight`: the size of its response, relative to msgpack. `fresh`: as in
+        `Job`. `urgent` work bypasses queue and admission."""
         jobs = [Job(query, f"{request_id}-{i}", urgent, fresh) for i, query in enumerate(asked.queries())]
         values = weight * (asked.values_per_token(self.hidden_width) + 1) - 1
         permit = Permit(client, 0, 0) if urgent else Permit.of(client, asked.num_tokens, values)
         return Work(request_id, client, permit, jobs)
 
     def is_canary(self, request: TargetsRequest) -> bool:
-        """Whether this is the canary, or those of its sequences that a client still lacks."""
+        """Whether this is the canary, or those of its sequences whose targets a client still lacks."""
         canary = self._canary
         if canary is None or request.rows is not None or request.spec != canary.spec:
             return False
@@ -102,7 +105,7 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
         return len(theirs) <= len(ours) and ours.issuperset(theirs)
 
     async def text(self) -> tuple[Text, JsonPieces]:
-        """The model's tokenizer and the pieces of JSON made of its vocabulary, read when first asked for."""
+        """The model's tokenizer, and the pieces of JSON made from its vocabulary. Loaded at first use."""
         async with self._reading_text:
             if self._text is None:
                 self._text = await asyncio.to_thread(self._read_text)
@@ -119,7 +122,7 @@ def _store_value(store: StoredAnswers, name: str) -> float:
 
 
 def _model_folder(settings: TeacherSettings) -> ModelFolder | None:
-    """The folder that the engine has just loaded from; the scripted engine has none."""
+    """The folder that the engine has just loaded from; None for the scripted engine."""
     return None if settings.engine == "scripted" else find_model(settings.model, revision=settings.revision)
 
 

@@ -1,6 +1,6 @@
 """The options of `stillhouse-teacher`: every one has an environment variable, `STILLHOUSE_` and its name.
 
-Read by `main.py`; what the attention service has too is in `serving.settings`.
+Read by `main.py`; options shared with the attention service are in `serving.settings`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TeacherSettings(ServiceSettings):
     engine: EngineName = Field(
         "vllm", description="vllm: fast; hf: plain transformers, any causal model; scripted: no model, for tests"
     )
-    max_top_k: int = Field(256, ge=1, le=4096, description="largest K that a request may ask for")
+    max_top_k: int = Field(256, ge=1, le=4096, description="largest K that a request may specify")
     engine_args: str = Field(
         "",
         description='options for the engine in one string, as in --engine-args="--tensor-parallel-size 2"; options '
@@ -40,11 +40,11 @@ class TeacherSettings(ServiceSettings):
     script: str = Field("{}", description="engine scripted: what it does, as JSON")
     store: Path | None = Field(
         None,
-        description="folder of a target store: answers are written to it, and read from it when a sequence is asked "
-        "for again",
+        description="folder of a target store: targets are written to it, and read from it when they are requested "
+        "again",
     )
     store_bytes: int = Field(
-        50 * 2**30, ge=2**20, description="maximum size of the store; the least recently used answers are evicted"
+        50 * 2**30, ge=2**20, description="maximum size of the store; the least recently used targets are evicted"
     )
 
     @model_validator(mode="after")
@@ -72,6 +72,6 @@ def parse_settings(arguments: list[str]) -> TeacherSettings:
     if rest and known.model is not None and arguments.index(rest[0]) < arguments.index(known.model):
         raise ValueError(f"put MODEL before {rest[0]!r} and other options that are the engine's")
     if rest:
-        # Quoted, as a variable would hold it: the shell has taken the quotes off JSON.
+        # Quoted, as in the environment variable: the shell has removed the quotes around JSON.
         given["engine_args"] = f"{given.get('engine_args', '')} {shlex.join(rest)}".strip()
     return build_settings(TeacherSettings, given)

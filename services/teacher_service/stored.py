@@ -1,6 +1,6 @@
-"""The target store as the answer pipeline sees it: read without blocking the event loop, written behind its back.
+"""The target store as the coalescer sees it: read without blocking the event loop, written in the background.
 
-Made by `service.py` where `--store` is given; `coalescer.py` asks it first and tells it what the engine computed.
+Made by `run.py` if `--store` is given; `coalescer.py` looks into it first, and gives it what the engine computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _READERS = 4
 
 
 class StoredAnswers:
-    """One open store and the fingerprint that it is read and written under. ValueError where it can't be opened."""
+    """One open store and the fingerprint that it is read and written under. ValueError if it can't be opened."""
 
     def __init__(self, path: Path, max_bytes: int):
         self._store = TargetStore(path, max_bytes)
@@ -28,7 +28,7 @@ class StoredAnswers:
         self._fingerprint = ""
 
     async def serve(self, info: TeacherInfo) -> None:
-        """Say who the teacher is, once that is known."""
+        """Set the teacher's identity, once it is known."""
         self._fingerprint = info.fingerprint
         await asyncio.get_running_loop().run_in_executor(self._readers, self._store.remember, info)
 
@@ -39,7 +39,7 @@ class StoredAnswers:
         )
 
     def put(self, query: Query, targets: TokenTargets) -> bool:
-        """Have an answer written, in a moment; False where too much waits already: it is dropped and counted."""
+        """Queue targets to be written; False if too much is queued already: then they are dropped and counted."""
         return self._writer.add(self._fingerprint, query, targets)
 
     @property
@@ -50,7 +50,7 @@ class StoredAnswers:
         return self._store.stats()
 
     def close(self) -> None:
-        """Write what waits. Blocks for the time of a transaction."""
+        """Write what is queued. Blocks for the duration of a transaction."""
         self._writer.close()
         self._readers.shutdown()
         self._store.close()

@@ -1,4 +1,5 @@
-"""Tokens as text, for the compatible face: prompts in, decoded tokens out. Made by `service.py` when first needed.
+"""Tokens as text, for the compatible routes and offline data: encodes prompts, decodes tokens. Made by `service.py`
+when first needed, and by `fill`.
 
 Reads `tokenizer.json` of the model's folder with the `tokenizers` library alone: no torch, no code from a checkpoint.
 """
@@ -19,11 +20,11 @@ from teacher_proto.errors import OutOfRangeError
 
 T = TypeVar("T")
 
-_WORD_START = "\u2581"  # SentencePiece's mark of a space, which decoding a token by itself strips
+_WORD_START = "\u2581"  # SentencePiece's marker of a space, which is lost in decoding a token by itself
 
 
 class Text:
-    """A tokenizer, or where the model has none (`folder` None) ids that stand for themselves as `token_id:5`."""
+    """A tokenizer; without one (or with `folder` None), ids are written as `token_id:5`."""
 
     def __init__(self, folder: Path | None, vocab_size: int):
         self.vocab_size = vocab_size
@@ -40,14 +41,14 @@ class Text:
         return self._tokenizer is not None
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of prompts. Takes seconds for a long one, in which other threads run. OutOfRangeError where the
-        model has no tokenizer."""
+        """Token ids of prompts. A long one takes seconds, during which other threads run. OutOfRangeError if the model
+        has no tokenizer."""
         if self._tokenizer is None:
             raise OutOfRangeError(
                 "prompt: this teacher has no tokenizer.json, so it takes token ids only", field="prompt", got="text",
                 limit="token ids",
             )  # fmt: skip
-        # `encode` holds the interpreter's lock until it is through, `encode_batch_fast` does not.
+        # `encode` holds the GIL until it is done, `encode_batch_fast` does not.
         return [
             encoding.ids
             for text in texts
@@ -60,7 +61,7 @@ class Text:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def strings(self) -> list[str]:
-        """Every token of the vocabulary by itself, with the space that it begins with."""
+        """Every token of the vocabulary by itself, including a leading space."""
         if self._strings is None:
             self._strings = [self._string(i) for i in range(self.vocab_size)]
         return self._strings
@@ -75,7 +76,7 @@ class Text:
 
 
 class Turns:
-    """Work in threads for clients who take turns: one piece of a client's at a time, two of all together."""
+    """Runs work in threads: one piece at a time per client, two in total."""
 
     def __init__(self) -> None:
         self._all = asyncio.Semaphore(2)
@@ -87,9 +88,9 @@ class Turns:
 
 
 class JsonPieces:
-    """Pieces of JSON by token id and by fp16 bits, so that an answer is a join of pointers and no number is formatted
-    twice. Arrays of bytes objects: `entries` [V] begins with a comma and ends where a logprob follows, `half` [65536]
-    is that logprob."""
+    """Pieces of JSON by token id and by fp16 bits, so that a response is a join of existing pieces and no number is
+    formatted twice. Arrays of bytes objects: those of `entries` [V] begin with a comma and end where a logprob follows;
+    `half` [65536] are these logprobs."""
 
     def __init__(self, text: Text):
         self._text = text
@@ -97,7 +98,7 @@ class JsonPieces:
         self.entries = _objects(f',"{i}":{{"decoded_token":{quoted[i]},"logprob":' for i in range(text.vocab_size))
         with np.errstate(all="ignore"):
             halves = np.arange(65_536, dtype=np.uint16).view(np.float16).astype(np.float64)
-        # Five digits tell all fp16 numbers apart. vLLM writes -9999 for minus infinity, which JSON has not.
+        # Five digits distinguish all fp16 numbers. vLLM writes -9999 for minus infinity, which JSON lacks.
         self.half = _objects(f"{value:.5g}" if np.isfinite(value) else "-9999.0" for value in halves.tolist())
 
     def _quoted(self) -> list[str]:
@@ -106,12 +107,12 @@ class JsonPieces:
 
     @cached_property
     def plain_ends(self) -> np.ndarray:
-        """What follows a logprob in a list of three, [V]: the id, and null for its text."""
+        """What follows the logprob in [logprob, id, text], [V]: the id, and null for its text."""
         return _objects(f",{i},null]" for i in range(self._text.vocab_size))
 
     @cached_property
     def named_ends(self) -> np.ndarray:
-        """What follows a logprob in a list of three, [V]: the id and its text."""
+        """What follows the logprob in [logprob, id, text], [V]: the id and its text."""
         return _objects(f",{i},{string}]" for i, string in enumerate(self._quoted()))
 
     def ranks(self, top_k: int) -> np.ndarray:
