@@ -1,7 +1,7 @@
-"""From what a layer attends with to the record that is answered: states, relations or maps of one sequence.
+"""From what a layer attends with to the record of a response: states, relations or maps of one sequence.
 
-Called by `model.py` on the device. Relations and maps are made a block of rows at a time, so that no float32 [heads, T,
-T] is ever whole.
+Called by `model.py`; computes on the device. Relations and maps are computed a block of rows at a time, so that no
+float32 [heads, T, T] is ever materialised.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.compute.relations import log_relation_rows, similarity_factor
 from teacher_proto.errors import EngineError
 
-# Numbers in float32 held at a time: 32 MiB for each of a few arrays.
+# float32 numbers held at a time: 32 MiB for each of a few arrays.
 BLOCK_ENTRIES = 2**23
 _INT8_MAX = 127
 
 
 def make_answer(query: AttentionQuery, attended: Attended, place: int) -> AttentionTargets:
-    """The record of the sequence at `place` of the batch. EngineError for numbers that are not finite."""
+    """The record of the sequence at index `place` of the batch. EngineError for numbers that are not finite."""
     length = len(query.tokens_T)
     states = {
         part: getattr(attended, name)[place, :, :length]
@@ -42,7 +42,7 @@ def make_answer(query: AttentionQuery, attended: Attended, place: int) -> Attent
 
 
 def _states(states: dict[str, Tensor], query: AttentionQuery) -> dict[str, np.ndarray]:
-    """[T, H, d] of each part as fp16, or as int8 with a scale for each of its rows of d."""
+    """[T, H, d] of each part as fp16, or as int8 with one scale per position and head."""
     tensors: dict[str, np.ndarray] = {}
     for part, states_THd in states.items():
         if query.spec.dtype == "float16":
@@ -59,7 +59,7 @@ def _relations(states_THd: Tensor, query: AttentionQuery, part: str) -> np.ndarr
     """[R, r, T] fp16."""
     spec = query.spec
     assert spec.form is not None, "a request for relations has a form"
-    # Rounded as served states are, so that who rebuilds relations from states has these very numbers.
+    # Rounded like served states, so that relations computed from states are the same.
     rounded_THd = _finite(states_THd.to(torch.float16), part, query)
     factor_RTd = similarity_factor(rounded_THd, form=spec.form, relation_heads=spec.relation_heads)
     form = spec.form
@@ -68,7 +68,7 @@ def _relations(states_THd: Tensor, query: AttentionQuery, part: str) -> np.ndarr
 
 
 def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, query: AttentionQuery) -> np.ndarray:
-    """[H, r, T or b] fp16: the softmax that the layer itself takes."""
+    """[H, r, T or b] fp16: the softmax that the layer itself computes."""
     length, block_size = len(query.tokens_T), query.spec.block_size
     query_HTd, key_HTd = query_HTd.float(), key_GTd.float()
     key_HTd = key_HTd.repeat_interleave(len(query_HTd) // len(key_HTd), dim=0)
@@ -81,7 +81,7 @@ def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, qu
             logits_HrT = attended.soft_cap * torch.tanh(logits_HrT / attended.soft_cap)
         seen_rT = columns_T <= rows_r[:, None]
         if attended.mask is not None:
-            # The first axis of a mask is 1 where it is the same for the whole batch.
+            # The first axis of a mask has size 1 if the mask is the same for the whole batch.
             mask_TT = attended.mask[place % len(attended.mask), 0]
             row_rT = mask_TT[rows_r, :length]
             seen_rT &= row_rT if row_rT.dtype == torch.bool else row_rT >= 0
@@ -92,7 +92,7 @@ def _maps(query_HTd: Tensor, key_GTd: Tensor, attended: Attended, place: int, qu
 
 
 def _within_blocks(maps_HrT: Tensor, rows_r: Tensor, width: int, block_size: int) -> Tensor:
-    """[H, r, width]: of each row the columns of its own block; those beyond the end are 0."""
+    """[H, r, width]: for each row the columns of its own block; those beyond the end are 0."""
     length = maps_HrT.shape[-1]
     columns_rb = (rows_r // block_size * block_size)[:, None] + torch.arange(width, device=rows_r.device)
     inside_rb = columns_rb < length
@@ -104,7 +104,8 @@ def _by_rows(
     query: AttentionQuery, heads: int, width: int, device: torch.device, of: Callable[[Tensor], Tensor],
     of_whole: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """[heads, r, width] fp16 of the query's rows, by `of` for a block of them at a time."""
+    """[heads, r, width] fp16 of the query's rows, from `of` for a block of them at a time. `of_whole` is the width that
+    `of` computes, if not `width`."""
     rows_r = np.arange(len(query.tokens_T)) if query.rows_r is None else query.rows_r
     table = np.empty((heads, len(rows_r), width), dtype=np.float16)
     step = max(1, BLOCK_ENTRIES // (heads * (of_whole or width)))

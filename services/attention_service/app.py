@@ -1,7 +1,7 @@
-"""The attention service: a `serving.service` of attention, its routes beside the common ones, and their description.
+"""The attention service: a `serving.service` of attention, its own routes, and their OpenAPI description.
 
-`create_app(service)` is a whole ASGI application. Everything wrong with a request is a RequestError with the field at
-fault. `main.py` calls `run` once options are read. `docs/api.md` says with examples what `/openapi.json` does.
+`create_app(service)` makes the complete ASGI application. An invalid request raises a RequestError that names the field
+at fault. `main.py` calls `run` once options are parsed. `docs/api.md` says the same as `/openapi.json`, with examples.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class AttentionService(Service[AttentionEngine, AttentionSettings, AttentionQuer
         return self.engine.limits.max_entries + self.engine.limits.max_sequence_length
 
     def info(self) -> AttentionInfo:
-        """What `GET /v1/teacher` answers."""
+        """The body of `GET /v1/teacher`."""
         engine = self.engine
         limits = engine.limits.model_copy(update={"max_cost": self.admission.max_cost})
         return AttentionInfo(
@@ -124,7 +124,7 @@ async def post_attention(request: Request, client: Client, service: TheService) 
 
 @router.get("/v1/teacher", responses=errors(*ASKING))
 async def get_teacher(service: TheService) -> AttentionInfo:
-    """Whose attention it is, which layers are served, and what is accepted."""
+    """The identity of the model whose attention is served, its shape and layers, and the limits."""
     service.require_started()
     return service.info()
 
@@ -132,7 +132,7 @@ async def get_teacher(service: TheService) -> AttentionInfo:
 async def _read_attention(
     request: Request, client: str, service: AttentionService
 ) -> Reply[AttentionQuery, AttentionTargets]:
-    """What the request asks, checked against the service's limits, and how it is answered."""
+    """The request, checked against the service's limits, as work and how its response is written."""
     engine = service.engine
     asked, as_json = await read_request(
         request, AttentionRequest, engine, lambda asked: check_attention_request(asked, engine.limits, engine.shape)
@@ -159,7 +159,7 @@ async def _read_attention(
 
 
 def run(settings: AttentionSettings) -> int:
-    """Serve until a signal; the exit code. ValueError for what can't be served."""
+    """Serve until a signal; returns the exit code. ValueError for what can't be served."""
 
     def make_service(keys: Keys) -> AttentionService:
         return AttentionService(AttentionEngine(settings), settings, keys)

@@ -1,6 +1,6 @@
-"""The engine of the attention service: the cut model in a thread, batches of like lengths, and whom it sits beside.
+"""The engine of the attention service: the truncated model in a thread, batching, and the check against its teacher.
 
-`service.py` sees nothing else of the model. torch and transformers are imported when it starts.
+`app.py` sees nothing else of the model. torch and transformers are imported when it starts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from attention_service.model import AttentionModel
 
 _DEFAULT_MAX_LENGTH = 2048
-# A teacher that starts at the same time loads for minutes.
+# A teacher that starts at the same time takes minutes to load.
 _TEACHER_WAIT_S = 900.0
 
 
 class AttentionEngine:
-    """A `serving.engine.AnyEngine` that answers with attention. `shape` is known once `start` has returned."""
+    """A `serving.engine.AnyEngine` that computes attention. `shape` is known once `start` has returned."""
 
     identity: TeacherIdentity
     limits: AttentionLimits
@@ -43,7 +43,7 @@ class AttentionEngine:
         )
 
     async def start(self) -> None:
-        """Load the model. ValueError if it can't be served, or is another one than the teacher's beside it."""
+        """Load the model. ValueError if it can't be served, or is not the model of the teacher given by --beside."""
         if self._settings.beside is not None:
             with stage("teacher asked who it is"):
                 self._teacher = await self._ask_teacher(self._settings.beside)
@@ -61,7 +61,7 @@ class AttentionEngine:
         self._batches.check()
 
     async def close(self) -> None:
-        """Wait for the forward pass that runs, drop what waits, give the memory back."""
+        """Wait for the running forward pass, fail the jobs that wait, release the memory."""
         await self._batches.close()
         self._model = None
 
@@ -123,7 +123,7 @@ class AttentionEngine:
 
 
 def _shared_options(teacher: TeacherIdentity | None) -> dict[str, str]:
-    """Options of the teacher's engine that a plain forward pass knows nothing of and that leave the model as it is: how
-    its cache is kept. Any other (another RoPE) makes another model, whose attention can't be had here."""
+    """Those options of the teacher's engine that a plain forward pass does not have but that leave the model unchanged:
+    how the KV cache is stored. Any other (another RoPE) makes another model, whose attention is not served here."""
     options = teacher.semantic.options if teacher is not None else {}
     return {name: value for name, value in options.items() if name.startswith("kv_cache_dtype")}

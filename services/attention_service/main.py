@@ -3,9 +3,9 @@
     stillhouse-attention HuggingFaceTB/SmolLM2-135M-Instruct --port 8001
     stillhouse-attention MODEL --beside http://localhost:8000 --layer 20
 
-On stdout comes one line, when requests can be answered:
+Prints one line on stdout once it is ready:
 `stillhouse-attention: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.
-Exit codes: 0 drained, 1 aborted, 2 can't serve what was asked, 70 the engine died.
+Exit codes: 0 drained, 1 aborted, 2 can't serve what was requested, 70 the engine died.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from serving.main import run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. What the user did wrong comes as one line on stderr and exit code 2."""
+    """Entry point. User errors become one line on stderr and exit code 2."""
     run_command("stillhouse-attention", _serve, arguments)
 
 
@@ -22,7 +22,7 @@ def _serve(arguments: list[str]) -> int:
     from attention_service.settings import parse_settings
 
     settings = parse_settings(arguments)
-    # Only now the imports that take their time: --help and a misspelt option are answered at once.
+    # Slow imports come after parsing, so that --help and a misspelt option are answered at once.
     from attention_service.app import run
 
     return run(settings)

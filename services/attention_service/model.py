@@ -1,4 +1,4 @@
-"""A transformers language model cut off above the layer that is served: token ids in, attention out. For `engine.py`.
+"""A transformers language model truncated above the highest layer served: token ids in, attention out. For `engine.py`.
 
 Weights of higher layers and the head are never read; a pass ends in the highest layer wanted, before it attends.
 """
@@ -24,17 +24,17 @@ from teacher_proto.hardware import choose_dtype, device_name, emulation_warning,
 from teacher_proto.model_files import ModelFolder
 
 log = logging.getLogger(__name__)
-# Decoders whose attention is held against transformers' own maps in the tests.
+# Decoders whose attention the tests compare with transformers' own maps.
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
-# Language models beside a vision tower, which is left out: their weights' names, as of today and before, to a plain
-# one's. The last is plain but for positions in three dimensions, which are one and the same in text.
+# Language models with a vision tower, which is left out. The last is a plain one except for three-dimensional
+# positions, whose coordinates are equal in text. The mapping turns weight names, current and former, into plain ones.
 WRAPPED_TYPES = ("gemma3_text", "mistral", "qwen3_vl_text")
 _WRAPPED_WEIGHTS = {r"^(model\.language_model\.|language_model\.model\.)": ""}
 
 
 class AttentionModel:
-    """The lower layers on their device, in `dtype` as `HfModel` reads it. ValueError for an architecture that isn't one
-    of MODEL_TYPES.
+    """The lower layers on their device; `dtype` has the same values as in `HfModel`. ValueError for an architecture
+    that is not in MODEL_TYPES or WRAPPED_TYPES.
     """
 
     def __init__(self, folder: ModelFolder, *, dtype: str, device: str, highest_layer: Callable[[int], int]):
@@ -70,7 +70,7 @@ class AttentionModel:
 
     @torch.inference_mode()
     def _measure(self, name: str) -> AttentionShape:
-        """The heads of every layer, from a pass over one token. ValueError where layers differ."""
+        """The heads of the layers, from passes over one token. ValueError if layers differ."""
         shapes = set()
         for layer in range(self.max_layer + 1):
             attended = self._attend([np.zeros(1, dtype=np.int64)], {layer})[layer]
@@ -86,7 +86,7 @@ class AttentionModel:
 
 
 def _config(folder: ModelFolder) -> Any:
-    """The text model's config. ValueError where its architecture is not one that is served."""
+    """The text model's config. ValueError if its architecture is not served."""
     try:
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -107,15 +107,15 @@ def _cut(config: Any, max_layer: int) -> Any:
     for name in ("layer_types", "no_rope_layers"):
         if getattr(cut, name, None) is not None:
             setattr(cut, name, getattr(cut, name)[: max_layer + 1])
-    # SDPA has no soft cap: a model with one is right in eager attention alone.
+    # SDPA has no soft cap: a model with one needs eager attention.
     capped = getattr(cut, "attn_logit_softcapping", None) is not None
     cut._attn_implementation = "eager" if capped else "sdpa"
     return cut
 
 
 def _load(folder: ModelFolder, config: Any, dtype: torch.dtype) -> Any:
-    """ValueError with the first line of what transformers says, or where the files lack a weight."""
-    # It would list the weights above the cut as unexpected.
+    """Load the weights. ValueError with the first line of transformers' error, or if the files lack a weight."""
+    # transformers would list the weights above the cut as unexpected.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     names = {"key_mapping": _WRAPPED_WEIGHTS} if "text_config" in folder.config else {}

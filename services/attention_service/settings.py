@@ -1,6 +1,6 @@
 """The options of `stillhouse-attention`: every one has an environment variable, `STILLHOUSE_ATTENTION_` and its name.
 
-Read by `main.py`; what the teacher service has too is in `serving.settings`.
+Read by `main.py`; options shared with the teacher service are in `serving.settings`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PREFIX = "STILLHOUSE_ATTENTION_"
 
 
 class AttentionSettings(ServiceSettings):
-    """Sizes in tokens, bytes or numbers of an answer; times in seconds."""
+    """Sizes in tokens, bytes or numbers in responses; times in seconds."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX)
     program: ClassVar[str] = "stillhouse-attention"
@@ -42,10 +42,10 @@ class AttentionSettings(ServiceSettings):
     capacity: int = Field(
         2**28,
         ge=1,
-        description="largest sum of numbers in the answers to all requests in progress; further requests wait or "
+        description="largest sum of numbers in the responses to all requests in progress; further requests wait or "
         "get 503",
     )
-    max_entries: int = Field(2**26, ge=1, description="largest answer for one sequence, in numbers")
+    max_entries: int = Field(2**26, ge=1, description="largest response for one sequence, in numbers")
     max_batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass, padding included")
 
     @model_validator(mode="after")
@@ -56,7 +56,7 @@ class AttentionSettings(ServiceSettings):
         return self
 
     def highest_layer(self, num_layers: int) -> int:
-        """`layer` in a model of so many layers. ValueError for one that it has not."""
+        """The index of `layer` in a model with this many layers. ValueError if it has no such layer."""
         try:
             layer: int | float | str = int(self.layer)
         except ValueError:

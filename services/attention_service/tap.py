@@ -1,8 +1,8 @@
-"""What attention layers are given, taken out of a model's own forward pass, which ends at the highest layer wanted.
+"""Captures what attention layers are given in a model's own forward pass, which ends at the highest layer wanted.
 
-Every attention layer of transformers hands its query and key (after RoPE and any norm of theirs), its value and its
+Every attention layer of transformers passes its query and key (after RoPE and any norm of theirs), its value and its
 mask to a function that it looks up by `config._attn_implementation`. Each layer here gets a copy of the config that
-names ours: it takes what is wanted, and calls the real one where the pass goes on. Used by `model.py`.
+names ours: it captures what is wanted, and calls the original if the pass continues. Used by `model.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TAP = "_stillhouse_tap"
 @dataclass(frozen=True)
 class Attended:
     """What one layer attends with: query [B, H, T, d], key and value [B, G, T, d], the mask that it was given (None:
-    causal), and its logits' factor and soft cap."""
+    causal), and the scaling and soft cap of its logits."""
 
     query_BHTd: Tensor
     key_BGTd: Tensor
@@ -38,7 +38,7 @@ class _Taken(Exception):
 
 
 class Tap:
-    """Installed on a model for good. One pass at a time."""
+    """Installed on a model permanently. One pass at a time."""
 
     def __init__(self, model: nn.Module):
         self._wanted: frozenset[int] = frozenset()
@@ -57,7 +57,7 @@ class Tap:
             module.__dict__[_TAP] = self
 
     def take(self, forward: Callable[[], Any], layers: Collection[int]) -> dict[int, Attended]:
-        """Run `forward` up to the highest of `layers`; what each of them attends with."""
+        """Run `forward` up to the highest of `layers`; returns what each of them attends with."""
         self._wanted, self._taken = frozenset(layers), {}
         try:
             forward()
@@ -71,7 +71,7 @@ class Tap:
     def meet(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """A layer's attention, in the midst of a pass."""
+        """Called as a layer's attention, in the middle of a pass."""
         layer = module.layer_idx
         if layer in self._wanted:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
