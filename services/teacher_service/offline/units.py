@@ -17,7 +17,7 @@ from teacher_service.offline.documents import Piece
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Token ids of distinct documents, in order. `num_bytes` is the size of their data, including `repeats` left out."""
+    """Token ids of distinct documents, in order. `num_bytes` is the size of the data read for them and for `repeats`."""
 
     number: int
     documents: tuple[np.ndarray, ...]
