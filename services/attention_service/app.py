@@ -132,7 +132,7 @@ async def get_teacher(service: TheService) -> AttentionInfo:
 async def _read_attention(
     request: Request, client: str, service: AttentionService
 ) -> Reply[AttentionQuery, AttentionTargets]:
-    """The request, checked against the service's limits, as work and how its response is written."""
+    """The request, checked against the service's limits, as a `Reply`: its work and how its response is written."""
     engine = service.engine
     asked, as_json = await read_request(
         request, AttentionRequest, engine, lambda asked: check_attention_request(asked, engine.limits, engine.shape)

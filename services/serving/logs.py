@@ -1,4 +1,4 @@
-"""Structured logs on stderr, one line per event: JSON for machines, plain text for people. Set up by `process.py`.
+"""Structured logs on stderr, one line per event: JSON for machines, plain text for people. Set up by each command.
 
 Headers, keys, bodies and query strings are never logged. `stage` reports what a service does until it is ready: one
 line per stage with its duration, and a line every 10 s while the stage lasts.

@@ -107,7 +107,7 @@ async def get_models(service: Service) -> dict[str, Any]:
 
 
 async def _read_targets(request: Request, client: str, service: TeacherService) -> Reply[Query, TokenTargets]:
-    """The request, checked against the engine's limits, as work and how its response is written."""
+    """The request, checked against the engine's limits, as a `Reply`: its work and how its response is written."""
     engine = service.engine
     asked, as_json = await read_request(
         request, TargetsRequest, engine, lambda asked: check_request(asked, engine.limits, engine.kinds)

@@ -50,7 +50,7 @@ class Work(Generic[QueryT]):
 @dataclass(frozen=True)
 class Reply(Generic[QueryT, AnswerT]):
     """A request's work, and how its response is written: `header` is the first message, `encode` makes a message of
-    (index, answer). With `as_json`, `document` makes the JSON of all answers instead.
+    (index, result). With `as_json`, `document` makes the JSON of all results instead.
     """
 
     work: Work[QueryT]
@@ -76,7 +76,7 @@ class AnyService(Protocol[QueryT, AnswerT]):
 async def outcomes(
     work: Work[QueryT], service: AnyService[QueryT, AnswerT]
 ) -> AsyncGenerator[tuple[int, AnswerT | StillhouseError]]:
-    """(index, answer or error) of every job, as they finish. Closing the iterator cancels the remaining jobs."""
+    """(index, result or error) of every job, as they finish. Closing the iterator cancels the remaining jobs."""
     finished: asyncio.Queue[asyncio.Task[AnswerT]] = asyncio.Queue()
     running: dict[asyncio.Task[AnswerT], int] = {}
     try:
@@ -201,7 +201,7 @@ class _Stream(Generic[QueryT, AnswerT]):
             await self._outlet.write(encode_failure(failed, error))
 
     async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
-        """Write an answer or an error; errors are held back until something else has been written."""
+        """Write a result or an error; errors are held back until something else has been written."""
         job = self._reply.work.jobs[index]
         self._tokens_done += job.query.num_tokens
         self._keys.pop(index, None)

@@ -27,7 +27,7 @@ class _Waiting(Generic[QueryT, AnswerT]):
 
 
 class Batches(Generic[QueryT, AnswerT]):
-    """`compute` returns the answers of a batch, in order. `max_tokens` bounds a batch, padding included; a longer job
+    """`compute` returns the results of a batch, in order. `max_tokens` bounds a batch, padding included; a longer job
     is a batch by itself. `tokens_computed` counts the tokens of all jobs passed to `compute`, retries included. Every
     method but `compute` runs in the event loop's thread."""
 
@@ -49,7 +49,7 @@ class Batches(Generic[QueryT, AnswerT]):
         return loaded
 
     async def answer(self, job: Job[QueryT]) -> AnswerT:
-        """The answer to a job. EngineError if it failed, EngineMemoryError if it ran out of memory."""
+        """The result of a job. EngineError if it failed, EngineMemoryError if it ran out of memory."""
         self.check()
         waiting = _Waiting(job, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)

@@ -2,10 +2,10 @@
 
 A sequence that is requested while an identical one is in flight waits for that one, which is computed as soon as one of
 the clients that want it gets a turn. When the last of them has left, it is dropped if it is still queued; once begun in
-the engine, it is finished, and the answer is kept for a repeated request, bounded in bytes and time. Answers that were
+the engine, it is finished, and the result is kept for a repeated request, bounded in bytes and time. Results that were
 delivered also stay available for a while: the latest `RECENT_BYTES` of them or, with a store, until the store has them.
 
-A `fresh` job is computed even if an answer is available: it asks what the model computes now.
+A `fresh` job is computed even if a result is available: it tests what the model computes now.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from teacher_proto.errors import EngineDeadError, EngineMemoryError, StillhouseE
 log = structlog.get_logger("stillhouse.coalescer")
 _SETTLING_S = 1.0
 RECENT_BYTES = 64 * 2**20
-_IN_FLIGHT_BYTES = 4096  # memory of a finished sequence besides its answer
+_IN_FLIGHT_BYTES = 4096  # memory of a finished sequence besides its result
 # The engine is given what it computes in this time, and at least `_LEAST_PACE` tokens, which bounds the wait of control
 # traffic. An engine that computes `_STEP_TOKENS` (a step of vLLM on a CPU) in that time is given the whole window: its
 # own steps bound the wait.
@@ -50,7 +50,7 @@ class InFlight(Generic[AnswerT]):
 
 
 class AnswerStore(Protocol[StoredQueryT, AnswerT]):
-    """Where answers are stored and looked up."""
+    """Where results are stored and looked up."""
 
     async def get(self, query: StoredQueryT) -> AnswerT | None: ...
 
@@ -60,9 +60,9 @@ class AnswerStore(Protocol[StoredQueryT, AnswerT]):
 
 
 class Coalescer(Generic[QueryT, AnswerT]):
-    """Turns jobs into answers by an engine's `score`. Every method runs in the event loop's thread.
+    """Turns jobs into results by an engine's `score`. Every method runs in the event loop's thread.
 
-    Answers that nobody waits for are kept for `keep_s`, in at most `keep_bytes`.
+    Results that nobody waits for are kept for `keep_s`, in at most `keep_bytes`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of answers that were computed after every client that wanted them had left."""
+        """Bytes of results that were computed after every client that wanted them had left."""
         return self._unread.nbytes
 
     def tokens_ahead(self, keys: Collection[Hashable]) -> int:
@@ -101,7 +101,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
 
     async def answer(self, job: Job[QueryT], client: str) -> AnswerT:
-        """The answer to an admitted job. EngineError if the engine failed on it."""
+        """The result of an admitted job. EngineError if the engine failed on it."""
         self._check_open()
         if job.fresh:
             return await self._answer_fresh(job, client)
@@ -164,7 +164,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._metrics.sequences.labels(client, source).inc()
 
     def drain(self) -> None:
-        """No request will be repeated here: cancel what nobody waits for, now and later."""
+        """Clients will not retry here: cancel what nobody waits for, now and later."""
         self._draining = True
         for one in list(self._in_flight.values()):
             if not one.waiters:

@@ -1,4 +1,4 @@
-"""Keeps track of answers that may be requested again, bounded in bytes and time. Used by `coalescer.py`."""
+"""Keeps track of results that may be requested again, bounded in bytes and time. Used by `coalescer.py`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ async def work_of(request: TokenRequest, service: TeacherService, client: str, r
     top_k = max(params.prompt_logprobs or 0, params.logprobs or 0, 1 if params.max_tokens or tempered else 0)
     kinds: tuple[Kind, ...] = ("top_k",) if top_k else ("score",)
     weight = _BASE64_WEIGHT if gathers and not params.prompt_logprobs else JSON_WEIGHT
-    # All rows, like the other compatible routes, so that answers are shared; for given ids alone, only their rows.
+    # All rows, like the other compatible routes, so that results are shared; for given ids alone, only their rows.
     alone = gathers and params.prompt_logprobs is None
     rows = (params.prompt_logprob_start or 0 if alone else 0, length - 1 if alone and not params.max_tokens else length)
     gathered: tuple[np.ndarray, ...] | None = None

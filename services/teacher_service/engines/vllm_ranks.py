@@ -91,7 +91,7 @@ def shared_head(model: Any, vocab_size: int) -> SharedHead | None:
     from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
     if getattr(model, "logits_processor", None) is None and hasattr(model, "get_language_model"):
-        model = model.get_language_model()  # beside a vision tower
+        model = model.get_language_model()  # a model with a vision tower
     processor, head = getattr(model, "logits_processor", None), getattr(model, "lm_head", None)
     if get_tensor_model_parallel_world_size() == 1 or processor is None or getattr(head, "tp_size", 1) == 1:
         return None

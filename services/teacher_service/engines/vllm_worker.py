@@ -20,7 +20,7 @@ class TargetsWorker:
         backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
         model, config = self.get_model(), self.vllm_config.model_config
         processor = getattr(model, "logits_processor", None)
-        if processor is None and hasattr(model, "get_language_model"):  # beside a vision tower
+        if processor is None and hasattr(model, "get_language_model"):  # a model with a vision tower
             processor = getattr(model.get_language_model(), "logits_processor", None)
         return {
             "attention_backends": sorted(backends),

@@ -17,7 +17,7 @@ from teacher_service.offline.documents import Piece
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Token ids of distinct documents, in order. `num_bytes` is the size of the data read for them and for `repeats`."""
+    """Token ids of distinct documents, in order. `num_bytes` is the size of the data read for it, repeats included."""
 
     number: int
     documents: tuple[np.ndarray, ...]
