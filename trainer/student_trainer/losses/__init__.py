@@ -1,8 +1,8 @@
-"""Losses of the student. May import settings and batch. Open `terms.py` first: what a loss is to all others.
+"""The student's losses. May import settings and batch. Open `terms.py` first: it defines what a loss is.
 
-`head_loss` computes all losses of tokens from hidden states; `token_term` makes one by its settings; `teacher_rows`
-makes a client's answers into `TeacherRows`, which is what the teacher said, row by row. These are for anybody's loop
-(`pip install stillhouse[losses]`): beside the standard library they import torch, numpy and pydantic.
+`head_loss` computes all token losses from hidden states; `token_term` makes one from its settings; `teacher_rows` turns
+a client's responses into `TeacherRows`, the teacher's targets row by row. They can be used in any training loop
+(`pip install stillhouse[losses]`): besides the standard library they import torch, numpy and pydantic.
 """
 
 from student_trainer.batch.answer_rows import teacher_rows

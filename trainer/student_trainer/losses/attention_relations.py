@@ -1,12 +1,13 @@
 """Attention-relation distillation: KL(teacher relations || student relations) of Q, K and V. Called by
 `attention_term`.
 
-Relations are of states, never of attention maps: a map's entries lie in [0, 1], so relations of maps are all but
-uniform for any model, and their KL is bounded by 1 / (2T). The definitions are in `teacher_proto.compute.relations`.
+Relations are computed from states, never from attention maps: the entries of a map lie in [0, 1], so relations of maps
+are nearly uniform for any model, and their KL is at most 1 / (2T). The definitions are in
+`teacher_proto.compute.relations`.
 
-Documents are separate sequences, so a packed row is cut at its documents and padding is never looked at. One document
-costs R blocks of [rows, T] at a time; the gradient is taken in closed form with the value, block by block, so that no
-[T, T] array outlives its block.
+Documents are separate sequences, so a packed row is split into its documents and padding is never read. A document
+takes R blocks of [rows, T] at a time; the gradient is computed in closed form along with the value, block by block, so
+that no [T, T] array is ever held.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from teacher_proto.compute.relations import (
     similarity_rows,
 )
 
-# Relation entries held at a time: 32 MiB in float32 for each of about six arrays.
+# Relation entries per block: 32 MiB in float32 for each of about six arrays.
 BLOCK_ENTRIES = 2**23
 
 
@@ -39,12 +40,12 @@ BLOCK_ENTRIES = 2**23
 class RelationLoss:
     """`total` / `count` is the loss of its form; both add up over micro batches.
 
-    total: differentiable float32 scalar. per_part: the summands of query, key and value, detached.
-    per_document_D, counts_D: the summand of each document, differentiable, and its positions that took part.
-    count: positions that took part in all.
+    total: differentiable float32 scalar. per_part: the contributions of query, key and value, detached.
+    per_document_D, counts_D: the contribution of each document, differentiable, and its number of positions.
+    count: the number of positions of all documents.
 
-    Over all positions of the batch, official: sum over Q, K, V of the KL averaged over positions and relation heads,
-    divided by R (what the released code does with one layer). paper and minilm: the same without that division.
+    Over all positions of the batch, form official is the sum over Q, K, V of the KL averaged over positions and
+    relation heads, divided by R (as the released code does for one layer). paper and minilm: without that division.
     """
 
     total: Tensor
@@ -63,10 +64,10 @@ def attention_relations(
 ) -> RelationLoss:  # fmt: skip
     """The relation loss of a packed batch.
 
-    `student`: [B, T, H, dh] of one layer. `teacher`: the same layout with its own H and dh, or one item a document,
-    rows first and then from left to right: QKV of [T_document, H, dh].
-    `document_ids_BT`: equal and not negative within a document, negative for padding; None makes a row one document.
-    Raises ValueError where R does not divide a width, or the teacher's documents are not the student's.
+    `student`: [B, T, H, dh] of one layer. `teacher`: the same layout with its own H and dh, or one QKV of
+    [T_document, H, dh] per document, ordered by row and then from left to right.
+    `document_ids_BT`: constant and not negative within a document, negative for padding; None: a row is one document.
+    Raises ValueError if R does not divide a width, or the teacher's documents do not match the student's.
     """
     chosen = relation_form(form)
     spans = document_spans(document_ids_BT, student.query.shape[:2])
@@ -95,7 +96,7 @@ def attention_relations(
 
 
 def document_spans(document_ids_BT: np.ndarray | Tensor | None, shape: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every document: the runs of an id that is not negative."""
+    """(row, start, stop) of every document: each run of one id that is not negative."""
     batch, length = shape
     if document_ids_BT is None:
         return [(row, 0, length) for row in range(batch)]
@@ -113,7 +114,7 @@ def document_spans(document_ids_BT: np.ndarray | Tensor | None, shape: Sequence[
 def _teacher_documents(
     teacher: QKV | Sequence[QKV], spans: list[tuple[int, int, int]], shape: Sequence[int]
 ) -> list[QKV]:
-    """The teacher's part of each span, with the lengths checked."""
+    """The teacher's states for each span. ValueError if their number or lengths differ from the student's."""
     if isinstance(teacher, QKV):
         if tuple(teacher.query.shape[:2]) != tuple(shape):
             raise ValueError(f"teacher states are {tuple(teacher.query.shape[:2])}, the student's {tuple(shape)}")
@@ -128,10 +129,10 @@ def _teacher_documents(
 
 
 class _BlockwiseDivergence(torch.autograd.Function):
-    """Sum of KL over relation heads and positions, with its gradient for the student's factor A.
+    """Sum of KL over relation heads and positions, with its gradient with respect to the student's factor A.
 
-    With S = A A^T, p = softmax(S) and t the teacher's relations: d KL / d S = p * sum(t) - t. Where a probability
-    lies under the form's floor it is a constant, and its t drops out of both. dA = dS A + dS^T A.
+    With S = A A^T, p = softmax(S) and t the teacher's relations: d KL / d S = p * sum(t) - t. Where p is below the
+    form's floor, its logarithm is a constant and its t drops out of both terms. dA = dS A + dS^T A.
     """
 
     @staticmethod
@@ -142,13 +143,13 @@ class _BlockwiseDivergence(torch.autograd.Function):
         gradient_RTd = torch.zeros_like(factor_RTd) if ctx.needs_input_grad[0] else None
         with torch.autocast(factor_RTd.device.type, enabled=False):
             for rows_r in rows_T.split(max(1, BLOCK_ENTRIES // (relation_heads * length))):
-                # S = A_r A^T for some rows r: [R, r, T] and no more of the [T, T] map at a time.
+                # S = A_r A^T for a block of rows r: [R, r, T], never the whole [T, T] map.
                 similarity_RrT = similarity_rows(factor_RTd, rows_r, form)
                 value, slope_RrT = _divergence(similarity_RrT, log_relation_rows(teacher_RTd, rows_r, form), form)
                 total += value
                 if gradient_RTd is not None:
                     block_Rrd = factor_RTd.index_select(1, rows_r)
-                    # S = A_r A^T, so d A gets dS A at the rows r and dS^T A_r at all T: a position is query and key.
+                    # dA gets dS A at the rows r and dS^T A_r at all T: every position is both query and key.
                     gradient_RTd.index_add_(1, rows_r, slope_RrT @ factor_RTd)
                     gradient_RTd.baddbmm_(slope_RrT.transpose(1, 2), block_Rrd)
         if gradient_RTd is not None:
@@ -158,23 +159,23 @@ class _BlockwiseDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient_RTd,) = ctx.saved_tensors
-        # The gradient was made with the value; here it is only scaled.
+        # The gradient was computed with the value; here it is only scaled.
         return gradients[0] * gradient_RTd, None, None
 
 
 def _divergence(similarity_RrT: Tensor, log_teacher_RrT: Tensor, form: RelationForm) -> tuple[Tensor, Tensor]:
-    """KL(teacher || softmax(similarity)) summed over everything, and its derivative by the similarity."""
+    """KL(teacher || softmax(similarity)) summed over everything, and its derivative with respect to the similarity."""
     log_student_RrT = similarity_RrT.log_softmax(dim=-1)
     student_RrT = log_student_RrT.exp()
     teacher_RrT = log_teacher_RrT.exp()
     pulled_RrT = teacher_RrT
     if form.floor:
         floor = math.log(form.floor)
-        # Under the floor the student's logarithm is a constant: its teacher mass pulls at nothing.
+        # Below the floor the student's logarithm is a constant, so the teacher's mass there has no gradient.
         pulled_RrT = teacher_RrT * (log_student_RrT >= floor)
         log_student_RrT = log_student_RrT.clamp(min=floor)
     terms_RrT = teacher_RrT * (log_teacher_RrT - log_student_RrT)
     # A masked or vanishing teacher probability adds nothing; its logarithms are -inf on both sides.
     value = terms_RrT.masked_fill(teacher_RrT == 0, 0.0).sum()
-    # d KL / d S = softmax(S) sum t - t, row by row, with the t that pull.
+    # d KL / d S = softmax(S) sum t - t, row by row, over the t above the floor.
     return value, student_RrT * pulled_RrT.sum(dim=-1, keepdim=True) - pulled_RrT

@@ -1,7 +1,7 @@
-"""The relation term: a value for every token that counts, that of its document. Named by `kinds`.
+"""The attention-relation term: every token that counts gets the value of its document. Named by `kinds`.
 
-A token's value is the mean relation loss over all positions of its document, so the term is a sum over tokens like
-every other, whatever the cut into micro batches and ranks, and has figures by source.
+A token's value is the mean relation loss over all positions of its document. So like every other term this one is a sum
+over tokens, does not depend on the split into micro batches and ranks, and has metrics by source.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AttentionTerm(StatesTerm):
         return Capture(attention=frozenset({self.layer(config)}))
 
     def layer(self, config: Any) -> int:
-        """The student's layer, counted from 0."""
+        """The index of the student's layer, counted from 0."""
         settings = self.settings
         wanted = settings.layer if settings.student_layer is None else settings.student_layer
         return layer_index(wanted, num_layers=config.num_hidden_layers)
@@ -68,11 +68,11 @@ class AttentionTerm(StatesTerm):
             relation_heads=self.settings.relation_heads, document_ids_BT=teacher.document_ids_BT,
         )  # fmt: skip
         counts_D = loss.per_document_D.new_tensor(loss.counts_D)
-        # Each label has its document's mean, so the loss's mean over labels weighs documents by their labels.
+        # Each label has its document's mean, so the mean over labels weights a document by its number of labels.
         return (loss.per_document_D / counts_D)[micro.documents_N]
 
     def _in_blocks(self, captured: Captured, teacher: TeacherAttention, config: Any) -> Tensor:
-        """[documents]: those of the clean half's blocks."""
+        """[documents]: the mean loss of each document, within the blocks of the clean half."""
         assert teacher.blocks_BT is not None, "the student has no blocks"
         return block_relations(
             captured.attention[self.layer(config)], teacher.documents,
@@ -82,7 +82,7 @@ class AttentionTerm(StatesTerm):
 
 
 def check_relation_heads(relation_heads: int, widths: Mapping[str, int], whose: str) -> None:
-    """ValueError naming the divisors where R does not divide every width that it is to cut."""
+    """ValueError, listing the possible values, if R does not divide every width."""
     if any(width % relation_heads for width in widths.values()):
         fitting = [n for n in range(1, min(widths.values()) + 1) if not any(w % n for w in widths.values())]
         raise ValueError(

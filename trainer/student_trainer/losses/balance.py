@@ -1,8 +1,10 @@
-"""Coefficients from shares of the gradient: how hard each term pulls is set, not what its value is multiplied by.
+"""Coefficients from gradient shares: what is set is each term's share of the gradient, not what its value is multiplied
+by.
 
-Made from the settings and called by the loop: at every `every`-th step `term_gradient_norms` measures one micro batch,
-`GradientBalance.update` takes it in, and `coefficients` hold until the next time. A coefficient means nothing without
-the reduction that it goes with (the same attention loss is published with 1e5 and with 60); a share does.
+Made from the settings and called by the loop: every `every` steps `term_gradient_norms` measures one micro batch,
+`GradientBalance.update` takes in the norms, and `coefficients` apply until the next measurement. A coefficient means
+nothing without the reduction that it goes with (the same attention loss is published with 1e5 and with 60); a share
+does.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ LARGEST = 1e6
 
 @dataclass(frozen=True)
 class GradientBalance:
-    """Shares, and running means of the norms that they are to be shares of.
+    """Gradient shares, and running means of the terms' gradient norms.
 
-    `shares`: by term, above 0, relative to one another. `reference` keeps its coefficient 1; the others have
-    share / reference's share * |reference's gradient| / |own gradient|, of the running means, at most 1e6.
-    `ema`: what is kept of the mean at an update. `every`: steps from one measurement to the next, the first at step 0.
-    `means` and `weights` are the state: sums of ema-weighted norms, and of the weights.
+    `shares`: by term, above 0, relative to one another. The coefficient of `reference` is 1; that of another term is
+    share / reference's share * |reference's gradient| / |own gradient|, with running means of the norms, at most 1e6.
+    `ema`: the weight of the old mean in an update. `every`: steps between measurements, the first at step 0.
+    `means` and `weights` are the state: the ema-weighted sum of the norms, and the sum of those weights.
     """
 
     shares: Mapping[str, float]
@@ -49,14 +51,14 @@ class GradientBalance:
             raise ValueError(f"balance: got every {self.every}, expected 1 or more steps")
 
     def due(self, step: int) -> bool:
-        """Whether to measure ahead of update `step`, counted from 0; at every step while nothing was measured yet."""
+        """Whether to measure before update `step`, counted from 0: also at every step until there is a measurement."""
         return step % self.every == 0 or not self.means
 
     def update(self, norms: Mapping[str, float]) -> GradientBalance:
-        """With a measurement taken in: the norm of each term's gradient at coefficient 1, all over the same rows.
+        """A copy with a measurement taken in: the norm of each term's gradient at coefficient 1, over the same rows.
 
-        A norm of 0 (no rows of the term in the micro batch, or nothing left to learn) leaves the term's mean alone.
-        ValueError for terms that are not balanced here, and for norms that are not finite.
+        A norm of 0 (the micro batch has no rows of the term, or nothing is left to learn) leaves the mean unchanged.
+        ValueError unless the norms are of exactly the balanced terms, finite and not negative.
         """
         if norms.keys() != self.shares.keys():
             raise ValueError(f"balance: got norms of {sorted(norms)}, expected those of {sorted(self.shares)}")
@@ -65,15 +67,16 @@ class GradientBalance:
         means, weights = dict(self.means), dict(self.weights)
         for name, norm in norms.items():
             if norm > 0:
-                # m <- ema m + (1 - ema) norm, and w the sum of the weights: m / w is a mean from the first one on.
+                # m <- ema m + (1 - ema) norm, w the sum of the weights: m / w is a mean from the first norm on.
                 means[name] = self.ema * means.get(name, 0.0) + (1.0 - self.ema) * norm
                 weights[name] = self.ema * weights.get(name, 0.0) + (1.0 - self.ema)
         return replace(self, means=means, weights=weights)
 
     def coefficients(self) -> dict[str, float]:
-        """By term, what its value is multiplied by. A term that was not measured yet counts as the reference does."""
+        """By term, what its value is multiplied by. A term without a measurement is taken to have the reference's norm.
+        """
         mean = {name: self.means[name] / self.weights[name] for name in self.means if self.reference in self.means}
-        # c = share / reference's share x its |g| / own |g|: then |c g| are to each other as the shares are.
+        # c = share / reference's share x reference's |g| / own |g|, so that the |c g| are in proportion to the shares.
         pull = mean.get(self.reference, 1.0)
         return {
             name: min(LARGEST, share / self.shares[self.reference] * pull / mean.get(name, pull))
@@ -85,7 +88,7 @@ class GradientBalance:
         return {"means": dict(self.means), "weights": dict(self.weights)}
 
     def restored(self, state: Mapping[str, Mapping[str, float]]) -> GradientBalance:
-        """With the state that was saved. Terms that are no longer there are forgotten."""
+        """A copy with a saved state; terms that are no longer balanced are dropped."""
         means, weights = (
             {name: float(value) for name, value in state[part].items() if name in self.shares}
             for part in ("means", "weights")
@@ -96,14 +99,14 @@ class GradientBalance:
 def term_gradient_norms(
     loss: Callable[[Tensor, tuple[Term, ...]], HeadLoss], hidden_ND: Tensor, terms: Iterable[Term]
 ) -> dict[str, float]:
-    """The norm of each term's gradient, at coefficient 1, at the student's final hidden states.
+    """The norm of each term's gradient, at coefficient 1, with respect to the student's final hidden states.
 
-    `loss(hidden_ND, terms)` is `head_loss` on a micro batch, with a head that needs no gradient: then a term costs
-    two matrix products of the head, and nothing is differentiated behind the hidden states.
+    `loss(hidden_ND, terms)` is `head_loss` on a micro batch, with a head that needs no gradient: a term then costs two
+    matrix products of the head, and nothing below the hidden states is differentiated.
     """
     norms = {}
     for term in terms:
-        # A leaf: the graph behind the hidden states is not walked again for every term.
+        # A leaf, so that the graph below the hidden states is not traversed again for every term.
         leaf_ND = hidden_ND.detach().requires_grad_()
         with torch.enable_grad():
             total = loss(leaf_ND, (replace(term, coefficient=1.0),)).total
@@ -113,9 +116,10 @@ def term_gradient_norms(
 
 
 def gradient_norms(roots: Mapping[str, tuple[Tensor, Tensor | None]], parameters: Sequence[Tensor]) -> dict[str, float]:
-    """The norm of each term's gradient over chosen parameters: for terms that don't meet at the hidden states.
+    """The norm of each term's gradient with respect to chosen parameters: for terms that don't all pass through the
+    hidden states.
 
-    `roots`: by term, what to differentiate and the gradient to begin with, None for a scalar. The graph is kept.
+    `roots`: by term, what to differentiate and the gradient to start from, None for a scalar. The graph is kept.
     A parameter that a term does not reach adds nothing.
     """
     norms = {}
@@ -127,7 +131,7 @@ def gradient_norms(roots: Mapping[str, tuple[Tensor, Tensor | None]], parameters
 
 
 def _numbers(norms: Mapping[str, Tensor]) -> dict[str, float]:
-    """All at once, so that a GPU is waited for once."""
+    """All in one transfer, so that a GPU is waited for only once."""
     if not norms:
         return {}
     return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))

@@ -1,7 +1,8 @@
-"""What a call of `head.head_loss` must satisfy. Called by `head`, and by `metrics` for what was put off.
+"""Checks on the arguments of `head.head_loss`. Called by `head`, and by `metrics` for the deferred ones.
 
-What is known without looking into a tensor is refused at once. The rest are deferred checks: a GPU is waited for once
-for all of them, at the end of a call or of a step. Until then what is wrong does no harm: no id reaches beyond a row.
+What can be checked without reading a tensor's values is refused at once. The rest are deferred checks: a GPU is waited
+for only once for all of them, at the end of a call or of a step. Until then bad values do no harm: no id reads or
+writes outside its row.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from student_trainer.losses.terms import TeacherTerm, TokenTerm
 
 IGNORED = -100
 
-# A scalar that is True where something is wrong, and the words for it.
+# A scalar tensor that is True if something is wrong, and a function that returns the message.
 DeferredCheck = tuple[Tensor, Callable[[], str]]
 
 
 def raise_failed(checks: Sequence[DeferredCheck], flags: Sequence[float] | None = None) -> None:
-    """ValueError with the words of the first check that failed. `flags`: what `flags_of` gave, as numbers."""
+    """ValueError with the message of the first failed check. `flags`: the result of `flags_of`, as numbers."""
     if flags is None:
         flags = flags_of(checks).tolist() if checks else []
     for wrong, (_, words) in zip(flags, checks, strict=True):
@@ -31,14 +32,14 @@ def raise_failed(checks: Sequence[DeferredCheck], flags: Sequence[float] | None 
 
 
 def flags_of(checks: Sequence[DeferredCheck]) -> Tensor:
-    """Booleans on the device, one for each of one or more checks."""
+    """Booleans on the device, one per check; at least one check."""
     return torch.stack([wrong for wrong, _ in checks])
 
 
 def check_shapes(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, terms: Sequence[TokenTerm], weights_N: Tensor | None = None
 ) -> None:
-    """ValueError where shapes disagree, or two terms share a name."""
+    """ValueError if shapes disagree, if there are no terms, or if two share a name."""
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"got hidden states {tuple(hidden_ND.shape)} and head {tuple(weight_VD.shape)}, "
@@ -54,7 +55,7 @@ def check_shapes(
 
 
 def check_labels(labels_N: Tensor, vocab_size: int) -> Iterator[DeferredCheck]:
-    """A label that is neither ignored nor an id of the student."""
+    """Deferred check for a label that is neither ignored nor an id of the student."""
     # A tensor, not yet a number: reading it would wait for the device.
     wrong_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= vocab_size))
 
@@ -66,7 +67,7 @@ def check_labels(labels_N: Tensor, vocab_size: int) -> Iterator[DeferredCheck]:
 
 
 def shared_width(shared_vocab: int | None, vocab_size: int) -> int:
-    """The number of leading ids that distillation compares; ValueError if there are none or more than the student's."""
+    """The number of leading ids that distillation compares; ValueError if it is 0 or more than the student has."""
     if shared_vocab is None:
         return vocab_size
     if not 0 < shared_vocab <= vocab_size:
@@ -75,7 +76,7 @@ def shared_width(shared_vocab: int | None, vocab_size: int) -> int:
 
 
 def rows_that_count(term: TokenTerm, labels_N: Tensor, teacher: TeacherRows | None) -> Tensor:
-    """Bool [N]: which rows the term sums over. ValueError if the teacher's rows are not as many as the student's."""
+    """Bool [N]: which rows the term sums over. ValueError if teacher and student have different numbers of rows."""
     if not isinstance(term, TeacherTerm) or teacher is None or teacher.valid_N is None:
         return labels_N != IGNORED
     if teacher.valid_N.shape != labels_N.shape:
@@ -86,7 +87,8 @@ def rows_that_count(term: TokenTerm, labels_N: Tensor, teacher: TeacherRows | No
 def check_targets(
     term: TokenTerm, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None
 ) -> Iterator[DeferredCheck]:  # fmt: skip
-    """ValueError if the term needs what `teacher` has not; deferred checks for NaN and ids from `limit` on."""
+    """ValueError if the term needs targets that `teacher` lacks; deferred checks for NaN and ids outside [0, `limit`).
+    """
     if not isinstance(term, TeacherTerm):
         return
     support = SUPPORTS[term.support]

@@ -1,7 +1,8 @@
-"""All of a call's rows: a chunk of rows for the matrix products, and within it blocks for everything else.
+"""Runs the head and its losses over a call's rows: in chunks for the matrix products, and for all else in blocks of a
+chunk.
 
-Called by `head`. On a CPU a chunk must be tall, or the products are slow, and a block small enough for the caches, or
-each pass over the logits waits for memory. On a GPU a chunk goes through the kernels of `fused` as it is.
+Called by `head`. On a CPU a chunk must have many rows, or the products are slow, and a block must fit the caches, or
+every pass over the logits waits for memory. On a GPU the kernels of `fused` process a whole chunk.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ GPU_CHUNK_ELEMENTS = 2**27
 
 
 def default_chunk_rows(vocab_size: int, device: torch.device, heads: int = 1) -> int:
-    """Rows a chunk: few enough for the memory, never so few that the products turn into reading the head.
+    """Rows per chunk: few enough to limit memory, never so few that the products mostly read the head.
 
-    On a GPU the logits of all `heads` (the student's, and the teacher's where whole vocabularies are compared) have
-    512 MiB together, the gradient half as much beside them. On a CPU a head has 64 MiB.
+    On a GPU the logits of all `heads` (the student's, and the teacher's where whole vocabularies are compared) take
+    512 MiB together, and the gradient half as much in addition. On a CPU each head's logits take 64 MiB.
     """
     elements = GPU_CHUNK_ELEMENTS // heads if device.type == "cuda" else CPU_CHUNK_ELEMENTS
     return max(256, elements // vocab_size)
@@ -36,20 +37,22 @@ def default_chunk_rows(vocab_size: int, device: torch.device, heads: int = 1) ->
 def run_chunks(
     job: Job, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, ...]
 ) -> Outcome:
-    """Values, and the gradients by (hidden, weight, bias) that `needs` names, over all rows that count for any term."""
+    """Values, and the gradients with respect to those of (hidden, weight, bias) that `needs` selects, over all rows
+    that count for any term.
+    """
     head = HeadProjection(weight_VD, bias_V, job.softcap, job.scale, hidden_ND.dtype, job.compute)
     teacher_head = _teacher_projection(job)
     outcome = _empty(job, head, hidden_ND, weight_VD, bias_V, needs)
-    # All rows as a slice, or those that count: a GPU has to be waited for to know how many they are.
+    # All rows as a slice, or the indices of those that count: finding these waits for the GPU.
     rows_M: Rows = slice(0, len(hidden_ND))
     if not job.every_row:
         rows_M = torch.stack(list(job.counted.values())).any(0).nonzero()[:, 0]
     count = len(hidden_ND) if isinstance(rows_M, slice) else len(rows_M)
     if outcome.weight_VD is not None and not count:
-        # It is left as memory happens to be until the first chunk writes it, and here there is none.
+        # It is uninitialised memory until the first chunk writes it, and here there is no chunk.
         outcome.weight_VD.zero_()
     height = min(job.chunk_rows, max(1, count))
-    # One chunk's logits, and the teacher's where whole vocabularies are compared: every chunk is written over the last.
+    # Logits of one chunk, and the teacher's where whole vocabularies are compared: buffers that all chunks share.
     z_CV = torch.empty(height, len(weight_VD), dtype=head.accumulator, device=hidden_ND.device)
     teacher_CW: Tensor | None = None
     if teacher_head is not None:
@@ -63,8 +66,8 @@ def run_chunks(
         chunk = slice(start, min(count, start + height))
         rows_C, z_cV = within(rows_M, chunk), z_CV[: chunk.stop - start]
         teacher_cW = None if teacher_CW is None else teacher_CW[: chunk.stop - start]
-        # Products forward, the student's and the teacher's; then values and, in place of the products, the gradient by
-        # them; products back, to the hidden states and to the weight.
+        # The student's and the teacher's forward products; then the values and, written over the products, the gradient
+        # with respect to them; then the products back to the hidden states and the weight.
         hidden_CD = hidden_ND.detach()[rows_C].to(head.dtype)
         head.project(hidden_CD, z_cV)
         if teacher_head is not None and teacher_cW is not None:
@@ -77,19 +80,19 @@ def run_chunks(
 
 
 def kernels_serve(device: torch.device) -> bool:
-    """Whether Triton's kernels compute what lies between the products. Tests force both sides on a CPU."""
+    """Whether Triton kernels compute what lies between the products. Tests force both answers on a CPU."""
     return runs_triton(device)
 
 
 def _have_kernels(terms: Sequence[TokenTerm]) -> bool:
-    """Whether the kernels know every kind among the terms; a kind is complete without one."""
+    """Whether the kernels know every kind among the terms; without a kernel, `_Blocks` computes a kind."""
     from student_trainer.losses.fused.divergences import KINDS, LABEL_KINDS  # bring Triton
 
     return all(term.kind in (*KINDS, *LABEL_KINDS) for term in terms)
 
 
 class _Blocks:
-    """By torch's operations, block by block: the reference."""
+    """What lies between the products as torch operations, block by block: the reference."""
 
     def __init__(self, job: Job, head: HeadProjection, teacher_head: HeadProjection | None, outcome: Outcome):
         self._job, self._head, self._teacher_head, self._outcome = job, head, teacher_head, outcome
@@ -103,13 +106,13 @@ class _Blocks:
         return z_CV if self._job.wants_grad else None
 
     def finish(self) -> None:
-        """Every block has written its own."""
+        """Nothing to do: every block has written its own values."""
 
 
 def _run_block(
     job: Job, head: HeadProjection, rows_B: Rows, z_BV: Tensor, teacher_BW: Tensor | None, outcome: Outcome
 ) -> None:
-    """Products in `z_BV` to values in `outcome`, and (with a gradient) to the gradient by the products, in place."""
+    """From the products in `z_BV`: values into `outcome` and, if wanted, the gradient with respect to them in place."""
     head.cap_(z_BV)
     if job.want_top1:
         outcome.top1_N[rows_B] = z_BV.argmax(-1)
@@ -120,25 +123,25 @@ def _run_block(
         teacher_logits_NW=teacher_BW,
         weights_N=None if job.weights_N is None else job.weights_N[rows_B],
     )
-    # The logits are wanted again by the next pass, and by a cap's derivative.
+    # The next pass and the derivative of a cap need the logits again.
     may_overwrite = len(job.passes) == 1 and head.softcap is None
     gradient_BV: Tensor | None = None
     for run in job.passes:
         values, part_BW = run_pass(run, z_BV, block, job.wants_grad, overwrite=may_overwrite)
-        # A pass has its own terms alone; rows of `values_MN` are in the order of the call's.
+        # A pass has only its own terms; the rows of `values_MN` are in the order of the call's terms.
         for index, term in enumerate(job.terms):
             if term.name in values:
                 outcome.values_MN[index, rows_B] = values[term.name]
         gradient_BV = _add(gradient_BV, part_BW, z_BV)
     if gradient_BV is not None:
-        # So far by the logits; by the products it is that times the derivative of cap and scale.
+        # So far with respect to the logits; times the derivative of cap and scale, with respect to the products.
         head.uncap_(gradient_BV, z_BV)
         if gradient_BV is not z_BV:
             z_BV.copy_(gradient_BV)
 
 
 def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Tensor | None:
-    """total + part, where a part may be narrower than the vocabulary."""
+    """total + part; a part may be narrower than the vocabulary."""
     if part_BW is None:
         return total_BV
     if total_BV is None:
@@ -152,7 +155,7 @@ def _add(total_BV: Tensor | None, part_BW: Tensor | None, like_BV: Tensor) -> Te
 def _backward(
     head: HeadProjection, outcome: Outcome, rows_C: Rows, hidden_CD: Tensor, gradient_CV: Tensor, *, begin: bool
 ) -> None:
-    # z = h W^T + b: d b = sum of rows of G, d h = G W, d W = G^T h, with G the gradient by the products.
+    # z = h W^T + b: d b = sum of rows of G, d h = G W, d W = G^T h, with G the gradient with respect to z.
     if outcome.bias_V is not None:
         outcome.bias_V.add_(gradient_CV.sum(0, dtype=outcome.bias_V.dtype))
     gradient_CV = gradient_CV.to(head.back_dtype)
@@ -207,7 +210,7 @@ def _compares_vocabularies(term: TokenTerm) -> bool:
 def _project_teacher(job: Job, head: HeadProjection, rows_C: Rows, out_CW: Tensor) -> None:
     assert job.teacher is not None and job.teacher.teacher_hidden_NE is not None
     hidden_CE = job.teacher.teacher_hidden_NE[rows_C].to(head.dtype)
-    # What stands on rows without a teacher may be anything, and NaN times a weight of zero is NaN.
+    # Rows without a teacher may hold anything, and NaN times a weight of zero is NaN.
     counted_N = next(job.counted[term.name] for term in job.terms if _compares_vocabularies(term))
     hidden_CE = torch.where(counted_N[rows_C][:, None], hidden_CE, 0.0)
     head.project(hidden_CE, out_CW)

@@ -1,9 +1,9 @@
-"""The formula of every token loss, and by kind which one: `DIVERGENCES` and `LABEL_LOSSES`. Called by `passes`.
+"""The formula of every token loss, by kind: `DIVERGENCES` and `LABEL_LOSSES`. Called by `passes`.
 
-A divergence is (log_p_NB, log_q_NB, settings) -> (value_N, slope_NB), p the teacher and q the student over the same
-buckets, `value` in nats and `slope` = d value / d log q, bucket by bucket, as if the q were free. That q sums to one
-comes in with the softmax (see `passes`), which is why a multiple of q may be left out of a slope.
-A loss at the label is (log_q_N, settings) -> (value_N, slope_N), of the label's logprob.
+A divergence is (log_p_NB, log_q_NB, settings) -> (value_N, slope_NB), with p the teacher and q the student over the
+same buckets, `value` in nats and `slope` = d value / d log q, bucket by bucket, as if the q were independent. The
+softmax (see `passes`) accounts for q summing to one, which is why a multiple of q may be left out of a slope.
+A label loss is (log_q_N, settings) -> (value_N, slope_N), of the label's logprob.
 `settings`: those of its kind, see `settings.terms`.
 """
 
@@ -20,14 +20,14 @@ from student_trainer.settings.terms import JSDSettings, SkewedKLSettings, Skewed
 
 
 def cross_entropy(log_q_label_N: Tensor, settings: TermSettings) -> tuple[Tensor, Tensor]:
-    """With the data's own next token: -log q(label)."""
+    """Cross-entropy with the data's next token: -log q(label)."""
     return -log_q_label_N, log_q_label_N.new_full(log_q_label_N.shape, -1.0)
 
 
 def forward_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: TermSettings) -> tuple[Tensor, Tensor]:
     """KL(p‖q) = sum p (log p - log q)."""
     p_NB = log_p_NB.exp()
-    # Of p log p - p log q only the second has q in it.
+    # Only the second term of p log p - p log q depends on q.
     return (p_NB * (log_p_NB - log_q_NB)).sum(-1), -p_NB
 
 
@@ -35,7 +35,7 @@ def reverse_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: TermSettings) -> tu
     """KL(q‖p) = sum q (log q - log p)."""
     q_NB = log_q_NB.exp()
     gap_NB = log_q_NB - log_p_NB
-    # d / d log q of q (log q - log p) is q gap + q, whose multiple of q is left out.
+    # d / d log q of q (log q - log p) is q gap + q; the multiple of q is left out.
     return (q_NB * gap_NB).sum(-1), q_NB * gap_NB
 
 
@@ -43,8 +43,8 @@ def jsd(log_p_NB: Tensor, log_q_NB: Tensor, settings: JSDSettings) -> tuple[Tens
     """beta KL(p‖m) + (1 - beta) KL(q‖m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1)."""
     beta = settings.beta
     log_m_NB = torch.logaddexp(log_p_NB + math.log(beta), log_q_NB + math.log1p(-beta))
-    # Slope: (1 - beta) q (log q - log m + 1), less m d log m / d log q = (1 - beta) q of the mixture: what is left is
-    # the student's summand itself.
+    # Slope: (1 - beta) q (log q - log m + 1) - m d log m / d log q, of which the latter is (1 - beta) q: what is left
+    # is the student's summand itself.
     student_NB = (1.0 - beta) * log_q_NB.exp() * (log_q_NB - log_m_NB)
     teacher_NB = beta * log_p_NB.exp() * (log_p_NB - log_m_NB)
     return (teacher_NB + student_NB).sum(-1), student_NB
@@ -53,7 +53,7 @@ def jsd(log_p_NB: Tensor, log_q_NB: Tensor, settings: JSDSettings) -> tuple[Tens
 def skewed_kl(log_p_NB: Tensor, log_q_NB: Tensor, settings: SkewedKLSettings) -> tuple[Tensor, Tensor]:
     """KL(p‖m) with m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898).
 
-    The mixture keeps the logarithm finite where the one distribution has mass and the other has none.
+    The mixture keeps the logarithm finite where one distribution has mass and the other has none.
     """
     log_m_NB = _log_mixture(log_p_NB, log_q_NB, settings.alpha)
     p_NB = log_p_NB.exp()

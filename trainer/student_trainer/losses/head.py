@@ -1,13 +1,13 @@
-"""Every loss from one operation over hidden states: head, losses and their gradient together, chunk by chunk.
+"""All token losses as one operation on hidden states: head, losses and their gradient together, chunk by chunk.
 
-Called by the students (through the loop) and by evaluation. `head_loss` never holds an array of [rows, vocabulary]
-beyond a chunk of rows: the gradient is made in the forward pass, while a chunk's logits are at hand, and the backward
-pass only scales it. That costs the three matrix products of plain cross-entropy and no recomputation.
+Called by the students (through the loop) and by evaluation. `head_loss` holds an array of [rows, vocabulary] for one
+chunk of rows only: the gradient is computed in the forward pass, while a chunk's logits exist, and the backward pass
+only scales it. That costs the three matrix products of plain cross-entropy, without recomputation.
 
-    checks    what a call must satisfy                         plan        the call, and what comes of it
-    chunks    a call's rows, chunk by chunk                   projection  the matrix products
-    passes    the algebra of a block of rows           supports    the teacher's side of it
-    divergences    the formula of each kind
+    checks    checks on the arguments                 plan         the call and its outcome
+    chunks    a call's rows, chunk by chunk           projection   the matrix products
+    passes    the losses of a block of rows           supports     the teacher's side of them
+                                                      divergences  the formula of each kind
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def head_loss(
     """The sum of all terms over N rows, with its gradient.
 
     `labels_N`: the token that row n predicts; -100 leaves the row out of cross-entropy. Distillation terms count the
-    rows where `teacher.valid_N` is True, or, without `valid_N`, those with a label.
+    rows where `teacher.valid_N` is True or, without `valid_N`, those with a label.
     The student's logits are cap(logit_scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap).
     `shared_vocab`: how many leading ids student and teacher have in common (default: all of the student's); `supports`
-    says what becomes of the others.
-    `weights_N`: what the values of each row, and with them its gradient, are multiplied by in `total`; None: by 1.
-    `chunk_rows`: rows whose logits exist at a time; the default keeps a chunk near 64 MiB on a CPU, 512 MiB on a GPU.
-    Values and gradients do not depend on it beyond rounding. Under `torch.no_grad()` no gradient is made.
-    `compute`: the dtype that the student computes in; at bfloat16 the products take bf16 factors, as `projection` says.
-    `every_row`: whether all rows count for some term, as the caller knows; else the device is asked which do.
-    `defer`: leave the checks that look into tensors, in `deferred`, to the caller. With both, no device is waited for.
-    `total` can be differentiated once: its backward pass consumes the gradient that was made here.
-    Raises ValueError where shapes disagree, a name comes twice, a term needs targets that `teacher` has not, or the
-    teacher names ids that the student has not and `shared_vocab` was not given.
+    says how the others are treated.
+    `weights_N`: multiplies each row's values, and so its gradient, in `total`; None: all 1.
+    `chunk_rows`: rows whose logits exist at a time; by default about 64 MiB of them on a CPU, 512 MiB on a GPU. Values
+    and gradients do not depend on it, except by rounding. Under `torch.no_grad()` no gradient is computed.
+    `compute`: the dtype that the student computes in; with bfloat16 the products take bf16 factors, see `projection`.
+    `every_row`: True if the caller knows that every row counts for some term; otherwise the device is asked which do.
+    `defer`: leave the checks that read tensors to the caller, in `deferred`. With both, no device is waited for.
+    `total` can be differentiated once: its backward pass consumes the gradient computed here.
+    Raises ValueError if shapes disagree, a name occurs twice, a term needs targets that `teacher` lacks, or the
+    teacher's ids are beyond the student's vocabulary and `shared_vocab` was not given.
     """
     vocab_size = len(head_weight_VD)
     check_shapes(hidden_ND, head_weight_VD, labels_N, terms, weights_N)
@@ -88,14 +88,14 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             outcome = run_chunks(job, hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
             values_MN = outcome.values_MN
-            # total = sum over terms m and rows n of coefficient_m weight_n value_mn; the kernels and `passes` have put
-            # the same factors into the gradient.
+            # total = sum over terms m and rows n of coefficient_m weight_n value_mn; the kernels and `passes` have
+            # applied the same factors to the gradient.
             coefficients_M = torch.tensor([term.coefficient for term in job.terms], dtype=values_MN.dtype)
             coefficients_M = coefficients_M.to(values_MN.device, non_blocking=True)
             sums_M = values_MN.sum(1) if job.weights_N is None else values_MN @ job.weights_N.to(values_MN.dtype)
             total = coefficients_M @ sums_M
         weight_grad, bias_grad = outcome.weight_VD, outcome.bias_V
-        # Kept in the context by hand: saved tensors may not be written over, and the backward pass does.
+        # Set on the context directly: tensors saved by autograd may not be modified, and the backward pass does that.
         ctx.gradients = (
             outcome.hidden_ND,
             None if weight_grad is None else weight_grad.to(weight_VD.dtype),

@@ -1,4 +1,4 @@
-"""The student's final hidden states against the teacher's, for a teacher of the student's width. Named by `kinds`."""
+"""The term that compares final hidden states, for a teacher of the student's width. Named by `kinds`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from student_trainer.settings.terms import FinalHiddenSettings
 
 @dataclass(frozen=True)
 class FinalHiddenTerm(StatesTerm):
-    """|s - t|^2 / |t|^2 of each row, both behind the last norm: the squared error in units of the teacher's square."""
+    """|s - t|^2 / |t|^2 of each row, both after the last norm: the squared error relative to the teacher's square."""
 
     settings: FinalHiddenSettings
 
@@ -33,5 +33,5 @@ class FinalHiddenTerm(StatesTerm):
                 f"{hidden_ND.shape[1]}, the teacher's {theirs_ND.shape[1]}. Use forward_kl with support=full"
             )
         values_N = (hidden_ND - theirs_ND).square().sum(-1) / theirs_ND.square().sum(-1).clamp_min(1e-12)
-        # What stands where the teacher has no row is never used, not even multiplied by zero.
+        # The value where the teacher has no row is never used, not even multiplied by zero.
         return values_N if teacher.valid_N is None else values_N.where(teacher.valid_N, 0.0)

@@ -1,6 +1,6 @@
-"""Which class a kind of loss is, and terms out of settings. Called by `build`, `evaluator` and whoever asks a teacher.
+"""The class of each kind of loss, and terms made from settings. Called by `build`, `evaluator` and target sources.
 
-A kind has its settings in `settings.terms`; a token's loss its formula in `divergences`, any other a class here.
+The settings of a kind are in `settings.terms`; a token loss has its formula in `divergences`, any other its own class.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def term_of(name: str, settings: TermSettings | AttentionSettings) -> Term:
 
 
 def token_term(name: str, kind: str, coefficient: float = 1.0, **settings: Any) -> TokenTerm:
-    """A token's loss by its settings, for those who write losses in code. ValueError for one that cannot be."""
+    """A token loss from its settings, for losses written in code. ValueError for invalid settings."""
     given = {"kind": kind, "coefficient": coefficient, **settings}
     term = term_of(name, _CHECKED.validate_python({name: given})[name])
     assert isinstance(term, TokenTerm), kind
@@ -42,11 +42,11 @@ def token_term(name: str, kind: str, coefficient: float = 1.0, **settings: Any) 
 
 
 def terms_of(settings: DistillationSettings | OnPolicySettings) -> tuple[Term, ...]:
-    """The terms in the order of the settings. ValueError where there are none, or two of one name."""
+    """The terms in the order of the settings. ValueError if there are none, or two of one name."""
     return tuple(term_of(name, each) for name, each in settings.by_name().items())
 
 
 def all_terms(settings: Settings) -> tuple[Term, ...]:
-    """Every loss of the run, those on the student's own text included."""
+    """Every loss of the run, including those on the student's own text."""
     on_policy = settings.on_policy
     return terms_of(settings.distillation) + (terms_of(on_policy) if on_policy.active else ())

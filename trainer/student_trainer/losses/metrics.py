@@ -1,6 +1,6 @@
-"""What the losses of a batch were: sums of every term by source, gathered without making the device wait.
+"""The loss metrics of a batch: sums of every term by source, accumulated without waiting for the device.
 
-Used by `loop` and `evaluator`; what else is known of a step is in `reporting.step_metrics`.
+Used by `loop` and `evaluator`; the other metrics of a step are in `reporting.step_metrics`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from student_trainer.ranks import ALONE, Ranks
 class LossMetrics:
     """Means in nats over the tokens that count for each term; `loss` is what was differentiated.
 
-    `tokens`: what the loss was divided by, see `View.count`. `terms`: raw means, weighted where labels have weights.
-    `weighted`: the term's share of `loss`. `by_source`: source -> term -> mean, and "tokens", the labels.
-    `grad_norm`: before it is clipped; 0 where no gradient was made.
+    `tokens`: what the loss was divided by, see `View.count`. `terms`: means without coefficients, weighted where labels
+    have weights. `weighted`: each term's summand of `loss`. `by_source`: source -> term -> mean, plus "tokens", the
+    number of labels. `grad_norm`: before clipping; 0 if no gradient was computed.
     """
 
     tokens: int
@@ -36,7 +36,7 @@ class LossMetrics:
     grad_norm: float
 
     def by_name(self) -> dict[str, float]:
-        """Under their names in metrics.jsonl."""
+        """The metrics by their names in metrics.jsonl."""
         return {
             "loss": self.loss,
             **{f"loss/{name}": value for name, value in self.terms.items()},
@@ -71,20 +71,20 @@ class LossSums:
         width = len(self._sources)
         parts = []
         for term in self._terms:
-            # In float64, so that sums over millions of tokens keep their digits whatever order they come in.
+            # In float64, so that sums over millions of tokens stay exact enough in any order.
             values_N, counted_N = loss.per_term[term.name].double(), loss.counted[term.name].double()
             weighed_N = counted_N
             if weights_N is not None:
                 values_N, weighed_N = values_N * weights_N, counted_N * weights_N
             values_3N = torch.stack([values_N, weighed_N, counted_N])
-            # By source: each label adds to the column of its own.
+            # Each label adds to the column of its source.
             parts.append(values_3N.new_zeros(3, width).index_add(1, micro.sources_N, values_3N))
         self._sums.append(torch.stack(parts))
 
     def metrics(self, grad_norm: Tensor | None = None, ranks: Ranks = ALONE) -> LossMetrics:
-        """Those of all ranks together, which all must call. The one place where a step waits for the device, once.
+        """The metrics over all ranks, each of which must call this. Only here does a step wait for the device, once.
 
-        ValueError for what the losses left unchecked and is wrong.
+        ValueError if a deferred check of the losses fails.
         """
         tokens = ranks.total(self._tokens)
         shape = len(self._terms), 3, len(self._sources)
@@ -103,12 +103,12 @@ class LossSums:
             values, weights, counts = (flat[begin + part * width : begin + (part + 1) * width] for part in range(3))
             # Weighted mean over the rows that count for this term, which may be fewer than the batch's tokens.
             terms[term.name] = _mean(sum(values), sum(weights))
-            # As it is in the loss: coefficient x sum / tokens of the batch, so that these add up to `loss`.
+            # As in the loss: coefficient x sum / tokens of the batch, so that these add up to `loss`.
             weighted[term.name] = term.coefficient * _mean(sum(values), float(tokens))
             for name, value, weight, count in zip(self._sources, values, weights, counts, strict=True):
                 if count:
                     by_source.setdefault(name, {})[term.name] = _mean(value, weight)
-                    # Of several terms the one that counts most rows: those of the label losses are all labels.
+                    # The largest count of any term: a label loss counts all labels.
                     by_source[name]["tokens"] = max(by_source[name].get("tokens", 0), int(count))
         return LossMetrics(
             tokens=tokens,

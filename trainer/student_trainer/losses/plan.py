@@ -1,5 +1,5 @@
-"""One call of `head.head_loss` as its parts hand it on: what is asked, in which passes, and what comes of it. Made by
-`head`; read by `chunks`, `passes` and the kernels of `fused`.
+"""One call of `head.head_loss` as records: its arguments, its passes and its outcome. Made by `head`; read by `chunks`,
+`passes` and the kernels of `fused`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.supports import SUPPORTS
 from student_trainer.losses.terms import LabelTerm, TeacherTerm, TokenTerm
 
-# Rows of a call: positions, or all from one on.
+# Some rows of a call: their indices, or a slice.
 Rows: TypeAlias = Tensor | slice
 
 
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a walk leaves behind: values by term [terms, N], the most likely ids, and the gradients asked for."""
+    """What a call computes: values by term [terms, N], the most likely ids, and the requested gradients."""
 
     values_MN: Tensor
     top1_N: Tensor
@@ -62,11 +62,12 @@ class Outcome:
 
 
 class Between(Protocol):
-    """What is done between the products of a chunk."""
+    """What is computed between the matrix products of a chunk."""
 
     def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
-        """Products of rows `rows_C`, the first of which is row `start` of those that count, to values in the outcome.
-        Returns the gradient by the products, if one is wanted; `z_CV` may be written over.
+        """Writes the values into the outcome, given the products `z_CV` of the rows `rows_C`, the first of which is row
+        `start` of those that count. Returns the gradient with respect to the products, if wanted; `z_CV` may be
+        overwritten.
         """
         ...
 
@@ -76,20 +77,20 @@ class Between(Protocol):
 
 
 def within(rows: Rows, part: slice) -> Rows:
-    """Of some rows those at the places `part`."""
+    """The slice `part` of `rows`."""
     if isinstance(rows, slice):
         return slice(rows.start + part.start, rows.start + part.stop)
     return rows[part]
 
 
 def plan_passes(terms: Sequence[TokenTerm], vocab_size: int, shared_vocab: int) -> tuple[Pass, ...]:
-    """As few passes as the terms allow; losses at the label ride along where a pass has their softmax anyway."""
+    """As few passes as the terms allow; label losses join a pass that computes their softmax anyway."""
     groups: dict[tuple[float, int, str | None], list[TeacherTerm]] = {}
     for term in terms:
         if isinstance(term, TeacherTerm):
             groups.setdefault((term.temperature, shared_vocab, term.support), []).append(term)
     labels = tuple(term for term in terms if isinstance(term, LabelTerm))
-    # A pass at T = 1 over the student's whole vocabulary has the label's softmax anyway.
+    # A pass at T = 1 over the student's whole vocabulary computes the label's softmax.
     host = next((key for key in groups if key[:2] == (1.0, vocab_size) and not is_dense(key[2])), None)
     if labels and host is None:
         host = (1.0, vocab_size, None)

@@ -1,16 +1,16 @@
-"""The head's matrix products: hidden states to logits, and the gradient by logits back to hidden states and weights.
+"""The head's matrix products: hidden states to logits, and the logits' gradient back to hidden states and weights.
 
-Called by `chunks`. Logits are never rounded to bf16, whatever they are made of. Where the student computes in bf16, or
+Called by `chunks`. Logits are never rounded to bf16, whatever their factors. If the student computes in bf16, or the
 hidden states are bf16 and the device computes in it:
 
-    on a GPU    all three products take bf16 factors and add up in float32. So hidden states and weights are rounded to
-                bf16 on their way in, and the gradient by the logits once.
-    on a CPU    no product of bf16 factors has a float32 result. Logits are made in float32, from factors that are not
-                rounded; the two products of the backward pass run in bf16: the gradient by the logits and both factors
-                are rounded, and so is the gradient of the hidden states and a chunk's share of the weight's. The sum
-                over chunks is float32.
+    on a GPU    all three products take bf16 factors and accumulate in float32. So hidden states and weights are rounded
+                to bf16 beforehand, and the logits' gradient once.
+    on a CPU    no product of bf16 factors has a float32 result. Logits are computed in float32, from factors that are
+                not rounded; the two products of the backward pass run in bf16: the logits' gradient and both other
+                factors are rounded, and so are the gradient of the hidden states and each chunk's part of the weight's.
+                The sum over chunks is float32.
 
-All else runs in float32; float64 stays float64.
+Everything else runs in float32; float64 stays float64.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from torch import Tensor
 
 from teacher_proto.hardware import computes_bfloat16
 
-# Ids whose share of the weight's gradient exists at a time, where it can't be added up in place.
+# Ids per slice of the weight's gradient, where it can't be accumulated in place.
 SLICE = 2**14
 
 
 def multiplies_into_float32(device: torch.device) -> bool:
-    """Whether bf16 factors have a product in float32. Tests force both sides on a CPU."""
+    """Whether a product of bf16 factors can have a float32 result. Tests force both answers on a CPU."""
     return device.type == "cuda"
 
 
 @cache
 def adds_into_float32(device: torch.device) -> bool:
-    """Whether a product of bf16 factors can be added to a float32 sum; torch 2.9 wants the sum in bf16. It is tried."""
+    """Whether a product of bf16 factors can be added to a float32 sum, found out by trying; torch 2.9 takes only a bf16
+    sum.
+    """
     factor = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     total = torch.zeros(16, 16, device=device)
     try:
@@ -44,10 +46,10 @@ def adds_into_float32(device: torch.device) -> bool:
 
 
 class HeadProjection:
-    """A head with its weights in the dtype that the products run in; the weight is converted once a call, not a chunk.
+    """A head with its weight in the dtype of the products; it is converted once per call, not per chunk.
 
     logits = cap(scale * (hidden @ weight.T + bias)) with cap(z) = softcap * tanh(z / softcap).
-    `hidden`: the dtype of the hidden states; `compute`: that in which the student computes.
+    `hidden`: the dtype of the hidden states; `compute`: the dtype that the student computes in.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class HeadProjection:
         compute: torch.dtype = torch.float32,
     ):  # fmt: skip
         wide = torch.promote_types(torch.promote_types(hidden, weight_VD.dtype), torch.float32)
-        # What the student computes in is not asked of the hardware again: a run goes on elsewhere as it began.
-        # Whether products may take bf16 factors at all; float64 inputs ask for float64.
+        # Whether products may take bf16 factors at all; float64 inputs are computed in float64. `compute` holds on any
+        # hardware, so that a run that is resumed elsewhere computes as it began.
         low = compute == torch.bfloat16 or (hidden == torch.bfloat16 and computes_bfloat16(weight_VD.device))
         low = low and wide == torch.float32
         self.fused = low and multiplies_into_float32(weight_VD.device)
@@ -71,11 +73,11 @@ class HeadProjection:
 
     @cached_property
     def back_weight_VD(self) -> Tensor:
-        """The weight as the backward pass multiplies by it."""
+        """The weight in the dtype of the backward products."""
         return self._given_VD.to(self.back_dtype)
 
     def project(self, hidden_ND: Tensor, out_NV: Tensor) -> None:
-        """hidden @ weight.T into `out_NV`; `cap_` finishes the logits."""
+        """hidden @ weight.T into `out_NV`; `cap_` then makes logits of it."""
         if self.fused:
             torch.mm(hidden_ND, self.weight_VD.t(), out_dtype=torch.float32, out=out_NV)
         else:
@@ -88,11 +90,11 @@ class HeadProjection:
         if self.scale != 1.0:
             z_NV.mul_(self.scale)
         if self.softcap is not None:
-            # C tanh(z / C), in place: [chunk, V] is the largest array there is, and is not copied.
+            # C tanh(z / C), in place: [chunk, V] is the largest array of all, and is not copied.
             z_NV.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def uncap_(self, gradient_NV: Tensor, z_NV: Tensor) -> None:
-        """The gradient by logits `z_NV` to the gradient by (hidden @ weight.T + bias), in place."""
+        """The gradient with respect to logits `z_NV` to that with respect to hidden @ weight.T + bias, in place."""
         if self.softcap is not None:
             # z = C tanh(y / C), so dz / dy = 1 - tanh^2 = 1 - (z / C)^2.
             gradient_NV.mul_(1.0 - (z_NV / self.softcap).square_())
@@ -106,9 +108,9 @@ class HeadProjection:
         return gradient_NV @ self.back_weight_VD
 
     def back_to_weight_(self, total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor, begin: bool) -> None:
-        """total += gradient.T @ hidden, both in `back_dtype`; with `begin` the product alone, whatever `total` holds.
+        """total += gradient.T @ hidden, both in `back_dtype`; with `begin`, total = the product, whatever it holds.
 
-        So the first chunk spares an array as large as the head two passes: clearing it, and reading the zeros.
+        So the first chunk saves two passes over an array as large as the head: clearing it, and reading the zeros.
         """
         if self.back_dtype == total_VD.dtype:
             if begin:
@@ -120,7 +122,7 @@ class HeadProjection:
         elif self.fused and adds_into_float32(total_VD.device):
             torch.addmm(total_VD, gradient_NV.t(), hidden_ND, out_dtype=torch.float32, out=total_VD)
         else:
-            # No product adds to float32 here: a slice of the head at a time, whose product is added up in float32.
+            # No product accumulates in float32 here: for one slice of the head at a time, it is then added in float32.
             wide = {"out_dtype": torch.float32} if self.fused else {}
             for total_vD, gradient_Nv in zip(total_VD.split(SLICE), gradient_NV.split(SLICE, 1), strict=True):
                 product_vD = torch.mm(gradient_Nv.t(), hidden_ND, **wide)

@@ -1,10 +1,10 @@
-"""Where a teacher's probabilities come from, and the tail of its top K as one more bucket (K + 1): `SUPPORTS`, and the
-teacher's side of a loss on one. Called by `passes`, `checks` and `terms`.
+"""The ids that a loss compares on and the teacher's probabilities there, with the tail of the top K as one more bucket
+(K + 1). `SUPPORTS` lists them. Called by `passes`, `checks` and `terms`.
 
-Every distillation term compares the two models given that the token is one that both have (`width` leading ids): the
-student's softmax is taken over those, and the teacher's known mass beyond them is divided out. So a padded head, an
-added token or a larger teacher changes nothing for student == teacher, in any divergence. Cross-entropy keeps the
-student's whole vocabulary, and presses whatever mass stands on the rest.
+Every distillation term compares the two models conditional on the token being one that both have (`width` leading ids):
+the student's softmax is taken over those, and the teacher's known mass beyond them is divided out. So a padded head, an
+added token or a larger teacher vocabulary changes nothing for student == teacher, in any divergence. Cross-entropy
+keeps the student's whole vocabulary, and so reduces any mass on the other ids.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from student_trainer.batch.teacher_rows import TeacherRows
 from teacher_proto.requests import Kind
 
-# The least tail mass, where no smaller bound is known. The logprobs come rounded to fp16, so one minus their sum is
-# zero or below on peaked rows, where a divergence with log p of the tail would be infinite.
+# The least tail mass, unless a smaller upper bound is known. Logprobs are rounded to fp16, so on peaked rows one minus
+# the sum of the probabilities may be zero or below, where a divergence with log p of the tail would be infinite.
 TAIL_FLOOR = 1e-7
-# Above the relative error of any probability that fp16's rounding of its logarithm brings (1.6 % at e^-32).
+# Above the relative error of any probability whose logarithm is rounded to fp16 (1.6 % at e^-32).
 ROUNDING = 1.02
-# The logarithm of nothing: small enough that its exponential vanishes beside any probability, and yet finite.
+# Stands for log 0: small enough that its exponential vanishes beside any probability, yet finite.
 LOG_FLOOR = -87.0
 
 
@@ -32,9 +32,9 @@ LOG_FLOOR = -87.0
 class SupportRows:
     """N rows of a support of K ids at one temperature.
 
-    `live_NK` is False for padding, for ids that the student has not, and on rows that do not count; there `ids_NK`
-    repeats the row's first live id, or 0 where it has none. `logprobs_NK` is LOG_FLOOR there. `outside_N` is the mass
-    on named ids that the student has not, `most_N` the most that any id which is not named can have.
+    `live_NK` is False for padding, for ids beyond the shared ones, and on rows that do not count; there `ids_NK`
+    repeats the row's first live id, or 0 if it has none, and `logprobs_NK` is LOG_FLOOR. `outside_N`: the teacher's
+    mass on listed ids beyond the shared ones. `most_N`: the most that any unlisted id can have.
     """
 
     ids_NK: Tensor
@@ -54,9 +54,9 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
     # Teacher mass on ids beyond the shared ones, which is neither in the support nor in the tail.
     outside_N = torch.where(named_NK & ~live_NK, logprobs_NK.exp(), 0.0).sum(-1)
     least_N = torch.where(counted_N[:, None], logprobs_NK, LOG_FLOOR).amin(-1)
-    # Of equal values argmax takes the first: the first live id.
+    # argmax takes the first of equal values: the first live id.
     first_N1 = live_NK.to(torch.uint8).argmax(-1, keepdim=True)
-    # Several teachers together keep the K likeliest by what all of them list: another id may have more.
+    # Mixed teachers keep the K likeliest according to what each of them lists: an unlisted id may have more.
     bounds = chosen.largest and rows.tempered_logprobs_NKT is None
     spare_N1 = torch.where(live_NK.any(-1, keepdim=True), ids_NK.gather(1, first_N1), 0)
     return SupportRows(
@@ -69,28 +69,28 @@ def read_support(rows: TeacherRows, support: str, temperature: float, width: int
 
 
 def with_tail(support: SupportRows, width: int) -> Tensor:
-    """Log-probabilities [N, K + 1] that sum to one: the support's ids, then all the rest in one bucket.
+    """Logprobs [N, K + 1] of probabilities that sum to one: the support's ids, then all the rest in one bucket.
 
-    One minus the sum over the support carries the rounding of all its logprobs, which on peaked rows is many times the
-    tail. It is bounded by what the ids not named can have at most: on the largest K, that is the least of them each.
-    Where rounding has pushed the sum past one the buckets are scaled back, so that a student equal to the teacher
-    stands at a minimum and not on a slope.
+    One minus the sum over the support carries the rounding errors of all its logprobs, which on peaked rows are many
+    times the tail. So it is bounded by the most that the unlisted ids can have: next to the K largest, each has at most
+    the least of these. Where rounding has pushed the sum past one the buckets are scaled back, so that a student equal
+    to the teacher is at a minimum and not on a slope.
     """
     log_tail_N, log_mass_N = tail_of(support, width)
     return torch.cat([support.logprobs_NK, log_tail_N[:, None]], 1) - log_mass_N[:, None]
 
 
 def tail_of(support: SupportRows, width: int) -> tuple[Tensor, Tensor]:
-    """(logprob [N] of all that the support does not name, logarithm [N] of that and the support's mass together)."""
+    """(logprob [N] of everything outside the support, logarithm [N] of that mass plus the support's)."""
     mass_N = torch.where(support.live_NK, support.logprobs_NK.exp(), 0.0).sum(-1)
     tail_N = (1.0 - mass_N - support.outside_N).clamp_min(TAIL_FLOOR)
-    # At most so much on each of the ids that are not named.
+    # At most `most_N` on each of the unlisted ids.
     tail_N = torch.minimum(tail_N, support.most_N * (width - support.live_NK.sum(-1)))
     return tail_N.log().clamp_min(LOG_FLOOR), (mass_N + tail_N).log()
 
 
 def renormalised(logprobs_NK: Tensor, live_NK: Tensor) -> Tensor:
-    """Log-probabilities [N, K] given that the token is one of the live ones; LOG_FLOOR elsewhere."""
+    """Logprobs [N, K] renormalised over the live ids; LOG_FLOOR elsewhere."""
     masked_NK = torch.where(live_NK, logprobs_NK, LOG_FLOOR)
     return torch.where(live_NK, masked_NK - masked_NK.logsumexp(-1, keepdim=True), LOG_FLOOR)
 
@@ -111,14 +111,14 @@ def _gather(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
 def _sampled(rows: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
     ids_NU, counts_NU = rows.sampled_padded()
     draws_N1 = counts_NU.sum(-1, keepdim=True).clamp_min(1)
-    # The distribution of the draws: count / draws.
+    # The empirical distribution: count / draws.
     return ids_NU, (counts_NU / draws_N1).log().clamp_min(LOG_FLOOR)
 
 
 def _softened(logprobs_NK: Tensor, rows: TeacherRows, temperature: float) -> Tensor:
     """Logprobs at `temperature` from those at 1: logprob / T - log_z, exact (see `teacher_rows.TeacherRows`)."""
     log_z_N = rows.log_z_at(temperature)
-    # fp16 as served: log_z is fp32, and so is all arithmetic.
+    # Served in fp16; log_z is fp32, and so is all arithmetic.
     logprobs_NK = logprobs_NK.to(torch.promote_types(logprobs_NK.dtype, torch.float32))
     if log_z_N is not None:
         logprobs_NK = logprobs_NK / temperature - log_z_N[:, None]
@@ -127,16 +127,16 @@ def _softened(logprobs_NK: Tensor, rows: TeacherRows, temperature: float) -> Ten
 
 @dataclass(frozen=True)
 class Support:
-    """The ids on which a loss compares, and whose word is taken for the teacher's probabilities there.
+    """The ids that a loss compares on, and where the teacher's probabilities there come from.
 
-    `kind`: the targets to ask the teacher for. `fields`: of `TeacherRows`, all of which must be there.
-    `student`: what becomes of the student's distribution: "ids and the rest" in one more bucket (or without it, where
-    the loss renormalises), "ids" that are weights of a sum over their logprobs, or the whole "vocabulary".
+    `kind`: the kind of targets to request. `fields`: fields of `TeacherRows`, all of which must be present.
+    `student`: how the student's distribution is used: "ids and the rest" in one more bucket (or without it, if the loss
+    renormalises), "ids" for a weighted sum over their logprobs, or the whole "vocabulary".
     `read`: (rows, temperature) -> (ids, logprobs at the temperature) [N, K]; None for a whole vocabulary, which
-    `chunks` makes out of hidden states. `ahead`: whether it is asked for with the batch, and not when a step begins.
+    `chunks` computes from hidden states. `ahead`: whether it is requested with the batch, not when a step begins.
     `normalised`: whether a temperature other than 1 needs the teacher's normaliser at it; `drawn`: whether the teacher
-    draws at it. `largest`: no id that is not named has more than the least of them. `distinct`: to be checked, since
-    the ids are the student's own choice.
+    samples at the temperature. `largest`: no unlisted id has more mass than the least of them. `distinct`: whether to
+    check that the ids are distinct, since the student chose them.
     """
 
     kind: Kind

@@ -1,12 +1,13 @@
-"""What a loss is to the rest of the trainer: a `Term`, with what it needs of a teacher and how it is computed.
+"""The interface of a loss to the rest of the trainer: a `Term`, with what it needs from a teacher and how it is
+computed.
 
-Made by `kinds` out of settings, read by `head`, the students, the loop and whoever asks a teacher. The reduction, once
-for all: a term's value is a sum over the rows that count for it, of value in nats * weight of the label. The total adds
+Made by `kinds` from settings, read by `head`, the students, the loop and target sources. The reduction, the same for
+all: a term's value is the sum, over the rows that count for it, of value in nats * weight of the label. The total adds
 coefficient * value, and the loop divides once by the global count.
 
-    TokenTerm     of the student's distribution of a token: computed by `head.head_loss` with all others together
-    CleanTerm     of a token's distribution too, by the rows of a clean half, which reads from left to right
-    StatesTerm    of the states of a forward pass, which the student captures for it
+    TokenTerm     on the student's distribution of a token: `head.head_loss` computes all of these together
+    CleanTerm     also on the distribution of a token, at the rows of a clean half, which reads from left to right
+    StatesTerm    on the states of a forward pass, which the student captures for it
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ LATE = frozenset(support.kind for support in SUPPORTS.values() if not support.ah
 
 @dataclass(frozen=True)
 class Needs:
-    """What losses need of a teacher; `|` is what two need together.
+    """What losses need from a teacher; `|` combines the needs of two.
 
-    `kinds`: of targets, those about tokens. `temperatures`: other than 1, at which probabilities on given ids are
-    needed. `sampled_at`: temperatures at which samples are drawn. `layers`: layers whose attention states are
-    needed, as the settings name them, each with the dtype in which they travel.
+    `kinds`: kinds of token targets. `temperatures`: those other than 1 at which probabilities of given ids are needed.
+    `sampled_at`: temperatures at which samples are drawn. `layers`: layers whose attention states are needed, as the
+    settings name them, each with the dtype in which they are sent.
     """
 
     kinds: frozenset[Kind] = frozenset()
@@ -53,12 +54,12 @@ class Needs:
 
     @property
     def ahead(self) -> frozenset[Kind]:
-        """The kinds that are asked for with the batch."""
+        """The kinds that are requested with the batch."""
         return self.kinds - LATE
 
     @property
     def late(self) -> frozenset[Kind]:
-        """The kinds that are asked for when a step begins: what is asked comes out of the student's weights."""
+        """The kinds that are requested when a step begins, since the request depends on the student's weights."""
         return self.kinds & LATE
 
     @classmethod
@@ -68,7 +69,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Term(ABC):
-    """One summand of the loss: its name among the metrics, its settings, and its coefficient at this step."""
+    """One summand of the loss: its name in the metrics, its settings, and its coefficient at this step."""
 
     name: str
     settings: TermSettings | AttentionSettings
@@ -81,14 +82,14 @@ class Term(ABC):
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """What it needs of a teacher."""
+        """What the term needs from a teacher."""
 
 
 @dataclass(frozen=True)
 class TokenTerm(Term):
-    """A term of `head_loss`. Without a support it reads nothing of a teacher, and its rows are those with a label.
+    """A term of `head_loss`. Without a support it needs no teacher, and its rows are those with a label.
 
-    `squared`: T^2 where the settings ask for it, else 1.
+    `squared`: T^2 if the settings say so, else 1.
     """
 
     @property
@@ -106,7 +107,7 @@ class TokenTerm(Term):
 
 @dataclass(frozen=True)
 class LabelTerm(TokenTerm):
-    """A function of the label's logprob alone, see `divergences.LABEL_LOSSES`."""
+    """A function of the label's logprob only, see `divergences.LABEL_LOSSES`."""
 
     settings: TermSettings
 
@@ -117,7 +118,7 @@ class LabelTerm(TokenTerm):
 
 @dataclass(frozen=True)
 class CleanTerm(Term):
-    """Cross-entropy with each of the view's labels at its `clean_rows_N`. Computed as a TokenTerm is, of those rows."""
+    """Cross-entropy with the view's labels at its `clean_rows_N`. Computed like a TokenTerm, on those rows."""
 
     @property
     def needs(self) -> Needs:
@@ -144,12 +145,12 @@ class TeacherTerm(TokenTerm):
 
     @property
     def renormalises(self) -> bool:
-        """Whether the two are compared given that the token is in the support."""
+        """Whether both distributions are renormalised over the support."""
         return isinstance(self.settings, DivergenceSettings) and self.settings.tail == "renormalise"
 
     @property
     def plain(self) -> bool:
-        """Whether it is a sum over the ids of the support alone, whatever mass is on the rest."""
+        """Whether it is a sum over the support's ids only, whatever mass the rest has."""
         student = SUPPORTS[self.support].student
         truncates = isinstance(self.settings, DivergenceSettings) and self.settings.tail == "truncate"
         return student == "ids" or (truncates and student == "ids and the rest")
@@ -160,7 +161,7 @@ class TeacherTerm(TokenTerm):
         at = frozenset({self.temperature})
         return Needs(
             kinds=frozenset({support.kind}),
-            # At T = 1 the served logprobs are normalised as they are; sampled ids carry their own temperature.
+            # At T = 1 the served logprobs are already normalised; sampled ids have their own temperature.
             temperatures=at - {1.0} if support.normalised else frozenset(),
             sampled_at=at if support.drawn else frozenset(),
         )
@@ -168,7 +169,9 @@ class TeacherTerm(TokenTerm):
 
 @dataclass(frozen=True)
 class Capture:
-    """What a forward pass of the student keeps for terms: layers, from 0, whose query, key and value are kept."""
+    """What the student's forward pass keeps for terms. `attention`: layers, counted from 0, whose query, key and value
+    are kept.
+    """
 
     attention: frozenset[int] = frozenset()
 
@@ -177,16 +180,16 @@ class Capture:
 
     @classmethod
     def of(cls, terms: Iterable[Term], config: Any) -> Capture:
-        """What these terms want of a model with `config`, transformers' own record of its shape."""
+        """What these terms need from a model with this transformers `config`."""
         wanted = (term.capture(config) for term in terms if isinstance(term, StatesTerm))
         return reduce(Capture.__or__, wanted, cls())
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """What a forward pass has kept, part of the autograd graph: the final hidden rows [N, D] that predict the labels,
-    and behind them, where a CleanTerm wants them, those of the clean half, [2 N, D] in all;
-    by layer the query [B, T, H, dh] after RoPE, key and value [B, T, H_kv, dh].
+    """What a forward pass has kept, part of the autograd graph. `hidden_ND`: the final hidden rows [N, D] that predict
+    the labels and, if there is a CleanTerm, after them those of the clean half, [2 N, D] in all. `attention`: by layer,
+    query [B, T, H, dh] and key [B, T, H_kv, dh], both after RoPE, and value [B, T, H_kv, dh].
     """
 
     hidden_ND: Tensor
@@ -195,18 +198,18 @@ class Captured:
 
 @dataclass(frozen=True)
 class StatesTerm(Term):
-    """A term that compares states of a forward pass: the final hidden rows, or what else it wants captured."""
+    """A term that compares states of a forward pass: the final hidden rows, or others that it has captured."""
 
     def check_student(self, config: Any) -> None:
-        """ValueError where a student with this `config` has not what the term needs."""
+        """ValueError if a student with this `config` lacks what the term needs."""
 
     def check_teacher(self, widths: Mapping[str, int]) -> None:
-        """ValueError where the states of the layers that it needs, whose query, key and value are so wide, won't do."""
+        """ValueError if the teacher's states do not fit. `widths`: of their query, key and value."""
 
     def capture(self, config: Any) -> Capture:
-        """What it wants kept of the student's forward pass beside the final hidden rows."""
+        """What to keep of the student's forward pass besides the final hidden rows."""
         return Capture()
 
     @abstractmethod
     def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:
-        """[N] float32, differentiable: its value for each label, without coefficient and weight."""
+        """[N] float32, differentiable: the value of each label, without coefficient and weight."""

@@ -1,4 +1,4 @@
-"""What the terms of a loss came to on a micro batch. Made by `head` and the students, added up by `metrics`."""
+"""The values of all terms on a micro batch. Made by `head` and the students, summed by `metrics`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from student_trainer.losses.terms import Term
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """`total`: sum over terms and rows of coefficient * weight of the row * value; its gradient reaches hidden states,
-    weight and bias.
+    """`total`: sum over terms and rows of coefficient * row weight * value; its gradient reaches hidden states, weight
+    and bias.
 
-    `per_term`: name -> [N] float32, unweighted values in nats (T^2 included where the term says so), 0 on rows that do
-    not count. `counted`: name -> [N] bool, the rows that count. `top1_N`: the student's most likely ids, on request;
-    -1 on rows that count for no term. `deferred`: what was not checked, on request; see `checks.raise_failed`.
+    `per_term`: name -> [N] float32, unweighted values in nats (including T^2 if the term has it), 0 on rows that do not
+    count. `counted`: name -> [N] bool, the rows that count. `top1_N`: the student's most likely ids, if requested; -1
+    on rows that count for no term. `deferred`: the checks left to the caller; see `checks.raise_failed`.
     """
 
     total: Tensor
@@ -28,7 +28,7 @@ class HeadLoss:
     deferred: tuple[DeferredCheck, ...] = ()
 
     def plus(self, term: Term, values_N: Tensor, weights_N: Tensor | None = None) -> HeadLoss:
-        """With a term whose values were computed elsewhere, one for each of the rows; `weights_N` as in `head_loss`."""
+        """A copy with another term, whose values were computed elsewhere, one a row; `weights_N` as in `head_loss`."""
         return replace(
             self,
             total=self.total + term.coefficient * (values_N.sum() if weights_N is None else values_N @ weights_N),
@@ -37,7 +37,7 @@ class HeadLoss:
         )
 
     def beside(self, other: HeadLoss) -> HeadLoss:
-        """With the terms of another call over the same labels."""
+        """A copy with the terms of another call over the same labels."""
         return replace(
             self,
             total=self.total + other.total,
@@ -47,5 +47,5 @@ class HeadLoss:
         )
 
     def count(self, name: str) -> Tensor:
-        """How many rows counted for the term `name`: a scalar tensor."""
+        """How many rows count for the term `name`: a scalar tensor."""
         return self.counted[name].sum()

@@ -1,8 +1,9 @@
-"""The coefficient of every term at a step: its setting times its schedule, or its share of the gradient. Made from the
-settings by `build`, used by `loop`.
+"""The coefficient of every term at a step: its setting times its schedule, or from its share of the gradient. Made from
+the settings by `build`, used by `loop`.
 
-A mixture policy may go by figures that the loss has not: terms of coefficient 0, which change no gradient. Those of a
-token ride along in the softmax that the loss takes anyway; the teacher's cross-entropy is in every target.
+A mixture policy may need metrics that the loss does not have: they are terms with coefficient 0, which change no
+gradient. Token terms among them share the softmax that the loss computes anyway; the teacher's cross-entropy is in
+every target.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from student_trainer.settings.terms import CrossEntropySettings
 
 @dataclass(frozen=True)
 class TeacherCrossEntropy(StatesTerm):
-    """The teacher's own cross-entropy with the data's next token, which no student changes."""
+    """The teacher's own cross-entropy with the data's next token, which does not depend on the student."""
 
     @property
     def needs(self) -> Needs:
         return Needs(kinds=frozenset({"top_k"}))
 
     def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:
-        """[N] float32. ValueError where the teacher does not say it."""
+        """[N] float32. ValueError if the targets lack it."""
         teacher = micro.teacher
         if teacher is None or teacher.next_logprob_N is None:
             raise ValueError(
@@ -50,7 +51,7 @@ WATCHED: dict[str, Term] = {
 
 
 def watched_terms(names: Iterable[str], own: Collection[str]) -> tuple[Term, ...]:
-    """The terms of these names. ValueError where the loss has one of the same name (`own`)."""
+    """The terms of these names. ValueError if the loss itself has a term of the same name (`own`)."""
     names = tuple(names)
     if taken := [name for name in names if name in own]:
         raise ValueError(f"the loss has a term '{taken[0]}', the name of a figure of data.mixture: rename it")
@@ -64,8 +65,8 @@ Points = Sequence[tuple[int, float]]
 class Weighting:
     """`terms` with the coefficients of the settings. `schedules`: by term, what its coefficient is multiplied by.
 
-    A term that is balanced has, in place of its own coefficient, its reference's times what `balance` says. `watched`:
-    terms of coefficient 0, for their figures.
+    The coefficient of a balanced term is not its own, but its reference's times what `balance` gives. `watched`: terms
+    with coefficient 0, for their metrics.
     """
 
     terms: tuple[Term, ...]
@@ -81,7 +82,7 @@ class Weighting:
         """The terms with the coefficients of update `step`, counted from 0."""
         own = {term.name: term.coefficient for term in self.terms}
         if self.balance is not None:
-            # Balanced coefficients are relative to the reference's, whose setting still scales the whole.
+            # Balanced coefficients are relative to the reference's, whose setting still scales all of them.
             scale = own[self.balance.reference]
             own |= {name: scale * balanced for name, balanced in self.balance.coefficients().items()}
         return (
@@ -93,17 +94,17 @@ class Weighting:
         )
 
     def due(self, step: int) -> bool:
-        """Whether the terms' gradients are to be measured ahead of update `step`."""
+        """Whether to measure the terms' gradients before update `step`."""
         return self.balance is not None and self.balance.due(step)
 
     @property
     def measured_terms(self) -> tuple[Term, ...]:
-        """The terms whose gradients `take_in` wants."""
+        """The terms whose gradients `take_in` needs."""
         shares = {} if self.balance is None else self.balance.shares
         return tuple(term for term in self.terms if term.name in shares)
 
     def take_in(self, norms: Mapping[str, float]) -> Weighting:
-        """With a measurement taken in: by term, the norm of its gradient at coefficient 1."""
+        """A copy with a measurement taken in: by term, the norm of its gradient at coefficient 1."""
         assert self.balance is not None, "nothing is balanced"
         return replace(self, balance=self.balance.update(norms))
 
@@ -112,23 +113,23 @@ class Weighting:
         return None if self.balance is None else self.balance.state()
 
     def restored(self, state: Mapping[str, Any] | None) -> Weighting:
-        """With what a checkpoint kept."""
+        """A copy with the state of a checkpoint."""
         if self.balance is None or state is None:
             return self
         return replace(self, balance=self.balance.restored(state))
 
 
 def gradient_shares(terms: Sequence[Term], norms: Mapping[str, float]) -> dict[str, float]:
-    """By measured term, |coefficient| * norm as a share of their sum; empty where no gradient is left."""
+    """By measured term, |coefficient| * norm as a share of their sum; empty if there is no gradient at all."""
     pulls = {term.name: abs(term.coefficient) * norms[term.name] for term in terms if term.name in norms}
     whole = sum(pulls.values())
     return {name: pull / whole for name, pull in pulls.items()} if whole > 0 else {}
 
 
 def weight_at(points: Sequence[tuple[int, float]], step: int) -> float:
-    """Straight lines through the points (step, weight); the first weight before them, the last one after.
+    """Linear interpolation between the points (step, weight); the first weight before them, the last one after.
 
-    ValueError unless there are points, in the order of their steps.
+    ValueError unless there are points, in ascending order of steps.
     """
     if not points or any(a[0] >= b[0] for a, b in pairwise(points)):
         raise ValueError(f"weights by step: got {list(points)}, expected points (step, weight) of rising steps")
@@ -142,7 +143,7 @@ def weight_at(points: Sequence[tuple[int, float]], step: int) -> float:
 
 
 def weighting_of(settings: DistillationSettings | OnPolicySettings) -> Weighting:
-    """The terms with what changes their coefficients; only those on the data's text are balanced."""
+    """The terms with their schedules and balance; only terms on the data's text are balanced."""
     balance = _balance(settings) if isinstance(settings, DistillationSettings) else None
     terms = terms_of(settings)
     schedules = {term.name: term.settings.schedule for term in terms if term.settings.schedule is not None}
@@ -150,7 +151,7 @@ def weighting_of(settings: DistillationSettings | OnPolicySettings) -> Weighting
 
 
 def weightings(settings: Settings, watched: Sequence[str]) -> dict[Kind, Weighting]:
-    """The terms on each kind of batch that the run has; on the data's own, with what the mixture goes by."""
+    """The terms on each kind of batch in the run; on the data's own, with those that the mixture policy needs."""
     data = weighting_of(settings.distillation)
     data = replace(data, watched=watched_terms(watched, settings.distillation.by_name()))
     losses: dict[Kind, Weighting] = {"data": data}

@@ -1,6 +1,6 @@
 """Terms over the whole vocabulary in Triton, in two sweeps over a row of the student's and of the teacher's logits.
 
-`compare` is launched by `launch`, one program a row; `compared` is its share of `gradient`. `passes` is the reference.
+`compare` is launched by `launch`, one program per row; `compared` is its part in `gradient`. `passes` is the reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from student_trainer.losses.fused.row_functions import LOWEST, by_softmax, fold,
 
 @triton.jit
 def load_logits(row_ptr, columns, inside, bias_ptr, HEAD: tl.constexpr):
-    """A block of a row's products as logits."""
+    """A block of a row's products, as logits."""
     return to_logits(tl.load(row_ptr + columns, mask=inside, other=0.0), columns, inside, bias_ptr, HEAD)
 
 
@@ -23,7 +23,7 @@ def both_normalisers(
     z_row, bias_ptr, teacher_row, teacher_bias_ptr, W, inverse, HEAD: tl.constexpr, TEACHER: tl.constexpr,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """lse(z / T) of student and teacher [S], a number a temperature, in one sweep over both rows."""
+    """lse(z / T) of student and teacher, one per temperature [S], in one sweep over both rows."""
     largest = tl.full([], LOWEST, DTYPE)
     teacher_largest = tl.full([], LOWEST, DTYPE)
     sums = tl.zeros([inverse.shape[0], BLOCK], DTYPE)
@@ -31,7 +31,7 @@ def both_normalisers(
     for start in range(0, W, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < W
-        # What was loaded beyond the end adds exp(-inf) = 0.
+        # Columns past the end add exp(-inf) = 0.
         x = load_logits(z_row, columns, inside, bias_ptr, HEAD)
         largest, sums = fold(tl.where(inside, x, float("-inf")), largest, sums, inverse)
         t = load_logits(teacher_row, columns, inside, teacher_bias_ptr, TEACHER)
@@ -45,8 +45,8 @@ def summed_terms(
     TERMS: tl.constexpr, HEAD: tl.constexpr, TEACHER: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """By term [M], its value and its slopes, each summed over the row: a second sweep, as log p and log q need the
-    normalisers of all of it.
+    """By term [M], its value and its slopes, each summed over the row: a second sweep, since log p and log q need the
+    normalisers of the whole row.
     """
     term = tl.arange(0, M_PAD)[:, None]
     values = tl.zeros([M_PAD, BLOCK], DTYPE)
@@ -77,8 +77,8 @@ def compare(
     """Terms over the W ids that student and teacher share: every id is a bucket.
 
     TEMPERATURES: (1 / T,). TERMS: (kind, temperature, row of `weights` and `values`, T^2 or 1, log A, log(1 - A), A).
-    Out go `lse`: [2 temperatures, rows], the student's then the teacher's; `totals`: [terms, rows], each term's slopes
-    summed over the row; and the values.
+    Writes `lse`: [2 temperatures, rows], at each temperature the student's and then the teacher's; `totals`: [terms,
+    rows], each term's slopes summed over the row; and the values.
     """
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -106,14 +106,14 @@ def compared(
     x, columns, inside, teacher_row, teacher_bias_ptr, weights_ptr, lse_ptr, totals_ptr,
     rows, row, DENSE: tl.constexpr, TEMPERATURES: tl.constexpr, TEACHER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by logits x of the terms of `compare`: the sum over terms of w / T (g_j - q_j sum g)."""
+    """The gradient of the terms of `compare` with respect to logits x: sum over terms of w / T (g_j - q_j sum g)."""
     t = load_logits(teacher_row, columns, inside, teacher_bias_ptr, TEACHER)
     out = tl.zeros_like(x)
     for m in tl.static_range(len(DENSE)):
         weight = tl.load(weights_ptr + DENSE[m][2] * rows + row)
         log_q = x * TEMPERATURES[DENSE[m][1]][0] - tl.load(lse_ptr + 2 * DENSE[m][1] * rows + row)
         log_p = t * TEMPERATURES[DENSE[m][1]][0] - tl.load(lse_ptr + (2 * DENSE[m][1] + 1) * rows + row)
-        # The slopes are computed again: to keep them would take an array of the vocabulary's width a term.
+        # The slopes are computed again: keeping them would take an array as wide as the vocabulary per term.
         _value, slope = divergence(log_p, log_q, DENSE[m][0], DENSE[m][4], DENSE[m][5], DENSE[m][6])
         out += weight * TEMPERATURES[DENSE[m][1]][0] * (slope - tl.exp(log_q) * tl.load(totals_ptr + m * rows + row))
     return tl.where(inside, out, 0.0)

@@ -1,7 +1,7 @@
-"""The divergences of `losses.divergences` as Triton functions of one bucket. Called by `normalise` and `gradient`.
+"""The divergences of `losses.divergences` as Triton functions of one bucket. Called by `normalise` and `compare`.
 
-Each gives (value, slope) as it is said there, before the sum over buckets. A test holds the two lists of kinds
-together, and every kind's numbers.
+Each returns (value, slope) as defined there, before the sum over buckets. A test compares the two lists of kinds, and
+the numbers of every kind.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The kinds known here, by the number that kernels have for each, since Triton before 3.9 takes no words in a tuple; a
-# call with any other goes by torch's operations.
+# The kinds that have a kernel, with the number that the kernels use for each, since Triton before 3.9 takes no strings
+# in a tuple; a call with any other kind uses torch operations.
 KINDS = {
     "top_k_kl": 0, "forward_kl": 0, "tcs": 0, "reverse_kl": 1, "jsd": 2, "skewed_kl": 3, "skewed_reverse_kl": 4,
     "tvd": 5, "sampled": 6,
@@ -25,15 +25,15 @@ def log_add_exp(a, b):
     """log(exp a + exp b)."""
     top = tl.maximum(a, b)
     x = tl.exp(tl.minimum(a, b) - top)
-    # log(1 + x) to the last digits of a small x: what 1 + x lost is given back as a factor.
+    # log(1 + x), accurate for small x: the factor makes up for what rounding 1 + x has lost.
     y = 1.0 + x
     return top + tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit
 def divergence(log_p, log_q, KIND: tl.constexpr, LOG_A: tl.constexpr, LOG_1_A: tl.constexpr, A: tl.constexpr):
-    """(value, slope) bucket by bucket, p the teacher. `A`: jsd's beta or a skewed divergence's alpha, with log A and
-    log(1 - A).
+    """(value, slope) bucket by bucket, with p the teacher. `A`: jsd's beta or a skewed divergence's alpha, with log A
+    and log(1 - A).
     """
     p = tl.exp(log_p)
     q = tl.exp(log_q)

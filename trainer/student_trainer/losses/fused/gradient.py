@@ -1,6 +1,6 @@
-"""The gradient by the logits in one sweep over a row in Triton, for all terms together.
+"""The gradient of all terms together with respect to the head's products, in one sweep over a row in Triton.
 
-Launched by `launch`, one program a row, after `normalise` and `compare`. `passes` is the reference.
+Launched by `launch`, one program per row, after `normalise` and `compare`. `passes` is the reference.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import triton.language as tl
 from student_trainer.losses.fused.compare import compared
 from student_trainer.losses.fused.row_functions import kernel, to_logits
 
-ALL = tl.constexpr(-2)  # a group's number that stands for all groups
-NONE = tl.constexpr(-1)  # the group of the softmaxes that have no support
+ALL = tl.constexpr(-2)  # stands for all groups
+NONE = tl.constexpr(-1)  # the group of the softmaxes without a support
 
 
 @triton.jit
 def spread_of(x, columns, W, rest_ptr, row_ptr, rows, row, SOFTMAXES: tl.constexpr, GROUP: tl.constexpr):
-    """The gradient by logits x that a group's softmaxes (ALL: every group's) give to what is outside their support: the
-    row's number of each, times the id's share exp(x / T - rest) of all that is outside.
+    """The gradient with respect to logits x, outside the support, from a group's softmaxes (ALL: from every group's):
+    the row's number of each softmax, times the id's share exp(x / T - rest) of everything outside.
     """
     out = tl.zeros_like(x)
     for s in tl.static_range(len(SOFTMAXES)):
         if GROUP == ALL or SOFTMAXES[s][2] == GROUP:
             rest = tl.load(rest_ptr + s * rows + row)
             per_row = tl.load(row_ptr + s * rows + row)
-            # Above 0 only at ids of the support, whose gradient is written later: no infinity is made of them.
+            # The exponent is above 0 only at ids of the support, whose gradient is written later: avoid an infinity.
             part = per_row * tl.exp(tl.minimum(x * SOFTMAXES[s][0] - rest, 0.0))
             if SOFTMAXES[s][1] == 0:
-                # A softmax over the shared ids has none of the others.
+                # A softmax over the shared ids does not have the others.
                 part = tl.where(columns < W, part, 0.0)
             out += part
     return out
@@ -54,7 +54,7 @@ def entries(z_row, ids_ptr, at_ptr, K, row, PAD: tl.constexpr):
 
 @triton.jit
 def matched(ids, ids_ptr, at_ptr, K, row, otherwise):
-    """`at` of the group whose ids stand at `ids_ptr`, where it has an id too; `otherwise` elsewhere."""
+    """`at` of the group whose ids are at `ids_ptr`, where it has an id too; `otherwise` elsewhere."""
     for k in range(0, K):
         here = ids == tl.load(ids_ptr + row * K + k)
         otherwise = tl.where(here, tl.load(at_ptr + row * K + k), otherwise)
@@ -66,8 +66,8 @@ def from_group(
     x, ids, W, rest_ptr, row_ptr, ids_ptr, at_ptr, K, rows, row, SOFTMAXES: tl.constexpr, GROUP: tl.constexpr,
     WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """What another group gives to `ids`: its `at` where it has them too, else what it spreads. A group that is yet to
-    be written (WRITTEN is false) writes its own ids itself, whatever stands there.
+    """Another group's part of the gradient at `ids`: its `at` where it has the id too, else its spread part. A group
+    that is yet to be written (WRITTEN is false) later overwrites its own ids in any case.
     """
     part = spread_of(x, ids, W, rest_ptr, row_ptr, rows, row, SOFTMAXES, GROUP)
     if WRITTEN:
@@ -85,18 +85,18 @@ def gradient(
     HEAD: tl.constexpr, TEACHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of all terms, differentiated by the products. `out` may be `z` itself.
+    """The derivative of the sum of all terms with respect to the products. `out` may be `z` itself.
 
     SOFTMAXES: (1 / T, 1 if over all V ids else 0, group). A group is a support: its `ids` and `at` as `normalise` left
-    them, padded to GROUPS[g] slots; group -1 has none. Everything is written as if outside every support, and then the
-    label's id and the supports' over it, group by group: the last that has an id writes it, with what the groups
-    before give to it.
+    them, padded to GROUPS[g] slots; group -1 has none. Everything is first written as if outside every support, and
+    then overwritten at the label and at the supports' ids, group by group: the last group that has an id writes it,
+    including the parts of the groups before.
     """
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     z_row, out_row = z_ptr + row * z_stride, out_ptr + row * out_stride
     teacher_row = teacher_ptr + row * teacher_stride
-    # All that is read of the row at single ids is read before the sweep writes over it.
+    # Everything needed of the row at single ids is read before the sweep overwrites it.
     label = tl.load(labels_ptr + row)
     at_label = tl.load(at_label_ptr + row)
     label_1 = label + tl.zeros([1], tl.int64)
@@ -120,11 +120,11 @@ def gradient(
                 lse_ptr, totals_ptr, rows, row, DENSE, TEMPERATURES, TEACHER,
             )  # fmt: skip
         out *= chain(x, HEAD)
-        # Each entry of `z` is read by the thread that then writes it, so `out` may lie over it.
+        # Each entry of `z` is read by the thread that then writes it, so `out` may be `z`.
         tl.store(out_row + columns, out.to(out_ptr.dtype.element_ty), mask=columns < V)
 
     for g in tl.static_range(-1, len(GROUPS)):
-        tl.debug_barrier()  # what is written now lies over what other threads have written
+        tl.debug_barrier()  # what is written now overwrites what other threads have written
         if g == -1:
             ids, at, raw = label_1, tl.zeros([1], DTYPE), raw_label
         elif g == 0:
@@ -134,7 +134,7 @@ def gradient(
         else:
             ids, at, raw = ids2, at2, raw2
         x = to_logits(raw, ids, ids >= 0, bias_ptr, HEAD)
-        # The group's own gradient there, the label's where it is one of them, and what all others give to an id.
+        # The group's own gradient at its ids, the label's if it is one of them, and the parts of all other groups.
         out = at + tl.where(ids == label, at_label, 0.0)
         out += spread_of(x, ids, W, rest_ptr, row_ptr, rows, row, SOFTMAXES, NONE)
         if g != 0 and len(GROUPS) > 0:

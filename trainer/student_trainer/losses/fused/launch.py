@@ -1,5 +1,5 @@
-"""The kernels of one call of `head.head_loss`: what they read is laid out once, and each chunk launches them. Made by
-`chunks`, where the hardware runs Triton.
+"""Launches the kernels of one call of `head.head_loss`: their inputs are laid out once, and each chunk launches them.
+Made by `chunks`, where the hardware runs Triton.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from student_trainer.losses.projection import HeadProjection
 from student_trainer.losses.supports import SUPPORTS, read_support, tail_of
 from student_trainer.losses.terms import TeacherTerm, TokenTerm
 
-# Logits that a program of a kernel reads at a time (half as many where it reads two models'), and the warps that share
-# them: as many as leave every number in a register.
+# Logits that a kernel's program reads at a time (half as many of each where it reads two models'), and the warps that
+# share them: so many that every number stays in a register.
 BLOCK, WARPS = 4096, 8
 
 
 @dataclass(frozen=True)
 class Support:
-    """One support as `normalise` reads it: [R, K] ids, -1 where none stands, and by softmax that uses it [tables, R, K]
-    logprobs and [tables, 2, R] the tail's. `at_RK`: the gradient at the ids, which the kernel leaves there.
+    """One support as `normalise` reads it: ids [R, K], -1 for none, and for each softmax that uses it logprobs [tables,
+    R, K] and the two numbers of `tail_of` [tables, 2, R]. `at_RK`: the gradient at the ids, written by the kernel.
     """
 
     ids_RK: Tensor
@@ -40,8 +40,9 @@ class Support:
 
 
 class FusedTerms:
-    """What lies between the products of a chunk, by kernels: one launch for the values, one for the gradient. Over
-    the R rows of a call, which are `rows_R` of all; chunks of at most `height` rows come one after another.
+    """What lies between the products of a chunk, as kernels: for the values one launch per support and one for whole
+    vocabularies, then one for the gradient. R are the rows of the call that count, `rows_R` of all; they come in
+    consecutive chunks of at most `height` rows.
     """
 
     def __init__(
@@ -55,19 +56,19 @@ class FusedTerms:
         teacher = job.teacher if job.teacher is None or job.every_row else job.teacher.select(rows_R)
         passes, terms = job.passes, job.terms
         self._wants_grad = job.wants_grad
-        # The gradient is written over the products, unless its own products take it in another dtype.
+        # The gradient is written over the products, unless the backward products take it in another dtype.
         self._out_CV: Tensor | None = None
         if job.wants_grad and head.back_dtype != head.accumulator:
             self._out_CV = torch.empty(height, len(head.weight_VD), dtype=head.back_dtype, device=job.labels_N.device)
         self._top1_R = torch.empty_like(labels_R) if job.want_top1 else None
         self._head, self._teacher_head = head, teacher_head
         self._rows, self._vocab, self._shared = len(labels_R), len(head.weight_VD), job.shared
-        # An ignored label (-100) is not read beyond the row: it counts for nothing, wherever it points.
+        # An ignored label (-100) must not be read outside the row: it counts for nothing, wherever it points.
         self._labels_R = labels_R.clamp(0, self._vocab - 1)
         self._counted_MR = counted_MR
         index = {term.name: number for number, term in enumerate(terms)}
         dense = [name for name, support in SUPPORTS.items() if support.student == "vocabulary"]
-        # Passes on a support or the label go by `normalise`, those over whole vocabularies by `compare`.
+        # Passes on a support or the label are computed by `normalise`, those over whole vocabularies by `compare`.
         self._sparse = [each for each in passes if each.support not in dense]
         self._names = list(dict.fromkeys(each.support for each in self._sparse if each.support is not None))
         self._supports = [self._support(name, teacher, index) for name in self._names]
@@ -86,10 +87,10 @@ class FusedTerms:
         self._index = index
         self._values_MR = torch.zeros_like(self._weights_MR)
         # From `normalise` to `gradient`, by softmax and row: the logsumexp of all ids outside the support, and the one
-        # number that their gradient is q / (their mass) times.
+        # number that, times q / (their mass), is their gradient.
         self._rest_SR = self._weights_MR.new_zeros(max(1, len(self._sparse)), self._rows)
         self._row_SR = torch.zeros_like(self._rest_SR)
-        # What `gradient` has to add at the label: minus the weight of each loss on it.
+        # What `gradient` adds at the label: minus the weight of each label loss.
         self._at_label_R = self._weights_MR.new_zeros(self._rows)
 
     def run(self, start: int, rows_C: Rows, z_CV: Tensor, teacher_CW: Tensor | None) -> Tensor | None:
@@ -108,7 +109,7 @@ class FusedTerms:
         return out_CV
 
     def finish(self) -> None:
-        """Values and most likely ids into the outcome, once all chunks are done."""
+        """Write values and most likely ids into the outcome, once all chunks are done."""
         # `where` and not a product: an uncounted row may hold inf or NaN, and 0 x NaN is NaN.
         self._outcome.values_MN[:, self._rows_R] = torch.where(self._counted_MR, self._values_MR, 0.0)
         if self._top1_R is not None:
@@ -119,10 +120,10 @@ class FusedTerms:
         logprobs, tails = [], []
         ids_RK: Tensor | None = None
         for each in self._of(name):
-            # One table of logprobs a temperature; where another has an id that it has not, LOG_FLOOR stands in it.
+            # One table of logprobs per temperature; it has LOG_FLOOR at an id that only another table uses.
             counted_R = torch.stack([self._counted_MR[index[term.name]] for term in each.terms]).any(0)
             rows = read_support(teacher, name, each.temperature, each.width, counted_R)
-            # -1 marks a place without an id; temperatures of one support share the ids and differ in their logprobs.
+            # -1 marks a slot without an id; the temperatures of a support share its ids and differ in their logprobs.
             ids_RK = torch.where(rows.live_NK, rows.ids_NK, -1 if ids_RK is None else ids_RK)
             logprobs.append(rows.logprobs_NK.to(self._head.accumulator))
             tails.append(torch.stack(tail_of(rows, each.width)).to(self._head.accumulator))
@@ -133,11 +134,11 @@ class FusedTerms:
         return [each for each in self._sparse if each.support == name]
 
     def _normalise(self, number: int, start: int, z_CV: Tensor, top1_C: Tensor | None) -> None:
-        """The softmaxes of a support; with the first one, or without any, those that have none as well."""
+        """The softmaxes of one support; the first launch also has those without a support."""
         name = self._names[number] if self._names else None
         own = self._of(name)
         chosen = own + (self._of(None) if number == 0 and name is not None else [])
-        # Tables that a launch has no use of are stood in for by others: none of them is read.
+        # A launch without a support gets other tensors in place of the tables, and reads none of them.
         if name is None:
             softmaxes = [(1.0 / each.temperature, self._wide(each), -1, self._sparse.index(each)) for each in chosen]
             ids_CK, at_CK, logprobs_PCK, tails_P2C, width = self._labels_R, z_CV, z_CV, z_CV, 0
@@ -174,7 +175,7 @@ class FusedTerms:
 
     def _compare(self, start: int, z_CV: Tensor, teacher_CW: Tensor | None) -> tuple[Tensor, Tensor]:
         assert teacher_CW is not None
-        # Of this chunk alone: `gradient` reads them right after.
+        # For this chunk only: `gradient` reads them right after.
         lse_DR = self._rest_SR.new_empty(2 * len(self._dense), self._rows)
         totals_MR = self._rest_SR.new_empty(len(self._dense_terms), self._rows)
         constants = self._constants() | self._teacher_constants()
@@ -197,7 +198,7 @@ class FusedTerms:
         groups: list[Any] = []
         for support in self._supports:
             groups += [support.ids_RK[start:], support.at_RK[start:], support.ids_RK.shape[1]]
-        # A kernel takes three groups; what is missing is stood in for, and has no ids.
+        # The kernel takes three groups; other tensors stand in for missing ones, which have no ids.
         groups += [self._labels_R, self._rest_SR, 0] * (3 - len(self._supports))
         constants = self._constants() | self._teacher_constants()
         teacher = z_CV if teacher_CW is None else teacher_CW
@@ -226,7 +227,7 @@ class FusedTerms:
 
 
 def _head(head: HeadProjection) -> tuple[int, float, float]:
-    """HEAD of `normalise.to_logits`."""
+    """HEAD of `row_functions.to_logits`."""
     return int(head.bias_V is not None), float(head.scale), 0.0 if head.softcap is None else float(head.softcap)
 
 
@@ -235,7 +236,7 @@ def _bias(head: HeadProjection, unused: Tensor) -> Tensor:
 
 
 def _form(term: TokenTerm) -> int:
-    """How `normalise` computes a term: of the label, on the ids alone, with the rest as a bucket, given the ids."""
+    """How `normalise` computes a term: at the label, on the ids alone, renormalised, or with the rest in a bucket."""
     if not isinstance(term, TeacherTerm):
         return int(LABEL.value)
     if term.plain:
@@ -244,7 +245,7 @@ def _form(term: TokenTerm) -> int:
 
 
 def _mixture(term: TokenTerm) -> tuple[float, float, float]:
-    """(log A, log(1 - A), A) for the share that a mixture of the two distributions has; any, where there is none."""
+    """(log A, log(1 - A), A) for the share A in a mixture of the two distributions; arbitrary for other kinds."""
     share = getattr(term.settings, "beta" if term.kind == "jsd" else "alpha", 0.5)
     return math.log(share), math.log1p(-share), share
 
@@ -254,5 +255,5 @@ def _padded(count: int, least: int) -> int:
 
 
 def _launch(block: int) -> dict[str, int]:
-    """How a kernel is launched. Products are fused with sums, more exact than apart, whatever a Triton's default."""
+    """Launch options. Multiply-adds are fused, which is more exact, whatever Triton's default."""
     return {"BLOCK": block, "num_warps": WARPS, "enable_fp_fusion": True}

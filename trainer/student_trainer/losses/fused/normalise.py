@@ -1,7 +1,7 @@
-"""One sweep over a row's logits in Triton: every softmax's normaliser, then all terms on a support or the label.
+"""The normaliser of every softmax in one sweep over a row's logits in Triton, then all terms on a support or the label.
 
-Launched by `launch`, one program a row. `passes` is the reference; its formulas are those of this kernel, and its words
-for what a term asks for: `spread`, `on_tail`, `at`, `at_label`.
+Launched by `launch`, one program per row. `passes` is the reference: this kernel has the same formulas, and the same
+names for the parts of a gradient: `spread`, `on_tail`, `at`, `at_label`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from student_trainer.losses.fused.row_functions import (
     with_ids,
 )
 
-# How a term is computed: of the label, with the rest in a bucket, given that the token is in the support, or on the
-# support's ids alone.
+# How a term is computed: at the label, with the rest in a bucket, renormalised over the support, or on the support's
+# ids alone.
 LABEL, BUCKET, RENORMALISE, PLAIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
 def supported(logprobs_ptr, rows, row, K, slot, live, index, SOFTMAXES: tl.constexpr):
-    """[S, K]: whether softmax s has id k in its support, which is where its table of the teacher has a number."""
+    """[S, K]: whether softmax s has id k in its support, that is, whether its table has a teacher logprob there."""
     own = tl.zeros([index.shape[0], slot.shape[0]], tl.int1)
     for s in tl.static_range(len(SOFTMAXES)):
         if SOFTMAXES[s][2] >= 0:
@@ -42,15 +42,15 @@ def supported(logprobs_ptr, rows, row, K, slot, live, index, SOFTMAXES: tl.const
 
 @triton.jit
 def on_support(log_p_K, log_q_K, has, log_p_tail, log_q_tail, log_mass, TERMS: tl.constexpr, M: tl.constexpr):
-    """Term M's (value, sum of slopes that is spread over the softmax, slopes at the ids, slope of the tail). A slope is
-    g = d value / d log q of a bucket.
+    """Term M's (value, sum of slopes, which is spread over the softmax, slopes at the ids, slope of the tail). A slope
+    is g = d value / d log q of a bucket.
     """
     if TERMS[M][3] == RENORMALISE:
-        # Both distributions given that the token is in the support: p / sum p and q / sum q over the ids.
+        # Both distributions renormalised over the support: p / sum p and q / sum q over the ids.
         log_p_K = given(log_p_K, has)
         log_q_K = given(log_q_K, has)
     elif TERMS[M][3] == BUCKET:
-        # Ids and tail over the mass of both: rounding and bounds leave it beside 1, see `supports.with_tail`.
+        # Ids and tail divided by their total mass, which rounding and bounds move off 1: see `supports.with_tail`.
         log_p_K = tl.where(has, log_p_K - log_mass, LOG_FLOOR)
     value_K, slope_K = divergence(log_p_K, log_q_K, TERMS[M][0], TERMS[M][5], TERMS[M][6], TERMS[M][7])
     slope_K = tl.where(has, slope_K, 0.0)
@@ -58,11 +58,11 @@ def on_support(log_p_K, log_q_K, has, log_p_tail, log_q_tail, log_mass, TERMS: t
     total = tl.sum(slope_K, 0)
     on_tail = total * 0.0
     if TERMS[M][3] == RENORMALISE:
-        # q here is a softmax over the support alone: d value / d z_k = g_k - q_k sum g, and nothing outside of it.
+        # q here is a softmax over the support alone: d value / d z_k = g_k - q_k sum g, and 0 outside the support.
         slope_K -= tl.where(has, tl.exp(log_q_K), 0.0) * total
         total = on_tail
     elif TERMS[M][3] == BUCKET:
-        # All that is not in the support, as one more bucket.
+        # Everything outside the support, as one more bucket.
         value_tail, on_tail = divergence(
             log_p_tail - log_mass, log_q_tail, TERMS[M][0], TERMS[M][5], TERMS[M][6], TERMS[M][7]
         )
@@ -76,8 +76,8 @@ def on_terms(
     lse, log_q, log_tail, label_x, live, logprobs_ptr, tails_ptr, weights_ptr, values_ptr, rows, row, K, index, slot,
     TERMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The terms' values, written, and what they ask for, each times its weight: everywhere (times q) and on the tail
-    (times q within it) [S], at ids [S, K], at the label.
+    """Writes the terms' values. Returns the parts of their gradient, each times its weight: everywhere (times q) and on
+    the tail (times q within the tail) [S], at ids [S, K], at the label.
     """
     spread = tl.zeros([log_q.shape[0]], DTYPE)
     on_tail = tl.zeros([log_q.shape[0]], DTYPE)
@@ -111,13 +111,13 @@ def write_gradient(
     spread, on_tail, at, scaled, log_q, rest, log_tail, own, live, inverse, rest_ptr, row_ptr, at_ptr, rows, row, K,
     index, slot, SOFTMAXES: tl.constexpr,
 ):  # fmt: skip
-    """What `gradient` needs of the row: by softmax the normaliser of the rest and one number for all of the rest, and
-    the sum over the softmaxes at each of the support's ids.
+    """Writes what `gradient` needs of the row: by softmax, the normaliser of the rest and one number for all of the
+    rest; and the sum over the softmaxes at each of the support's ids.
     """
-    # Outside the support, where q_j = exp(log_tail) exp(z_j / T - rest), all ids share one number: what is spread times
-    # the tail's mass, and the tail's own. 1 / T, since softmaxes are of z / T.
+    # Outside the support, where q_j = exp(log_tail) exp(z_j / T - rest), all ids share one number: the spread part
+    # times the tail's mass, plus the tail's own part. 1 / T, since softmaxes are of z / T.
     per_row = (spread * tl.exp(log_tail) + on_tail) * inverse
-    # At an id: its own slope and its share of what is spread, or, outside a softmax's support, as anywhere.
+    # At an id: its own slope and its share of the spread part or, outside a softmax's support, the same as elsewhere.
     inside = (at + tl.exp(log_q) * spread[:, None]) * inverse[:, None]
     outside = per_row[:, None] * tl.exp(tl.minimum(scaled - rest[:, None], 0.0))
     total_at = tl.zeros([slot.shape[0]], at.dtype)
@@ -141,16 +141,16 @@ def normalise(
 
     SOFTMAXES: (1 / T, 1 if over all V ids else 0, which of the support's tables or -1 without support, which row of
     `rest` and `row`). TERMS: (kind, softmax, row of `weights` and `values`, form, T^2 or 1, log A, log(1 - A), A, its
-    softmax's table), kind and form as numbers. `ids`: [rows, K], -1 where nothing stands;
-    `logprobs`: [tables, rows, K], LOG_FLOOR where the table has no use of the id; `tails`: [tables, 2, rows], the
-    tail's logprob and the logarithm of the whole mass. Out go, by softmax, `rest`, the normaliser without the support,
-    and `row`, the gradient of a logit outside the support over its share of that; `at`: [rows, K], the gradient at the
-    support's ids, by the softmaxes that have this support; `at_label`.
+    softmax's table), kind and form as numbers. `ids`: [rows, K], -1 for none; `logprobs`: [tables, rows, K], LOG_FLOOR
+    where the table does not use the id; `tails`: [tables, 2, rows], the tail's logprob and the logarithm of the total
+    mass. Writes, by softmax, `rest`, the normaliser without the support, and `row`, the gradient of a logit outside the
+    support divided by its share of the rest; `at`: [rows, K], the gradient at the support's ids from the softmaxes that
+    have this support; and `at_label`.
     """
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # rows times the vocabulary may be more than 2^31
     z_row = z_ptr + row * z_stride
-    # A vector has an entry a softmax (`index`) or a support's id (`slot`), padded to a power of two.
+    # A vector has one entry per softmax (`index`) or per id of the support (`slot`), padded to a power of two.
     index = tl.arange(0, S_PAD)
     slot = tl.arange(0, K_PAD)
     inverse = by_softmax(SOFTMAXES, 0, S_PAD, DTYPE)
@@ -169,7 +169,7 @@ def normalise(
         tl.store(top_ptr + row, most_likely(x_K, ids, live, largest, top_id, V))
 
     scaled = x_K[None, :] * inverse[:, None]
-    # An id that was taken out for another softmax belongs to this one's rest.
+    # An id that was taken out only for another softmax belongs to this one's rest.
     rest = with_ids(rest, scaled, live[None, :] & (own == 0))
     lse = with_ids(rest, scaled, own)
     log_q = tl.where(own, scaled - lse[:, None], LOG_FLOOR)
