@@ -1,11 +1,11 @@
-"""A batch cut into micro batches, every label with its teacher's row. The one way to show a batch to a student.
+"""Cuts a batch into micro batches, every label with its teacher row: the only way to show a batch to a student.
 
     cut(batch, targets, student, seed, rows=4)
 
-Called for a step by way of `prefetch`, and by the evaluation. The teacher's row t of a document is its distribution of
-token t+1, and so is the counted position t of the batch: teacher rows are made in the order of the counted positions,
-by row and then by column, and a view's `counted_N` picks them. Which of its own rows learns from one, a student's views
-say.
+Called for each step through `prefetch`, and by the evaluation. The teacher's row t of a document is its distribution of
+token t+1, which is also what the batch's position t predicts. So teacher rows are built in the order of the counted
+positions, by row and then by column, and a view's `counted_N` selects them. Which of the student's rows learns from
+which teacher row is up to the student's views.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def cut(
     head: Head | None = None, keep_empty: bool = False,
 ) -> tuple[MicroBatch, ...]:  # fmt: skip
     """The batch's views, of at most `rows` rows each, on the CPU. Those that add nothing to the count of labels are
-    left out, if not `keep_empty`: ranks that gather parameters together must all make as many passes.
+    left out, unless `keep_empty`: ranks that gather parameters together must all make the same number of passes.
 
     `head` is the teacher's, already on its device, for targets of kind `hidden`.
-    InvalidTargetsError for a number of the teacher's that is not finite where it would be learnt from.
+    InvalidTargetsError if a number from the teacher is not finite on a row that counts.
     """
     size = rows or len(batch.tokens_BT)
     parts: list[MicroBatch] = []
@@ -51,7 +51,7 @@ def cut(
 
 
 def _between(batch: Batch, first: int, stop: int) -> slice:
-    """Where the documents of the rows [first, stop) stand among those of the batch, which come by row."""
+    """The slice of the batch's documents, which are ordered by row, that lie in the rows [first, stop)."""
     rows_M = [document.row for document in batch.documents]
     return slice(int(np.searchsorted(rows_M, first)), int(np.searchsorted(rows_M, stop)))
 
@@ -60,7 +60,7 @@ def _micro_batches(
     part: Batch, targets: BatchTargets | None, reader: Reader, seed: ViewSeed, first_row: int, documents: slice,
     head: Head | None,
 ) -> list[MicroBatch]:  # fmt: skip
-    """The views of some rows, each with what belongs to its labels; `documents`: theirs among those of `targets`."""
+    """The views of some rows, each with what belongs to its labels; `documents`: the slice of `targets` for them."""
     row_C, column_C = part.counted()
     sources_C = torch.from_numpy(part.source_ids_BT[row_C, column_C].astype(np.int64))
     documents_C = torch.from_numpy(_document_of_each(part, row_C, column_C))
@@ -72,7 +72,7 @@ def _micro_batches(
             states = targets.attention[documents]
     made = []
     for view in reader.views(part, seed):
-        # Every counted position in its order is the common case, and nothing is copied for it.
+        # In the common case labels are all counted positions in order, and nothing is copied.
         in_order = torch.equal(view.counted_N, torch.arange(len(row_C)))
         documents_N = documents_C if in_order else documents_C[view.counted_N]
         teacher = teacher_C
@@ -93,7 +93,7 @@ def _micro_batches(
 
 
 def _document_of_each(part: Batch, row_C: np.ndarray, column_C: np.ndarray) -> np.ndarray:
-    """[C] int64: the place among `part.documents` of each counted position's document."""
+    """[C] int64: for each counted position, the index of its document in `part.documents`."""
     place_BT = np.full(part.tokens_BT.shape, -1, np.int64)
     for place, document in enumerate(part.documents):
         # Written out over the row and read at the counted positions: no search per position.
@@ -104,16 +104,17 @@ def _document_of_each(part: Batch, row_C: np.ndarray, column_C: np.ndarray) -> n
 def _teacher_rows(
     batch: Batch, answers: Sequence[TokenTargets | None], spec: TargetSpec, head: Head | None
 ) -> TeacherRows | None:
-    """Rows of the batch's counted positions, in their order; documents come in that order. None where there are none.
+    """The teacher rows of the batch's counted positions, in order, which is also that of documents; None if there are
+    none.
 
-    InvalidTargetsError for a number that is not finite where it would be learnt from.
+    InvalidTargetsError if a number is not finite on a row that counts.
     """
     pieces: dict[str, list[np.ndarray]] = {}
     for document, answer in zip(batch.documents, answers, strict=True):
         if answer is None:
             continue
         mask_T = batch.loss_mask_BT[document.row, document.start : document.stop]
-        # The answer begins at row `start` of the document: of its rows those that count, in their order.
+        # The targets begin at row `start` of the document; of their rows, those that count are taken, in order.
         counted_R = mask_T[answer.start : answer.start + answer.num_rows]
         assert counted_R.sum() == mask_T.sum(), "a row that counts was not asked for"
         for name, array in arrays_of(answer, counted_R).items():
@@ -124,12 +125,12 @@ def _teacher_rows(
 
 
 def _teacher_attention(states: Sequence[AttentionTargets], view: View) -> TeacherAttention:
-    """States of each of the batch's documents, for the positions of the view that hold their tokens as they are."""
+    """The states of the batch's documents, for the positions of the view that hold their tokens unmasked."""
     blocks_BT = None if view.clean_blocks_BT is None else view.clean_blocks_BT.numpy()
     return TeacherAttention(tuple(map(_states, states)), view.attention.clean_documents_BT.numpy(), blocks_BT)
 
 
 def _states(targets: AttentionTargets) -> QKV:
-    """fp16 as it came, int8 multiplied out; in memory of their own."""
+    """Query, key and value in their own memory: fp16 as received, int8 multiplied by its scales."""
     arrays = targets.tensors() if targets.query_scale is None else targets.states()
     return QKV(*(torch.from_numpy(np.array(arrays[part])) for part in PARTS))

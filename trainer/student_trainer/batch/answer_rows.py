@@ -1,5 +1,5 @@
-"""A teacher's answers as `TeacherRows`: the tensors of records, one below the other. Called by `align`, which takes the
-rows that count, and by trainers of other people, whose student has a row for each row of the answers (`teacher_rows`).
+"""Turns a teacher's responses into `TeacherRows`, by concatenating their tensors. Called by `align`, which takes the
+rows that count, and by third-party trainers, whose student has a row for each row of the responses (`teacher_rows`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def teacher_rows(
     answers: Sequence[TokenTargets], temperatures: Sequence[float] = (), *, sample_temperature: float = 1.0,
     head: Head | None = None,
 ) -> TeacherRows:  # fmt: skip
-    """All rows of all answers, in their order. `temperatures`, `sample_temperature`: as they were asked for; `head`:
-    the teacher's, for answers of kind `hidden`. ValueError for no answers, or answers to different questions.
+    """All rows of all responses, in order. `temperatures`, `sample_temperature`: as requested; `head`: the teacher's,
+    for responses of kind `hidden`. ValueError for no responses, or for responses to different requests.
 
-    A sequence's last row says what comes behind it: it has no label, and no `next_logprob`.
+    The last row of a sequence predicts what would follow it: it has no label, and its `next_logprob` is NaN.
     """
     pieces: dict[str, list[np.ndarray]] = {}
     for answer in answers:
@@ -60,10 +60,10 @@ def rows_of(
     pieces: Mapping[str, Sequence[np.ndarray]], temperatures: tuple[float, ...], sample_temperature: float,
     head: Head | None,
 ) -> TeacherRows:  # fmt: skip
-    """The tensors of several answers, by the name of the record's tensor, as `arrays_of` gives them."""
+    """The tensors of several responses concatenated; `pieces`: by the name of the record's tensor, from `arrays_of`."""
     arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
     if "sampled_lengths" in arrays:
-        # Offsets of the pieces put together are the running sum of how many each row has.
+        # The offsets of the concatenation are the cumulative sum of the rows' lengths.
         arrays["sampled_offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("sampled_lengths"))])
     if "hidden" not in arrays:
         head = None
@@ -72,14 +72,14 @@ def rows_of(
 
 
 def arrays_of(answer: TokenTargets, counted_R: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows that count of every tensor; of samples, which are ragged, how many each row has instead of offsets."""
+    """Of every tensor, the rows that count; samples are ragged, and come with the rows' lengths instead of offsets."""
     arrays = answer.tensors()
     if answer.hidden is not None:
         arrays["hidden"] = hidden_numbers(answer.hidden, arrays.pop("hidden_scale", None))
     ragged = {}
     if answer.sampled_offsets is not None:
         lengths_R = np.diff(arrays.pop("sampled_offsets"))
-        # Draws lie row behind row: each has the flag of its row.
+        # Draws are stored row after row: each has the flag of its row.
         drawn_M = np.repeat(counted_R, lengths_R)
         ragged = {name: arrays.pop(name)[drawn_M] for name in ("sampled_ids", "sampled_counts")}
         ragged["sampled_lengths"] = lengths_R[counted_R]
@@ -88,7 +88,7 @@ def arrays_of(answer: TokenTargets, counted_R: np.ndarray) -> dict[str, np.ndarr
 
 
 def hidden_numbers(hidden_RD: np.ndarray, scale_R: np.ndarray | None) -> np.ndarray:
-    """Hidden states as floats: fp16 as it is, bf16 (which comes as its bits) and scaled int8 as fp32."""
+    """Hidden states as floats: fp16 as it is, bf16 (received as raw bits) and scaled int8 as fp32."""
     if scale_R is not None:
         return hidden_RD.astype(np.float32) * scale_R[:, None]
     if hidden_RD.dtype == np.uint16:

@@ -25,27 +25,29 @@ class Document:
     key: str
 
 
-# Whose text a batch is: the data's, or what the student wrote. The loss on it and what is asked about it go by that.
+# Whose text a batch holds: the data's, or the student's. The loss on it and the requested targets depend on that.
 Kind = Literal["data", "rollout"]
 
 
 @dataclass(frozen=True)
 class RolloutSums:
-    """What the student wrote, added up over its sequences. `logprob` in nats, at temperature 1."""
+    """Totals over the sequences that the student wrote. `logprob` in nats, at temperature 1."""
 
     sequences: int
     tokens: int
-    ended: int  # sequences that came to an end of their own
+    ended: int  # sequences that the student ended
     logprob: float
-    passes: int = 0  # forward passes, of a student that writes several tokens with one; prefills aside
+    passes: int = 0  # forward passes without prefills, of a student that writes several tokens per pass
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "RolloutSums":
-        """Those of all ranks together, by a function that adds numbers up over the ranks."""
+        """The totals over all ranks; `total` sums numbers over the ranks."""
         sequences, tokens, ended, logprob, passes = total(astuple(self))
         return RolloutSums(int(sequences), int(tokens), int(ended), logprob, int(passes))
 
     def means(self) -> dict[str, float]:
-        """For metrics: sequences; tokens of one; share that ended; nats a token, minus which estimates the entropy."""
+        """For metrics: sequences; tokens per sequence; the share that ended; mean logprob of a token, which estimates
+        minus the entropy; tokens per pass, if passes were counted.
+        """
         per_sequence, per_token = 1 / max(self.sequences, 1), 1 / max(self.tokens, 1)
         return {
             "sequences": self.sequences,
@@ -60,7 +62,7 @@ class RolloutSums:
 class Batch:
     """B rows of T tokens. Padding: pad id, position 0, document -1, source -1, no loss.
 
-    `first_row`: the place of the first row among those of the whole batch, of which this may be a rank's share.
+    `first_row`: the index of the first row in the whole batch, of which this may be a rank's share.
     """
 
     number: int
@@ -72,8 +74,8 @@ class Batch:
     source_names: tuple[str, ...]
     source_ids_BT: np.ndarray  # int16, into source_names
     first_row: int = 0
-    rollout: RolloutSums | None = None  # of what the student wrote, where it did: prompts do not count then
-    # int32, of such a batch: at which of its writes a sequence got this token, from 1; 0: given, or written in order.
+    rollout: RolloutSums | None = None  # of a batch that the student wrote: its prompts do not count
+    # int32, of such a batch: at which write of its sequence a token was written, from 1; 0: given, or written in order.
     written_at_BT: np.ndarray | None = None
 
     @property
@@ -86,15 +88,15 @@ class Batch:
         return float((self.document_ids_BT >= 0).mean())
 
     def counted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column of each of the C positions that count, by row and then by column: what labels are numbered by.
+        """Row and column of each of the C positions that count, by row and then by column, as labels are numbered.
 
-        The position at column t is the prediction of token t+1.
+        The position at column t predicts token t+1.
         """
         row_C, column_C = np.nonzero(self.loss_mask_BT)
         return row_C, column_C
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """The batch of rows start..stop alone, its documents counted from the new first row."""
+        """The rows start..stop of the batch, the rows of its documents counted from the new first one."""
         return replace(
             self,
             tokens_BT=self.tokens_BT[start:stop],
@@ -109,9 +111,9 @@ class Batch:
 
 
 def counted_rows(batch: Batch, document: Document) -> tuple[int, int] | None:
-    """The teacher's rows [start, stop) of a document from its first to its last row that counts; None if none does.
+    """The teacher's rows [start, stop) of a document, from its first to its last row that counts; None if none does.
 
-    Row t of the document is counted from its own first token. A document of one token has no row.
+    Rows are counted from the document's first token. A document of one token has no row.
     """
     counted = np.flatnonzero(batch.loss_mask_BT[document.row, document.start : document.stop])
     return (int(counted[0]), int(counted[-1]) + 1) if len(counted) else None
@@ -119,7 +121,7 @@ def counted_rows(batch: Batch, document: Document) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Placed:
-    """A sequence with its place: what `build_batch` writes into a row."""
+    """A sequence for `build_batch` to write into a row."""
 
     source: int
     key: str

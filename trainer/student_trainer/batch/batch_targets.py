@@ -1,4 +1,4 @@
-"""A teacher's answer to a batch, document by document. Made by the sources in `targets`, read by `align`."""
+"""A teacher's targets for a batch, document by document. Made by the sources in `targets`, read by `align`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from teacher_proto.attention_targets import AttentionTargets
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TENSORS, TokenTargets
 
-# Logprobs at the temperatures asked for, where they do not follow from those at 1: several teachers' mixed at each.
+# Logprobs at the requested temperatures, if these don't follow from those at 1: several teachers mixed at each.
 TEMPERED = "tempered_logprobs"
 assert TEMPERED not in TENSORS
 
 
 @dataclass(frozen=True, eq=False)
 class BatchTargets:
-    """A teacher's answer to a batch: by document, None where no row of it counts. `spec` is what was asked.
+    """A teacher's targets for a batch, by document; None for one of which no row counts. `spec`: what was requested.
 
-    `attention`: states of every document, where they were asked for beside.
+    `attention`: states of every document, if they were requested too.
     """
 
     documents: tuple[TokenTargets | None, ...]

@@ -1,4 +1,4 @@
-"""An output head, the student's or the teacher's: how logits follow from final hidden states. Used by students and
+"""An output head, the student's or the teacher's, which makes logits from final hidden states. Used by students and
 losses; `losses.projection` computes it chunk by chunk.
 """
 
@@ -20,7 +20,7 @@ class Head:
     scale: float = 1.0
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[..., V] float32 of hidden rows [..., D], the product in the weight's dtype."""
+        """Logits [..., V] float32 of hidden rows [..., D], with the product in the weight's dtype."""
         z_NV = torch.nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
         z_NV = z_NV.float() * self.scale
         return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)

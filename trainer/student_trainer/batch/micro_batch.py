@@ -1,4 +1,4 @@
-"""What one forward and backward pass needs: a view of some rows of a batch, every label with its teacher's row.
+"""The input of one forward and backward pass: a view of some rows of a batch, every label with its teacher row.
 
 Made by `align`, read by students, losses and evaluation.
 """
@@ -19,8 +19,8 @@ from student_trainer.batch.view import View
 class MicroBatch:
     """A view of the batch's rows [first_row, first_row + rows), for one forward and backward pass.
 
-    Of each of the view's N labels: `sources_N` indexes the batch's `source_names`, `documents_N` the documents of these
-    rows, by row and then by start; `teacher` has a row for each. `attention` has an item for each document.
+    For each of the view's N labels, `sources_N` indexes the batch's `source_names`, `documents_N` the documents of
+    these rows, by row and then by start, and `teacher` has a row. `attention` has an item for each document.
     """
 
     view: View
@@ -32,7 +32,7 @@ class MicroBatch:
     attention: TeacherAttention | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`; from pinned memory without waiting for the copy."""
+        """The same on `device`; copied to a GPU from pinned memory, without waiting."""
         teacher = None if self.teacher is None else self.teacher.to(device)
         attention = None if self.attention is None else self.attention.to(device)
         return to_device(self, device, view=self.view.to(device), teacher=teacher, attention=attention)

@@ -1,7 +1,7 @@
-"""What the teacher said about N rows of the student, as tensors on the student's device.
+"""The teacher's targets for N rows of the student, as tensors on the student's device.
 
-Made by `align` and `answer_rows`, which attach them to the student's rows; read by `head.head_loss` alone. Nothing here
-knows about the wire or about sequences.
+Made by `align` and `answer_rows`, which match them to the student's rows; read by `head.head_loss` and by terms on
+states. Nothing here knows about the wire format or about sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from student_trainer.batch.head import Head
 from student_trainer.batch.tensors import moved, to_device
 from teacher_proto.compute.relations import QKV
 
-# Fields whose first dimension is N; the ragged `sampled_*` fields are cut by their offsets.
+# Fields whose first dimension is N; the ragged `sampled_*` fields are split by their offsets.
 _ROW_FIELDS = (
     "ids_NK",
     "logprobs_NK",
@@ -35,19 +35,19 @@ _ROW_FIELDS = (
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """N teacher rows; row n belongs to the student's hidden row n. A field that was not asked for is None.
+    """N teacher rows; row n belongs to the student's hidden row n. A field that was not requested is None.
 
     `ids_NK` and `logprobs_NK`: the K largest logprobs at temperature 1, largest first, any float dtype.
     `log_z_NT`: one scalar for each of `temperatures`, log_z = lse(z / T) - lse(z) / T, so that the exact probability
     at T is exp(logprob / T - log_z). Temperature 1 needs no column.
-    `tempered_logprobs_NKT`: logprobs of `ids_NK` at each of `temperatures`, where they do not follow from those at 1:
-    several teachers' probabilities mixed at each. Then every probability is at most the truth, and there is no log_z.
-    `valid_N`: False where the teacher has no row (padding, alignment's edge); what stands there is never used.
-    `gather_*`: logprobs at ids which the student chose. `sampled_*`: row n drew `sampled_ids[o[n]:o[n+1]]`, each
-    `sampled_counts` times, from the teacher at `sampled_temperature`. `sampled_width`: the most distinct ids that any
-    row drew, where that is known without asking a device.
-    `teacher_hidden_NE`: final hidden states after the last norm, with the `teacher_head` that makes them logits of the
-    teacher's vocabulary; for terms with `support="full"`.
+    `tempered_logprobs_NKT`: logprobs of `ids_NK` at each of `temperatures`, if they do not follow from those at 1:
+    several teachers' probabilities mixed at each. Then no probability exceeds the true one, and there is no log_z.
+    `valid_N`: False where the teacher has no row (padding, the edge of an alignment); values there are never used.
+    `gather_*`: logprobs at ids that the student chose. `sampled_*`: row n drew `sampled_ids[o[n]:o[n+1]]`, with o the
+    offsets, each `sampled_counts` times, from the teacher at `sampled_temperature`. `sampled_width`: the most distinct
+    ids drawn on any row, if known without asking a device.
+    `teacher_hidden_NE`: final hidden states after the last norm, with the `teacher_head` that makes logits of the
+    teacher's vocabulary from them; for terms with `support="full"`.
     """
 
     ids_NK: Tensor | None = None
@@ -69,7 +69,7 @@ class TeacherRows:
     teacher_head: Head | None = None
 
     def select(self, index: Tensor | slice) -> TeacherRows:
-        """The rows that `index` (positions, a mask or a slice) names, in its order."""
+        """The rows that `index` (indices, a mask or a slice) selects, in its order."""
         changes: dict[str, Any] = {}
         for name in _ROW_FIELDS:
             value = getattr(self, name)
@@ -88,7 +88,7 @@ class TeacherRows:
         return to_device(self, device, teacher_head=head, sampled_width=width)
 
     def log_z_at(self, temperature: float) -> Tensor | None:
-        """log_z [N] at `temperature`; None at 1, where it is zero by definition. ValueError if it was not asked for."""
+        """log_z [N] at `temperature`; None at 1, where it is zero by definition. ValueError if it was not requested."""
         if temperature == 1.0:
             return None
         if self.log_z_NT is None or temperature not in self.temperatures:
@@ -105,7 +105,7 @@ class TeacherRows:
         return self.tempered_logprobs_NKT[:, :, self.temperatures.index(temperature)]
 
     def sampled_padded(self) -> tuple[Tensor, Tensor]:
-        """(ids_NU, counts_NU) with U the most distinct ids that any row drew; count 0 marks the padding."""
+        """(ids_NU, counts_NU) with U the most distinct ids drawn on any row; count 0 marks padding."""
         assert self.sampled_offsets is not None and self.sampled_ids is not None and self.sampled_counts is not None
         lengths_N = self.sampled_offsets[1:] - self.sampled_offsets[:-1]
         width = max(1, self._most_drawn() if self.sampled_width is None else self.sampled_width)
@@ -138,11 +138,11 @@ class TeacherRows:
 
 @dataclass(frozen=True, eq=False)
 class TeacherAttention:
-    """The teacher's side of a micro batch: its documents, rows first and then from left to right.
+    """The teacher's attention states for a micro batch, by document: by row and then from left to right.
 
-    `document_ids_BT`: the document of each position of the view whose state is to be like the teacher's, -1 elsewhere.
-    It stays on the CPU, where documents are told apart; so does `blocks_BT`, the block of each of these positions, None
-    of a student that reads none.
+    `document_ids_BT`: the document of each position of the view whose state is compared with the teacher's, -1
+    elsewhere. It stays on the CPU, where documents are told apart; so does `blocks_BT`, the block of each of these
+    positions, None for a student without blocks.
     """
 
     documents: tuple[QKV, ...]

@@ -1,4 +1,6 @@
-"""Arrays as tensors, and records of tensors on a device without waiting for the copy. Used by `batch`, `students`."""
+"""Makes tensors of arrays, and moves records of tensors to a device without waiting for the copy. Used by `batch`,
+`students`.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ Record = TypeVar("Record")
 
 
 def own_tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of its own memory: what numpy views belongs to a response, and may not be written to."""
+    """A tensor with its own memory: an array may be a view of a response, which must not be written to."""
     wide = array.astype(np.int32) if array.dtype == np.uint16 else np.array(array)
     tensor = torch.from_numpy(wide)
     return tensor if dtype is None else tensor.to(dtype)
 
 
 def to_device(record: Record, device: torch.device | str, **changes: Any) -> Record:
-    """The dataclass with its tensors on `device`, but for the fields that are given in `changes`.
+    """The dataclass with its tensors on `device`, except for the fields given in `changes`.
 
-    Where a copy could be waited for, to a GPU, it is made from pinned memory and isn't.
+    Copies to a GPU are made from pinned memory, so that they are not waited for.
     """
     device = torch.device(device)
     for field in fields(record):  # type: ignore[arg-type]
@@ -33,7 +35,7 @@ def to_device(record: Record, device: torch.device | str, **changes: Any) -> Rec
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, which is another one than its own."""
+    """The tensor on `device`, which is not the one that it is on."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
