@@ -1,4 +1,4 @@
-"""What learns: an architecture, a quantiser and an adapter of a Hugging Face causal model, on one rank or in shards.
+"""The model that learns: a Hugging Face causal model with an architecture, a quantiser and an adapter, sharded or not.
 
-May import losses, data, batch and settings. Open `student.py` first: what the loop knows of it; then `load.py`.
+May import losses, data, batch and settings. Open `student.py` first, which is the loop's interface; then `load.py`.
 """

@@ -1,10 +1,10 @@
-"""A look at what attention layers are given, during the model's own forward pass. Used by `capture` and by
+"""Hooks that see the inputs of attention layers during the model's own forward pass. Used by `capture` and by
 `optim.qk_clip`.
 
-Every attention layer of transformers hands its query and key (after RoPE and any QK-norm) and its raw value to a
+Every attention layer of transformers passes its query and key (after RoPE and any QK-norm) and its raw value to a
 function that it looks up by `config._attn_implementation`. A hooked layer gets a copy of the config that names our
-function there: it shows the tensors to every hook and calls the implementation that was configured. So flex and SDPA
-attention run as they are, no map is ever built, and the other layers never know.
+function: it passes the tensors to every hook and calls the implementation that was configured. So flex and SDPA
+attention run unchanged, no attention map is ever built, and other layers are not affected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HOOKED = "_stillhouse_hooked"
 
 
 class _Hooked:
-    """What one layer had before it was hooked, and who looks on."""
+    """What a layer had before it was hooked, and its hooks."""
 
     def __init__(self, module: Any) -> None:
         self.config = module.config
@@ -31,10 +31,10 @@ class _Hooked:
 
 
 class AttentionHook:
-    """Between `attach` and `detach`, calls `note(module, query_BHTd, key_BHTd, value_BHTd, mask, kwargs)` ahead of
-    each of the layer's attentions. A layer can have several hooks at a time.
+    """Between `attach` and `detach`, calls `note(module, query_BHTd, key_BHTd, value_BHTd, mask, kwargs)` each time
+    before the layer attends. A layer can have several hooks at a time.
 
-    `mask` and `kwargs` (`scaling` among them) are what the layer hands over beside the states.
+    `mask` and `kwargs` (`scaling` among them) are what the layer passes besides the states.
     """
 
     def __init__(self, module: Any, note: Callable[[Any, Tensor, Tensor, Tensor, Any, dict[str, Any]], None]) -> None:
@@ -45,7 +45,7 @@ class AttentionHook:
         hooked = self.module.__dict__.get(_HOOKED)
         if hooked is None:
             hooked = _Hooked(self.module)
-            # A copy for this layer alone: all layers share one config, and the others keep their attention.
+            # A copy for this layer only: all layers share one config, and the others keep their attention.
             config = copy.copy(self.module.config)
             config._attn_implementation = IMPLEMENTATION
             self.module.config = config
@@ -66,7 +66,7 @@ def attention_modules(model: nn.Module) -> dict[int, Any]:
     modules: dict[int, Any] = {}
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
-        # What has these three is what transformers dispatches by its config.
+        # A module with these three attributes is one that transformers dispatches by its config.
         if layer is None or not hasattr(module, "is_causal") or not hasattr(module, "config"):
             continue
         if layer in modules:
@@ -78,7 +78,7 @@ def attention_modules(model: nn.Module) -> dict[int, Any]:
 
 
 def attention_module(model: nn.Module, layer: int) -> Any:
-    """The attention module of layer `layer`. ValueError where the model has no such layer or is not built that way."""
+    """The attention module of layer `layer`. ValueError if the model has no such layer or is not built that way."""
     modules = attention_modules(model)
     if layer not in modules:
         known = list(modules)
@@ -88,7 +88,7 @@ def attention_module(model: nn.Module, layer: int) -> Any:
 
 
 def configured_attention(module: Any) -> Callable[..., Any]:
-    """What the layer calls: a registered function, or its modelling file's own eager one."""
+    """The function that the layer calls: a registered one, or the eager one of its modelling file."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     if implementation is None:
@@ -100,7 +100,7 @@ def _dispatch(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     hooked: _Hooked = module.__dict__[_HOOKED]
-    # The states as attention gets them; the kernel that was configured then attends as it would have.
+    # The hooks see the states as attention gets them; the configured kernel then attends as usual.
     for hook in hooked.hooks:
         hook.note(module, query, key, value, attention_mask, kwargs)
     return hooked.attend(module, query, key, value, attention_mask, *args, **kwargs)

@@ -1,8 +1,8 @@
-"""A view's attention as a mask for SDPA or for flex attention: the one place where it becomes one. Called by `causal`.
+"""Makes a mask for SDPA or for flex attention from a view's attention: the only place that does. Called by `causal`.
 
-A mask for SDPA is dense. One for flex attention is a rule, and a list of the blocks of the map that the rule leaves
-anything of; the list is made from the least and the largest of the spec's integers in each block, so no dense array
-comes into being.
+A mask for SDPA is dense. One for flex attention is a rule, plus a list of the blocks of the attention map that it does
+not hide entirely; the list is made from the least and the largest of the spec's integers in each block, so no dense
+array is built.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from student_trainer.batch.view import NEVER, Attention, CausalDocuments, OrderedDocuments
 
-# Places a block of flex attention has on each side.
+# Positions per side of a flex attention block.
 BLOCK = 128
 
 # (row, query, key) to whether the query sees the key, entry by entry; the indices broadcast.
@@ -24,7 +24,7 @@ Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def dense_mask(attention: Attention, window: int | None = None) -> Tensor:
-    """Who sees whom, as booleans [B, 1, T, T]; with a window, no key that lies `window` or more places back.
+    """Who sees whom, as booleans [B, 1, T, T]; with a window, no key that is `window` or more places back.
 
     Padding (document -1) sees padding, so that no row of the softmax is empty; nothing else sees it.
     """
@@ -36,7 +36,7 @@ def dense_mask(attention: Attention, window: int | None = None) -> Tensor:
 
 
 def rule_of(attention: Attention, window: int | None = None) -> Rule:
-    """The definition of each spec in `batch.view`, in a form that broadcasts and that flex attention compiles."""
+    """The definition of each attention spec of `batch.view`, in a form that broadcasts and flex attention compiles."""
     document_ids_BT = attention.document_ids_BT
     if isinstance(attention, CausalDocuments):
 
@@ -50,7 +50,7 @@ def rule_of(attention: Attention, window: int | None = None) -> Rule:
     groups_BT, places_BT = attention.groups_BT, attention.places_BT
 
     def ordered(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        # By order: a key that is shown by the time that the query sees to. By group: those who see each other whole.
+        # By order: the key comes early enough for the query. By group: members see each other.
         shown = shown_at_BT[b, k] <= sees_to_BT[b, q]
         together = (groups_BT[b, k] == groups_BT[b, q]) & (groups_BT[b, k] >= 0)
         inside = (document_ids_BT[b, q] == document_ids_BT[b, k]) & (shown | together)
@@ -62,8 +62,8 @@ def rule_of(attention: Attention, window: int | None = None) -> Rule:
 def block_mask(attention: Attention, window: int | None = None) -> Any:
     """The same as a flex-attention block mask, which skips the blocks that nobody sees.
 
-    Right for any ids. Where a document's tokens stand together, as packing places them, and the order of an
-    `OrderedDocuments` follows the places of each half, hardly a block is listed in vain.
+    Correct for any ids. If a document's tokens are contiguous, as packing places them, and the order of an
+    `OrderedDocuments` follows the places of each half, hardly any block is listed needlessly.
     """
     rule = rule_of(attention, window)
 
@@ -73,28 +73,28 @@ def block_mask(attention: Attention, window: int | None = None) -> Any:
     document_ids_BT = attention.document_ids_BT
     length = document_ids_BT.shape[1]
     first_S = torch.arange(0, length, BLOCK, device=document_ids_BT.device)
-    # A block that reaches beyond the row is never seen wholly: the rule hides what lies beyond.
+    # A block that extends past the row is never seen entirely: the rule hides what lies beyond.
     whole_S = first_S + BLOCK <= length
     # Padding counts as the last document.
     documents_BS = _Range.of(torch.where(document_ids_BT < 0, torch.iinfo(document_ids_BT.dtype).max, document_ids_BT))
-    # For each pair of blocks: may any query see any key, and do all see all? Bounds answer both without the pairs.
+    # For each pair of blocks: may any query see any key, and do all see all? Bounds answer both, without the entries.
     some_BQS, all_BQS = _causal(first_S, length) if isinstance(attention, CausalDocuments) else _ordered(attention)
     if window is not None:
         places_BS = (
             _places(first_S, length) if isinstance(attention, CausalDocuments) else _Range.of(attention.places_BT)
         )
-        # The nearest and the farthest that a key of block S lies behind a query of block Q.
+        # The least and the largest distance of a key of block S behind a query of block Q.
         some_BQS = some_BQS & (places_BS.least_BS[:, :, None] - places_BS.most_BS[:, None, :] < window)
         all_BQS = all_BQS & (places_BS.most_BS[:, :, None] - places_BS.least_BS[:, None, :] < window)
-    # A block that holds an edge of a document or of the row is decided entry by entry.
+    # A block that contains a boundary of a document or of the row is decided entry by entry.
     all_BQS = all_BQS & documents_BS.one_value() & whole_S[:, None] & whole_S[None, :]
-    # Blocks whose ranges of document ids do not meet have no pair in one document.
+    # Blocks whose ranges of document ids do not overlap have no pair within a document.
     return listed(some_BQS & documents_BS.meet(), all_BQS, seen, length)
 
 
 @dataclass(frozen=True)
 class _Range:
-    """The least and the largest of some integers in each block of places, [B, S] each; B may be 1."""
+    """The least and the largest of some integers in each block of positions, [B, S] each; B may be 1."""
 
     least_BS: Tensor
     most_BS: Tensor
@@ -103,18 +103,18 @@ class _Range:
     def of(cls, values_BT: Tensor) -> _Range:
         blocks = -(-values_BT.shape[1] // BLOCK)
         missing = blocks * BLOCK - values_BT.shape[1]
-        # The last block is filled up with its last place's number, which changes neither.
+        # The last block is padded with its last value, which changes neither.
         filled_BT = torch.cat([values_BT, values_BT[:, -1:].expand(-1, missing)], 1)
         return cls(*filled_BT.unflatten(1, (blocks, BLOCK)).aminmax(dim=-1))
 
     def meet(self) -> Tensor:
-        """[B, Q, S]: whether blocks Q and S may hold a number in common."""
+        """[B, Q, S]: whether blocks Q and S may have a value in common."""
         least_BS, most_BS = self.least_BS, self.most_BS
-        # Two intervals meet where each begins no later than the other ends.
+        # Two intervals overlap if each begins no later than the other ends.
         return (least_BS[:, None, :] <= most_BS[:, :, None]) & (least_BS[:, :, None] <= most_BS[:, None, :])
 
     def one_value(self) -> Tensor:
-        """[B, Q, S]: whether blocks Q and S together hold one number alone."""
+        """[B, Q, S]: whether blocks Q and S together hold a single value."""
         one_BS = self.least_BS == self.most_BS
         same_BQS = self.least_BS[:, :, None] == self.least_BS[:, None, :]
         return one_BS[:, :, None] & one_BS[:, None, :] & same_BQS
@@ -125,7 +125,7 @@ def _places(first_S: Tensor, length: int) -> _Range:
 
 
 def _causal(first_S: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """[1, Q, S] twice: whether any pair, and whether every pair, of query and key is in the order of the row."""
+    """[1, Q, S] twice: whether in any pair, and whether in every pair, the key is not after the query in the row."""
     places = _places(first_S, length)
     return (
         places.most_BS[:, :, None] >= places.least_BS[:, None, :],
@@ -134,14 +134,14 @@ def _causal(first_S: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(attention: OrderedDocuments) -> tuple[Tensor, Tensor]:
-    """[B, Q, S] twice: whether any pair, and whether every pair, of query and key may see by order or by group."""
+    """[B, Q, S] twice: whether in any pair, and whether in every pair, the query sees the key by order or by group."""
     shown_BS, sees_BS, groups_BS = map(_Range.of, (attention.shown_at_BT, attention.sees_to_BT, attention.groups_BT))
-    # The earliest key against the query that sees farthest, and the latest key against the one that sees least.
+    # The earliest key with the query that sees farthest, and the latest key with the one that sees least.
     shown_some = shown_BS.least_BS[:, None, :] <= sees_BS.most_BS[:, :, None]
     shown_all = shown_BS.most_BS[:, None, :] <= sees_BS.least_BS[:, :, None]
-    # Of groups, positions in none aside.
+    # By group, leaving out positions in none.
     in_some_BS = groups_BS.most_BS >= 0
-    # The least group of those that are in one: -1 would reach down to every other block's.
+    # The least group of the positions in one: -1 would extend the range to every other block's.
     least_BS = _Range.of(torch.where(attention.groups_BT < 0, NEVER, attention.groups_BT)).least_BS
     both_BQS = in_some_BS[:, :, None] & in_some_BS[:, None, :]
     group_some = both_BQS & _Range(least_BS, groups_BS.most_BS).meet()
@@ -150,10 +150,10 @@ def _ordered(attention: OrderedDocuments) -> tuple[Tensor, Tensor]:
 
 
 def listed(some_BQS: Tensor, all_BQS: Tensor, seen: Any, length: int) -> Any:
-    """A block mask over rows of `length` places from two tables of its blocks of `BLOCK` places, [B, queries, keys].
+    """A block mask over rows of `length` positions from two tables of blocks of `BLOCK` positions, [B, queries, keys].
 
-    `some_BQS`: whether any pair may be seen; a block where it is False is skipped, one too many costs time alone.
-    `all_BQS`: whether every pair is seen; there the rule `seen` is not asked.
+    `some_BQS`: whether any pair may be seen; a block where it is False is skipped, and one too many only costs time.
+    `all_BQS`: whether every pair is seen; the rule `seen` is not evaluated there.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -162,6 +162,6 @@ def listed(some_BQS: Tensor, all_BQS: Tensor, seen: Any, length: int) -> Any:
         blocks_B1QS = blocks_BQS[:, None].to(torch.int32)
         # Stable: the blocks that count come first, in their order.
         order_B1QS = torch.argsort(blocks_B1QS, dim=-1, descending=True, stable=True).to(torch.int32)
-        # How many key blocks each query block has, and which, the others behind them: flex attention's own form.
+        # The number of key blocks of each query block, and their indices, then the others: flex attention's format.
         numbers += [blocks_B1QS.sum(-1, dtype=torch.int32), order_B1QS.contiguous()]
     return BlockMask.from_kv_blocks(*numbers, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length))

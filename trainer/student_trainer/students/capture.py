@@ -1,4 +1,4 @@
-"""The states of a forward pass that terms of the loss compare: captured here, never by a term. Used by `student`."""
+"""Captures the states of a forward pass that terms of the loss compare; no term does so itself. Used by `student`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from student_trainer.losses.terms import Capture, Captured
 from student_trainer.students.attention_hook import AttentionHook, attention_module
 from teacher_proto.compute.relations import QKV
 
-# What comes behind the states within an attention module, by the names that transformers gives it.
+# What comes after the states in an attention module, by transformers' names.
 OUTPUT_PARTS = ("o_proj", "out_proj", "c_proj", "dense", "attn_sub_norm", "sinks")
 
 
 @contextmanager
 def capturing(model: Any, wanted: Capture) -> Iterator[Callable[[Tensor], Captured]]:
-    """Around the student's forward pass; yields what makes the record of it, once, out of the final hidden rows."""
+    """Around the student's forward pass; yields a function from the final hidden rows to the record, to call once."""
     with ExitStack() as stack:
         states = {
             layer: stack.enter_context(AttentionStates(model, layer)) for layer in sorted(wanted.attention)
@@ -29,14 +29,14 @@ def capturing(model: Any, wanted: Capture) -> Iterator[Callable[[Tensor], Captur
 
 
 def check_capture(model: nn.Module, wanted: Capture) -> None:
-    """ValueError where the model has not what is to be captured."""
+    """ValueError if the model lacks what is to be captured."""
     for layer in wanted.attention:
         attention_module(model, layer)
 
 
 def parameters_behind(model: nn.Module, wanted: Capture) -> list[Tensor]:
-    """The parameters that make the captured states: all that terms on them have in common with others is here and
-    below. Empty where nothing but the final hidden rows is captured.
+    """The parameters that produce the captured states: whatever terms on these have in common with other terms is here
+    and below. Empty if only the final hidden rows are captured.
     """
     made = []
     for layer in sorted(wanted.attention):
@@ -48,8 +48,8 @@ def parameters_behind(model: nn.Module, wanted: Capture) -> list[Tensor]:
 class AttentionStates:
     """Q, K and V of one layer: `with AttentionStates(model, layer) as states: model(...)`, then `states.take()`.
 
-    `layer` counts from 0. Works with gradient checkpointing of the non-reentrant kind, which transformers uses by
-    default. Leave the block before the backward pass. Not for passes that read a key-value cache.
+    `layer` is counted from 0. Works with non-reentrant gradient checkpointing, which is transformers' default. Leave
+    the block before the backward pass. Not for passes that read a key-value cache.
     """
 
     def __init__(self, model: nn.Module, layer: int) -> None:
@@ -68,7 +68,7 @@ class AttentionStates:
         self._hook.detach()
 
     def take(self) -> QKV:
-        """query [B, T, H, dh], key and value [B, T, H_kv, dh], part of the autograd graph. Once for each pass."""
+        """query [B, T, H, dh], key and value [B, T, H_kv, dh], part of the autograd graph. Once per pass."""
         if self._states is None:
             raise ValueError(
                 f"no attention states of layer {self.layer}: run the model's forward pass in the block first"

@@ -1,7 +1,7 @@
-"""A student out of any Hugging Face causal language model. Named by `load`.
+"""Makes a student of any Hugging Face causal language model. Named by `load`.
 
-The decoder runs on packed rows with attention and positions that stop at document edges; the head is handed to
-`head_loss` as a weight, so that no logits of a whole batch exist.
+The decoder runs on packed rows, with attention and positions that stop at document boundaries; the head is passed to
+`head_loss` as a weight, so that the logits of a whole batch never exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from student_trainer.students.attention_mask import BLOCK, block_mask, dense_mas
 from student_trainer.students.compute import compute_dtype
 from student_trainer.students.student import Student
 
-# Layers that carry a state along the row: a document would leak into the next one.
+# Layers that carry a state along the row, which would leak from one document into the next.
 LEAKING = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
 HEAD_TOLERANCE = 1e-3
 
@@ -30,8 +30,8 @@ HEAD_TOLERANCE = 1e-3
 class DecoderBody:
     """The decoder of a Hugging Face model as a function of packed rows.
 
-    `kernel`: "flex" or "sdpa". `window`: how many tokens back attention sees, None for all; by kind of layer where the
-    model tells them apart.
+    `kernel`: "flex" or "sdpa". `window`: how many tokens back attention sees, None for all; by kind of layer if the
+    model has several.
     """
 
     decoder: nn.Module
@@ -39,7 +39,7 @@ class DecoderBody:
     window: dict[str, int | None] | int | None
 
     def __call__(self, input_ids_BT: Tensor, position_ids_BT: Tensor, attention: Attention) -> Tensor:
-        # Within a block there is nothing to skip, and nothing that would be worth a compilation.
+        # Rows shorter than a block have no block to skip, and are not worth a compilation.
         flexible = self.kernel == "flex" and input_ids_BT.shape[1] >= BLOCK
         make = block_mask if flexible else dense_mask
         mask: Any
@@ -51,10 +51,10 @@ class DecoderBody:
         return out.last_hidden_state
 
     def extend(self, input_ids_BQ: Tensor, position_ids_BQ: Tensor, sees_BQK: Tensor, cache: Any) -> Tensor:
-        """Hidden states [B, Q, D] of the last Q of K places, after those whose keys and values are in `cache`, a cache
-        of transformers' or None, which takes these in. A place stands as many columns behind another in all rows.
+        """Hidden states [B, Q, D] of the last Q of K places, following those whose keys and values are in `cache`, a
+        transformers cache or None, which is extended. Distances in columns are distances in places, in all rows.
         """
-        # How many columns a key lies behind a query, which a window limits.
+        # How many columns a key is behind a query, which a window limits.
         places_K = torch.arange(sees_BQK.shape[2], device=sees_BQK.device)
         back_QK = places_K[-sees_BQK.shape[1] :, None] - places_K[None, :]
 
@@ -72,12 +72,12 @@ class DecoderBody:
 
 @dataclass(frozen=True)
 class CausalReader:
-    """The text from left to right: row t predicts token t+1, and learns from the teacher's row t."""
+    """Reads text from left to right: row t predicts token t+1, and learns from the teacher's row t."""
 
     autoregressive: bool = True
 
     def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
-        """The batch as it is; nothing of it is random."""
+        """The batch as it is; nothing is random."""
         row_N, column_N = batch.counted()
         return (
             View(
@@ -104,7 +104,9 @@ def wrap_causal(model: Any, attention: str, settings: StudentSettings) -> Studen
 
 
 def wrap_decoder(model: Any, attention: str, settings: StudentSettings, reader: Reader) -> Student:
-    """A loaded model as a student of `reader`; refuses one whose logits are not head(hidden states)."""
+    """A loaded model as a student with this `reader`. ValueError for layers that leak, or if the logits are not
+    head(hidden states).
+    """
     _refuse_leaking(model.config)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,19 +127,19 @@ def wrap_decoder(model: Any, attention: str, settings: StudentSettings, reader: 
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that a decoder repeats, by the class that transformers gives them all."""
+    """The repeated layers of a decoder, which all have the same base class in transformers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def check_head(student: Student) -> None:
-    """Hold head(hidden) against the model's own logits on four tokens. ValueError where an architecture does more."""
+    """Compare head(hidden) with the model's own logits on four tokens. ValueError if the architecture does more."""
     device = student.device
     tokens_BT = torch.arange(4, device=device)[None] % student.vocab_size
     attention = CausalDocuments(torch.zeros(1, 4, dtype=torch.int32, device=device))
     positions_BT = torch.arange(4, device=device)[None]
     with student.resting():
         hidden_BTD = student.body(tokens_BT, positions_BT, attention)
-        # The model's own way from hidden states to logits, whatever it does on it.
+        # The model's own logits, whatever it does to hidden states.
         theirs_BTV = student.model(input_ids=tokens_BT, use_cache=False).logits.float()
         ours_BTV = student.head.logits(hidden_BTD)
     gap = float((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp_min(1e-6))
@@ -170,7 +172,7 @@ def _refuse_leaking(config: Any) -> None:
 
 
 def _head_constants(config: Any) -> dict[str, float | None]:
-    """Cap and scale of the logits under the names that transformers' configs give them."""
+    """Cap and scale of the logits, by the names that they have in transformers' configs."""
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / config.logits_scaling

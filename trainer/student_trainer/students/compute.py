@@ -1,7 +1,8 @@
-"""The dtype of a student's forward pass: what `student.compute` means on this hardware. Called by `build` and `causal`.
+"""The dtype of a student's forward pass: what `student.compute` means on this hardware. Called by `build`, `causal` and
+`checkpoint.run_folder`.
 
-What `auto` has become is written into the run's settings, so that a run that goes on computes as it began, whatever
-hardware it goes on with.
+What `auto` resolves to is written into the run's settings, so that a run that is resumed computes as it began, on any
+hardware.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
 
 
 def as_begun(settings: Settings, before: Mapping[str, Any]) -> Settings:
-    """`settings` with the dtype of the run that goes on, whose settings are `before`, unless they name one."""
+    """`settings` with the dtype of the run that is resumed, whose settings are `before`, unless they name one."""
     if settings.student.compute != "auto":
         return settings
     return _computing_in(settings, before["student"]["compute"])
 
 
 def name_compute(settings: Settings, device: torch.device, ranks: Ranks) -> Settings:
-    """`settings` with a dtype in the place of "auto", rank 0's on all; says which one, and where it is emulated."""
+    """`settings` with a dtype in place of "auto", rank 0's on all ranks; logs which one, and whether it is emulated."""
     name = ranks.from_first(str(compute_dtype(settings.student.compute, device)).removeprefix("torch."))
     dtype = compute_dtype(name, device)
     logger.info("the student computes in %s on %s", name, _device_name(device))

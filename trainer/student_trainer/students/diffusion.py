@@ -1,5 +1,5 @@
-"""A student that fills in masked tokens block by block, several at a time. Named by `load`; `build_components` has its
-mask token and its rows checked. How it reads a batch is `diffusion_reader`'s.
+"""Makes a block-diffusion student, which fills in masked tokens block by block, several at a time. Named by `load`;
+`build_components` has its mask token and its row length checked. `diffusion_reader` defines how it reads a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from student_trainer.students.student import Student
 
 
 def wrap_diffusion(model: Any, attention: str, settings: StudentSettings) -> Student:
-    """A loaded model as a block-diffusion student; a causal one is made one. ValueError as `convert`."""
+    """A loaded model as a block-diffusion student; a causal model is converted. ValueError as for `convert`."""
     wanted = settings.diffusion
     reader = DiffusionReader(
         record=convert(model, wanted), masks=wanted.masks, complementary=wanted.in_two_views,
@@ -26,8 +26,8 @@ def wrap_diffusion(model: Any, attention: str, settings: StudentSettings) -> Stu
 
 
 def check_reading(student: Student, tokenizer: Any, seq_len: int, terms: Iterable[Term] = ()) -> None:
-    """ValueError where a diffusion student can't read rows of `seq_len` tokens, or texts of this tokenizer, and where
-    its clean half shows what a loss asks it for.
+    """ValueError if a diffusion student can't read rows of `seq_len` tokens or texts of this tokenizer, or if its clean
+    half sees the tokens that a loss has it predict.
     """
     if not isinstance(student.reader, DiffusionReader):
         return

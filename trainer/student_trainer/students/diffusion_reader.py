@@ -2,11 +2,11 @@
 `diffusion`.
 
 One row of twice the width (Fast-dLLM v2, arXiv 2509.26328; SDAR, arXiv 2510.06303): a noisy token sees its own block
-and what is clean before it. Tokens are masked by chance, block by block, only where the data has tokens to learn.
-Blocks count from the start of each document.
+and the clean tokens before it. Tokens are masked at random, block by block, only where the data has tokens to learn.
+Blocks are counted from the start of each document.
 
-Of a text that the student wrote (OPDLM, arXiv 2606.06712) every block is seen in one state of its own trajectory, each
-as likely as the others, and the loss is on all tokens that are still masked in it.
+In a text that the student wrote (OPDLM, arXiv 2606.06712) every block is shown in one state of its own trajectory,
+drawn uniformly, and the loss is on all tokens that are still masked in that state.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from student_trainer.batch.view import EVALUATION, NEVER, TRAINING, OrderedDocum
 from student_trainer.settings.student import GrowthSettings
 from student_trainer.students.diffusion_record import DiffusionRecord
 
-# The least chance of a token to be masked, p = (1 - LEAST) t + LEAST, as Fast-dLLM v2 has it.
+# The least probability with which a token is masked: p = (1 - LEAST) t + LEAST, as in Fast-dLLM v2.
 LEAST = 1e-3
 
 
 @dataclass(frozen=True)
 class DiffusionReader:
     """How a block-diffusion student reads. `masks`, `complementary` and `by_share`: see `settings.student`; the last
-    is loss_weights=1/t, where a label weighs 1 / the share of its block that was to be masked.
+    is loss_weights=1/t, which weights a label by 1 / the share of its block that was to be masked.
     """
 
     record: DiffusionRecord
@@ -39,13 +39,13 @@ class DiffusionReader:
     by_share: bool = False
     growth: GrowthSettings | None = None
     autoregressive: bool = False
-    threshold: float = 0.9  # how sure of a token it must be to write it beside others: see `rollouts.block_decoding`
+    threshold: float = 0.9  # probability above which tokens are written together: see `rollouts.block_decoding`
 
     def views(self, batch: Batch, seed: ViewSeed) -> tuple[View, ...]:
-        """One view, or two of which the second masks what the first showed; of a text that the student wrote, a state
-        on its way there a block. Held-out text is masked alike for all students: uniform, in two views.
-        Blocks that grow are as large as they get in an evaluation, and in what the student wrote with those.
-        ValueError for a text that holds the mask token.
+        """One view, or two, of which the second masks what the first showed; for a text that the student wrote, one
+        view with a state of its trajectory per block. Held-out text is masked alike for all students: uniformly, in two
+        views. Blocks that grow have their final size in an evaluation and in text that the student wrote.
+        ValueError for a text that contains the mask token.
         """
         if seed.purpose == EVALUATION and (self.masks, self.complementary, self.by_share) != ("uniform", True, False):
             return replace(self, masks="uniform", complementary=True, by_share=False).views(batch, seed)
@@ -55,7 +55,7 @@ class DiffusionReader:
             now = replace(self.record, block_size=self.growth.at(batch.number, size))
             return replace(self, record=now, growth=None).views(batch, seed)
         maskable_BT = np.zeros(batch.tokens_BT.shape, bool)
-        # The position that counts at column t is the prediction of token t + 1: that is the one to be masked.
+        # A counted position at column t predicts token t + 1, which is the one to mask.
         maskable_BT[:, 1:] = batch.loss_mask_BT[:, :-1]
         if batch.written_at_BT is not None:
             masked_BT = np.zeros(maskable_BT.shape, bool)
@@ -68,16 +68,16 @@ class DiffusionReader:
         return (*views, self._view(batch, maskable_BT & ~masked_BT, 1.0 - share_BT)) if self.complementary else views
 
     def _noise(self, batch: Batch, maskable_BT: np.ndarray, seed: ViewSeed) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T] twice: which tokens are masked, and the share of its block that each was to be masked with."""
+        """[B, T] twice: which tokens are masked, and for each the share of its block that was to be masked."""
         masked_BT, share_BT = np.zeros(maskable_BT.shape, bool), np.ones(maskable_BT.shape)
         for row, maskable_T in enumerate(maskable_BT):
-            # The same draws for every row, whatever it holds: the first of a block's places has the block's own.
+            # As many draws for every row, whatever it holds; a block's own is the one at its first place.
             noise_T, chance_T = seed.generator(batch, row).random((2, len(maskable_T)))
             place_T, ordinal_T = batch.position_ids_BT[row], self._blocks(batch, row)
-            # One t a block: `ordinal_T` numbers the blocks, and each place looks up its block's first number.
+            # One t per block: `ordinal_T` numbers the blocks, and each place looks up the draw of its block.
             noise_T = noise_T[np.r_[True, np.diff(ordinal_T) != 0]][ordinal_T]
             if self.masks == "uniform":
-                # p = (1 - eps) t + eps, and each token masked with that chance.
+                # Each token is masked with probability p = (1 - eps) t + eps.
                 share_BT[row] = (1.0 - LEAST) * noise_T + LEAST
                 masked_BT[row] = maskable_T & (chance_T < share_BT[row])
                 continue
@@ -91,18 +91,18 @@ class DiffusionReader:
         return masked_BT, share_BT
 
     def _blocks(self, batch: Batch, row: int) -> np.ndarray:
-        """[T]: the block of each place of the row, counted from 0 over all its documents."""
-        # A new block begins at a multiple of the size in its document, and at every document.
+        """[T]: the block of each place of the row, numbered from 0 over all its documents."""
+        # A new block begins at every multiple of the size within a document, and at every document.
         block_T, document_T = batch.position_ids_BT[row] // self.record.block_size, batch.document_ids_BT[row]
         return np.cumsum(np.r_[False, (np.diff(block_T) != 0) | (np.diff(document_T) != 0)])
 
     def _late_places(self, place_M: np.ndarray, noise_M: np.ndarray, chance_M: np.ndarray) -> np.ndarray:
-        """Keys of which the largest k are a draw without replacement, weights exp(beta (1 - t) i) at place i of the
+        """Keys of which the k largest are a draw without replacement, with weight exp(beta (1 - t) i) at place i of the
         block (Gumbel); beta doubles the weight over a tenth of a block (Efficient-DLM, arXiv 2512.14067).
         """
-        # exp(beta i) doubles every tenth of a block; at t = 1 all places weigh alike, at t = 0 the late ones most.
+        # exp(beta i) doubles every tenth of a block; at t = 1 all places have the same weight, at t = 0 late ones most.
         beta = math.log(2.0) / (0.1 * self.record.block_size)
-        # Gumbel noise: the largest of log w + G is i with chance w_i / sum w, the k largest a draw without replacement.
+        # Gumbel noise: log w + G is largest at i with probability w_i / sum w; the k largest: without replacement.
         gumbel_M = -np.log(-np.log(np.clip(chance_M, 1e-12, 1.0 - 1e-12)))
         return beta * (1.0 - noise_M) * place_M + gumbel_M
 
@@ -114,7 +114,7 @@ class DiffusionReader:
         # Left half noisy, right half clean: the noisy rows are those that predict.
         noisy_BT = np.where(masked_BT, self.record.mask_token_id, batch.tokens_BT)
         width = 2 * batch.tokens_BT.shape[1]
-        # Of the noisy half; token column + 1 is predicted by its own row, or by the one before it.
+        # In the noisy half, token column + 1 is predicted by its own row, or by the one before it.
         predicts_N = column_N + (0 if self.record.family == "token_shift" else 1)
         block_BT = batch.position_ids_BT // self.record.block_size
         reads_ahead = self.record.clean_half == "causal" or self.record.block_size == 1
@@ -168,14 +168,14 @@ def _largest(
     key_M: np.ndarray, ordinal_M: np.ndarray, noise_M: np.ndarray, up_to_all: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """[M] twice: whether each is among the k largest keys of its block's n tokens, and k / n. `noise_M`: t of its
-    block. k is at least 1: with `up_to_all` each of 1 to n alike often, else t n rounded.
+    block. k is at least 1: with `up_to_all` uniform over 1 to n, else t n rounded.
     """
-    # By block, and within it by key: the place in that order less where the block begins is the rank.
+    # Sorted by block, then by key: the index in that order minus that of the block's first is the rank.
     order_M = np.lexsort((key_M, ordinal_M))
     rank_M = np.empty(len(key_M), int)
     sorted_M = ordinal_M[order_M]
     rank_M[order_M] = np.arange(len(key_M)) - np.searchsorted(sorted_M, sorted_M)
-    # How many tokens the block has that may be masked.
+    # How many maskable tokens the block has.
     n_M = np.searchsorted(sorted_M, ordinal_M, side="right") - np.searchsorted(sorted_M, ordinal_M)
     k_M = np.floor(noise_M * n_M).astype(int) + 1 if up_to_all else np.rint(noise_M * n_M).astype(int)
     k_M = np.clip(k_M, 1, n_M)
@@ -187,16 +187,16 @@ def left_to_write(
 ) -> np.ndarray:
     """[T] bool: which tokens of a row are masked in the state drawn for their block.
 
-    `written_at_T`: at which write of its sequence a token was written, 0 for given ones. `blocks_T`: the block of each
-    place, by number. `chance_T`: uniform numbers, of which the one at a block's first place draws its state. The state
-    before a write has what that write and later ones wrote masked; a block has one for each write that it took.
+    `written_at_T`: at which write of its sequence a token was written, 0 for given ones. `blocks_T`: the number of each
+    place's block. `chance_T`: uniform numbers, of which the one at a block's first place draws its state. In the state
+    before a write, the tokens of that write and of later ones are masked; a block has one state per write that it took.
     """
     masked_T = np.zeros(len(written_at_T), bool)
     written_T = maskable_T & (written_at_T > 0)
     for block in np.unique(blocks_T[written_T]):
         places = np.flatnonzero(blocks_T == block)
         writes = np.unique(written_at_T[places][written_T[places]])
-        # A state is what stood before one of the block's writes: that write and all later ones are still to be made.
+        # A state is the block before one of its writes: that write and all later ones are still to be made.
         before = writes[int(chance_T[places[0]] * len(writes))]
         masked_T[places] = written_T[places] & (written_at_T[places] >= before)
     return masked_T

@@ -1,8 +1,8 @@
-"""What makes a causal checkpoint a block-diffusion model: an entry of its config, and a mask token. Called by
-`diffusion`, by `load`, which tells such a checkpoint by its entry, and by `export`, which keeps it.
+"""What makes a causal checkpoint a block-diffusion model: an entry in its config, and a mask token. Called by
+`diffusion`, by `load`, which recognises such a checkpoint by the entry, and by `export`, which keeps it.
 
-The entry `diffusion` says how the model is to be read, whoever trains it on or decodes with it. How it is trained
-(masks, weights of the loss) is no part of it.
+The entry `diffusion` says how the model is to be read, by whoever trains it further or decodes with it. How it is
+trained (masks, loss weights) is not part of it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class DiffusionRecord:
     """`mask_token_id`: the row of the embeddings that stands for a masked token. `family`: token t is predicted by row
-    t (in_place) or by row t - 1 (token_shift). `clean_half`: whether a clean token sees its whole block, or as far as
-    itself. ValueError for what cannot be.
+    t (in_place) or by row t - 1 (token_shift). `clean_half`: whether a clean token sees its whole block, or only up to
+    itself. ValueError for invalid values.
     """
 
     block_size: int
@@ -51,7 +51,7 @@ class DiffusionRecord:
 
 
 def read_diffusion(config: Any, path: str = "") -> DiffusionRecord | None:
-    """What a model's config says, None where it is of no diffusion model. ValueError for what can't be read."""
+    """The record in a model's config, None if it is not a diffusion model. ValueError for one that can't be read."""
     entry = getattr(config, ENTRY, None)
     if entry is None:
         return None
@@ -66,23 +66,23 @@ def read_diffusion(config: Any, path: str = "") -> DiffusionRecord | None:
 
 
 def write_diffusion(config: Any, record: DiffusionRecord) -> None:
-    """Make it an entry of the config, in the place of one that it has."""
+    """Write it into the config, in place of an earlier entry."""
     setattr(config, ENTRY, {"version": VERSION, **asdict(record)})
 
 
 def text_rows(config: Any, rows: int) -> int:
-    """How many of a head's `rows` may be tokens of a text: without a mask token that was added behind them."""
+    """How many of a head's `rows` may be tokens of a text: all but a mask token that was added after them."""
     record = read_diffusion(config)
-    # The mask token that was added is the last row.
+    # A mask token that was added is the last row.
     return rows - 1 if record is not None and record.mask_token_id == rows - 1 else rows
 
 
 def convert(model: Any, wanted: DiffusionSettings) -> DiffusionRecord:
-    """Make the model a block-diffusion model, or hold the one that it is to the settings. The model gets the entry.
+    """Make the model a block-diffusion model or, if it is one, check it against the settings. Sets its config's entry.
 
-    A new mask token comes right behind the vocabulary, whose ids and rows stay as they are; its embedding, and its row
-    of a head of its own, are the mean of all other rows. ValueError for a mask token that leaves a gap, and for another
-    family or mask token than the checkpoint was trained with.
+    A new mask token comes right after the vocabulary, whose ids and rows stay as they are; its embedding, and its row
+    of an untied head, are the mean of all other rows. ValueError for a mask token that leaves a gap, and for a family
+    or mask token other than the checkpoint was trained with.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
     named = {name: getattr(wanted, name) for name in ("block_size", "family", "clean_half", "mask_token_id")}
@@ -98,7 +98,9 @@ def convert(model: Any, wanted: DiffusionSettings) -> DiffusionRecord:
 
 
 def _gone_on_with(record: DiffusionRecord, given: dict[str, Any], rows: int) -> DiffusionRecord:
-    """Of a checkpoint that is a diffusion model; its block may grow, what its rows mean may not change."""
+    """The record of a checkpoint that is a diffusion model: block size and clean half may change, what its rows mean
+    may not.
+    """
     for name in ("family", "mask_token_id"):
         if name in given and given[name] != getattr(record, name):
             raise ValueError(
@@ -130,7 +132,7 @@ def _make_mask_token(model: Any, mask: int, rows: int, keep: bool) -> None:
                 "out"
             )
         trained = [module.weight.requires_grad for module in _embeddings(model)]
-        # Not transformers' own mean, which draws at random around it.
+        # Not with transformers' `mean_resizing`, which draws at random around the mean.
         model.resize_token_embeddings(rows + 1, mean_resizing=False)
         for module, requires in zip(_embeddings(model), trained, strict=True):
             module.weight.requires_grad_(requires)
@@ -142,12 +144,13 @@ def _make_mask_token(model: Any, mask: int, rows: int, keep: bool) -> None:
 
 
 def _embeddings(model: Any) -> list[Any]:
-    """The embeddings, and the head where it has weights of its own."""
+    """The embeddings, and the head if it is untied."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     return [inputs] if outputs is None or outputs.weight is inputs.weight else [inputs, outputs]
 
 
 def _fill_with_mean(rows_V: Tensor, mask: int) -> None:
-    """Of all other rows, added up in float64: a random row would be an outlier where activations are quantised."""
+    """The mean of all other rows, summed in float64: a random row would be an outlier where activations are quantised.
+    """
     others = rows_V.double().sum(0) - rows_V[mask].double()
     rows_V[mask] = (others / (len(rows_V) - 1)).to(rows_V.dtype)

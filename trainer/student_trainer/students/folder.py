@@ -1,8 +1,8 @@
-"""What a model's folder says of the model. Called by `load` and `pretrained`, and by whoever is to find out
-what kind of student a folder holds.
+"""Reads what a model's folder says about the model. Called by `load`, and by `checkpoint.earlier_run` to find out what
+kind of student a folder holds.
 
-Other trainers of block-diffusion models say it in ways of their own; read here, it becomes the entry `diffusion` of our
-config, with a message. Known are, by what tells them apart:
+Other trainers of block-diffusion models record that in their own ways; it becomes the entry `diffusion` of our config,
+and a log message says so. The known ones, by what identifies them:
 
     SDAR                    model_type sdar in config.json; block_size, mask_token_id
     Fast-dLLM v2            model_type Fast_dLLM_Qwen, or bd_size, in config.json; the mask token in the tokenizer
@@ -11,8 +11,8 @@ config, with a message. Known are, by what tells them apart:
       training_method       fast-dllm-v2 predicts from the row before, unified-dlm in place; mask_token_id, no blocks
       block_size            a conversion for Fast-dLLM; the mask token in the tokenizer, is_bitnet
 
-SDAR and Fast-dLLM v2 compute what Qwen3 and Qwen2 do, with masks of their own: their folders are read as those, and
-none of their code is run.
+SDAR and Fast-dLLM v2 compute what Qwen3 and Qwen2 do, with other attention masks: their folders are read as those
+models, and none of their code is run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ METHODS: dict[str, Family] = {
     "unified-dlm": "in_place", "fast-dllm-v2": "token_shift", "fast-dllm-v2-sft": "token_shift"
 }  # fmt: skip
 MASK_TOKENS = ("|<MASK>|", "<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]")
-# Of config.json: what the entry says instead.
+# Fields of config.json that the entry replaces.
 SAID = (
     "model_type",
     "architectures",
@@ -55,10 +55,9 @@ log = logging.getLogger(__name__)
 
 
 def read_config(path: str, revision: str | None = None, wanted: DiffusionSettings | None = None) -> Any:
-    """The model's config, in which a block-diffusion model of whichever trainer has our entry `diffusion`.
+    """The model's config, with our entry `diffusion` for a block-diffusion model of any known trainer.
 
-    `wanted` fills in what such a folder does not say. ValueError for one that cannot be read, OSError where there is
-    none.
+    `wanted` fills in what such a folder does not say. ValueError for one that cannot be read, OSError if there is none.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -80,7 +79,7 @@ def read_config(path: str, revision: str | None = None, wanted: DiffusionSetting
 
 
 def kind_of(path: str, revision: str | None, wanted: DiffusionSettings | None = None) -> tuple[str, str, str]:
-    """What a folder holds: the architecture and the quantiser of a student, and how that was found, in words."""
+    """What a folder holds: the architecture and the quantiser of a student, and a description in words."""
     config = read_config(path, revision, wanted)
     diffusion, quantised = read_diffusion(config, path), recorded(config, path)
     bits = (_dlm_file(path, revision) or {}).get("is_bitnet") is True
@@ -92,7 +91,7 @@ def kind_of(path: str, revision: str | None, wanted: DiffusionSettings | None = 
 
 
 def _dlm_file(path: str, revision: str | None) -> dict[str, Any] | None:
-    """What stands in `dlm_config.json`, None where there is none. ValueError where it can't be read."""
+    """The contents of `dlm_config.json`, None if there is none. ValueError if it can't be read."""
     from transformers.utils.hub import cached_file
 
     file = Path(path) / DLM_FILE
@@ -116,7 +115,7 @@ def _dlm_file(path: str, revision: str | None) -> dict[str, Any] | None:
 def _record(
     path: str, revision: str | None, plain: dict[str, Any], given: dict[str, Any], wanted: DiffusionSettings
 ) -> DiffusionRecord:
-    """Out of config.json and dlm_config.json. ValueError where they contradict each other, or name no mask token."""
+    """From config.json and dlm_config.json. ValueError if they contradict each other, or if no mask token is named."""
     sdar = plain.get("model_type") == "sdar"
     blocks = {
         f"{name} of {file}": fields[name]
@@ -146,7 +145,7 @@ def _record(
 
 
 def _family(path: str, given: dict[str, Any]) -> Family:
-    """Which row predicts a token: Fast-dLLM's unless another method of training is named."""
+    """Which row predicts a token: as in Fast-dLLM, unless another training method is named."""
     method = given.get("training_method", "fast-dllm-v2")
     if method not in METHODS:
         raise ValueError(
@@ -157,7 +156,7 @@ def _family(path: str, given: dict[str, Any]) -> Family:
 
 
 def _mask_token(path: str, revision: str | None) -> tuple[int, str]:
-    """The mask token that the tokenizer names. ValueError where it names none."""
+    """The mask token that the tokenizer names, and words for the log. ValueError if it names none."""
     from transformers import AutoTokenizer
 
     try:

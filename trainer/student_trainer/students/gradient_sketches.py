@@ -1,12 +1,12 @@
-"""Gradients by source, projected to a few thousand numbers, of passes that are made anyway. `evaluation.influence`
-makes and reads them.
+"""Gradients by source, projected to a few thousand numbers, from passes that are made anyway. Made and read by
+`evaluation.influence`.
 
     with sketches.watching(micro):      around a forward pass; its backward pass adds to `sketches.take()`
 
-No attention crosses the edge of a document, so the gradient at a position's output of a layer belongs to the source of
-its document alone. The chosen modules work position by position: each is computed again for the positions of a source,
-and differentiated with the gradients that arrived there. That gives the gradient of its trained parameters by that
-source's part of the loss, exactly, whatever they are: weights, latent weights of a quantiser, an adapter's.
+No attention crosses a document boundary, so the gradient at a position of a layer's output belongs only to the source
+of its document. The chosen modules work position by position: each is computed again for the positions of one source,
+and differentiated with the gradients that arrived there. That gives exactly the gradient of that source's part of the
+loss with respect to the module's trained parameters: weights, latent weights of a quantiser, or an adapter's.
 
 A sketch adds every number, times a random sign, to one of `size` sums: inner products are kept to about
 1 / sqrt(size) of the product of the norms. Signs and places are hashes of the parameter's name and the place in it, the
@@ -35,9 +35,9 @@ MULTIPLY_A, MULTIPLY_B = -7046029254386353131, -4658895280553007687  # of SplitM
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A module whose gradient is sketched: its trained parameters by their full names, each with its name within.
+    """A module whose gradient is sketched. `parameters`: the full name of each trained one to its name in the module.
 
-    They are looked up anew each time: FSDP puts others in their place while a layer is gathered.
+    They are looked up each time: FSDP replaces them while a layer is gathered.
     """
 
     module: nn.Module
@@ -45,9 +45,9 @@ class Chosen:
 
 
 def choose(model: nn.Module, names: tuple[str, ...], count: int) -> list[Chosen]:
-    """At most `count` modules of these names, evenly out of the last third of those that have something to train.
+    """At most `count` modules of these names, evenly spread over the last third of those with something to train.
 
-    ValueError where there is none.
+    ValueError if there is none.
     """
     found = []
     for name, module in model.named_modules():
@@ -66,20 +66,21 @@ def choose(model: nn.Module, names: tuple[str, ...], count: int) -> list[Chosen]
 
 
 class GradientSketches:
-    """Of `sources` sources, `size` numbers each. A parameter in `scales` has its gradient multiplied by that."""
+    """Sketches of `sources` sources, `size` numbers each. `scales`: by parameter, what its gradient is multiplied by.
+    """
 
     def __init__(self, student: Student, chosen: list[Chosen], sources: int, size: int, seed: int):
         self._student, self._chosen, self._sources, self._size, self._seed = student, chosen, sources, size, seed
         self.scales: Mapping[str, Tensor] = {}
-        self._passes: list[Tensor] = []  # by pass [sources, size]: added up in the end, alike for ranks and passes
+        self._passes: list[Tensor] = []  # [sources, size] per pass, added up by `take`
 
     @contextmanager
     def watching(self, micro: MicroBatch, one_source: bool = False) -> Iterator[None]:
-        """A forward pass whose backward pass, whenever it comes, is sketched. `one_source`: all as of source 0."""
+        """Around a forward pass whose backward pass, whenever it comes, is sketched. `one_source`: all as source 0."""
         sources_P = sources_of_positions(micro)
         if one_source:
             sources_P = sources_P.clamp_max(0)
-        # A pass has its own sums, added up in `take` in their order: the same bits whoever adds how many passes.
+        # A pass has its own sums, which `take` adds in order: their bits don't depend on the passes before.
         sums = torch.zeros(self._sources, self._size, device=self._student.device)
         self._passes.append(sums)
         handles = [
@@ -93,7 +94,7 @@ class GradientSketches:
                 handle.remove()
 
     def take(self) -> Tensor:
-        """[sources, size] float32 on the CPU: the sum over the passes since the last time."""
+        """[sources, size] float32 on the CPU: the sum over the passes since the last call."""
         total = torch.zeros(self._sources, self._size)
         for sums in self._passes:
             total += sums.cpu()
@@ -104,7 +105,7 @@ class GradientSketches:
         self, each: Chosen, sources_P: Tensor, sums: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         if torch.is_grad_enabled() and output.requires_grad:
-            # What arrives at the output in the backward pass, d loss / d output [P, O]; the input is kept as it was.
+            # What arrives at the output in the backward pass is d loss / d output [P, O]; the input is kept for it.
             output.register_hook(partial(self._add, each, sources_P, sums, args[0].detach()))
 
     def _add(self, each: Chosen, sources_P: Tensor, sums: Tensor, input: Tensor, gradient: Tensor) -> None:
@@ -114,7 +115,7 @@ class GradientSketches:
             if source < 0:
                 continue
             rows = (sources_P == source).nonzero()[:, 0]
-            # The module once more for this source's positions alone: y_R = f(x_R; w) with a graph to w.
+            # The module again, for this source's positions only: y_R = f(x_R; w) with a graph to w.
             with torch.enable_grad(), self._student.autocast():
                 output_RD = each.module.forward(input_PD[rows])
             parameters = [each.module.get_parameter(own) for own in each.parameters.values()]
@@ -126,7 +127,7 @@ class GradientSketches:
                     sums[source] += self._sketch(name, part)
 
     def _sketch(self, name: str, gradient: Tensor) -> Tensor:
-        # Of a sharded parameter the whole: places in the sketch are those in the whole tensor.
+        # A sharded gradient is gathered: places in the sketch follow from those in the full tensor.
         gradient = full_tensor(gradient).float()
         if name in self.scales:
             gradient = gradient * self.scales[name]
@@ -135,7 +136,7 @@ class GradientSketches:
 
 def sources_of_positions(micro: MicroBatch) -> Tensor:
     """[B * T] of the view: the source of each position's document; -1 at padding and in documents without a label,
-    where no gradient comes from.
+    from which no gradient comes.
     """
     view = micro.view
     documents_BT = view.attention.document_ids_BT.long()
@@ -146,14 +147,14 @@ def sources_of_positions(micro: MicroBatch) -> Tensor:
     table = torch.full((rows * most,), -1, dtype=torch.long, device=documents_BT.device)
     # A label's row lies in its document, so each document with a label gets its source.
     table[places_P[view.rows_N]] = micro.sources_N
-    # Padding shares place 0 of its row, into which nothing may have been written.
+    # Padding has place 0 of its row, which must be -1.
     table[torch.arange(rows, device=table.device) * most] = -1
     return table[places_P]
 
 
 def sketch(values: Tensor, size: int, seed: int) -> Tensor:
-    """[size] float32: of a tensor taken as a matrix (its first dimension, all others), see the module. `size`: a power
-    of two.
+    """[size] float32: the sketch of a tensor taken as a matrix (its first dimension by all others), see the module.
+    `size`: a power of two.
     """
     matrix_OI = values.reshape(len(values), -1) if values.dim() > 1 else values.reshape(1, -1)
     columns = matrix_OI.shape[1]
@@ -165,11 +166,11 @@ def sketch(values: Tensor, size: int, seed: int) -> Tensor:
     for first in range(0, len(matrix_OI), height):
         part_OI = matrix_OI[first : first + height]
         row_O = torch.arange(first, first + len(part_OI), device=values.device)
-        # A sign for each number, by its row and column: unlike numbers cancel on average.
+        # A sign for each number, by its row and column: products of different numbers cancel on average.
         signed_OI = part_OI * _sign(_hash(row_O[:, None] * 2**32 + column_I, seed))
-        # Columns that are `size` apart fall into one place: a cheap fold in the place of a scatter.
+        # Columns that are `size` apart share a place: a cheap fold instead of a scatter.
         folded_OS = nn.functional.pad(signed_OI, (0, padding)).reshape(len(part_OI), -1, size).sum(1)
-        # Each row has an order of its own, by an odd stride: what lies in one column, or in two rows, is spread.
+        # Each row is permuted in its own way, by an odd stride, so that a column's numbers are spread.
         start_O1, stride_O1 = (_hash(row_O, seed ^ salt)[:, None] & 0x7FFFFFFF for salt in (0x5EED, 0x51DE))
         # Odd strides are bijections modulo a power of two, so `& (size - 1)` permutes the row's places.
         total += folded_OS.gather(1, (slot_S * (stride_O1 | 1) + start_O1) & (size - 1)).sum(0)
@@ -179,7 +180,7 @@ def sketch(values: Tensor, size: int, seed: int) -> Tensor:
 def _hash(places: Tensor, seed: int) -> Tensor:
     """SplitMix64 of int64 numbers; products wrap."""
     mixed = (places + seed) * MULTIPLY_A
-    # Shifts of signed numbers carry the sign along; the masks make them the unsigned shifts of SplitMix64.
+    # Shifts of signed numbers extend the sign; the masks make them the unsigned shifts of SplitMix64.
     mixed = (mixed ^ ((mixed >> 30) & (2**34 - 1))) * MULTIPLY_B
     return mixed ^ ((mixed >> 27) & (2**37 - 1))
 

@@ -1,5 +1,6 @@
-"""Who a student is beside its weights: its model's config and its tokenizer, which lie at `student.checkpoint_path` and
-are no part of a checkpoint's tensors. Made by `build`, kept in checkpoints, compared by `resume`.
+"""What identifies a student besides its weights: its model's config and its tokenizer, which are at
+`student.checkpoint_path` and not among a checkpoint's tensors. Made by `build`, kept in checkpoints, compared by
+`resume`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from teacher_proto.identity import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Of a config: what says how it is run here, not what it computes.
+# Fields of a config that say how the model is run here, not what it computes.
 HOW_IT_RUNS = {
     "dtype", "torch_dtype", "use_cache", "transformers_version", "output_attentions", "output_hidden_states",
     "return_dict",
 }  # fmt: skip
-# Of a tokenizer: what a call sets, not what the tokenizer is.
+# Fields of a tokenizer that calls set, not what the tokenizer is.
 SET_BY_CALLS = {"truncation", "padding", "version"}
 
 
 def student_identity(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What JSON holds of the two: every field that decides what is computed, long ones by their sha256.
+    """Both as plain JSON values: every field that decides what is computed, long ones as their sha256.
 
-    `transformers`: its version; another one may know more fields of the same model.
+    `transformers`: its version; another version may know more fields of the same model.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in HOW_IT_RUNS and not k.startswith("_")}
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

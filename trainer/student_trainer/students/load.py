@@ -1,8 +1,8 @@
-"""A student out of a model: an architecture, a quantiser and an adapter, each by its name in a dict. Called by
-`checkpoint.earlier_run`, which knows of runs that a student may come from as well.
+"""Makes a student of a model, with an architecture, a quantiser and an adapter, each by its name in a dict. Called by
+`checkpoint.earlier_run`, which also knows the runs that a student may come from.
 
-A model is loaded (or quantised as it is loaded), adapted, and made a student, in this order. What goes with what is
-everything but the cells that REFUSED names.
+A model is loaded (or quantised as it is loaded), adapted, and made a student, in this order. All combinations are
+allowed, except those in REFUSED.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REFUSED: Mapping[tuple[str, str, str], str] = {
 
 
 def check_cell(settings: StudentSettings) -> None:
-    """ValueError for a name that is in no dict, and for a student that is refused."""
+    """ValueError for a name that is in no dict, and for a combination that is refused."""
     cell = (settings.architecture, settings.quantiser, settings.adapter_name)
     parts = (("architecture", ARCHITECTURES), ("quantiser", QUANTISERS), ("adapter", ADAPTERS))
     for (part, known), name in zip(parts, cell, strict=True):
@@ -56,7 +56,7 @@ def check_cell(settings: StudentSettings) -> None:
 
 
 def student_from_model(settings: StudentSettings, device: torch.device) -> Student:
-    """The student of the model at `settings.checkpoint_path`, float32 on `device`. ValueError says why it can't be."""
+    """A student of the model at `settings.checkpoint_path`, float32 on `device`. ValueError if it can't be one."""
     check_cell(settings)
     if not settings.checkpoint_path:
         raise ValueError(NO_STUDENT)
@@ -72,7 +72,7 @@ def quantised_student(model: Any, settings: StudentSettings) -> Student:
 
 
 def adapt(model: Any, settings: StudentSettings) -> StudentSettings | None:
-    """Put the settings' adapter into the model. Returns the settings, None where they name none."""
+    """Put the settings' adapter into the model. Returns the settings, None if they name none."""
     if settings.adapter_name == "none":
         return None
     if corrections(model):
@@ -85,15 +85,15 @@ def adapt(model: Any, settings: StudentSettings) -> StudentSettings | None:
 
 
 def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None) -> Student:
-    """A model as a student that stands at the beginning of its warm-up. `adapted`: what its adapter was made by."""
+    """A model as a student at the beginning of its warm-up. `adapted`: the settings of its adapter, or None."""
     if settings.architecture == "causal" and read_diffusion(model.config, settings.checkpoint_path) is not None:
         raise ValueError(
             f"{settings.checkpoint_path} holds a block-diffusion student, student.architecture is causal: choose "
             "student.architecture=diffusion"
         )
     if is_quantised(model):
-        # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum moves logits by
-        # per cents.
+        # The head is checked unquantised: where int8 rounding meets a tie, the last bit of a sum changes logits by
+        # several per cent.
         set_quantisation_blend(model, 0.0)
     check_start(model)
     student = ARCHITECTURES[settings.architecture](model, attention_for(settings, model.device), settings)
@@ -103,7 +103,7 @@ def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None
 
 
 def merged(student: Student) -> Any:
-    """The student's model with its adapter put into its weights. ValueError where that would change its function."""
+    """The student's model with its adapter merged into its weights. ValueError if that would change its function."""
     return student.model if student.adapted is None else ADAPTERS[student.adapted.adapter_name].merge(student.model)
 
 

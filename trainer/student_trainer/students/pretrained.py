@@ -1,6 +1,6 @@
-"""Loads a quantised student from a path: a full-precision model, one of our exports, or somebody else's checkpoint.
+"""Loads a quantised student from a path: a full-precision model, one of our exports, or a third-party checkpoint.
 
-Called by `load` and by those who open an export. What cannot be trained, because only its codes were kept, is refused.
+Called by `load` and `cli.export`. A checkpoint that cannot be trained, because only its codes were kept, is refused.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def load_quantised(
 ) -> Any:  # fmt: skip
     """A model whose decoder is quantised and whose latent weights come from `path` (a folder or a hub name).
 
-    A checkpoint of a quantised student already decides how it is quantised: then `quantiser` may be None, and naming
-    another value is an error. Otherwise None means the defaults of `quantise`.
+    A checkpoint of a quantised student already says how it is quantised: then `quantiser` may be None, and a different
+    value is an error. Otherwise it is required, and None for another setting means the default of `quantise`.
     A head that the checkpoint lacks is initialised at random.
-    An adapter that was exported beside its base is put into it, the base frozen, as it was trained.
-    `config`: that of the checkpoint, where it was read already.
+    An adapter that was exported beside its base is put into it and the base is frozen, as it was trained.
+    `config`: that of the checkpoint, if it was read already.
     Raises ValueError for packed or otherwise quantised checkpoints and for settings that contradict the checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,7 +65,7 @@ def load_quantised(
 
 
 def refuse_quantised(config: Any, path: str) -> None:
-    """ValueError where `path` holds one of our quantised students: as a plain model it would be another function."""
+    """ValueError if `path` holds one of our quantised students: as a plain model it would compute something else."""
     record = read_record(config, path)
     if record is not None:
         raise ValueError(
@@ -75,7 +75,7 @@ def refuse_quantised(config: Any, path: str) -> None:
 
 
 def recorded(config: Any, path: str) -> Record | None:
-    """How the checkpoint is quantised, None for full precision. Takes `quantization_config` off the config."""
+    """How the checkpoint is quantised, None for full precision. Removes `quantization_config` from the config."""
     if hasattr(config, "student_packing"):  # of an export of format packed
         raise ValueError(
             f"{path} holds packed weights: their latent weights are gone, so they cannot be trained; give the export "
@@ -90,7 +90,7 @@ def recorded(config: Any, path: str) -> Record | None:
     if quantisation is not None and found is None:
         method = quantisation.get("quant_method")
         raise ValueError(f"{path} is quantised with '{method}': a student needs latent weights, give the original")
-    # Our own entry knows more than what an export says to others.
+    # Our own entry has more details than what an export says for other software.
     record = read_record(config, path) or found
     if record is not None and record.quantiser not in QUANTISERS:
         known = ", ".join(QUANTISERS)
@@ -111,7 +111,7 @@ def _load_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in _read_safetensors(folder).items()}
     try:
         outcome = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # torch's way to say that a shape differs
+    except RuntimeError as error:  # what torch raises if a shape differs
         raise ValueError(f"{folder} does not fit the model: {error}") from None
     model.tie_weights()
     inside = f"{model.base_model_prefix}."

@@ -1,12 +1,12 @@
-"""Linears that multiply by a quantised weight, behind a norm of their input (SubLN) where asked, and a model's decoder
-made of them. Used by `load` and `pretrained`.
+"""Linears that multiply by a quantised weight, with an optional norm of their input (SubLN), and decoders made of them.
+Used by `load` and `pretrained`.
 
-`quantise` swaps every linear of the decoder of a Llama-like Hugging Face model for a `QuantLinear`; head and embeddings
-stay in full precision. The latent weights are the original parameters under their original names, so checkpoints and
-optimizers see the same model as before, plus the SubLN norms (`...o_proj.rms_norm.weight`, as in BitDistill, arXiv
-2510.13998) and one blend scalar a layer.
+`quantise` replaces every linear of the decoder of a Llama-like Hugging Face model by a `QuantLinear`; head and
+embeddings stay in full precision. The latent weights are the original parameters under their original names, so
+checkpoints and optimizers see the same model as before, plus the SubLN norms (`...o_proj.rms_norm.weight`, as in
+BitDistill, arXiv 2510.13998), one blend scalar per layer, and what a quantiser learns besides.
 
-SubLN changes what the model computes, whatever its weights start from: a converted model has to be trained back.
+SubLN changes what the model computes, whatever its gains start from: a converted model has to be trained to recover.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from student_trainer.students.quantisers.none import NONE
 from student_trainer.students.quantisers.quantiser import Quantiser
 from student_trainer.students.quantisers.record import Record, SubNorm, write_record
 
-# What `sub_norm="output"` puts a norm before: the two linears that write into the residual stream.
+# The linears that `sub_norm="output"` puts a norm before: the two that write into the residual stream.
 OUTPUT_LINEARS = ("o_proj", "down_proj")
 DEFAULT_EPS = 1e-8
-# Kept by a layer for training alone: no part of what it computes once it is fully quantised.
+# A buffer that a layer needs for training only: once it is fully quantised, its outputs do not depend on it.
 BLEND = "quantisation_blend"
 
 log = logging.getLogger(__name__)
 
 
 class QuantLinear(nn.Linear):
-    """y = quantised(W) a(x) + b + correction(x), where x is the input behind `rms_norm` and `a` rounds activations.
+    """y = quantised(W) a(x) + b + correction(x), where x is the input after `rms_norm` and `a` rounds activations.
 
     `weight` is the latent weight W and takes the gradient.
-    `rms_norm`: SubLN, an RMSNorm of the input ahead of its quantiser, or None.
-    `correction`: what an adapter adds, computed of the input that is not rounded ([..., I] to [..., O]), or None.
+    `rms_norm`: SubLN, an RMSNorm of the input before its quantiser, or None.
+    `correction`: what an adapter adds, computed from the unrounded input ([..., I] to [..., O]), or None.
     `quantisation_blend`: a float32 scalar buffer, 0 for full precision, 1 for fully quantised. It is saved with the
-    model: a run that is resumed in its warm-up goes on where it was.
+    model: a run that is resumed in its warm-up continues where it was.
     """
 
     rms_norm: nn.Module | None
@@ -86,7 +86,7 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.rms_norm is not None:
             input = self.rms_norm(input)
-        # The correction sees the exact input: it is there to mend what rounding does.
+        # The correction sees the exact input: it is there to compensate for rounding.
         rounded = input
         if self.activation_quantiser is not None:
             rounded = self.activation_quantiser(input, self.quantisation_blend)
@@ -112,11 +112,11 @@ def quantise(
 ) -> Any:  # fmt: skip
     """Quantise every linear of the decoder, in place, and return the model.
 
-    `quantiser`: a name in QUANTISERS, which also decides what is None here. `sub_norm`: "output" puts a norm before
-    o_proj and down_proj (BitDistill's paper), "all" before every linear (its released launcher), "none" adds none.
-    `eps` is the norms', 1e-8 by default as released there. transformers' BitNet architecture brings the two output
-    norms itself: only "output" fits it, and its own eps stays. `bits`, `group_size` and `stages` of a quantiser that
-    has them.
+    `quantiser`: a name in QUANTISERS, which also has the defaults for what is None here. `sub_norm`: "output" puts a
+    norm before o_proj and down_proj (BitDistill's paper), "all" before every linear (its released launcher), "none"
+    adds none. `eps`: that of the norms, by default 1e-8 as in BitDistill's release. transformers' BitNet architecture
+    has the two output norms already: only "output" fits it, and it keeps its own eps. `bits`, `group_size` and
+    `stages`: for quantisers that have them.
     Raises ValueError for a model without the linears that this needs, or one that is quantised already.
     """
     chosen = QUANTISERS[quantiser]
@@ -140,13 +140,13 @@ def quantise(
 
 
 def quantise_as(model: Any, record: Record) -> Any:
-    """Quantise the decoder in the way that a checkpoint's record says, in place, and return the model."""
+    """Quantise the decoder as a checkpoint's record says, in place, and return the model."""
     keeps = _has_own_norms(model) or record.sub_norm == "none"
     return _convert(model, record, None if keeps else record.eps)
 
 
 def _convert(model: Any, record: Record, eps: float | None) -> Any:
-    """`eps`: the one that was asked for, None where nobody did."""
+    """`eps`: the requested one, None if none was."""
     quantiser = QUANTISERS[record.quantiser].of(record)
     if is_quantised(model):
         raise ValueError("this model is quantised already: convert the full-precision model, once")
@@ -175,12 +175,12 @@ def _convert(model: Any, record: Record, eps: float | None) -> Any:
 
 
 def _has_own_norms(model: Any) -> bool:
-    """Whether the architecture has SubLN built in, as transformers' BitNet."""
+    """Whether the architecture has SubLN built in, as transformers' BitNet does."""
     return bool(model.config.model_type == "bitnet")
 
 
 def decoder_linears(model: Any) -> dict[str, nn.Linear]:
-    """Every linear of the base model by its full name: heads, of language or of classes, lie outside of it."""
+    """Every linear of the base model by its full name; heads, for language or for classes, are outside of it."""
     inside = {id(module) for module in model.base_model.modules()}
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside
@@ -205,7 +205,7 @@ def _check_linears(model: Any, linears: dict[str, nn.Linear], sub_norm: str) -> 
 
 
 def _check_sizes(linears: Mapping[str, nn.Linear], quantiser: Quantiser) -> None:
-    """ValueError names a layer that the quantiser can't take."""
+    """ValueError, naming a layer, if there is one that the quantiser can't take."""
     refused = {name: why for name, linear in linears.items() if (why := quantiser.check(linear))}
     if refused:
         name, why = next(iter(refused.items()))
@@ -225,7 +225,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def quantiser_of(linear: nn.Module) -> Quantiser:
-    """What quantises the module's weight; `none` of one that multiplies by it as it is."""
+    """The quantiser of the module's weight; `none` for a module that is not quantised."""
     return linear.weight_quantiser if isinstance(linear, QuantLinear) else NONE
 
 
@@ -241,7 +241,7 @@ def set_quantisation_blend(model: nn.Module, blend: float) -> None:
 
 
 def quantisation_blend(model: nn.Module) -> float:
-    """The blend that the model holds. ValueError where its layers disagree or it has no quantised linears."""
+    """The blend that the model holds. ValueError if its layers disagree or it has no quantised linears."""
     blends = {layer.quantisation_blend.item() for _, layer in quant_linears(model)}
     if len(blends) != 1:
         raise ValueError(f"quantisation blend: expected one value over the quantised linears, got {sorted(blends)}")
@@ -249,5 +249,5 @@ def quantisation_blend(model: nn.Module) -> float:
 
 
 def warmup_blend(step: int, warmup_steps: int) -> float:
-    """The blend for `step` (from 0): rises in a straight line and is 1 from step `warmup_steps` on, or at once if 0."""
+    """The blend for `step` (from 0): rises linearly and is 1 from step `warmup_steps` on, or at once if that is 0."""
     return 1.0 if step >= warmup_steps else step / warmup_steps

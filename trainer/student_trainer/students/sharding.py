@@ -1,9 +1,9 @@
-"""A student's parameters spread over the ranks (FSDP2), tensors between full and sharded, and a full copy for what a
-rank does by itself. Called by `build`.
+"""Shards a student's parameters over the ranks (FSDP2), and keeps a full copy for passes that a rank makes by itself.
+Called by `build`.
 
 Every decoder layer is gathered for its own pass and freed after it; embeddings, last norm and head, which the fused
-loss needs whole, for the time from the first layer's pass to the end of the backward pass. Gradients are summed over
-the ranks, not averaged: the loop has divided by the count of all ranks' tokens.
+loss needs in full, are gathered from the first layer's pass to the end of the backward pass. Gradients are summed over
+the ranks, not averaged: the loop has divided by the number of tokens of all ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from student_trainer.students.student import Student
 
 
 class Gathered(nn.Module):
-    """Calls what it is given while FSDP has the parameters of `model` gathered."""
+    """Calls a function while FSDP has the parameters of `model` gathered."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,29 +34,31 @@ class Gathered(nn.Module):
 
 
 def shard(student: Student, ranks: Ranks) -> None:
-    """Keep this rank's shard of every parameter. Nothing for a rank alone; before the optimizer is built."""
+    """Keep only this rank's shard of every parameter; does nothing on a single rank. Call it before building the
+    optimizer.
+    """
     if ranks.alone:
         return
     mesh = init_device_mesh(student.device.type, (ranks.world,))
     gathered = Gathered(student.model)
     for module in (*decoder_layers(student.model), gathered):
         sharded: FSDPModule = fully_shard(module, mesh=mesh)
-        # FSDP averages over the ranks by default; here the loss is divided by the count of all ranks already.
+        # FSDP averages over the ranks by default; here the loss is already divided by the count of all ranks.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
     def run(call: Callable[..., Any], *args: Any) -> Any:
         outcome = gathered(call, *args)
         if not torch.is_grad_enabled():
-            gathered.reshard()  # no backward pass will
+            gathered.reshard()  # there is no backward pass to do it
         return outcome
 
     student.gathered = run
 
 
 class Unsharded:
-    """`student` has all parameters on this rank, as they stood at the last `refresh`, for passes that others do not
-    make. Without `copied` it is the student that learns. Made before `shard`.
+    """`student` has all parameters on this rank, as of the last `refresh`, for passes that other ranks do not make.
+    Without `copied` it is the training student itself. Made before `shard`.
     """
 
     def __init__(self, learning: Student, copied: bool):
@@ -71,7 +73,7 @@ class Unsharded:
         return self.student
 
     def refresh(self, step: int) -> None:
-        """Take over the parameters that update `step` starts from; all ranks must call."""
+        """Copy the parameters that update `step` starts from; all ranks must call."""
         if self.student is self._learning:
             return
         self._as_of = step

@@ -1,6 +1,6 @@
-"""What the loop knows of a student: hidden states for packed rows, and the head that makes logits of them.
+"""The loop's interface to a student: hidden states for packed rows, and the head that makes logits from them.
 
-Built by `causal` (and its kin), used by `loop`, `evaluator` and `checkpoints`.
+Built by `causal`, for every architecture, used by `loop`, `evaluator` and `checkpoints`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from student_trainer.students.quant_linear import is_quantised, set_quantisation
 
 
 class Body(Protocol):
-    """What a view reads to final hidden states [B, T, D], after the last norm."""
+    """A view's inputs to final hidden states [B, T, D], after the last norm."""
 
     def __call__(self, input_ids_BT: Tensor, position_ids_BT: Tensor, attention: Attention) -> Tensor: ...
 
@@ -43,10 +43,10 @@ def _any_clean(terms: Iterable[Term]) -> bool:
 
 @dataclass(eq=False)
 class Student:
-    """A model that learns. `reader`: how it reads a batch. `shared_vocab`: ids that it has in common with the teacher,
-    None without one. `model` is the whole Hugging Face model, whose parameters are trained and saved.
-    `gathered(call, *args)` calls while the parameters are whole: at once, or where ranks share them, by `sharding`.
-    `warmup_steps`: of a quantised one. `adapted`: the settings by which an adapter was put into it, None without one.
+    """A model that learns. `reader`: how it reads a batch. `shared_vocab`: the number of leading ids that it has in
+    common with the teacher, None without one. `model` is the whole Hugging Face model, whose parameters are trained and
+    saved. `gathered(call, *args)` calls with the parameters in full: directly, or gathered by `sharding`.
+    `warmup_steps`: of a quantised student. `adapted`: the settings of its adapter, None without one.
     """
 
     model: nn.Module
@@ -83,12 +83,12 @@ class Student:
         return self.reader.autoregressive
 
     def autocast(self) -> torch.autocast:
-        """A block in which passes are computed in the student's dtype."""
+        """A context in which passes are computed in the student's dtype."""
         return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """A block for passes that nothing is learnt from: no gradient, and the model in evaluation mode."""
+        """A context for passes that nothing is learnt from: no gradient, and the model in evaluation mode."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -98,9 +98,9 @@ class Student:
             self.model.train(was_training)
 
     def before_step(self, number: int) -> None:
-        """What follows the step count (from 0) rather than a gradient: the warm-up of a quantised student.
+        """Apply what depends on the step (from 0) rather than on a gradient: the warm-up of a quantised student.
 
-        Its blend of exact and quantised is a buffer of the model: checkpoints keep it, and a resumed run goes on.
+        Its blend of exact and quantised is a buffer of the model, which checkpoints keep.
         """
         if is_quantised(self.model):
             set_quantisation_blend(self.model, warmup_blend(number, self.warmup_steps))
@@ -112,9 +112,9 @@ class Student:
     def loss_and_logits(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None, want_top1: bool, want_logits: bool
     ) -> tuple[HeadLoss, Tensor | None]:
-        """Of one forward pass the loss, and if they are wanted logits [N, V] fp32 of its labels' rows."""
+        """The loss of one forward pass and, if wanted, the logits [N, V] fp32 of its labels' rows."""
         if not len(micro.view.labels_N):
-            # A rank that has no label here still takes its part in gathering and reducing, with gradients of zero.
+            # A rank without labels here still takes part in gathering and reducing, with gradients of zero.
             terms = tuple(token_term(term.name, "cross_entropy", 0.0) for term in terms)
         *loss, logits_NV = self.gathered(self._loss, micro, terms, chunk_rows, want_top1, want_logits)
         return HeadLoss(*loss), logits_NV
@@ -133,7 +133,7 @@ class Student:
         self, captured: Captured, head: Head, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None,
         want_top1: bool = False, defer: bool = False,
     ) -> HeadLoss:  # fmt: skip
-        """The loss of a micro batch from its hidden rows, and what else was kept of its forward pass.
+        """The loss of a micro batch, from its hidden rows and whatever else its forward pass captured.
 
         `defer` as in `head_loss`.
         """
@@ -152,7 +152,7 @@ class Student:
                 want_top1=want_top1, compute=self.compute, defer=defer,
                 every_row=micro.teacher is None or micro.teacher.valid_N is None,  # a view lists labels that count
             )  # fmt: skip
-            # Clean rows have the same labels: their terms stand beside the others in one record.
+            # Clean rows have the same labels: their terms join the others in one record.
             loss = part if these is of_tokens else loss.beside(part)
         for term in terms:
             if isinstance(term, StatesTerm):
@@ -163,10 +163,10 @@ class Student:
     def gradient_norms(
         self, micro: MicroBatch, terms: tuple[Term, ...], chunk_rows: int | None
     ) -> dict[str, float]:  # fmt: skip
-        """By term, the norm of its gradient at coefficient 1: at the hidden rows, where terms on those alone meet; with
-        a term on other states among them, at the weights that make those states.
+        """By term, the norm of its gradient at coefficient 1: with respect to the hidden rows, if all terms are on
+        those; with a term on other states among them, with respect to the weights that produce those states.
         """
-        # Of the hidden states alone: a head without gradient spares a product of the vocabulary's size a term.
+        # Not with respect to the head: that saves a product of the vocabulary's size per term.
         head = replace(self.head, weight_VD=self.head.weight_VD.detach())
         if head.bias_V is not None:
             head = replace(head, bias_V=head.bias_V.detach())
@@ -187,15 +187,15 @@ class Student:
 
     @property
     def config(self) -> Any:
-        """Transformers' record of the model's shape."""
+        """The model's transformers config."""
         return self.model.config
 
     def capture(self, terms: Iterable[Term]) -> Capture:
-        """What these terms want kept of a forward pass."""
+        """What to keep of a forward pass for these terms."""
         return Capture.of(terms, self.config)
 
     def check_terms(self, terms: Iterable[Term]) -> None:
-        """ValueError for a term that needs what this student has not."""
+        """ValueError for a term that needs what this student lacks."""
         for term in terms:
             if term.kind == "tcs" and self.autoregressive:
                 raise ValueError(
@@ -212,8 +212,8 @@ class Student:
                 check_capture(self.model, self.capture((term,)))
 
     def hidden(self, micro: MicroBatch, clean: bool = False) -> Tensor:
-        """The hidden rows [N, D] that predict the labels of the micro batch; with `clean`, and those of its clean half
-        behind them, [2 N, D].
+        """The hidden rows [N, D] that predict the labels of the micro batch; with `clean`, followed by those of its
+        clean half, [2 N, D].
         """
         with self.autocast():
             hidden_BTD = self.body(micro.view.input_ids_BT, micro.view.position_ids_BT, micro.view.attention)
@@ -224,7 +224,7 @@ class Student:
         return hidden_BTD.flatten(0, 1)[rows_N]
 
     def logits(self, micro: MicroBatch) -> Tensor:
-        """Logits [N, V] fp32 of a few rows, to be looked at; `loss` never makes them."""
+        """Logits [N, V] fp32 of a few rows, for inspection; `loss` never makes them."""
         with torch.no_grad():
             logits_NV: Tensor = self.gathered(self._logits, micro)
         return logits_NV
@@ -233,7 +233,7 @@ class Student:
         return self.head.logits(self.hidden(micro))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name, each once however often it is tied: what a checkpoint keeps."""
+        """Parameters and persistent buffers by name, tied ones only once: what a checkpoint keeps."""
         return dict(self._named_once())
 
     def _named_once(self) -> Iterator[tuple[str, Tensor]]:
