@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): low-rank additions to a frozen student are trained. One of `load.ADAPTERS`.
+"""LoRA (arXiv 2106.09685): trains low-rank additions to a frozen student. One of `load.ADAPTERS`.
 
-Plain linears are wrapped by peft, in place, so the model stays the model that it was, with more parameters. A quantised
-linear takes its addition as its correction, in full precision, of the input that its own is rounded from: as QLoRA has
-it, base quantised and frozen.
+Plain linears are wrapped by peft, in place, so the model stays the same, with more parameters. In a quantised linear
+the addition is its correction, computed in full precision from the unrounded input: as in QLoRA, with the base
+quantised and frozen.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from student_trainer.students.adapters.adapter import Adapter
 from student_trainer.students.adapters.low_rank import LowRank, chosen_linears, corrections, train_corrections_alone
 from student_trainer.students.quant_linear import quant_linears, quantiser_of
 
-SEED = 0  # of the adapters' first weights: a run's start must not depend on what was drawn before
+SEED = 0  # of the adapters' initial weights: a run's start must not depend on what was drawn before
 
 
 class LoRA(Adapter):
     def add(self, model: Any, settings: StudentSettings) -> None:
-        """ValueError where no module has a name that `settings.lora.targets` gives."""
+        """ValueError if no module has a name that `settings.lora.targets` gives."""
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             if any(True for _ in quant_linears(model)):
@@ -35,7 +35,7 @@ class LoRA(Adapter):
 
 
 def add_lora(model: Any, settings: LoRASettings) -> None:
-    """Freeze a model of plain linears and put peft's adapters into it, which change nothing until they are trained."""
+    """Freeze a model of plain linears and insert peft's adapters, which change nothing until they are trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     assert settings.rank is not None
@@ -56,7 +56,7 @@ def _add_to_quantised(model: Any, settings: LoRASettings) -> None:
 
 
 def merge_lora(model: Any) -> Any:
-    """The model with the adapters added into its weights, in place; one without adapters as it is."""
+    """The model with the adapters merged into its weights, in place; one without adapters as it is."""
     from peft.tuners.lora import LoraLayer
 
     if found := corrections(model):

@@ -1,7 +1,7 @@
-"""Low-rank corrections of quantised layers: y = quantised(W) a(x) + scale B A x, of the input x that is not rounded.
+"""Low-rank corrections of quantised layers: y = quantised(W) a(x) + scale B A x, with x the unrounded input. Used by
+`lora`, `lrc`, `calibration` and `export`.
 
-LoRA's place in a `QuantLinear`, and that of other low-rank adapters. Written for others as a folder that peft loads on
-the exported base: `export` writes it, `pretrained` reads it.
+They are exported as a folder that peft loads on the exported base: `export` writes it, `pretrained` reads it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ CONFIG = "adapter_config.json"
 
 
 class LowRank(nn.Module):
-    """scale * B A x, with peft's names and first values: A as a linear's, B zero."""
+    """scale * B A x, with peft's names and initial values: A as in any linear, B zero."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: int, like: Tensor) -> None:
         super().__init__()
         made = {"device": like.device, "dtype": like.dtype}
         self.lora_A = nn.Linear(in_features, rank, bias=False, **made)
         self.lora_B = nn.Linear(rank, out_features, bias=False, **made)
-        # B = 0, so the correction begins as nothing; A is random, or neither would have a gradient.
+        # B = 0, so the correction starts at zero; A is random, or neither would have a gradient.
         nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha = rank, alpha
 
     def forward(self, input: Tensor) -> Tensor:
-        # (alpha / r) B A x, in two thin products: B A itself is never made.
+        # (alpha / r) B A x, in two thin products: B A itself is never computed.
         return self.lora_B(self.lora_A(input)) * (self.alpha / self.rank)
 
     def extra_repr(self) -> str:
@@ -47,14 +47,14 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """A layer's correction as it is written: A [r, I], B [O, r] and alpha, with scale = alpha / r."""
+    """A layer's correction as it is saved: A [r, I], B [O, r] and alpha, with scale = alpha / r."""
 
     a_RI: Tensor
     b_OR: Tensor
     alpha: int
 
     def scaled(self, gain: float) -> Correction:
-        """Of a layer whose outputs are larger by `gain`."""
+        """The correction for a layer whose outputs are larger by the factor `gain`."""
         return Correction(self.a_RI, self.b_OR * gain, self.alpha)
 
 
@@ -68,7 +68,8 @@ def corrections(model: nn.Module) -> dict[str, Correction]:
 
 
 def chosen_linears(model: nn.Module, targets: Sequence[str], setting: str) -> dict[str, QuantLinear]:
-    """The quantised linears that `targets` name, all for "all-linear". ValueError, naming `setting`, for none."""
+    """The quantised linears that `targets` name, all for "all-linear". ValueError, naming `setting`, if there is none.
+    """
     everywhere = tuple(targets) == ("all-linear",)
     chosen = {
         name: layer
@@ -82,7 +83,7 @@ def chosen_linears(model: nn.Module, targets: Sequence[str], setting: str) -> di
 
 @torch.no_grad()
 def put_corrections(model: Any, found: Mapping[str, Correction]) -> None:
-    """Give the named layers corrections of these values. ValueError where one is not there, or is of another shape."""
+    """Give the named layers these corrections. ValueError if a layer does not exist, or has another shape."""
     layers = dict(quant_linears(model))
     for name, correction in found.items():
         layer = layers.get(name)
@@ -96,7 +97,7 @@ def put_corrections(model: Any, found: Mapping[str, Correction]) -> None:
 
 
 def check_start(model: nn.Module) -> None:
-    """ValueError where A and B are both zero: each one's gradient is a product with the other, and stays zero."""
+    """ValueError if A and B are both zero: the gradient of each is a product with the other, and stays zero."""
     for name, found in corrections(model).items():
         if not found.a_RI.any() and not found.b_OR.any():
             raise ValueError(
@@ -106,7 +107,7 @@ def check_start(model: nn.Module) -> None:
 
 
 def train_corrections_alone(model: nn.Module) -> None:
-    """Freeze all but the corrections."""
+    """Freeze everything but the corrections."""
     model.requires_grad_(False)
     for _, layer in quant_linears(model):
         if layer.correction is not None:
@@ -117,7 +118,7 @@ def write_peft(found: Mapping[str, Correction], folder: Path) -> None:
     """Write them as peft's LoRA for a causal language model, each with its own rank and alpha."""
     from peft import LoraConfig
 
-    # The commonest pair as peft's default, the others by patterns of names.
+    # The most common pair as peft's default, the others by patterns of names.
     (rank, alpha), _ = Counter((len(each.a_RI), each.alpha) for each in found.values()).most_common(1)[0]
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=sorted(found), bias="none", task_type="CAUSAL_LM",
@@ -134,12 +135,12 @@ def write_peft(found: Mapping[str, Correction], folder: Path) -> None:
 
 
 def _pattern(name: str) -> str:
-    """peft reads the keys of its patterns as regular expressions that the end of a module's name matches."""
+    """peft takes the keys of its patterns as regular expressions, matched against the end of a module's name."""
     return re.escape(name)
 
 
 def read_peft(folder: Path) -> dict[str, Correction]:
-    """What `write_peft` wrote, by the layer's name. Empty where there is no such folder."""
+    """What `write_peft` wrote, by the layer's name. Empty if there is no such folder."""
     if not (folder / CONFIG).is_file():
         return {}
     config = json.loads((folder / CONFIG).read_text())

@@ -1,9 +1,9 @@
-"""Low-rank corrections of a quantised student (LRC, arXiv 2412.07902): y = quantised(W) a(x) + U V^T x beside every
-linear, of the x that is not rounded. One of `load.ADAPTERS`.
+"""Low-rank corrections of a quantised student (LRC, arXiv 2412.07902): y = quantised(W) a(x) + U V^T x in the chosen
+linears, with x the unrounded input. One of `load.ADAPTERS`.
 
-Each has a rank that is a share of its weight's smaller side. They start as LoRA's do, and correct nothing; with
-`student.lrc.start=closed_form` a run's first act is `calibration`, which gives U and V their values out of data. Then
-they are trained, everything else frozen.
+The rank of each is a share of its weight's smaller side. They start like LoRA's and correct nothing; with
+`student.lrc.start=closed_form` a run starts with `calibration`, which computes U and V from data. Then they are
+trained, with everything else frozen.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from student_trainer.students.adapters.adapter import Adapter
 from student_trainer.students.adapters.low_rank import LowRank, chosen_linears, corrections, train_corrections_alone
 from student_trainer.students.quant_linear import QuantLinear, is_quantised, quant_linears, quantiser_of
 
-SEED = 0  # of the first weights: a run's start must not depend on what was drawn before
+SEED = 0  # of the initial weights: a run's start must not depend on what was drawn before
 
 
 class LRC(Adapter):
     def add(self, model: Any, settings: StudentSettings) -> None:
-        """ValueError where nothing is quantised, where `settings.lrc.targets` names no linear, and for a closed form of
-        a model that isn't the full-precision one with rounded weights.
+        """ValueError if nothing is quantised, if `settings.lrc.targets` names no linear, or for a closed form if the
+        model isn't the full-precision one with rounded weights.
         """
         if not is_quantised(model):
             raise ValueError(
@@ -34,7 +34,7 @@ class LRC(Adapter):
         chosen = chosen_linears(model, settings.lrc.targets, "student.lrc.targets")
         if settings.lrc.start == "closed_form":
             _check_reference(chosen, settings)
-        # Drawn apart: the run's own random numbers are those of a run without corrections.
+        # Drawn separately: the run's other random numbers are those of a run without corrections.
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             for layer in chosen.values():
@@ -61,7 +61,7 @@ def rank_of(layer: nn.Linear, share: float) -> int:
 
 
 def _check_reference(chosen: dict[str, QuantLinear], settings: StudentSettings) -> None:
-    """The closed form makes outputs like those of the latent weights: they must be a full-precision model's."""
+    """The closed form fits outputs to those of the latent weights, so these must be a full-precision model's."""
     normed = next((name for name, layer in chosen.items() if layer.rms_norm is not None), None)
     if normed is not None:
         raise ValueError(
@@ -76,7 +76,7 @@ def _check_reference(chosen: dict[str, QuantLinear], settings: StudentSettings) 
 
 
 def uncalibrated(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers whose correction is as it was put in, with B at zero: in the order of the model."""
+    """The layers whose correction is as it was added, with B zero, in the order of the model."""
     return {
         name: layer
         for name, layer in quant_linears(model)

@@ -1,11 +1,12 @@
 """The best low-rank correction of a quantised layer, in closed form: reduced-rank regression (LRC, arXiv 2412.07902).
 
-With X [I, N] a layer's inputs as they are and R [O, N] what its quantised output lacks, U V^T of rank r minimises
-|R - U V^T X|^2: U holds the leading eigenvectors of C S^-1 C^T and V^T = U^T C S^-1, for S = X X^T and C = R X^T; the
-error is |R|^2 less the r eigenvalues. Called by `calibration`, which streams the two moments.
+With X [I, N] a layer's exact inputs and R [O, N] what its quantised output lacks, the U V^T of rank r that minimises
+|R - U V^T X|^2 has the leading eigenvectors of C S^-1 C^T as U, and V^T = U^T C S^-1, with S = X X^T and C = R X^T; the
+error is |R|^2 minus the r eigenvalues. Called by `calibration`, which streams the two moments.
 
-R is subtracted token by token before it is summed: C = W X X^T - What Y X^T would need two more products of inputs, and
-loses to cancellation what it gains nothing by. Everything is float64, and S, damped, is factorised and never inverted.
+R is computed token by token before C is summed: C = W X X^T - What Y X^T (What the quantised weight, Y the rounded
+inputs) would need two more products of inputs, and lose precision to cancellation for no gain. Everything is float64,
+and S, damped, is factorised and never inverted.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of the longest row of V^T: those below it are rounding.
+# Relative to the longest row of V^T: shorter rows are rounding errors.
 NEGLIGIBLE = 1e-13
 
 
 class Inputs:
-    """S = X X^T of the layers that read one input, summed batch by batch, and how many tokens are in it."""
+    """S = X X^T of the layers that share an input, summed batch by batch, and the number of tokens in it."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.moment_II = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -46,7 +47,7 @@ class Residuals:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The corrections of every rank at once. `u_OK`: eigenvectors by falling eigenvalue; `vt_KI`: U^T C S^-1."""
+    """The corrections of every rank at once. `u_OK`: eigenvectors by descending eigenvalue; `vt_KI`: U^T C S^-1."""
 
     u_OK: Tensor
     vt_KI: Tensor
@@ -60,15 +61,15 @@ class Solution:
 
 def damped(moment_II: Tensor, damping: float) -> Tensor:
     """S with `damping` times the mean of its diagonal added to the diagonal."""
-    # Relative to the inputs, so that one value does for layers whose activations differ by orders of magnitude.
+    # Relative to the inputs, so that one value works for layers whose activations differ by orders of magnitude.
     return moment_II + damping * moment_II.diagonal().mean() * torch.eye(len(moment_II)).to(moment_II)
 
 
 def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
-    """The corrections that minimise |R - U V^T X|^2 + d |U V^T|^2, d by `damping`. ValueError for a singular S.
+    """The corrections that minimise |R - U V^T X|^2 + d |U V^T|^2, d from `damping`. ValueError for a singular S.
 
-    With S = L L^T the eigenvectors of C S^-1 C^T are the left singular vectors of C L^-T: they come from the smaller
-    of its two Gram matrices.
+    With S = L L^T the eigenvectors of C S^-1 C^T are the left singular vectors of C L^-T: they are computed from the
+    smaller of its two Gram matrices.
     """
     factor_II, failed = torch.linalg.cholesky_ex(damped(moment_II, damping))
     if failed:
@@ -76,7 +77,7 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
             f"the calibration inputs span less than their {len(moment_II)} dimensions: give more tokens, or a damping "
             "above 0"
         )
-    # L^-1 C^T = (C L^-T)^T, whose columns' left singular vectors are wanted.
+    # L^-1 C^T = (C L^-T)^T: its right singular vectors are wanted.
     whitened_IO = torch.linalg.solve_triangular(factor_II, cross_OI.T, upper=False)
     # Of A = L^-1 C^T, I by O, the smaller Gram matrix: A^T A has the eigenvectors U itself; A A^T has those of the
     # other side, and A^T maps them to U up to length.
@@ -86,7 +87,7 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
     else:
         values_K, right_IK = torch.linalg.eigh(whitened_IO @ whitened_IO.T)
         values_K, right_IK = values_K.flip(0), right_IK.flip(1)
-        # Orthogonal already, but for directions without weight, which are rounding: those become some others.
+        # Orthogonal already, except for directions of eigenvalue 0, which are rounding errors: QR replaces these.
         u_OK = torch.linalg.qr(whitened_IO.T @ right_IK).Q
     # V^T = U^T C S^-1, by two triangular solves with L.
     vt_KI = torch.cholesky_solve(cross_OI.T @ u_OK, factor_II).T
@@ -94,17 +95,17 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
 
 
 def error(residuals: Residuals, moment_II: Tensor, u_OR: Tensor, vt_RI: Tensor) -> Tensor:
-    """|R - U V^T X|^2, of any U and V."""
+    """|R - U V^T X|^2, for any U and V."""
     # |R - UV^T X|^2 = |R|^2 - 2 tr(U^T C V) + tr(U^T U V^T S V), with C = R X^T and S = X X^T.
     explained = (u_OR * (residuals.cross_OI @ vt_RI.T)).sum()
     return residuals.square - 2.0 * explained + ((u_OR.T @ u_OR) * (vt_RI @ moment_II @ vt_RI.T)).sum()
 
 
 def balanced(u_OR: Tensor, vt_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with columns of U as long as rows of V^T, so that both learn at one rate. A direction that
-    corrects nothing keeps a unit column beside a zero row: with both at zero neither would ever have a gradient.
+    """The same product with columns of U as long as rows of V^T, so that both learn at the same rate. A direction that
+    corrects nothing keeps a unit column with a zero row: with both zero neither would ever have a gradient.
     """
-    # U has columns of length 1: sqrt of V's length from V to U makes both sqrt as long.
+    # U's columns have length 1: moving the square root of V's length to U makes both that long.
     length_R = vt_RI.norm(dim=1)
     gain_R = torch.where(length_R > NEGLIGIBLE * length_R.max(), length_R.sqrt(), 1.0)
     return u_OR * gain_R, vt_RI / gain_R[:, None]

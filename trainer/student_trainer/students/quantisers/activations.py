@@ -1,6 +1,7 @@
-"""What a layer's input is rounded to before its weight multiplies it, by name. Used by `quant_linear`.
+"""Activation quantisers by name: what a layer's input is rounded to before the weight multiplies it. Used by
+`quant_linear`.
 
-int8: a = 127 / max |x| over a token's features, value clip(round(x a), -128, 127) / a, as BitNet b1.58 has it (arXiv
+int8: a = 127 / max |x| over a token's features, value clip(round(x a), -128, 127) / a, as in BitNet b1.58 (arXiv
 2402.17764); int4: the same with 7 and -8. Computed in float32 and cast back, in the order of operations of
 transformers' BitNet integration, so that an exported checkpoint gives the same bits there. No torch.compile.
 """
@@ -24,7 +25,7 @@ class _RoundedActivations(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input_ND: Tensor, blend_: Tensor, top: int) -> Tensor:
         exact_ND = input_ND.float()
-        # A grid of its own for each token: the largest |x| of it is `top` steps.
+        # Each token has its own grid: its largest |x| is `top` steps.
         inverse_N1 = float(top) / exact_ND.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
         # As transformers computes it, bit for bit: a product with the inverse, then a quotient by it.
         value_ND = (exact_ND * inverse_N1).round_().clamp_(-top - 1, top).div_(inverse_N1)
@@ -36,7 +37,7 @@ class _RoundedActivations(torch.autograd.Function):
 
 
 def int8_activations(input_ND: Tensor, blend_: Tensor) -> Tensor:
-    """Activations [..., D] on a token's grid of 256 steps, in their own dtype; `blend_` is a scalar in [0, 1]."""
+    """Activations [..., D] on a grid of 256 steps per token, in their own dtype; `blend_` is a scalar in [0, 1]."""
     return _RoundedActivations.apply(input_ND, blend_, 127)
 
 

@@ -1,5 +1,5 @@
-"""BitNet b1.58's ternary weights (arXiv 2402.17764); int8 activations and SubLN, which `quant_linear` has, are its
-defaults. One of `QUANTISERS`; the packed exports read `ternary`.
+"""BitNet b1.58's ternary weights (arXiv 2402.17764), by default with int8 activations and SubLN, see `quant_linear`.
+One of `QUANTISERS`; the packed exports call `ternary`.
 
 s = mean |W| over the tensor, codes = clip(round(W / s), -1, 1), value codes * s. Computed in float32 and cast back, in
 the order of operations of transformers' BitNet integration (a product with the inverse scale, then a quotient), so that
@@ -24,7 +24,7 @@ def inverse_scale(weight_OI: Tensor) -> Tensor:
 
 
 def ternary(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in {-1, 0, 1} as int8 [O, I], and the float32 scalar that each is worth."""
+    """Codes in {-1, 0, 1} as int8 [O, I], and the float32 scalar that a code is multiplied by."""
     inverse = inverse_scale(weight_OI)
     codes_OI = (weight_OI.detach().float() * inverse).round_().clamp_(-1, 1)
     return codes_OI.to(torch.int8), 1.0 / inverse
@@ -35,13 +35,13 @@ class _TernaryWeight(torch.autograd.Function):
     def forward(ctx: Any, weight_OI: Tensor, blend_: Tensor) -> Tensor:
         latent_OI = weight_OI.float()
         inverse = inverse_scale(latent_OI)
-        # codes / (1 / s): the quotient that transformers takes, not a product with s, which rounds otherwise.
+        # codes / (1 / s): the quotient that transformers takes, not a product with s, which rounds differently.
         value_OI = (latent_OI * inverse).round_().clamp_(-1, 1).div_(inverse)
         return torch.lerp(latent_OI, value_OI, blend_.float(), out=value_OI).to(weight_OI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # Straight through: round and clip have derivative 0 or none, and are taken for the identity.
+        # Straight through: round and clip have derivative 0 or none, and are treated as the identity.
         return gradients[0], None
 
 
@@ -66,7 +66,7 @@ class BitNet(Quantiser):
         return ternary(weight_OI)
 
     def foreign_record(self, config: Any, quantisation: dict[str, Any] | None, path: str) -> Record | None:
-        """Of transformers' own BitNet: its architecture, or its `quantization_config` on another one."""
+        """The record of transformers' own BitNet: its architecture, or its `quantization_config` on another one."""
         if quantisation is not None and quantisation.get("quant_method") != self.name:
             return None
         mode = (quantisation or {}).get("quantization_mode", "offline")

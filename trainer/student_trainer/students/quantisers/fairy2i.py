@@ -1,10 +1,11 @@
 """Fairy2i (arXiv 2512.02901): a real weight as two complex ones, of 1, i, -1 and -i times scales. One of `QUANTISERS`;
-`export` packs what `planes` gives, and `dense` reads it.
+`export` packs the output of `planes`, and `dense` reads it.
 
-A real matrix of even sides, in blocks A11, A12, A21, A22, is the map y = U x + W conj(x) of half as many complex
-numbers, with U = (A11 + A22)/2 + i (A21 - A12)/2 and W = (A11 - A22)/2 + i (A12 + A21)/2. Every entry of U and of W
-becomes its nearest direction, the real ones worth the mean |Re| of those entries, the imaginary ones the mean |Im|. A
-second stage does the same with what the first one left. Computed in float32; activations are not rounded.
+A real matrix with even sides and blocks A11, A12, A21, A22 is the map y = U x + W conj(x) of half as many complex
+numbers, with U = (A11 + A22)/2 + i (A21 - A12)/2 and W = (A11 - A22)/2 + i (A12 + A21)/2. Every entry of U and of W is
+replaced by its nearest direction, times a scale: the mean |Re| of the entries with a real direction, or the mean |Im|
+of those with an imaginary one. A second stage does the same to what is left. Computed in float32; activations are not
+rounded.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from torch import Tensor, nn
 from student_trainer.students.quantisers.quantiser import Quantiser, exact
 from student_trainer.students.quantisers.record import Record
 
-# Of an axis that no entry points along, as the released code has it.
+# The scale of an axis that no entry points along, as in the released code.
 SMALLEST_SCALE = 1e-6
 
 
 def complex_form(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """U and W [O/2, I/2] in complex128, in which the sums and differences of float32 numbers are exact, or nearly."""
+    """U and W [O/2, I/2] in complex128, where sums and differences of float32 numbers are exact, or nearly."""
     u_OI, w_OI = (torch.complex(re_OI / 2, im_OI / 2) for re_OI, im_OI in _doubled_parts(weight_OI.double()))
     return u_OI, w_OI
 
 
 def real_form(u_OI: Tensor, w_OI: Tensor) -> Tensor:
-    """The real weight [O, I] of U and W [O/2, I/2]."""
+    """The real weight [O, I] from U and W [O/2, I/2]."""
     return _real(u_OI.real, u_OI.imag, w_OI.real, w_OI.imag)
 
 
 def planes(weight_OI: Tensor, stages: int) -> tuple[Tensor, Tensor]:
-    """Codes k of the directions i^k, uint8 [stages, 2, O/2, I/2] of U and of W, and what a real and an imaginary
-    direction are worth, [stages, 2 of U and W, 2].
+    """Codes k of the directions i^k, uint8 [stages, 2, O/2, I/2], and the scales of real and of imaginary directions,
+    [stages, 2, 2]; the second dimension is U, W.
     """
     codes, scales = [], []
     for re_OI, im_OI in _doubled_parts(exact(weight_OI.detach())):
@@ -53,7 +54,7 @@ def planes(weight_OI: Tensor, stages: int) -> tuple[Tensor, Tensor]:
 
 
 def dense(codes_SUOI: Tensor, scales_SUP: Tensor) -> Tensor:
-    """The real weight [O, I] that the outcome of `planes` stands for, to the bit what a layer multiplies by."""
+    """The real weight [O, I] from the output of `planes`, bit for bit what a layer multiplies by."""
     part_PUOI = scales_SUP.new_zeros(2, *codes_SUOI.shape[1:])
     for codes_UOI, scales_UP in zip(codes_SUOI, scales_SUP, strict=True):
         # k = 2 and 3 are the negative directions, odd k the imaginary ones: value = sign x scale on one axis.
@@ -66,7 +67,7 @@ def dense(codes_SUOI: Tensor, scales_SUP: Tensor) -> Tensor:
 
 
 def _blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A11, A12, A21 and A22, views."""
+    """A11, A12, A21 and A22, as views."""
     rows, columns = weight_OI.shape
     # [2, O/2, 2, I/2] to [2, 2, O/2, I/2]: the block row and the block column first.
     block_RCOI = weight_OI.view(2, rows // 2, 2, columns // 2).transpose(1, 2)
@@ -81,7 +82,7 @@ def _doubled_parts(weight_OI: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _real(u_re: Tensor, u_im: Tensor, w_re: Tensor, w_im: Tensor) -> Tensor:
-    """The real weight [O, I] of the parts of U and W: the inverse of `_doubled_parts`, halved."""
+    """The real weight [O, I] from the parts of U and W, that is, from half of what `_doubled_parts` gives."""
     weight_OI = u_re.new_empty(2 * u_re.shape[0], 2 * u_re.shape[1])
     a11, a12, a21, a22 = _blocks(weight_OI)
     # A11 = Re U + Re W, A12 = Im W - Im U, A21 = Im U + Im W, A22 = Re U - Re W.
@@ -93,13 +94,13 @@ def _real(u_re: Tensor, u_im: Tensor, w_re: Tensor, w_im: Tensor) -> Tensor:
 
 
 def _nearest(re_OI: Tensor, im_OI: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """1 where an entry's nearest direction is real and 0 elsewhere, the same of imaginary, and what either is worth.
+    """1 where an entry's nearest direction is real and 0 elsewhere, the same for imaginary, and the scale of each.
 
-    The sector of +1 is [-pi/4, pi/4): of the edges, where both parts are as large, those of unlike signs are real.
-    Numbers in the place of truth values, in place: a comparison, or a choice by one, takes as long as ten of these.
+    The sector of +1 is [-pi/4, pi/4): on the edges, where both parts have the same size, unlike signs count as real.
+    Numbers instead of booleans, in place: a comparison, or a selection by one, takes as long as ten such operations.
     """
     size_re_OI, size_im_OI = re_OI.abs(), im_OI.abs()
-    # +1 where the real part is larger, -1 where the imaginary one is, 0 on the diagonals.
+    # +1 where the real part has the larger size, -1 where the imaginary one has, 0 on the diagonals.
     real_OI = (size_re_OI - size_im_OI).sign_()
     apart_OI = (re_OI + im_OI).abs_().sign_()  # 0 where the parts are each other's negative
     # 1 stays 1 and -1 becomes 0; on a diagonal 1 where the parts are each other's negative, else 0.
@@ -116,9 +117,9 @@ def _nearest(re_OI: Tensor, im_OI: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor
 def _step(
     re_OI: Tensor, im_OI: Tensor, real_OI: Tensor, imaginary_OI: Tensor, worth: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The parts of the nearest directions, which are taken off the doubled ones. In place."""
+    """The parts of the nearest directions times their scales; subtracts them from the doubled parts, in place."""
     step_re_OI, step_im_OI = real_OI.mul_(worth[0]).copysign_(re_OI), imaginary_OI.mul_(worth[1]).copysign_(im_OI)
-    # Off the doubled parts, so twice: what is left is what the next stage quantises.
+    # Twice, since the parts are doubled: the next stage quantises what is left.
     re_OI.sub_(step_re_OI, alpha=2)
     im_OI.sub_(step_im_OI, alpha=2)
     return step_re_OI, step_im_OI
@@ -154,10 +155,10 @@ def phase_weight(weight_OI: Tensor, blend_: Tensor, stages: int) -> Tensor:
 
 
 class Fairy2i(Quantiser):
-    """A stage costs a bit of a weight."""
+    """Each stage takes one bit per weight."""
 
     name = "fairy2i"
-    # Scaling some rows would change the means, and with them what is left of all others.
+    # Scaling some rows would change the means, and with them the quantised values of all others.
     qk_clip = "matrix"
     exports = frozenset({"hf", "dense", "packed"})
 

@@ -1,4 +1,4 @@
-"""Full precision: the weight is what it multiplies by. One of `QUANTISERS`; such a student keeps its plain linears."""
+"""Full precision: a layer multiplies by its weight itself. One of `QUANTISERS`; a student keeps its plain linears."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from student_trainer.students.quantisers.quantiser import Quantiser
 
 class NoQuantiser(Quantiser):
     name = "none"
-    bits = 16.0  # as it is served, in bfloat16
+    bits = 16.0  # as served, in bfloat16
 
     def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
         return layer.weight

@@ -1,5 +1,5 @@
-"""How a student is quantised, as its model's config says it, so that it travels with checkpoints and exports. Written
-by `quant_linear`, read by `pretrained`, `export` and `checkpoint.resume`.
+"""How a student is quantised, as an entry of its model's config, so that checkpoints and exports have it. Written by
+`quant_linear`, read by `pretrained`, `export` and `checkpoint.resume`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import Any, Literal, get_args
 
 from student_trainer.students.quantisers.activations import ACTIVATIONS
 
-# An RMSNorm ahead of the linears that write into the residual stream, ahead of every one, or nowhere.
+# An RMSNorm before the linears that write into the residual stream, before every linear, or nowhere.
 SubNorm = Literal["output", "all", "none"]
 
 ENTRY = "student_quantisation"
 VERSION = 1
-OLD_ENTRY = "bitnet_student"  # of trainers that had one quantiser: sub_norm, eps, quantise_activations
+OLD_ENTRY = "bitnet_student"  # from trainers with a single quantiser: sub_norm, eps, quantise_activations
 
 
 @dataclass(frozen=True)
 class Record:
-    """`quantiser`: a name in QUANTISERS. `eps`: of the SubLN norms. `activations`: a name in ACTIVATIONS. `stages`,
-    `bits`, `group_size`: of a quantiser that leaves them open, as its weights are rounded.
+    """`quantiser`: a name in QUANTISERS. `eps`: that of the SubLN norms. `activations`: a name in ACTIVATIONS.
+    `stages`, `bits`, `group_size`: how the weights are quantised, if the quantiser leaves these open.
     """
 
     quantiser: str
@@ -43,7 +43,7 @@ class Record:
             raise ValueError(f"stages: got {self.stages!r}, expected 1 or 2")
 
     def differing(self, asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-        """The settings of `asked` that say something else than the record: name, what it says, what was asked for."""
+        """The settings in `asked` that differ from the record: name, recorded value, requested value."""
         says = {
             **asdict(self),
             "quantise_activations": self.activations != "none",
@@ -55,24 +55,24 @@ class Record:
 
 
 def write_record(config: Any, record: Record) -> None:
-    """Make it an entry of the model's config, in the place of one that it has."""
+    """Write it into the model's config, in place of an earlier entry."""
     if hasattr(config, OLD_ENTRY):
         delattr(config, OLD_ENTRY)
     setattr(config, ENTRY, _entry(record))
 
 
 def _entry(record: Record) -> dict[str, Any]:
-    """What is left open is left out: a record says the same in every trainer that knows what it says."""
+    """Without the fields that are None, so that a trainer that does not know these can read it."""
     return {"version": VERSION, **{name: value for name, value in asdict(record).items() if value is not None}}
 
 
 def read_record(config: Any, path: str = "") -> Record | None:
-    """What a config says, None where it is of no quantised student. ValueError for what this trainer can't read."""
+    """The record in a config, None if it has none. ValueError for one that this trainer can't read."""
     return record_in({name: getattr(config, name, None) for name in (ENTRY, OLD_ENTRY)}, path)
 
 
 def record_in(config: Mapping[str, Any], path: str = "") -> Record | None:
-    """`read_record` of a config as plain containers."""
+    """`read_record` for a config as plain containers."""
     entry, old = config.get(ENTRY), config.get(OLD_ENTRY)
     where = f"{path}: its config's entry " if path else "the config's entry "
     try:
@@ -82,7 +82,7 @@ def record_in(config: Mapping[str, Any], path: str = "") -> Record | None:
                 raise ValueError(f"version {version}, this trainer reads {VERSION}: use the trainer that wrote it")
             return Record(**fields)
         if old is not None:
-            # The first exports did not say it: they always quantised them.
+            # The first exports did not say: they always quantised activations.
             activations = "int8" if old.get("quantise_activations", True) else "none"
             return Record("bitnet", old["sub_norm"], old["eps"], activations)
     except (TypeError, KeyError, ValueError) as error:
@@ -91,7 +91,7 @@ def record_in(config: Mapping[str, Any], path: str = "") -> Record | None:
 
 
 def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, as plain containers, with an older trainer's entry in today's form."""
+    """A config, as plain containers, with its entry in today's form, even if an older trainer wrote it."""
     record = record_in(config)
     rest = {name: value for name, value in config.items() if name not in (ENTRY, OLD_ENTRY)}
     return rest if record is None else rest | {ENTRY: _entry(record)}

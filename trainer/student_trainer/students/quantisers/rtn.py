@@ -1,8 +1,8 @@
-"""Round-to-nearest: whole numbers of a few bits between the smallest and the largest weight of a row, or of a group in
-it, as post-training quantisation has them. One of `QUANTISERS`; activations and norms stay unless the settings say so.
+"""Round-to-nearest: integers of a few bits between the smallest and the largest weight of a row, or of a group within
+it, as in post-training quantisation. One of `QUANTISERS`; by default without quantised activations or added norms.
 
 step = (max - min) / (2^bits - 1), zero = round(-min / step), codes = clip(round(W / step) + zero, 0, 2^bits - 1), value
-(codes - zero) step, with 0 in every range, so that it is a value of every row. Computed in float32.
+(codes - zero) step. Every range includes 0, so that 0 is representable. Computed in float32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from student_trainer.students.quantisers.quantiser import Quantiser
 from student_trainer.students.quantisers.record import Record
 
 DEFAULT_BITS = 4
-STEP_BITS = 16  # of a step, as it is packed
+STEP_BITS = 16  # of a step when packed
 
 
 def round_to_nearest(weight_OI: Tensor, bits: int, group_size: int | None) -> Tensor:
-    """The weight on its grid, float32."""
+    """The weight rounded to its grid, float32."""
     latent_OI = weight_OI.detach().float()
     latent_OGg = latent_OI.unflatten(1, (-1, group_size or latent_OI.shape[1]))
     top = 2**bits - 1
@@ -28,7 +28,7 @@ def round_to_nearest(weight_OI: Tensor, bits: int, group_size: int | None) -> Te
     # The grid holds 0, so that weights of 0 stay 0.
     low_OG1, high_OG1 = low_OG1.clamp_max(0.0), high_OG1.clamp_min(0.0)
     step_OG1 = ((high_OG1 - low_OG1) / top).clamp_min(torch.finfo(torch.float32).tiny)
-    # Which code is worth 0: code = round(w / step) + zero, value = (code - zero) step.
+    # The code whose value is 0: code = round(w / step) + zero, value = (code - zero) step.
     zero_OG1 = (-low_OG1 / step_OG1).round_()
     codes_OGg = (latent_OGg / step_OG1).round_().add_(zero_OG1).clamp_(0, top)
     return codes_OGg.sub_(zero_OG1).mul_(step_OG1).flatten(1)
@@ -68,7 +68,7 @@ class RoundToNearest(Quantiser):
         return _RoundedWeight.apply(layer.weight, blend_, int(self.bits), self.group_size)
 
     def stored_bits(self, out_features: int, in_features: int) -> float:
-        # A group has a step in 16 bits and a zero in as many as a code.
+        # A group has a step of 16 bits, and a zero of as many bits as a code.
         return self.bits + (STEP_BITS + self.bits) / (self.group_size or in_features)
 
 

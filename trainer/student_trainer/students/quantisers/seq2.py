@@ -1,10 +1,10 @@
-"""ParetoQ's two bits (stretched elastic quantisation, arXiv 2502.02631): four levels a weight, and what they are worth
-learnt for each row. One of `QUANTISERS`; `export` packs what `levels` gives.
+"""ParetoQ's two bits (stretched elastic quantisation, arXiv 2502.02631): four levels per weight, and a learnt scale per
+row. One of `QUANTISERS`; `export` packs the output of `levels`.
 
 q = alpha * (round(2 clip(w / alpha, +-.99) - .5) + .5) / 2: a quarter or three quarters of the row's alpha, of either
-sign. alpha begins as the row's largest |w|. A weight takes the gradient as it is where |w / alpha| <= .99 and none
-elsewhere; alpha takes (q - w) / alpha, or +-.75, times it, over the square root of the matrix's size. Computed in
-float32; activations are not rounded.
+sign. alpha starts as the row's largest |w|. With g the gradient with respect to q, a weight gets g where |w / alpha| <=
+.99 and 0 elsewhere; alpha gets g (q - w) / alpha there and +-.75 g elsewhere, summed over the row and divided by the
+square root of the matrix's size. Computed in float32; activations are not rounded.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from student_trainer.students.quantisers.quantiser import Quantiser, exact
 
 EDGE = 0.99
-# Also of a row of zeros.
+# For a row of zeros, too.
 SMALLEST_ALPHA = 1e-5
 ALPHA = "alpha"
 
 
 def levels(weight_OI: Tensor, alpha_O: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes 0 to 3 as uint8 [O, I], and what a step between them is worth in each row [O]: value (code - 1.5) step."""
+    """Codes 0 to 3 as uint8 [O, I], and the step between their values in each row [O]: value (code - 1.5) step."""
     weight_OI, half_O1 = exact(weight_OI.detach()), _half(alpha_O.detach())
     return (_whole(weight_OI / half_O1) + 2).to(torch.uint8), half_O1[:, 0]
 
 
 def dense(codes_OI: Tensor, step_O: Tensor) -> Tensor:
-    """The weight [O, I] that the outcome of `levels` stands for, to the bit what a layer multiplies by."""
+    """The weight [O, I] from the output of `levels`, bit for bit what a layer multiplies by."""
     return (codes_OI.to(step_O.dtype) - 1.5) * step_O[:, None]
 
 
 def _half(alpha_O: Tensor) -> Tensor:
-    """Half of alpha [O, 1], by which two levels lie apart."""
+    """Half of alpha [O, 1], the distance between two levels."""
     return exact(alpha_O).clamp(min=SMALLEST_ALPHA)[:, None] / 2
 
 
 def _whole(ratio_OI: Tensor) -> Tensor:
-    """The level, less a half, of a ratio of weight and half its alpha: -2, -1, 0 or 1. In place."""
+    """The level minus a half, for a ratio of weight to half its alpha: -2, -1, 0 or 1. In place."""
     return ratio_OI.clamp_(-2 * EDGE, 2 * EDGE).sub_(0.5).round_()
 
 
@@ -58,13 +58,13 @@ class _SteppedWeight(torch.autograd.Function):
         weight_OI, alpha_O, blend_ = ctx.saved_tensors
         ratio_OI = exact(weight_OI) / _half(alpha_O)
         gradient_OI, blend_ = exact(gradients[0]), blend_.to(ratio_OI.dtype)
-        # 1 where the ratio is clipped and 0 elsewhere: on a CPU a choice by truth values takes as long as ten products.
+        # 1 where the ratio is clipped and 0 elsewhere: on a CPU a selection by booleans takes as long as ten products.
         outside_OI = (ratio_OI - ratio_OI.clamp(-2 * EDGE, 2 * EDGE)).abs_().sign_()
-        # In units of half alpha, so that the slope is half of it: level less ratio inside, and the level outside.
+        # Twice d q / d alpha: level - ratio inside, the level outside.
         slope_OI = (ratio_OI * outside_OI).sub_(ratio_OI).add_(_whole(ratio_OI)).add_(0.5)
-        # Learnt step sizes scale their gradient by 1 / sqrt(numbers), or alpha would move faster than its weights.
+        # As for learnt step sizes, 1 / sqrt(number of weights), or alpha would move faster than its weights.
         of_alpha_O = slope_OI.mul_(gradient_OI).sum(1).mul_(blend_ / (2 * math.sqrt(weight_OI.numel())))
-        # (1 - blend x clipped) g: of the exact share all, of the quantised share what is not clipped.
+        # (1 - blend x clipped) g: all of the exact share, and of the quantised share what is not clipped.
         of_weight_OI = outside_OI.mul_(-blend_).add_(1).mul_(gradient_OI)
         return of_weight_OI.to(weight_OI.dtype), of_alpha_O.to(alpha_O.dtype), None
 
