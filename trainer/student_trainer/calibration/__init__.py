@@ -1,4 +1,4 @@
-"""First values for what quantisation adds to a student, out of data and without a gradient: SubLN's gains, and low-rank
+"""Initial values, from data and without gradients, for what quantisation adds to a student: SubLN's gains, and low-rank
 corrections.
 
 May import students and what lies below them. Open `calibrate.py` first.

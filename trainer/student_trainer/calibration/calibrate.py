@@ -1,13 +1,14 @@
-"""Gives a quantised student's low-rank corrections their first values, by the closed form of `reduced_rank`, layer by
-layer. Called by `start`, before a run's first step.
+"""Computes initial values for a quantised student's low-rank corrections, by the closed form of `reduced_rank`, layer
+by layer. Called by `start`, before a run's first step.
 
-Two passes of the same text go through the decoder side by side: the full-precision model's, and the student's with all
-corrections that are done. A decoder layer's linears are done in the order in which they are called, those of one input
-together: their second moments are summed over the text, the corrections solved for and put in, and what comes behind
-them sees their outputs. One round: alternated with a round-to-nearest quantiser, the error rises.
+The same text goes through the decoder twice, side by side: through the full-precision model, and through the student
+with the corrections that are done. A decoder layer's linears are corrected in the order in which they are called, those
+that share an input together: the second moments are summed over the text, the corrections are solved for and set, and
+what follows sees the corrected outputs. There is one round: alternated with a round-to-nearest quantiser, the error
+rises.
 
-A layer that is done is kept in a file. A calibration that was stopped reads those, runs the text through them, and goes
-on, to the same bits. Of several ranks each sums over its own rows.
+A layer that is done is saved to a file. A calibration that was interrupted reads these files, runs the text through
+their layers, and continues, with the same result bit for bit. Each rank sums over its own rows.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ from student_trainer.students.student import Student
 from teacher_proto.process.stages import stage
 
 logger = logging.getLogger(__name__)
-FOLDER = "calibration"  # of a run
+FOLDER = "calibration"  # within a run's folder
 
 
 def calibrate(
     student: Student, micros: Sequence[MicroBatch], settings: LRCSettings, folder: Path, digest: str,
     ranks: Ranks = ALONE,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """Put the closed form into every correction that the student has, over the text of `micros`.
+    """Set every correction of the student to the closed form over the text of `micros`.
 
-    Returns by the linear's name the squared error of its outputs over the text, before and after. `digest`: of all that
-    decides the outcome. ValueError where the text does not suffice.
+    Returns, by the linear's name, the squared error of its outputs over the text before and after. `digest`: of
+    everything that decides the outcome. ValueError if there is too little text.
     """
     files = LayerFiles(folder, digest)
     errors: dict[str, tuple[float, float]] = {}
@@ -59,9 +60,9 @@ def calibrate(
         passes = _Passes(student, layers, micros, settings, ranks)
         kept = 0
         for number, layer in enumerate(layers):
-            # Only an unbroken row of layers from the first on: a later one was solved behind others than these.
+            # Only an unbroken sequence of layers from the first on: a later one was solved with other layers before it.
             found = files.read(number) if kept == number else None
-            # Ranks that have their files on different disks go on from what all of them have.
+            # Ranks whose files are on different disks continue from the layers that all of them have.
             with quantised_once(layer):
                 if ranks.largest(found is None):
                     found = passes.solve(number)
@@ -84,7 +85,7 @@ def calibrate(
 
 
 class _Passes:
-    """The hidden states of the text, in the full-precision model and in the student, as they come to one layer."""
+    """The hidden states of the text before one layer, in the full-precision model and in the student."""
 
     def __init__(
         self, student: Student, layers: list[nn.Module], micros: Sequence[MicroBatch], settings: LRCSettings,
@@ -94,11 +95,11 @@ class _Passes:
         self._names = {id(module): name for name, module in student.model.named_modules()}
         self._entrances = [enter(student, layers, micro) for micro in micros]
         self._ours = [entrance.hidden_BTD for entrance in self._entrances]
-        # Without a full-precision pass to be like, none is made.
+        # A full-precision pass is made only if it is the reference.
         self._exact = list(self._ours) if settings.reference == "full_precision" else None
 
     def solve(self, number: int) -> LayerFound:
-        """The corrections of layer `number`, put into it."""
+        """Solve for the corrections of layer `number` and set them."""
         layer, tensors = self._layers[number], dict[str, Tensor]()
         errors: dict[str, tuple[float, float]] = {}
         for group in groups(layer, self._run(layer, self._ours[0], self._entrances[0], number)):
@@ -114,7 +115,7 @@ class _Passes:
         return LayerFound(tensors, errors)
 
     def put(self, found: LayerFound) -> None:
-        """Corrections that were found before."""
+        """Set corrections that were found earlier."""
         for name in found.errors:
             correction = self._student.model.get_submodule(name).correction
             assert isinstance(correction, LowRank)
@@ -122,7 +123,7 @@ class _Passes:
             correction.lora_B.weight.copy_(found.tensors[f"{name}.B"])
 
     def advance(self, number: int) -> None:
-        """Take both passes through layer `number`, which is done."""
+        """Run both passes through layer `number`, which is done."""
         layer = self._layers[number]
         for place, entrance in enumerate(self._entrances):
             self._ours[place] = self._run(layer, self._ours[place], entrance, number)()
@@ -140,7 +141,7 @@ class _Passes:
     def _solve_group(
         self, number: int, group: list[QuantLinear]
     ) -> list[tuple[QuantLinear, tuple[float, float]]]:  # fmt: skip
-        """Correct linears that read one input; their squared errors before and after."""
+        """Correct linears that share an input; returns their squared errors before and after."""
         if not group:
             return []
         device = self._student.device
@@ -152,10 +153,10 @@ class _Passes:
             rounded_NI = (
                 ours_NI if (rounds := group[0].activation_quantiser) is None else rounds(ours_NI, _one(group[0]))
             )
-            # S = X X^T of the student's own exact input, which is what the correction will be given.
+            # S = X X^T of the student's own unrounded input, which is what the correction will be given.
             inputs.add(ours_NI.double())
             for linear, weight_OI, residual in zip(group, quantised, residuals, strict=True):
-                # R: the full-precision layer's output less what the quantised weight makes of the rounded input.
+                # R: the full-precision layer's output minus that of the quantised weight on the rounded input.
                 lacking_NO = F.linear(exact_NI, linear.weight.float()) - F.linear(rounded_NI, weight_OI.float())
                 residual.add(lacking_NO.double(), ours_NI.double())
         self._ranks.add_up(inputs.moment_II)
@@ -167,7 +168,7 @@ class _Passes:
         return made
 
     def _inputs(self, number: int, linear: QuantLinear, place: int, entrance: Entrance) -> tuple[Tensor, Tensor]:
-        """What the linear is given of a micro batch in the student, and what its exact output is to be of; [N, I]."""
+        """The linear's input from a micro batch in the student, and the input of the output to imitate; both [N, I]."""
         layer = self._layers[number]
         ours = input_of(linear, self._run(layer, self._ours[place], entrance, number))
         exact = ours
@@ -185,18 +186,18 @@ class _Passes:
         return ours_NI, exact_NI
 
     def _correct(self, linear: QuantLinear, residual: Residuals, moment_II: Tensor) -> tuple[float, float]:
-        """Put the best correction into the linear. All ranks take the first one's, whatever their own libraries do."""
+        """Set the linear's best correction, and return its errors before and after. All ranks take the first rank's."""
         correction = linear.correction
         assert isinstance(correction, LowRank) and correction.alpha == correction.rank
         # Every rank has the same sums, but eigenvectors by other libraries may differ in sign and more.
         u_OR, vt_RI = solve(residual.cross_OI, moment_II, self._settings.damping).cut(correction.rank)
         for mine, values in zip((correction.lora_B, correction.lora_A), balanced(u_OR, vt_RI), strict=True):
-            values = values.contiguous()  # ranks add memory up, in whichever order it lies
+            values = values.contiguous()  # ranks add up raw memory, whatever its layout
             mine.weight.copy_(self._ranks.add_up(values if self._ranks.first else torch.zeros_like(values)))
         b_OR, a_RI = correction.lora_B.weight.double(), correction.lora_A.weight.double()
         return float(residual.square), float(error(residual, moment_II, b_OR, a_RI))
 
 
 def _one(linear: QuantLinear) -> Tensor:
-    """A blend at which all is quantised."""
+    """The blend at which everything is quantised."""
     return torch.ones_like(linear.quantisation_blend)

@@ -1,4 +1,4 @@
-"""What a calibration has found, a file a decoder layer, so that one that was stopped goes on. Called by `calibrate`."""
+"""Saves what a calibration has found, one file per decoder layer, so that it can be resumed. Called by `calibrate`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LayerFound:
-    """Of one decoder layer: A and B of each linear as tensors NAME.A and NAME.B, and by the linear's name |R|^2 before
-    and after the correction.
+    """The results for one decoder layer: A and B of each linear as tensors NAME.A and NAME.B, and by the linear's name
+    |R|^2 before and after the correction.
     """
 
     tensors: Mapping[str, Tensor]
@@ -27,15 +27,15 @@ class LayerFound:
 
 @dataclass(frozen=True)
 class LayerFiles:
-    """The layers that are done of one calibration. `digest`: of all that decides its outcome; files of another one
-    are written over.
+    """The finished layers of one calibration. `digest`: of everything that decides its outcome; files with another one
+    are overwritten.
     """
 
     folder: Path
     digest: str
 
     def read(self, number: int) -> LayerFound | None:
-        """What was found of layer `number`; None where that has still to be done."""
+        """What was found for layer `number`; None if that is still to be done."""
         path = self._path(number)
         if not path.is_file():
             return None

@@ -1,8 +1,8 @@
-"""A student's decoder run layer by layer, so that a layer's inputs can be read before the layer itself is final. Called
-by `calibrate`.
+"""Runs a student's decoder layer by layer, so that a layer's inputs can be read before the layer itself is final.
+Called by `calibrate` and `sub_norms`.
 
-The model's own pass is made once a micro batch with every layer standing still: what it would have been called with,
-masks and positions, is kept, and from then on each layer is called by itself.
+The model's own pass is made once per micro batch, with every layer replaced by the identity: what a layer is called
+with, masks and positions, is kept, and from then on each layer is called on its own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from student_trainer.students.student import Student
 
 @dataclass(frozen=True, eq=False)
 class Entrance:
-    """What a micro batch comes to the decoder's layers with: hidden states [B, T, D], and by layer what else each is
-    called with. `real_N`: which of the B T positions are of documents, not padding.
+    """The input of a micro batch to the decoder's layers: hidden states [B, T, D], and by layer the other arguments.
+    `real_N`: which of the B T positions are of documents, not padding.
     """
 
     hidden_BTD: Tensor
@@ -34,17 +34,17 @@ class Entrance:
 
 
 class Reached(Exception):
-    """The layer that was waited for has been called."""
+    """The linear whose input is wanted has been called."""
 
 
 @contextmanager
 def standing_still(student: Student) -> Iterator[list[nn.Module]]:
-    """The decoder's layers, evaluated and not compiled: they are called one at a time, and cut short."""
+    """The decoder's layers, in evaluation mode and not compiled, so that each can be called alone and cut short."""
     layers = decoder_layers(student.model)
     compiled = [layer._compiled_call_impl for layer in layers]
     try:
         for layer in layers:
-            # Hooks and replaced `forward`s are not seen by code that is compiled already.
+            # Code that is already compiled does not see hooks and replaced `forward`s.
             layer._compiled_call_impl = None
         with student.resting():
             yield layers
@@ -54,7 +54,7 @@ def standing_still(student: Student) -> Iterator[list[nn.Module]]:
 
 
 def enter(student: Student, layers: Sequence[nn.Module], micro: MicroBatch) -> Entrance:
-    """The micro batch as it comes to the layers."""
+    """The input of the micro batch to the layers."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     first: list[Tensor] = []
 
@@ -66,7 +66,7 @@ def enter(student: Student, layers: Sequence[nn.Module], micro: MicroBatch) -> E
 
     with ExitStack() as stack:
         for layer in layers:
-            # Each layer hands its input on as it is, so the model's own pass costs next to nothing.
+            # Each layer returns its input, so the model's own pass costs next to nothing.
             layer.forward = keep
             stack.callback(delattr, layer, "forward")
         view = micro.view
@@ -85,7 +85,7 @@ def call(layer: nn.Module, hidden_BTD: Tensor, entrance: Entrance, number: int) 
 
 
 def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor | None:
-    """What `linear` is given in the pass `run`, which ends there; None where it is never called."""
+    """The input of `linear` in the pass `run`, which ends there; None if it is never called."""
     found: list[Tensor] = []
 
     def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -104,7 +104,7 @@ def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor | None:
 
 
 def groups(layer: nn.Module, run: Callable[[], object]) -> list[list[QuantLinear]]:
-    """The layer's quantised linears in the order in which the pass `run` calls them, those of one input together."""
+    """The layer's quantised linears in the order in which the pass `run` calls them, grouped by shared input."""
     order: list[tuple[Tensor, list[QuantLinear]]] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -126,7 +126,7 @@ def groups(layer: nn.Module, run: Callable[[], object]) -> list[list[QuantLinear
 
 
 class _Rounded(Quantiser):
-    """A weight that was quantised before, in the place of what quantises it in every pass."""
+    """Returns a weight that was quantised once, in place of the quantiser that does so in every pass."""
 
     name = "rounded"
 
@@ -140,7 +140,7 @@ class _Rounded(Quantiser):
 
 @contextmanager
 def quantised_once(layer: nn.Module) -> Iterator[None]:
-    """The layer with weights that are quantised now, and not again in each of many passes."""
+    """The layer with weights that are quantised once, not again in each of many passes."""
     linears = [linear for _, linear in quant_linears(layer)]
     quantisers = [linear.weight_quantiser for linear in linears]
     try:
@@ -154,7 +154,7 @@ def quantised_once(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_full_precision(layer: nn.Module) -> Iterator[None]:
-    """The layer as it was before it was quantised, and without corrections."""
+    """The layer as before quantisation, without corrections."""
     linears = [linear for _, linear in quant_linears(layer)]
     kept = [(linear.quantisation_blend.clone(), linear.correction) for linear in linears]
     try:

@@ -1,4 +1,4 @@
-"""What a run does before its first step where its student's first values come out of data: SubLN's gains, and the
+"""Calibrates a student before a run's first step, if some of its initial values come from data: SubLN's gains, and the
 closed form of its corrections. Called by `build`.
 """
 
@@ -23,18 +23,18 @@ from student_trainer.students.student import Student
 from teacher_proto.identity import digest
 from teacher_proto.process.stages import stage
 
-# Of the data's settings: what changes nothing of the batches.
+# Settings of the data that do not change the batches.
 HOW_IT_IS_READ = {"workers", "batches_ahead", "cache_folder", "held_out_rows"}
 
 
 def calibrate_at_start(
     settings: Settings, student: Student, source: BatchSource, identity: dict[str, Any], folder: Path, ranks: Ranks
 ) -> None:
-    """Calibrate a student whose norms or corrections are still as they were put in, on the run's first batches; nothing
-    for any other. Before the student is sharded; on all ranks.
+    """Calibrate a student whose norms or corrections are still as they were added, on the run's first batches; does
+    nothing for any other. Call it before the student is sharded, on all ranks.
     """
     if settings.student.quantisation.sub_norm_start == "rms" and untrained_sub_norms(student.model):
-        # A mean of one number a token: a batch has enough of them.
+        # A mean over one number per token: one batch is enough.
         calibrate_sub_norms(student, list(_micro_batches(settings, student, source, batches=1)), ranks)
     wanted = settings.student.lrc
     if settings.student.adapter_name != "lrc" or wanted.start != "closed_form" or not uncalibrated(student.model):
@@ -59,7 +59,7 @@ def _micro_batches(
 
 
 def _digest(settings: Settings, identity: dict[str, Any], ranks: Ranks) -> str:
-    """Of all that decides the outcome."""
+    """The digest of everything that decides the outcome."""
     data = settings.data.model_dump(mode="json", exclude=HOW_IT_IS_READ)
     student = settings.student.model_dump(mode="json")
     rows = (settings.run.seed, settings.optim.micro_batch_rows, ranks.world)

@@ -1,10 +1,10 @@
-"""Gives the SubLN norms of a newly quantised student gains with which its model computes about what it did without
-them. Called by `start`, before a run's first step.
+"""Sets the gains of a newly quantised student's SubLN norms so that its model computes about the same as without them.
+Called by `start`, before a run's first step.
 
-A norm divides a token's features by their RMS, which is far from 1 where SubLN is put (before o_proj and down_proj):
+A norm divides a token's features by their RMS, which is far from 1 where SubLN is added (before o_proj and down_proj):
 with gains of 1 a pretrained model is worse than a uniform guess, before a single weight is quantised. With the typical
-RMS as its gain the norm hands a token of that RMS on as it is. Typical is the geometric mean over tokens: an arithmetic
-one would be decided by the few with enormous activations that language models have, such as a text's first.
+RMS as its gain, a norm leaves a token of that RMS unchanged. Typical is the geometric mean over tokens: an arithmetic
+mean would be dominated by the few tokens with huge activations that language models have, such as the first of a text.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 
 def untrained_sub_norms(model: nn.Module) -> dict[str, QuantLinear]:
-    """The linears whose SubLN is still as it was put in, with gains of one; none if any is not."""
+    """The linears whose SubLN is still as it was added, with gains of one; empty if any has other gains."""
     normed = {name: layer for name, layer in quant_linears(model) if layer.rms_norm is not None}
     return normed if all(bool((_gains(layer) == 1).all()) for layer in normed.values()) else {}
 
 
 def calibrate_sub_norms(student: Student, micros: Sequence[MicroBatch], ranks: Ranks = ALONE) -> dict[str, float]:
     """Set the gains of every SubLN norm to the geometric mean of its inputs' RMS over the text of `micros`, measured in
-    full precision and without the norms. Of several ranks each reads its own rows.
+    full precision and without the norms. Each rank reads its own rows.
 
-    Returns the gain by the linear's name. ValueError where the text never reaches a norm.
+    Returns the gain by the linear's name. ValueError if a norm is given no token with a value other than 0.
     """
     normed = untrained_sub_norms(student.model)
-    # Of each norm, the sum of its tokens' log RMS and their number.
+    # For each norm, the sum of its tokens' log RMS and their number.
     sums_L2 = torch.zeros(len(normed), 2, dtype=torch.float64, device=student.device)
     reading = _Reading()
     with standing_still(student) as layers, ExitStack() as stack, stage("calibrating SubLN", len(micros)) as doing:
@@ -80,16 +80,16 @@ def _gains(linear: QuantLinear) -> Tensor:
 
 
 class _Reading:
-    """Hooks of the norms, and which positions of the micro batch that is read are of documents."""
+    """Makes the norms' hooks. `real_N`: which positions of the current micro batch are of documents."""
 
     real_N: Tensor
 
     def into(self, sum_2: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """A hook that adds log RMS and number of a norm's tokens to `sum_2`, and hands them on as they are."""
+        """A hook that adds the log RMS and the number of a norm's tokens to `sum_2`, and undoes the norm."""
 
         def measure(norm: nn.Module, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
             rms_N = args[0].double().flatten(0, -2).pow(2).mean(-1).sqrt()
-            # An expert's norm has the tokens that were sent to it: which are padding isn't known there.
+            # An expert's norm has the tokens that were routed to it: which of them are padding isn't known there.
             if len(rms_N) == len(self.real_N):
                 rms_N = rms_N[self.real_N]
             known_N = rms_N > 0
