@@ -1,18 +1,18 @@
 """How a block-diffusion student fills in masked tokens: block by block, several at a time. Used by `block_sampler` and
 by `evaluation.infilling`.
 
-    given tokens before the first masked block     one pass, keys and values kept            (prefill)
-    a block, as long as it has masked tokens       one pass; the tokens surer than the threshold are written, or else
-                                                   the surest one                            (denoising)
-    a block that is whole, if another follows      one pass, keys and values kept            (commit)
+    given tokens before the first masked block     one pass, keys and values are cached      (prefill)
+    a block, as long as it has masked tokens       one pass; tokens with a probability above the threshold are written,
+                                                   or else the likeliest one                 (denoising)
+    a completed block, if another follows          one pass, keys and values are cached      (commit)
 
-Blocks count from the first token of a sequence, as in training, and a pass shows the student what its noisy half shows:
-the block at hand, and what is clean before it. So a given remainder of a block is seen, from both sides, by the masked
-tokens beside it. With family token_shift a block's first token is read off the last row of the pass before it; at
-block size 1 that is autoregressive decoding, one pass a token.
+Blocks are counted from the first token of a sequence, as in training, and the student sees in a pass what its noisy
+half sees: the current block, and the clean tokens before it. So masked tokens see the given tokens of their block, on
+both sides. With family token_shift a block's first token is predicted by the last row of the pass before it; with block
+size 1 that is autoregressive decoding, one pass per token.
 
-How sure a token is: its probability at temperature 1, among all ids that a text can hold. At temperature 0 it is the
-likeliest one, else it is drawn.
+A token's probability is that at temperature 1, among all ids that a text can contain. At temperature 0 the token is the
+likeliest one, otherwise it is drawn.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ CHUNK_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class Filled:
-    """A sequence without masked tokens. `written_at_N`: at which of its own writes each token was written, counted from
-    1; 0 for given ones. `logprob`: of the written tokens together, each when it was written, in nats at temperature 1.
+    """A sequence without masked tokens. `written_at_N`: at which of its writes each token was written, counted from 1;
+    0 for given tokens. `logprob`: the sum over the written tokens, each when it was written, in nats at temperature 1.
     `ended`: its last token is an end of text, and what was to follow is left out.
     """
 
@@ -51,14 +51,14 @@ class Filled:
 
     @property
     def tokens(self) -> int:
-        """How many were written."""
+        """How many tokens were written."""
         return int((self.written_at_N > 0).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class BlockDecoder:
-    """`ends`: the tokens that end a text. `cached`: keep keys and values of finished blocks; without, each pass reads
-    all before the block again, to the same effect.
+    """`ends`: the tokens that end a text. `cached`: keep keys and values of finished blocks; otherwise each pass reads
+    everything before the block again, with the same result.
     """
 
     student: Student
@@ -78,10 +78,11 @@ class BlockDecoder:
         self, sequences: Sequence[np.ndarray], draws: Sequence[np.random.Generator] | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Filled]:  # fmt: skip
-        """The sequences, side by side, with a token for every mask token. What is drawn in one depends on its own
-        generator alone; without them, or at temperature 0, nothing is drawn. `meanwhile` is called before every pass.
+        """The sequences, filled in side by side, with a token for every mask token. What is drawn in a sequence depends
+        only on its own generator; at temperature 0 nothing is drawn. `meanwhile` is called before every pass.
 
-        ValueError for a sequence whose first token is not given: nothing stands before it to predict it by.
+        ValueError for a sequence whose first token is not given, since nothing before it can predict it, and for a
+        temperature above 0 without generators.
         """
         if not sequences:
             return []
@@ -114,21 +115,21 @@ class _Filling:
 
     def run(self) -> list[Filled]:
         rows, size = self.rows, self.size
-        last_PD = None  # of the pass before a block, its last row
+        last_PD = None  # the last row of the pass before a block
         if rows.first:
             last_PD = self.forward(0, rows.first * size, clean=True, keep=True)[:, -1]
             self.count("prefill", rows.exists_PC[:, : rows.first * size].any(axis=1))
         blocks = rows.tokens_PC.shape[1] // size
         for block in range(rows.first, blocks):
             start, stop = block * size, (block + 1) * size
-            # token_shift: a row predicts the token behind it, a block's first one is read off the row before the block.
+            # token_shift: a row predicts the next token, so the row before a block predicts the block's first one.
             if self.shift and last_PD is not None:
                 at_PC = rows.masked_PC & (np.arange(rows.masked_PC.shape[1]) == start)
                 self.write(at_PC, last_PD[torch.from_numpy(at_PC.any(axis=1)).to(last_PD.device)])
-            # At least one token a pass and sequence: this ends after as many passes as a block has tokens.
+            # Every pass writes at least one token per sequence: there are at most as many passes as tokens in a block.
             while rows.masked_PC[:, start:stop].any():
                 self.denoise(start, stop)
-            # The block as it now is goes into the cache, if anybody reads on; where a text has ended nothing is masked.
+            # The completed block goes into the cache if any sequence continues; one that has ended has nothing masked.
             following_P = rows.masked_PC[:, stop:].any(axis=1)
             if not following_P.any():
                 break
@@ -137,23 +138,23 @@ class _Filling:
         return [self.filled(row) for row in range(len(rows.tokens_PC))]
 
     def denoise(self, start: int, stop: int) -> None:
-        """One pass over a block, and what is sure enough of it written."""
+        """One pass over a block, which writes the tokens that are likely enough."""
         masked_PS = self.rows.masked_PC[:, start:stop]
         hidden_PSD = self.forward(start, stop, clean=False, keep=False)
         self.count("denoising", masked_PS.any(axis=1))
         if self.shift:
-            hidden_PSD = hidden_PSD.roll(1, 1)  # a block's first token is written before
-        # Of all sequences at once: those whose block is whole already are read along and write nothing.
+            hidden_PSD = hidden_PSD.roll(1, 1)  # a block's first token was written before
+        # For all sequences at once: those whose block is complete are read along and write nothing.
         at_PC = np.zeros_like(self.rows.masked_PC)
         at_PC[:, start:stop] = masked_PS
         self.write(at_PC, hidden_PSD[torch.from_numpy(masked_PS).to(hidden_PSD.device)])
 
     def forward(self, start: int, stop: int, clean: bool, keep: bool) -> Tensor:
-        """Hidden states [P, stop - start, D] of these columns, `clean` or as a block with masked tokens in it."""
+        """Hidden states [P, stop - start, D] of these columns, read as `clean` or as a block with masked tokens."""
         self.meanwhile()
         student, rows, device = self.student, self.rows, self.student.device
         first = start if self.cache is not None else 0
-        # Without a cache all columns from 0 on are read again, and what stands before `start` is cut off below.
+        # Without a cache all columns from 0 on are read again, and those before `start` are dropped below.
         tokens_PQ = rows.tokens_PC[:, first:stop]
         sees_PQK = self.sees(first, stop, noisy_from=stop if clean else start)
         body = student.body
@@ -163,33 +164,33 @@ class _Filling:
             torch.from_numpy(sees_PQK).to(device), self.cache,
         )  # fmt: skip
         if self.cache is not None and not keep:
-            # A noisy block's keys and values are of this pass alone: a negative length is how many to take off the end.
+            # A noisy block's keys and values are for this pass only: a negative length removes that many from the end.
             self.cache.crop(start - stop)
         return hidden_PQD[:, start - first :]
 
     def sees(self, first: int, stop: int, noisy_from: int) -> np.ndarray:
-        """[P, Q, K] bool: which of the columns up to `stop` those from `first` on see. Padding sees padding."""
+        """[P, Q, K] bool: which columns before `stop` those from `first` on see. Padding sees padding."""
         query_Q1, key_K = np.arange(first, stop)[:, None], np.arange(stop)
         # Block by block: a place sees its own block and all before it.
         sees_QK = key_K // self.size <= query_Q1 // self.size
         if self.decoder.record.clean_half == "causal":
-            # What is clean reads from left to right where it did so in training; a noisy block sees itself whole.
+            # Clean tokens see from left to right if they did so in training; a noisy block sees all of itself.
             sees_QK = np.where(query_Q1 < noisy_from, key_K <= query_Q1, sees_QK)
         exists_PK = self.rows.exists_PC[:, :stop]
-        # Padding stands in front of the shorter sequences, in whole blocks that no token of theirs sees.
+        # Padding comes before the shorter sequences, in whole blocks that none of their tokens sees.
         same_PQK = exists_PK[:, first:, None] == exists_PK[:, None, :]
         own_QK = key_K == query_Q1
         return same_PQK & (sees_QK | (own_QK & ~exists_PK[:, first:, None]))
 
     def write(self, at_PC: np.ndarray, hidden_MD: Tensor) -> None:
-        """Tokens at some of the masked places `at_PC`, from the hidden rows that predict them, in their order: of each
-        sequence those that are sure enough, or the surest.
+        """Write tokens at some of the masked places `at_PC`, from the hidden rows that predict these, in the same
+        order: in each sequence those that are likely enough, or else the likeliest.
         """
         row_M, column_M = np.nonzero(at_PC)
         if not len(row_M):
             return
         ids_M, logprob_M = self.choose(hidden_MD, self.uniforms(row_M, column_M))
-        # Confidence threshold; and the likeliest of each sequence in any case.
+        # Those above the threshold, or else the likeliest of the sequence.
         chosen_M = logprob_M > np.log(self.decoder.threshold)
         for row in np.unique(row_M):
             of_row = np.flatnonzero(row_M == row)
@@ -205,7 +206,7 @@ class _Filling:
             self.look_for_end(int(row))
 
     def uniforms(self, row_M: np.ndarray, column_M: np.ndarray) -> np.ndarray | None:
-        """A number a place, from the generator of each sequence: a block's worth whatever is masked of it."""
+        """One number per place, from the generator of its sequence, which draws for a whole block in any case."""
         if self.draws is None:
             return None
         drawn = {row: self.draws[row].random(self.size) for row in np.unique(row_M)}
@@ -218,14 +219,14 @@ class _Filling:
             chunk = slice(first, first + CHUNK_ROWS)
             z_MV = self.student.head.logits(hidden_MD[chunk])[:, : self.vocab]
             if self.decoder.record.mask_token_id < self.vocab:
-                # A mask token is no text: it is never written, and its mass goes to the others.
+                # The mask token is never written; its mass goes to the others.
                 z_MV[:, self.decoder.record.mask_token_id] = -torch.inf
             if uniform_M is None:
                 ids_M = z_MV.argmax(-1)
             else:
-                # Inverse of the distribution function: the first id at which the running sum of p at T exceeds u.
+                # Inverse transform sampling: the first id at which the cumulative sum of p at T exceeds u.
                 mass_MV = torch.softmax(z_MV.double() / self.decoder.temperature, -1).cumsum(-1)
-                # Against the sum itself, which rounding keeps from being 1.
+                # u times the total, which by rounding may not be 1.
                 uniform_M1 = torch.from_numpy(uniform_M[chunk]).to(mass_MV)[:, None] * mass_MV[:, -1:]
                 ids_M = torch.searchsorted(mass_MV, uniform_M1, right=True)[:, 0].clamp_max(self.vocab - 1)
             ids.append(ids_M)
@@ -237,7 +238,7 @@ class _Filling:
         wrote_C = self.written_at_PC[row] > 0
         ends = np.flatnonzero(wrote_C & np.isin(self.rows.tokens_PC[row], self.decoder.ends))
         if len(ends) and not self.rows.masked_PC[row, : ends[0]].any():
-            # What stands behind the end is dropped, so none of it needs to be written any more.
+            # Everything after the end is dropped, so none of it needs to be written.
             self.end_P[row] = ends[0]
             self.rows.masked_PC[row] = False
 

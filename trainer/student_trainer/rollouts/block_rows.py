@@ -1,5 +1,5 @@
-"""Sequences side by side as a block-diffusion student fills them in, their blocks in common columns. Made and written
-into by `block_decoding`.
+"""Sequences side by side, aligned by blocks, as a block-diffusion student fills them in. Made and written into by
+`block_decoding`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from student_trainer.students.diffusion_record import DiffusionRecord
 
 @dataclass(eq=False)
 class BlockRows:
-    """Sequences in columns, so that the first masked block of each begins at the same one; `pad_P` columns of whole
-    blocks stand before a shorter one. On the CPU.
+    """Sequences in columns, aligned so that their first masked blocks begin at the same column; before sequence p there
+    are `pad_P` columns of padding, in whole blocks. On the CPU.
     """
 
     size: int
@@ -31,7 +31,7 @@ class BlockRows:
         for row, ids_N in enumerate(sequences):
             if not len(ids_N) or ids_N[0] == mask:
                 raise ValueError(f"sequence {row}: its first token must be given, a student predicts from it")
-        # All sequences begin to be filled in at one column: whole blocks of padding go before the shorter ones.
+        # Filling in begins at the same column in all sequences: whole blocks of padding go before the shorter ones.
         blocks_P = np.array([_first(ids_N == mask) // size for ids_N in sequences])
         first = int(blocks_P.max())
         pad_P = (first - blocks_P) * size
@@ -45,11 +45,11 @@ class BlockRows:
         return cls(size, first, pad_P, tokens_PC, exists_PC, exists_PC & (tokens_PC == mask))
 
     def places(self, start: int, stop: int) -> np.ndarray:
-        """[P, stop - start]: places in their sequences; 0 for padding."""
-        # Positions count from each sequence's own beginning.
+        """[P, stop - start]: the columns' places in their sequences; 0 for padding."""
+        # Places are counted from the start of each sequence.
         return np.maximum(np.arange(start, stop) - self.pad_P[:, None], 0)
 
 
 def _first(at_N: np.ndarray) -> int:
-    """The first place that is True; the last one where none is: then all is read, and nothing written."""
+    """The first place that is True; if none is, the last one: then all is read, and nothing written."""
     return int(at_N.argmax()) if at_N.any() else len(at_N) - 1

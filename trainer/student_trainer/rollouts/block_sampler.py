@@ -1,4 +1,4 @@
-"""`Sampler` of a student that fills in blocks. Made in `open`, and for figures by `evaluation.decoding`."""
+"""The `Sampler` of a student that fills in blocks. Made in `open`, and for metrics by `evaluation.decoding`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from student_trainer.students.student import Student
 
 
 class BlockSampler:
-    """Writes after each prompt as many mask tokens as there may be new ones, and fills them in.
+    """Appends to each prompt as many mask tokens as there may be new tokens, and fills them in.
 
-    `ends`, `at_once` as for `GenerateSampler`; how sure it must be is the reader's `threshold`, if not given.
+    `ends`, `at_once` as for `GenerateSampler`; `threshold`: by default the reader's.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Which way a student writes, and the stream of what it writes, out of a run's settings. Called by `build` and
-`generate`, and by `evaluation.open` for samples.
+"""Makes a student's sampler and the stream of its rollouts from a run's settings. Called by `build` and `generate`, and
+by `evaluation.open` for samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from student_trainer.students.student import Student
 
 
 def sampler_of(student: Student, ends: Sequence[int], pad_id: int, at_once: int | None = None) -> Sampler | None:
-    """How the student writes: from left to right, or block by block. None for one that can't."""
+    """The student's sampler: from left to right, or block by block. None for a student that can't write."""
     if student.autoregressive:
         return GenerateSampler(student, ends, pad_id, at_once)
     if isinstance(student.reader, DiffusionReader):
@@ -34,8 +34,8 @@ def open_rollouts(
     settings: Settings, student: Student, tokenizer: Any, batches: Iterator[tuple[Batch, MixtureState]],
     saved: Mapping[str, Tensor], ranks: Ranks,
 ) -> RolloutStream | None:  # fmt: skip
-    """`batches` with those among them that the student writes; None where the settings have it write none. `saved`: of
-    the checkpoint that the run goes on from. ValueError for a student that can't write.
+    """`batches`, some of which the student writes; None if the settings have it write none. `saved`: pending rollouts
+    of the checkpoint that the run resumes from. ValueError for a student that can't write.
     """
     if not settings.on_policy.active:
         return None

@@ -1,5 +1,5 @@
-"""Which batches the student writes, how it is prompted, and the batch that comes of it: pure functions. Called by
-`rollouts`.
+"""Pure functions for rollouts: which batches the student writes, how it is prompted, and the batch that results. Called
+by `rollouts`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def is_rollout(share: float, seed: int, number: int) -> bool:
 
 
 def _phase(seed: int) -> float:
-    # Runs of other seeds write other batches, spread as evenly.
+    # Runs with other seeds write other batches, spread just as evenly.
     return seed * GOLDEN % 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a sequence of the student begins with. `seed` decides what is drawn after it."""
+    """The beginning of a sequence that the student continues. `seed` decides what is drawn after it."""
 
     row: int
     source: int
@@ -44,11 +44,11 @@ class Prompt:
 
 
 def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: int = 0) -> tuple[Prompt, ...]:
-    """The prompts that the batch's documents give, row by row, as many as a row of `seq_len` tokens has room for with
-    `new_tokens` after each; none where no document has one that fits.
+    """The prompts from the batch's documents, row by row, as many as a row of `seq_len` tokens has room for with
+    `new_tokens` after each; none if no document has one that fits.
 
-    A text gives one every `prompt_tokens + new_tokens` tokens, so that a batch holds about as many tokens when the
-    student writes it. A chat gives all that comes before its first answer. `first_row`: of this rank, over all ranks.
+    A text gives a prompt every `prompt_tokens + new_tokens` tokens, so that a batch has about as many tokens when the
+    student writes it. A chat gives everything before its first answer. `first_row`: this rank's, over all ranks.
     """
     seq_len = batch.tokens_BT.shape[1]
     used = [0] * len(batch.tokens_BT)
@@ -60,7 +60,7 @@ def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: i
             if used[row] + length + settings.new_tokens > seq_len:
                 continue
             used[row] += length + settings.new_tokens
-            # By place over all ranks, not by the order of drawing: the same text on any number of ranks.
+            # By position over all ranks, not by order of drawing: the same text on any number of ranks.
             drawn = np.random.SeedSequence([seed, batch.number, first_row + row, places[row]]).generate_state(1, "u8")
             places[row] += 1
             source = int(batch.source_ids_BT[row, document.start])
@@ -70,13 +70,13 @@ def prompts_of(batch: Batch, settings: OnPolicySettings, seed: int, first_row: i
 
 
 def beginnings(batch: Batch, document: Document, prompt_tokens: int, new_tokens: int) -> Iterator[tuple[int, int]]:
-    """Where prompts lie in the document's row, as [start, stop): `prompt_tokens` of a text each, all of a chat up to
-    its first answer.
+    """Where the document's prompts are in its row, as [start, stop): in a text `prompt_tokens` each, in a chat
+    everything up to its first answer.
     """
     counts_T = batch.loss_mask_BT[document.row, document.start : document.stop - 1]
     answers = np.flatnonzero(counts_T[1:] & ~counts_T[:-1]) + 1
     if len(answers) or (len(counts_T) and not counts_T.any()):
-        # A chat. The place before the first token that counts is the prompt's last.
+        # A chat. The position before the first token that counts is the prompt's last.
         yield from ((document.start, document.start + int(place) + 1) for place in answers[:1])
         return
     for start in range(document.start, document.stop, prompt_tokens + new_tokens):
@@ -87,7 +87,7 @@ def beginnings(batch: Batch, document: Document, prompt_tokens: int, new_tokens:
 
 
 def rollout_batch(batch: Batch, prompts: Sequence[Prompt], samples: Sequence[Sample], pad_id: int) -> Batch:
-    """The batch that stands in the place of `batch`: each prompt with what the student wrote after it."""
+    """The batch that replaces `batch`: each prompt with what the student wrote after it."""
     rows: list[list[Placed]] = [[] for _ in batch.tokens_BT]
     written_at_BT = np.zeros(batch.tokens_BT.shape, np.int32)
     for prompt, sample in zip(prompts, samples, strict=True):

@@ -1,10 +1,10 @@
-"""The stream of batches in which the student writes some itself. Built by `build`, between the data and `prefetch`.
+"""The stream of batches, some of which the student writes itself. Built by `build`, between the data and `prefetch`.
 
-    batch n comes from the data -> its prompts -> the student as it stands after update n - lag writes -> its targets
-    are asked for, while the next `lag` updates run -> update n learns from it
+    batch n comes from the data -> its prompts -> the student, as it is after n - lag updates, writes -> targets are
+    requested, while the next `lag` updates run -> update n learns from it
 
-Nothing here depends on time: which batches are written, by which student, from which seeds follows from the settings
-and the step alone. What has been written and not yet learnt from is kept in checkpoints.
+Nothing here depends on time: which batches are written, by which student and from which seeds follows from the settings
+and the step alone. What has been written but not yet learnt from is kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RowSample = tuple[int, Sample]  # the row over all ranks
 
 @dataclass(frozen=True, eq=False)
 class RolloutJob:
-    """A batch that the student is to write: what comes of it goes to `promise`."""
+    """A batch that the student is to write; the result goes to `promise`."""
 
     batch: Batch
     prompts: tuple[Prompt, ...]
@@ -47,8 +47,8 @@ class RolloutJob:
 class RolloutStream:
     """An iterator of (batch or the promise of one, state after it), read by `prefetch`; `write` keeps the promises.
 
-    `saved`: what `pending` gave when the run was saved, of all ranks by `concat`. Each of several ranks writes its own
-    rows, and none where no document of them gives a prompt; a rank alone then learns from the data's text.
+    `saved`: the result of `pending` when the run was saved, of all ranks by `concat`. Each of several ranks writes its
+    own rows, and nothing if none of their documents gives a prompt; a single rank then learns from the data's text.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class RolloutStream:
         rows = settings.data.rows // ranks.world
         self._first_row = ranks.rank * rows
         self._settings, self._seed, self._steps = settings.on_policy, settings.run.seed, settings.run.steps
-        # Of all below: `prefetch` reads on a thread of its own. Not held while a batch is read, which may wait for
-        # weights that the thread in `write` has yet to decide.
+        # Guards all of the following: `prefetch` reads on its own thread. Not held while a batch is read, which may
+        # wait for mixture weights that the thread in `write` has yet to decide.
         self._changed = threading.Condition()
         self._reading = False
-        self._ahead: deque[Item] = deque()  # read by `write`, not yet by `prefetch`
+        self._ahead: deque[Item] = deque()  # read by `write`, not yet taken by `prefetch`
         self._reached = -1  # the last batch that was read
         self._written_to = 0  # `write` has been through all batches before this one
         self._jobs: dict[int, RolloutJob] = {}
@@ -82,9 +82,9 @@ class RolloutStream:
         return self._read(keep=False)
 
     def write(self, step: int, meanwhile: Callable[[], None]) -> float:
-        """Let the student, after `step` updates, write what is due. Returns the seconds that took.
+        """Let the student, after `step` updates, write what is due. Returns the seconds that it took.
 
-        Due is batch step + lag, and those before it that no checkpoint holds: all of them at the start of a run.
+        Due are batch step + lag and, at the start or resume of a run, those before it that no checkpoint holds.
         """
         started = time.monotonic()
         with self._changed:
@@ -98,8 +98,7 @@ class RolloutStream:
         return time.monotonic() - started
 
     def due(self, step: int) -> bool:
-        """Whether `write` may have something to write after `step` updates: on all ranks alike, whatever their rows
-        hold.
+        """Whether `write` may have something to write after `step` updates: the same on all ranks, whatever their rows.
         """
         return bool(self._due(step))
 
@@ -114,7 +113,7 @@ class RolloutStream:
         return min(step + self._settings.lag + 1, self._steps)
 
     def pending(self, step: int) -> dict[str, Tensor]:
-        """What was written and is not learnt from before update `step`, for a checkpoint."""
+        """What was written for update `step` and later ones, for a checkpoint."""
         with self._changed:
             return _packed({number: samples for number, samples in self._samples.items() if number >= step and samples})
 
@@ -122,7 +121,7 @@ class RolloutStream:
         self._read_up_to(number)
         with self._changed:
             job = self._jobs.get(number)
-            if job is None or number in self._samples:  # it had no prompt, or is written already
+            if job is None or number in self._samples:  # it had no prompt, or was written already
                 return
         samples = self._sampler.sample(
             [prompt.ids_N for prompt in job.prompts], [prompt.seed for prompt in job.prompts],
@@ -132,7 +131,7 @@ class RolloutStream:
             self._keep(job, samples)
 
     def _read_up_to(self, number: int) -> None:
-        """Until batch `number` has been read, by this thread or by the one of `prefetch`."""
+        """Return once batch `number` has been read, by this thread or by that of `prefetch`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._reached >= number or not self._reading)
@@ -142,7 +141,7 @@ class RolloutStream:
             self._read(keep=True)
 
     def _read(self, keep: bool) -> Item:
-        """The next batch, by the one thread that reads; to `keep` it is for `prefetch` to take later."""
+        """Read the next batch; only one thread reads at a time. `keep`: queue it for `prefetch` to take later."""
         try:
             batch, state = next(self._stream)
             with self._changed:
@@ -168,8 +167,8 @@ class RolloutStream:
             return batch
         job = self._jobs[batch.number] = RolloutJob(batch, prompts, Future())
         saved = self._samples.pop(batch.number, [])
-        # Of a run that goes on: the samples of its checkpoint are the ones that were drawn for these prompts.
-        if len(saved) == len(prompts):  # else the settings were changed: it is written anew
+        # In a resumed run, the samples of its checkpoint are the ones that were drawn for these prompts.
+        if len(saved) == len(prompts):  # else the settings were changed: it is written again
             self._keep(job, [sample for _, sample in saved])
         return job.promise
 
@@ -180,7 +179,7 @@ class RolloutStream:
 
 
 def concat(ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What the ranks have `pending`, as a rank alone would have it."""
+    """What the ranks have `pending`, as a single rank would have it."""
     names = dict.fromkeys(name for tensors in ranks for name in tensors)
     return {name: torch.cat([tensors[name] for tensors in ranks if name in tensors]) for name in names}
 
@@ -194,7 +193,7 @@ def _packed(samples: Mapping[int, list[RowSample]]) -> dict[str, Tensor]:
         tensors[f"{number}.lengths"] = torch.tensor([len(sample.ids_N) for sample in group])
         tensors[f"{number}.ended"] = torch.tensor([sample.ended for sample in group])
         tensors[f"{number}.logprobs"] = torch.tensor([sample.logprob for sample in group], dtype=torch.float64)
-        # Of a student that writes several tokens at a time.
+        # For a student that writes several tokens at a time.
         written = [sample.written_at_N for sample in group if sample.written_at_N is not None]
         passes = [astuple(sample.passes) for sample in group if sample.passes is not None]
         if len(written) == len(passes) == len(group):
@@ -219,7 +218,7 @@ def _unpacked(tensors: Mapping[str, Tensor], rows: range) -> dict[int, list[RowS
 
 
 def _ways(tensors: Mapping[str, Tensor], number: int, lengths: list[int]) -> list[tuple[Any, ...]]:
-    """By sample, when its tokens were written and with how many passes, where that is kept."""
+    """By sample, when its tokens were written and in how many passes, if that was kept."""
     if f"{number}.written_at" not in tensors:
         return [()] * len(lengths)
     written = torch.split(tensors[f"{number}.written_at"], lengths)

@@ -1,8 +1,7 @@
-"""The student writes: continuations of prompts, drawn from seeds. Used by `rollouts` and by `evaluation.samples`.
+"""Samples from the student: continuations of prompts, drawn from seeds. Used by `rollouts` and `evaluation.samples`.
 
-`Sampler` is the interface; `GenerateSampler` is transformers' own `generate` in this process, `block_sampler` has that
-of students that fill in blocks. A server that is given
-the student's weights could stand behind the same interface.
+`Sampler` is the interface; `GenerateSampler` runs transformers' own `generate` in this process, `block_sampler` has the
+sampler of students that fill in blocks. A server that is given the student's weights could have the same interface.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from student_trainer.students.student import Student
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward passes that one sequence took, as if nothing stood beside it: over what was given, over a block to write
-    tokens in it, and over a block that is written, for those that follow.
+    """Forward passes that a sequence took, counted as if it were alone: `prefill` over given tokens, `denoising` to
+    write tokens of a block, `commit` over a completed block, for those that follow.
     """
 
     prefill: int = 0
@@ -32,17 +31,17 @@ class Passes:
 
     @property
     def writing(self) -> int:
-        """All but the prefill: what tokens per forward pass are counted by."""
+        """All but the prefill: the passes of tokens per forward pass."""
         return self.denoising + self.commit
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One continuation. `ended`: its last token is an end of text. `logprob`: of all its tokens together, in nats, at
+    """One continuation. `ended`: its last token is an end of text. `logprob`: the sum over its tokens, in nats, at
     temperature 1.
 
-    Of a student that writes several tokens at a time: `written_at_N`, at which of its writes each token was written,
-    counted from 1, and the `passes` that took.
+    For a student that writes several tokens at a time: `written_at_N`, at which of its writes each token was written,
+    counted from 1, and the `passes` that it took.
     """
 
     ids_N: np.ndarray  # int32, at least one
@@ -59,17 +58,17 @@ class Sampler(Protocol):
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int] | None, *, new_tokens: int, temperature: float = 1.0,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Sample]:  # fmt: skip
-        """At most `new_tokens` tokens after each prompt of int32 ids, up to and with an end of text.
+        """At most `new_tokens` tokens after each prompt of int32 ids, up to and including an end of text.
 
-        What is drawn after a prompt depends on its own seed alone; without seeds the likeliest token is taken.
-        `meanwhile` is called now and then, and may raise to give up.
+        What is drawn after a prompt depends only on its own seed; without seeds the likeliest token is taken.
+        `meanwhile` is called now and then, and may raise to stop.
         """
         ...
 
 
 class GenerateSampler:
-    """transformers' `generate`, with its KV cache. `ends`: the tokens that end a text, if there are
-    any. `at_once`: prompts side by side.
+    """transformers' `generate`, with its KV cache. `ends`: the tokens that end a text, if there are any. `at_once`:
+    prompts per call, None for all.
 
     Only ids below `student.shared_vocab` are drawn: the teacher must be able to read them.
     """
@@ -113,22 +112,22 @@ class GenerateSampler:
         return [self._cut(*pair) for pair in zip(out_PT[:, width:].cpu().numpy(), logprobs_PN.numpy(), strict=True)]
 
     def _cut(self, ids_N: np.ndarray, logprobs_N: np.ndarray) -> Sample:
-        """Without what stands after the end."""
+        """A sample without what comes after the end."""
         ends = np.flatnonzero(np.isin(ids_N, self._ends))
         stop = int(ends[0]) + 1 if len(ends) else len(ids_N)
         return Sample(ids_N[:stop].astype(np.int32), len(ends) > 0, float(logprobs_N[:stop].sum()))
 
 
 class _Draw(LogitsProcessor):
-    """Chooses each row's next token and leaves `generate` no other. A uniform number a token is turned into a draw by
-    the inverse of the distribution function, so a row's draws do not depend on what stands beside it.
+    """Chooses each row's next token and leaves `generate` no other choice. Inverse transform sampling, with one uniform
+    number per token, so that a row's draws do not depend on the other rows.
     """
 
     def __init__(
         self, uniforms_PN: Tensor | None, temperature: float, vocab: int | None, meanwhile: Callable[[], None]
     ):
         self._uniforms_PN, self._temperature, self._vocab, self._meanwhile = uniforms_PN, temperature, vocab, meanwhile
-        self.logprobs: list[Tensor] = []  # [P] a token
+        self.logprobs: list[Tensor] = []  # [P] per token
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         self._meanwhile()
@@ -138,7 +137,7 @@ class _Draw(LogitsProcessor):
         else:
             uniform_P = self._uniforms_PN[:, len(self.logprobs)].to(scores_PV.device)
             mass_PV = torch.softmax(scores_PV.double() / self._temperature, -1).cumsum(-1)
-            # Against the sum itself, which rounding keeps from being 1.
+            # u times the total, which by rounding may not be 1.
             chosen_P = torch.searchsorted(mass_PV, (uniform_P * mass_PV[:, -1])[:, None], right=True)[:, 0]
         self.logprobs.append(torch.log_softmax(scores_PV, -1).gather(1, chosen_P[:, None])[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_P[:, None], 0.0)
@@ -146,8 +145,8 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def writing(student: Student) -> Iterator[None]:
-    """Evaluation mode, no gradients, the run's compute dtype, and none of the defaults that a checkpoint may bring for
-    generation (a repetition penalty would make it another student's text).
+    """A context with evaluation mode, no gradients, the student's compute dtype, and without a checkpoint's defaults
+    for generation (a repetition penalty would change what the student writes).
     """
     model: Any = student.model
     defaults = model.generation_config
@@ -160,7 +159,7 @@ def writing(student: Student) -> Iterator[None]:
 
 
 def ends_of_text(student: Student, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end what the student writes: the tokenizer's and the model's own."""
+    """The tokens that end what the student writes: the tokenizer's and the model's."""
     model: Any = student.model
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id} - {None}
