@@ -1,5 +1,5 @@
-"""Which parameters are treated alike: matrices, embeddings (with the head), vectors. Called by `optimizer` and by those
-who build torch's optimizers for it.
+"""Groups of parameters that are treated alike: matrices, embeddings (with the head), vectors. Called by `optimizer`,
+and by `adamw` and `muon_clip`, which build torch's optimizers for it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, head: nn.Module | None = None) -> tuple[P
 
 
 def slots(settings: OptimSettings, groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
-    """The groups as torch's optimizers take them, each with its peak rate and its decay."""
+    """The groups in the form that torch's optimizers take, each with its peak rate and its decay."""
     made = []
     for group in groups:
         own = getattr(settings, group.name)

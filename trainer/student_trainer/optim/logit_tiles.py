@@ -1,4 +1,4 @@
-"""Attention's largest logits, computed a tile at a time. Called by `qk_clip`."""
+"""The largest attention logits of each head, computed tile by tile. Called by `qk_clip`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of logits that exist at a time: what a CPU's cache holds, and enough of a GPU's memory to keep it busy.
+# Bytes of logits that exist at a time: what a CPU's cache holds, and enough to keep a GPU busy.
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 LEAST_ROWS = 32
 # Additive masks hide with the least number of their dtype or something near it.
@@ -16,7 +16,7 @@ HIDDEN_BELOW = -1e4
 
 
 class Span(NamedTuple):
-    """Some queries, the keys from the first to the last that any of them sees, and those that not all of them see."""
+    """A range of queries, the range of keys that any of them sees, and the range of those that not all of them see."""
 
     queries: slice
     keys: slice
@@ -24,10 +24,10 @@ class Span(NamedTuple):
 
 
 class Visibility:
-    """Which keys each query of a row sees: the mask that attention was given, of any of its forms.
+    """Which keys each query of a row sees: the mask that attention was given, in any of its forms.
 
     `mask`: None (`causal` decides), booleans or an additive mask [B or 1, H or 1, T, T], or flex attention's block
-    mask. `valid_BT`: False for places of padding, which neither see nor are seen.
+    mask. `valid_BT`: False at padding, which neither sees nor is seen.
     """
 
     def __init__(self, mask: Any, causal: bool, valid_BT: Tensor | None, length: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Visibility:
         self._spans: tuple[int, list[Span]] | None = None
 
     def tile(self, queries: slice, keys: slice) -> Tensor | None:
-        """Booleans [B or 1, H or 1, queries, keys], or None where all is seen."""
+        """Booleans [B or 1, H or 1, queries, keys], or None if everything is seen."""
         seen = self._masked(queries, keys)
         if self.valid_BT is not None:
             valid = self.valid_BT[:, None, queries, None] & self.valid_BT[:, None, None, keys]
@@ -56,7 +56,7 @@ class Visibility:
             return tile if tile.dtype == torch.bool else tile > HIDDEN_BELOW
         if self.mask is not None:
             return self._of_blocks(queries, keys)
-        # No key of the tile lies behind its first query: nothing is hidden.
+        # No key of the tile comes after its first query: nothing is hidden.
         if not self.causal or keys.stop <= queries.start + 1:
             return None
         place_T = torch.arange(self.length, device=self.device)
@@ -68,7 +68,7 @@ class Visibility:
         mask_mod = self.mask.mask_mod
 
         def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            # The mask counts from the row's beginning, the tile from its own.
+            # The mask counts from the start of the row, the tile from its own start.
             return mask_mod(b, h, q + queries.start, k + keys.start)
 
         batch, heads = self.mask.shape[:2]
@@ -87,7 +87,7 @@ class Visibility:
         if self.mask is None and self.valid_BT is None:
             if not self.causal:
                 return [Span(block, everything, slice(0, 0)) for block in blocks]
-            # Causal: keys up to the block's end, of which those behind its first query are not seen by all.
+            # Causal: keys up to the block's end, of which those after its first query are not seen by all.
             return [Span(block, slice(0, block.stop), slice(block.start + 1, block.stop)) for block in blocks]
         bounds = []
         for block in blocks:
@@ -96,12 +96,12 @@ class Visibility:
             seen_QT = tile.flatten(0, 2)
             seen_T = seen_QT.any(0)
             bounds += [*_bounds(seen_T), *_bounds(seen_T & ~seen_QT.all(0))]
-        numbers = iter(torch.stack(bounds).tolist())  # the one time that a GPU is waited for, once a pass
+        numbers = iter(torch.stack(bounds).tolist())  # the only wait for a GPU, once per pass
         return [Span(block, slice(*islice(numbers, 2)), slice(*islice(numbers, 2))) for block in blocks]
 
 
 def _bounds(flags_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The first True and the place after the last one; both 0 where there is none."""
+    """The index of the first True, and the index after the last one; both 0 if there is none."""
     any_ = flags_T.any()
     return flags_T.byte().argmax() * any_, (len(flags_T) - flags_T.flip(0).byte().argmax()) * any_
 
@@ -110,7 +110,7 @@ def largest_logits(query_BHTd: Tensor, key_BKTd: Tensor, visibility: Visibility,
     """max over batch, queries and the keys that they see of scaling * q . k, for each query head: float32 [H].
 
     Query head h reads key head h // (H / K), as transformers repeats them. -inf where nothing is seen. The products
-    are made in the states' dtype.
+    are computed in the states' dtype.
     """
     batch, heads, length, width = query_BHTd.shape
     key_heads = key_BKTd.shape[1]
@@ -122,7 +122,7 @@ def largest_logits(query_BHTd: Tensor, key_BKTd: Tensor, visibility: Visibility,
     for span in visibility.spans(rows):
         if span.keys.stop <= span.keys.start:
             continue
-        # The G query heads that share a key head as so many more rows of one product.
+        # The G query heads that share a key head are more rows of the same product.
         tile = query_BKGTd[:, :, :, span.queries].flatten(2, 3) @ key_BKTd[:, :, span.keys].transpose(2, 3)
         tile = tile.unflatten(2, (group, -1))
         seen = visibility.tile(span.queries, span.partly) if span.partly.stop > span.partly.start else None
@@ -130,6 +130,6 @@ def largest_logits(query_BHTd: Tensor, key_BKTd: Tensor, visibility: Visibility,
             seen = seen[:, :, None] if seen.shape[1] == 1 else seen.unflatten(1, (key_heads, group))
             hidden = slice(span.partly.start - span.keys.start, span.partly.stop - span.keys.start)
             tile[..., hidden].masked_fill_(~seen, -torch.inf)
-        # Over keys, then over batch and queries. Scaling is positive and commutes with the maximum: once, at the end.
+        # Over keys, then over batch and queries. Scaling is positive and commutes with the maximum, so it comes last.
         largest_KG = torch.maximum(largest_KG, tile.amax(4).amax((0, 3)))
     return largest_KG.flatten().float() * scaling

@@ -1,9 +1,9 @@
-"""Muon for hidden matrices, AdamW for all else. Called by `optimizer`; QK-clip goes with it, see `qk_clip`.
+"""Muon for hidden matrices, AdamW for everything else. Called by `optimizer`; QK-clip goes with it, see `qk_clip`.
 
-Muon (Jordan; at scale arXiv 2502.16982) steps along the momentum's nearest orthogonal matrix, found with five
-Newton-Schulz iterations. With `match_rms_adamw` an update is 0.2 sqrt(max(rows, columns)) times that matrix, about as
-large as AdamW's, so both take the same rates and decays. A student that was pre-trained with AdamW need not gain by it
-(section 3.5 there): `adamw` is the default.
+Muon (Jordan; at scale arXiv 2502.16982) steps along the orthogonal matrix nearest to the momentum, found with
+Newton-Schulz iterations, five by default. With `match_rms_adamw` an update is 0.2 sqrt(max(rows, columns)) times that
+matrix, about as large as AdamW's, so both take the same rates and decays. A student that was pretrained with AdamW need
+not benefit (section 3.5 there): `adamw` is the default.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 def build_muon_clip(
     settings: OptimSettings, groups: Sequence[ParameterGroup]
 ) -> list[tuple[torch.optim.Optimizer, Sequence[ParameterGroup]]]:
-    """torch's Muon, or ours over shards, for the two-dimensional weights of the group `matrices`, AdamW for the rest.
+    """torch's Muon, or ours for shards, for the two-dimensional weights of the group `matrices`; AdamW for the rest.
 
     Matrices that the model keeps stacked in more dimensions (experts, convolutions) go to AdamW, which is logged.
-    ValueError for a student without hidden matrices that train.
+    ValueError for a student without trainable hidden matrices.
     """
     hidden, rest = _parted(groups)
     if not hidden.parameters:
@@ -44,7 +44,7 @@ def build_muon_clip(
 
 
 def _parted(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, list[ParameterGroup]]:
-    """What Muon takes, and what is left in its groups."""
+    """The group that Muon takes, and the groups of the rest."""
     hidden, rest = ParameterGroup("matrices", {}), []
     for group in groups:
         if group.name != "matrices":
@@ -60,13 +60,13 @@ def _parted(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, list[Para
 
 
 class ShardedMuon(torch.optim.Muon):
-    """torch's update over shards, each orthogonal matrix found by one rank for all. Takes torch.optim.Muon's arguments,
-    and parameters that are sharded over one mesh (FSDP2). All ranks call `step`.
+    """torch's update for sharded parameters, where one rank computes each orthogonal matrix for all. Takes
+    torch.optim.Muon's arguments, and parameters that are sharded over one mesh (FSDP2). All ranks call `step`.
 
-    Newton-Schulz needs a matrix whole. As many matrices as there are ranks are taken at a time: each is gathered in
-    bfloat16, in which the iteration runs; rank i makes the i-th orthogonal and hands its shards out. Momentum, decay
+    Newton-Schulz needs the full matrix. As many matrices as there are ranks are taken at a time: each is gathered in
+    bfloat16, in which the iteration runs; rank i makes the i-th orthogonal and distributes its shards. Momentum, decay
     and step stay sharded. Every element goes through the operations of torch.optim.Muon, so the update is the same, bit
-    by bit.
+    for bit.
     """
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class ShardedMuon(torch.optim.Muon):
         assert closure is None, "the loop has the loss"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            # As many matrices at a time as there are ranks: each rank has one to make orthogonal, none idles.
+            # As many matrices at a time as there are ranks: each rank has one to make orthogonal, and none idles.
             ranks = parameters[0].device_mesh.size() if parameters else 1
             for first in range(0, len(parameters), ranks):
                 some = parameters[first : first + ranks]
@@ -86,25 +86,25 @@ class ShardedMuon(torch.optim.Muon):
                     parameter.add_(update, alpha=-(group["lr"] * (0.2 * math.sqrt(max(parameter.shape)))))
 
     def _direction(self, parameter: DTensor, group: dict[str, Any]) -> DTensor:
-        """The momentum, moved on by the gradient, as the step wants it."""
+        """Updates the momentum with the gradient; returns what the step makes orthogonal."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         momentum = state["momentum_buffer"]
-        # m <- mu m + (1 - mu) g; Nesterov looks one step on: (1 - mu) g + mu m.
+        # m <- mu m + (1 - mu) g; Nesterov looks one step ahead: (1 - mu) g + mu m.
         momentum.lerp_(parameter.grad, 1 - group["momentum"])
         return parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
 
 def _orthogonal(matrices: list[DTensor], group: dict[str, Any]) -> list[DTensor]:
-    """Each matrix's orthogonal one in bfloat16, sharded as it is; at most as many as there are ranks."""
+    """The orthogonal matrix of each matrix in bfloat16, sharded in the same way; at most as many as there are ranks."""
     mesh = matrices[0].device_mesh
-    # All ranks must gather all of them, in one order; what a rank does not need it drops below.
+    # All ranks must gather all of them, in the same order; a rank uses only its own.
     wholes = [matrix.bfloat16().full_tensor() for matrix in matrices]
     rank = mesh.get_local_rank()
     if rank < len(wholes):
         wholes[rank] = newton_schulz(wholes[rank], group["ns_coefficients"], group["ns_steps"], group["eps"])
-    # On the other ranks the whole matrix only lends its shape.
+    # Of the other ranks' full matrices only the shape is used.
     return [
         distribute_tensor(whole, mesh, matrix.placements, src_data_rank=owner)
         for owner, (whole, matrix) in enumerate(zip(wholes, matrices, strict=True))
@@ -112,11 +112,11 @@ def _orthogonal(matrices: list[DTensor], group: dict[str, Any]) -> list[DTensor]
 
 
 def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest orthogonal matrix, roughly, by Jordan's quintic iteration (kellerjordan.github.io/posts/muon):
-    X <- aX + (bA + cA^2) X with A = X X^T, from X of norm 1, on the shorter side.
+    """Approximately the nearest orthogonal matrix, by Jordan's quintic iteration (kellerjordan.github.io/posts/muon):
+    X <- aX + (bA + cA^2) X with A = X X^T, starting from X of norm 1, on the shorter side.
     """
-    # Odd polynomial of X: its singular vectors stay, each singular value s goes to a s + b s^3 + c s^5, which drives
-    # all of them to about 1 in five rounds.
+    # An odd polynomial of X: its singular vectors stay, and each singular value s becomes a s + b s^3 + c s^5, which
+    # brings all of them to about 1 in five rounds.
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

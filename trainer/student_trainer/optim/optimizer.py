@@ -1,7 +1,7 @@
-"""The optimizer of a run: one or several of torch's, rates set from the step, state saved by parameter name, and
-QK-clip after each update where it is asked for.
+"""The optimizer of a run: one or several of torch's, learning rates set from the step, state saved by parameter name,
+and optionally QK-clip after each update.
 
-Built by `build`, stepped by `loop`, saved by `checkpoints`. The rate is a pure function of the step and a clip is over
+Built by `build`, stepped by `loop`, saved by `checkpoints`. The rate is a pure function of the step and a clip is done
 with its step, so neither has state. A rate is a share of its group's own peak: 1 at the peak, the group's floor at the
 end, and never above 1, so that no group's floor can raise its rate.
 """
@@ -28,7 +28,7 @@ from student_trainer.settings import OptimSettings
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One group in a torch optimizer: `slot` is its entry of `param_groups`, `rate` the peak, `floor` a share of it."""
+    """A group in a torch optimizer: `slot` is its entry in `param_groups`, `rate` the peak, `floor` a share of that."""
 
     group: ParameterGroup
     slot: dict[str, object]
@@ -48,7 +48,7 @@ class Optimizer:
         self._settings = settings
         self._steps = steps
         self._clip = clip
-        # The monitor saw this rank's rows alone; its maxima are taken over the ranks of the parameters' mesh.
+        # The monitor sees only this rank's rows; its maxima are taken over the ranks of the parameters' mesh.
         sharded = next((parameter for parameter in self.parameters if isinstance(parameter, DTensor)), None)
         self._group = None if sharded is None else sharded.device_mesh.get_group()
         self.clipped: ClipReport | None = None
@@ -70,21 +70,21 @@ class Optimizer:
         }  # fmt: skip
 
     def watching(self, valid_BT: Tensor) -> AbstractContextManager[object]:
-        """To be entered around each forward pass of the update: QK-clip goes by its attention logits.
+        """A context for each forward pass of the update, in which QK-clip observes the attention logits.
 
         `valid_BT`: False at padding.
         """
         return nullcontext() if self._clip is None else self._clip.monitor.watch(valid_BT)
 
     def step(self, number: int) -> dict[str, float]:
-        """Apply update `number` and return the rates it was done with."""
+        """Apply update `number` and return the rates that it used."""
         rates = self.rates(number)
         for member in self._members:
             member.slot["lr"] = rates[member.group.name]
         for optimizer in self._optimizers:
             optimizer.step()
         if self._clip is not None:
-            # After the update: it scales the weights that the next step starts from.
+            # After the update, so that it scales the weights that the next step starts from.
             self.clipped = self._clip.apply(self._group)
         return rates
 
@@ -103,7 +103,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave. ValueError if it is of other parameters."""
+        """Load what `state` returned. ValueError if it names other parameters."""
         by_name: dict[str, list[str]] = {}
         for key in tensors:
             name, _, entry = key.rpartition("//")
@@ -114,8 +114,8 @@ class Optimizer:
         for optimizer, name, parameter in self._named():
             state = {}
             for entry in by_name.get(name, ()):
-                value = tensors[f"{name}//{entry}"]  # one at a time: each may be put together of pieces
-                # A step counter is one number, never sharded, and beside its parameter, where a fused step reads it.
+                value = tensors[f"{name}//{entry}"]  # one at a time: each may be assembled from pieces
+                # A step counter is one number, never sharded, on its parameter's device, where a fused step reads it.
                 if entry == "step":
                     state[entry] = value.clone().to(parameter.device)
                 else:
@@ -160,9 +160,9 @@ def rate_factor(
 ) -> float:
     """The factor of update `step` (from 0) out of `steps`.
 
-    Warm-up: (step + 1) / warmup_steps, so that the first update already moves. After it the fall goes from 1 to `floor`
-    at the last update: `cosine` and `linear` from the end of the warm-up, `wsd` over the last `decay_steps` (default a
-    tenth of the run) in a straight line, `constant` never.
+    Warm-up: (step + 1) / warmup_steps, so that the first update already has a rate above 0. Then the factor decays from
+    1 to `floor` at the last update: `cosine` and `linear` from the end of the warm-up, `wsd` linearly over the last
+    `decay_steps` (by default a tenth of the run), `constant` never.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -171,7 +171,7 @@ def rate_factor(
     start = warmup_steps
     if kind == "wsd":
         start = max(warmup_steps, steps - (decay_steps if decay_steps is not None else max(1, steps // 10)))
-    # How much of the fall is over after this update: 1 at the last one.
+    # The share of the decay that is done after this update: 1 at the last one.
     done = 0.0 if step < start else min(1.0, (step - start + 1) / max(1, steps - start))
     fall = 0.5 * (1.0 - math.cos(math.pi * done)) if kind == "cosine" else done
     return 1.0 - (1.0 - floor) * fall

@@ -1,13 +1,13 @@
-"""QK-clip: after an update, attention whose largest logit went over a threshold is scaled back to it. Called by the
-loop, once a step, with what the micro batches showed.
+"""QK-clip: after an update, scales attention heads whose largest logit exceeded a threshold back to it. Used by
+`optimizer`, which the loop calls once per step.
 
 From Kimi K2 (arXiv 2507.20534): with S the largest logit of a head and gamma = min(1, tau / S), its query is scaled by
 gamma^alpha and its key by gamma^(1 - alpha), and so the logit by gamma. Query heads that share a key head take the
 smallest gamma among them, so that no weight ever grows. `qk_layers` says what is scaled in which kind of layer.
 
-The logits are those of the student's own forward pass: of its query and key after RoPE, any QK-norm and any quantiser,
-under the mask that attention is given, documents included. They are computed once more beside whatever kernel attends,
-a tile at a time (`logit_tiles`): one product of query and key, and no array of [T, T].
+The logits are those of the student's own forward pass: from its query and key after RoPE, any QK-norm and any
+quantiser, under the mask that attention is given, documents included. They are computed again, besides the kernel that
+attends, tile by tile (`logit_tiles`): one product of query and key, and no array of [T, T].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from student_trainer.students.attention_hook import AttentionHook, attention_mod
 class LogitMonitor:
     """`with monitor.watch(valid_BT): model(...)` around each forward pass, `largest()` after the last, then `reset()`.
 
-    Leave the block before the backward pass, or checkpointed layers are measured twice, to the same result. Not for
+    Leave the block before the backward pass, or checkpointed layers are measured twice, with the same result. Not for
     passes that read a key-value cache. Raises ValueError for a model whose attention transformers does not dispatch.
     """
 
@@ -46,7 +46,7 @@ class LogitMonitor:
 
     @contextmanager
     def watch(self, valid_BT: Tensor | None = None) -> Iterator[LogitMonitor]:
-        """Measure what runs inside. `valid_BT`: False where the row holds padding, whose logits mean nothing."""
+        """Measure what runs inside. `valid_BT`: False at padding, whose logits mean nothing."""
         attached: list[AttentionHook] = []
         self._valid_BT = valid_BT
         try:
@@ -63,13 +63,13 @@ class LogitMonitor:
     def largest(self, group: Any = None) -> dict[int, Tensor]:
         """By layer, the largest logit of each query head since the last reset: float32 [H], -inf where none was seen.
 
-        `group`: a process group over whose ranks to take the maximum as well; then every rank must call.
+        `group`: a process group over whose ranks the maximum is taken too; then every rank must call.
         """
         layers = sorted(self._largest)
         found = [self._largest[layer] for layer in layers]
         if group is not None and found:
             together = torch.cat(found)
-            # The heads of all layers in one message; every rank saw other micro batches of the same step.
+            # All layers' heads in one message; every rank saw other micro batches of the same step.
             torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group)
             found = list(together.split([len(largest_H) for largest_H in found]))
         return {layer: largest_H.clone() for layer, largest_H in zip(layers, found, strict=True)}
@@ -89,7 +89,7 @@ class LogitMonitor:
                 f"attention logits: {length} queries for {key_BKTd.shape[2]} keys, expected as many; "
                 "run the pass with use_cache=False"
             )
-        # As attention itself: 1 / sqrt(d) where the model gives no scale of its own.
+        # As in attention itself: 1 / sqrt(d) if the model gives no scale of its own.
         scaling = width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         largest_H = largest_logits(query_BHTd, key_BKTd, self._seen(module, query_BHTd, mask, kwargs), scaling)
         before_H = self._largest.get(module.layer_idx)
@@ -107,8 +107,8 @@ class LogitMonitor:
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What a clip saw and did. `largest_logit`: over all heads, before the clip; -inf where none was seen.
-    `clipped_heads`: query heads that were scaled. `smallest_factor`: the smallest gamma, 1 where nothing was."""
+    """What a clip saw and did. `largest_logit`: over all heads, before the clip; -inf if none was seen.
+    `clipped_heads`: query heads that were scaled. `smallest_factor`: the smallest gamma, 1 if nothing was scaled."""
 
     largest_logit: float
     clipped_heads: int
@@ -116,11 +116,11 @@ class ClipReport:
 
 
 class QKClip:
-    """Made of a model before it is sharded. `with clip.monitor.watch(valid_BT)` around the forward pass of each micro
+    """Made for a model before it is sharded. `with clip.monitor.watch(valid_BT)` around the forward pass of each micro
     batch, `apply` after the update. Keeps nothing from one step to the next.
 
     `tau`: the largest logit allowed. `alpha`: the query's share of the scaling, 0 to 1.
-    Warns of layers in which it can do nothing: fused or frozen projections, a QK-norm without gains.
+    Warns of layers where it can do nothing: fused or frozen projections, a QK-norm without gains.
     """
 
     def __init__(self, model: nn.Module, tau: float = 100.0, alpha: float = 0.5) -> None:
@@ -142,36 +142,36 @@ class QKClip:
             warnings.warn(f"qk_clip can do nothing in layers {', '.join(map(str, numbers))}: {reason}", stacklevel=2)
 
     def apply(self, group: Any = None) -> ClipReport:
-        """Scale what the monitor saw go over tau, and reset it.
+        """Scale the heads that the monitor saw exceed tau, and reset it.
 
         `group`: the process group whose ranks saw the step's other micro batches; then all of them must call.
-        Raises ValueError where a logit is not a number or infinite; nothing is scaled then.
+        Raises ValueError if a logit is NaN or infinite; nothing is scaled then.
         """
         largest = {layer: largest_H.tolist() for layer, largest_H in self.monitor.largest(group).items()}
         self.monitor.reset()
         for layer, heads in largest.items():
             if any(math.isnan(logit) or logit == math.inf for logit in heads):
                 raise ValueError(f"qk_clip: the attention logits of layer {layer} are no longer finite: {heads}")
-        # Only heads that were over tau; for the rest gamma is 1 and their weights are not touched.
+        # Only heads above tau; for the rest gamma is 1 and their weights are not touched.
         gammas = [gamma for layer, heads in largest.items() for gamma in self._clip(layer, heads) if gamma < 1.0]
         top = max((logit for heads in largest.values() for logit in heads), default=-math.inf)
         return ClipReport(top, len(gammas), min(gammas, default=1.0))
 
     def _clip(self, number: int, largest: list[float]) -> list[float]:
-        """Scale a layer whose heads' largest logits are given. Returns what each query head's logits were scaled by."""
+        """Scale a layer, given the largest logit of each head. Returns the factor of each query head's logits."""
         # gamma = tau / largest logit: with q scaled by gamma^alpha and k by gamma^(1 - alpha), the largest is tau.
         gammas = [self.tau / logit if logit > self.tau else 1.0 for logit in largest]
         layer = self._layers.get(number)
         if layer is None or min(gammas) == 1.0:
             return [1.0] * len(gammas)
         if layer.group is None:
-            # A quantised matrix, or one norm for all heads, has one scale: that of the head which needs it most.
+            # A quantised matrix, or one norm for all heads, has a single scale: the smallest that any head needs.
             query = key = [min(gammas)]
         else:
-            # Query heads share a key head, which can be scaled by one number.
+            # Query heads share a key head, which can only be scaled by one number.
             key = [min(gammas[start : start + layer.group]) for start in range(0, len(gammas), layer.group)]
             query = [gamma for gamma in key for _ in range(layer.group)]
-        # logit = q k / sqrt(d) is linear in each of both, so the two factors multiply to gamma.
+        # logit = q k / sqrt(d) is linear in both q and k, so the two factors multiply to gamma.
         layer.query.scale([gamma**self.alpha for gamma in query])
         layer.key.scale([gamma ** (1.0 - self.alpha) for gamma in key])
         return query if layer.group is not None else query * len(gammas)

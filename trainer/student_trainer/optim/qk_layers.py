@@ -1,11 +1,11 @@
-"""What scales the attention logits of a layer, and how to make it smaller. Called by `qk_clip`.
+"""Finds what determines the scale of a layer's attention logits, and scales it down. Called by `qk_clip`.
 
 plain linears     rows of weight and bias, by head
-quantised linears what their quantiser allows: of ternary ones the whole matrix, since scaling some rows would change
-                  mean |W| and with it the codes of all others; scaled as a whole the codes stay, up to rounding at
-                  their edges
-behind a QK-norm  the norms' gains, since the scale of the weights is lost there: by head where each head has
-                  gains of its own, else for the layer
+quantised linears what their quantiser allows: for ternary ones the whole matrix, since scaling some rows would change
+                  mean |W| and with it the codes of all others; if the whole matrix is scaled the codes stay the same,
+                  up to rounding at their boundaries
+before a QK-norm  the norms' gains, since a norm cancels the scale of the weights: by head if each head has its own
+                  gains, else for the whole layer
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_TOLERANCE = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """A linear or a norm that scales a layer's query, or its key. What it scales by is `weight + offset`."""
+    """The linear or norm that determines the scale of a layer's query, or of its key, by `weight + offset`."""
 
     module: nn.Module
     offset: float = 0.0
@@ -46,7 +46,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """How one layer is clipped. `group`: query heads to a key head, where heads differ; None scales all alike."""
+    """How one layer is clipped. `group`: query heads per key head, if heads are scaled separately; None: all alike."""
 
     query: Side
     key: Side
@@ -63,14 +63,14 @@ def plan_layer(module: Any) -> Layer:
         raise ValueError("an adapter adds to them what a clip would not reach")
     group = int(getattr(module, "num_key_value_groups", 1))
     rows = [side.module.weight.numel() if norms else side.module.out_features for side in (query, key)]
-    # One gain vector for all heads: no head can be scaled by itself.
+    # One gain vector for all heads: no head can be scaled on its own.
     if norms and rows == [module.head_dim, module.head_dim]:
         return Layer(query, key, None)
     if rows[0] != group * rows[1] or rows[1] % module.head_dim:
         raise ValueError(
             f"query and key have {rows[0]} and {rows[1]} rows, expected {group} times {module.head_dim} to one"
         )
-    # A norm behind the linears decides the scale alone, whatever quantises them.
+    # A norm after the linears alone determines the scale, whatever quantises them.
     quantisers = [] if norms else [quantiser_of(side.module) for side in (query, key)]
     for quantiser in quantisers:
         if quantiser.qk_clip == "nothing":
@@ -80,7 +80,7 @@ def plan_layer(module: Any) -> Layer:
 
 
 def _norms(module: Any) -> tuple[Side, Side] | None:
-    """The QK-norm, None where there is none."""
+    """The QK-norm, None if there is none. ValueError for one without gains."""
     if getattr(module, "qk_norm", None) is not None:
         raise ValueError("their QK-norm has no gains")
     for names in QK_NORMS:
@@ -91,14 +91,14 @@ def _norms(module: Any) -> tuple[Side, Side] | None:
 
 
 def _offset(norm: nn.Module) -> float:
-    """What the norm adds to its weight before it multiplies by it: 0, or 1 in Gemma's family. Tried, not looked up."""
+    """What the norm adds to its weight before multiplying: 0, or 1 in the Gemma family. Found out by a probe."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError("their QK-norm has no gains")
     with torch.no_grad():
         parameters = {name: full_tensor(parameter) for name, parameter in norm.named_parameters(recurse=False)}
         weight, bias = parameters["weight"], parameters.get("bias")
-        # Of mean 0 and mean square 1, so that every kind of norm leaves it as it is.
+        # Input of mean 0 and mean square 1, which every kind of norm leaves as it is.
         signs = torch.ones_like(weight)
         signs.flatten()[::2] = -1.0
         output = torch.func.functional_call(norm, parameters, (signs[None],))[0]
@@ -126,7 +126,7 @@ def _multiply(parameter: Tensor, factors: Sequence[float], offset: float = 0.0) 
         parameter.mul_(factors[0])
     else:
         heads = torch.tensor(factors, dtype=torch.float32, device=parameter.device)
-        # The rows of a head stand together: [f0, f0, ..., f1, f1, ...].
+        # The rows of a head are contiguous: [f0, f0, ..., f1, f1, ...].
         rows = heads.repeat_interleave(parameter.shape[0] // len(factors))
         parameter.mul_(like(parameter, rows.view(-1, *[1] * (parameter.ndim - 1))))
     if offset:
