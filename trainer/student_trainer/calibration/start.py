@@ -1,5 +1,5 @@
-"""Calibrates a student before a run's first step, if some of its initial values come from data: SubLN's gains, and the
-closed form of its corrections. Called by `build`.
+"""Calibrates a student before a run's first step, if some of its initial values come from data. These are SubLN's
+gains, and the closed form of low-rank corrections. Called by `build`.
 """
 
 from __future__ import annotations

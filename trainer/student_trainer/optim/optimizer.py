@@ -1,9 +1,9 @@
-"""The optimizer of a run: one or several of torch's, learning rates set from the step, state saved by parameter name,
-and optionally QK-clip after each update.
+"""The optimizer of a run: one or several of torch's, with rates set from the step, and optionally QK-clip.
 
-Built by `build`, stepped by `loop`, saved by `checkpoints`. The rate is a pure function of the step and a clip is done
-with its step, so neither has state. A rate is a share of its group's own peak: 1 at the peak, the group's floor at the
-end, and never above 1, so that no group's floor can raise its rate.
+Built by `build`, stepped by `loop`, saved by `checkpoints`, with its state by parameter name. The rate is a pure
+function of the step, and QK-clip, after each update, is done with its step, so neither has state. A rate is a share of
+its group's own peak: 1 at the peak, the group's floor at the end, and never above 1, so that no group's floor can raise
+its rate.
 """
 
 from __future__ import annotations

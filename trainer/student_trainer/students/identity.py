@@ -1,5 +1,5 @@
-"""What identifies a student besides its weights: its model's config and its tokenizer, which are at
-`student.checkpoint_path` and not among a checkpoint's tensors. Made by `build`, kept in checkpoints, compared by
+"""What identifies a student besides its weights: its model's config and its tokenizer. These are read from
+`student.checkpoint_path` and are not among a checkpoint's tensors. Made by `build`, kept in checkpoints, compared by
 `resume`.
 """
 

@@ -1,5 +1,5 @@
-"""What the kernels have in common, as Triton functions of one row: raw products to logits, normalisers block by block,
-a support's part in them. Called by `normalise`, `compare` and `gradient`, which have one program per row.
+"""Triton functions of one row that the kernels share: raw products to logits, normalisers, a support's part in these.
+Called by `normalise`, `compare` and `gradient`, which have one program per row.
 """
 
 from __future__ import annotations

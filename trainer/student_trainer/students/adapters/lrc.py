@@ -1,5 +1,5 @@
-"""Low-rank corrections of a quantised student (LRC, arXiv 2412.07902): y = quantised(W) a(x) + U V^T x in the chosen
-linears, with x the unrounded input. One of `load.ADAPTERS`.
+"""Low-rank corrections of a quantised student (LRC, arXiv 2412.07902): y = quantised(W) a(x) + U V^T x. They are added
+to the chosen linears, with x the unrounded input. One of `load.ADAPTERS`.
 
 The rank of each is a share of its weight's smaller side. They start like LoRA's and correct nothing; with
 `student.lrc.start=closed_form` a run starts with `calibration`, which computes U and V from data. Then they are

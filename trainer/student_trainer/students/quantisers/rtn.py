@@ -1,5 +1,5 @@
-"""Round-to-nearest: integers of a few bits between the smallest and the largest weight of a row, or of a group within
-it, as in post-training quantisation. One of `QUANTISERS`; by default without quantised activations or added norms.
+"""Round-to-nearest, as in post-training quantisation: integers between the smallest and the largest weight of a row, or
+of a group of it. One of `QUANTISERS`; by default without quantised activations or added norms.
 
 step = (max - min) / (2^bits - 1), zero = round(-min / step), codes = clip(round(W / step) + zero, 0, 2^bits - 1), value
 (codes - zero) step. Every range includes 0, so that 0 is representable. Computed in float32.
