@@ -73,8 +73,7 @@ class GradientBalance:
         return replace(self, means=means, weights=weights)
 
     def coefficients(self) -> dict[str, float]:
-        """By term, what its value is multiplied by. A term without a measurement is taken to have the reference's norm.
-        """
+        """By term, what its value is multiplied by. An unmeasured term is taken to have the reference's norm."""
         mean = {name: self.means[name] / self.weights[name] for name in self.means if self.reference in self.means}
         # c = share / reference's share x reference's |g| / own |g|, so that the |c g| are in proportion to the shares.
         pull = mean.get(self.reference, 1.0)

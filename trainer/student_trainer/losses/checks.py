@@ -87,8 +87,7 @@ def rows_that_count(term: TokenTerm, labels_N: Tensor, teacher: TeacherRows | No
 def check_targets(
     term: TokenTerm, teacher: TeacherRows | None, counted_N: Tensor, limit: int | None
 ) -> Iterator[DeferredCheck]:  # fmt: skip
-    """ValueError if the term needs targets that `teacher` lacks; deferred checks for NaN and ids outside [0, `limit`).
-    """
+    """ValueError if the term needs targets that `teacher` lacks; deferred checks of NaN and ids not in [0, limit)."""
     if not isinstance(term, TeacherTerm):
         return
     support = SUPPORTS[term.support]

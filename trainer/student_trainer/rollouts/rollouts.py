@@ -98,8 +98,7 @@ class RolloutStream:
         return time.monotonic() - started
 
     def due(self, step: int) -> bool:
-        """Whether `write` may have something to write after `step` updates: the same on all ranks, whatever their rows.
-        """
+        """Whether `write` may have something to write after `step` updates: the same on all ranks, whatever rows."""
         return bool(self._due(step))
 
     def is_rollout(self, number: int) -> bool:

@@ -150,7 +150,6 @@ def _embeddings(model: Any) -> list[Any]:
 
 
 def _fill_with_mean(rows_V: Tensor, mask: int) -> None:
-    """The mean of all other rows, summed in float64: a random row would be an outlier where activations are quantised.
-    """
+    """The mean of all other rows, summed in float64: a random row would be an outlier to quantised activations."""
     others = rows_V.double().sum(0) - rows_V[mask].double()
     rows_V[mask] = (others / (len(rows_V) - 1)).to(rows_V.dtype)

@@ -66,8 +66,7 @@ def choose(model: nn.Module, names: tuple[str, ...], count: int) -> list[Chosen]
 
 
 class GradientSketches:
-    """Sketches of `sources` sources, `size` numbers each. `scales`: by parameter, what its gradient is multiplied by.
-    """
+    """Sketches of `sources` sources, `size` numbers each. `scales`: factor on the gradient, by parameter."""
 
     def __init__(self, student: Student, chosen: list[Chosen], sources: int, size: int, seed: int):
         self._student, self._chosen, self._sources, self._size, self._seed = student, chosen, sources, size, seed

@@ -68,8 +68,7 @@ def corrections(model: nn.Module) -> dict[str, Correction]:
 
 
 def chosen_linears(model: nn.Module, targets: Sequence[str], setting: str) -> dict[str, QuantLinear]:
-    """The quantised linears that `targets` name, all for "all-linear". ValueError, naming `setting`, if there is none.
-    """
+    """Quantised linears that `targets` name, all for "all-linear". ValueError naming `setting` if there is none."""
     everywhere = tuple(targets) == ("all-linear",)
     chosen = {
         name: layer
