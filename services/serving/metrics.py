@@ -21,23 +21,25 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests answered", "route", "method", "status", "client")
+        self.requests = self._counter("requests", "Finished requests", "route", "method", "status", "client")
         self.request_seconds = Histogram(
-            "stillhouse_request_seconds", "From the headers to the last byte", ["route"], buckets=_SECONDS,
+            "stillhouse_request_seconds", "Seconds from the headers to the last byte", ["route"], buckets=_SECONDS,
             registry=self.registry,
         )  # fmt: skip
-        self.tokens = self._counter("tokens", "Tokens of answered sequences", "client", "source")
-        self.sequences = self._counter("sequences", "Sequences answered", "client", "source")
+        self.tokens = self._counter("tokens", "Tokens of returned sequences", "client", "source")
+        self.sequences = self._counter("sequences", "Sequences returned", "client", "source")
         self.rejected = self._counter("rejected", "Requests refused or failed", "client", "reason")
-        self.cancelled = self._counter("cancelled", "Requests whose client left", "client")
+        self.cancelled = self._counter("cancelled", "Requests whose client disconnected", "client")
         self.failed = self._counter("failed_sequences", "Sequences that failed", "client", "reason")
-        self.bytes_out = self._counter("bytes_out", "Bytes of answers", "route", "client")
-        self.queue_seconds = self._counter("queue_seconds", "Seconds waited for a turn", "client")
+        self.bytes_out = self._counter("bytes_out", "Bytes of responses", "route", "client")
+        self.queue_seconds = self._counter("queue_seconds", "Seconds spent waiting for the engine", "client")
         self.engine_seconds = self._counter("engine_seconds", "Seconds in the engine", "client")
-        self.engine_sequences = self._counter("engine_sequences", "Sequences handed to the engine", "client")
+        self.engine_sequences = self._counter("engine_sequences", "Sequences sent to the engine", "client")
         self.engine_aborted = self._counter("engine_aborted", "Sequences aborted in the engine", "client")
-        self.outlived = self._counter("outlived", "Sequences computed on after all who asked had left", "client")
-        self.encode_seconds = self._counter("encode_seconds", "Seconds of encoding answers", "client")
+        self.outlived = self._counter(
+            "outlived", "Sequences computed after all their clients had disconnected", "client"
+        )
+        self.encode_seconds = self._counter("encode_seconds", "Seconds spent encoding responses", "client")
         self.out_of_memory = self._counter("engine_out_of_memory", "Times that the engine ran out of memory")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

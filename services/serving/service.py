@@ -146,16 +146,18 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
 
     def _add_gauges(self) -> None:
         gauge = self.metrics.gauge
-        gauge("admitted_requests", "Requests let in and not yet answered", lambda: self.admission.permits)
-        gauge("admitted_tokens", "Their tokens", lambda: self.admission.tokens)
-        gauge("admitted_cost", f"Their cost: {self.unit}", lambda: self.admission.cost)
-        gauge("waiting_requests", "Requests that wait to be let in", lambda: self.admission.waiting)
-        gauge("capacity", f"Cost that fits: {self.unit}", lambda: self.admission.capacity)
-        gauge("queue_tokens", "Tokens that wait for a turn", lambda: self.queue.waiting_tokens)
+        gauge("admitted_requests", "Requests admitted and not yet finished", lambda: self.admission.permits)
+        gauge("admitted_tokens", "Tokens of admitted requests", lambda: self.admission.tokens)
+        gauge("admitted_cost", f"Cost of admitted requests: {self.unit}", lambda: self.admission.cost)
+        gauge("waiting_requests", "Requests waiting for admission", lambda: self.admission.waiting)
+        gauge("capacity", f"Cost that can be admitted: {self.unit}", lambda: self.admission.capacity)
+        gauge("queue_tokens", "Tokens waiting for the engine", lambda: self.queue.waiting_tokens)
         gauge("engine_tokens", "Tokens in the engine", lambda: self.queue.running)
-        gauge("engine_window_tokens", "Tokens that the engine may be handed", lambda: self.queue.window)
-        gauge("engine_tokens_computed", "Tokens that went through the model", lambda: self.engine.tokens_computed)
-        gauge("unread_bytes", "Answers kept whose askers had left", lambda: self.coalescer.unread_bytes)
-        gauge("in_flight_sequences", "Different sequences on their way", lambda: self.coalescer.in_flight)
-        gauge("tokens_per_second", "Rate of the engine, measured of late", lambda: self.rate.tokens_per_second)
-        gauge("ready", "1 when requests are let in", lambda: float(self.started and not self.admission.closed))
+        gauge("engine_window_tokens", "Tokens that may be in the engine at a time", lambda: self.queue.window)
+        gauge("engine_tokens_computed", "Tokens that the engine has computed", lambda: self.engine.tokens_computed)
+        gauge(
+            "unread_bytes", "Bytes of records kept for clients that disconnected", lambda: self.coalescer.unread_bytes
+        )
+        gauge("in_flight_sequences", "Distinct sequences being computed", lambda: self.coalescer.in_flight)
+        gauge("tokens_per_second", "Recent throughput of the engine", lambda: self.rate.tokens_per_second)
+        gauge("ready", "1 while requests are admitted", lambda: float(self.started and not self.admission.closed))

@@ -48,7 +48,7 @@ Service = Annotated[TeacherService, Depends(service_of)]
     responses={**errors(*POSTING), 200: openapi.TARGETS_ANSWER},
 )  # fmt: skip
 async def post_targets(request: Request, client: Client, service: Service) -> Response:
-    """Score token sequences: for every position, what a student needs to imitate the teacher."""
+    """Score token sequences: the teacher's distribution at every position."""
     service.require_started()
     return replies.response(await _read_targets(request, client, service), service, request)
 

@@ -18,14 +18,14 @@ from teacher_service.compat import completion_fields, sglang_fields, token_field
 from teacher_service.compat.requests import Fields
 from teacher_service.engines.protocol import Engine
 
-_DESCRIPTION = """One teacher, many students: POST token ids, get for every position what a student needs to imitate
-the teacher. Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request
-may bring its own."""
+_DESCRIPTION = """One teacher, many students: POST token ids, and get the teacher's distribution at every position.
+Bodies are msgpack (specified in WIRE.md) or JSON. Every response carries `X-Request-Id`; a request may supply its
+own."""
 
 
 TARGETS_ANSWER = records_answer("targets", wire.Header, TENSORS, {"start": {"type": "integer"}})
 COMPLETIONS_ANSWER: dict[str, Any] = {
-    "description": "vLLM's completion: `choices` with `prompt_logprobs` and `logprobs`",
+    "description": "vLLM's response: `choices` with `prompt_logprobs` and `logprobs`",
     "content": {
         wire.JSON: {
             "schema": {
@@ -42,11 +42,11 @@ _GENERATED = {
     "required": ["text", "output_ids", "meta_info"],
 }
 SGLANG_ANSWER: dict[str, Any] = {
-    "description": "SGLang's answer: `meta_info` with `input_token_logprobs`, in a list where several sequences came",
+    "description": "SGLang's response: `meta_info` with `input_token_logprobs`; a list if there are several sequences",
     "content": {wire.JSON: {"schema": {"anyOf": [_GENERATED, {"type": "array", "items": _GENERATED}]}}},
 }
 TOKENS_ANSWER: dict[str, Any] = {
-    "description": "vLLM's answer: `prompt_logprobs`, and `prompt_token_id_logprobs` as an `.npy` in base64",
+    "description": "vLLM's response: `prompt_logprobs`, and `prompt_token_id_logprobs` as an `.npy` in base64",
     "content": {
         wire.JSON: {
             "schema": {
@@ -64,10 +64,10 @@ TOKENS_ANSWER: dict[str, Any] = {
 _HEAD_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "safetensors: weight [V, D], bias where there is one, scale, soft_cap; sha256 in Repr-Digest",
+        "description": "safetensors: weight [V, D], bias if there is one, scale, soft_cap; sha256 in Repr-Digest",
         "content": _HEAD_CONTENT,
     },
-    206: {"description": "the part that a Range header asks for", "content": _HEAD_CONTENT},
+    206: {"description": "the part that a Range header requests", "content": _HEAD_CONTENT},
 }
 
 

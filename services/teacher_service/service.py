@@ -49,7 +49,7 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
         if store is not None:
             for name in ("entries", "bytes", "hits", "misses", "evicted", "damaged", "refused"):
                 self.metrics.gauge(f"store_{name}", f"The target store's {name}", partial(_store_value, store, name))
-            self.metrics.gauge("store_dropped", "Answers not written since too many waited", lambda: store.dropped)
+            self.metrics.gauge("store_dropped", "Records not stored: the write queue was full", lambda: store.dropped)
 
     def readiness_job(self) -> Job[Query]:
         query = Query(np.zeros(1, dtype=np.int64), (0, 1), TargetSpec(kinds=("score",)))

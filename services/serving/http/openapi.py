@@ -18,18 +18,18 @@ from teacher_proto.wire.answers import VERSION
 from teacher_proto.wire.tensors import ITEM_SIZE
 
 _MEANING = {
-    400: "Malformed: bytes that do not decode, an unknown or a missing field",
-    401: "No key, or one that is not known",
-    404: "Nothing there",
-    405: "A method that the route has not",
+    400: "Malformed: the body cannot be decoded, or a field is unknown or missing",
+    401: "No key, or an unknown one",
+    404: "No such route, model, head or layer",
+    405: "The route does not support this method",
     408: "The body did not arrive in time",
-    409: "Another teacher is asked for",
-    413: "More bytes than the service reads",
-    415: "A content type or encoding that is not spoken here",
-    422: "A value out of its range: field, got and limit say which",
-    429: "The share of this key is used up; Retry-After says when to come again",
-    500: "The engine failed at this request; `retryable` says whether another try may help",
-    503: "Full, draining, loading, or out of memory; Retry-After says when to come again",
+    409: "The request names another teacher",
+    413: "The body exceeds its limit",
+    415: "The content type or encoding is not supported",
+    422: "A value is outside its limits: field, got and limit say which",
+    429: "The client's share is used up; Retry-After says when to retry",
+    500: "The engine failed on this request; `retryable` says whether a retry may help",
+    503: "Full, draining, loading, or out of memory; Retry-After says when to retry",
 }
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the file given with --keys"},

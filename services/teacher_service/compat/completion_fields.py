@@ -15,15 +15,15 @@ from teacher_service.compat.requests import Ids, check_extras, check_written, re
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "how a token would be drawn; the one that is written is the most likely": ("seed", "top_p", "top_k", "min_p"),
-    "when writing ends; one token is written at most": (
+    "sampling; the generated token is always the most likely": ("seed", "top_p", "top_k", "min_p"),
+    "stopping; at most one token is generated": (
         "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "length_penalty",
     ),
-    "how written text is shown; special tokens are always shown": (
+    "formatting of generated text; special tokens are always shown": (
         "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stream_options", "stream_interval",
     ),
-    "whom a request belongs to; the key says that here": ("user", "request_id", "session_id", "priority"),
-    "how vLLM keeps its cache, or answers other routes": (
+    "identifies the client; here the API key does": ("user", "request_id", "session_id", "priority"),
+    "vLLM's cache and other routes": (
         "cache_salt", "truncation_side", "return_token_offsets", "mm_payload", "return_mm_kwargs",
         "routed_experts_prompt_start",
     ),

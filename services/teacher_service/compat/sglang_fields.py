@@ -17,24 +17,24 @@ from teacher_service.compat.requests import Ids, check_extras, check_written, re
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "whom a request belongs to; the key says that here": (
+    "identifies the client; here the API key does": (
         "rid", "session_id", "conversation_id", "priority", "routing_key",
     ),
-    "how SGLang routes, caches, logs and measures": (
+    "SGLang's routing, caching, logging and metrics": (
         "extra_key", "cache_salt", "log_metrics", "no_logs", "custom_labels", "external_trace_header", "received_time",
         "http_worker_ipc", "background", "data_parallel_rank", "routed_dp_rank", "disagg_prefill_dp_rank",
         "bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "decode_tp_size",
     ),
-    "no field of SGLang's; sent along by axolotl": ("echo",),
+    "not a field of SGLang's; axolotl sends it": ("echo",),
 }  # fmt: skip
 SAMPLING_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "how a token would be drawn; the one that is written is the most likely": (
+    "sampling; the generated token is always the most likely": (
         "top_p", "top_k", "min_p", "sampling_seed",
     ),
-    "when writing ends; one token is written at most": (
+    "stopping; at most one token is generated": (
         "stop", "stop_token_ids", "stop_regex", "ignore_eos", "no_stop_trim",
     ),
-    "how written text is shown; special tokens are always shown": (
+    "formatting of generated text; special tokens are always shown": (
         "skip_special_tokens", "spaces_between_special_tokens", "stream_interval",
     ),
 }  # fmt: skip

@@ -16,20 +16,20 @@ from teacher_service.compat.requests import Ids, check_extras, check_written, re
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "whom a request belongs to; the key says that here": ("request_id", "priority"),
-    "how vLLM keeps its cache, or what its renderer found": (
+    "identifies the client; here the API key does": ("request_id", "priority"),
+    "vLLM's cache and renderer": (
         "cache_salt", "token_offsets", "stream_options", "reasoning_ended", "reasoning_parser_kwargs",
     ),
 }  # fmt: skip
 SAMPLING_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "how a token would be drawn; the one that is written is the most likely": ("seed", "top_p", "top_k", "min_p"),
-    "when writing ends; one token is written at most": (
+    "sampling; the generated token is always the most likely": ("seed", "top_p", "top_k", "min_p"),
+    "stopping; at most one token is generated": (
         "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
     ),
-    "how written text is shown; ids are answered": (
+    "formatting of generated text; the response has token ids": (
         "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "output_kind",
     ),
-    "how vLLM keeps its records": (
+    "internals of vLLM": (
         "flat_logprobs", "skip_clone", "skip_reading_prefix_cache", "output_text_buffer_length",
         "routed_experts_prompt_start",
     ),

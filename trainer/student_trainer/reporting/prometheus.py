@@ -45,11 +45,9 @@ class Exporter:
         }
         self._step = Gauge(PREFIX + "step", "Updates made", registry=registry)
         self._last = Gauge(PREFIX + "last_step_timestamp_seconds", "When the last step ended", registry=registry)
-        self._tokens = Counter(PREFIX + "tokens", "Tokens learnt from by this process", registry=registry)
+        self._tokens = Counter(PREFIX + "tokens", "Tokens trained on by this process", registry=registry)
         self._waited = Counter(PREFIX + "wait_seconds", "Seconds waited for targets", registry=registry)
-        Gauge(PREFIX + "steps", "Updates that the run is to make", ("run",), registry=registry).labels(run_id).set(
-            steps
-        )
+        Gauge(PREFIX + "steps", "Updates that the run will make", ("run",), registry=registry).labels(run_id).set(steps)
         self._tokens_before: float | None = None
         try:
             self._server, self._thread = start_http_server(port, host, registry)
