@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from teacher_proto.extras import explain_missing
 from teacher_proto.process.parent import end_with_parent_if_asked
+from teacher_proto.process.threads import spin_briefly
 
 # When this process began, to within a few hundredths of a second: a command imports this module first.
 BEGAN = time.monotonic()
@@ -45,6 +46,7 @@ def run_command(program: str, command: Callable[[list[str]], int], arguments: li
     If `arguments` is None, those of the process are used, and the process is assumed to run nothing else.
     """
     end = None
+    spin_briefly()
     if arguments is None:
         end_with_parent_if_asked()
         end = QuietEnd()

@@ -40,7 +40,7 @@ LIBRARIES = {
 OTHERS = {
     "PATH": "the shell", "HOME": "the shell", "PYTHONUNBUFFERED": "Python", "PYTHONDONTWRITEBYTECODE": "Python",
     "PYTHONPATH": "Python", "TRITON_CACHE_DIR": "Triton, on a GPU", "TOKENIZERS_PARALLELISM": "tokenizers, in Rust",
-    "CUDA_VISIBLE_DEVICES": "CUDA", "OMP_WAIT_POLICY": "OpenMP",
+    "CUDA_VISIBLE_DEVICES": "CUDA", "OMP_WAIT_POLICY": "OpenMP", "GOMP_SPINCOUNT": "libgomp",
 }  # fmt: skip
 GRAFANA = re.compile(r"GF_(SECURITY|USERS|ANALYTICS)_\w+")  # GF_SECTION_KEY, of its own documentation
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from teacher_proto.process.command_end import hasten_end, skip_teardown, stoppable
 from teacher_proto.process.parent import end_with_parent_if_asked
+from teacher_proto.process.threads import spin_briefly
 
 if TYPE_CHECKING:
     from teacher_proto.process.stopping import StopSignals
@@ -50,6 +51,7 @@ logger = logging.getLogger("stillhouse")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A mistake of the user gives one line on stderr and exit code 2."""
     end_with_parent_if_asked()
+    spin_briefly()
     atexit.register(skip_teardown)  # registered first, so called last
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
