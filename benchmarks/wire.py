@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.report import report
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets, check_targets
-from teacher_proto.wire.answers import AnswerDecoder, Targets, encode_end
 from teacher_proto.wire.records import TARGETS_FORMAT, Header, encode_header, encode_targets
+from teacher_proto.wire.responses import ResponseDecoder, Targets, encode_end
 
 SEQUENCES, LENGTH = 8, 512
 TOKENS = SEQUENCES * LENGTH
@@ -56,7 +56,7 @@ def encode(records: list[TokenTargets], header: Header) -> bytes:
 
 
 def decode(body: bytes, request: TargetsRequest | None, vocab_size: int) -> list[TokenTargets]:
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     answers = []
     for at in range(0, len(body), CHUNK):
         for message in decoder.feed(body[at : at + CHUNK]):

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from deploy.gpu_checks.report import Options, Report
-from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows, sample_key
+from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows
+from teacher_proto.compute.sampling import sample_key
 from teacher_proto.requests import TargetSpec
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire.packed import RowLayout, unpack_rows

@@ -187,7 +187,7 @@ def check_attention_request(request: AttentionRequest, limits: AttentionLimits, 
         within("block_size", request.block_size, 1, limits.max_sequence_length, "positions in a block")
     _check_rows(request)
     for i in range(len(request.sequences)):
-        entries = answer_entries(request, i, shape)
+        entries = record_entries(request, i, shape)
         if entries > limits.max_entries:
             refuse(
                 f"sequences.{i}", entries, limits.max_entries,
@@ -195,7 +195,7 @@ def check_attention_request(request: AttentionRequest, limits: AttentionLimits, 
             )  # fmt: skip
 
 
-def answer_entries(request: AttentionRequest, index: int, shape: AttentionShape) -> int:
+def record_entries(request: AttentionRequest, index: int, shape: AttentionShape) -> int:
     """How many numbers are returned for sequence `index`."""
     length, rows = len(request.sequences[index]), request.num_rows(index)
     if request.kind == "states":
@@ -207,7 +207,7 @@ def answer_entries(request: AttentionRequest, index: int, shape: AttentionShape)
 
 def num_values(request: AttentionRequest, shape: AttentionShape) -> int:
     """How many numbers are returned for the whole request."""
-    return sum(answer_entries(request, i, shape) for i in range(len(request.sequences)))
+    return sum(record_entries(request, i, shape) for i in range(len(request.sequences)))
 
 
 def values_per_token(request: AttentionRequest, shape: AttentionShape) -> int:

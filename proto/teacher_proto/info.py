@@ -10,7 +10,7 @@ from teacher_proto.errors import VersionError, WireError
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.request_checks import SequenceLimits
 from teacher_proto.requests import Kind, Limits
-from teacher_proto.wire.answers import VERSION
+from teacher_proto.wire.responses import VERSION
 
 # The width of hidden states that clients and services assume if it is unknown: 7B models have 4096.
 HIDDEN_WIDTH = 4096

@@ -21,13 +21,13 @@ from serving.http import replies
 from serving.http.bodies import read_request
 from serving.http.keys import Keys
 from serving.http.openapi import (
-    ASKING,
+    GETTING,
     POSTING,
     describe_app,
     errors,
     items_of,
     list_of,
-    records_answer,
+    records_response,
     request_body,
     whole,
     within,
@@ -54,7 +54,7 @@ from teacher_proto.wire.attention import AttentionHeader, encode_attention, enco
 _DESCRIPTION = """The attention of a teacher's layer: POST token ids, get states, relations between them, or maps.
 Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request may bring its
 own."""
-_ANSWER = records_answer("attention", AttentionHeader, ATTENTION_TENSORS, {})
+_RESPONSE = records_response("attention", AttentionHeader, ATTENTION_TENSORS, {})
 router = keyed_router()
 
 
@@ -114,7 +114,7 @@ TheService = Annotated[AttentionService, Depends(service_of)]
 
 @router.post(
     "/v1/attention", response_class=Response,
-    responses={**errors(*POSTING, 404), 200: _ANSWER},
+    responses={**errors(*POSTING, 404), 200: _RESPONSE},
 )  # fmt: skip
 async def post_attention(request: Request, client: Client, service: TheService) -> Response:
     """The attention of one layer over token sequences: states, relations between them, or maps."""
@@ -122,7 +122,7 @@ async def post_attention(request: Request, client: Client, service: TheService) 
     return replies.response(await _read_attention(request, client, service), service, request)
 
 
-@router.get("/v1/teacher", responses=errors(*ASKING))
+@router.get("/v1/teacher", responses=errors(*GETTING))
 async def get_teacher(service: TheService) -> AttentionInfo:
     """The identity of the model whose attention is served, its shape and layers, and the limits."""
     service.require_started()

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
-from attention_service.answers import make_answer
+from attention_service.records import make_record
 from attention_service.tap import Attended, Tap
 from teacher_proto.attention import AttentionQuery, AttentionShape
 from teacher_proto.attention_targets import AttentionTargets
@@ -62,7 +62,7 @@ class AttentionModel:
         """The record of each query, from one forward pass over all. EngineError for numbers that are not finite."""
         layers = {query.spec.layer for query in queries}
         taken = self._attend([query.tokens_T for query in queries], layers)
-        return [make_answer(query, taken[query.spec.layer], place) for place, query in enumerate(queries)]
+        return [make_record(query, taken[query.spec.layer], place) for place, query in enumerate(queries)]
 
     def _attend(self, sequences: Sequence[np.ndarray], layers: set[int]) -> dict[int, Attended]:
         inputs = padded(sequences, self.device)

@@ -27,7 +27,7 @@ class AnyQuery(Protocol):
     def key(self) -> Hashable: ...
 
 
-class AnyAnswer(Protocol):
+class AnyRecord(Protocol):
     """`nbytes` is its size in memory."""
 
     @property
@@ -35,7 +35,7 @@ class AnyAnswer(Protocol):
 
 
 QueryT = TypeVar("QueryT", bound=AnyQuery)
-AnswerT = TypeVar("AnswerT", bound=AnyAnswer)
+RecordT = TypeVar("RecordT", bound=AnyRecord)
 
 
 @dataclass(frozen=True, eq=False)

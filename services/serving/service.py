@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
-from serving.engine import AnswerT, AnyEngine, Job, QueryT
+from serving.engine import AnyEngine, Job, QueryT, RecordT
 from serving.http.keys import Keys
 from serving.metrics import Metrics
 from serving.readiness import Readiness
 from serving.scheduling.admission import Admission, ControlLane
-from serving.scheduling.coalescer import AnswerStore, Coalescer
+from serving.scheduling.coalescer import Coalescer, RecordStore
 from serving.scheduling.fair import FairQueue, Rate
 from serving.settings import ServiceSettings
 from serving.status import STEP_S, History, StatusBody, totals
@@ -26,7 +26,7 @@ EngineT = TypeVar("EngineT", bound=AnyEngine)
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 
 
-class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
+class Service(ABC, Generic[EngineT, SettingsT, QueryT, RecordT]):
     """What `serving.process` runs: an engine and everything around it. `on_death` is called when a job finds the engine
     dead.
 
@@ -38,7 +38,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
 
     def __init__(
         self, engine: EngineT, settings: SettingsT, keys: Keys | None = None,
-        store: AnswerStore[QueryT, AnswerT] | None = None,
+        store: RecordStore[QueryT, RecordT] | None = None,
     ):  # fmt: skip
         self.engine = engine
         self.settings = settings
@@ -48,7 +48,7 @@ class Service(ABC, Generic[EngineT, SettingsT, QueryT, AnswerT]):
         self.rate = Rate(at_most=self.queue.rate_at_most)
         self.admission = Admission(settings.capacity, shared=self.keys.required, rate=self.rate, unit=self.unit)
         self.control = ControlLane()
-        self.coalescer: Coalescer[QueryT, AnswerT] = Coalescer(
+        self.coalescer: Coalescer[QueryT, RecordT] = Coalescer(
             engine.score, self.queue, self.rate, self.metrics, self._died, store,
             keep_s=settings.keep_time, keep_bytes=settings.keep_bytes,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from serving.http import replies
 from serving.http.bodies import read_request
-from serving.http.openapi import ASKING, POSTING, errors
+from serving.http.openapi import GETTING, POSTING, errors
 from serving.http.replies import JSON_WEIGHT, Reply, check_json_size
 from serving.http.routes import Client, keyed_router, make_app
 from serving.http.streams import Outlet, RacedResponse
@@ -45,7 +45,7 @@ Service = Annotated[TeacherService, Depends(service_of)]
 
 @router.post(
     "/v1/targets", response_class=Response,
-    responses={**errors(*POSTING), 200: openapi.TARGETS_ANSWER},
+    responses={**errors(*POSTING), 200: openapi.TARGETS_RESPONSE},
 )  # fmt: skip
 async def post_targets(request: Request, client: Client, service: Service) -> Response:
     """Score token sequences: the teacher's distribution at every position."""
@@ -73,21 +73,21 @@ async def post_generate(request: Request, client: Client, service: Service) -> R
 
 @router.post(
     "/inference/v1/generate", response_class=Response,
-    responses={**errors(*POSTING, 404), 200: openapi.TOKENS_ANSWER},
+    responses={**errors(*POSTING, 404), 200: openapi.TOKENS_RESPONSE},
 )  # fmt: skip
 async def post_tokens(request: Request, client: Client, service: Service) -> Response:
     """Score token ids in vLLM's JSON format: `prompt_logprobs`, or the logprobs of given ids as an array."""
     return await answered(request, client, service, token_generate.FACE)
 
 
-@router.get("/v1/teacher", responses=errors(*ASKING))
+@router.get("/v1/teacher", responses=errors(*GETTING))
 async def get_teacher(service: Service) -> TeacherInfo:
     """The teacher's identity, its limits, and the kinds of target that it serves."""
     service.require_started()
     return service.info()
 
 
-@router.get("/v1/head", response_class=Response, responses={**errors(*ASKING, 404), **openapi.HEAD_ANSWERS})
+@router.get("/v1/head", response_class=Response, responses={**errors(*GETTING, 404), **openapi.HEAD_RESPONSES})
 async def get_head(request: Request, service: Service) -> Response:
     """The output head as safetensors: applied to hidden states, it gives the logits of the whole vocabulary."""
     service.require_started()
@@ -99,7 +99,7 @@ async def get_head(request: Request, service: Service) -> Response:
     return RacedResponse(work)
 
 
-@router.get("/v1/models", responses=errors(*ASKING))
+@router.get("/v1/models", responses=errors(*GETTING))
 async def get_models(service: Service) -> dict[str, Any]:
     """The one model that is served, in vLLM's format."""
     service.require_started()

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from serving.http.openapi import describe_app, items_of, list_of, records_answer, request_body, whole, within
+from serving.http.openapi import describe_app, items_of, list_of, records_response, request_body, whole, within
 from teacher_proto.requests import Kind, Limits, TargetsRequest
 from teacher_proto.targets import TENSORS
 from teacher_proto.wire import records as wire
@@ -23,7 +23,7 @@ Bodies are msgpack (specified in WIRE.md) or JSON. Every response carries `X-Req
 own."""
 
 
-TARGETS_ANSWER = records_answer("targets", wire.Header, TENSORS, {"start": {"type": "integer"}})
+TARGETS_RESPONSE = records_response("targets", wire.Header, TENSORS, {"start": {"type": "integer"}})
 COMPLETIONS_ANSWER: dict[str, Any] = {
     "description": "vLLM's response: `choices` with `prompt_logprobs` and `logprobs`",
     "content": {
@@ -45,7 +45,7 @@ SGLANG_ANSWER: dict[str, Any] = {
     "description": "SGLang's response: `meta_info` with `input_token_logprobs`; a list if there are several sequences",
     "content": {wire.JSON: {"schema": {"anyOf": [_GENERATED, {"type": "array", "items": _GENERATED}]}}},
 }
-TOKENS_ANSWER: dict[str, Any] = {
+TOKENS_RESPONSE: dict[str, Any] = {
     "description": "vLLM's response: `prompt_logprobs`, and `prompt_token_id_logprobs` as an `.npy` in base64",
     "content": {
         wire.JSON: {
@@ -62,7 +62,7 @@ TOKENS_ANSWER: dict[str, Any] = {
     },
 }  # fmt: skip
 _HEAD_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
+HEAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "safetensors: weight [V, D], bias if there is one, scale, soft_cap; sha256 in Repr-Digest",
         "content": _HEAD_CONTENT,

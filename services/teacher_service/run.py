@@ -18,7 +18,7 @@ from teacher_service.service import TeacherService
 from teacher_service.settings import EngineName, TeacherSettings
 
 if TYPE_CHECKING:
-    from teacher_service.stored import StoredAnswers
+    from teacher_service.stored import StoredTargets
 
 
 def run(settings: TeacherSettings) -> int:
@@ -30,12 +30,12 @@ def run(settings: TeacherSettings) -> int:
     return run_service(settings, make_service, create_app)
 
 
-def _store(settings: TeacherSettings) -> StoredAnswers | None:
+def _store(settings: TeacherSettings) -> StoredTargets | None:
     if settings.store is None:
         return None
-    from teacher_service.stored import StoredAnswers
+    from teacher_service.stored import StoredTargets
 
-    return StoredAnswers(settings.store, settings.store_bytes)
+    return StoredTargets(settings.store, settings.store_bytes)
 
 
 def _scripted(settings: TeacherSettings) -> Engine:

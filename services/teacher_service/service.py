@@ -28,14 +28,14 @@ from teacher_service.settings import TeacherSettings
 from teacher_service.text import JsonPieces, Text, Turns
 
 if TYPE_CHECKING:
-    from teacher_service.stored import StoredAnswers
+    from teacher_service.stored import StoredTargets
 
 
 class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
     """A `Service` of targets."""
 
     def __init__(
-        self, engine: Engine, settings: TeacherSettings, keys: Keys | None = None, store: StoredAnswers | None = None
+        self, engine: Engine, settings: TeacherSettings, keys: Keys | None = None, store: StoredTargets | None = None
     ):
         super().__init__(engine, settings, keys, store)
         self._store = store
@@ -117,7 +117,7 @@ class TeacherService(Service[Engine, TeacherSettings, Query, TokenTargets]):
         return text, JsonPieces(text)
 
 
-def _store_value(store: StoredAnswers, name: str) -> float:
+def _store_value(store: StoredTargets, name: str) -> float:
     return float(getattr(store.stats(), name))
 
 

@@ -18,7 +18,7 @@ from teacher_proto.targets import TokenTargets
 _READERS = 4
 
 
-class StoredAnswers:
+class StoredTargets:
     """One open store and the fingerprint that it is read and written under. ValueError if it can't be opened."""
 
     def __init__(self, path: Path, max_bytes: int):

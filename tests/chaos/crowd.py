@@ -20,8 +20,8 @@ import numpy as np
 
 from teacher_proto.errors import WireError
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.wire.answers import AnswerDecoder, End, Failure, Targets
 from teacher_proto.wire.records import MSGPACK, TARGETS_FORMAT, encode_request
+from teacher_proto.wire.responses import End, Failure, ResponseDecoder, Targets
 
 
 @dataclass
@@ -66,7 +66,7 @@ async def ask(client: httpx.AsyncClient, body: bytes, key: str | None = None) ->
 
 
 async def _decode(response: httpx.Response, outcome: Outcome) -> None:
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     async for chunk in response.aiter_bytes():
         for message in decoder.feed(chunk):
             if isinstance(message, Targets):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from teacher_proto.wire.answers import AnswerDecoder, End, Failure, Progress, Targets
 from teacher_proto.wire.records import MSGPACK, TARGETS_FORMAT
+from teacher_proto.wire.responses import End, Failure, Progress, ResponseDecoder, Targets
 
 
 @dataclass
@@ -40,7 +40,7 @@ async def listen(
     headers = {"Content-Type": MSGPACK, "X-Progress": str(every_s)} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
-    heard, started, decoder = Heard(), time.monotonic(), AnswerDecoder(TARGETS_FORMAT)
+    heard, started, decoder = Heard(), time.monotonic(), ResponseDecoder(TARGETS_FORMAT)
     async with client.stream("POST", path, content=body, headers=headers) as response:
         heard.status = response.status_code
         if response.status_code != 200:

@@ -18,9 +18,9 @@ from teacher_proto.attention import AttentionRequest
 from teacher_proto.client.attention_client import AttentionClient
 from teacher_proto.client.replicas import RetryPolicy
 from teacher_proto.errors import TeacherUnavailableError, WrongTeacherError
-from teacher_proto.wire.answers import AnswerDecoder, Progress
 from teacher_proto.wire.attention import ATTENTION_FORMAT
 from teacher_proto.wire.records import MSGPACK, encode_request
+from teacher_proto.wire.responses import Progress, ResponseDecoder
 from tests.chaos.crowd import until_admitted, until_gauge
 from tests.teacher_process import AttentionProcess
 from tests.unit.attention_service.models import save_tiny
@@ -61,7 +61,7 @@ async def post(http: httpx.AsyncClient, asked: AttentionRequest) -> httpx.Respon
 
 
 def is_whole(response: httpx.Response) -> bool:
-    decoder = AnswerDecoder(ATTENTION_FORMAT)
+    decoder = ResponseDecoder(ATTENTION_FORMAT)
     messages = list(decoder.feed(response.content))
     decoder.close()
     return len(messages) == 3
@@ -108,7 +108,7 @@ async def test_a_client_that_asks_for_it_hears_of_its_progress(http: httpx.Async
     async def progress(seed: int) -> list[Progress]:
         headers = {"Content-Type": MSGPACK, "X-Progress": "1"}
         response = await http.post("/v1/attention", content=encode_request(slow(seed)), headers=headers)
-        decoder = AnswerDecoder(ATTENTION_FORMAT)
+        decoder = ResponseDecoder(ATTENTION_FORMAT)
         messages = list(decoder.feed(response.content))
         decoder.close()
         return [message for message in messages if isinstance(message, Progress)]

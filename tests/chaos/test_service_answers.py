@@ -21,8 +21,8 @@ from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import StillhouseError, TruncatedError, WireError
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.answers import AnswerDecoder
 from teacher_proto.wire.records import MSGPACK, TARGETS_FORMAT, encode_request
+from teacher_proto.wire.responses import ResponseDecoder
 from tests.chaos.crowd import crowd, request_body
 from tests.teacher_process import TeacherProcess
 
@@ -131,11 +131,11 @@ async def test_an_answer_cut_at_any_byte_is_never_taken_for_whole(teacher: Teach
         response = await client.post("/v1/targets", content=encode_request(REQUEST), headers={"Content-Type": MSGPACK})
     body = response.content
     for length in range(len(body)):
-        decoder = AnswerDecoder(TARGETS_FORMAT)
+        decoder = ResponseDecoder(TARGETS_FORMAT)
         with pytest.raises((TruncatedError, WireError)):
             list(decoder.feed(body[:length]))
             decoder.close()
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     list(decoder.feed(body))
     decoder.close()
     print(f"{len(body)} cuts, all noticed")

@@ -12,8 +12,8 @@ import pytest
 
 from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import WrongTeacherError
-from teacher_proto.wire.answers import AnswerDecoder
 from teacher_proto.wire.records import TARGETS_FORMAT
+from teacher_proto.wire.responses import ResponseDecoder
 from tests.chaos.crowd import Outcome, ask, gauge, percentile, request_body, until_admitted, until_gauge
 from tests.chaos.listener import Heard, listen
 from tests.teacher_process import TeacherProcess
@@ -361,7 +361,7 @@ async def test_a_slow_reader_gets_its_answer_whole() -> None:
         took = time.monotonic() - started
         listener.close()
     answer = _without_chunks(bytes(received).partition(b"\r\n\r\n")[2])
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     assert [type(message).__name__ for message in decoder.feed(answer)] == ["Header", "Targets", "End"]
     decoder.close()
     print(f"{len(answer) / 2**20:.1f} MiB read in {took:.1f} s, with a stall time of 1 s")

@@ -16,7 +16,6 @@ from teacher_proto.errors import RequestError, WireError
 from teacher_proto.request_checks import parse_body
 from teacher_proto.requests import Limits, TargetsRequest, check_request
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.answers import AnswerDecoder, encode_end, encode_failure
 from teacher_proto.wire.as_json import decode_json_request
 from teacher_proto.wire.records import (
     TARGETS_FORMAT,
@@ -26,6 +25,7 @@ from teacher_proto.wire.records import (
     encode_request,
     encode_targets,
 )
+from teacher_proto.wire.responses import ResponseDecoder, encode_end, encode_failure
 
 SECONDS = float(os.environ.get("STILLHOUSE_FUZZ_SECONDS", "60"))
 LIMITS = Limits(vocab_size=512, max_sequence_length=2048)
@@ -73,7 +73,7 @@ def spoil(body: bytes, generator: np.random.Generator) -> bytes:
 
 def decode_everything(body: bytes) -> None:
     with contextlib.suppress(WireError):
-        list(AnswerDecoder(TARGETS_FORMAT).feed(body))
+        list(ResponseDecoder(TARGETS_FORMAT).feed(body))
     for decode in (decode_request, decode_json_request):
         with contextlib.suppress(WireError, RequestError):
             check_request(parse_body(TargetsRequest, decode(body, LIMITS)), LIMITS)

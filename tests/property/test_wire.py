@@ -17,10 +17,10 @@ from teacher_proto.errors import RequestError, WireError
 from teacher_proto.request_checks import parse_body
 from teacher_proto.requests import KINDS, Limits, TargetsRequest, check_request
 from teacher_proto.targets import TENSORS, TokenTargets, check_targets, id_dtype
-from teacher_proto.wire.answers import AnswerDecoder, Targets, encode_end
 from teacher_proto.wire.as_json import decode_json_request
 from teacher_proto.wire.reader import Budget, read_message
 from teacher_proto.wire.records import TARGETS_FORMAT, decode_request, encode_header, encode_request, encode_targets
+from teacher_proto.wire.responses import ResponseDecoder, Targets, encode_end
 from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.records import json_message, make_body, make_header, make_record
@@ -80,7 +80,7 @@ def test_requests_survive_json(request: TargetsRequest) -> None:
 @given(requests(), st.integers(1, 300))
 def test_true_answers_survive_and_pass_every_check(request: TargetsRequest, piece: int) -> None:
     body = make_body(request)
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     messages = [m for at in range(0, len(body), piece) for m in decoder.feed(body[at : at + piece])]
     decoder.close()
     answers = [m for m in messages if isinstance(m, Targets)]
@@ -115,7 +115,7 @@ def odd_records(draw: st.DrawFn, vocab_size: int) -> TokenTargets:
 def test_any_bits_survive_the_wire(vocab_size: int, data: st.DataObject) -> None:
     record = data.draw(odd_records(vocab_size))
     header = make_header(TargetsRequest(sequences=([1],)), vocab_size)
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     _, message, _ = decoder.feed(encode_header(header) + encode_targets(0, record, vocab_size) + encode_end(1))
     decoder.close()
     assert same_bits(message.targets, record)
@@ -158,7 +158,7 @@ def test_reader_and_library_agree(value: Any) -> None:
 def decode_both(body: bytes) -> None:
     """Both decoders on `body`; anything but a WireError or a RequestError goes through to the test."""
     with contextlib.suppress(WireError):
-        for message in AnswerDecoder(TARGETS_FORMAT).feed(body):
+        for message in ResponseDecoder(TARGETS_FORMAT).feed(body):
             json_message(message)
     for decode in (decode_request, decode_json_request):
         with contextlib.suppress(WireError, RequestError):

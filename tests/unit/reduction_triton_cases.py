@@ -14,14 +14,14 @@ import torch
 
 from teacher_proto import hardware
 from teacher_proto.compute import reduction_kernels
-from teacher_proto.compute.reduction_triton import SEGMENT, Figures, reduce_in_one_pass
+from teacher_proto.compute.reduction_triton import SEGMENT, ReducedRows, reduce_in_one_pass
 from teacher_proto.requests import TargetSpec
 from tests.unit.test_reduction import draw_logits, record
 
 TEMPERATURES = (5.0, 1.0, 2.0, 0.5, 1e-3)
 
 
-def reduced(logits_NV: torch.Tensor, k: int, temperatures: tuple[float, ...] = TEMPERATURES) -> Figures:
+def reduced(logits_NV: torch.Tensor, k: int, temperatures: tuple[float, ...] = TEMPERATURES) -> ReducedRows:
     """The figures, held to float64 and to a stable sort, which among equal logits keeps the lower id in front."""
     generator = torch.Generator().manual_seed(1)
     next_N = torch.randint(logits_NV.shape[1], (len(logits_NV),), generator=generator)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from teacher_proto import hardware
 from teacher_proto.compute import reduction
-from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows, sample_key, uniform_noise
+from teacher_proto.compute.reduction import NO_TOKEN, Rows, reduce_rows
+from teacher_proto.compute.sampling import sample_key, uniform_noise
 from teacher_proto.compute.top_k import top_k
 from teacher_proto.requests import Query, TargetSpec
 from teacher_proto.targets import TokenTargets, check_targets

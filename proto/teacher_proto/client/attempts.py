@@ -18,7 +18,7 @@ from teacher_proto.client.replicas import Replica, ReplicaPool, RetryBudget, Ret
 from teacher_proto.client.waiting import InFlight
 from teacher_proto.errors import EngineDeadError, StillhouseError, TeacherUnavailableError, WireError, WrongTeacherError
 from teacher_proto.request_checks import RequestT
-from teacher_proto.wire.answers import Progress, RecordT
+from teacher_proto.wire.responses import Progress, RecordT
 
 # Requests of other clients that run beside a suspect would be blamed if it kills the engine. Wait this long for them.
 WAIT_FOR_OTHERS_S = 10.0

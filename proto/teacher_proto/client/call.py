@@ -32,7 +32,7 @@ from teacher_proto.errors import (
     WrongTeacherError,
 )
 from teacher_proto.request_checks import RequestT, SequencesRequest
-from teacher_proto.wire.answers import Progress
+from teacher_proto.wire.responses import Progress
 
 MAX_IDENTITY_CHANGES = 3
 # The rate assumed for a service that reports progress, but no rate yet.

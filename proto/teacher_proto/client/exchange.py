@@ -29,19 +29,19 @@ from teacher_proto.errors import (
 )
 from teacher_proto.info import ServiceInfo, read_info
 from teacher_proto.request_checks import RequestT, SequencesRequest
-from teacher_proto.wire.answers import (
+from teacher_proto.wire.records import MSGPACK, REQUEST_ID_HEADER, encode_request
+from teacher_proto.wire.responses import (
     PROGRESS_HEADER,
-    AnswerDecoder,
-    AnswerFormat,
     AnyHeader,
     End,
     Failure,
     HeaderT,
     Progress,
     RecordT,
+    ResponseDecoder,
+    ResponseFormat,
     Targets,
 )
-from teacher_proto.wire.records import MSGPACK, REQUEST_ID_HEADER, encode_request
 
 # The progress interval to request from a service; a third of the read timeout if that is shorter.
 PROGRESS_EVERY_S = 2.0
@@ -63,7 +63,7 @@ class Route(Generic[RequestT, HeaderT, RecordT, InfoT]):
     noun: str
     command: str
     path: str
-    answers: AnswerFormat[HeaderT, RecordT]
+    answers: ResponseFormat[HeaderT, RecordT]
     info: type[InfoT]
     check_request: Callable[[RequestT, InfoT], None]
     check_header: Callable[[HeaderT, RequestT, InfoT], None]
@@ -152,7 +152,7 @@ async def exchange(
             raise error_of(response, await plain_body(response), route)
         if (kind := response.headers.get("content-type", "").split(";")[0]) != MSGPACK:
             raise WireError(f"{url} answered {route.path} with {kind or 'no content type'}, {MSGPACK} was expected")
-        decoder = AnswerDecoder(route.answers, MAX_MESSAGE_BYTES)
+        decoder = ResponseDecoder(route.answers, MAX_MESSAGE_BYTES)
         async for chunk in response.aiter_bytes():
             for message in decoder.feed(chunk):
                 if isinstance(message, Failure):

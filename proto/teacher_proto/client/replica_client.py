@@ -23,7 +23,7 @@ from teacher_proto.client.splitting import least_of, merge, split
 from teacher_proto.client.waiting import InFlight, Waiting
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.request_checks import RequestT
-from teacher_proto.wire.answers import RecordT
+from teacher_proto.wire.responses import RecordT
 
 OnProgress = Callable[[Waiting], None]
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from teacher_proto.process.stage_text import duration
+
 if TYPE_CHECKING:
-    from teacher_proto.wire.answers import Progress
+    from teacher_proto.wire.responses import Progress
 
 RATE_WINDOW_S = 60.0
 
@@ -82,21 +84,11 @@ class Waiting:
         )
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: `45 s`, `3 min 9 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def _rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.1f}" if tokens_per_second < 10 else f"{tokens_per_second:,.0f}"
 
 
-class AskedFor(Protocol):
+class TrackedCall(Protocol):
     """The part of `client.call.Call` that is read here: its replica, its progress, and when it was last heard from."""
 
     @property
@@ -118,7 +110,7 @@ class Entry:
     """One request, and the calls that it was split into: none until the service's limits are known."""
 
     tokens: int
-    calls: Sequence[AskedFor] = ()
+    calls: Sequence[TrackedCall] = ()
 
     @property
     def tokens_done(self) -> int:
@@ -180,9 +172,9 @@ class InFlight:
 
     def waiting_for(self, what: str, entries: Sequence[Entry], replicas: int = 1) -> Waiting:
         """Only these requests."""
-        return waiting_for(what, entries, self._now(), replicas, self._rate(), self._answered_since)
+        return waiting_for(what, entries, self._now(), replicas, self._rate(), self._received_since)
 
-    def _answered_since(self, at: float) -> int:
+    def _received_since(self, at: float) -> int:
         return sum(tokens for when, tokens in list(self._answered) if when > at)
 
     def _rate(self) -> float:
@@ -194,11 +186,11 @@ class InFlight:
 
 def waiting_for(
     what: str, entries: Sequence[Entry], now: float, replicas: int = 1, measured_rate: float = 0.0,
-    answered_since: Callable[[float], int] = lambda at: 0,
+    received_since: Callable[[float], int] = lambda at: 0,
 ) -> Waiting:  # fmt: skip
-    """The progress of these requests together, from the reports of the services. `answered_since(time)` is the number
+    """The progress of these requests together, from the reports of the services. `received_since(time)` is the number
     of tokens answered since then: a report from before still counts them as ahead."""
-    asked: dict[Any, list[AskedFor]] = defaultdict(list)
+    asked: dict[Any, list[TrackedCall]] = defaultdict(list)
     unsent = sum(entry.tokens for entry in entries if not entry.calls)
     calls = [call for entry in entries for call in entry.calls]
     for call in calls:
@@ -207,7 +199,7 @@ def waiting_for(
         elif call.tokens_left:
             asked[replica].append(call)
     share = unsent / max(replicas, len(asked))
-    total = Waiting.sum_of(_part(what, group, share, answered_since) for group in asked.values())
+    total = Waiting.sum_of(_part(what, group, share, received_since) for group in asked.values())
     rate = total.tokens_per_second if total is not None else 0.0
     return Waiting(
         what,
@@ -219,14 +211,14 @@ def waiting_for(
     )
 
 
-def _part(what: str, calls: Sequence[AskedFor], unsent: float, answered_since: Callable[[float], int]) -> Waiting:
+def _part(what: str, calls: Sequence[TrackedCall], unsent: float, received_since: Callable[[float], int]) -> Waiting:
     """The work that one replica still has to do for us, and for others before the last of ours."""
     sent = sum(call.tokens_left for call in calls)
     # Read each `progress` once: the client's thread may change it meanwhile.
     reported = [(call, progress) for call in calls if (progress := call.progress) is not None]
     # The last of ours is done after this many tokens, whether or not a service counts our other requests as ahead.
     ahead = max(
-        (call.tokens_left + max(progress.tokens_ahead - answered_since(call.reported_at), 0)
+        (call.tokens_left + max(progress.tokens_ahead - received_since(call.reported_at), 0)
          for call, progress in reported), default=0,
     )  # fmt: skip
     _, latest = max(reported, key=lambda pair: pair[0].reported_at, default=(None, None))

@@ -18,7 +18,7 @@ import transformers
 
 from teacher_proto import hardware
 from teacher_proto.compute.head import HeadScaling, scaling_of
-from teacher_proto.compute.reduction import sample_key
+from teacher_proto.compute.sampling import sample_key
 from teacher_proto.compute.slices import Slice, reduce_slices
 from teacher_proto.hardware import choose_dtype, emulation_warning, pick_device
 from teacher_proto.identity import NumericIdentity, TeacherIdentity

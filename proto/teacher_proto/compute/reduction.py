@@ -10,15 +10,13 @@ A chunk is reduced by the passes in torch below, on any device, or, if `hardware
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from teacher_proto import hardware
+from teacher_proto.compute.sampling import draw
 from teacher_proto.compute.top_k import BLOCK, top_k
 from teacher_proto.requests import HiddenDtype, TargetSpec
 from teacher_proto.targets import id_dtype
@@ -53,15 +51,6 @@ class Rows:
     def cut(self, start: int, stop: int) -> Rows:
         parts = (self.next_ids_N, self.gather_ids_NG, self.sample_keys_N, self.positions_N)
         return Rows(*(None if part is None else part[start:stop] for part in parts))
-
-
-def sample_key(seed: int, tokens_T: np.ndarray) -> int:
-    """The key of a sequence's draws, a signed 64-bit integer that depends only on seed and tokens.
-
-    It includes the tokens so that different sequences have independent noise under the same seed.
-    """
-    state = hashlib.sha256(seed.to_bytes(8, "little") + np.ascontiguousarray(tokens_T, dtype="<i8").tobytes())
-    return int.from_bytes(state.digest()[:8], "little", signed=True)
 
 
 def chunk_rows(device: torch.device) -> int:
@@ -146,7 +135,7 @@ def _reduce_in_one_pass(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -
     if spec.num_samples:
         step = max(1, FLOAT_BYTES_ACCELERATOR // (4 * logits_NV.shape[1]))
         columns["sampled_ids"] = torch.cat([
-            draw(logits_NV[a : a + step].float().sub_(found.best_N[a : a + step, None]), rows.cut(a, a + step), spec)
+            _draw(logits_NV[a : a + step].float().sub_(found.best_N[a : a + step, None]), rows.cut(a, a + step), spec)
             for a in range(0, len(logits_NV), step)
         ])  # fmt: skip
     return columns
@@ -186,7 +175,7 @@ def _sweep(logits_NV: torch.Tensor, rows: Rows, spec: TargetSpec, workspace: Wor
     # Everything that reads single distances comes first: `_log_sums` overwrites them.
     next_N1 = None if rows.next_ids_N is None else distance_NW.gather(1, rows.next_ids_N[:, None].clamp(min=0))
     gathered_NG = None if rows.gather_ids_NG is None else distance_NW.gather(1, rows.gather_ids_NG)
-    drawn = {"sampled_ids": draw(distance_NW[:, :vocab_size], rows, spec)} if spec.num_samples else {}
+    drawn = {"sampled_ids": _draw(distance_NW[:, :vocab_size], rows, spec)} if spec.num_samples else {}
     log_sums = _log_sums(distance_NW, spec.temperatures, scratch_NW)
     log_sum_N1 = log_sums[1.0]
     columns = {"maxima": maxima_Nb, "lse": (best_N1 + log_sum_N1)[:, 0], **drawn}
@@ -235,54 +224,9 @@ def _half(logprobs: torch.Tensor) -> torch.Tensor:
     return logprobs.clamp(min=torch.finfo(torch.float16).min, max=0.0).half()
 
 
-def draw(distance_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -> torch.Tensor:
-    """`num_samples` ids per row, drawn with replacement at `sample_temperature`; ascending within a row.
-
-    `distance` is logits minus the largest of their row.
-
-    Inverse transform sampling with noise that depends only on (sample key, position, draw), so a row's draws do not
-    depend on how it was batched.
-    """
-    import torch
-
+def _draw(distance_NV: torch.Tensor, rows: Rows, spec: TargetSpec) -> torch.Tensor:
     assert rows.sample_keys_N is not None and rows.positions_N is not None
-    # float64, since fp32 would lose the smallest of up to 150,000 terms. Instead of dividing the sums by their total,
-    # the noise is multiplied by it: N x draws operations, not N x V.
-    cumulative_NV = (distance_NV * (1.0 / spec.sample_temperature)).exp().cumsum(dim=-1, dtype=torch.float64)
-    uniform_NM = uniform_noise(rows.sample_keys_N, rows.positions_N, spec.num_samples)
-    # The first id whose sum is above the noise; `right` excludes ids of probability 0.
-    ids_NM = torch.searchsorted(cumulative_NV, uniform_NM * cumulative_NV[:, -1:], right=True)
-    # A row with NaN gives an index beyond its end.
-    return ids_NM.clamp(max=distance_NV.shape[1] - 1).sort(dim=-1).values
-
-
-# 2**64 over the golden ratio, 0x9e3779b97f4a7c15, as int64: the step from one state of splitmix64 to the next.
-_GAMMA = -7046029254386353131
-
-
-def uniform_noise(keys_N: torch.Tensor, positions_N: torch.Tensor, count: int) -> torch.Tensor:
-    """[N, count] float64 in [0, 1): splitmix64 of key, position and number of the draw, the same on every device."""
-    import torch
-
-    number_M = torch.arange(1, count + 1, device=keys_N.device, dtype=torch.int64)
-    # One generator per position, seeded by key and position, and the first `count` numbers of each.
-    state_N = _splitmix(keys_N + positions_N * _GAMMA)
-    bits_NM = _splitmix(state_N[:, None] + number_M * _GAMMA)
-    # The upper 53 bits: as many as float64 has.
-    return _shift_right(bits_NM, 11).to(torch.float64) * 2.0**-53
-
-
-def _splitmix(x: torch.Tensor) -> torch.Tensor:
-    # Steele, Lea and Flood (2014), finaliser of SplittableRandom; int64 wraps as uint64 does. Its factors are
-    # 0xbf58476d1ce4e5b9 and 0x94d049bb133111eb.
-    x = (x ^ _shift_right(x, 30)) * -4658895280553007687
-    x = (x ^ _shift_right(x, 27)) * -7723592293110705685
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    # A logical shift: int64's own fills with the sign bit.
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return draw(distance_NV, rows.sample_keys_N, rows.positions_N, spec.num_samples, spec.sample_temperature)
 
 
 def pack_hidden(hidden_ND: torch.Tensor, dtype: HiddenDtype) -> dict[str, Any]:

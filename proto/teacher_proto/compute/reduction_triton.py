@@ -50,7 +50,7 @@ _FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
-class Figures:
+class ReducedRows:
     """The results of one pass over N rows; fp32, ids int32.
 
     With m the largest logit and S(T) = sum exp((z - m) / T): `best` [N] is m, `log_sum` [N] log S(1), `lse` [N] their
@@ -69,7 +69,7 @@ class Figures:
 
 def reduce_in_one_pass(
     logits_NV: torch.Tensor, next_ids_N: torch.Tensor | None, temperatures: tuple[float, ...], k: int
-) -> Figures:
+) -> ReducedRows:
     """The results for N rows of logits in any float dtype, with any row stride; k = 0 requests no top-K.
 
     A negative id in `next_ids` is read as 0.
@@ -103,7 +103,7 @@ def reduce_in_one_pass(
             NEXT=next_ids_N is not None, CHOOSE=k > 0, num_warps=warps_for(blocks_up), **_FUSED,
         )  # fmt: skip
         ids_NK, logprobs_NK = _largest(logits_NV, chosen_NC, best_N, log_sum_N, k) if k else (None, None)
-    return Figures(
+    return ReducedRows(
         best_N, log_sum_N, lse_N, log_z_NT, None if next_ids_N is None else next_logprob_N, ids_NK, logprobs_NK
     )
 

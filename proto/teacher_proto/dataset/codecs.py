@@ -13,7 +13,7 @@ from teacher_proto.targets import TokenTargets
 
 # Names in manifests, one for each layout, so that an older version refuses what it can't read; and names for `--codec`.
 COMPACT: Mapping[str, int] = {"compact": 1, "compact2": 2}
-_TOLD: Mapping[str, str] = {"compact": "compact2", "compact1": "compact"}
+_CODEC_NAMES: Mapping[str, str] = {"compact": "compact2", "compact1": "compact"}
 
 
 class Codec(Protocol):
@@ -88,8 +88,8 @@ def parse_codec(text: str) -> dict[str, Any]:
     name, _, bits = text.partition(":")
     if text == "lossless":
         return {"name": "lossless"}
-    if name not in _TOLD or not (bits or "8").isdigit() or not MIN_BITS <= int(bits or 8) <= MAX_BITS:
+    if name not in _CODEC_NAMES or not (bits or "8").isdigit() or not MIN_BITS <= int(bits or 8) <= MAX_BITS:
         raise ValueError(
             f"--codec {text}: lossless, compact or compact:BITS with {MIN_BITS} to {MAX_BITS} bits was expected"
         )
-    return {"name": _TOLD[name], "bits": int(bits or 8)}
+    return {"name": _CODEC_NAMES[name], "bits": int(bits or 8)}

@@ -27,7 +27,7 @@ from teacher_proto.dataset.ranges import Ranges
 from teacher_proto.dataset.shards import Rows, encode_shard, open_shard
 from teacher_proto.info import TeacherInfo
 from teacher_proto.requests import Query, TargetSpec
-from teacher_proto.store.entry import Entry, asked_entries, cut, join, sequence_key
+from teacher_proto.store.entry import Entry, cut, join, requested_entries, sequence_key
 from teacher_proto.store.parquet import Pair
 from teacher_proto.targets import TokenTargets
 
@@ -84,7 +84,7 @@ class TargetDataset:
         if "gather" in spec.kinds:  # its ids are known only when a step begins
             return False
         stored, asked = (
-            asked_entries("", Query(np.zeros(1, np.int64), (0, 1), one)) for one in (self.manifest.spec, spec)
+            requested_entries("", Query(np.zeros(1, np.int64), (0, 1), one)) for one in (self.manifest.spec, spec)
         )
         return all(any(one.covers(other) for one in stored) for other in asked)
 
@@ -97,7 +97,7 @@ class TargetDataset:
     def get(self, fingerprint: str, query: Query) -> TokenTargets | None:
         """The targets for `query` as the codec stores them, or None. The arrays are read-only."""
         parts = []
-        for asked in asked_entries(fingerprint, query):
+        for asked in requested_entries(fingerprint, query):
             part = next((cut(targets, stored, asked) for stored, targets in self._stored(asked)), None)
             if part is None:
                 return None

@@ -1,4 +1,4 @@
-"""Texts and progress bars, cut to the width of a terminal. Used by `stages`."""
+"""Texts of progress: durations for people, and lines and bars cut to the width of a terminal."""
 
 from __future__ import annotations
 
@@ -41,3 +41,13 @@ def bar_line(width: int, what: str, done: float, total: float | None, right: Seq
         row.add_column(no_wrap=True)
     row.add_row(*cells)
     return row
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `45 s`, `3 min 9 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from teacher_proto.client.waiting import duration
-from teacher_proto.process.stage_text import bar_line, shortened
+from teacher_proto.process.stage_text import bar_line, duration, shortened
 
 if TYPE_CHECKING:
     from rich.live import Live

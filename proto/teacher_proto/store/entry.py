@@ -91,14 +91,14 @@ def entry_key(entry: Entry) -> bytes:
     return sequence_key(entry.fingerprint, entry.tokens_T) + bytes([KINDS.index(entry.kind)]) + digest
 
 
-def asked_entries(fingerprint: str, query: Query) -> list[Entry]:
+def requested_entries(fingerprint: str, query: Query) -> list[Entry]:
     """The entries that answer a query, one per kind; no `score` if there is `top_k`, which contains it."""
     spec = query.spec
     kinds = [kind for kind in KINDS if kind in spec.kinds and not (kind == "score" and "top_k" in spec.kinds)]
-    return [_asked_entry(fingerprint, query, kind) for kind in kinds]
+    return [_requested_entry(fingerprint, query, kind) for kind in kinds]
 
 
-def _asked_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
+def _requested_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
     gathered = ""
     if kind == "gather":
         assert query.gather_ids_RG is not None, "kind gather comes with its ids"
@@ -115,7 +115,7 @@ def _asked_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
 def split(fingerprint: str, query: Query, targets: TokenTargets) -> list[tuple[Entry, TokenTargets]]:
     """The targets of a query, split into the entries to store."""
     parts = []
-    for entry in asked_entries(fingerprint, query):
+    for entry in requested_entries(fingerprint, query):
         part = only(targets, tensors_of((entry.kind,)))
         wide = any(array.dtype.itemsize > 2 for name, array in part.tensors().items() if name in _ID_TENSORS)
         parts.append((replace(entry, wide_ids=wide), part))

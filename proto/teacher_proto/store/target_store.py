@@ -26,11 +26,11 @@ from teacher_proto.info import TeacherInfo, read_info
 from teacher_proto.requests import Query
 from teacher_proto.store.entry import (
     Entry,
-    asked_entries,
     cut,
     entry_key,
     join,
     pack_entry,
+    requested_entries,
     sequence_key,
     split,
     unpack_targets,
@@ -176,7 +176,7 @@ class TargetStore:
         taken = []
         try:
             with self._lru.reading() as reading:
-                for asked in asked_entries(fingerprint, query):
+                for asked in requested_entries(fingerprint, query):
                     found = self._find(reading, asked)
                     if found is None:
                         return None

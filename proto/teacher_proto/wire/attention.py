@@ -1,6 +1,6 @@
 """Encodes and decodes attention records as msgpack messages. Used by the attention service, its client and tests.
 
-The stream of messages and its checks are in `answers.py`; WIRE.md is the specification.
+The stream of messages and its checks are in `responses.py`; WIRE.md is the specification.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import msgpack
 from teacher_proto.attention import ATTENTION_KINDS, AttentionKind
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets
 from teacher_proto.errors import WireError
-from teacher_proto.wire.answers import (
+from teacher_proto.wire.responses import (
     VERSION,
-    AnswerFormat,
+    ResponseFormat,
     integer,
     read_names,
     read_tensors,
@@ -62,4 +62,4 @@ def _read_attention(message: dict[str, Any], header: AttentionHeader) -> Attenti
     return AttentionTargets(header.kind, header.layer, **read_tensors(message, ATTENTION_TENSORS))
 
 
-ATTENTION_FORMAT = AnswerFormat("attention", _read_header, _read_attention)
+ATTENTION_FORMAT = ResponseFormat("attention", _read_header, _read_attention)

@@ -1,6 +1,6 @@
 """Encodes and decodes requests and targets as msgpack messages. Used by services, clients, store and tests.
 
-The specification is WIRE.md. The message stream of a response is in `answers.py`, tensors in `tensors.py`, JSON in
+The specification is WIRE.md. The message stream of a response is in `responses.py`, tensors in `tensors.py`, JSON in
 `as_json.py`. `request_checks.parse_body` turns the plain fields that `decode_request` returns into a request.
 """
 
@@ -18,17 +18,17 @@ from teacher_proto.errors import WireError
 from teacher_proto.request_checks import SequenceLimits, SequencesRequest
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TENSORS, TokenTargets, id_dtype
-from teacher_proto.wire.answers import (
+from teacher_proto.wire.reader import Budget, read_message
+from teacher_proto.wire.responses import (
     BUDGET,
     VERSION,
-    AnswerFormat,
+    ResponseFormat,
     Targets,
     integer,
     read_names,
     read_tensors,
     record_message,
 )
-from teacher_proto.wire.reader import Budget, read_message
 from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 
 MSGPACK = "application/msgpack"
@@ -98,7 +98,7 @@ def _read_targets(message: dict[str, Any], header: Header | None = None) -> Toke
     return TokenTargets(start=integer(message, "start"), **read_tensors(message, dtypes, ("start",)))
 
 
-TARGETS_FORMAT = AnswerFormat("targets", _read_header, _read_targets)
+TARGETS_FORMAT = ResponseFormat("targets", _read_header, _read_targets)
 
 
 def encode_request(request: SequencesRequest) -> bytes:

@@ -1,6 +1,6 @@
 """Tensors in the wire format: `{"dtype", "shape", "data"}`, with little-endian data of exactly the implied length.
 
-Used by `records.py`, `attention.py`, `answers.py` and the store.
+Used by `records.py`, `attention.py`, `responses.py` and the store.
 """
 
 from __future__ import annotations

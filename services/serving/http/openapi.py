@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from teacher_proto.request_checks import SequencesRequest
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.answers import VERSION
+from teacher_proto.wire.responses import VERSION
 from teacher_proto.wire.tensors import ITEM_SIZE
 
 _MEANING = {
@@ -55,7 +55,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 # Errors that any request with a key can get, and those that any request with a body can get.
-ASKING = (400, 401, 503)
+GETTING = (400, 401, 503)
 POSTING = (400, 401, 408, 409, 413, 415, 422, 429, 500, 503)
 
 TENSOR = {
@@ -114,7 +114,7 @@ def _one_type(field: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in field.items() if name != "anyOf"} | only | {"type": [only["type"], "null"]}
 
 
-def records_answer(
+def records_response(
     what: str, header: type, tensors: Iterable[str], sequence: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """A response of records, whose messages are called `what`: the fields of `header`, and those of each sequence."""
@@ -130,7 +130,7 @@ def records_answer(
     }
 
 
-METRICS_ANSWER: dict[str, Any] = {
+METRICS_RESPONSE: dict[str, Any] = {
     "description": "the text format of Prometheus",
     "content": {"text/plain": {"schema": {"type": "string"}}},
 }

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
 
-from serving.engine import AnswerT, Job, QueryT
+from serving.engine import Job, QueryT, RecordT
 from serving.http.streams import Outlet, RacedResponse
 from serving.metrics import Metrics
 from serving.scheduling.admission import Admission, Permit
@@ -21,7 +21,7 @@ from serving.scheduling.coalescer import Coalescer
 from serving.scheduling.fair import Rate
 from teacher_proto.errors import MalformedError, OutOfRangeError, StillhouseError
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.answers import (
+from teacher_proto.wire.responses import (
     PROGRESS_HEADER,
     PROGRESS_INTERVAL_S,
     Progress,
@@ -48,25 +48,25 @@ class Work(Generic[QueryT]):
 
 
 @dataclass(frozen=True)
-class Reply(Generic[QueryT, AnswerT]):
+class Reply(Generic[QueryT, RecordT]):
     """A request's work, and how its response is written: `header` is the first message, `encode` makes a message of
     (index, result). With `as_json`, `document` makes the JSON of all results instead.
     """
 
     work: Work[QueryT]
     header: bytes
-    encode: Callable[[int, AnswerT], bytes]
-    document: Callable[[Mapping[int, AnswerT | StillhouseError]], bytes]
+    encode: Callable[[int, RecordT], bytes]
+    document: Callable[[Mapping[int, RecordT | StillhouseError]], bytes]
     as_json: bool = False
 
 
-class AnyService(Protocol[QueryT, AnswerT]):
+class AnyService(Protocol[QueryT, RecordT]):
     """The parts of a service that a response needs."""
 
     @property
     def admission(self) -> Admission: ...
     @property
-    def coalescer(self) -> Coalescer[QueryT, AnswerT]: ...
+    def coalescer(self) -> Coalescer[QueryT, RecordT]: ...
     @property
     def metrics(self) -> Metrics: ...
     @property
@@ -74,11 +74,11 @@ class AnyService(Protocol[QueryT, AnswerT]):
 
 
 async def outcomes(
-    work: Work[QueryT], service: AnyService[QueryT, AnswerT]
-) -> AsyncGenerator[tuple[int, AnswerT | StillhouseError]]:
+    work: Work[QueryT], service: AnyService[QueryT, RecordT]
+) -> AsyncGenerator[tuple[int, RecordT | StillhouseError]]:
     """(index, result or error) of every job, as they finish. Closing the iterator cancels the remaining jobs."""
-    finished: asyncio.Queue[asyncio.Task[AnswerT]] = asyncio.Queue()
-    running: dict[asyncio.Task[AnswerT], int] = {}
+    finished: asyncio.Queue[asyncio.Task[RecordT]] = asyncio.Queue()
+    running: dict[asyncio.Task[RecordT], int] = {}
     try:
         for index, job in enumerate(work.jobs):
             task = asyncio.create_task(service.coalescer.answer(job, work.client))
@@ -94,7 +94,7 @@ async def outcomes(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _outcome(task: asyncio.Task[AnswerT], client: str, metrics: Metrics) -> AnswerT | StillhouseError:
+def _outcome(task: asyncio.Task[RecordT], client: str, metrics: Metrics) -> RecordT | StillhouseError:
     try:
         return task.result()
     except StillhouseError as error:
@@ -102,7 +102,7 @@ def _outcome(task: asyncio.Task[AnswerT], client: str, metrics: Metrics) -> Answ
         return error
 
 
-def response(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], request: Request) -> RacedResponse:
+def response(reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], request: Request) -> RacedResponse:
     """What a route returns: the response in the requested format, with progress if `request` asks for it."""
     every_s = _progress_interval(request)
 
@@ -133,7 +133,7 @@ def _progress_interval(request: Request) -> float | None:
 
 
 async def _stream(
-    reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
+    reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet, every_s: float | None
 ) -> None:
     """Write the response as WIRE.md defines it, once the request is admitted. The status waits for the first success:
     if every sequence fails, the first error is raised and becomes the status. With `every_s` it waits no longer than
@@ -154,11 +154,11 @@ async def _stream(
         await outlet.write(encode_failure(None, error), last=True)
 
 
-class _Stream(Generic[QueryT, AnswerT]):
+class _Stream(Generic[QueryT, RecordT]):
     """One response being written: what has been sent of it, and progress while there is nothing else to send."""
 
     def __init__(
-        self, reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet, every_s: float | None
+        self, reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet, every_s: float | None
     ):
         self._reply = reply
         self._service = service
@@ -200,7 +200,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         for failed, error in self._held:
             await self._outlet.write(encode_failure(failed, error))
 
-    async def write(self, index: int, outcome: AnswerT | StillhouseError) -> None:
+    async def write(self, index: int, outcome: RecordT | StillhouseError) -> None:
         """Write a result or an error; errors are held back until something else has been written."""
         job = self._reply.work.jobs[index]
         self._tokens_done += job.query.num_tokens
@@ -224,7 +224,7 @@ class _Stream(Generic[QueryT, AnswerT]):
         await self._outlet.write(encode_end(len(self._reply.work.jobs)), last=True)
 
 
-async def _document(reply: Reply[QueryT, AnswerT], service: AnyService[QueryT, AnswerT], outlet: Outlet) -> None:
+async def _document(reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet) -> None:
     """Write the response as one JSON document, without progress. If every sequence fails, the first error is raised."""
     async with service.admission.admit(reply.work.permit):
         results = outcomes(reply.work, service)

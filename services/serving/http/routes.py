@@ -21,7 +21,7 @@ from serving.http.bodies import BodyGuard, BodyLimits
 from serving.http.context import RequestContext
 from serving.http.error_table import install_error_table
 from serving.http.keys import require_client
-from serving.http.openapi import ASKING, METRICS_ANSWER, Health, errors
+from serving.http.openapi import GETTING, METRICS_RESPONSE, Health, errors
 from serving.metrics import MEDIA_TYPE
 from serving.service import Service
 from serving.status import StatusBody
@@ -76,14 +76,14 @@ def _service_of(request: Request) -> AnyService:
 TheService = Annotated[AnyService, Depends(_service_of)]
 
 
-@common.get("/v1/status", responses=errors(*ASKING))
+@common.get("/v1/status", responses=errors(*GETTING))
 async def get_status(service: TheService) -> StatusBody:
     """The data behind the page at `/`: who is using the service, and at what rate."""
     service.require_started()
     return service.status()
 
 
-@common.get("/metrics", response_class=Response, responses={**errors(400, 401), 200: METRICS_ANSWER})
+@common.get("/metrics", response_class=Response, responses={**errors(400, 401), 200: METRICS_RESPONSE})
 async def get_metrics(service: TheService) -> Response:
     """Counters for Prometheus."""
     return Response(service.metrics.text(), media_type=MEDIA_TYPE)

@@ -22,7 +22,7 @@ from teacher_proto.errors import OutOfRangeError, OverloadedError, QuotaError, S
 _ACTIVE_S = 5.0
 # A request without progress reports waits this long, and only if it takes so large a part of the capacity that small
 # requests would keep it out forever; any other is refused at once.
-_UNTOLD_S = 5.0
+_WITHOUT_PROGRESS_S = 5.0
 _LARGE = 0.25
 _MAX_WAITING = 1024
 # How many canaries may bypass all that, per client and in total, within `_WITHIN_S`.
@@ -171,7 +171,7 @@ class Admission:
         permit = waiting.permit
         # Places in the queue are shared like the capacity, so that no client fills it alone.
         most = _MAX_WAITING // (len(self._held) + 1) if self._shared else _MAX_WAITING
-        limit_s = None if told else _UNTOLD_S if permit.cost >= _LARGE * self._capacity else 0.0
+        limit_s = None if told else _WITHOUT_PROGRESS_S if permit.cost >= _LARGE * self._capacity else 0.0
         if limit_s == 0 or self._held[permit.client].waiting > most:
             raise self._no_room(permit)
         try:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serving.engine import AnswerT, Job, QueryT
+from serving.engine import Job, QueryT, RecordT
 from teacher_proto.errors import EngineDeadError, EngineError, EngineMemoryError
 
 # The shortest sequence of a batch, as a fraction of its longest: limits padding.
@@ -21,24 +21,24 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class _Waiting(Generic[QueryT, AnswerT]):
+class _Waiting(Generic[QueryT, RecordT]):
     job: Job[QueryT]
-    answer: asyncio.Future[AnswerT]
+    answer: asyncio.Future[RecordT]
 
 
-class Batches(Generic[QueryT, AnswerT]):
+class Batches(Generic[QueryT, RecordT]):
     """`compute` returns the results of a batch, in order. `max_tokens` bounds a batch, padding included; a longer job
     is a batch by itself. `tokens_computed` counts the tokens of all jobs passed to `compute`, retries included. Every
     method but `compute` runs in the event loop's thread."""
 
-    def __init__(self, name: str, compute: Callable[[Sequence[QueryT]], Sequence[AnswerT]], max_tokens: int):
+    def __init__(self, name: str, compute: Callable[[Sequence[QueryT]], Sequence[RecordT]], max_tokens: int):
         self._name = name
         self._compute_batch = compute
         self._max_tokens = max_tokens
         self.tokens_computed = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name.replace(" ", "-"))
-        self._waiting: list[_Waiting[QueryT, AnswerT]] = []
-        self._open: set[_Waiting[QueryT, AnswerT]] = set()
+        self._waiting: list[_Waiting[QueryT, RecordT]] = []
+        self._open: set[_Waiting[QueryT, RecordT]] = set()
         self._pump: asyncio.Task[None] | None = None
         self._death: str | None = "it has not been started"
 
@@ -48,7 +48,7 @@ class Batches(Generic[QueryT, AnswerT]):
         self._death = None
         return loaded
 
-    async def answer(self, job: Job[QueryT]) -> AnswerT:
+    async def answer(self, job: Job[QueryT]) -> RecordT:
         """The result of a job. EngineError if it failed, EngineMemoryError if it ran out of memory."""
         self.check()
         waiting = _Waiting(job, asyncio.get_running_loop().create_future())
@@ -76,12 +76,12 @@ class Batches(Generic[QueryT, AnswerT]):
         while batch := self._next_batch():
             await self._compute(batch)
 
-    def _next_batch(self) -> list[_Waiting[QueryT, AnswerT]]:
+    def _next_batch(self) -> list[_Waiting[QueryT, RecordT]]:
         """The job that has waited longest, urgent ones first, and others of similar length, up to `max_tokens`."""
         self._waiting = [waiting for waiting in self._waiting if not waiting.answer.done()]
         self._waiting.sort(key=lambda waiting: not waiting.job.urgent)
-        batch: list[_Waiting[QueryT, AnswerT]] = []
-        left: list[_Waiting[QueryT, AnswerT]] = []
+        batch: list[_Waiting[QueryT, RecordT]] = []
+        left: list[_Waiting[QueryT, RecordT]] = []
         for waiting in self._waiting:
             lengths = [other.job.query.num_tokens for other in (*batch, waiting)]
             alike = min(lengths) >= _LEAST_LENGTH * max(lengths)
@@ -90,7 +90,7 @@ class Batches(Generic[QueryT, AnswerT]):
         self._waiting = left
         return batch
 
-    async def _compute(self, batch: list[_Waiting[QueryT, AnswerT]]) -> None:
+    async def _compute(self, batch: list[_Waiting[QueryT, RecordT]]) -> None:
         queries = [waiting.job.query for waiting in batch]
         self.tokens_computed += sum(query.num_tokens for query in queries)
         try:

@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from serving.engine import AnswerT, Job, QueryT
+from serving.engine import Job, QueryT, RecordT
 from serving.metrics import Metrics
 from serving.scheduling.fair import FairQueue, Rate, Ticket
 from serving.scheduling.kept import Kept
@@ -38,36 +38,36 @@ StoredQueryT = TypeVar("StoredQueryT", contravariant=True)
 
 
 @dataclass(eq=False)
-class InFlight(Generic[AnswerT]):
+class InFlight(Generic[RecordT]):
     """A sequence that is being or was computed, how many wait for it, and the timer that ends it if nobody does."""
 
     ticket: Ticket
-    task: asyncio.Task[AnswerT]
+    task: asyncio.Task[RecordT]
     clients: set[str]
     waiters: int = 0
     stored: bool = False
     given_up: asyncio.TimerHandle | None = None
 
 
-class AnswerStore(Protocol[StoredQueryT, AnswerT]):
+class RecordStore(Protocol[StoredQueryT, RecordT]):
     """Where results are stored and looked up."""
 
-    async def get(self, query: StoredQueryT) -> AnswerT | None: ...
+    async def get(self, query: StoredQueryT) -> RecordT | None: ...
 
-    def put(self, query: StoredQueryT, answer: AnswerT) -> bool:
+    def put(self, query: StoredQueryT, answer: RecordT) -> bool:
         """Whether `get` will find it, after a moment."""
         ...
 
 
-class Coalescer(Generic[QueryT, AnswerT]):
+class Coalescer(Generic[QueryT, RecordT]):
     """Turns jobs into results by an engine's `score`. Every method runs in the event loop's thread.
 
     Results that nobody waits for are kept for `keep_s`, in at most `keep_bytes`.
     """
 
     def __init__(
-        self, score: Callable[[Job[QueryT]], Awaitable[AnswerT]], queue: FairQueue, rate: Rate, metrics: Metrics,
-        on_death: Callable[[EngineDeadError], None], store: AnswerStore[QueryT, AnswerT] | None = None,
+        self, score: Callable[[Job[QueryT]], Awaitable[RecordT]], queue: FairQueue, rate: Rate, metrics: Metrics,
+        on_death: Callable[[EngineDeadError], None], store: RecordStore[QueryT, RecordT] | None = None,
         *, keep_s: float = 600.0, keep_bytes: int = 256 * 2**20,
     ):  # fmt: skip
         self._engine_score = score
@@ -77,8 +77,8 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._on_death = on_death
         self._store = store
         self._keep_s = keep_s
-        self._in_flight: dict[Hashable, InFlight[AnswerT]] = {}
-        self._fresh: set[asyncio.Task[AnswerT]] = set()
+        self._in_flight: dict[Hashable, InFlight[RecordT]] = {}
+        self._fresh: set[asyncio.Task[RecordT]] = set()
         self._recent = Kept(RECENT_BYTES, keep_s, self._forget_key)
         self._unread = Kept(keep_bytes, keep_s, self._forget_key)
         self._aborted: StillhouseError | None = None
@@ -100,7 +100,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         tickets = [one.ticket for key in keys if (one := self._in_flight.get(key)) is not None]
         return self._queue.tokens_ahead(tickets) if tickets or not keys else self._queue.tokens_in_all()
 
-    async def answer(self, job: Job[QueryT], client: str) -> AnswerT:
+    async def answer(self, job: Job[QueryT], client: str) -> RecordT:
         """The result of an admitted job. EngineError if the engine failed on it."""
         self._check_open()
         if job.fresh:
@@ -127,7 +127,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._count(job, client, source)
         return answer
 
-    def _left(self, one: InFlight[AnswerT], client: str) -> None:
+    def _left(self, one: InFlight[RecordT], client: str) -> None:
         """Nobody waits for it any more: drop it if it is queued or the service drains, else give it `keep_s`."""
         if one.ticket.waiting or self._draining:
             one.task.cancel()
@@ -135,7 +135,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._metrics.outlived.labels(client).inc()
         one.given_up = asyncio.get_running_loop().call_later(self._keep_s, one.task.cancel)
 
-    async def _answer_fresh(self, job: Job[QueryT], client: str) -> AnswerT:
+    async def _answer_fresh(self, job: Job[QueryT], client: str) -> RecordT:
         ticket = Ticket(job.query.num_tokens)
         task = asyncio.create_task(self._score(job, client, ticket))
         self._fresh.add(task)
@@ -176,7 +176,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         for task in [*(one.task for one in self._in_flight.values()), *self._fresh]:
             task.cancel()
 
-    def _join(self, job: Job[QueryT], client: str) -> tuple[InFlight[AnswerT], str]:
+    def _join(self, job: Job[QueryT], client: str) -> tuple[InFlight[RecordT], str]:
         """The entry for a job, and `coalesced` if it existed before, else `engine`."""
         key = job.query.key
         one = self._in_flight.get(key)
@@ -200,7 +200,7 @@ class Coalescer(Generic[QueryT, AnswerT]):
         self._queue.join(client, ticket)
         return one, "engine"
 
-    def _finished(self, key: Hashable, one: InFlight[AnswerT]) -> None:
+    def _finished(self, key: Hashable, one: InFlight[RecordT]) -> None:
         self._queue.leave(one.ticket)
         if one.given_up is not None:
             one.given_up.cancel()
@@ -214,14 +214,14 @@ class Coalescer(Generic[QueryT, AnswerT]):
             kept = self._recent if one.waiters else self._unread
             kept.add(key, one.task.result().nbytes + _IN_FLIGHT_BYTES)
 
-    def _forget(self, key: Hashable, one: InFlight[AnswerT]) -> None:
+    def _forget(self, key: Hashable, one: InFlight[RecordT]) -> None:
         if self._in_flight.get(key) is one:
             del self._in_flight[key]
 
     def _forget_key(self, key: Hashable) -> None:
         self._in_flight.pop(key, None)
 
-    async def _score(self, job: Job[QueryT], client: str, ticket: Ticket) -> AnswerT:
+    async def _score(self, job: Job[QueryT], client: str, ticket: Ticket) -> RecordT:
         queued = time.monotonic()
         async with self._queue.turn(ticket):
             started = time.monotonic()

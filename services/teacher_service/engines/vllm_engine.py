@@ -18,7 +18,7 @@ import numpy as np
 
 from serving.engine import Job
 from serving.logs import stage
-from teacher_proto.compute.reduction import sample_key
+from teacher_proto.compute.sampling import sample_key
 from teacher_proto.errors import EngineDeadError, EngineError
 from teacher_proto.identity import NumericIdentity, TeacherIdentity
 from teacher_proto.model_files import ModelFolder, find_model, hash_files, identify

@@ -159,7 +159,7 @@ def test_blocks_of_rows_make_no_difference(qwen3: tuple[AttentionModel, Any], mo
     (tokens_T,) = sequences(33)
     spec = {"kind": "relations", "form": FORMS["minilm"], "relation_heads": 8}
     (whole,), (maps,) = ask(model, tokens_T, **spec), ask(model, tokens_T, kind="maps")
-    monkeypatch.setattr("attention_service.answers.BLOCK_ENTRIES", 8 * 33 * 5)
+    monkeypatch.setattr("attention_service.records.BLOCK_ENTRIES", 8 * 33 * 5)
     (cut,), (cut_maps,) = ask(model, tokens_T, **spec), ask(model, tokens_T, kind="maps")
     np.testing.assert_allclose(whole.key, cut.key, atol=1e-6)
     np.testing.assert_allclose(maps.maps, cut_maps.maps, atol=1e-6)

@@ -9,8 +9,8 @@ from teacher_proto.attention import AttentionInfo, AttentionLimits, AttentionReq
 from teacher_proto.attention_targets import PARTS, AttentionTargets
 from teacher_proto.compute.relations import relations
 from teacher_proto.identity import TeacherIdentity
-from teacher_proto.wire.answers import encode_end
 from teacher_proto.wire.attention import AttentionHeader, encode_attention, encode_attention_header
+from teacher_proto.wire.responses import encode_end
 from tests.unit.proto.fake_teacher import VOCAB, identity
 
 SHAPE = AttentionShape(num_layers=7, max_layer=5, query_heads=4, kv_heads=2, head_width=8)

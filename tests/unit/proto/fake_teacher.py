@@ -19,8 +19,8 @@ from teacher_proto.info import TeacherInfo
 from teacher_proto.request_checks import parse_body
 from teacher_proto.requests import KINDS, Limits, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.answers import encode_end, encode_failure
 from teacher_proto.wire.records import Header, decode_request, encode_header, encode_targets
+from teacher_proto.wire.responses import encode_end, encode_failure
 from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 VOCAB = 300

@@ -9,9 +9,9 @@ import numpy as np
 
 from teacher_proto.requests import KINDS, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.answers import End, Failure, Progress, Targets, encode_end
 from teacher_proto.wire.as_json import json_values, sequence_fields
 from teacher_proto.wire.records import Header, encode_header, encode_targets, header_fields
+from teacher_proto.wire.responses import End, Failure, Progress, Targets, encode_end
 from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 FINGERPRINT = "5e1f.c0de"

@@ -14,8 +14,8 @@ import pytest
 
 from teacher_proto.attention import (
     AttentionRequest,
-    answer_entries,
     check_attention_request,
+    record_entries,
 )
 from teacher_proto.attention_targets import ATTENTION_TENSORS, AttentionTargets, check_attention
 from teacher_proto.client.attention_client import AttentionClient
@@ -35,9 +35,9 @@ from teacher_proto.errors import (
 )
 from teacher_proto.request_checks import parse_body
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.answers import AnswerDecoder, encode_end
 from teacher_proto.wire.attention import ATTENTION_FORMAT, AttentionHeader, encode_attention, encode_attention_header
 from teacher_proto.wire.records import decode_request, encode_request
+from teacher_proto.wire.responses import ResponseDecoder, encode_end
 from tests.unit.proto.attention_records import LIMITS, SHAPE, make_body, make_info, make_record
 from tests.unit.proto.fake_teacher import FakeClock, Replica, identity, network, sequences
 
@@ -57,7 +57,7 @@ each_request = pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUES
 
 
 def decode(body: bytes, piece: int = 1 << 20) -> list[Any]:
-    decoder = AnswerDecoder(ATTENTION_FORMAT)
+    decoder = ResponseDecoder(ATTENTION_FORMAT)
     messages = [m for at in range(0, len(body), piece) for m in decoder.feed(body[at : at + piece])]
     decoder.close()
     return messages
@@ -93,7 +93,7 @@ def test_records_come_back_bit_for_bit_and_pass_their_checks(request_: Attention
         check_attention(message.targets, request_.query(message.index, SHAPE.num_layers), SHAPE)
         assert same_bits(message.targets, make_record(request_, message.index))
         sent = {n: a for n, a in message.targets.tensors().items() if n != "rows" and not n.endswith("scale")}
-        assert sum(a.size for a in sent.values()) == answer_entries(request_, message.index, SHAPE)
+        assert sum(a.size for a in sent.values()) == record_entries(request_, message.index, SHAPE)
 
 
 @each_request
@@ -111,7 +111,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed(request_: AttentionRequest) 
         flipped = bytearray(record)
         flipped[at] ^= 1
         with pytest.raises(ChecksumError):
-            list(AnswerDecoder(ATTENTION_FORMAT).feed(header + bytes(flipped)))
+            list(ResponseDecoder(ATTENTION_FORMAT).feed(header + bytes(flipped)))
 
 
 @pytest.mark.parametrize("name", REQUESTS)

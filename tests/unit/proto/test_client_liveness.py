@@ -16,7 +16,7 @@ from teacher_proto.client.waiting import Waiting
 from teacher_proto.errors import DeadlyRequestError, OutOfRangeError, TeacherUnavailableError, TooLargeError
 from teacher_proto.requests import Limits, TargetsRequest
 from teacher_proto.targets import TokenTargets
-from teacher_proto.wire.answers import PROGRESS_HEADER, Progress, encode_progress
+from teacher_proto.wire.responses import PROGRESS_HEADER, Progress, encode_progress
 from tests.unit.proto.fake_teacher import (
     VOCAB,
     FakeClock,

@@ -12,7 +12,7 @@ from teacher_proto.client.call import Call
 from teacher_proto.client.replicas import Replica, RetryPolicy, Timing
 from teacher_proto.client.waiting import InFlight, waiting_for
 from teacher_proto.requests import TargetsRequest
-from teacher_proto.wire.answers import Progress
+from teacher_proto.wire.responses import Progress
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from teacher_proto.requests import KINDS, Kind, Query, TargetSpec
-from teacher_proto.store.entry import asked_entries, entry_key, split
+from teacher_proto.store.entry import entry_key, requested_entries, split
 from teacher_proto.store.target_store import TargetStore
 from teacher_proto.store.writer import StoreWriter
 from teacher_proto.targets import TokenTargets, check_targets
@@ -257,7 +257,7 @@ def test_a_smaller_limit_is_kept_to_from_then_on(tmp_path: Path) -> None:
 def spoil(store: TargetStore, asked: Query, at: int) -> None:
     """Change a byte of the stored bytes themselves."""
     with store._lru.env.begin(write=True) as txn:
-        key = entry_key(next(iter(asked_entries(FINGERPRINT, asked))))
+        key = entry_key(next(iter(requested_entries(FINGERPRINT, asked))))
         value = bytearray(txn.get(key, db=store._lru.records))
         value[at] ^= 0x10
         txn.put(key, bytes(value), db=store._lru.records)
@@ -267,7 +267,7 @@ def test_every_changed_byte_of_an_entry_is_a_miss_and_is_written_again(store: Ta
     asked = ask(length=3, top_k=2)
     put(store, asked)
     with store._lru.env.begin() as txn:
-        size = len(txn.get(entry_key(asked_entries(FINGERPRINT, asked)[0]), db=store._lru.records))
+        size = len(txn.get(entry_key(requested_entries(FINGERPRINT, asked)[0]), db=store._lru.records))
     for at in range(size):
         spoil(store, asked, at)
         assert store.get(FINGERPRINT, asked) is None, f"byte {at} of {size}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from teacher_proto.client.waiting import Waiting, duration
+from teacher_proto.client.waiting import Waiting
+from teacher_proto.process.stage_text import duration
 
 
 def test_it_says_how_far_how_fast_and_how_long() -> None:

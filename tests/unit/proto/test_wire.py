@@ -25,17 +25,17 @@ from teacher_proto.request_checks import parse_body
 from teacher_proto.requests import Limits, TargetsRequest
 from teacher_proto.targets import TENSORS, check_targets
 from teacher_proto.wire import records as wire
-from teacher_proto.wire.answers import (
-    AnswerDecoder,
+from teacher_proto.wire.records import TARGETS_FORMAT, Header
+from teacher_proto.wire.responses import (
     End,
     Failure,
     Progress,
+    ResponseDecoder,
     Targets,
     encode_end,
     encode_failure,
     encode_progress,
 )
-from teacher_proto.wire.records import TARGETS_FORMAT, Header
 from teacher_proto.wire.tensors import decode_tensor, encode_tensor
 from tests.unit.proto.fake_teacher import same_bits
 from tests.unit.proto.records import Message, all_kinds, json_message, make_body, make_header, make_record, make_request
@@ -45,7 +45,7 @@ SPECIFICATION = Path(wire.__file__).parents[1] / "WIRE.md"
 
 
 def decode(body: bytes, piece: int | None = None) -> list[Message]:
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     piece = piece or max(len(body), 1)
     messages = [m for at in range(0, len(body), piece) for m in decoder.feed(body[at : at + piece])]
     decoder.close()
@@ -241,7 +241,7 @@ def test_failures_keep_their_class_and_fields() -> None:
 
 def test_an_error_message_of_odd_values_can_be_sent() -> None:
     error = EngineError("no", got=float("nan"), limit=np.int64(3))
-    failure = next(iter(AnswerDecoder(TARGETS_FORMAT).feed(encode_failure(None, error))))
+    failure = next(iter(ResponseDecoder(TARGETS_FORMAT).feed(encode_failure(None, error))))
     assert failure.error.got == "nan" and failure.error.limit == "3"
 
 
@@ -253,14 +253,14 @@ def test_progress_comes_back_between_header_and_end_and_nowhere_else() -> None:
     head, record, end = (
         wire.encode_header(make_header(request)), wire.encode_targets(0, make_record(request), 300), encode_end(1)
     )  # fmt: skip
-    decoder = AnswerDecoder(TARGETS_FORMAT)
+    decoder = ResponseDecoder(TARGETS_FORMAT)
     messages = [*decoder.feed(head + message + record), *decoder.feed(message + end)]
     decoder.close()
     assert [type(one).__name__ for one in messages] == ["Header", "Progress", "Targets", "Progress", "End"]
     assert messages[1] == messages[3] == progress
     for wrong in (message + head, head + record + end + message):
         with pytest.raises(WireError):
-            list(AnswerDecoder(TARGETS_FORMAT).feed(wrong))
+            list(ResponseDecoder(TARGETS_FORMAT).feed(wrong))
 
 
 @pytest.mark.parametrize("change", [{"tokens": -1}, {"tokens_done": "1"}, {"tokens_per_second": math.nan}])
@@ -268,7 +268,7 @@ def test_progress_that_cannot_be_is_a_wire_error(change: dict) -> None:
     head = wire.encode_header(make_header(make_request()))
     fields = msgpack.unpackb(encode_progress(Progress(1, 2, 3, 4.0))) | change
     with pytest.raises(WireError, match=next(iter(change))):
-        list(AnswerDecoder(TARGETS_FORMAT).feed(head + msgpack.packb(fields)))
+        list(ResponseDecoder(TARGETS_FORMAT).feed(head + msgpack.packb(fields)))
 
 
 def test_another_version_is_refused_with_both_numbers() -> None:
@@ -323,7 +323,7 @@ def test_what_is_not_an_answer_is_a_wire_error(body: bytes, message: str) -> Non
 
 
 def test_a_message_beyond_the_clients_limit_is_not_buffered() -> None:
-    decoder = AnswerDecoder(TARGETS_FORMAT, max_message_bytes=10_000)
+    decoder = ResponseDecoder(TARGETS_FORMAT, max_message_bytes=10_000)
     with pytest.raises(WireError, match="larger than"):
         list(decoder.feed(b"\x81\xa1a\xc6\x10\x00\x00\x00" + bytes(20_000)))
 

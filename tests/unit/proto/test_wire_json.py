@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from teacher_proto.errors import EngineError, TruncatedError
-from teacher_proto.wire.answers import End, Failure, Targets
 from teacher_proto.wire.as_json import json_document, json_values
 from teacher_proto.wire.records import header_fields
+from teacher_proto.wire.responses import End, Failure, Targets
 from tests.unit.proto.records import all_kinds, json_message, make_header, make_record, make_request
 
 

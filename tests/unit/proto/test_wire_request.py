@@ -212,7 +212,7 @@ CHILD = """
 import resource, sys
 from teacher_proto.errors import WireError
 from teacher_proto.requests import Limits
-from teacher_proto.wire.answers import AnswerDecoder
+from teacher_proto.wire.responses import ResponseDecoder
 from teacher_proto.wire.records import decode_request, TARGETS_FORMAT
 def used():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -220,7 +220,7 @@ body = sys.stdin.buffer.read()
 limits = Limits(vocab_size=300, max_sequence_length=512)
 room = used() + 3 * len(body) + 16 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (room, room))
-decoder = AnswerDecoder(TARGETS_FORMAT, 2 * len(body))
+decoder = ResponseDecoder(TARGETS_FORMAT, 2 * len(body))
 for work in (lambda: decode_request(body, limits), lambda: list(decoder.feed(body))):
     try:
         work()

@@ -176,7 +176,7 @@ async def test_who_leaves_while_it_waits_makes_room_for_the_next() -> None:
 
 
 async def test_a_large_request_whose_client_is_not_told_waits_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "_UNTOLD_S", 0.05)
+    monkeypatch.setattr(admission_module, "_WITHOUT_PROGRESS_S", 0.05)
     admission, release = admission_of(100, shared=False), asyncio.Event()
     inside = asyncio.create_task(held(admission, permit("a", 60), release))
     await steps()

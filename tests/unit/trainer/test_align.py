@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 
 from student_trainer.batch.align import cut
-from student_trainer.batch.answer_rows import hidden_numbers
 from student_trainer.batch.batch import Batch, Placed, build_batch, counted_rows
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.batch.record_rows import hidden_numbers
 from student_trainer.batch.view import Reader, View, ViewSeed
 from student_trainer.losses import head_loss, token_term
 from student_trainer.students.causal import CausalReader

@@ -81,7 +81,7 @@ def test_cross_entropy_goes_to_the_share_of_its_block_that_is_masked(family: Any
             sums.setdefault(25 * math.ceil(4 * share), []).append(value)
         nothing_N = torch.zeros(len(expected), dtype=torch.int64)
         rates.add(MicroBatch(view, nothing_N, nothing_N, None), values_N)
-    assert rates.figures(ALONE) == pytest.approx({
+    assert rates.metrics(ALONE) == pytest.approx({
         f"cross_entropy_masked_{rate}": float(np.mean(values)) for rate, values in sorted(sums.items())
     })  # fmt: skip
     assert len(sums) >= 3
@@ -119,8 +119,8 @@ def test_what_is_filled_in_and_written_is_counted(student: Student, monkeypatch:
     )
     batches, asked = [batch_of(90, 60, 80, 96)], []  # type: ignore[var-annotated]
     decoding = Decoding(settings, {"a": batches}, (), judge_of(2.5, asked))
-    figures = decoding.figures(student, "a", lambda: None)
-    assert figures == decoding.figures(student, "a", lambda: None), "two evaluations draw alike"
+    figures = decoding.metrics(student, "a", lambda: None)
+    assert figures == decoding.metrics(student, "a", lambda: None), "two evaluations draw alike"
     assert figures["infilled_spans"] == 6 and 0 <= figures["infilled_exactly"] <= figures["infilled_tokens"] <= 1  # type: ignore[operator]
     for name in ("written_0.02", "written_1"):
         assert figures[f"{name}_perplexity"] == pytest.approx(math.exp(2.5), rel=1e-5)
@@ -140,7 +140,7 @@ def test_what_is_filled_in_and_written_is_counted(student: Student, monkeypatch:
         return np.array(ids_M), np.zeros(len(ids_M))
 
     monkeypatch.setattr(block_decoding._Filling, "choose", knows)
-    figures = Decoding(settings, {"a": batches}, (), None).figures(student, "a", lambda: None)
+    figures = Decoding(settings, {"a": batches}, (), None).metrics(student, "a", lambda: None)
     assert figures == {"infilled_exactly": pytest.approx(5 / 6), "infilled_tokens": pytest.approx(23 / 24),
                        "infilled_spans": 6}  # fmt: skip
 

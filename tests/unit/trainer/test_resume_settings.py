@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from student_trainer.checkpoint.resume import ANSWERS, answer_for, check_changes, check_student
+from student_trainer.checkpoint.resume import RULES, check_changes, check_student, rule_for
 from student_trainer.cli.compose import compose
 from student_trainer.cli.help import settings_by_name
 from student_trainer.settings import Settings
@@ -19,11 +19,11 @@ NAMES = [name for name, _ in settings_by_name(Settings)]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_has_an_answer(name: str) -> None:
-    assert answer_for(name) in ("fixed", "numeric", "free")
+    assert rule_for(name) in ("fixed", "numeric", "free")
 
 
 def test_every_line_of_the_table_is_about_a_setting() -> None:
-    for known in ANSWERS:
+    for known in RULES:
         pattern = known.replace("*", "NAME")
         assert any(name == pattern or name.startswith(f"{pattern}.") for name in NAMES), f"{known} is no setting"
 

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from student_trainer.batch.answer_rows import arrays_of, rows_of
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.head import Head
 from student_trainer.batch.micro_batch import MicroBatch
+from student_trainer.batch.record_rows import arrays_of, rows_of
 from student_trainer.batch.teacher_rows import TeacherAttention, TeacherRows
 from student_trainer.batch.view import Reader, View, ViewSeed
 from teacher_proto.attention_targets import PARTS, AttentionTargets

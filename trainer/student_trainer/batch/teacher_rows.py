@@ -1,6 +1,6 @@
 """The teacher's targets for N rows of the student, as tensors on the student's device.
 
-Made by `align` and `answer_rows`, which match them to the student's rows; read by `head.head_loss` and by terms on
+Made by `align` and `record_rows`, which match them to the student's rows; read by `head.head_loss` and by terms on
 states. Nothing here knows about the wire format or about sequences.
 """
 

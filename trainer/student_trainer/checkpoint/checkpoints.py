@@ -30,7 +30,7 @@ from student_trainer.settings import CheckpointSettings
 from student_trainer.state import TrainState
 from teacher_proto.process.stages import stage
 from teacher_proto.process.stopping import finishing
-from teacher_proto.wire.answers import VERSION as WIRE_VERSION
+from teacher_proto.wire.responses import VERSION as WIRE_VERSION
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"

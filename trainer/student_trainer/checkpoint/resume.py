@@ -19,7 +19,7 @@ from student_trainer.students.quantisers.record import renewed
 from teacher_proto.identity import flatten
 
 logger = logging.getLogger(__name__)
-Answer = Literal["fixed", "numeric", "free"]
+Rule = Literal["fixed", "numeric", "free"]
 
 TERMS = ("distillation.terms.", "on_policy.terms.")
 # Settings of a term that exists only with a coefficient; without one the others have no effect.
@@ -27,7 +27,7 @@ RELATIONS = "distillation.attention."
 COEFFICIENT = f"{RELATIONS}coefficient"
 
 # By dotted name; the longest prefix of a setting's name applies. "*" matches one part.
-ANSWERS: dict[str, Answer] = {
+RULES: dict[str, Rule] = {
     "run.root": "free",
     "run.id": "free",
     "run.steps": "fixed",
@@ -72,14 +72,14 @@ ANSWERS: dict[str, Answer] = {
 }
 
 
-def answer_for(name: str) -> Answer:
+def rule_for(name: str) -> Rule:
     """The class of the setting `name`. KeyError if nothing in the table covers it."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
-        for known, answer in ANSWERS.items():
+        for known, rule in RULES.items():
             pattern = known.split(".")
             if len(pattern) == length and all(p in ("*", part) for p, part in zip(pattern, parts, strict=False)):
-                return answer
+                return rule
     raise KeyError(name)
 
 
@@ -101,11 +101,11 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
         was, becomes = old.get(name, "absent"), new.get(name, "absent")
         if was == becomes or (name.startswith(RELATIONS) and old[COEFFICIENT] is None is new[COEFFICIENT]):
             continue
-        answer = answer_for(name)
+        rule = rule_for(name)
         line = f"{name}: {was} in the checkpoint, {becomes} now"
-        if answer == "fixed" and not may_change(name, now):
+        if rule == "fixed" and not may_change(name, now):
             refused.append((name, line))
-        elif answer != "free":
+        elif rule != "free":
             logger.warning("resumed with a change, %s", line)
     if refused:
         lines = "; ".join(line for _, line in refused)

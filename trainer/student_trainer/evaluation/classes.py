@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.evaluation.records import ClassExample, ClassFigures
+from student_trainer.evaluation.records import ClassExample, ClassMetrics
 from student_trainer.ranks import Ranks
 
 EXAMPLES = 20  # kept for the report
@@ -40,7 +40,7 @@ class ClassSums:
             self._prompts[document.key] = torch.from_numpy(ids_T)
         return words_C[logits_NC.argmax(1)] == micro.view.labels_N
 
-    def figures(self, ranks: Ranks) -> ClassFigures:
+    def metrics(self, ranks: Ranks) -> ClassMetrics:
         """The result over all ranks, which must all call it."""
         said = {key: columns_5 for each in ranks.gather(self._said) for key, columns_5 in each.items()}
         mine = {key: self._prompts[key] for key in _chosen(self._prompts)}
@@ -59,7 +59,7 @@ class ClassSums:
                     int(teachers_choice) if teachers_choice >= 0 else None,
                     round(teachers_probability, 4) if teachers_choice >= 0 else None,
                 )  # fmt: skip
-        return ClassFigures(
+        return ClassMetrics(
             self._source, [self._decode([word]) for word in self._words], student,
             teacher if any(map(any, teacher)) else None, [examples[key] for key in _chosen(examples)],
         )  # fmt: skip

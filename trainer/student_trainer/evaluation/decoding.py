@@ -18,7 +18,7 @@ import numpy as np
 
 from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
-from student_trainer.evaluation.records import Figures
+from student_trainer.evaluation.records import Metrics
 from student_trainer.rollouts.block_decoding import BlockDecoder
 from student_trainer.rollouts.block_sampler import BlockSampler
 from student_trainer.rollouts.prompts import beginnings
@@ -46,21 +46,21 @@ class Decoding:
         judged = settings.judged if judge is not None else 0
         self._prompts = {name: _prompts(group, settings)[:judged] for name, group in batches.items()}
 
-    def figures(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Figures:
+    def metrics(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Metrics:
         """The metrics of one source. `meanwhile` is called before every pass, and may raise to give up."""
         assert isinstance(student.reader, DiffusionReader)
-        figures: Figures = {}
+        metrics: Metrics = {}
         if spans := self._spans.get(source):
-            figures |= self._infilled(student, student.reader, spans, meanwhile)
+            metrics |= self._infilled(student, student.reader, spans, meanwhile)
         if prompts := self._prompts.get(source):
             for threshold in self._settings.thresholds:
-                figures |= self._written(student, threshold, prompts, meanwhile)
-        return figures
+                metrics |= self._written(student, threshold, prompts, meanwhile)
+        return metrics
 
     def _infilled(
         self, student: Student, reader: DiffusionReader, spans: Sequence[tuple[np.ndarray, int]],
         meanwhile: Callable[[], None],
-    ) -> Figures:  # fmt: skip
+    ) -> Metrics:  # fmt: skip
         rows = []
         for ids_N, start in spans:
             rows.append(ids_N.copy())
@@ -77,7 +77,7 @@ class Decoding:
 
     def _written(
         self, student: Student, threshold: float, prompts: Sequence[np.ndarray], meanwhile: Callable[[], None]
-    ) -> Figures:
+    ) -> Metrics:
         sampler = BlockSampler(student, self._ends, threshold=threshold)
         samples = sampler.sample(
             prompts, range(len(prompts)), new_tokens=self._settings.sample_tokens,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from student_trainer.batch.batch import Batch
 from student_trainer.batch.micro_batch import MicroBatch
-from student_trainer.evaluation.records import DocumentFigures
+from student_trainer.evaluation.records import DocumentMetrics
 from student_trainer.losses.values import HeadLoss
 from student_trainer.ranks import Ranks
 
@@ -42,7 +42,7 @@ class DocumentSums:
         sums_4D = values_4N.new_zeros(len(COLUMNS), len(keys)).index_add_(1, micro.documents_N, values_4N)
         self._parts.append((keys, sums_4D))
 
-    def figures(self, ranks: Ranks) -> list[DocumentFigures]:
+    def metrics(self, ranks: Ranks) -> list[DocumentMetrics]:
         """The metrics over all ranks, which must all call it, sorted by document."""
         own: dict[str, Tensor] = {}
         for keys, sums_4D in self._parts:
@@ -55,8 +55,8 @@ class DocumentSums:
                 together[key] = together.get(key, torch.zeros_like(sums_4)) + sums_4
         return [self._of(key, dict(zip(COLUMNS, together[key].tolist(), strict=True))) for key in sorted(together)]
 
-    def _of(self, key: str, sums: Mapping[str, float]) -> DocumentFigures:
-        return DocumentFigures(
+    def _of(self, key: str, sums: Mapping[str, float]) -> DocumentMetrics:
+        return DocumentMetrics(
             source=self._source,
             document=key,
             tokens=_number(sums["tokens"]),

@@ -24,7 +24,7 @@ from student_trainer.evaluation.documents import DocumentSums
 from student_trainer.evaluation.held_out import HeldOut
 from student_trainer.evaluation.mask_rates import MaskRates
 from student_trainer.evaluation.passage import can_be_shown, make_passage
-from student_trainer.evaluation.records import ClassFigures, DocumentFigures, Evaluation, Figures
+from student_trainer.evaluation.records import ClassMetrics, DocumentMetrics, Evaluation, Metrics
 from student_trainer.losses.kinds import token_term
 from student_trainer.losses.metrics import LossSums
 from student_trainer.losses.terms import TokenTerm
@@ -40,10 +40,10 @@ KL: dict[str, TokenTerm] = {
 }
 
 
-class SourceFigures(Protocol):
+class DecodingMetrics(Protocol):
     """Further metrics of a student on one source, such as those of `decoding.Decoding`."""
 
-    def figures(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Figures: ...
+    def metrics(self, student: Student, source: str, meanwhile: Callable[[], None]) -> Metrics: ...
 
 
 class Evaluator:
@@ -56,7 +56,8 @@ class Evaluator:
     def __init__(
         self, settings: EvaluationSettings, held_out: HeldOut, micro_rows: int | None,
         decode: Callable[[Sequence[int]], str], passage_file: Path, seed: ViewSeed, head: Head | None = None,
-        classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE, decoding: SourceFigures | None = None,
+        classes: Mapping[str, Sequence[int]] | None = None, ranks: Ranks = ALONE,
+        decoding: DecodingMetrics | None = None,
     ):  # fmt: skip
         self._settings, self._held_out, self._micro_rows = settings, held_out, micro_rows
         self._decode, self._passage_file, self._seed, self._head = decode, passage_file, seed, head
@@ -75,9 +76,9 @@ class Evaluator:
         block-diffusion student also has the metrics of `mask_rates` and `decoding`.
         `pause` is called after each batch, and may raise to give up.
         """
-        by_source: dict[str, Figures] = {}
-        documents: list[DocumentFigures] = []
-        classes: list[ClassFigures] = []
+        by_source: dict[str, Metrics] = {}
+        documents: list[DocumentMetrics] = []
+        classes: list[ClassMetrics] = []
         names = self._held_out.batches if self._settings.every > 0 else ()
         count = sum(len(self._held_out.batches[name]) for name in names)
         with stage("evaluating", count, "batches", closing=False) as doing:
@@ -87,11 +88,11 @@ class Evaluator:
                 pause()
 
             for name in names:
-                by_source[name], of_documents, of_classes = self._figures(student, name, done)
+                by_source[name], of_documents, of_classes = self._metrics(student, name, done)
                 documents += of_documents
                 classes += of_classes
                 if self._decoding is not None:
-                    by_source[name] |= self._decoding.figures(student, name, pause)
+                    by_source[name] |= self._decoding.metrics(student, name, pause)
         return Evaluation(by_source, documents, classes)
 
     def write_passage(self, student: Student) -> None:
@@ -111,9 +112,9 @@ class Evaluator:
             for micro in cut(batch.rows(0, 1), None, student, self._seed, keep_empty=True):
                 student.logits(micro.to(student.device))
 
-    def _figures(
+    def _metrics(
         self, student: Student, name: str, done: Callable[[], None]
-    ) -> tuple[Figures, list[DocumentFigures], list[ClassFigures]]:
+    ) -> tuple[Metrics, list[DocumentMetrics], list[ClassMetrics]]:
         batches, answers = self._held_out.batches[name], self._held_out.targets[name]
         has_teacher = all(answer is not None for answer in answers)
         terms = (CROSS_ENTROPY, KL[self._settings.kl]) if has_teacher else (CROSS_ENTROPY,)
@@ -147,15 +148,15 @@ class Evaluator:
                 done()
         means = sums.metrics(ranks=self._ranks).terms
         agreed, correct, weight = self._ranks.add_up(hits_3.cpu()).tolist()
-        figures: Figures = {
+        metrics: Metrics = {
             "cross_entropy": means["cross_entropy"],
             "kl": means["kl"] if has_teacher else None,
             "agreement": agreed / weight if has_teacher and weight else None,
             "tokens": self._ranks.total(tokens),
             **({"accuracy": correct / weight} if words and weight else {}),
-            **(rates.figures(self._ranks) if rates is not None else {}),
+            **(rates.metrics(self._ranks) if rates is not None else {}),
         }
-        return figures, documents.figures(self._ranks), [] if classes is None else [classes.figures(self._ranks)]
+        return metrics, documents.metrics(self._ranks), [] if classes is None else [classes.metrics(self._ranks)]
 
 
 def _agreements(micro: MicroBatch, top1_N: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import OrderedDocuments, View
-from student_trainer.evaluation.records import Figures
+from student_trainer.evaluation.records import Metrics
 from student_trainer.ranks import Ranks
 from student_trainer.students.diffusion_reader import DiffusionReader
 from student_trainer.students.diffusion_record import DiffusionRecord
@@ -43,7 +43,7 @@ class MaskRates:
         for row, values_N in enumerate((cross_entropy_N.double(), torch.ones_like(share_N, dtype=torch.float64))):
             self._sums_2R[row].index_add_(0, at_N, values_N)
 
-    def figures(self, ranks: Ranks) -> Figures:
+    def metrics(self, ranks: Ranks) -> Metrics:
         """The metrics over all ranks, which must all call it; bins without tokens are left out."""
         sums_R, counts_R = ranks.add_up(self._sums_2R.cpu())
         every = zip(PER_CENT, sums_R.tolist(), counts_R.tolist(), strict=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-Figures = dict[str, float | int | None]
+Metrics = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
-class DocumentFigures:
+class DocumentMetrics:
     """Sums over the counted tokens of one held-out document, in nats; `kl` and `agreed` are None without a teacher.
 
     Divide them by `tokens` for means. If the view's labels have weights, all sums, `tokens` included, are weighted.
@@ -39,7 +39,7 @@ class ClassExample:
 
 
 @dataclass(frozen=True)
-class ClassFigures:
+class ClassMetrics:
     """For a source with classes: the class words; the confusion matrices of student and teacher, with a row per right
     class and a column per choice; and a few examples, the same in every evaluation.
     """
@@ -55,9 +55,9 @@ class ClassFigures:
 class Evaluation:
     """Metrics by source, the sums of every held-out document behind them, and the classification results."""
 
-    by_source: Mapping[str, Figures]
-    documents: Sequence[DocumentFigures]
-    classes: Sequence[ClassFigures] = ()
+    by_source: Mapping[str, Metrics]
+    documents: Sequence[DocumentMetrics]
+    classes: Sequence[ClassMetrics] = ()
 
 
 @dataclass(frozen=True)

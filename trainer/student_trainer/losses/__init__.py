@@ -5,8 +5,8 @@ a client's responses into `TeacherRows`, the teacher's targets row by row. They 
 (`pip install stillhouse[losses]`): besides the standard library they import torch, numpy and pydantic.
 """
 
-from student_trainer.batch.answer_rows import teacher_rows
 from student_trainer.batch.head import Head
+from student_trainer.batch.record_rows import teacher_rows
 from student_trainer.batch.teacher_rows import TeacherRows
 from student_trainer.losses.head import head_loss
 from student_trainer.losses.kinds import token_term

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from student_trainer.losses.metrics import LossMetrics
 from student_trainer.reporting.step_metrics import StepMetrics
-from teacher_proto.client.waiting import duration
-from teacher_proto.process.stage_text import bar_line, shortened
+from teacher_proto.process.stage_text import bar_line, duration, shortened
 from teacher_proto.process.stages import DISPLAY, EVERY_S
 
 if TYPE_CHECKING:
     from student_trainer.data.policies.policy import Decision
-    from student_trainer.evaluation.records import Figures
+    from student_trainer.evaluation.records import Metrics
 
 SMOOTHING = 0.9
 LINES_A_RUN = 20
@@ -56,7 +55,7 @@ class Progress:
             self._said_at, self._said = time.monotonic(), step
             DISPLAY.print(self._line())
 
-    def evaluation(self, step: int, by_source: Mapping[str, Figures]) -> None:
+    def evaluation(self, step: int, by_source: Mapping[str, Metrics]) -> None:
         if self._quiet:
             return
         for source, figures in by_source.items():

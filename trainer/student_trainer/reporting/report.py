@@ -30,7 +30,7 @@ FIGURES = {
     "accuracy": ("accuracy", True),  # of sources with classes
 }
 # Metrics of a training step that get a chart if a run has them, besides `loss/NAME` of every term.
-STEP_FIGURES = {
+STEP_METRICS = {
     "grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens a second",
     "wait_share": "share of time waited for targets", "on_policy/mean_length": "tokens the student writes at a time",
     "on_policy/logprob": "mean logprob of what it writes", "on_policy/ended": "share of it that comes to an end",
@@ -156,7 +156,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
             )
             charts.append({"title": f"{label}, held out, {source}", "series": series})
     terms = sorted({key for run in runs for line in run.metrics for key in line if key.startswith("loss/")})
-    names = {key: f"training {key.removeprefix('loss/').replace('_', ' ')}" for key in terms} | STEP_FIGURES
+    names = {key: f"training {key.removeprefix('loss/').replace('_', ' ')}" for key in terms} | STEP_METRICS
     for key, label in names.items():
         series = _series([[(line["step"], line.get(key)) for line in run.metrics] for run in runs])
         charts.append({"title": label, "series": series})

@@ -17,7 +17,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Queries, Targets, TeacherCard
-from student_trainer.targets.queries import asked_of, by_document, spec_of
+from student_trainer.targets.queries import by_document, spec_of, valid_queries
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.dataset.dataset import TargetDataset
 from teacher_proto.errors import NotFoundError, WrongTeacherError
@@ -83,7 +83,7 @@ class CachedTargets:
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         assert self._info is not None, "open() comes before fetch()"
         fingerprint = self._info.fingerprint
-        asked = asked_of(batch, queries, self._info.limits.vocab_size)
+        asked = valid_queries(batch, queries, self._info.limits.vocab_size)
         # On other threads: an LMDB read may wait for the disk.
         found = by_document(queries, await self._run(self._read, fingerprint, asked))
         # Only misses are requested from the teacher behind the store.

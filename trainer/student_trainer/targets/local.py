@@ -20,7 +20,7 @@ from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.targets.expected import expectation
 from student_trainer.targets.protocol import Queries, TeacherCard
-from student_trainer.targets.queries import asked_of, by_document, spec_of
+from student_trainer.targets.queries import by_document, spec_of, valid_queries
 from teacher_proto.client.expectation import canary_request, read_canary
 from teacher_proto.client.waiting import Waiting
 from teacher_proto.info import TeacherInfo
@@ -68,7 +68,7 @@ class LocalTargets:
 
     async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
         assert self._info is not None, "open() comes before fetch()"
-        asked = asked_of(batch, queries, self._info.limits.vocab_size)
+        asked = valid_queries(batch, queries, self._info.limits.vocab_size)
         progress = _Progress(sum(query.num_tokens for query in asked))
         self._under_way.add(progress)
         try:

@@ -33,7 +33,7 @@ def queries_of(batch: Batch, spec: TargetSpec, gather_ids: Sequence[np.ndarray] 
     return tuple(queries)
 
 
-def asked_of(batch: Batch, queries: Queries, vocab_size: int) -> list[Query]:
+def valid_queries(batch: Batch, queries: Queries, vocab_size: int) -> list[Query]:
     """The queries that are not None, in order.
 
     OutOfRangeError names the first document with a token outside the teacher's vocabulary of `vocab_size` ids.
@@ -54,7 +54,7 @@ def asked_of(batch: Batch, queries: Queries, vocab_size: int) -> list[Query]:
 
 
 def by_document(queries: Queries, answers: Sequence[TokenTargets | None]) -> tuple[TokenTargets | None, ...]:
-    """The results of `asked_of`'s queries, each put at its document's index, None elsewhere."""
+    """The results of `valid_queries`'s queries, each put at its document's index, None elsewhere."""
     answered = iter(answers)
     return tuple(None if query is None else next(answered) for query in queries)
 

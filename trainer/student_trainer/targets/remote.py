@@ -17,7 +17,7 @@ from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.settings import TeacherSettings
 from student_trainer.targets.patience import retry_until
 from student_trainer.targets.protocol import Admits, Queries, TeacherCard
-from student_trainer.targets.queries import asked_of, by_document, spec_of, with_documents
+from student_trainer.targets.queries import by_document, spec_of, valid_queries, with_documents
 from teacher_proto.client.exchange import InfoT
 from teacher_proto.client.replica_client import ReplicaClient
 from teacher_proto.client.teacher_client import TeacherClient
@@ -60,7 +60,7 @@ class RemoteTargets:
         `teacher.outage_timeout_s` without a teacher."""
         assert self.client is not None and self._limits is not None, "open() comes before fetch()"
         client = self.client
-        asked = asked_of(batch, queries, self._limits.vocab_size)
+        asked = valid_queries(batch, queries, self._limits.vocab_size)
         if not asked:
             return BatchTargets((None,) * len(queries), spec_of(queries), self._fingerprint)
         request = TargetsRequest.of(asked)

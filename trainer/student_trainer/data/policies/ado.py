@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from student_trainer.data.policies.adaptive import Adaptive
-from student_trainer.data.policies.figures import SourceMeans, of_sources
 from student_trainer.data.policies.policy import Weights
+from student_trainer.data.policies.source_means import SourceMeans, of_sources
 from student_trainer.data.policies.updates import floored, normed
 from student_trainer.settings.mixture import AdoMixture
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from student_trainer.data.policies.adaptive import Adaptive
-from student_trainer.data.policies.figures import SourceMeans, of_sources
 from student_trainer.data.policies.policy import Weights
+from student_trainer.data.policies.source_means import SourceMeans, of_sources
 from student_trainer.data.policies.updates import bounded_step, exponentiated_step, perplexity_ratios, tilted
 from student_trainer.settings.mixture import GapMixture
 

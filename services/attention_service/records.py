@@ -24,7 +24,7 @@ BLOCK_ENTRIES = 2**23
 _INT8_MAX = 127
 
 
-def make_answer(query: AttentionQuery, attended: Attended, place: int) -> AttentionTargets:
+def make_record(query: AttentionQuery, attended: Attended, place: int) -> AttentionTargets:
     """The record of the sequence at index `place` of the batch. EngineError for numbers that are not finite."""
     length = len(query.tokens_T)
     states = {

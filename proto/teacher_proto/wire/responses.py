@@ -44,7 +44,7 @@ RecordT = TypeVar("RecordT")
 
 
 @dataclass(frozen=True)
-class AnswerFormat(Generic[HeaderT, RecordT]):
+class ResponseFormat(Generic[HeaderT, RecordT]):
     """How to read one route's responses: the message type of its records, and parsers of headers and records."""
 
     record: str
@@ -140,17 +140,17 @@ def encode_progress(progress: Progress) -> bytes:
     return msgpack.packb(fields, use_single_float=True)
 
 
-class AnswerDecoder(Generic[HeaderT, RecordT]):
+class ResponseDecoder(Generic[HeaderT, RecordT]):
     """Decodes a response body chunk by chunk and yields its messages; `close()` checks that it was complete.
 
-        decoder = AnswerDecoder(FORMAT)
+        decoder = ResponseDecoder(FORMAT)
         for chunk in body: for message in decoder.feed(chunk): ...
         decoder.close()
 
     WireError for bytes that do not follow WIRE.md, ChecksumError and TruncatedError for damage in transit.
     """
 
-    def __init__(self, form: AnswerFormat[HeaderT, RecordT], max_message_bytes: int = MAX_MESSAGE_BYTES):
+    def __init__(self, form: ResponseFormat[HeaderT, RecordT], max_message_bytes: int = MAX_MESSAGE_BYTES):
         self._format = form
         self._messages = MessageStream(BUDGET, max_message_bytes)
         self._header: HeaderT | None = None
