@@ -18,6 +18,7 @@ from student_trainer.batch.batch import Batch, Placed, build_batch
 from student_trainer.batch.batch_targets import BatchTargets
 from student_trainer.batch.view import ViewSeed
 from student_trainer.losses import head_loss, token_term
+from student_trainer.losses.supports import read_support
 from student_trainer.settings.distillation import LookaheadSettings
 from student_trainer.students.diffusion_record import DiffusionRecord
 from student_trainer.targets.background import EventThread
@@ -187,6 +188,36 @@ def test_the_loss_on_leave_one_out_rows_is_the_reference_s() -> None:
     assert loss(warm, temperature=2.0) == pytest.approx(softened, abs=1e-4)
 
 
+def test_an_ensemble_s_rows_at_a_temperature_are_replaced_with_those_at_1() -> None:
+    """They hold logprobs at every temperature instead of a normaliser."""
+    plain = ready(5, temperature=2.0)
+    teachers = [each.teacher for each in plain.micro]
+    mixed = tuple(
+        replace(each, teacher=replace(
+            rows, log_z_NT=None, tempered_logprobs_NKT=rows.logprobs_NK.float()[:, :, None] / 2 - rows.log_z_NT[:, None]
+        ))
+        for each, rows in zip(plain.micro, teachers, strict=True)
+    )  # fmt: skip
+    for one, other in zip(
+        looked(plain, Reference()).micro, looked(replace(plain, micro=mixed), Reference()).micro, strict=True
+    ):
+        expected, found = (
+            read_support(each.teacher, "top_k", 2.0, 5, torch.ones(len(each.view.labels_N), dtype=torch.bool))
+            for each in (one, other)
+        )
+        assert torch.equal(found.ids_NK, expected.ids_NK)
+        torch.testing.assert_close(found.logprobs_NK, expected.logprobs_NK)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 1000.0])
+def test_ids_that_are_no_candidates_have_no_mass_at_any_temperature(temperature: float) -> None:
+    first = looked(ready(5, temperature=temperature), Reference(), candidates=1).micro[0]
+    found = read_support(first.teacher, "top_k", temperature, 5, torch.ones(2, dtype=torch.bool))
+    # The likeliest id and the clean token, which is the likeliest of the second row.
+    assert found.live_NK.sum(1).tolist() == [2, 1]
+    torch.testing.assert_close(found.logprobs_NK.exp().sum(1), torch.ones(2))
+
+
 def test_candidates_share_what_comes_before_and_end_with_the_window() -> None:
     teacher = Reference()
     looked(ready(5), teacher, window=1, candidates=2)
@@ -239,6 +270,8 @@ REFUSED = {
                 "predicts a token from what stands before it alone"),
     "candidates": (("distillation.lookahead.candidates=17",), "candidates is 17, teacher.top_k is 16"),
     "loss": (("distillation=cross_entropy",), "no loss compares with the teacher's top K"),
+    "support": (("distillation=cross_entropy", "distillation.terms.kd={kind: forward_kl, support: gather}"),
+                "no loss compares with the teacher's top K"),
 }  # fmt: skip
 
 

@@ -88,6 +88,6 @@ def _lookahead(settings: Settings, student: Student, teacher: Teacher | None, th
             f"distillation.lookahead.candidates is {wanted.candidates}, teacher.top_k is {settings.teacher.top_k}: "
             "candidates come out of the teacher's top K, give fewer"
         )
-    if not any(isinstance(term, TeacherTerm) for term in terms_of(settings.distillation)):
+    if not any(isinstance(t, TeacherTerm) and t.support == "top_k" for t in terms_of(settings.distillation)):
         raise ValueError("distillation.lookahead.window is set, but no loss compares with the teacher's top K")
     return Lookahead(teacher.targets, thread, wanted, settings.run.seed)

@@ -31,7 +31,7 @@ from student_trainer.targets.student_support import answered, likeliest
 from teacher_proto.requests import Query, TargetSpec
 
 SPEC = TargetSpec(("score",))
-NOTHING = -1e4  # logprob of an id without mass
+NOTHING = -1e6  # logprob of an id without mass: far below any other's at every temperature that is served, too
 CHOICE = 2  # random stream for choosing a row's tokens; views use other numbers
 
 
@@ -162,8 +162,13 @@ def _with_rows(micro: MicroBatch, asked: CandidateTexts, answer: BatchTargets) -
         "ids_NK": teacher.ids_NK.index_copy(0, label_M, ids_MK.to(device, teacher.ids_NK.dtype)),
         "logprobs_NK": teacher.logprobs_NK.float().index_copy(0, label_M, log_p_MK.float().to(device)),
     }
-    if teacher.log_z_NT is not None and teacher.temperatures:
+    if teacher.temperatures:
         # All mass is on the candidates, so log_z(T) = logsumexp(log p / T) over them.
-        log_z_MT = torch.stack([(log_p_MK / t).logsumexp(-1) for t in teacher.temperatures], -1)
-        changes["log_z_NT"] = teacher.log_z_NT.float().index_copy(0, label_M, log_z_MT.float().to(device))
+        softened_MKT = torch.stack([log_p_MK / t for t in teacher.temperatures], -1)
+        log_z_MT = softened_MKT.logsumexp(1)
+        if teacher.log_z_NT is not None:
+            changes["log_z_NT"] = teacher.log_z_NT.float().index_copy(0, label_M, log_z_MT.float().to(device))
+        if (mixed_NKT := teacher.tempered_logprobs_NKT) is not None:  # an ensemble's, which has no log_z
+            tempered_MKT = (softened_MKT - log_z_MT[:, None]).float().to(device)
+            changes["tempered_logprobs_NKT"] = mixed_NKT.index_copy(0, label_M, tempered_MKT)
     return replace(micro, teacher=replace(teacher, **changes))
