@@ -55,6 +55,9 @@ def test_rows_without_a_teacher_count_nothing_whatever_stands_there() -> None:
     valid_N = torch.tensor([True, True, False, True, True])
     found_N = TERM.values(Captured(ours_ND, {}), micro_of(theirs_ND, valid_N), None)
     assert found_N[2] == 0.0 and found_N.isfinite().all()
+    found_N.sum().backward()
+    assert ours_ND.grad is not None and ours_ND.grad.isfinite().all()
+    assert not ours_ND.grad[2].any() and ours_ND.grad[valid_N].any(1).all()
 
 
 def test_clean_rows_behind_the_labels_are_left_out() -> None:

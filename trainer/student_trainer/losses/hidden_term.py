@@ -32,6 +32,8 @@ class FinalHiddenTerm(StatesTerm):
                 f"the loss {self.name} (final_hidden) compares hidden states of one width: the student's is "
                 f"{hidden_ND.shape[1]}, the teacher's {theirs_ND.shape[1]}. Use forward_kl with support=full"
             )
-        values_N = (hidden_ND - theirs_ND).square().sum(-1) / theirs_ND.square().sum(-1).clamp_min(1e-12)
-        # The value where the teacher has no row is never used, not even multiplied by zero.
-        return values_N if teacher.valid_N is None else values_N.where(teacher.valid_N, 0.0)
+        if teacher.valid_N is not None:
+            # Where the teacher has no row its numbers may be NaN, and 0 x NaN is NaN, in the gradient too: there the
+            # student is compared with itself.
+            theirs_ND = theirs_ND.where(teacher.valid_N[:, None], hidden_ND.detach())
+        return (hidden_ND - theirs_ND).square().sum(-1) / theirs_ND.square().sum(-1).clamp_min(1e-12)
