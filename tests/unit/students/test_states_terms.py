@@ -16,7 +16,7 @@ from student_trainer.batch.view import ViewSeed
 from student_trainer.checkpoint.earlier_run import load_student
 from student_trainer.losses import token_term
 from student_trainer.losses.terms import Capture, Captured, Needs, StatesTerm, Term
-from student_trainer.settings import StudentSettings
+from student_trainer.settings import LoRASettings, StudentSettings
 from student_trainer.settings.terms import TermSettings
 from student_trainer.students.student import Student
 from tests.models import save_tiny_llama
@@ -106,6 +106,31 @@ def test_gradients_are_measured_where_the_terms_meet(student: Student) -> None:
         parts = [g for name, g in gradient.items() if any(part in name for part in made)]
         assert len(parts) == 6 or term is KEYS  # the keys' loss reaches no value of the last layer, and no query of it
         assert with_keys[term.name] == pytest.approx(float(torch.cat([g.flatten() for g in parts]).norm()), rel=1e-4)
+
+
+@dataclass(frozen=True)
+class LastKeySquare(KeySquare):
+    """Of the keys of the last layer."""
+
+    def capture(self, config: Any) -> Capture:
+        return Capture(attention=frozenset({config.num_hidden_layers - 1}))
+
+
+@pytest.mark.parametrize("target", ["down_proj", "o_proj"])
+def test_where_an_adapter_leaves_query_key_and_value_frozen_all_that_is_trained_is_measured(
+    tmp_path: Path, target: str
+) -> None:
+    folder = save_tiny_llama(tmp_path / "student", num_hidden_layers=2)
+    settings = StudentSettings(
+        checkpoint_path=str(folder), compute="float32", lora=LoRASettings(rank=4, targets=(target,))
+    )
+    student = load_student(settings, torch.device("cpu"))
+    last, micro = LastKeySquare("last", Settings(), 0.3), micro_of(student)
+    norms = student.gradient_norms(micro, (CE, last), None)
+    for term in (CE, last):
+        parts = gradient_of(student, micro, (replace(term, coefficient=1.0),)).values()
+        whole = float(torch.cat([part.flatten() for part in parts]).norm())
+        assert whole > 0 and norms[term.name] == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_layer_that_is_not_there_is_refused_before_anything_is_asked(student: Student) -> None:

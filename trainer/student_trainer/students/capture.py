@@ -36,12 +36,15 @@ def check_capture(model: nn.Module, wanted: Capture) -> None:
 
 def parameters_behind(model: nn.Module, wanted: Capture) -> list[Tensor]:
     """The parameters that produce the captured states: whatever terms on these have in common with other terms is here
-    and below. Empty if only the final hidden rows are captured.
+    and below. All trained ones if none of these is trained, as with an adapter on the MLPs. Empty if only the final
+    hidden rows are captured.
     """
     made = []
     for layer in sorted(wanted.attention):
         named = attention_module(model, layer).named_parameters()
         made += [each for name, each in named if each.requires_grad and not name.startswith(OUTPUT_PARTS)]
+    if wanted.attention and not made:
+        made = [each for each in model.parameters() if each.requires_grad]
     return made
 
 
