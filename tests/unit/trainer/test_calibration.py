@@ -17,11 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from student_trainer import loop
+from student_trainer.batch.batch import Batch
 from student_trainer.batch.micro_batch import MicroBatch
 from student_trainer.batch.view import CausalDocuments, View
 from student_trainer.calibration import layer_files
 from student_trainer.calibration.calibrate import calibrate
+from student_trainer.calibration.start import calibrate_at_start
+from student_trainer.calibration.sub_norms import untrained_sub_norms
 from student_trainer.checkpoint.earlier_run import load_student
+from student_trainer.cli.compose import compose
+from student_trainer.ranks import ALONE
 from student_trainer.settings import LRCSettings, QuantisationSettings, StudentSettings
 from student_trainer.students.adapters.low_rank import LowRank, check_start, corrections
 from student_trainer.students.adapters.lrc import rank_of, uncalibrated
@@ -38,6 +43,7 @@ from tests.trainer_run import (
     trace_of,
     train,
 )
+from tests.unit.trainer.test_align import batch_of
 
 CPU = torch.device("cpu")
 RTN = ("student=lrc", "student.quantisation.bits=2", "student.lrc.sequences=8", "student.lrc.rank=0.2")
@@ -294,6 +300,28 @@ def test_a_run_resumes_bit_for_bit_and_does_not_calibrate_again(
     assert trace_of(again) == trace_of(closed)
     assert final_files(again, 12) == final_files(closed, 12)
     assert not (again / "calibration").exists()
+
+
+class Prompts:
+    """A source of rows of which nothing is learnt."""
+
+    def initial_state(self) -> None:
+        return None
+
+    def batch(self, state: None, number: int) -> tuple[Batch, None]:
+        lengths = [[20, 28], [48]]
+        masks = {(row, at): [False] * length for row, of_row in enumerate(lengths) for at, length in enumerate(of_row)}
+        return batch_of(*lengths, seq_len=48, masks=masks), state
+
+
+def test_text_of_which_nothing_is_learnt_is_text_to_calibrate_on(workshop: Workshop, tmp_path: Path) -> None:
+    """As a rank's rows may be, however much is learnt on other ranks."""
+    for name, more in (("lrc", RTN), ("norms", ("student.quantiser=bitnet",))):
+        arguments = workshop.settings(tmp_path / name, *more, "optim.micro_batch_rows=1", "data.rows=2")
+        settings = compose(arguments)
+        student = load_student(settings.student, CPU)
+        calibrate_at_start(settings, student, Prompts(), {}, tmp_path / name, ALONE)  # type: ignore[arg-type]
+        assert not uncalibrated(student.model) and not untrained_sub_norms(student.model)
 
 
 def test_checkpointed_activations_work_with_frozen_embeddings(workshop: Workshop, closed: Path, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def _micro_batches(
     state, seed = source.initial_state(), ViewSeed(settings.run.seed)
     for number in range(batches):
         batch, state = source.batch(state, number)
-        for micro in cut(batch, None, student, seed, rows=settings.optim.micro_batch_rows):
+        # Text is measured whether or not it is learnt: a rank's rows may be of prompts alone.
+        for micro in cut(batch, None, student, seed, rows=settings.optim.micro_batch_rows, keep_empty=True):
             yield micro.to(student.device)
 
 
