@@ -30,7 +30,7 @@ def run_arms(
     for index, name in enumerate(plan.names):
         left_s = deadline - time.monotonic() - PAGE_S
         if index >= required and arm_s(plan, machine, index) > left_s:
-            processes.screen.say(f"no time is left for {name.replace('_', ' ')}: {left_s:.0f} s")
+            processes.screen.say(f"not enough time left for {name.replace('_', ' ')}: {left_s:.0f} s")
             break
         limit_s = time_limit_s(plan, machine, index, left_s, required)
         processes.screen.title(f"{name.replace('_', ' ')}: {plan.steps_in_words}")
@@ -49,8 +49,6 @@ def _run(processes: Processes, run: Path, settings: list[str], steps: int, deadl
     try:
         train(processes, run.name, settings, lambda: f"step {len(read_lines(metrics))} of {steps}", deadline=deadline)
     except TooLongError as error:
-        raise SystemExit(
-            f"{error}: this machine has become slower than it was when it was measured; give it more --minutes"
-        ) from None
+        raise SystemExit(f"{error}: this machine has become slower since it was measured; increase --minutes") from None
     seconds = sorted(line["seconds"] for line in read_lines(metrics))
     return len(seconds), seconds[len(seconds) // 2]

@@ -54,7 +54,7 @@ EXPORT_S = 25.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.bitdistill", description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=13.0, help="for all of it (default: %(default)g)")
+    parser.add_argument("--minutes", type=float, default=13.0, help="for the whole demo (default: %(default)g)")
     options = parser.parse_args()
     with stoppable(), Processes(Screen()) as processes:
         return bitdistill(processes, options.minutes)
@@ -170,19 +170,19 @@ def tell(screen: Screen, summary: dict[str, Any], verdict: Verdict) -> None:
         "text alone": arms[PLAIN]["after"],
         "distilled": arms[DISTILLED]["after"],
     }
-    screen.say(figures_table("Held-out text: the ternary student, in nats a token", rows))
+    screen.say(figures_table("Held-out text: the ternary student, in nats per token", rows))
     screen.say(sentences(verdict))
     screen.say(exports_table(summary["exports"]))
-    screen.say(f"report: {RUNS / 'report.html'}   {summary['seconds']:.0f} s in all")
+    screen.say(f"report: {RUNS / 'report.html'}   {summary['seconds']:.0f} s in total")
 
 
 def exports_table(exported: dict[str, dict[str, Any]]) -> Table:
-    shown = Table(title="The distilled student, opened again")
-    for column in ("format", "MiB", "by", "KL to the student", "same first choice"):
-        shown.add_column(column, justify="left" if column in ("format", "by") else "right")
+    shown = Table(title="Exports of the distilled student, loaded again")
+    for column in ("format", "MiB", "loaded by", "KL to the student", "top-1 agreement"):
+        shown.add_column(column, justify="left" if column in ("format", "loaded by") else "right")
     for form, one in exported.items():
         compared = one["comparison"]
-        figures = ("every tensor", "every tensor") if compared is None else (
+        figures = ("tensors equal", "tensors equal") if compared is None else (
             f"{compared['kl']:.2g}", f"{compared['agreement']:.1%}")  # fmt: skip
         shown.add_row(form, f"{one['num_bytes'] / 2**20:,.0f}", one["reader"], *figures)
     return shown
@@ -196,15 +196,16 @@ def write_page(summary: dict[str, Any]) -> None:
         [RunRecord.read(RUNS / arm, arm.replace("_", " ")) for arm in arms],
         RUNS / "report.html",
         title="Stillhouse BitDistill: a 1.58-bit SmolLM2-135M",
-        lead="Every linear layer of the teacher made ternary, trained on text alone (stage 2), then for the same "
-        "steps on the same text: once without a teacher, once with its logits and attention relations (stage 3).",
+        lead="Every linear layer of the teacher is made ternary and trained on text alone (stage 2). Training then "
+        "continues for equal steps on the same text, once without a teacher and once with its logits and attention "
+        "relations (stage 3).",
         facts=[
             ("teacher", f"{identity['model']}, {identity['dtype']}, fingerprint {summary['teacher']['fingerprint']}"),
             ("machine", f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores"),
             ("steps", ", ".join(f"{arm['steps']} {name.replace('_', ' ')}" for name, arm in arms.items())
-             + f", of {SEQ_LEN} tokens"),
+             + f", of {SEQ_LEN} tokens each"),
             *((f"export {form}", f"{one['num_bytes'] / 2**20:,.0f} MiB") for form, one in summary["exports"].items()),
-            ("time", f"{summary['seconds']:.0f} s in all"),
+            ("time", f"{summary['seconds']:.0f} s in total"),
         ],
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ def main() -> int:
             while (run := next_run(plan, figures_of(RUNS, plan), options.seeds)) is not None:
                 over = time.monotonic() - started > 60 * options.minutes
                 if over or (options.runs is not None and made == options.runs):
-                    processes.screen.say(f"next: {run.name}; the same command goes on from here")
+                    processes.screen.say(f"next: {run.name}; run the same command again to continue")
                     break
                 make_run(processes, services, plan, run)
                 write_results(RUNS, plan)
@@ -71,7 +71,7 @@ def plan_of(processes: Processes, options: Any) -> Plan:
     file = RUNS / "plan.json"
     if (kept := kept_plan(file)) is not None:
         plan = Plan(**kept)
-        processes.screen.say(f"going on as planned: {described(plan)}")
+        processes.screen.say(f"continuing the existing plan: {described(plan)}")
         return plan
     if options.steps is not None:
         plan = planned(options.layers or LAYERS[-1], options.steps, {"cpu": cpu_name()}, not options.no_search)
@@ -86,8 +86,8 @@ def plan_of(processes: Processes, options: Any) -> Plan:
 
 def described(plan: Plan) -> str:
     return (
-        f"a student of {plan.layers} layers, {plan.steps} steps an arm, {plan.teacher_steps} of the teacher, "
-        f"{plan.stage2_steps} of stage 2"
+        f"a student of {plan.layers} layers; {plan.steps} steps per arm, {plan.teacher_steps} for the teacher, "
+        f"{plan.stage2_steps} for stage 2"
     )
 
 

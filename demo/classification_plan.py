@@ -53,7 +53,7 @@ ARMS: Mapping[str, Arm] = {
         stage2=True,
     ),
     "logits": Arm(
-        "the classes and the teacher's logits at their words, after stage 2",
+        "the classes and the teacher's logits at the class words, after stage 2",
         (*DISTILLED, "distillation.attention.coefficient=null"), TERNARY_RATES, stage2=True, asks=True,
     ),
     "relations": Arm(

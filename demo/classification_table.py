@@ -114,22 +114,22 @@ def verdict(lines: Sequence[Line]) -> str:
     why = "which the validation split prefers" if tried else "as published"
     ours = accuracies(lines, arm)
     if min(len(ours), len(base), len(full)) < 2:
-        return "Too few runs are done to tell whether the distilled student keeps up."
+        return "Too few runs have finished to tell whether the distilled student keeps up with full precision."
     gain, behind = mean(ours) - mean(base), mean(full) - mean(ours)
     pooled = math.sqrt((stdev(ours) ** 2 + stdev(base) ** 2) / 2)
     above, keeps_up = gain > 2 * pooled, behind <= BEHIND
     return (
-        f"The distilled student ({arm}, {why}) is {gain:+.1f} points from BitNet-SFT, "
-        f"{'more' if above else 'not more'} than twice the pooled spread of {pooled:.1f}, and {behind:.1f} points "
-        f"behind full precision, {'within' if keeps_up else 'not within'} {BEHIND:g}."
+        f"The distilled student ({arm}, {why}) differs from BitNet-SFT by {gain:+.1f} points, "
+        f"{'more' if above else 'not more'} than twice the pooled spread of {pooled:.1f}, and is {behind:.1f} points "
+        f"behind full precision, {'within' if keeps_up else 'not within'} the margin of {BEHIND:g}."
     )
 
 
 def results_table(runs: Path, plan: Plan) -> Table:
     lines = lines_of(runs, plan)
-    shown = Table(title=f"Film reviews: {plan.steps} steps an arm, a student of {plan.layers} layers",
+    shown = Table(title=f"Film reviews: a student of {plan.layers} layers, {plan.steps} steps per arm",
                   caption=verdict(lines))  # fmt: skip
-    rows = arm_rows(lines) or [{"arm": "none is done"}]
+    rows = arm_rows(lines) or [{"arm": "no run has finished"}]
     for column in rows[0]:
         shown.add_column(column)
     for row in rows:
@@ -164,7 +164,7 @@ def write_page(runs: Path, plan: Plan, lines: Sequence[Line]) -> None:
         facts=[
             ("machine", plan.machine["cpu"]),
             ("student", f"{plan.layers} layers of SmolLM2-135M-Instruct"),
-            ("steps", f"{plan.steps} in the final runs, {plan.search_steps} in others; {plan.stage2_steps} of stage 2"),
+            ("steps", f"{plan.steps} in final runs, {plan.search_steps} in others, {plan.stage2_steps} in stage 2"),
             *((f"test, {row['arm']}", f"{row['test %']} % ({row['seeds']} seeds)") for row in arm_rows(lines)),
             ("verdict", verdict(lines)),
         ],
@@ -173,5 +173,5 @@ def write_page(runs: Path, plan: Plan, lines: Sequence[Line]) -> None:
 
 def lead_of(plan: Plan) -> str:
     if plan.search:
-        return "Each arm's best run on the validation split, by which learning rate and gamma were chosen. "
+        return "Each arm's best run on the validation split, on which learning rate and gamma were chosen. "
     return "Each arm's run with the first seed, on the test split. "

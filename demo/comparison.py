@@ -16,11 +16,13 @@ from student_trainer.reporting.json_lines import read_lines
 def options_of(name: str, about: str, minutes: float) -> argparse.ArgumentParser:
     """The options of every comparison, which continues where it was stopped unless --again is given."""
     parser = argparse.ArgumentParser(prog=f"python -m demo.{name}", description=about.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=minutes, help="for all of it (default: %(default)g)")
-    parser.add_argument("--again", action="store_true", help="begin anew, not where it was stopped")
-    parser.add_argument("--steps", type=int, help="of each run (default: as many as there is time for)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
-    parser.add_argument("--runs", type=int, help="runs to make now, the others later (default: all)")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="for the whole comparison (default: %(default)g)"
+    )
+    parser.add_argument("--again", action="store_true", help="start over instead of continuing")
+    parser.add_argument("--steps", type=int, help="of each run (default: as many as fit in the time)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--runs", type=int, help="make only this many runs now (default: all)")
     return parser
 
 

@@ -48,7 +48,7 @@ class Plan:
 
 def main() -> int:
     parser = options_of("diffusion", str(__doc__), minutes=40)
-    parser.add_argument("--ablations", action="store_true", help="what else could be chosen, on a small model")
+    parser.add_argument("--ablations", action="store_true", help="compare other design choices, on a small model")
     options = parser.parse_args()
     with stoppable(), Processes(Screen()) as processes:
         return compare(processes, ABLATIONS if options.ablations else MAIN, options)
@@ -81,7 +81,7 @@ def compare(processes: Processes, comparison: Comparison, options: argparse.Name
     screen.say(results_of(runs, comparison, plan.steps).table(comparison))
     took_s = time.monotonic() - started
     screen.say(f"table: {runs / 'table.md'}   page: {runs / 'report.html'}   {took_s:.0f} s this time")
-    screen.say(f"it writes: .venv/bin/stillhouse-train generate {runs / '{}-{}'.format(*KEPT)} --prompt 'The '")
+    screen.say(f"generate text: .venv/bin/stillhouse-train generate {runs / '{}-{}'.format(*KEPT)} --prompt 'The '")
     return 0
 
 
@@ -111,7 +111,7 @@ def small_teacher(processes: Processes, runs: Path, comparison: Comparison) -> L
     """The small model, trained autoregressively on the text and exported, unless that has been done."""
     model = runs / "teacher_model"
     if not model.is_dir():
-        processes.screen.title(f"the teacher learns to write: {SMALL_STEPS} steps")
+        processes.screen.title(f"training the small teacher: {SMALL_STEPS} steps")
         settings = small_teacher_settings(comparison, runs)
         train(processes, "teacher", settings, lambda: f"step {len(read_lines(runs / 'teacher' / 'metrics.jsonl'))}")
         train(processes, "export", ["export", str(runs / "teacher"), "--format", "hf", "--out", str(model)])
@@ -136,7 +136,7 @@ def planned(
     file = RUNS / comparison.name / "plan.json"
     if (kept := kept_plan(file)) is not None:
         plan = Plan(**kept)
-        processes.screen.say(f"going on with {plan.steps} steps a run, as planned before")
+        processes.screen.say(f"continuing the existing plan: {plan.steps} steps per run")
         return plan
     machine: dict[str, Any] = {"cpu": cpu_name()}
     steps = steps or comparison.steps

@@ -58,7 +58,7 @@ CROSS_ENTROPY = Arm("cross-entropy of masked tokens alone", ("distillation=cross
 TCS = Arm("cross-entropy and target concrete scores: the teacher's top K, the rest as one bucket")
 
 MAIN = Comparison(
-    "main", "SmolLM2-135M, 24 of its 30 layers, made a block-diffusion model", ("teacher", "pruned", "text"),
+    "main", "SmolLM2-135M with 24 of its 30 layers, made a block-diffusion model", ("teacher", "pruned", "text"),
     served=True, student=PRUNED,
     settings=("--config-folder", "demo/config", "data=stdlib", f"student.tokenizer={TEACHER}"),
     arms={"cross_entropy": CROSS_ENTROPY, "tcs": TCS}, base="cross_entropy",
@@ -71,7 +71,7 @@ def _with(about: str, *settings: str, views: int = 2) -> Arm:
 
 
 ABLATIONS = Comparison(
-    "ablations", "a model of 0.4 million weights on Python's library, made a block-diffusion model of itself",
+    "ablations", "a model of 0.4 million weights, trained on Python's library and then made a block-diffusion model",
     ("text", "small"), served=False, student=SMALL,
     settings=(
         "data.sources.code.kind=jsonl", f"data.sources.code.path={TEXT / 'code.jsonl'}",
@@ -85,13 +85,13 @@ ABLATIONS = Comparison(
         "k16_truncated": _with(
             "the top 16, the rest left out", "teacher.top_k=16", "distillation.terms.tcs.tail=truncate"
         ),
-        "renormalised": _with("the top 64 given that it is one of them", "distillation.terms.tcs.tail=renormalise"),
+        "renormalised": _with("the top 64, renormalised", "distillation.terms.tcs.tail=renormalise"),
         "token_shift": _with("row t predicts token t + 1", "student.diffusion.family=token_shift"),
         "block_4": _with("blocks of 4", "student.diffusion.block_size=4"),
         "block_8": _with("blocks of 8", "student.diffusion.block_size=8"),
         "one_view": _with("uniform masks in one view", "student.diffusion.complementary=false", views=1),
         "position_dependent": _with(
-            "late tokens masked rather, in one view", "student.diffusion.masks=position_dependent", views=1
+            "late tokens masked more often, in one view", "student.diffusion.masks=position_dependent", views=1
         ),
         "suffix": _with("a block's last tokens masked, in one view", "student.diffusion.masks=suffix", views=1),
         "causal_half": _with("a causal clean half", "student.diffusion.clean_half=causal"),
@@ -100,7 +100,7 @@ ABLATIONS = Comparison(
             "distillation.terms.autoregressive.coefficient=0.5",
         ),
         "lookahead": _with(
-            "16 tokens of a row by the teacher's look-ahead over the next four, the others by its causal rows",
+            "16 targets per row from the teacher's look-ahead over the next four tokens, others from its causal rows",
             "distillation.lookahead.window=4",
         ),
     },

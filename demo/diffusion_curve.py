@@ -21,7 +21,7 @@ def area_under(points: Sequence[Point], best: float) -> float:
     slowest, are left out. ValueError without points.
     """
     if not points:
-        raise ValueError("got no points, expected one or more of (tokens a pass, accuracy)")
+        raise ValueError("got no points, expected one or more of (tokens per pass, accuracy)")
     ordered = sorted(points)
     (rate, good), kept = ordered[0], ordered[0][1] - MAY_LOSE
     area = rate * good

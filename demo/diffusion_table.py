@@ -28,12 +28,12 @@ FIGURES: Mapping[str, tuple[str, int, bool | None]] = {
     "cross_entropy_masked_100": ("... blocks over 75 % masked", 3, False),
     "kl": ("KL(teacher‖student)", 3, False),
     "agreement": ("agreement", 3, True),
-    "infilled_tokens": ("tokens infilled right", 3, True),
+    "infilled_tokens": ("tokens infilled correctly", 3, True),
     "infilled_exactly": ("spans infilled exactly", 3, True),
-    **{f"written_{t:g}_tokens_per_pass": (f"tokens a pass at {t:g}", 2, True) for t in THRESHOLDS},
+    **{f"written_{t:g}_tokens_per_pass": (f"tokens per pass at {t:g}", 2, True) for t in THRESHOLDS},
     **{f"written_{t:g}_perplexity": (f"perplexity at {t:g}, judged", 0, False) for t in THRESHOLDS},
     f"written_{THRESHOLDS[-1]:g}_entropy": (f"entropy at {THRESHOLDS[-1]:g}", 2, None),
-    "equal": ("tokens a pass at equal perplexity", 2, True),
+    "equal": ("tokens per pass at equal perplexity", 2, True),
     "aup": ("area under the curve", 2, True),
 }
 
@@ -49,7 +49,7 @@ class Results:
         return [run[figure] for run in self.figures.get(arm, {}).values() if run.get(figure) is not None]
 
     def table(self, comparison: Comparison) -> Table:
-        shown = Table(title=f"{comparison.about}: {self.steps} steps a run")
+        shown = Table(title=f"{comparison.about}: {self.steps} steps per run")
         for column in ("held out", *self.columns(comparison)):
             shown.add_column(column, justify="left" if column == "held out" else "right")
         for row in self.rows(comparison):
@@ -154,7 +154,7 @@ def write_results(runs: Path, comparison: Comparison, plan: Mapping[str, Any]) -
         + "; ".join(f"{name.replace('_', ' ')}: {arm.about}" for name, arm in comparison.arms.items()) + ".",
         facts=[
             ("machine", machine["cpu"]),
-            ("steps", f"{plan['steps']} a run, of {comparison.rows * comparison.seq_len} tokens"),
+            ("steps", f"{plan['steps']} per run, of {comparison.rows * comparison.seq_len} tokens each"),
             *((row[0], ", ".join(f"{column} {cell}" for column, cell in
                                  zip(results.columns(comparison), row[1:], strict=True)))
               for row in results.rows(comparison)),

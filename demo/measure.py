@@ -80,7 +80,7 @@ class StudentProcess:
         self._log, self._answers = log, _answers(self._process)
 
     def speed(self) -> StudentSpeed:
-        return StudentSpeed(**self._ask("the student is measured", {"do": "measure"}))
+        return StudentSpeed(**self._ask("measuring the student", {"do": "measure"}))
 
     def write(self, held_out_rows: int, model: Path) -> None:
         """Order texts from `model`; they are complete when the process has ended."""
@@ -101,7 +101,9 @@ class StudentProcess:
         self._processes.screen.until(what, lambda: bool(self._answers) or self._process.poll() is not None)
         if not self._answers:
             end = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise SystemExit(f"demo.student_speed ended with code {self._process.returncode}; {self._log} ends:\n{end}")
+            raise SystemExit(
+                f"demo.student_speed ended with code {self._process.returncode}; end of {self._log}:\n{end}"
+            )
         return self._answers.pop(0)
 
 

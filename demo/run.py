@@ -40,7 +40,7 @@ PLAIN, DISTILLED, SAMPLED = "cross_entropy", "distilled", "sampled"
 ABOUT = {
     DISTILLED: f"the teacher's top {TOP_K} and the rest of its distribution as one bucket",
     PLAIN: "the text alone",
-    SAMPLED: f"{SAMPLES} samples of the teacher's distribution a token",
+    SAMPLED: f"{SAMPLES} samples per token from the teacher's distribution",
 }
 # The arms differ only in these settings.
 LOSSES = {
@@ -53,7 +53,7 @@ WORKS = tuple(Work(name, teacher_in_steps=name != PLAIN) for name in LOSSES)
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)g)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole demo (default: %(default)g)")
     options = parser.parse_args()
     with stoppable(), Processes(Screen()) as processes:
         return demo(processes, options.minutes)
@@ -135,9 +135,14 @@ def tell(screen: Screen, summary: dict[str, Any], verdict: Verdict) -> None:
     rows = {"pruned": arms[DISTILLED]["before"]} | {name.replace("_", " "): arm["after"] for name, arm in arms.items()}
     screen.say(figures_table("Held-out text: the pruned and the healed students", rows))
     screen.say(sentences(verdict))
-    screen.say(summary["verdict"]["what_it_takes"] or "The teacher helps: KL on both sources, agreement beyond chance.")
-    screen.say(f"the healed student: .venv/bin/stillhouse-train export {RUNS / DISTILLED} --format hf")
-    screen.say(f"report: {RUNS / 'report.html'}   figures: {RUNS / 'summary.json'}   {summary['seconds']:.0f} s in all")
+    screen.say(
+        summary["verdict"]["what_it_takes"]
+        or "The teacher helps: lower KL on both sources, higher agreement beyond chance."
+    )
+    screen.say(f"export the healed student: .venv/bin/stillhouse-train export {RUNS / DISTILLED} --format hf")
+    screen.say(
+        f"report: {RUNS / 'report.html'}   figures: {RUNS / 'summary.json'}   {summary['seconds']:.0f} s in total"
+    )
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def serve_teacher(
 def measure_machine(processes: Processes, teacher: Teacher, student: StudentProcess) -> Machine:
     """Measure each for a few seconds, one after the other."""
     processes.screen.say("measuring this machine: the teacher, then the student")
-    rate = processes.screen.background("the teacher is measured", lambda: teacher_speed(teacher.url, TOP_K))
+    rate = processes.screen.background("measuring the teacher", lambda: teacher_speed(teacher.url, TOP_K))
     machine = Machine.of(student.speed(), rate, teacher.dtype)
     processes.screen.say(
-        f"{machine.cpu}, {machine.cores} cores: the teacher scores {machine.teacher_tokens_per_second:,.0f} tokens a "
-        f"second in {machine.teacher_dtype}, the student learns {machine.student_tokens_per_second:,.0f} in "
+        f"{machine.cpu}, {machine.cores} cores: the teacher scores {machine.teacher_tokens_per_second:,.0f} tokens per "
+        f"second in {machine.teacher_dtype}, the student trains on {machine.student_tokens_per_second:,.0f} in "
         f"{machine.student_dtype}"
     )
     return machine

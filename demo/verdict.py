@@ -71,7 +71,7 @@ def paired(plain: Lines, taught: Lines, figure: str = "agreed") -> Difference:
     """The difference over the lines of two `documents.jsonl`. ValueError unless both have the same documents."""
     a, b = ({(line["source"], line["document"]): line for line in lines} for lines in (plain, taught))
     if a.keys() != b.keys() or len(a) < 2:
-        raise ValueError(f"got {len(a)} and {len(b)} held-out documents, expected the same two or more of both runs")
+        raise ValueError(f"got {len(a)} and {len(b)} held-out documents, expected the same two or more from both runs")
     pairs = [(b[key][figure] - a[key][figure], a[key]["tokens"]) for key in a]
     tokens = sum(n for _, n in pairs)
     mean = sum(d for d, _ in pairs) / tokens
@@ -101,7 +101,7 @@ def sentences(verdict: Verdict) -> str:
     ]
     agreement = verdict.agreement
     lines.append(
-        f"agreement, both together: {100 * agreement.mean:+.2f} points with the teacher, two standard errors of the "
+        f"agreement over both sources: {100 * agreement.mean:+.2f} points with the teacher, two standard errors of the "
         f"paired difference are {200 * agreement.standard_error:.2f} ({agreement.documents} documents, "
         f"{agreement.tokens:,} tokens)"
     )
@@ -117,13 +117,15 @@ def what_it_takes(verdict: Verdict, plan: Plan, machine: Machine, before_s: floa
     if verdict.teacher_helps:
         return ""
     if not verdict.equal_steps:
-        return "The arms made different numbers of steps, for this machine became slower: nothing follows from them."
+        return (
+            "The arms made different numbers of steps because this machine became slower, so they cannot be compared."
+        )
     factor, steps = verdict.held_out_factor(), max(plan.steps, SHOWS_STEPS)
     if factor is None or plan.steps < SHOWS_STEPS or not verdict.kl_is_better:
         factor = max(1.0, SHOWS_TOKENS / plan.held_out_tokens)
     minutes = minutes_for(plan, machine, before_s, steps=steps, held_out_factor=max(1.0, factor))
     tokens = max(1.0, factor) * plan.held_out_tokens
     return (
-        f"This is not enough to say that the teacher helps. {steps} steps of each arm and {tokens:,.0f} held-out tokens"
-        f" would be, in about {minutes:.0f} minutes on this machine: --minutes {math.ceil(minutes)}"
+        f"This is not enough to say that the teacher helps. {steps} steps per arm and {tokens:,.0f} held-out tokens "
+        f"would be enough, and take about {minutes:.0f} minutes on this machine: --minutes {math.ceil(minutes)}"
     )

@@ -95,7 +95,7 @@ def wait_until_gone(family: list[psutil.Process], timeout_s: float) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_demo_whose_teacher_starts_stops_with_all_that_it_started(demo, number: signal.Signals) -> None:
     running = demo(3)
-    running.wait_for("stillhouse-teacher starts", PATIENCE_S)
+    running.wait_for("starting stillhouse-teacher", PATIENCE_S)
     family = running.family()
     assert len(family) >= 2  # the teacher, and the process that measures the student
     told = time.monotonic()
@@ -109,7 +109,7 @@ def test_a_demo_whose_teacher_starts_stops_with_all_that_it_started(demo, number
 @pytest.mark.vllm
 def test_a_demo_that_is_killed_leaves_nothing(demo) -> None:
     running = demo(3)
-    running.wait_for("stillhouse-teacher starts", PATIENCE_S)
+    running.wait_for("starting stillhouse-teacher", PATIENCE_S)
     family = running.family()
     assert len(family) >= 2
     running.process.kill()
@@ -158,7 +158,7 @@ def test_demo_goes_through_and_says_what_it_found(demo) -> None:
     check_page((folder / "report.html").read_text())
     said = summary["verdict"]
     assert said["teacher_helps"] == (said["what_it_takes"] == "")
-    assert "agreement, both together" in running.text
+    assert "agreement over both sources" in running.text
 
 
 def check_machine(machine: dict, text: str) -> None:

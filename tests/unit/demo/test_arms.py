@@ -77,4 +77,4 @@ def test_a_first_arm_that_its_time_ends_is_followed_by_one_as_long(
 def test_a_third_arm_is_left_out_where_it_no_longer_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainers = Trainers(monkeypatch, tmp_path, slower=20.0)
     assert set(trainers.go(FAST, 400)) == {"distilled", "cross_entropy"}
-    assert "no time is left for sampled" in trainers.told.getvalue()
+    assert "not enough time left for sampled" in trainers.told.getvalue()

@@ -172,8 +172,8 @@ def test_what_was_done_is_taken_up_and_told(tmp_path: Path) -> None:
     assert rows["logits"]["test %"] == "84.5 ± 0.7" and rows["logits"]["validation %"] == "80.0"
     assert [row["tokens of stage 2"] for row in length_rows(lines, PLAN)] == ["0", "816", "1,632"]
     said = verdict(lines)
-    assert "(logits, which" in said and "+14.0 points from BitNet-SFT, more than twice" in said
-    assert "1.0 points behind full precision, within 2" in said
+    assert "(logits, which" in said and "differs from BitNet-SFT by +14.0 points, more than twice" in said
+    assert "1.0 points behind full precision, within the margin of 2" in said
 
     write_results(tmp_path, PLAN)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(runs)
@@ -196,7 +196,7 @@ def test_without_a_search_the_table_tells_of_the_final_runs_alone(tmp_path: Path
     assert next_run(plan, figures_of(tmp_path, plan), 2) is None
     assert {row["validation %"] for row in arm_rows(lines)} == {"–"}
     assert [row["tokens of stage 2"] for row in length_rows(lines, plan)] == ["0", "816", "1,632"]
-    assert "(both, as published) is +2.0 points from BitNet-SFT" in verdict(lines)
+    assert "(both, as published) differs from BitNet-SFT by +2.0 points" in verdict(lines)
     write_results(tmp_path, plan)
     page = (tmp_path / "report.html").read_text()
     assert "with the first seed, on the test split" in page and "test, both" in page
@@ -205,8 +205,8 @@ def test_without_a_search_the_table_tells_of_the_final_runs_alone(tmp_path: Path
 def test_the_verdict_says_too_where_it_does_not_keep_up(tmp_path: Path) -> None:
     leave_all(tmp_path, 2, ENDS | {"logits": 0.705})
     said = verdict(lines_of(tmp_path, PLAN))
-    assert "+0.5 points from BitNet-SFT, not more than twice" in said and "not within 2" in said
-    assert "Too few runs" in verdict([]) and spread([]) == "–" and spread([1.0]) == "1.0"
+    assert "BitNet-SFT by +0.5 points, not more than twice" in said and "not within the margin of 2" in said
+    assert "Too few runs have finished" in verdict([]) and spread([]) == "–" and spread([1.0]) == "1.0"
 
 
 def test_it_goes_on_where_it_was_stopped_and_starts_each_service_once(

@@ -54,7 +54,7 @@ def test_too_little_time_still_makes_a_step_of_each_arm_and_says_what_it_takes()
     plan = make_plan(SLOW, 30, WORKS, 256)
     assert plan.steps == 1 and len(plan.arms) == 2 and plan.held_out_rows == ROWS[-1]
     assert plan.seconds > 30
-    assert "1 step of 256" in describe(plan, 30, 60) and "longer than it was given" in describe(plan, 30, 60)
+    assert "1 step of 256" in describe(plan, 30, 60) and "longer than --minutes allows" in describe(plan, 30, 60)
 
 
 def test_a_machine_that_becomes_slower_needs_more_and_a_faster_one_is_not_counted_on() -> None:
