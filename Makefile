@@ -8,7 +8,7 @@
 #   make test         every test that a CPU can run, the real vLLM engine included
 #   make check        ruff, mypy, the import contracts, a scan for secrets, an audit of packages without a network
 #   make test-slow    the tests of over a minute
-#   make tree         write the trees of README and docs/architecture.md out of the modules' first lines
+#   make tree         write the trees of README and docs/architecture.md from the modules' first lines
 #   make docs         build the documentation into site/
 #   make audit        look up known vulnerabilities of what is installed
 #   make gpu-check    does everything work on this machine's GPU, and how fast? docs/gpu.md

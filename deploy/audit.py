@@ -28,8 +28,8 @@ DATABASE = Path(__file__).resolve().parent.parent / ".cache" / "advisories"
 def main(arguments: list[str]) -> int:
     database = Path(arguments[0]) if arguments else DATABASE
     if not database.exists():
-        print(f"dependency audit: there is no advisory database at {database}, so nothing was audited; "
-              "`make audit` asks PyPI")  # fmt: skip
+        print(f"dependency audit: no advisory database at {database}, so nothing was audited; "
+              "`make audit` queries PyPI")  # fmt: skip
         return 0
     installed = {canonicalize_name(one.metadata["Name"]): one.version for one in metadata.distributions()}
     count, found = 0, []
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         count += 1
         found += [line for affected in advisory.get("affected", []) if (line := finding(advisory, affected, installed))]
     if not count:
-        print(f"dependency audit: {database} holds no advisories", file=sys.stderr)
+        print(f"dependency audit: {database} contains no advisories", file=sys.stderr)
         return 2
     print("\n".join(sorted(set(found))) or f"dependency audit: {len(installed)} packages, {count} advisories, no match")
     return 1 if found else 0
@@ -80,7 +80,7 @@ def finding(advisory: dict[str, Any], affected: dict[str, Any], installed: dict[
     for ranges in affected.get("ranges", []):
         fixed = _fixed_in(version, ranges.get("events", [])) if ranges.get("type") == "ECOSYSTEM" else None
         if fixed is not None:
-            return f"{name} {version}: {advisory.get('id')}, mended in {fixed}: {advisory.get('summary', '')}".rstrip(
+            return f"{name} {version}: {advisory.get('id')}, fixed in {fixed}: {advisory.get('summary', '')}".rstrip(
                 ": "
             )
     return None

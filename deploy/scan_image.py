@@ -44,7 +44,7 @@ def scan(image: str) -> list[str]:
     """What looks like a secret in the image, one line for each. ValueError if there is no such image."""
     inspected = subprocess.run([DOCKER, "image", "inspect", image], capture_output=True, text=True)
     if inspected.returncode != 0:
-        raise ValueError(f"there is no image {image} here: {inspected.stderr.strip()}")
+        raise ValueError(f"no image {image} on this machine: {inspected.stderr.strip()}")
     config = json.loads(inspected.stdout)[0]["Config"]
     history = subprocess.run(
         [DOCKER, "history", "--no-trunc", "--format", "{{.CreatedBy}}", image],
@@ -53,7 +53,7 @@ def scan(image: str) -> list[str]:
         check=True,
     ).stdout
     found = [f"variable {text.split('=')[0]}" for text in config.get("Env") or [] if VARIABLE.search(text)]
-    found += [f"a command of its history sets {match[0].split('=')[0]}" for match in VARIABLE.finditer(history)]
+    found += [f"a command in its history sets {match[0].split('=')[0]}" for match in VARIABLE.finditer(history)]
     with subprocess.Popen([DOCKER, "save", image], stdout=subprocess.PIPE) as saving:
         assert saving.stdout is not None
         with tarfile.open(fileobj=saving.stdout, mode="r|") as layers:
@@ -73,7 +73,7 @@ def in_layer(stream: IO[bytes]) -> Iterator[str]:
                 if not member.isfile() or member.size == 0 or NOT_OURS.search(name):
                     continue
                 if NAMES.search(name):
-                    yield f"{name}: a file that holds secrets, by its name"
+                    yield f"{name}: its name suggests that it holds secrets"
                 file = layer.extractfile(member)
                 if file is None or member.size > LARGEST:
                     continue

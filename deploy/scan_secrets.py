@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     baseline = json.loads((ROOT / ".secrets.baseline").read_text())
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if not arguments and listed.returncode != 0:
-        print("secrets scan: this is no git checkout, so nothing was scanned")
+        print("secrets scan: not a git checkout, so nothing was scanned")
         return 0
     files = arguments or [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
     known = {(name, one["type"], one["hashed_secret"]) for name, found in baseline["results"].items() for one in found}
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         content = (ROOT / name).read_bytes()
         lines += [f"{name}: {what}" for what, pattern in PATTERNS.items() if pattern.search(content)]
     print(
-        "\n".join(lines) or f"secrets scan: {len(files)} files, nothing but the examples that .secrets.baseline names"
+        "\n".join(lines) or f"secrets scan: {len(files)} files, no secrets other than the examples in .secrets.baseline"
     )
     return 1 if lines else 0
 

@@ -83,7 +83,7 @@ def build(image: str, options: list[str]) -> None:
     run(DOCKER, "build", "-q", "-f", "deploy/Dockerfile", "--target", target, "-t", f"stillhouse/{image}:0.1.0",
         *given, *options, ".", environment={"DOCKER_BUILDKIT": "1"})  # fmt: skip
     size_gb = int(run(DOCKER, "image", "inspect", "-f", "{{.Size}}", f"stillhouse/{image}:0.1.0")) / 1e9
-    require(size_gb <= LIMITS_GB[image], f"image {image} has {size_gb:.2f} GB, {LIMITS_GB[image]:g} at most")
+    require(size_gb <= LIMITS_GB[image], f"image {image}: {size_gb:.2f} GB, at most {LIMITS_GB[image]:g} allowed")
 
 
 class Lab:
@@ -106,7 +106,7 @@ class Lab:
         ready, began = self.ready_since("teacher-cpu"), self.started("trainer-cpu")
         say(f"first step {first['time'] - started:.0f} s after `up`, {first['time'] - began:.0f} s after the trainer's "
             f"start, {first['time'] - ready:.1f} s after the teacher was ready")  # fmt: skip
-        require(began < ready < first["time"], "the trainer started beside the teacher, and waited for it")
+        require(began < ready < first["time"], "the trainer started alongside the teacher and waited for it")
         for service in services:
             self.check_confined(service)
         self.teacher_killed()
@@ -121,7 +121,7 @@ class Lab:
         resumed = f"resumed at step {step} "
         self.wait(f"'{resumed}'", 300, lambda: resumed in self.compose("logs", "trainer-cpu"))
         self.wait("a step after it", 120, lambda: self.metrics()[-1]["step"] > step)
-        say(f"down and up again: resumed at step {step}, and went on")
+        say(f"down and up again: resumed at step {step} and continued")
         self.compose("down", "--timeout", str(GRACE_S))
         self.scripted()
 
@@ -143,7 +143,7 @@ class Lab:
         after = self.wait("steps after it", 600, lambda: [
             line for line in self.metrics() if line["time"] > killed and line["step"] > before + 33])[0]  # fmt: skip
         trainer = self.inspect(self.container("trainer-cpu"))
-        require(trainer["RestartCount"] == 0, "the trainer was not restarted, it waited")
+        require(trainer["RestartCount"] == 0, "the trainer waited and was not restarted")
         steps = [line["step"] for line in self.metrics()]
         require(steps == list(range(1, len(steps) + 1)), "every step was made once")
         longest = max(line["wait_s"] for line in self.metrics() if line["time"] > killed)
@@ -185,7 +185,7 @@ class Lab:
         began = time.monotonic()
         self.compose("stop")
         seconds = time.monotonic() - began
-        require(seconds < GRACE_S, f"`stop` took {seconds:.1f} s, the grace is {GRACE_S} s")
+        require(seconds < GRACE_S, f"`stop` took {seconds:.1f} s, expected less than the grace period of {GRACE_S} s")
         codes = {service: self.inspect(container)["State"]["ExitCode"] for service, container in containers.items()}
         said = run(DOCKER, "logs", containers["trainer-cpu"])
         return int(said.rsplit("saving at step ", 1)[1].split(",")[0]), codes
@@ -204,7 +204,7 @@ class Lab:
             if value := found():
                 return value
             time.sleep(0.5)
-        raise Failure(f"{what} did not come within {seconds:g} s")
+        raise Failure(f"waited {seconds:g} s for {what}, without success")
 
     def ready_since(self, service: str) -> float:
         """When the service logged that it is ready, by Docker's timestamp of that line."""

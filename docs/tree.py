@@ -76,7 +76,7 @@ PAGES = {"README.md": packages, "docs/architecture.md": files}
 
 
 def with_tree(page: str, text: str) -> str:
-    """The text of one of `PAGES` with its tree made anew. ValueError without the markers."""
+    """The text of one of `PAGES` with its tree written again. ValueError without the markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -45,7 +45,7 @@ def main() -> int:
         return 0
     names = options.only.split(",") if options.only else [section.name for section in SECTIONS]
     if unknown := set(names) - {section.name for section in SECTIONS}:
-        print(f"gpu_check: no section {', '.join(sorted(unknown))}; --list names them", file=sys.stderr)
+        print(f"gpu_check: unknown section {', '.join(sorted(unknown))}; --list shows the sections", file=sys.stderr)
         return 2
     try:
         return run_sections(names, options.device, options.out, options.minutes * 60)

@@ -81,7 +81,7 @@ def _compare(report: Report, found: dict[str, tuple[float, int]], gradient_bytes
     seconds, peak = found[loss.OURS]
     peers = [found[name][0] for name in (PLAIN, loss.PEER, LIGER_CE) if name in found]
     if peers:
-        report.figure("our time, the best cross-entropy's = 1", seconds / min(peers), "", "at most 1.1")
+        report.figure("our time, best cross-entropy = 1", seconds / min(peers), "", "at most 1.1")
     if LIGER_JSD in found:
         report.figure("our time, Liger's JSD = 1", seconds / found[LIGER_JSD][0], "", "at most 0.6")
         report.figure("our peak, Liger's JSD = 1", peak / max(found[LIGER_JSD][1], 1), "", "at most 0.5")

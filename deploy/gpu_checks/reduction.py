@@ -55,7 +55,7 @@ def _compare(report: Report, name: str, logits_NV: torch.Tensor, device: str) ->
         return packed.cpu().numpy().tobytes()
 
     first = reduced()
-    report.check(f"{name}: twice the same bytes", first == reduced())
+    report.check(f"{name}: two passes give the same bytes", first == reduced())
     packed_NB = np.frombuffer(first, np.uint8).reshape(n, layout.row_bytes).copy()
     record = unpack_rows(packed_NB, 0, layout)
     some = torch.tensor(sorted({*range(min(n, 12)), *range(max(0, n - 12), n)}))
@@ -76,7 +76,7 @@ def _compare(report: Report, name: str, logits_NV: torch.Tensor, device: str) ->
     )  # fmt: skip
     assert here is not None and rows.next_ids_N is not None
     drawn = _same_draws(record, some.tolist(), unpack_rows(here.numpy(), 0, layout))
-    report.close(f"{name}: share of draws that are not the CPU's", 1 - drawn, 0.02)
+    report.close(f"{name}: share of draws that differ from the CPU's", 1 - drawn, 0.02)
     report.check(f"{name}: hidden states", bool((record.hidden[:, 0] == np.arange(n)).all()))
     next_N = rows.next_ids_N[some].clamp(min=0)
     true_N = log_p_NV.gather(1, next_N[:, None])[:, 0].masked_fill(rows.next_ids_N[some] == NO_TOKEN, torch.nan)
@@ -121,7 +121,7 @@ def speed(report: Report, options: Options) -> None:
         name = f"reduction of {n:,} rows of {vocab_size:,} in {str(dtype).removeprefix('torch.')}, T = 1, 2, 5, top-64"
         report.figure(name, taken_s * 1e3, "ms", "" if options.tiny else "at most 0.5")
         size = logits_NV.nbytes / taken_s
-        report.figure("  its logits a second", size / 1e9, "GB/s")
+        report.figure("  logits per second", size / 1e9, "GB/s")
 
 
 def least_seconds(once: object, rounds: int, device: str) -> float:

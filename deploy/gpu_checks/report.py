@@ -63,7 +63,7 @@ class Findings:
             self.state = "out of time"
         elif exit_code < 0:
             self.state = "crashed"
-            self.lines.append({"note": f"its process was ended by signal {-exit_code}"})
+            self.lines.append({"note": f"killed by signal {-exit_code}"})
         elif exit_code or any(line.get("passed") is False for line in self.lines):
             self.state = "failed"
         else:
@@ -83,7 +83,7 @@ def text_of(line: dict[str, Any]) -> str:
     """A finding as it is printed."""
     if "check" in line:
         said = f" ({line['said']})" if line["said"] else ""
-        return f"  {'ok   ' if line['passed'] else 'WRONG'} {line['check']}{said}"
+        return f"  {'ok   ' if line['passed'] else 'FAIL '} {line['check']}{said}"
     if "figure" in line:
         value = "none" if line["value"] is None else f"{line['value']:,.4g}"
         return f"  {value:>10} {line['unit']}  {line['figure']}{'  aim: ' + line['aim'] if line['aim'] else ''}"

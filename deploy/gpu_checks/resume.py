@@ -37,7 +37,7 @@ def run(report: Report, options: Options) -> None:
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     made = len(trainers.metrics(cut))
-    report.check("the run was killed in its midst", KILLED_AT <= made < STEPS, f"at step {made} of {STEPS}")
+    report.check("the run was killed midway", KILLED_AT <= made < STEPS, f"at step {made} of {STEPS}")
     kept = checkpoint.newest_step(cut / "run" / "checkpoints")
     again, _ = started("killed")
     for process, folder in ((straight, whole), (again, cut)):
@@ -45,20 +45,20 @@ def run(report: Report, options: Options) -> None:
     ours, theirs = trainers.trace(cut), trainers.trace(whole)
     first = next((a["step"] for a, b in zip(ours, theirs, strict=False) if a != b), None)
     report.check(
-        f"every figure of {STEPS} steps, resumed at step {kept}", ours == theirs and kept >= EVERY,
-        "" if ours == theirs else f"{len(ours)} and {len(theirs)} lines, the first that differs is of step {first}",
+        f"metrics of all {STEPS} steps, resumed at step {kept}", ours == theirs and kept >= EVERY,
+        "" if ours == theirs else f"{len(ours)} and {len(theirs)} lines, first difference at step {first}",
     )  # fmt: skip
     report.check("parameters, moments and random states at the end", *_same_tensors(cut, whole))
 
 
 def _same_tensors(ours: Path, theirs: Path) -> tuple[bool, str]:
     ends = [checkpoint.newest(folder / "run" / "checkpoints") for folder in (ours, theirs)]
-    assert all(end is not None and end.step == STEPS for end in ends), "a run has not saved its end"
+    assert all(end is not None and end.step == STEPS for end in ends), "a run did not save its last step"
     flat = [
         {f"{file}/{name}": tensor for file, tensors in end.tensors.items() for name, tensor in tensors.items()}
         for end in ends if end is not None
     ]  # fmt: skip
     if flat[0].keys() != flat[1].keys():
-        return False, "they are not of the same names"
+        return False, "the tensors have different names"
     differ = [name for name, tensor in flat[0].items() if not tensor.equal(flat[1][name])]
-    return not differ, f"{len(differ)} of {len(flat[0])} tensors differ, {differ[0]} among them" if differ else ""
+    return not differ, f"{len(differ)} of {len(flat[0])} tensors differ, for example {differ[0]}" if differ else ""

@@ -46,14 +46,14 @@ SECTIONS = (
     Section("reduction", "teacher's logits to records, against float64 on the CPU", ".reduction", 35),
     Section("head", "fused head and losses, values and gradients, against float64 on the CPU", ".head", 70),
     Section("step", "the trainer's steps with flex attention against SDPA", ".step", 60),
-    Section("resume", "a run killed and resumed against one that nothing disturbed, bit for bit", ".resume", 65),
+    Section("resume", "a killed and resumed run against an undisturbed one, bit for bit", ".resume", 65),
     Section("teacher", "the teacher over HTTP against transformers", ".serving", 40, function="teacher"),
     Section("attention", "the attention service over HTTP against transformers", ".serving", 35, function="attention"),
-    Section("vllm", "the same teacher by vLLM, where it is installed", ".serving", 110, function="vllm"),
+    Section("vllm", "the teacher with the vLLM engine, if it is installed", ".serving", 110, function="vllm"),
     Section("reduction_speed", "the reduction's time", ".reduction", 15, counts=False, function="speed"),
     Section("head_speed", "the fused head's time and memory, Liger's, cross-entropy's", ".head_speed", 50, False),
     Section("step_0.6B", "speed and memory of a training step, Qwen3 0.6B", ".step_speed", 90, False, "small"),
-    Section("step_1.7B", "the same of Qwen3 1.7B", ".step_speed", 90, False, "large"),
+    Section("step_1.7B", "the same for Qwen3 1.7B", ".step_speed", 90, False, "large"),
 )  # fmt: skip
 
 
@@ -72,9 +72,9 @@ def run_sections(names: list[str], device: str, folder: Path, seconds: float) ->
         print(f"{section.name}: {section.about}", flush=True)
         left = end - time.monotonic()
         if left < 5:
-            found.lines.append({"note": "no time was left for it"})
+            found.lines.append({"note": "no time left to run it"})
             found.state = "out of time"
-            print("  no time was left for it", flush=True)
+            print("  no time left to run it", flush=True)
         else:
             options = Options(device, device == "cpu", folder / "sections" / section.name)
             # A CPU that others use too may be slow without hanging.
@@ -82,7 +82,7 @@ def run_sections(names: list[str], device: str, folder: Path, seconds: float) ->
         print(f"  {section.name}: {found.state}, {found.seconds:.1f} s", flush=True)
         write_card(folder / "CARD.json", about, findings)
     wrong = [found.name for found in findings if found.wrong]
-    print(f"NOT CORRECT: {', '.join(wrong)}" if wrong else "correct", f"· {folder / 'CARD.json'}", flush=True)
+    print(f"not correct: {', '.join(wrong)}" if wrong else "correct", f"· {folder / 'CARD.json'}", flush=True)
     return 1 if wrong else 0
 
 
@@ -106,9 +106,9 @@ def _run(context: Any, section: Section, options: Options, found: Findings, budg
     found.seconds = time.monotonic() - began
     found.settle(None if late else process.exitcode)
     if late:
-        found.lines.append({"note": f"it was ended after its {budget_s:.0f} s"})
+        found.lines.append({"note": f"stopped at its time limit of {budget_s:.0f} s"})
     if found.state in ("failed", "crashed", "out of time"):
-        print(f"  its output: {options.folder / 'output.txt'}", flush=True)
+        print(f"  output: {options.folder / 'output.txt'}", flush=True)
         for line in (options.folder / "output.txt").read_text(errors="replace").splitlines()[-12:]:
             print(f"    {line}", flush=True)
 
@@ -135,7 +135,7 @@ def _child(section: Section, options: Options, lines: Path) -> None:
         getattr(import_module(section.module, "deploy.gpu_checks"), section.function)(Report(lines), options)
     except Exception as error:  # the edge of the process
         traceback.print_exc()
-        Report(lines).note(f"ended by {type(error).__name__}: {str(error).strip()[:500]}")
+        Report(lines).note(f"failed with {type(error).__name__}: {str(error).strip()[:500]}")
         sys.exit(1)
 
 
@@ -149,10 +149,10 @@ def machine(device: str) -> dict[str, Any]:
     program += "list(torch.cuda.get_device_capability())] if torch.cuda.is_available() else [])))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"torch can't be asked for its devices:\n{done.stderr[-2000:]}")
+        raise ValueError(f"querying torch for its devices failed:\n{done.stderr[-2000:]}")
     cpu, *gpu = json.loads(done.stdout.splitlines()[-1])
     if device == "cuda" and not gpu:
-        raise ValueError("torch sees no CUDA device; `--device cpu` tries the check itself, at tiny shapes")
+        raise ValueError("torch finds no CUDA device; `--device cpu` tests the check itself at tiny shapes")
     about: dict[str, Any] = {"device": gpu[0] if device == "cuda" else cpu, "cpu": cpu}
     if device == "cuda":
         about |= {"memory_bytes": gpu[1], "cuda": gpu[2], "compute_capability": gpu[3], "driver": _driver()}

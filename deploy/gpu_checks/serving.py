@@ -38,7 +38,7 @@ def vllm(report: Report, options: Options) -> None:
     if importlib.util.find_spec("vllm") is None:
         report.note("left out: vLLM is not installed")
     elif options.tiny:
-        report.note("left out: on a CPU the test suite serves with vLLM")
+        report.note("left out: on a CPU the test suite covers vLLM")
     else:
         _teacher(report, options, "vllm", "bfloat16")
 
@@ -71,7 +71,7 @@ def _teacher(report: Report, options: Options, engine: str, dtype: str) -> None:
     for name, error in errors.items():
         report.close(f"{engine} in {dtype}: {name}", error, BOUNDS[dtype])
     same = all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(answers, again, strict=True))
-    report.check(f"{engine} in {dtype}: asked twice, the same answer", same)
+    report.check(f"{engine} in {dtype}: same response to the same query", same)
 
 
 def attention(report: Report, options: Options) -> None:
@@ -82,7 +82,7 @@ def attention(report: Report, options: Options) -> None:
         maps = client.attention(AttentionRequest(sequences=sequences, kind="maps", layer=1))
         states = client.attention(AttentionRequest(sequences=sequences, kind="states", layer=1))
     truth = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
-    errors = dict.fromkeys(("maps", "the maps that the states make"), 0.0)
+    errors = dict.fromkeys(("maps", "maps computed from the states"), 0.0)
     for tokens_T, map_of, state in zip(sequences, maps, states, strict=True):
         with torch.no_grad():
             true_HTT = truth(torch.tensor(tokens_T)[None], output_attentions=True).attentions[1][0].numpy()

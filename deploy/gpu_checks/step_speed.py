@@ -25,7 +25,7 @@ def small(report: Report, options: Options) -> None:
 
 def large(report: Report, options: Options) -> None:
     if options.tiny:
-        report.note("left out: the other shape is tried")
+        report.note("left out: on a CPU, both shapes would be the same tiny one")
     else:
         _run(report, options, QWEN3_1_7B)
 
@@ -49,14 +49,14 @@ def _run(report: Report, options: Options, shape: dict[str, Any]) -> None:
     seen = json.loads(found.read_text())
     lines = [line for line in trainers.metrics(options.folder) if seen["from"] < line["step"] <= seen["until"]]
     rate = statistics.median(line["tokens_per_second"] for line in lines)
-    report.figure(f"tokens a second, {rows} rows of {length:,}, {len(lines)} steps", rate, "tokens/s")
-    report.figure("seconds a step", statistics.median(line["seconds"] for line in lines), "s")
+    report.figure(f"tokens per second, {rows} rows of {length:,}, {len(lines)} steps", rate, "tokens/s")
+    report.figure("seconds per step", statistics.median(line["seconds"] for line in lines), "s")
     report.figure("of which waiting for targets", statistics.median(line["wait_s"] for line in lines), "s")
     if options.device == "cuda":
         report.figure("peak memory of the process", seen["peak_bytes"] / 1e9, "GB")
         waits = seen["waits"]
-        report.figure("waits for the device a step", sum(waits.values()) / seen["waited_steps"], "waits")
+        report.figure("waits for the device per step", sum(waits.values()) / seen["waited_steps"], "waits")
         for place, count in sorted(waits.items(), key=lambda item: -item[1])[:8]:
-            report.note(f"  {count / seen['waited_steps']:.1f} a step at {place}")
+            report.note(f"  {count / seen['waited_steps']:.1f} per step at {place}")
     report.figure("compiled graphs by the end", seen["graphs"], "graphs")
     report.figure("recompilations after the second step", seen["recompilations"], "", "0")

@@ -38,7 +38,9 @@ def start(arguments: list[str], output: Path, module: str = "student_trainer.mai
 def finish(process: subprocess.Popen[bytes], output: Path) -> None:
     """Wait for its end. RuntimeError with the end of its output if it failed."""
     if process.wait():
-        raise RuntimeError(f"a trainer ended with {process.returncode}:\n{output.read_text(errors='replace')[-3000:]}")
+        raise RuntimeError(
+            f"a trainer ended with code {process.returncode}:\n{output.read_text(errors='replace')[-3000:]}"
+        )
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

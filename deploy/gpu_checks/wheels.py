@@ -42,7 +42,7 @@ def collect(folder: Path, python: str | None) -> int:
     size = sum(wheel.stat().st_size for wheel in found)
     print(f"{folder}: {len(found)} wheels for Python {version}, {size / 1e6:.1f} MB")
     if missing:
-        print(f"not to be had: {', '.join(missing)}", file=sys.stderr)
+        print(f"not available: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
 
 
@@ -72,11 +72,11 @@ def unpack(folder: Path, site: Path) -> None:
         except importlib.metadata.PackageNotFoundError:
             there = None
         if there == version:
-            print(f"{name} {version} is there")
+            print(f"{name} {version} is already installed")
             continue
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-        print(f"{name} {version}, unpacked into {site}" + (f", stands in for {there}" if there else ""))
+        print(f"{name} {version}, unpacked into {site}" + (f", used instead of {there}" if there else ""))
 
 
 def _plain(name: str) -> str:

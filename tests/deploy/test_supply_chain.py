@@ -159,7 +159,7 @@ def test_the_audit_without_a_network_says_what_it_finds_and_that_it_has_no_datab
     (folder / "TEST-2.yaml").write_text(json.dumps(ADVISORY | {"id": "TEST-2", "withdrawn": "2026-01-01T00:00:00Z"}))
     found = audit(tmp_path / "advisories")
     assert found.returncode == 1
-    assert found.stdout == f"msgpack {metadata.version('msgpack')}: TEST-1, mended in 99: reads too much\n"
+    assert found.stdout == f"msgpack {metadata.version('msgpack')}: TEST-1, fixed in 99: reads too much\n"
     mended = json.loads(json.dumps(ADVISORY).replace('"99"', '"1.0.1"'))
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.writestr("TEST-1.json", json.dumps(mended))
