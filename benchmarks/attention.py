@@ -81,9 +81,9 @@ def _report(
     ratios = {name: rate / rates[peer] for name, rate in rates.items() if name != peer}
     kept = ratios["states"] >= LEAST_RATIO
     notes = [
-        f"{options.sequences} sequences of {options.length} tokens a request, median of {options.rounds} rounds, layer "
-        f"{layer}, {torch.get_num_threads()} threads; ratios are over the whole eager forward.",
-        f"States at the default layer at least {LEAST_RATIO} times as fast: {'kept' if kept else 'NOT KEPT'}.",
+        f"{options.sequences} sequences of {options.length} tokens per request, median of {options.rounds} rounds, "
+        f"layer {layer}, {torch.get_num_threads()} threads; ratios are to the whole eager forward pass.",
+        f"States at the default layer at least {LEAST_RATIO} times as fast: {'met' if kept else 'not met'}.",
     ]
     report("attention", rows, ratios, title="The attention service", notes=notes)
     if not kept:

@@ -42,25 +42,25 @@ def main() -> int:
 def title(plan: Plan, lines: Sequence[dict[str, Any]]) -> str:
     seconds = sum(line["seconds"] for line in lines)
     return (
-        f"A student of {plan.layers} layers, {plan.steps} steps of about 34 examples an arm; the teacher "
-        f"{plan.teacher_steps} steps; stage 2 {plan.stage2_steps} steps of 1,024 tokens. {len(lines)} runs, "
-        f"{seconds / 60:.0f} minutes of training steps on {plan.machine['cpu']}, beside other work"
+        f"A student of {plan.layers} layers; {plan.steps} steps of about 34 examples per arm, {plan.teacher_steps} for "
+        f"the teacher, {plan.stage2_steps} steps of 1,024 tokens for stage 2. {len(lines)} runs, {seconds / 60:.0f} "
+        f"minutes of training steps on {plan.machine['cpu']}, with other work on the machine"
     )
 
 
 def body(plan: Plan, lines: Sequence[dict[str, Any]]) -> str:
     teacher = next((line for line in lines if line["phase"] == "teacher"), None)
-    parts = [f"{title(plan, lines)}. Per cent of the test split, mean ± standard deviation over seeds:"]
+    parts = [f"{title(plan, lines)}. Accuracy on the test split, mean ± standard deviation over seeds:"]
     parts += [markdown(arm_rows(lines))] if arm_rows(lines) else []
     if teacher is not None:
         parts.append(
-            f"The teacher: {100 * teacher['accuracy']:.1f} % of {teacher['examples']} of the validation split."
+            f"The teacher: {100 * teacher['accuracy']:.1f} % of {teacher['examples']} examples of the validation split."
         )
     parts.append(verdict(lines))
     if rows := length_rows(lines, plan):
         parts += ["Accuracy by stage 2's length, arm `logits`:", markdown(rows)]
     if rows := search_rows(lines):
-        parts += ["All that was tried on the validation split:", markdown(rows)]
+        parts += ["Everything that was tried on the validation split:", markdown(rows)]
     return "\n\n".join(parts)
 
 

@@ -168,7 +168,7 @@ def main() -> None:
         }
         for top_k in args.top_k
     }
-    report("compat", rows, figures, title="TRL's client, and ours", notes=["CPU in microseconds a token."])
+    report("compat", rows, figures, title="TRL's client, and ours", notes=["CPU in microseconds per token."])
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def speed(tokens: int, top_k: int, until: float) -> list[dict[str, Any]] | None:
             if (codec, number) in done:
                 continue
             if time.monotonic() > until:
-                print(f"{len(lines)} shards measured: run it again to go on", file=sys.stderr)
+                print(f"{len(lines)} shards measured: run it again to continue", file=sys.stderr)
                 return None
             drawn = drawn or list(synthetic(SHARD_TOKENS, VOCAB_SIZE, top_k))
             lines.append({"K": top_k, "shard": number, **_speed_of(renamed(drawn, VOCAB_SIZE, number), codec, top_k)})
@@ -233,17 +233,19 @@ def main() -> None:
     if throughput is None:
         return
     rows, ratios = codec_rows("Zipf", list(synthetic(options.drawn_tokens, VOCAB_SIZE, 128)), VOCAB_SIZE)
-    notes = ["Bytes and nats a token. `shard B` has all of a row: token ids, lse, next_logprob and log_z at one T too."]
+    notes = [
+        "Bytes and nats per token. `shard B` is all of a row, with token ids, lse, next_logprob and log_z at one T."
+    ]
     if TEACHER.exists() and TEXT.exists():
         vocab_size, records = of_a_model(options.text_tokens, 128)
         real_rows, real_ratios = codec_rows("SmolLM2-135M", records, vocab_size)
         rows, ratios = real_rows + rows, real_ratios | ratios
     else:
-        notes.append("No model's records: `make demo` puts one where this looks for it.")
+        notes.append("No records of a real model: `make demo` makes the model and text that they need.")
     for row in rows:
         row["of the wire"] = row["shard B"] / (4 * row["K"] + 16) if row["shard B"] else None
     ratios |= {"speed": throughput, "index": index}
-    report("dataset", rows, ratios, title="Target datasets, a token", notes=notes)
+    report("dataset", rows, ratios, title="Target datasets, per token", notes=notes)
     SPEEDS.unlink()
     INDEX.unlink()
 

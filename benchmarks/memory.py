@@ -120,8 +120,8 @@ def main() -> None:
     rows = asyncio.run(run(args))
     most = max(row["GiB"] for row in rows if row["server"] == "stillhouse")
     whole = args.tokens * args.vocab_size * 4 / 2**30
-    notes = [f"All logits of the sequence in fp32 would be {whole:.1f} GiB.",
-             f"At most {MOST_GIB:.0f} GiB for ours: {'kept' if most <= MOST_GIB else 'NOT KEPT'}."]  # fmt: skip
+    notes = [f"All logits of the sequence in fp32 would take {whole:.1f} GiB.",
+             f"At most {MOST_GIB:.0f} GiB for ours: {'met' if most <= MOST_GIB else 'not met'}."]  # fmt: skip
     ratios = {f"{row['server']} K{row['K']}": row["GiB"] for row in rows}
     report("memory", rows, ratios, title=f"{args.tokens:,} tokens, V = {args.vocab_size:,}", notes=notes)
     if most > MOST_GIB:

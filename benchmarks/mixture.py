@@ -1,6 +1,6 @@
 """Which mixture policy yields the best student, on six real domains and an equal budget? `make bench-mixture`.
 
-    python -m benchmarks.mixture [--minutes 9] [--docs]      repeat it until it no longer says "call again for the rest"
+    python -m benchmarks.mixture [--minutes 9] [--docs]      repeat it until it no longer says "run again for the rest"
 
 Domains: prose and code of the standard library, film reviews, product reviews, editorials, tweets. Each has a pool to
 train on, a probe set for the policies that use one, and a test set that only the final metrics use. Two tiny models
@@ -63,7 +63,7 @@ def main() -> int:
         if options.only not in arm:
             continue
         if time.monotonic() > deadline:
-            print("time is over: call again for the rest")
+            print("out of time: run again for the rest")
             return 0
         run(arm, seed, sizes)
     tables(options.docs)
@@ -138,7 +138,7 @@ def make_teacher() -> None:
     if trainer.run(settings) or trainer.run(
         ["export", str(run_folder), "--format", "hf", "--out", str(ROOT / "teacher.new")]
     ):
-        raise SystemExit("the teacher was not made")
+        raise SystemExit("training or exporting the teacher failed")
     (ROOT / "teacher.new").rename(ROOT / "teacher")
 
 
@@ -378,8 +378,8 @@ def tables(docs: bool) -> None:
     blocks = []
     for probe in PROBES:
         rows = table(probe)
-        title = f"test set of {'all domains, each alike' if probe == 'all' else probe}"
-        note = "mean ± standard deviation over seeds; differences are taken by seed, ± their error"
+        title = f"test set of {'all domains, weighted equally' if probe == 'all' else probe}"
+        note = "mean ± standard deviation over seeds; differences are taken seed by seed, ± their standard error"
         report("mixture" if probe == "all" else f"mixture_{probe}", rows, title=title, notes=(note,))
         blocks.append(f"{title}:\n\n{markdown(rows)}")
     if docs:

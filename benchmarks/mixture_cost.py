@@ -62,8 +62,8 @@ def main() -> None:
     report(
         "mixture_cost", rows, {row["policy"]: row["one in 1,000 steps"] for row in rows},
         title=f"processor time of the training thread, {options.layers} layers of SmolLM2-135M's shape, "
-        f"{256 * options.rows} tokens a step",
-        notes=[f"medians of {options.steps * options.decisions} steps, the policies' steps in turn"],
+        f"{256 * options.rows} tokens per step",
+        notes=[f"medians of {options.steps * options.decisions} steps; the policies take turns"],
     )  # fmt: skip
 
 

@@ -87,9 +87,9 @@ def main() -> None:
     rows += [{"student": arm, **_row(figures)} for arm, figures in measured.items()]
     report(
         "on_policy", rows, _changes(measured),
-        title=f"KL(student‖teacher), nats a token, {options.steps} steps: mean ± standard deviation of "
+        title=f"KL(student‖teacher), nats per token, {options.steps} steps: mean ± standard deviation of "
         f"{options.seeds} seeds",
-        notes=["own text: after held-out prompts, by the student itself; data: what the documents say there"],
+        notes=["own text: what the student itself writes after held-out prompts; data: what the documents say there"],
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def train(name: str, model: Path, steps: int, *overrides: str, seed: int = 0) ->
     with ExitStack() as stack, StopSignals() as signals:
         run = build(settings, signals, stack)
         if steps and loop.train(run) != loop.DONE:
-            raise SystemExit("stopped: start it again, and what is finished is not done again")
+            raise SystemExit("stopped: start it again to continue; finished work is not repeated")
         return run.student
 
 
@@ -170,7 +170,9 @@ def held_out_texts(source: BatchSource, name: str) -> list[np.ndarray]:
         if d.stop - d.start == PROMPT_TOKENS + WRITTEN_TOKENS
     ]
     if len(texts) < PROMPTS:
-        raise ValueError(f"source {name} has {len(texts)} held-out pieces that are long enough, {PROMPTS} are needed")
+        raise ValueError(
+            f"source {name} has {len(texts)} held-out pieces that are long enough, expected {PROMPTS} or more"
+        )
     return texts[:PROMPTS]
 
 

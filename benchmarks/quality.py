@@ -53,7 +53,7 @@ def main() -> int:
         if results.lines({"table": name, "size": size.name}):
             write(name, size, results, options.docs)
     if left:
-        print(f"{left} runs are left: start it again")
+        print(f"{left} runs left: start it again to continue")
     return 0
 
 
@@ -61,7 +61,7 @@ def write(name: str, size: Size, results: Results, docs: bool) -> None:
     lines = results.lines({"table": name, "size": size.name})
     rows = TABLES[name].rows(size, lines)
     title = title_of(TABLES[name].about(size), lines)
-    report(f"quality_{name}", rows, title=title, notes=(f"a line a run: {RESULTS}",))
+    report(f"quality_{name}", rows, title=title, notes=(f"one line per run: {RESULTS}",))
     if docs:
         publish(DOCS, f"{title}:\n\n{markdown(rows)}", name)
 

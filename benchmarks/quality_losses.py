@@ -35,7 +35,7 @@ ORDER = (
 
 
 def about(size: Size) -> str:
-    return f"{size.what}, {size.tokens:,} tokens a run"
+    return f"{size.what}, {size.tokens:,} tokens per run"
 
 
 def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:
@@ -80,7 +80,7 @@ def rows(size: Size, lines: Sequence[Line]) -> list[dict[str, Any]]:
             kind = ARMS[arm][0]
             made.append({
                 "loss": arm, "layers": f"{keep} of {size.layers}",
-                "bytes a token": round(num_bytes[kind]) if kind else 0,
+                "bytes per token": round(num_bytes[kind]) if kind else 0,
                 "KL": spread(list(kl.values()), 3),
                 "cross-entropy": spread(list(figures[arm, "cross_entropy"].values()), 3),
                 "agreement %": spread(list(figures[arm, "agreement"].values()), 1),

@@ -126,7 +126,7 @@ def heal(size: Size, student: Path, seed: int, settings: Sequence[str]) -> Any:
     with ExitStack() as stack, StopSignals() as signals:
         run = build(compose_arguments(arguments), signals, stack)
         if loop.train(run) != loop.DONE:
-            raise SystemExit("stopped: start it again, and what is finished is not made again")
+            raise SystemExit("stopped: start it again to continue; finished runs are not repeated")
         return run.student
 
 

@@ -65,7 +65,7 @@ def make(size: Size, cell: Cell) -> Line:
         codes = [student.wait() for student in students]
         wall_s, used = time.monotonic() - began, _teachers_cpu_s() - used
         if any(codes):
-            raise SystemExit(f"a student ended with codes {codes}: see {root}")
+            raise SystemExit(f"the students ended with codes {codes}: see {root}")
         computed = sum(httpx.get(f"{url}/v1/status").json()["sources"].get("engine", 0) for url in urls)
     return {"wall_s": wall_s, "teachers_cpu_s": used, "passes": computed / (STEPS * SEQ_LEN)}
 

@@ -111,7 +111,7 @@ def _top_64(
             if entry.kind == "top_k":
                 query = Query(np.asarray(entry.tokens_T), (entry.start, entry.stop), spec)
                 found = store.get(info.fingerprint, query)
-                assert found is not None, "what is stored at K = 256 answers K = 64"
+                assert found is not None, "targets stored at K = 256 serve K = 64"
                 yield query, found
 
     try:

@@ -25,7 +25,7 @@ TARGETS = {
 
 
 def about(size: Size) -> str:
-    return f"{size.what}, {size.keep[1]} of its {size.layers} layers, {size.shortened(SHARE).tokens:,} tokens a run"
+    return f"{size.what}, {size.keep[1]} of its {size.layers} layers, {size.shortened(SHARE).tokens:,} tokens per run"
 
 
 def cells(size: Size, seeds: Sequence[int]) -> list[Cell]:

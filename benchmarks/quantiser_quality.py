@@ -89,7 +89,7 @@ def main() -> int:
     teacher, start = models(options.scale)
     for number, (seed, arm, loss) in enumerate(missing):
         if options.for_s is not None and time.monotonic() - began > options.for_s:
-            print(f"{len(missing) - number} of {len(wanted)} runs are left: start it again", flush=True)
+            print(f"{len(missing) - number} of {len(wanted)} runs left: start it again to continue", flush=True)
             return 0
         folder = folder_of(options, seed, arm, loss)
         # The effect of quantising alone is the same for every seed and loss, so it is evaluated once.
@@ -178,7 +178,7 @@ def write_table(options: argparse.Namespace, start: Path) -> list[dict[str, Any]
         if not got:
             continue
         rows.append({
-            "weights": arm, "bits a weight": f"{bits_of(arm, start):.2f}", "loss": loss, "seeds": len(got),
+            "weights": arm, "bits per weight": f"{bits_of(arm, start):.2f}", "loss": loss, "seeds": len(got),
             "cross-entropy": spread([r["cross_entropy"] for r in got], 3),
             "KL": spread([r["kl"] for r in got], 3),
             "agreement %": spread([100 * r["agreement"] for r in got], 1),

@@ -74,7 +74,7 @@ def main() -> int:
         if not bench.file(*cell).exists() and time.monotonic() - began < 60 * options.minutes:
             bench.measure(*cell)
     rows = bench.rows()
-    notes = ["CE and KL: nats a token on held-out text, KL(full precision || student) over the whole vocabulary."]
+    notes = ["CE and KL: nats per token on held-out text, KL(full precision || student) over the whole vocabulary."]
     report("recovery", rows, title=f"Recovery of {options.model.name}", notes=notes)
     if options.docs:
         publish(DOCS, f"{markdown(rows)}\n\nOn {machine()['cpu']}, one thread.")
@@ -222,7 +222,7 @@ class Bench:
                     {
                         "weights": quantiser,
                         "rank": f"{rank:.0%}",
-                        "bits a weight": f"{closed[0]['bits'][name]:.2f}",
+                        "bits per weight": f"{closed[0]['bits'][name]:.2f}",
                         **{
                             f"{figure}, {when}": _spread([each[key][field] for each in runs])
                             for figure, field in (("CE", "cross_entropy"), ("KL", "kl"))
@@ -240,7 +240,7 @@ class Bench:
                 found = json.loads(file.read_text())
                 row = dict.fromkeys(made[0] if made else (), "") | {"weights": quantiser, "rank": "none"}
                 row |= {
-                    "bits a weight": f"{found['bits']:.2f}",
+                    "bits per weight": f"{found['bits']:.2f}",
                     "CE, before": f"{found['before']['cross_entropy']:.3f}",
                 }
                 made.append(row | {"KL, before": f"{found['before']['kl']:.3f}"})

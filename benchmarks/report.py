@@ -34,7 +34,7 @@ def report(
     names under which results are quoted to any JSON values. ValueError without rows.
     """
     if not rows:
-        raise ValueError(f"benchmark {name!r} measured nothing: at least one row is expected")
+        raise ValueError(f"benchmark {name!r}: got no rows, expected at least one")
     console = Console()
     console.print(_table(title or name, rows))
     for key, value in (ratios or {}).items():
@@ -65,8 +65,8 @@ def publish(page: Path, body: str, table: str = "") -> None:
     marked = [found for found in _MARKED.finditer(text) if found[2].startswith(table)]
     if len(marked) != 1:
         raise ValueError(
-            f"{page} has {len(marked)} times the lines '<!-- table: {table}... -->' and '<!-- end of table -->', "
-            "once was expected"
+            f"{page} has the lines '<!-- table: {table}... -->' and '<!-- end of table -->' {len(marked)} times, "
+            "expected once"
         )
     start, stop = marked[0].end(1), marked[0].start(3)
     page.write_text(f"{text[:start]}\n{body}\n\n{text[stop:]}", encoding="utf-8")

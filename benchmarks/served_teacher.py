@@ -34,7 +34,7 @@ def serve_teacher(root: Path, *options: str) -> Iterator[str]:
         deadline = time.monotonic() + READY_WITHIN_S
         while not (ready := READY.search(log.read_text(errors="replace"))):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the teacher is not ready: see {log}")
+                raise SystemExit(f"the teacher did not become ready: see {log}")
             time.sleep(0.5)
         yield ready[1]
     finally:

@@ -121,7 +121,7 @@ async def different_data(url: str, seconds: float) -> dict[str, float]:
     for client in clients.values():
         await client.close()
     if failures:
-        raise RuntimeError(f"a student ended before its time: {failures[0]!r}")
+        raise RuntimeError(f"a student ended too early: {failures[0]!r}")
     return {name: count / sum(tokens.values()) for name, count in tokens.items()}
 
 

@@ -69,10 +69,10 @@ def main() -> None:
                 f"{r['latency']:g}": r["waited"] for r in rows if r["depth"] == "0"
             },
         },
-        title=f"% of the time waited, by latency in step times ({arguments.steps} steps after {arguments.warm_up})",
+        title=f"% of time spent waiting, by latency in step times ({arguments.steps} steps after {arguments.warm_up})",
         notes=[
-            "what the service needs to compute and send an answer comes on top of the injected latency",
-            "covered: the depth is at least one, and at least the round trip as depth 0 waited for it; auto always is",
+            "the time to compute and send a response comes on top of the injected latency",
+            "covered: the depth is at least 1, and at least the round trip that depth 0 waited for; auto always is",
         ],
     )
 

@@ -56,8 +56,8 @@ def main() -> int:
     notes = [
         f"{torch.get_num_threads()} threads, torch kernels for {torch.backends.cpu.get_cpu_capability()}, "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')}",
-        "GFLOP/s of a step: 6 times the weights that are multiplied times the tokens, by its median time; attention, "
-        "losses and AdamW count as time alone",
+        "GFLOP/s of a step: 6 x multiplied weights x tokens, divided by its median time; attention, losses and AdamW "
+        "add time only",
     ]
     ratios = {f"products' share of a step of {row['tokens']} tokens (target 0.7)": row["share"] for row in rows}
     shown = f"A training step: {options.layers} layers, hidden {HIDDEN}, V={VOCABULARY}, {str(dtype)[6:]}"

@@ -110,7 +110,7 @@ def measure(vocab_size: int, top_k: int) -> dict[str, Any]:
     body = encode(records, header)
     for record, answer in zip(records, decode(body, request, vocab_size), strict=True):
         for name, array in record.tensors().items():
-            assert array.tobytes() == answer.tensors()[name].tobytes(), f"{name} came back changed"
+            assert array.tobytes() == answer.tensors()[name].tobytes(), f"{name} changed on the wire"
     tree = {"choices": [{"prompt_logprobs": as_prompt_logprobs(record)} for record in records]}
     json_body = json.dumps(tree)
     return {
@@ -140,10 +140,10 @@ def main() -> None:
     at_64 = [row for row in rows if row["K"] == 64]
     within = all(row["bytes"] <= 6.5 * 64 + 64 and row["decode us"] <= 2.0 for row in at_64)
     notes = [
-        "A token; the ratios are JSON over wire.",
-        f"At K = 64, at most {6.5 * 64 + 64:.0f} bytes and 2 us to decode: {'kept' if within else 'NOT KEPT'}.",
+        "Per token; the ratios are JSON over wire.",
+        f"At K = 64, at most {6.5 * 64 + 64:.0f} bytes and 2 us to decode: {'met' if within else 'not met'}.",
     ]
-    report("wire", rows, ratios, title="Targets on the wire, a token", notes=notes)
+    report("wire", rows, ratios, title="Targets on the wire, per token", notes=notes)
     if not within:
         sys.exit(1)
 
