@@ -18,30 +18,20 @@ import json
 import os
 import re
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.report import BENCH_DIR, machine, publish, report
-from demo.comparison import markdown
-from demo.prepare import TEXT, prepare
-from student_trainer.reporting.json_lines import read_lines
+from benchmarks import mixture_results
+from benchmarks.mixture_data import DOMAINS, ROOT, SEQ_LEN, make_tokenizer, random_model, write_data
+from benchmarks.mixture_results import PROBES, SEARCH_SEED, SEEDS, best_fixed, read_run, results
+from benchmarks.report import machine
+from demo.prepare import prepare
 
-ROOT = BENCH_DIR.parent / "mixture"
-RESULTS = Path(__file__).parent / "results" / "mixture.jsonl"
-DOCS = Path(__file__).parent.parent / "docs" / "mixtures.md"
-DOMAINS = ("prose", "code", "movies", "amazon", "nyt", "tweets")
-SPLITS = {"test": range(2), "probe": range(2, 3), "train": range(3, 10)}
-PIECE, POOL, HELD = 400, 200_000, 40_000  # characters per piece, per pool, per probe or test set
-SEEDS, SEARCH_SEED = range(5), 100
-VOCABULARY, SEQ_LEN, ROWS = 1024, 256, 4
+ROWS = 4
 STEPS, RATE, INTERVAL, LAG = 40, 5e-3, 5, 2
 TEACHER_STEPS = 300
-# What the student should be good at in the end: one domain, or all equally.
-PROBES: dict[str, tuple[str, ...]] = {"movies": ("movies",), "all": DOMAINS}
 Weights = dict[str, float]
 # Everything else is left at each policy's defaults.
 ADAPTIVE = [f"data.mixture.update_interval={INTERVAL}", f"data.mixture.lag={LAG}"]
@@ -56,7 +46,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * options.minutes
     prepare(("text", "reviews"))
     ROOT.mkdir(parents=True, exist_ok=True)
-    RESULTS.parent.mkdir(exist_ok=True)
+    mixture_results.RESULTS.parent.mkdir(exist_ok=True)
     sizes = write_data()
     make_teacher()
     for arm, seed in missing(sizes):
@@ -66,57 +56,8 @@ def main() -> int:
             print("out of time: run again for the rest")
             return 0
         run(arm, seed, sizes)
-    tables(options.docs)
+    mixture_results.tables(options.docs)
     return 0
-
-
-# --- texts ----------------------------------------------------------------------------------------------------------
-
-
-def write_data() -> dict[str, int]:
-    """Write pieces of each domain's documents to a file per split; returns the total characters of each domain."""
-    done = ROOT / "data" / "sizes.json"
-    if not done.exists():
-        folder = ROOT / "data.unfinished"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        sizes = {}
-        for domain in DOMAINS:
-            texts = sorted(documents(domain), key=lambda text: hashlib.sha256(text.encode()).digest())
-            sizes[domain] = sum(map(len, texts))
-            for split, buckets in SPLITS.items():
-                room = POOL if split == "train" else HELD
-                with (folder / f"{domain}-{split}.jsonl").open("w") as file:
-                    for text in texts:
-                        if hashlib.sha256(b"split" + text.encode()).digest()[0] % 10 not in buckets:
-                            continue
-                        for piece in list(pieces(text))[:8]:
-                            if (room := room - len(piece)) < 0:
-                                break
-                            file.write(json.dumps({"text": piece}) + "\n")
-        (folder / "sizes.json").write_text(json.dumps(sizes))
-        folder.rename(done.parent)
-    found: dict[str, int] = json.loads(done.read_text())
-    return found
-
-
-def documents(domain: str) -> list[str]:
-    from student_trainer.data.sentiment import open_collection
-
-    if domain in ("prose", "code"):
-        return [json.loads(line)["text"] for line in (TEXT / f"{domain}.jsonl").read_text().splitlines()]
-    return list(open_collection(domain, "all")["text"])
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Parts of at most PIECE characters, cut at whitespace if there is any."""
-    text = text.strip()
-    while text:
-        cut = len(text) if len(text) <= PIECE else max(text.rfind(" ", 0, PIECE), text.rfind("\n", 0, PIECE))
-        cut = cut if cut > 0 else PIECE
-        if piece := text[:cut].strip():
-            yield piece
-        text = text[cut:].lstrip()
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -140,40 +81,6 @@ def make_teacher() -> None:
     ):
         raise SystemExit("training or exporting the teacher failed")
     (ROOT / "teacher.new").rename(ROOT / "teacher")
-
-
-def make_tokenizer() -> Any:
-    """A byte-level BPE tokenizer trained on the pools."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    learn = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    files = [ROOT / "data" / f"{domain}-train.jsonl" for domain in DOMAINS]
-    tokenizer.train_from_iterator(
-        (json.loads(line)["text"] for f in files for line in f.read_text().splitlines()), learn
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def random_model(folder: Path, layers: int, width: int, tokenizer: Any, seed: int) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=SEQ_LEN,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def student_of(seed: int) -> Path:
@@ -284,12 +191,6 @@ def arms() -> list[str]:
     return list(dict.fromkeys(["fixed: by size", "fixed: equal", *named, *best]))
 
 
-def best_fixed(probe: str) -> str:
-    """The mixture with the lowest KL on the probe in the search; before the search, equal shares."""
-    found = {line["arm"].removeprefix("fixed: "): line for line in results() if line["seed"] == SEARCH_SEED}
-    return min(found, key=lambda name: mean_of(found[name], "probe", probe, "kl"), default="equal")
-
-
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -340,90 +241,11 @@ def run(arm: str, seed: int, sizes: Mapping[str, int]) -> None:
     if code:
         raise SystemExit(f"stillhouse-train ended with code {code}: {arm}, seed {seed}")
     line = read_run(folder) | {"arm": arm, "seed": seed, "seconds": round(time.monotonic() - began, 1)}
-    with RESULTS.open("a") as file:
+    with mixture_results.RESULTS.open("a") as file:
         file.write(json.dumps(line | {"cpu": machine()["cpu"]}) + "\n")
     print(f"{arm}, seed {seed}: {line['seconds']} s, {line['test']}", flush=True)
     if folder != healed():
         shutil.rmtree(folder)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Held-out metrics by split and domain, and each source's share of the tokens."""
-    *_, last = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
-    figures: dict[str, Any] = {"test": {}, "probe": {}}
-    for name, values in last.items():
-        split, _, domain = name.partition("_")
-        if split in figures and domain in DOMAINS:
-            figures[split][domain] = {each: round(values[each], 5) for each in ("cross_entropy", "kl")}
-    tokens: dict[str, float] = {}
-    for line in (json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()):
-        for name, value in line.items():
-            if found := re.fullmatch(r"source/(\w+)/tokens", name):
-                tokens[found[1]] = tokens.get(found[1], 0) + value
-    return figures | {"shares": {name: round(count / sum(tokens.values()), 4) for name, count in tokens.items()}}
-
-
-def results() -> list[dict[str, Any]]:
-    return read_lines(RESULTS)
-
-
-def mean_of(line: Mapping[str, Any], split: str, probe: str, figure: str) -> float:
-    return statistics.mean(line[split][domain][figure] for domain in PROBES[probe])
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def tables(docs: bool) -> None:
-    blocks = []
-    for probe in PROBES:
-        rows = table(probe)
-        title = f"test set of {'all domains, weighted equally' if probe == 'all' else probe}"
-        note = "mean ± standard deviation over seeds; differences are taken seed by seed, ± their standard error"
-        report("mixture" if probe == "all" else f"mixture_{probe}", rows, title=title, notes=(note,))
-        blocks.append(f"{title}:\n\n{markdown(rows)}")
-    if docs:
-        publish(DOCS, "\n\n".join(blocks))
-
-
-def table(probe: str) -> list[dict[str, Any]]:
-    """One row per arm, the best KL first. Arms for the other probe are left out."""
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in results():
-        if line["seed"] in SEEDS and not re.search(rf": ({'|'.join(set(PROBES) - {probe})})$", line["arm"]):
-            by_arm.setdefault(line["arm"], {})[line["seed"]] = line
-    base = by_arm["fixed: equal"]
-    rows: list[tuple[float, dict[str, Any]]] = []
-    for arm, lines in by_arm.items():
-        kls = [mean_of(line, "test", probe, "kl") for line in lines.values()]
-        both = sorted(set(lines) & set(base))
-        apart = [mean_of(lines[s], "test", probe, "kl") - mean_of(base[s], "test", probe, "kl") for s in both]
-        row = {
-            "arm": arm + (" (best fixed)" if arm == f"fixed: {best_fixed(probe)}" else ""),
-            "KL": spread(kls),
-            "cross-entropy": spread([mean_of(line, "test", probe, "cross_entropy") for line in lines.values()]),
-            "KL less that of equal shares": error(apart),
-            "seeds": len(lines),
-            "largest share": largest(list(lines.values())),
-        }
-        rows.append((statistics.mean(kls), row))
-    return [row for _, row in sorted(rows, key=lambda each: each[0])]
-
-
-def largest(lines: Sequence[Mapping[str, Any]]) -> str:
-    names = {name for line in lines for name in line["shares"]}
-    shares = {name: statistics.mean(line["shares"].get(name, 0) for line in lines) for name in names}
-    name = max(sorted(shares), key=lambda each: shares[each])
-    return f"{name} {shares[name]:.0%}"
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
-
-
-def error(values: Sequence[float]) -> str:
-    of_mean = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):+.3f} ± {of_mean:.3f}"
 
 
 if __name__ == "__main__":
