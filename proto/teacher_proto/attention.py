@@ -129,7 +129,7 @@ class AttentionRequest(SequencesRequest):
     relation_heads: StrictInt = Field(32, description="kind relations")
     causal: StrictBool | None = Field(None, description="kind relations: mask later positions; as the form if absent")
     block_size: StrictInt | None = Field(None, description="kind maps: only within blocks of this many positions")
-    rows: tuple[Positions, ...] | None = Field(
+    rows: Annotated[tuple[Positions, ...], Field(fail_fast=True)] | None = Field(
         None, description="kinds relations and maps: ascending positions for each sequence; all if absent"
     )
 

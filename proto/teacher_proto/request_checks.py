@@ -59,7 +59,8 @@ class SequencesRequest(BaseModel):
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences",)
     tensor_fields: ClassVar[tuple[str, ...]] = ("sequences",)
 
-    sequences: tuple[Sequence, ...] = Field(description="token ids of each sequence")
+    # Every list of a request fails fast: collecting the errors of a hundred thousand items would take seconds.
+    sequences: Annotated[tuple[Sequence, ...], Field(fail_fast=True)] = Field(description="token ids of each sequence")
     fingerprint: str | None = Field(None, description="the teacher that must respond; any if absent")
 
     @property

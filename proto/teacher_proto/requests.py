@@ -126,13 +126,15 @@ class TargetsRequest(SequencesRequest):
     per_sequence: ClassVar[tuple[str, ...]] = ("sequences", "rows", "gather_ids")
     tensor_fields: ClassVar[tuple[str, ...]] = ("sequences", "gather_ids")
 
-    kinds: tuple[Kind, ...] = ("top_k",)
+    kinds: Annotated[tuple[Kind, ...], Field(fail_fast=True)] = ("top_k",)
     top_k: StrictInt = Field(64, description="kind top_k: K, from 1 to the size of the vocabulary")
-    temperatures: tuple[Number, ...] = Field((), description="temperatures to return log_z for; 1 needs none")
-    rows: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(
+    temperatures: Annotated[tuple[Number, ...], Field(fail_fast=True)] = Field(
+        (), description="temperatures to return log_z for; 1 needs none"
+    )
+    rows: Annotated[tuple[tuple[StrictInt, StrictInt], ...], Field(fail_fast=True)] | None = Field(
         None, description="a range [start, stop) for each sequence; all rows if absent"
     )
-    gather_ids: tuple[GatherIds, ...] | None = Field(
+    gather_ids: Annotated[tuple[GatherIds, ...], Field(fail_fast=True)] | None = Field(
         None, description="kind gather: for each sequence, the ids to score, one list for each requested row"
     )
     num_samples: StrictInt = Field(50, description="kind sampled: draws per row, 1 or more")

@@ -12,10 +12,16 @@ import msgpack
 import numpy as np
 import pytest
 import pytest_asyncio
+from pydantic import BaseModel, ValidationError
 
+from teacher_proto.attention import AttentionRequest
+from teacher_proto.requests import TargetsRequest
 from teacher_proto.wire import records as wire
 from teacher_proto.wire.tensors import encode_tensor
 from teacher_service.app import create_app
+from teacher_service.compat.completion_fields import CompletionRequest
+from teacher_service.compat.sglang_fields import GenerateRequest
+from teacher_service.compat.token_fields import TokenRequest
 from teacher_service.engines.scripted import Script, ScriptedEngine
 from teacher_service.service import TeacherService
 from teacher_service.settings import TeacherSettings
@@ -180,6 +186,12 @@ RAW: dict[str, tuple[bytes, dict[str, str], int, str, str]] = {
     "JSON nested too deep": (b"[" * 100_000, {"Content-Type": wire.JSON}, 400, "malformed", "body"),
     "JSON with a lone surrogate": (
         b'{"sequences": [[1]], "fingerprint": "\\ud800"}', {"Content-Type": wire.JSON}, 400, "malformed", "body"),
+    "JSON with a surrogate in its bytes": (
+        b'{"sequences": [[1]], "fingerprint": "\xed\xa0\x80"}', {"Content-Type": wire.JSON}, 400, "malformed", "body"),
+    "JSON in UTF-16 with a lone surrogate": (
+        '{"sequences": [], "fingerprint": "\\ud800"}'.encode("utf-16"), {"Content-Type": wire.JSON}, 400, "malformed",
+        "body",
+    ),
     "JSON with a huge number": (
         b'{"sequences": [[1]], "top_k": 1' + b"0" * 5000 + b"}", {"Content-Type": wire.JSON}, 400, "malformed", "body"),
     "no content type": (WHOLE, {"Content-Type": ""}, 415, "unsupported_type", "Content-Type"),
@@ -187,6 +199,7 @@ RAW: dict[str, tuple[bytes, dict[str, str], int, str, str]] = {
     "gzip": (WHOLE, {"Content-Encoding": "gzip"}, 415, "unsupported_type", "Content-Encoding"),
     "a body too large": (b"\x00" * (16 * 2**20 + 1), {}, 413, "too_large", "body"),
     "JSON too large": (b" " * (2**20 + 1), {"Content-Type": wire.JSON}, 413, "too_large", "body"),
+    "JSON too large, in capitals": (b" " * (2**20 + 1), {"Content-Type": "Application/JSON"}, 413, "too_large", "body"),
 }  # fmt: skip
 
 
@@ -197,6 +210,28 @@ async def test_bytes_that_are_no_request_are_refused(bench: Bench, name: str) ->
     answer = response.json()
     assert (response.status_code, answer["code"], answer["field"]) == (status, code, field)
     assert bench.engine.jobs_started == 0
+
+
+MANY = [None] * 1000
+LISTS: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (TargetsRequest, {"sequences": MANY}),
+    *((TargetsRequest, {"sequences": [GOOD], name: MANY}) for name in ("kinds", "temperatures", "rows", "gather_ids")),
+    (AttentionRequest, {"sequences": [GOOD], "rows": MANY}),
+    (CompletionRequest, {"prompt": MANY}),
+    (CompletionRequest, {"prompt": [GOOD, *MANY]}),
+    (CompletionRequest, {"prompt": [MANY] * 9}),
+    (CompletionRequest, {"prompt": ["a", *MANY]}),
+    (GenerateRequest, {"input_ids": MANY, "logprob_start_len": MANY, "token_ids_logprob": [MANY] * 9}),
+    (TokenRequest, {"token_ids": MANY, "sampling_params": {"prompt_logprob_token_ids": [MANY] * 9}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), LISTS)
+def test_a_list_is_read_up_to_its_first_bad_item(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """A million errors of one body take pydantic ten seconds, during which the event loop does nothing else."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 12
 
 
 async def test_json_answers_are_limited_in_size_and_msgpack_ones_are_not(bench: Bench) -> None:

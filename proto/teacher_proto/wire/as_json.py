@@ -35,9 +35,10 @@ def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
     if (brackets := body.count(b"[") + body.count(b"{")) > allowed:
         raise WireError(f"{brackets} lists and objects came, at most {allowed} are read")
     try:
-        fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        if b"\\u" in body:
-            # A lone surrogate could be neither logged nor sent on: encoding it fails here.
+        text = body.decode(json.detect_encoding(body))  # `json.loads` would let surrogates pass
+        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            # A lone surrogate could be neither logged nor tokenised: encoding it fails here.
             json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         if isinstance(error, WireError):

@@ -66,7 +66,7 @@ def make_app(
 def _max_body(service: AnyService, content_type: str) -> int:
     """Maximum size of a body of this content type, in bytes. The model's limits are unknown while it loads."""
     limits = service.engine.limits if service.started else SequenceLimits(vocab_size=1, max_sequence_length=1)
-    return limits.max_json_bytes if content_type.startswith(JSON) else limits.max_body_bytes
+    return limits.max_json_bytes if content_type.lower().startswith(JSON) else limits.max_body_bytes
 
 
 def _service_of(request: Request) -> AnyService:

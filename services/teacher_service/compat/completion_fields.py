@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from teacher_proto.errors import OutOfRangeError
-from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
+from teacher_service.compat.requests import Ids, ManyIds, Texts, check_extras, check_written, read_model
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     model: str | None = None
-    prompt: Ids | list[Ids] | str | list[str]
+    prompt: Ids | ManyIds | str | Texts
     max_tokens: StrictInt | None = Field(
         None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )

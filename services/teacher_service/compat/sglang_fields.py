@@ -7,13 +7,13 @@ SGLang 0.5.23 (`GenerateReqInput` of `sglang.srt.managers.io_struct`, `SamplingP
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from teacher_proto.errors import OutOfRangeError
 from teacher_proto.request_checks import within
-from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
+from teacher_service.compat.requests import Ids, ManyIds, check_extras, check_written, read_model
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -73,14 +73,14 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    input_ids: Ids | list[Ids]
+    input_ids: Ids | ManyIds
     sampling_params: SamplingParams | None = None
     return_logprob: StrictBool | None = False
-    logprob_start_len: StrictInt | list[StrictInt] | None = Field(
+    logprob_start_len: StrictInt | Annotated[list[StrictInt], Field(fail_fast=True)] | None = Field(
         None, description="first token whose logprob is listed, one for all sequences or one for each; -1: none"
     )
     top_logprobs_num: StrictInt | None = 0
-    token_ids_logprob: Ids | list[Ids] | None = Field(
+    token_ids_logprob: Ids | ManyIds | None = Field(
         None, description="ids to score at every position: the same for all sequences, or a list for each"
     )
     return_text_in_logprobs: StrictBool | None = False

@@ -48,7 +48,7 @@ SAMPLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 # vLLM pads rows of ids with -1.
-_PADDED = list[Annotated[StrictInt, Field(ge=-1, lt=2**31)]]
+_PADDED = Annotated[list[Annotated[StrictInt, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
 
 
 class SamplingParams(BaseModel):
@@ -64,7 +64,7 @@ class SamplingParams(BaseModel):
     )
     logprobs: StrictInt | None = None
     prompt_logprobs: StrictInt | None = None
-    prompt_logprob_token_ids: list[_PADDED] | None = Field(
+    prompt_logprob_token_ids: Annotated[list[_PADDED], Field(fail_fast=True)] | None = Field(
         None, description="ids to score, a row for each token after `prompt_logprob_start`; -1 pads a row"
     )
     prompt_logprob_start: Annotated[StrictInt, Field(ge=0)] | None = None
