@@ -99,7 +99,9 @@ class JsonPieces:
         with np.errstate(all="ignore"):
             halves = np.arange(65_536, dtype=np.uint16).view(np.float16).astype(np.float64)
         # Five digits distinguish all fp16 numbers. vLLM writes -9999 for minus infinity, which JSON lacks.
-        self.half = _objects(f"{value:.5g}" if np.isfinite(value) else "-9999.0" for value in halves.tolist())
+        self.half = _objects(
+            f"{max(value, -9999.0):.5g}" if np.isfinite(value) else "-9999" for value in halves.tolist()
+        )
 
     def _quoted(self) -> list[str]:
         text = self._text

@@ -127,6 +127,15 @@ def test_the_flat_form_holds_what_the_lists_hold(
         np.testing.assert_allclose([triple[0] for triple in row], values_K, rtol=1e-4)
 
 
+def test_no_logprob_in_json_is_below_that_of_minus_infinity(teacher: TeacherProcess) -> None:
+    fields = scored(top_logprobs_num=256, sampling_params={"max_new_tokens": 0, "temperature": 0.001})
+    lists = post(teacher, fields)["meta_info"]
+    flat = post(teacher, fields | {"return_flat_raw_top_logprobs": True})["meta_info"]
+    values = [triple[0] for row in lists["input_top_logprobs"][1:] for triple in row]
+    assert min(values) == min(flat["input_top_logprobs_val_flat"]) == -9999
+    np.testing.assert_allclose(values, flat["input_top_logprobs_val_flat"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_given_ids_are_scored_at_every_position_and_a_token_is_written(

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from teacher_proto.targets import TokenTargets
 from teacher_service.compat.completion_fields import NEUTRAL, WITHOUT_EFFECT, CompletionRequest
+from teacher_service.compat.completion_json import next_token_logprobs, openai_logprobs
 from teacher_service.engines.scripted_model import scripted_logits
+from teacher_service.text import Text
 from tests.chaos.crowd import lag_of
 from tests.contract.faces import documented, expected
 from tests.teacher_process import TeacherProcess
@@ -114,6 +117,39 @@ def test_an_echo_ends_with_the_token_that_is_written(teacher: TeacherProcess) ->
         logprobs = complete(teacher, prompt=IDS, max_tokens=1, echo=True, logprobs=asked)["choices"][0]["logprobs"]
         assert logprobs["tokens"][-1] == f"token_id:{best.argmax()}" and len(logprobs["tokens"]) == len(IDS) + 1
         assert logprobs["token_logprobs"][-1] == pytest.approx(best.max(), rel=2e-3, abs=1e-3)
+
+
+def test_of_tokens_with_one_name_the_first_listed_keeps_it() -> None:
+    """Parts of a character all decode to the same sign. The token that came is listed first, then those by rank."""
+
+    class Signs(Text):
+        def strings(self) -> list[str]:
+            return ["a", "\ufffd", "\ufffd", "\ufffd"]
+
+    targets = TokenTargets(
+        start=0, ids=np.array([[1, 2, 3], [2, 3, 0]], np.uint16), next_logprob=np.array([-0.5, np.nan], np.float32),
+        logprobs=np.array([[-0.5, -1.5, -3], [-0.25, -2, -4]], np.float16),
+    )  # fmt: skip
+    text = Signs(None, 4)
+    echoed = json.loads(b"".join(openai_logprobs(np.array([0, 1]), targets, 3, text, as_ids=False, generated=2)))
+    assert echoed["tokens"] == ["a", "\ufffd", "\ufffd"]
+    assert echoed["top_logprobs"] == [None, {"\ufffd": -0.5}, {"\ufffd": -0.25, "a": -4}]
+    alone = json.loads(b"".join(next_token_logprobs(targets, 2, 3, text, as_ids=False)))
+    assert alone["top_logprobs"] == [{"\ufffd": -0.25, "a": -4}]
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_the_token_that_came_has_all_digits_of_fp32(teacher: TeacherProcess, top_k: int) -> None:
+    scored = httpx.post(f"{teacher.url}/v1/targets", json={"sequences": [IDS], "kinds": ["score"]}).json()
+    exact = np.array(scored["sequences"][0]["next_logprob"][:-1], np.float32)
+    listed = complete(teacher, prompt=IDS, prompt_logprobs=top_k)["choices"][0]["prompt_logprobs"]
+    came = [next(iter(entry.values()))["logprob"] for entry in listed[1:]]
+    np.testing.assert_array_equal(np.array(came, np.float32), exact)
+    payload = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True,
+               "logprob_start_len": 0, "top_logprobs_num": top_k}  # fmt: skip
+    meta = httpx.post(f"{teacher.url}/generate", json=payload).json()["meta_info"]
+    came = [triple[0] for triple in meta["input_token_logprobs"][1:]]
+    np.testing.assert_array_equal(np.array(came, np.float32), exact)
 
 
 def test_several_prompts_give_choices_in_their_order(teacher: TeacherProcess) -> None:

@@ -41,7 +41,7 @@ def _entries(
     came_R, logprob_R = tokens_T[start + 1 : stop + 1], targets.next_logprob[start:stop]
     if not top_k:
         return b"".join(
-            b",{" + pieces.entries[token][1:] + b'%.6g,"rank":null}}' % max(value, LOWEST)
+            b",{" + pieces.entries[token][1:] + b'%.9g,"rank":null}}' % max(value, LOWEST)
             for token, value in zip(came_R.tolist(), logprob_R.tolist(), strict=True)
         )
     assert targets.ids is not None and targets.logprobs is not None
@@ -57,7 +57,7 @@ def _entries(
     for slot in (1, 2, 3):  # the actual token is listed first, and only once
         parts[inside, 3 * places + slot] = b""
     for row, (token, value, rank) in enumerate(zip(came_R.tolist(), logprob_R.tolist(), ranks_R.tolist(), strict=True)):
-        parts[row, 0] = b',{%b%.6g,"rank":%d}' % (pieces.entries[token][1:], max(value, LOWEST), rank)
+        parts[row, 0] = b',{%b%.9g,"rank":%d}' % (pieces.entries[token][1:], max(value, LOWEST), rank)
     return b"".join(parts.ravel().tolist())
 
 
@@ -103,7 +103,7 @@ def openai_logprobs(
             values.append(value)
             # Listed first, with the same number as above: lm-eval counts it as greedy if it is the largest listed.
             listed = {token: value} | {i: lp for i, lp in top.items() if i != token}
-            tops.append(_json({name(i): listed_value for i, listed_value in listed.items()}))
+            tops.append(_json(_by_name(listed, name)))
     return _object([name(token) for token in tokens], values, tops)
 
 
@@ -112,8 +112,16 @@ def next_token_logprobs(targets: TokenTargets, token: int, top_k: int, text: Tex
     assert targets.ids is not None and targets.logprobs is not None
     name = _namer(text, as_ids)
     values = _rounded(targets.logprobs[-1:])[0]
-    top = {name(i): lp for i, lp in zip(targets.ids[-1, :top_k].tolist(), values[:top_k], strict=True)}
-    return _object([name(token)], [values[0]], [_json(top or {name(token): values[0]})])
+    top = dict(zip(targets.ids[-1, :top_k].tolist(), values[:top_k], strict=True)) or {token: values[0]}
+    return _object([name(token)], [values[0]], [_json(_by_name(top, name))])
+
+
+def _by_name(listed: dict[int, float], name: Callable[[int], str]) -> dict[str, float]:
+    """The logprobs by their tokens' names. Parts of a character have the same name: the first of them keeps it."""
+    named: dict[str, float] = {}
+    for token, value in listed.items():
+        named.setdefault(name(token), value)
+    return named
 
 
 def _namer(text: Text, as_ids: bool) -> Callable[[int], str]:

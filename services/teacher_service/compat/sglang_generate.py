@@ -133,7 +133,7 @@ class _Writer:
         if not len(listed_T):
             return []
         ends_T, values = self._ends[listed_T].tolist(), logprob_R[: len(listed_T) - 1].tolist()
-        written = [b",[%.6g" % max(value, LOWEST) + end for value, end in zip(values, ends_T[1:], strict=True)]
+        written = [b",[%.9g" % max(value, LOWEST) + end for value, end in zip(values, ends_T[1:], strict=True)]
         blocks = (b"".join(written[i : i + PIECE_ENTRIES]) for i in range(0, len(written), PIECE_ENTRIES))
         return [b"[null" + ends_T[0], *blocks]
 
