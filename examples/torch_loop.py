@@ -53,7 +53,7 @@ def main() -> None:
     with SyncTeacherClient(options.url) as teacher:
         print(f"taught by {teacher.teacher().identity.semantic.model}")
         for step in range(options.steps):
-            first = step * options.rows % (len(rows_NL) - options.rows)
+            first = step * options.rows % max(1, len(rows_NL) - options.rows + 1)
             batch_BL = rows_NL[first : first + options.rows]
             targets = teacher.targets(TargetsRequest(
                 sequences=batch_BL.tolist(), top_k=options.top_k, temperatures=[options.temperature]))  # fmt: skip

@@ -18,7 +18,7 @@ from teacher_proto.client.sync_client import SyncTeacherClient
 from teacher_proto.requests import TargetsRequest
 from teacher_proto.targets import TokenTargets
 from tests.contract.faces import truth_of
-from tests.models import VOCAB_SIZE, save_tiny_llama
+from tests.models import VOCAB_SIZE, save_tiny_llama, tiny_tokenizer
 from tests.teacher_process import TeacherProcess
 from tests.trainer_run import teacher_script
 
@@ -115,6 +115,19 @@ def test_a_plain_trainer_of_transformers(teacher: TeacherProcess, student: Path,
         "hf_trainer.py", teacher.url, str(student), "*.txt", "--steps=2", "--rows=3", "--length=32", folder=tmp_path
     )
     assert "taught by scripted" in said and len(losses_of(said)) == 2
+
+
+def test_a_loop_in_plain_torch_on_no_more_text_than_a_batch(
+    teacher: TeacherProcess, student: Path, tmp_path: Path
+) -> None:
+    text = "The still takes a wash and gives a spirit. " * 8
+    (tmp_path / "a.txt").write_text(text)
+    length = len(tiny_tokenizer()(text).input_ids) // 4
+    said = example(
+        "torch_loop.py", teacher.url, str(student), "*.txt", "--steps=2", "--rows=4", f"--length={length}",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert "taught by scripted" in said and "step 2: " in said
 
 
 @pytest.mark.parametrize("beta", ["0", "0.5", "1"])
