@@ -187,6 +187,11 @@ class TargetsRequest(SequencesRequest):
         """The cost by which a teacher admits this request: tokens x (values per token + 1)."""
         return self.num_tokens * (self.values_per_token(hidden_width) + 1)
 
+    @property
+    def total_rows(self) -> int:
+        """The number of requested rows of all sequences."""
+        return sum(stop - start for start, stop in map(self.row_range, range(len(self.sequences))))
+
     def row_range(self, index: int) -> tuple[int, int]:
         """The requested rows [start, stop) of sequence `index`."""
         return self.rows[index] if self.rows is not None else (0, len(self.sequences[index]))

@@ -113,7 +113,7 @@ async def _read_targets(request: Request, client: str, service: TeacherService) 
         request, TargetsRequest, engine, lambda asked: check_request(asked, engine.limits, engine.kinds)
     )
     if as_json:
-        check_json_size(asked.cost(service.hidden_width))
+        check_json_size(asked.total_rows * (asked.values_per_token(service.hidden_width) + 1))
     canary = service.is_canary(asked)
     work = service.work_of(
         asked, request.state.request_id, client, weight=JSON_WEIGHT if as_json else 1, fresh=canary,
