@@ -191,6 +191,7 @@ def test_tokens_have_their_text_where_there_is_a_tokenizer(tiny_llama: Path) -> 
         ({"sampling_params": {"max_new_tokens": 0, "max_tokens": 1}}, "sampling_params.max_tokens"),
         ({"sampling_params": {"max_new_tokens": 0, "temperature": -1}}, "sampling_params.temperature"),
         ({"sampling_params": {"max_new_tokens": 0, "temperature": 1e-5}}, "sampling_params.temperature"),
+        ({"sampling_params": {"max_new_tokens": 0, "temperature": 10**400}}, "sampling_params.temperature"),
         ({"sampling_params": [{"max_new_tokens": 0}]}, "sampling_params"),
         ({"stream": True}, "stream"),
         ({"image_data": ["a"]}, "image_data"),

@@ -149,6 +149,7 @@ ROWS = [[1]] * (len(IDS) - 1)
         ({}, {"prompt_logprobs": -1}, 422, "sampling_params.prompt_logprobs"),
         ({}, {"prompt_logprobs": 257}, 422, "sampling_params.prompt_logprobs"),
         ({}, {"prompt_logprobs": 1, "temperature": 1e-5}, 422, "sampling_params.temperature"),
+        ({}, {"prompt_logprobs": 1, "temperature": 10**400}, 422, "sampling_params.temperature"),
         ({}, {"prompt_logprob_start": 0}, 422, "sampling_params.prompt_logprob_start"),
         ({}, {"prompt_logprob_start": -1}, 422, "sampling_params.prompt_logprob_start"),
         ({}, {"prompt_logprob_token_ids": []}, 422, "sampling_params.prompt_logprob_token_ids"),

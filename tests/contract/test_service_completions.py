@@ -226,6 +226,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "a flag for a count": ({"n": True}, 422, "n"),
     "a negative temperature": ({"temperature": -1}, 422, "temperature"),
     "a temperature near nought": ({"temperature": 1e-6}, 422, "temperature"),
+    "a temperature beyond floats": ({"temperature": 10**400}, 422, "temperature"),
     "a flag for a temperature": ({"temperature": True}, 422, "temperature"),
     "parameters within parameters": ({"sampling_params": {"max_tokens": 99}}, 422, "sampling_params"),
 }

@@ -62,7 +62,7 @@ class CompletionRequest(BaseModel):
     logprobs: Annotated[StrictInt | None, BeforeValidator(_as_number)] = None
     echo: StrictBool | None = False
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, description="of `prompt_logprobs`; 0 and 1 both give the teacher's own distribution"
+        None, ge=0, le=1e300, description="of `prompt_logprobs`; 0 and 1 both give the teacher's own distribution"
     )
     add_special_tokens: StrictBool = True
     return_token_ids: StrictBool | None = None

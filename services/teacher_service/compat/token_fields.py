@@ -60,7 +60,7 @@ class SamplingParams(BaseModel):
         None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, description="of the prompt's logprobs; 0 and 1 both give the teacher's own distribution"
+        None, ge=0, le=1e300, description="of the prompt's logprobs; 0 and 1 both give the teacher's own distribution"
     )
     logprobs: StrictInt | None = None
     prompt_logprobs: StrictInt | None = None
