@@ -141,7 +141,7 @@ def test_keys_take_effect_when_their_file_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "# nobody\n", "alice\n", "alice short\n", f"alice {ALICE} {BOB}\n", f"al/ice {ALICE}\n",
-             f"alice {ALICE}\nalice {BOB}\n", "alice sha256:12\n", f"anonymous {ALICE}\n"],
+             f"alice {ALICE}\nalice {BOB}\n", "alice sha256:12\n", f"anonymous {ALICE}\n", f"alice ä{ALICE}\n"],
 )  # fmt: skip
 def test_a_bad_keys_file_stops_the_start_and_its_keys_are_not_shown(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"

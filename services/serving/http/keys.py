@@ -85,6 +85,11 @@ def _digest_of(secret: str, path: Path, number: int) -> bytes:
         if not re.fullmatch(r"[0-9a-fA-F]{64}", hexadecimal):
             raise ValueError(f"{path}, line {number}: sha256: is followed by 64 hexadecimal digits")
         return bytes.fromhex(hexadecimal)
+    if not secret.isascii():
+        raise ValueError(
+            f"{path}, line {number}: a key with characters beyond ASCII, which clients send in different encodings: "
+            "choose one of letters, digits and ASCII signs"
+        )
     if len(secret) < _MIN_KEY_LENGTH:
         raise ValueError(f"{path}, line {number}: a key has at least {_MIN_KEY_LENGTH} characters")
     return hashlib.sha256(secret.encode()).digest()
