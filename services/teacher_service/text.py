@@ -34,6 +34,9 @@ class Text:
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_file(str(path))
+            # The file may ask for both, which only batches for training need: a prompt would silently be another one.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         self._strings: list[str] | None = None
 
     @property

@@ -269,6 +269,16 @@ def test_text_prompts_and_decoded_tokens_come_from_the_models_tokenizer(
     assert "".join(choice["logprobs"]["tokens"]).strip() == choice["text"].strip()
 
 
+def test_texts_are_neither_cut_nor_padded_whatever_the_tokenizers_file_says(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    texts = ["a", "The teacher is a person who helps"]
+    expected = [tokenizer.encode(text).ids for text in texts]
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=12)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert Text(tmp_path, VOCAB).encode(texts, add_special_tokens=True) == expected
+
+
 def test_the_documentation_says_of_every_field_what_becomes_of_it() -> None:
     """Each row of the table in docs/api.md against the tables of the code."""
     said = documented("/v1/completions")
