@@ -113,6 +113,10 @@ def _tokens(place: str, value: Any, text: Text, cutting: Cutting) -> np.ndarray:
     if isinstance(value, str):
         if not text.available:
             raise ValueError(f"{place}: text, and this model has no tokenizer.json; token ids are expected")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}: the text holds half a surrogate pair at its character {error.start}") from None
         value = text.encode([value], cutting.special)[0]
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise ValueError(f"{place}: text or a list of token ids was expected")

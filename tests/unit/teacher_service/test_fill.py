@@ -136,6 +136,12 @@ def test_text_goes_through_the_models_tokenizer(tiny_llama: Path, tmp_path: Path
     assert got == text.encode(["one line", "another line", "one line"], True)
 
 
+def test_a_text_with_half_a_surrogate_pair_is_named_by_its_place(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "words"}\n{"text": "a\\ud800b"}')
+    with pytest.raises(ValueError, match="line 2: the text holds half a surrogate pair at its character 1"):
+        list(read_pieces(find_files(tmp_path), Text(tiny_llama, 512), Cutting(100, 512)))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
