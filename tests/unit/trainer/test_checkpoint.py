@@ -170,6 +170,39 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(
     assert bits(other, fresh) == before
 
 
+def test_a_bit_that_flips_in_the_manifest_never_stops_the_run(tmp_path: Path) -> None:
+    checkpoint_files.write(tmp_path, Snapshot(1, {"model": {"x": torch.ones(2)}}, {"step": 1}))
+    manifest = (
+        checkpoint_files.write(tmp_path, Snapshot(2, {"model": {"x": torch.ones(2)}}, {"step": 2})) / "manifest.json"
+    )
+    text = manifest.read_bytes()
+    number = text.index(b'"version": ') + len(b'"version": ')
+    for at in range(len(text)):
+        if at != number:  # another number is another version, which is refused
+            for bit in range(8):
+                manifest.write_bytes(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
+                snapshot = checkpoint.newest(tmp_path)
+                assert snapshot is not None and snapshot.step in (1, 2)
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_damaged_checkpoints_do_not_take_the_place_of_whole_ones(tmp_path: Path, damaged: int) -> None:
+    student, optimizer = made(0)
+    for step in (10, 20, 30):
+        save(tmp_path, step, student, optimizer, keep=3)
+    for step in (20, 30)[-damaged:]:
+        _flip(tmp_path / f"step-{step:08d}" / "model.safetensors")
+    before = checkpoint.newest(tmp_path)
+    assert before is not None
+    save(tmp_path, before.step + 5, student, optimizer, keep=damaged)
+    kept = checkpoint.newest(tmp_path)
+    assert kept is not None and kept.step == before.step + 5
+    save(tmp_path, 35, student, optimizer, keep=damaged)
+    save(tmp_path, 40, student, optimizer, keep=damaged)
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == ["step-00000035", "step-00000040"][-damaged:]
+
+
 def test_damage_everywhere_stops_instead_of_beginning_anew(tmp_path: Path) -> None:
     student, optimizer = made(0)
     save(tmp_path, 1, student, optimizer)

@@ -79,6 +79,14 @@ def test_a_damaged_one_is_passed_over_and_one_cut_short_is_none(
     assert "sha256 differs" in caplog.text and "step-00000002" in caplog.text
 
 
+def test_damaged_copies_do_not_take_the_place_of_whole_ones(store: dict[str, Any], tmp_path: Path) -> None:
+    remote = uploaded(store, tmp_path, 1, 3, keep=2)
+    flip(store, "step-00000003/model.safetensors")
+    uploaded(store, tmp_path, 2, keep=1)
+    remote.pull(tmp_path / "other", beyond=1, name="0")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-00000002"]
+
+
 def overrides(store: dict[str, Any]) -> list[str]:
     options = flatten(store["storage_options"]).items()
     return [

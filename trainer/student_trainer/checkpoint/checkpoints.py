@@ -150,7 +150,9 @@ class Checkpoints:
         self._saved_step = step
         if self._remote is not None:
             self._remote.upload(folder)
-        for old in _folders(self._root)[self._settings.keep :]:
+        # Later ones are damaged, or the run would have resumed from them: they don't count as kept.
+        whole = [path for path in _folders(self._root) if path.name <= folder.name]
+        for old in whole[self._settings.keep :]:
             if self._remote is not None and self._remote.needs(old):
                 continue
             # Renamed first, so that a half-deleted folder is never taken for a checkpoint.

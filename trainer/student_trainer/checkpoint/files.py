@@ -123,6 +123,8 @@ def verify(folder: Path) -> None:
         )
     for name, expected in files.items():
         path = folder / name
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise DamagedError(f"{folder.name}: its {MANIFEST} gives no size and sha256 of {name}")
         if not path.is_file():
             raise DamagedError(f"{folder.name} lacks {name}")
         if (size := path.stat().st_size) != expected["bytes"]:

@@ -97,7 +97,7 @@ class RemoteCheckpoints:
             started = time.monotonic()
             try:
                 self._upload(folder)
-                self._keep_newest()
+                self._keep_newest(int(folder.name.removeprefix(files.PREFIX)))
             except Exception as error:  # fsspec backends may raise anything, and the thread must survive it
                 logger.error(
                     "THE CHECKPOINT %s IS NOT IN %s: %s: %s. Training goes on; the next one is uploaded when it is "
@@ -154,10 +154,13 @@ class RemoteCheckpoints:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
             store.put_file(str(path), f"{target}/{path.name}")
 
-    def _keep_newest(self) -> None:
+    def _keep_newest(self, uploaded: int) -> None:
+        """Remove all but the newest up to `uploaded`. Later ones are damaged, or the run would have resumed from them:
+        they don't count as kept.
+        """
         store = self._store()
         self._remove_cut_short(store)
-        for step in self._steps()[self._settings.keep :]:
+        for step in [step for step in self._steps() if step <= uploaded][self._settings.keep :]:
             target = f"{self._root}/{files.folder_name(step)}"
             store.rm_file(f"{target}/{MANIFEST}")
             store.rm(target, recursive=True)
