@@ -117,6 +117,11 @@ def test_a_text_is_shown_without_what_is_secret_in_it(text: str, shown: str) -> 
     assert redact(text) == shown
 
 
+def test_a_variable_that_ends_with_a_line_break_hides_its_secret_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_KEY", "planted-88bb\n")
+    assert redact("illegal header b'Bearer planted-88bb\\n'") == f"illegal header b'Bearer {HIDDEN}\\n'"
+
+
 def test_a_traceback_in_the_log_is_redacted_too(workshop: Workshop, tmp_path: Path) -> None:
     compose(workshop.settings(tmp_path, "checkpoint.storage_options.connection_string=AccountPlanted77aa"))
     try:

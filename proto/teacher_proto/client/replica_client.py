@@ -31,8 +31,8 @@ OnProgress = Callable[[Waiting], None]
 class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
     """Client of the replicas of one service. Use it from one event loop. A subclass sets `route`.
 
-    `urls`: root URLs of the replicas. `key`: the bearer key. `expect`: the identity or fingerprint required of every
-    replica; without it, that of the first to respond. `expect_canary`: a canary of an earlier run.
+    `urls`: root URLs of the replicas. `key`: the bearer key, none if it is empty. `expect`: the identity or fingerprint
+    required of every replica; without it, that of the first to respond. `expect_canary`: a canary of an earlier run.
     `verify`: as in httpx. `transport` replaces the network in tests, and `timing` the clock and random numbers.
     """
 
@@ -62,8 +62,8 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         self._evidence = Evidence()
         self._in_flight = InFlight(self._timing.now)
         headers = {"accept-encoding": "identity", "user-agent": "stillhouse"}
-        if key is not None:
-            headers["authorization"] = f"Bearer {key}"
+        if sent := _sendable(key or ""):
+            headers["authorization"] = f"Bearer {sent}"
         self._http = httpx.AsyncClient(
             headers=headers, transport=transport, verify=verify, limits=httpx.Limits(max_keepalive_connections=64)
         )
@@ -193,3 +193,12 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
     def _check_addressee(self, fingerprint: str, info: InfoT, url: str) -> None:
         """Check a replica against the fingerprint that a single request names."""
         self._expected.check_fingerprint(fingerprint, info)
+
+
+def _sendable(key: str) -> str:
+    """The key without the white space that a file or variable ends with. ValueError for one that no header can hold; it
+    is not shown, as httpx's error would."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("the API key holds a character that an HTTP header can't: printable ASCII is expected")
+    return key

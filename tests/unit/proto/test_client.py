@@ -385,6 +385,19 @@ async def test_the_key_goes_out_and_is_not_shown() -> None:
     assert set(seen) == {"Bearer sesame"}
 
 
+@pytest.mark.parametrize(("key", "sent"), [("sesame\n", "Bearer sesame"), (" sesame\r\n", "Bearer sesame"), ("", None)])
+async def test_a_key_from_a_file_or_an_empty_variable_is_sent_as_a_header_can_be(key: str, sent: str | None) -> None:
+    async with TeacherClient("http://t0:8000", key=key) as client:
+        assert client._http.headers.get("authorization") == sent
+
+
+@pytest.mark.parametrize("key", ["sesame\nsesame", "sésame", "sesame\0"])
+def test_a_key_that_no_header_holds_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ValueError, match="the API key holds a character") as refused:
+        TeacherClient("http://t0:8000", key=key)
+    assert "same" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -72,9 +72,9 @@ def _parameter(match: re.Match[str]) -> str:
 def _of_environment() -> set[str]:
     """Secrets in environment variables. A path is not one: it only names the file that holds it."""
     return {
-        value
+        value.strip()
         for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+        if _SECRET_VARIABLE.search(name) and len(value.strip()) >= SHORTEST and not value.startswith(("/", "~", "."))
     }
 
 
