@@ -4,6 +4,9 @@ killed writers. Used by `dataset.py` when it opens one, by `check.py` and by `st
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numpy as np
 from teacher_proto.dataset.folder import Folder
 from teacher_proto.dataset.index import Index, IndexFile
 
+log = logging.getLogger(__name__)
 SHARDS, INDEX = "shards", "index"
 SHARD_PREFIX, SHARD_SUFFIX = "targets-", ".parquet"
 MERGED, INDEX_SUFFIX = "merged-", ".idx"
@@ -80,10 +84,21 @@ def _open_index(folder: Folder, name: str, cache: Path) -> IndexFile:
     if not name.startswith(MERGED):
         return IndexFile(folder.read(f"{INDEX}/{name}"), place)
     kept = cache / name
-    if not kept.exists():
-        part = kept.with_suffix(".part")
-        part.write_bytes(folder.read(f"{INDEX}/{name}"))
+    if kept.exists():
+        # A damaged copy says nothing about the file in the bucket.
+        with contextlib.suppress(ValueError, OSError):
+            return IndexFile(np.memmap(kept, np.uint8, "r"), place)
+    data = folder.read(f"{INDEX}/{name}")
+    part = cache / f".{name}.{uuid.uuid4().hex}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
         part.replace(kept)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        log.warning("%s can't be written (%s): the index is in memory", kept, error)
+        return IndexFile(data, place)
     return IndexFile(np.memmap(kept, np.uint8, "r"), place)
 
 

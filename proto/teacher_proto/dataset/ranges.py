@@ -2,14 +2,20 @@
 
 Used by `dataset.py`. Nothing is cached for a dataset on a local disk. The groups after the requested one are prefetched
 on threads, since documents are mostly read in the order in which they were written.
+
+A cached file ends with the CRC-32 of what precedes it. A damaged one is fetched again, and what can't be cached is
+fetched whenever it is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import tempfile
 import threading
 import uuid
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +23,9 @@ from pathlib import Path
 from teacher_proto.dataset.folder import Folder
 from teacher_proto.dataset.index import Place, ShardNote
 
+log = logging.getLogger(__name__)
 FETCHERS = 4
+_CRC_BYTES = 4
 
 
 class Ranges:
@@ -30,6 +38,7 @@ class Ranges:
     def __init__(self, folder: Folder, below: str, cache: Path | None, cache_bytes: int, ahead: int):
         self._folder, self._below, self._bytes, self._ahead = folder, below, cache_bytes, ahead
         self.requests = self.bytes_fetched = 0
+        self._failed = False
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._sizes: OrderedDict[str, int] = OrderedDict()
@@ -100,10 +109,11 @@ class Ranges:
 
     def _read_kept(self, name: str, size: int) -> bytes | None:
         try:
-            data = (self.path / name).read_bytes()
-        except FileNotFoundError:
+            kept = (self.path / name).read_bytes()
+        except OSError:
             return None
-        if len(data) != size:
+        data, crc = kept[:-_CRC_BYTES], kept[-_CRC_BYTES:]
+        if len(data) != size or _crc(data) != crc:
             return None
         with self._lock:
             if name in self._sizes:
@@ -112,10 +122,18 @@ class Ranges:
 
     def _keep(self, name: str, data: bytes) -> None:
         part = self.path / f".{name}.{uuid.uuid4().hex}"
-        part.write_bytes(data)
-        part.replace(self.path / name)
+        try:
+            part.write_bytes(data + _crc(data))
+            part.replace(self.path / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            if not self._failed:
+                log.warning("%s can't be written (%s): what is not in it is fetched again each time", self.path, error)
+            self._failed = True
+            return
         with self._lock:
-            self._sizes[name] = len(data)
+            self._sizes[name] = len(data) + _CRC_BYTES
             self._sizes.move_to_end(name)
         self._make_room()
 
@@ -132,12 +150,21 @@ class Ranges:
             (self.path / old).unlink(missing_ok=True)
 
     def _find_kept(self) -> None:
-        """Register the files that an earlier process cached, the oldest first."""
-        found = [path for path in self.path.iterdir() if path.is_file() and not path.name.startswith(".")]
-        for path in sorted(found, key=lambda path: path.stat().st_mtime):
-            if path.suffix == "":
-                self._sizes[path.name] = path.stat().st_size
+        """Register the files that an earlier process cached, the oldest first, and remove what killed ones left."""
+        with contextlib.suppress(OSError):
+            Folder(str(self.path)).remove_unfinished("")
+        found = []
+        for path in self.path.iterdir():
+            if not path.name.startswith(".") and path.suffix == "":
+                with contextlib.suppress(FileNotFoundError):  # another process evicts too
+                    found.append((path.stat(), path.name))
+        for state, name in sorted(found, key=lambda pair: pair[0].st_mtime):
+            self._sizes[name] = state.st_size
         self._make_room()
+
+
+def _crc(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_CRC_BYTES, "little")
 
 
 class _Window(io.RawIOBase):

@@ -213,6 +213,68 @@ def test_a_row_group_is_one_request_and_is_kept_within_bounds(tmp_path: Path, sm
         assert kept <= 3000 or len(list(cache.iterdir())) == 1
 
 
+def test_whatever_a_disk_did_to_the_cache_is_fetched_again(tmp_path: Path, small_groups: None) -> None:
+    url, cache = f"counting://{tmp_path.name}", tmp_path / "cache"
+    fill(url, ASKED[:4], ASKED[4:])
+    merge_dataset(Folder(url))
+    with TargetDataset(url, readonly=True, cache=cache, ahead=0) as dataset:
+        assert all(holds(dataset, one) for one in ASKED)
+    kept = {path: path.read_bytes() for path in cache.iterdir()}
+    assert len(kept) > 4 and any(path.suffix == ".idx" for path in kept)
+    draw = np.random.default_rng(0)
+    for path, data in kept.items():
+        flipped = [bytearray(data) for _ in range(20)]
+        for one in flipped:
+            one[draw.integers(len(data))] ^= 1 << int(draw.integers(8))
+        for damaged in (*map(bytes, flipped), b"", data[:-1], bytes(len(data))):
+            path.write_bytes(damaged)
+            with TargetDataset(url, readonly=True, cache=cache, ahead=0) as dataset:
+                assert all(holds(dataset, one) for one in ASKED)
+                assert path.suffix == ".idx" or dataset.ranges.requests == 1
+            assert path.read_bytes() == data
+
+
+def test_a_cache_that_can_not_be_written_costs_requests_alone(
+    tmp_path: Path, small_groups: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, cache = f"counting://{tmp_path.name}", tmp_path / "cache"
+    fill(url, ASKED)
+    merge_dataset(Folder(url))
+
+    def full(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with TargetDataset(url, readonly=True, cache=cache, ahead=0) as dataset:
+        assert all(holds(dataset, one) for one in ASKED)
+    assert list(cache.iterdir()) == []
+    assert caplog.text.count("is fetched again each time") == caplog.text.count("the index is in memory") == 1
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    url, cache = f"memory://{tmp_path.name}", tmp_path / "cache"
+    fill(url, ASKED)
+    cache.mkdir()
+    old, young = (cache / f".one-group-0.{uuid.uuid4().hex}" for _ in range(2))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    TargetDataset(url, readonly=True, cache=cache).close()
+    assert not old.exists() and young.exists()
+
+
+def test_shards_are_copied_into_a_bucket_with_a_merged_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = (f"memory://{tmp_path.name}-{name}" for name in ("ours", "theirs"))
+    fill(ours, ASKED[:4])
+    fill(theirs, ASKED[4:])
+    merge_dataset(Folder(ours))
+    assert merge_dataset(Folder(ours), [Folder(theirs)]) == 2
+    with TargetDataset(ours, readonly=True) as dataset:
+        assert all(holds(dataset, one) for one in ASKED)
+    assert not caplog.text
+
+
 def test_a_bucket_that_answers_503_for_a_while_is_outlasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", lambda seconds: slept.append(seconds))
