@@ -8,6 +8,7 @@ writer.close()                             # returns when everything pending is 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 
@@ -16,6 +17,8 @@ from teacher_proto.requests import Query
 from teacher_proto.store.entry import Entry, split
 from teacher_proto.store.target_store import TargetStore
 from teacher_proto.targets import TokenTargets
+
+log = logging.getLogger(__name__)
 
 
 class StoreWriter:
@@ -85,6 +88,12 @@ class StoreWriter:
                 self._busy = True
             try:
                 self._store.put_entries(batch)
+            except OSError as error:
+                # A store logs such failures itself; a dataset raises them. Either is only a cache: later batches are
+                # tried again.
+                log.error("%s: what was to be written with %d targets is lost: %s", self._store.path, len(batch), error)
+                with self._changed:
+                    self.dropped += len(batch)
             finally:
                 with self._changed:
                     self._busy = False

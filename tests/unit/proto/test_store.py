@@ -337,6 +337,23 @@ def test_writer_drops_what_it_has_no_memory_for(store: TargetStore) -> None:
     assert store.stats().entries == 2
 
 
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_writing(
+    store: TargetStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(batch: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = StoreWriter(store, delay_s=0.01)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "put_entries", full)
+        assert writer.add(FINGERPRINT, ask(seed=1), truth(ask(seed=1)))
+        writer.flush()
+    assert writer.dropped == 1 and "No space left on device" in caplog.text
+    assert writer.add(FINGERPRINT, ask(seed=2), truth(ask(seed=2)))
+    writer.close()
+    check(store, ask(seed=2))
+
+
 def test_a_writer_that_a_bug_ended_keeps_nobody_waiting(store: TargetStore, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
