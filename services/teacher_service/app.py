@@ -126,6 +126,6 @@ async def _read_targets(request: Request, client: str, service: TeacherService) 
     )  # fmt: skip
     return Reply(
         work=work, header=wire.encode_header(header),
-        encode=lambda index, targets: wire.encode_targets(index, targets, vocab_size),
+        encode=lambda index, targets, crc: wire.encode_targets(index, targets, vocab_size, crc),
         document=partial(json_document, wire.header_fields(header)), as_json=as_json,
     )  # fmt: skip

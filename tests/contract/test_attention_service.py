@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from teacher_proto.compute.relations import QKV, layer_index, relations
 from teacher_proto.errors import NotFoundError, TeacherUnavailableError, WrongTeacherError
 from teacher_proto.identity import TeacherIdentity
 from teacher_proto.wire.records import MSGPACK, encode_request
+from teacher_proto.wire.responses import sequence_crc
 from tests.teacher_process import AttentionProcess, TeacherProcess
 from tests.unit.attention_service.models import save_tiny
 from tests.unit.attention_service.reference import PARTS, load_whole, true_maps, true_states
@@ -76,6 +79,14 @@ def test_states_of_a_real_model_are_those_of_a_plain_forward_pass(
         assert answer.layer == 21
         for part, truth in true_states(whole, tokens_T, 21).items():
             np.testing.assert_allclose(answer.states()[part], truth, rtol=2e-3, atol=1e-3 * np.abs(truth).max())
+
+
+def test_a_record_says_whose_it_is_to_who_asks_for_it(tiny: AttentionProcess) -> None:
+    request = AttentionRequest(sequences=([1, 2, 3], [4, 5, 6]), layer=2)
+    headers = {"content-type": MSGPACK, "accept": MSGPACK, "x-sequence-crc": "1"}
+    response = httpx.post(f"{tiny.url}/v1/attention", content=encode_request(request), headers=headers, timeout=60)
+    told = {m["index"]: m["sequence_crc"] for m in msgpack.Unpacker(io.BytesIO(response.content)) if "index" in m}
+    assert told == {index: sequence_crc(index, tokens_T) for index, tokens_T in enumerate(request.sequences)}
 
 
 def test_maps_of_a_real_model_are_those_of_output_attentions(

@@ -25,9 +25,9 @@ def teacher() -> Iterator[TeacherProcess]:
         yield process
 
 
-def post(teacher: TeacherProcess, body: dict[str, Any]) -> list[dict[str, Any]]:
+def post(teacher: TeacherProcess, body: dict[str, Any], **headers: str) -> list[dict[str, Any]]:
     request = urllib.request.Request(
-        teacher.url + "/v1/targets", msgpack.packb(body), {"Content-Type": "application/msgpack"}
+        teacher.url + "/v1/targets", msgpack.packb(body), {"Content-Type": "application/msgpack", **headers}
     )
     with urllib.request.urlopen(request, timeout=30) as response:
         return list(msgpack.Unpacker(io.BytesIO(response.read())))
@@ -68,6 +68,15 @@ def test_the_checksum_is_crc32_over_the_data_in_the_order_of_the_keys(teacher: T
         if isinstance(value, dict):
             checksum = zlib.crc32(value["data"], checksum)
     assert checksum == message["checksum"]
+
+
+def test_a_record_says_whose_it_is_to_who_asks_for_it(teacher: TeacherProcess) -> None:
+    body = {"sequences": [[1, 2, 3], [400, 5, 6]], "kinds": ["score"]}
+    assert not any("sequence_crc" in message for message in post(teacher, body))
+    told = {m["index"]: m["sequence_crc"] for m in post(teacher, body, **{"X-Sequence-CRC": "1"}) if "index" in m}
+    assert told == {
+        index: zlib.crc32(np.array([index, *tokens], "<i4").tobytes()) for index, tokens in enumerate(body["sequences"])
+    }
 
 
 def test_the_logprob_of_the_next_token_is_its_own_and_nan_on_the_last_row(teacher: TeacherProcess) -> None:

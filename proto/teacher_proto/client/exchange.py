@@ -32,6 +32,7 @@ from teacher_proto.request_checks import RequestT, SequencesRequest
 from teacher_proto.wire.records import MSGPACK, REQUEST_ID_HEADER, encode_request
 from teacher_proto.wire.responses import (
     PROGRESS_HEADER,
+    SEQUENCE_CRC_HEADER,
     AnyHeader,
     End,
     Failure,
@@ -41,6 +42,7 @@ from teacher_proto.wire.responses import (
     ResponseDecoder,
     ResponseFormat,
     Targets,
+    sequence_crc,
 )
 
 # The progress interval to request from a service; a third of the read timeout if that is shorter.
@@ -143,6 +145,7 @@ async def exchange(
     request_id = uuid.uuid4().hex
     headers = {
         "content-type": MSGPACK, "accept": MSGPACK, REQUEST_ID_HEADER: request_id, PROGRESS_HEADER: _interval(timeouts),
+        SEQUENCE_CRC_HEADER: "1",
     }  # fmt: skip
     content = encode_request(request)
     async with open_response(
@@ -160,6 +163,7 @@ async def exchange(
                         raise message.error
                     yield message.index, message.error
                 elif isinstance(message, Targets):
+                    _check_sequence(message, request)
                     error = _rejection(message, request, info, route)
                     yield message.index, message.targets if error is None else error
                 elif isinstance(message, Progress):
@@ -173,6 +177,17 @@ async def exchange(
 
 def _interval(timeouts: httpx.Timeout) -> str:
     return f"{min(PROGRESS_EVERY_S, (timeouts.read or PROGRESS_EVERY_S) / 3):g}"
+
+
+def _check_sequence(message: Targets[Any], request: SequencesRequest) -> None:
+    """The checksum of a record covers its tensors only: with another index they would be another sequence's. Older
+    services don't send what is compared here."""
+    expected = sequence_crc(message.index, request.sequences[message.index])
+    if message.sequence_crc not in (None, expected):
+        raise WireError(
+            f"the record of sequence {message.index} has the sequence_crc {message.sequence_crc}, {expected} was "
+            "expected: its index changed on the way, or it is another sequence's"
+        )
 
 
 def _rejection(

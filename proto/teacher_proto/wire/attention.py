@@ -41,10 +41,10 @@ def encode_attention_header(header: AttentionHeader) -> bytes:
     return msgpack.packb({"type": "header", **asdict(header)})
 
 
-def encode_attention(index: int, targets: AttentionTargets) -> bytes:
+def encode_attention(index: int, targets: AttentionTargets, sequence_crc: int | None = None) -> bytes:
     """An `attention` message; its checksum is the CRC-32 of the tensors' data in the order of ATTENTION_TENSORS."""
     tensors = {name: encode_tensor(array) for name, array in targets.tensors().items()}
-    return msgpack.packb(record_message("attention", index, {}, tensors))
+    return msgpack.packb(record_message("attention", index, {}, tensors, sequence_crc))
 
 
 def _read_header(message: dict[str, Any]) -> AttentionHeader:

@@ -63,13 +63,13 @@ def encode_header(header: Header) -> bytes:
     return msgpack.packb({"type": "header", **header_fields(header)})
 
 
-def encode_targets(index: int, targets: TokenTargets, vocab_size: int) -> bytes:
+def encode_targets(index: int, targets: TokenTargets, vocab_size: int, sequence_crc: int | None = None) -> bytes:
     """A `targets` message; its checksum is the CRC-32 of the tensors' data in the order of TENSORS."""
     tensors = {}
     for name, array in targets.tensors().items():
         dtype = id_dtype(vocab_size) if name in ("ids", "sampled_ids") else None
         tensors[name] = encode_tensor(array, dtype)
-    return msgpack.packb(record_message("targets", index, {"start": targets.start}, tensors))
+    return msgpack.packb(record_message("targets", index, {"start": targets.start}, tensors, sequence_crc))
 
 
 def decode_targets(message: bytes) -> Targets[TokenTargets]:

@@ -22,6 +22,7 @@ from teacher_proto.wire.tensors import decode_tensor
 
 VERSION = 1
 PROGRESS_HEADER = "x-progress"
+SEQUENCE_CRC_HEADER = "x-sequence-crc"
 PROGRESS_INTERVAL_S = (1.0, 10.0)  # a service clamps the requested interval to this range
 MAX_MESSAGE_BYTES = 2**31 - 1
 # A record has 14 tensors at most; an error may quote a long text.
@@ -54,10 +55,11 @@ class ResponseFormat(Generic[HeaderT, RecordT]):
 
 @dataclass(frozen=True)
 class Targets(Generic[RecordT]):
-    """The record of one sequence."""
+    """The record of one sequence. `sequence_crc`: None if the service did not send it."""
 
     index: int
     targets: RecordT
+    sequence_crc: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,21 @@ class End:
     num_sequences: int
 
 
+def sequence_crc(index: int, tokens_T: np.ndarray) -> int:
+    """By which a client sees that a record is for the sequence that its index says: the CRC-32 of both."""
+    return zlib.crc32(tokens_T.astype("<i4").tobytes(), zlib.crc32(index.to_bytes(4, "little")))
+
+
 def record_message(
-    kind: str, index: int, fields: Mapping[str, Any], tensors: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
+    kind: str, index: int, fields: Mapping[str, Any], tensors: Mapping[str, dict[str, Any]],
+    sequence_crc: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A record as a map; its checksum is the CRC-32 of the tensors' data, in their order."""
+    own = {} if sequence_crc is None else {"sequence_crc": sequence_crc}
     checksum = 0
     for tensor in tensors.values():
         checksum = zlib.crc32(tensor["data"], checksum)
-    return {"type": kind, "index": index, **fields, **tensors, "checksum": checksum}
+    return {"type": kind, "index": index, **own, **fields, **tensors, "checksum": checksum}
 
 
 def read_tensors(
@@ -102,7 +111,7 @@ def read_tensors(
     `fields` are the other fields that the message may have. WireError for anything else, ChecksumError if the data was
     corrupted in transit.
     """
-    unknown = set(message) - {"type", "index", "checksum", *fields, *dtypes}
+    unknown = set(message) - {"type", "index", "sequence_crc", "checksum", *fields, *dtypes}
     if unknown:
         raise WireError(f"unknown tensors {sorted(unknown)} in a message of type {message['type']}")
     arrays, checksum = {}, 0
@@ -186,7 +195,8 @@ class ResponseDecoder(Generic[HeaderT, RecordT]):
         if self._header is None:
             raise WireError(f"the first message is of type {kind}, a header was expected")
         if kind == self._format.record:
-            return Targets(self._index(message), self._format.read_record(message, self._header))
+            crc = integer(message, "sequence_crc") if "sequence_crc" in message else None
+            return Targets(self._index(message), self._format.read_record(message, self._header), crc)
         if kind == "progress":
             return _read_progress(message)
         if kind == "end":

@@ -24,10 +24,12 @@ from teacher_proto.wire import records as wire
 from teacher_proto.wire.responses import (
     PROGRESS_HEADER,
     PROGRESS_INTERVAL_S,
+    SEQUENCE_CRC_HEADER,
     Progress,
     encode_end,
     encode_failure,
     encode_progress,
+    sequence_crc,
 )
 
 # JSON takes some 20 bytes per value, and a list of Python numbers while it is made.
@@ -50,12 +52,12 @@ class Work(Generic[QueryT]):
 @dataclass(frozen=True)
 class Reply(Generic[QueryT, RecordT]):
     """A request's work, and how its response is written: `header` is the first message, `encode` makes a message of
-    (index, result). With `as_json`, `document` makes the JSON of all results instead.
+    (index, result, sequence_crc or None). With `as_json`, `document` makes the JSON of all results instead.
     """
 
     work: Work[QueryT]
     header: bytes
-    encode: Callable[[int, RecordT], bytes]
+    encode: Callable[[int, RecordT, int | None], bytes]
     document: Callable[[Mapping[int, RecordT | StillhouseError]], bytes]
     as_json: bool = False
 
@@ -104,13 +106,13 @@ def _outcome(task: asyncio.Task[RecordT], client: str, metrics: Metrics) -> Reco
 
 def response(reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], request: Request) -> RacedResponse:
     """What a route returns: the response in the requested format, with progress if `request` asks for it."""
-    every_s = _progress_interval(request)
+    every_s, crcs = _progress_interval(request), SEQUENCE_CRC_HEADER in request.headers
 
     async def work(outlet: Outlet) -> None:
         if reply.as_json:
             await _document(reply, service, outlet)
         else:
-            await _stream(reply, service, outlet, every_s)
+            await _stream(reply, service, outlet, every_s, crcs)
 
     return RacedResponse(work)
 
@@ -133,12 +135,14 @@ def _progress_interval(request: Request) -> float | None:
 
 
 async def _stream(
-    reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet, every_s: float | None
-) -> None:
+    reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet, every_s: float | None,
+    crcs: bool,
+) -> None:  # fmt: skip
     """Write the response as WIRE.md defines it, once the request is admitted. The status waits for the first success:
     if every sequence fails, the first error is raised and becomes the status. With `every_s` it waits no longer than
-    that: progress is written whenever nothing else was, and a later error becomes a message in the response."""
-    out = _Stream(reply, service, outlet, every_s)
+    that: progress is written whenever nothing else was, and a later error becomes a message in the response. `crcs`:
+    whether records have a `sequence_crc`."""
+    out = _Stream(reply, service, outlet, every_s, crcs)
     try:
         async with AsyncExitStack() as stack:
             told = every_s is not None
@@ -158,12 +162,14 @@ class _Stream(Generic[QueryT, RecordT]):
     """One response being written: what has been sent of it, and progress while there is nothing else to send."""
 
     def __init__(
-        self, reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet, every_s: float | None
-    ):
+        self, reply: Reply[QueryT, RecordT], service: AnyService[QueryT, RecordT], outlet: Outlet,
+        every_s: float | None, crcs: bool,
+    ):  # fmt: skip
         self._reply = reply
         self._service = service
         self._outlet = outlet
         self._every_s = every_s
+        self._crcs = crcs
         self._held: list[tuple[int, StillhouseError]] = []
         self._keys = {i: job.query.key for i, job in enumerate(reply.work.jobs)} if every_s is not None else {}
         self._tokens = sum(job.query.num_tokens for job in reply.work.jobs)
@@ -207,7 +213,8 @@ class _Stream(Generic[QueryT, RecordT]):
         self._keys.pop(index, None)
         if not isinstance(outcome, StillhouseError):
             started = time.perf_counter()
-            message = self._reply.encode(index, outcome)
+            crc = sequence_crc(index, job.query.tokens_T) if self._crcs else None
+            message = self._reply.encode(index, outcome, crc)
             self._service.metrics.encode_seconds.labels(self._reply.work.client).inc(time.perf_counter() - started)
         elif self._outlet.started:
             message = encode_failure(index, outcome)

@@ -20,7 +20,7 @@ from teacher_proto.request_checks import parse_body
 from teacher_proto.requests import KINDS, Limits, TargetsRequest
 from teacher_proto.targets import TokenTargets
 from teacher_proto.wire.records import Header, decode_request, encode_header, encode_targets
-from teacher_proto.wire.responses import encode_end, encode_failure
+from teacher_proto.wire.responses import SEQUENCE_CRC_HEADER, encode_end, encode_failure, sequence_crc
 from teacher_service.engines.scripted_model import reduce_sequence, scripted_head, scripted_hidden
 
 VOCAB = 300
@@ -93,6 +93,7 @@ class Replica:
         self.identity = identity(**changes)
         self.limits = Limits(vocab_size=VOCAB, max_sequence_length=512)
         self.noise = 0.0
+        self.crcs = True
         self.faults: deque[Fault] = deque()
         self.down: Exception | None = None
         self.posts: list[TargetsRequest] = []
@@ -139,7 +140,8 @@ class Replica:
                 parts.append(encode_failure(i, error))
                 continue
             targets = spoil.get("record", lambda t, i: t)(truth(request, i, self.noise), i)
-            parts.append(encode_targets(i, targets, VOCAB))
+            crc = sequence_crc(i, request.sequences[i]) if SEQUENCE_CRC_HEADER in http.headers and self.crcs else None
+            parts.append(encode_targets(i, targets, VOCAB, crc))
         parts.append(encode_end(len(request.sequences)))
         body = spoil.get("body", lambda b: b)(b"".join(parts))
         return httpx.Response(200, headers={"content-type": "application/msgpack"}, content=body)

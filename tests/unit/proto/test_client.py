@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -70,8 +72,6 @@ def cut_after(records: int) -> Fault:
 
 
 def _records(body: bytes) -> list[Any]:
-    import re
-
     return list(re.finditer(rb"[\x80-\x8f]\xa4type(?:\xa7targets|\xa3end)", body))
 
 
@@ -182,6 +182,37 @@ async def test_a_body_cut_at_any_byte_never_yields_wrong_targets() -> None:
             teacher.faults.append(spoil_body(lambda body, at=at: body[:at]))
             check_true(await client.targets(request), request)
         assert client.stats.errors["truncated"] == size
+
+
+@pytest.mark.parametrize("kinds", [("score",), ("sampled",)], ids=str)
+async def test_a_bit_that_flips_never_gives_a_sequence_anothers_targets(kinds: tuple[Any, ...]) -> None:
+    """The two sequences are equally long, so that nothing but the record says whose it is."""
+    request = TargetsRequest(sequences=tuple(sequences(4, 4)), kinds=kinds, top_k=2, num_samples=2)
+    teacher, policy = Replica(), RetryPolicy(budget_floor=10**6, open_after=10**6)
+    async with client_of(teacher, policy=policy) as client:
+        bodies: list[bytes] = []
+        teacher.faults.append(spoil_body(lambda body: (bodies.append(body), body)[1]))
+        check_true(await client.targets(request), request)
+        places = [found.start() + at for found in re.finditer(b"\xa5index", bodies[0]) for at in range(-8, 40)]
+        asked_again = 0
+        for at in places:
+            for bit in range(8):
+                attempts = client.stats.attempts
+                teacher.faults.append(
+                    spoil_body(lambda body, at=at, bit=bit: body[:at] + bytes([body[at] ^ 1 << bit]) + body[at + 1 :])
+                )
+                with suppress(StillhouseError):
+                    check_true(await client.targets(request), request)
+                teacher.faults.clear()
+                asked_again += client.stats.attempts > attempts + 1
+        assert len(places) == 96 and asked_again > 0.9 * 8 * len(places)
+
+
+async def test_a_service_that_does_not_say_whose_a_record_is_is_understood() -> None:
+    teacher = Replica()
+    teacher.crcs = False
+    async with client_of(teacher) as client:
+        check_true(await client.targets(REQUEST))
 
 
 async def test_retry_after_is_waited_for() -> None:
