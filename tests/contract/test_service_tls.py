@@ -117,6 +117,30 @@ def test_a_new_certificate_is_served_within_five_seconds_without_a_restart(tmp_p
         assert teacher.process.poll() is None
 
 
+def test_clients_of_an_authority_that_was_replaced_are_refused_without_a_restart(tmp_path: Path) -> None:
+    authority, first, second = trustme.CA(), trustme.CA(), trustme.CA()
+    chain, key = save(authority.issue_cert("127.0.0.1"), tmp_path)
+    ca = tmp_path / "ca.pem"
+    first.cert_pem.write_to_path(str(ca))
+    options = ("--tls-cert", str(chain), "--tls-key", str(key), "--tls-client-ca", str(ca))
+    with TeacherProcess(*options) as teacher:
+        before, after = (trusting(authority, one.issue_cert("student")) for one in (first, second))
+
+        def served(context: ssl.SSLContext) -> bool:
+            try:
+                return httpx.get(f"{teacher.url}/health/live", verify=context).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        assert served(before) and not served(after)
+        second.cert_pem.write_to_path(str(ca))
+        replaced = time.monotonic()
+        while not served(after):
+            time.sleep(0.1)
+            assert time.monotonic() - replaced < 30
+        assert not served(before)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -64,21 +64,12 @@ class TlsFiles:
 
     def context(self) -> ssl.SSLContext:
         """A server context, TLS 1.2 or newer. ValueError names the file at fault."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.load_into(context)
-        if self.client_ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
-    def load_into(self, context: ssl.SSLContext) -> None:
-        """Read the files into `context`, for new connections. ValueError names the file at fault."""
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"the TLS file {path} is not there")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            # Try a separate context first: a half-finished replacement must not break the one in use.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
             context.load_cert_chain(self.cert, self.key)
         except (ssl.SSLError, OSError) as error:
             raise ValueError(f"{self.cert} and {self.key} are not a certificate and its key: {error}") from None
@@ -87,3 +78,19 @@ class TlsFiles:
                 context.load_verify_locations(self.client_ca)
             except (ssl.SSLError, OSError) as error:
                 raise ValueError(f"{self.client_ca} holds no CA certificate: {error}") from None
+            context.verify_mode = ssl.CERT_REQUIRED
+            # A resumed session would not be verified again.
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
+        return context
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Read the files again, for new connections of `context`. ValueError names the file at fault, and nothing has
+        changed then."""
+        # Each handshake is given a context of its own: what a context trusts can be added to, but not taken away.
+        fresh = self.context()
+
+        def use(connection: ssl.SSLObject, name: str | None, initial: ssl.SSLContext) -> None:
+            connection.context = fresh
+
+        context.sni_callback = use
