@@ -267,6 +267,20 @@ def test_a_step_that_is_not_finite_is_not_made(
     assert (tmp_path / "run" / "dumps" / "step-00000003" / "targets.safetensors").exists()
 
 
+def test_a_full_disk_does_not_hide_why_a_run_ends(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("student_trainer.targets.guard.write_dump", full)
+    spoil_step(monkeypatch, tmp_path / "run", 2, nan_weight)
+    with pytest.raises(NonFiniteError, match=r"step 3 is not finite.*could not be written to .*No space left"):
+        run_here(workshop.settings(tmp_path), ScriptedTargets())
+    with pytest.raises(InvalidTargetsError, match=r"is not finite.*could not be written to .*No space left"):
+        run_here(workshop.settings(tmp_path / "targets"), Spoiled(1, nan_logprobs))
+
+
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_targets_off_by_one_are_caught_before_the_first_update(workshop: Workshop, tmp_path: Path, shift: int) -> None:
     with pytest.raises(InvalidTargetsError, match="off by one"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -73,10 +74,8 @@ class TargetGuard:
 
     def refuse(self, batch: Batch, targets: BatchTargets | None, error: InvalidTargetsError) -> InvalidTargetsError:
         """Dump what was refused, and return the same error with the dump's folder in its message."""
-        folder = write_dump(self._dumps / f"batch-{batch.number:08d}", str(error), batch, targets)
-        kept = "Batch and targets are" if targets is not None else "The batch is"
         refused = copy.copy(error)
-        refused.message = f"{error}. {kept} in {folder}"
+        refused.message = f"{error}. {self._dumped(f'batch-{batch.number:08d}', str(error), batch, targets)}"
         refused.args = (refused.message,)
         return refused
 
@@ -92,8 +91,19 @@ class TargetGuard:
             f"step {number + 1} is not finite (loss {losses.loss}, gradient norm {losses.grad_norm}) and was not "
             f"made: {where}. Documents of the batch: {keys}{', ...' if len(ready.batch.documents) > 8 else ''}"
         )
-        folder = write_dump(self._dumps / f"step-{number + 1:08d}", message, ready.batch, ready.targets)
-        raise NonFiniteError(f"{message}. Batch and targets are in {folder}")
+        dumped = self._dumped(f"step-{number + 1:08d}", message, ready.batch, ready.targets)
+        raise NonFiniteError(f"{message}. {dumped}")
+
+    def _dumped(self, name: str, message: str, batch: Batch, targets: BatchTargets | None) -> str:
+        """Write a dump, and return a sentence that says where it is. A full disk must not hide the error that it is
+        about.
+        """
+        what = "Batch and targets" if targets is not None else "The batch"
+        try:
+            folder = write_dump(self._dumps / name, message, batch, targets)
+        except (OSError, SafetensorError) as error:
+            return f"{what} could not be written to {self._dumps / name}: {error}"
+        return f"{what} {'are' if targets is not None else 'is'} in {folder}"
 
 
 def bad_tokens(sums: LossSums, ready: Ready) -> str:
