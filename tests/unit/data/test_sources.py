@@ -186,6 +186,19 @@ def test_a_changed_file_is_indexed_anew_and_an_unchanged_one_is_not(tmp_path: Pa
     assert read(tmp_path, **settings) == ["one", "two"]
 
 
+@pytest.mark.parametrize("left", [0, 100, 10_000])
+def test_an_index_that_was_cut_short_is_made_again(tmp_path: Path, left: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": text} for text in TEXTS]))
+    assert sorted(read(tmp_path, kind="jsonl", path=str(path))) == sorted(TEXTS)
+    (index,) = (tmp_path / "cache").glob("*.arrow")
+    data = index.read_bytes()
+    assert len(data) > 10_000
+    index.write_bytes(data[:left])
+    assert sorted(read(tmp_path, kind="jsonl", path=str(path))) == sorted(TEXTS)
+    assert "is damaged" in caplog.text and index.read_bytes() == data
+
+
 def test_lines_of_different_shapes_are_one_source(tmp_path: Path) -> None:
     """Other fields may come, go and change type; they are never looked at."""
     path = tmp_path / "a.jsonl"

@@ -54,7 +54,10 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
     # One process writes the index while the others wait for it.
     with stage(f"waiting for another process that may index source {name!r}"), filelock.FileLock(f"{path}.lock"):
         if path.exists():
-            return datasets.Dataset.from_file(str(path))
+            try:
+                return datasets.Dataset.from_file(str(path))
+            except (pa.ArrowInvalid, OSError) as error:
+                logger.warning("the index of source %r in %s is damaged (%s): it is made again", name, path, error)
         _sweep(folder, path.stem)
         content = _write(name, path, files, settings)
         dataset = datasets.Dataset.from_file(str(path))
