@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,32 @@ def test_a_step_that_is_not_finite_is_not_made(
         run_here(workshop.settings(tmp_path), ScriptedTargets())
     assert made == [0, 1] and steps_of(tmp_path / "run") == [1, 2]
     assert (tmp_path / "run" / "dumps" / "step-00000003" / "targets.safetensors").exists()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from student_trainer.reporting.logs import LineFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+file = LineFile(path)
+file.append({"step": 1})
+for step, room in ((2, 8), (3, 0), (4, None), (5, 3)):
+    most = resource.RLIM_INFINITY if room is None else path.stat().st_size + room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    file.append({"step": step})
+    print(len(path.read_text().splitlines()))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+file.close()
+"""
+
+
+def test_lines_for_which_a_disk_has_no_room_wait_and_none_is_lost(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "metrics.jsonl")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert ended.stdout.split() == ["1", "1", "4", "4"]
+    assert ended.stderr.count("could not be written") == 3 and "Exception ignored" not in ended.stderr
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ends(

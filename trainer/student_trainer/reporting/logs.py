@@ -109,6 +109,14 @@ class LineFile:
 
     def append(self, line: Mapping[str, Any]) -> None:
         self._waiting.append(json.dumps(line) + "\n")
+        self._write()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
         size = self._path.stat().st_size
         try:
             self._file.write("".join(self._waiting))
@@ -120,9 +128,6 @@ class LineFile:
             del self._waiting[: -self.KEEP]
         else:
             self._waiting.clear()
-
-    def close(self) -> None:
-        self._file.close()
 
     def _reopen(self, size: int) -> None:
         """Discard the failed buffer, and whatever part of it reached the file."""
