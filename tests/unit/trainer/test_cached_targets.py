@@ -6,20 +6,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from student_trainer.batch.batch import Batch
 from student_trainer.batch.batch_targets import BatchTargets
+from student_trainer.settings import TeacherSettings
+from student_trainer.targets import open as open_module
+from student_trainer.targets.background import EventThread
 from student_trainer.targets.cached import CachedTargets, MissingTargetsError
+from student_trainer.targets.protocol import Targets
 from student_trainer.targets.queries import queries_of
+from teacher_proto.client.teacher_client import TeacherClient
 from teacher_proto.errors import NotFoundError, WrongTeacherError
 from teacher_proto.requests import TargetSpec
 from teacher_proto.store.target_store import TargetStore
 from tests.trainer_run import ScriptedTargets, teacher_script
+from tests.unit.proto.fake_teacher import FakeClock, Replica, identity, network
 from tests.unit.trainer.test_align import batch_of
 
 ASK = TargetSpec(("top_k",), 8, (2.0,))
@@ -107,6 +116,30 @@ def test_answers_of_two_teachers_are_never_mixed(tmp_path: Path) -> None:
         assert fetch_all(CachedTargets(store, named), BATCH)[0].fingerprint == named
         with pytest.raises(MissingTargetsError):
             fetch_all(CachedTargets(store, info.fingerprint), BATCH)
+
+
+def test_a_replica_with_other_rounding_writes_nothing_under_the_fingerprint_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Replica()
+    make = partial(TeacherClient, transport=network(teacher), timing=FakeClock().timing())
+    monkeypatch.setattr(open_module, "TeacherClient", make)
+    settings = TeacherSettings(kind="cached", store=str(tmp_path), on_miss="remote", url=(teacher.url,))
+
+    def fetch(thread: EventThread, targets: Targets, batch: Batch) -> BatchTargets:
+        return thread.call(targets.fetch(batch, queries_of(batch, ASK)))
+
+    with ExitStack() as stack:
+        thread = stack.enter_context(EventThread())
+        opened = open_module.open_teacher(settings, thread, stack)
+        fetch(thread, opened.targets, BATCH)
+        teacher.identity = identity(engine_version="2")
+        with pytest.raises(WrongTeacherError, match=r"numeric\.engine_version"):
+            fetch(thread, opened.targets, OTHER)
+    with TargetStore(tmp_path, readonly=True) as store:
+        fetch_all(CachedTargets(store, None), BATCH)
+        with pytest.raises(MissingTargetsError, match="lacks 2 of the 2"):
+            fetch_all(CachedTargets(store, None), OTHER)
 
 
 def test_a_store_of_another_teacher_than_the_run_began_with_is_refused(tmp_path: Path) -> None:

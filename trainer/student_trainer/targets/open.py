@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,15 @@ class _Opening:
         if kind == "remote":
             return self._remote(teacher, saved)
         assert kind == "cached", kind
-        behind = self._remote(teacher, saved) if teacher.on_miss == "remote" else None
+        # Its answers are stored under one fingerprint, so a replica that computes with other rounding is refused.
+        behind = self._remote(teacher, saved, refuse_numeric_change=True) if teacher.on_miss == "remote" else None
         return CachedTargets(self._store(teacher), teacher.fingerprint, behind, saved)
 
-    def _remote(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> Targets:
-        return RemoteTargets(lambda: self._client(teacher, saved), teacher.url, self._settings)
+    def _remote(
+        self, teacher: OneTeacher, saved: Mapping[str, Any] | None, refuse_numeric_change: bool = False
+    ) -> Targets:
+        make = partial(self._client, teacher, saved, refuse_numeric_change)
+        return RemoteTargets(make, teacher.url, self._settings)
 
     def _store(self, teacher: OneTeacher) -> TargetStore | TargetDataset:
         if not teacher.store:
@@ -116,14 +121,19 @@ class _Opening:
             self._stores[place] = store
         return self._stores[place]
 
-    def _client(self, teacher: OneTeacher, saved: Mapping[str, Any] | None) -> TeacherClient:
+    def _client(
+        self, teacher: OneTeacher, saved: Mapping[str, Any] | None, refuse_numeric_change: bool
+    ) -> TeacherClient:
         expect, canary = expected(teacher.fingerprint, saved)
         policy = RetryPolicy(
             deadline_s=min(self._settings.deadline_s, self._settings.outage_timeout_s),
             read_timeout_s=self._settings.read_timeout_s,
         )
         key = os.environ.get(teacher.key_variable)
-        return TeacherClient(teacher.url, key=key, expect=expect, expect_canary=canary, policy=policy)
+        return TeacherClient(
+            teacher.url, key=key, expect=expect, expect_canary=canary, policy=policy,
+            refuse_numeric_change=refuse_numeric_change,
+        )  # fmt: skip
 
 
 def _place(store: str) -> str:
