@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from student_trainer import randomness
 from student_trainer.rollouts.rollouts import concat
+from teacher_proto.errors import InvalidTargetsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,11 +140,16 @@ class Run:
             self.unsharded.refresh(step)
 
     def ask_late(self, ready: Ready) -> Ready:
-        """The batch with targets that depend on the student's weights added, if a loss needs them."""
+        """The batch with targets that depend on the student's weights added, if a loss needs them. Invalid ones are
+        dumped like those that were fetched ahead.
+        """
         terms = self.terms(ready.batch.kind)
         if not self.late.due(ready.batch.kind, terms):
             return ready
-        return self.late.add(self.unsharded.at(self.state.step), ready, terms, self.while_waiting)
+        try:
+            return self.late.add(self.unsharded.at(self.state.step), ready, terms, self.while_waiting)
+        except InvalidTargetsError as error:
+            raise self.guard.refuse(ready.batch, ready.targets, error) from error
 
     def out_of_time(self, seconds: float) -> bool:
         """Whether the time limit is over, `seconds` after the start. All ranks must call it and get the same answer."""

@@ -25,7 +25,8 @@ from student_trainer.run import Run
 from student_trainer.students.sharding import Unsharded
 from student_trainer.targets.guard import NonFiniteError
 from student_trainer.targets.protocol import Queries
-from teacher_proto.errors import InvalidTargetsError, TeacherUnavailableError
+from student_trainer.targets.queries import spec_of
+from teacher_proto.errors import DeadlyRequestError, InvalidTargetsError, TeacherUnavailableError
 from teacher_proto.process.stopping import StopSignals
 from teacher_service.engines.scripted_model import scripted_logits
 from tests.models import VOCAB_SIZE
@@ -394,6 +395,19 @@ ALONE = {
     "written": (("on_policy=gkd", *OWN_TEXT), [1, 3, 5, 7, 9, 11]),
     "asked": (GATHER, [*range(12)]),
 }
+
+
+def test_a_refused_request_between_two_updates_leaves_its_batch_behind_too(workshop: Workshop, tmp_path: Path) -> None:
+    class Deadly(ScriptedTargets):
+        async def fetch(self, batch: Batch, queries: Queries) -> BatchTargets:
+            if batch.number == 2 and "gather" in spec_of(queries).kinds:
+                raise DeadlyRequestError("the engine dies of one sequence")
+            return await super().fetch(batch, queries)
+
+    with pytest.raises(DeadlyRequestError, match=r"dies of one sequence.*dumps/batch-00000002"):
+        run_here(workshop.settings(tmp_path, *GATHER), Deadly())
+    assert steps_of(tmp_path / "run") == [1, 2]
+    assert (tmp_path / "run" / "dumps" / "batch-00000002" / "batch.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ALONE)
