@@ -27,7 +27,8 @@ from teacher_proto.identity import (
 )
 
 _HASH_THREADS = 8
-_QUANTISATION_FILE = "hf_quant_config.json"  # written by NVIDIA's ModelOpt; others write into config.json
+_MODELOPT_FILE = "hf_quant_config.json"  # read besides config.json
+_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ, read if config.json says nothing
 _SETTLED_NS = 2 * 10**9
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -114,10 +115,9 @@ def identify(
     options: Mapping[str, str] | None = None,
 ) -> TeacherIdentity:
     """The identity of a teacher that was loaded from `folder` with `dtype` and `quantization`. `weights` and `options`
-    are as in `SemanticIdentity`; a separate file that says how the weights are quantised is added to the options."""
-    quantised = folder.path / _QUANTISATION_FILE
-    if quantised.is_file():
-        options = {**(options or {}), _QUANTISATION_FILE: file_sha256(quantised)}
+    are as in `SemanticIdentity`; separate files that say how the weights are quantised are added to the options."""
+    read = (_MODELOPT_FILE, *(() if "quantization_config" in folder.config else _QUANTISATION_FILES))
+    quantised = {name: file_sha256(folder.path / name) for name in read if (folder.path / name).is_file()}
     semantic = SemanticIdentity(
         model=folder.name,
         revision=folder.revision,
@@ -127,7 +127,7 @@ def identify(
         dtype=dtype,
         quantization=quantization,
         vocab_size=vocab_size,
-        options=options or {},
+        options={**(options or {}), **quantised},
     )
     return TeacherIdentity(semantic=semantic, numeric=numeric)
 

@@ -65,6 +65,8 @@ def add_token(folder: Path) -> None:
         (edit_config, "semantic.config_sha256"),
         (add_token, "semantic.tokenizer_sha256"),
         (lambda folder: (folder / "hf_quant_config.json").write_text("{}"), "semantic.options.hf_quant_config.json"),
+        (lambda folder: (folder / "quantize_config.json").write_text("{}"), "semantic.options.quantize_config.json"),
+        (lambda folder: (folder / "quant_config.json").write_text("{}"), "semantic.options.quant_config.json"),
         (lambda folder: shutil.copy(folder / "model.safetensors", folder / "more.safetensors"),
          "semantic.weights.more.safetensors"),
     ],
@@ -75,6 +77,14 @@ def test_each_change_of_meaning_is_named(folder: Path, change: Callable[[Path], 
     after = identity(folder)
     assert [line.partition(":")[0] for line in before.difference(after)] == [field]
     assert compare_fingerprints(before.fingerprint, after.fingerprint) == "semantic"
+
+
+def test_a_file_that_config_json_overrides_is_none_of_the_teacher(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    before = identity(folder)
+    (folder / "quantize_config.json").write_text("{}")
+    assert identity(folder).fingerprint == before.fingerprint
 
 
 def test_hashes_are_the_files_and_come_from_the_cache_while_they_stay(
