@@ -253,7 +253,8 @@ class ReplicaPool(Generic[InfoT]):
                 replica.failed_probes, self._policy.backoff_base_s, self._policy.probe_cap_s
             )
             replica.failed_probes += 1
-            replica.ready_at = self._timing.now() + max(jitter, error.retry_after or 0.0)
+            asked = min(error.retry_after or 0.0, self._policy.max_retry_after_s)
+            replica.ready_at = self._timing.now() + max(jitter, asked)
 
     def _collect_probes(self) -> None:
         """Drop finished probes. An exception that is no StillhouseError is a bug of ours, and is raised here."""

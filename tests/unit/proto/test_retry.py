@@ -115,6 +115,18 @@ async def test_a_busy_teacher_is_not_a_broken_one() -> None:
         assert client.stats.probes == 1 and client.stats.errors["overloaded"] == 6
 
 
+async def test_a_strange_retry_after_does_not_keep_a_probe_from_a_teacher_for_long() -> None:
+    teacher, clock = Replica(), FakeClock()
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        """A proxy's page for maintenance, then the teacher."""
+        return teacher.handle(request) if clock.time > 1030 else httpx.Response(503, headers={"retry-after": "86400"})
+
+    async with TeacherClient(teacher.url, transport=httpx.MockTransport(handle), timing=clock.timing()) as client:
+        await client.targets(REQUEST)
+        assert clock.time <= 1062
+
+
 async def test_those_who_wait_for_a_dead_teacher_send_one_probe_for_all() -> None:
     teacher, clock = Replica(), FakeClock()
     teacher.down = httpx.ConnectError("gone")
