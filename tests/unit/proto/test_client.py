@@ -208,6 +208,29 @@ async def test_a_bit_that_flips_never_gives_a_sequence_anothers_targets(kinds: t
         assert len(places) == 96 and asked_again > 0.9 * 8 * len(places)
 
 
+@pytest.mark.parametrize("asked_before", ["the same", "more"])
+async def test_the_answer_to_an_earlier_request_is_not_taken_for_this_one(asked_before: str) -> None:
+    teacher, kept = Replica(), []
+    earlier = TargetsRequest(sequences=(*REQUEST.sequences, *sequences(7)), top_k=8, temperatures=(2.0,))
+
+    def keep(body: bytes) -> bytes:
+        kept.append(body)
+        return body
+
+    def replay(http: httpx.Request) -> httpx.Response:
+        mine = http.headers["x-request-id"].encode()
+        body = kept[0] if asked_before == "the same" else kept[0].replace(ids[0], mine)
+        return httpx.Response(200, headers={"content-type": "application/msgpack"}, content=body)
+
+    ids: list[bytes] = []
+    async with client_of(teacher) as client:
+        teacher.faults.append(lambda http: ids.append(http.headers["x-request-id"].encode()) or spoil_body(keep)(http))
+        await client.targets(REQUEST if asked_before == "the same" else earlier)
+        teacher.faults.append(replay)
+        check_true(await client.targets(REQUEST))
+        assert client.stats.errors["wire"] == 1
+
+
 async def test_a_service_that_does_not_say_whose_a_record_is_is_understood() -> None:
     teacher = Replica()
     teacher.crcs = False

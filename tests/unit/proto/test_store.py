@@ -278,6 +278,16 @@ def test_every_changed_byte_of_an_entry_is_a_miss_and_is_written_again(store: Ta
     assert store.stats().entries == 1 and store.stats().damaged > 0.9 * size
 
 
+def test_an_entry_under_another_s_key_is_a_miss(store: TargetStore) -> None:
+    mine, other = ask(seed=1), ask(seed=2)
+    put(store, mine, other)
+    with store._lru.env.begin(write=True) as txn:
+        keys = [entry_key(next(iter(requested_entries(FINGERPRINT, each)))) for each in (mine, other)]
+        txn.put(keys[0], bytes(txn.get(keys[1], db=store._lru.records)), db=store._lru.records)
+    assert store.get(FINGERPRINT, mine) is None
+    check(store, other)
+
+
 def test_a_damaged_entry_that_nobody_writes_again_is_forgotten(store: TargetStore) -> None:
     put(store, ask(), ask(seed=1))
     spoil(store, ask(), 50)

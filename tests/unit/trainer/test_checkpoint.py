@@ -303,6 +303,40 @@ def test_wherever_a_save_is_cut_off_the_old_or_the_new_checkpoint_loads(
     assert survived == sorted(survived), "a later cut lost what an earlier one had kept"
 
 
+def test_all_is_on_disk_before_the_name_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may keep a rename and lose what was written before it, unless that was synced."""
+    done: list[tuple[str, str]] = []
+
+    def note(what: str, path: Path) -> None:
+        done.append((what, str(path.relative_to(tmp_path))))
+
+    def fsync(descriptor: int, real: Any = os.fsync) -> None:
+        note("sync", Path(f"/proc/self/fd/{descriptor}").readlink())
+        real(descriptor)
+
+    def rename(old: Path, new: Path, real: Any = Path.rename) -> None:
+        real(old, new)
+        note("name", new)
+
+    student, optimizer = made(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        patched.setattr(Path, "rename", rename)
+        patched.setattr(Path, "replace", rename)
+        save(tmp_path, 1, student, optimizer)
+    written = sorted(path.name for path in (tmp_path / "step-00000001").iterdir())
+    files = [("sync", f".unfinished-step-00000001/{name}") for name in written if name != "manifest.json"]
+    assert sorted(done[: len(files)]) == files and done[len(files) :] == [
+        ("sync", ".unfinished-step-00000001/manifest.json"),
+        ("sync", ".unfinished-step-00000001"),
+        ("name", "step-00000001"),
+        ("sync", "."),
+        ("sync", ".latest.new"),
+        ("name", "latest"),
+        ("sync", "."),
+    ]
+
+
 def test_a_full_disk_is_told_loudly_and_the_next_save_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
