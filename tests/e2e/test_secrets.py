@@ -122,6 +122,18 @@ def test_a_variable_that_ends_with_a_line_break_hides_its_secret_all_the_same(mo
     assert redact("illegal header b'Bearer planted-88bb\\n'") == f"illegal header b'Bearer {HIDDEN}\\n'"
 
 
+@pytest.mark.parametrize("secret", ["/K7MDENGbPxRfiCYplanted", "~planted88bb", "/" + "planted" * 99])
+def test_a_secret_that_begins_as_a_path_does_is_hidden(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    assert redact(f"refused: {secret}!") == f"refused: {HIDDEN}!"
+
+
+def test_the_path_of_a_key_s_file_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key.pem").touch()
+    monkeypatch.setenv("STILLHOUSE_TLS_KEY", str(tmp_path / "key.pem"))
+    assert redact(f"cannot read {tmp_path}/key.pem") == f"cannot read {tmp_path}/key.pem"
+
+
 def test_a_traceback_in_the_log_is_redacted_too(workshop: Workshop, tmp_path: Path) -> None:
     compose(workshop.settings(tmp_path, "checkpoint.storage_options.connection_string=AccountPlanted77aa"))
     try:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -70,12 +71,22 @@ def _parameter(match: re.Match[str]) -> str:
 
 
 def _of_environment() -> set[str]:
-    """Secrets in environment variables. A path is not one: it only names the file that holds it."""
+    """Secrets in environment variables. The path of a file is not one: it only names the file that holds it."""
     return {
         value.strip()
         for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name) and len(value.strip()) >= SHORTEST and not value.startswith(("/", "~", "."))
+        if _SECRET_VARIABLE.search(name) and len(value.strip()) >= SHORTEST and not _is_path(value.strip())
     }
+
+
+def _is_path(value: str) -> bool:
+    # A base64 key may begin with a slash as well.
+    if not value.startswith(("/", "~", ".")):
+        return False
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False  # longer than a name may be, or the home of nobody
 
 
 def _is_hidden(name: str, value: Any) -> bool:
