@@ -43,6 +43,23 @@ for number in range(int(sys.argv[3])):
 """
 
 
+# Begins to read so many times, and never ends.
+READER = """
+import sys, time, lmdb
+env = lmdb.open(sys.argv[1], readonly=True, max_dbs=8, max_readers=512, map_size=2**30)
+transactions = [env.begin() for _ in range(int(sys.argv[2]))]
+print("reading", flush=True)
+time.sleep(600)
+"""
+
+
+def kill_reader(path: Path, transactions: int) -> None:
+    reader = start(READER, path, transactions)
+    assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
+    reader.kill()
+    reader.communicate()
+
+
 def big(number: int):  # type: ignore[no-untyped-def]
     from tests.unit.proto.test_store import ask
 
@@ -100,6 +117,25 @@ def test_a_store_that_is_checked_while_somebody_writes_is_not_damaged(tmp_path: 
         writer.communicate()
     assert faults == [None] * times
     assert not damaged_files(tmp_path)
+
+
+def test_readers_that_were_killed_while_they_read_leave_their_places(tmp_path: Path) -> None:
+    with TargetStore(tmp_path, 2**20) as store:
+        put(store, stored(0))
+        kill_reader(tmp_path, 512)
+        answer = store.get(FINGERPRINT, stored(0))
+        assert answer is not None and same_bits(answer, truth(stored(0)))
+
+
+def test_a_reader_that_was_killed_while_it_read_does_not_keep_evicted_pages(tmp_path: Path) -> None:
+    with TargetStore(tmp_path, 4 * 2**20) as store:
+        put(store, *(stored(number) for number in range(400)))
+        kill_reader(tmp_path, 1)
+        put(store, *(stored(number) for number in range(400, 1200)))
+        answer = store.get(FINGERPRINT, stored(1199))
+        assert answer is not None and same_bits(answer, truth(stored(1199)))
+        # A few, until the pages are found to be free.
+        assert store.stats().refused < 40
 
 
 def test_ctrl_c_in_the_check_puts_nothing_aside(tmp_path: Path) -> None:

@@ -106,6 +106,10 @@ class LmdbLru:
                     txn = self.env.begin(buffers=True)
                 except lmdb.MapResizedError:
                     self._enlarge()
+                except lmdb.ReadersFullError:
+                    # Processes that were killed while they read have left their places taken.
+                    if not self.env.reader_check():
+                        raise
                 else:
                     self._inside += 1
                     return txn
