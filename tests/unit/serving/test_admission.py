@@ -188,6 +188,20 @@ async def test_a_large_request_whose_client_is_not_told_waits_for_a_while(monkey
     await inside
 
 
+async def test_one_client_does_not_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "_MAX_WAITING", 12)
+    admission, release = admission_of(), asyncio.Event()
+    greedy = [asyncio.create_task(held(admission, permit("greedy", 1000), release)) for _ in range(12)]
+    await steps()
+    refused = [task for task in greedy if task.done() and isinstance(task.exception(), OverloadedError | QuotaError)]
+    assert len(refused) == 12 - 1 - 6 and admission.waiting == 6
+    newcomer = asyncio.create_task(held(admission, permit("newcomer", 1000), release))
+    await steps()
+    assert not newcomer.done() and admission.waiting == 7
+    await end(*greedy, newcomer)
+    assert admission.waiting == admission.cost == 0
+
+
 async def test_control_traffic_that_takes_long_keeps_its_clients_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """A canary at a slow teacher: it costs nothing and lasts longer than a client counts as one that asks."""
     monkeypatch.setattr(admission_module, "_ACTIVE_S", 0.0)
