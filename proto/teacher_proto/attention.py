@@ -127,7 +127,9 @@ class AttentionRequest(SequencesRequest):
     dtype: AttentionDtype = Field("float16", description="int8 is for states only")
     form: Literal["official", "paper", "minilm"] = Field("official", description="kind relations")
     relation_heads: StrictInt = Field(32, description="kind relations")
-    causal: StrictBool | None = Field(None, description="kind relations: mask later positions; as the form if absent")
+    causal: StrictBool | None = Field(
+        None, description="kind relations: mask later positions; if absent, as the form defines"
+    )
     block_size: StrictInt | None = Field(None, description="kind maps: only within blocks of this many positions")
     rows: Annotated[tuple[Positions, ...], Field(fail_fast=True)] | None = Field(
         None, description="kinds relations and maps: ascending positions for each sequence; all if absent"
@@ -183,7 +185,7 @@ def check_attention_request(request: AttentionRequest, limits: AttentionLimits, 
         refuse("dtype", "int8", "float16", f"float16 for {request.kind}: int8 is for states")
     if request.block_size is not None:
         if request.kind != "maps":
-            refuse("block_size", request.block_size, None, f"none for {request.kind}: blocks are of maps")
+            refuse("block_size", request.block_size, None, f"none for kind {request.kind}: only maps have blocks")
         within("block_size", request.block_size, 1, limits.max_sequence_length, "positions in a block")
     _check_rows(request)
     for i in range(len(request.sequences)):
@@ -191,7 +193,7 @@ def check_attention_request(request: AttentionRequest, limits: AttentionLimits, 
         if entries > limits.max_entries:
             refuse(
                 f"sequences.{i}", entries, limits.max_entries,
-                f"at most {limits.max_entries} numbers in its answer: ask for fewer `rows`, or for states",
+                f"at most {limits.max_entries} numbers in its record: request fewer `rows`, or kind states",
             )  # fmt: skip
 
 
@@ -229,8 +231,8 @@ def _check_layer(request: AttentionRequest, shape: AttentionShape) -> None:
         refuse("layer", request.layer, shape.max_layer, f"a layer of the model: {error}")
     if layer > shape.max_layer:
         raise NotFoundError(
-            f"layer: {request.layer!r} is layer {layer} of {shape.num_layers}, and this service holds layers 0 to "
-            f"{shape.max_layer}: ask for one of those, or start it with --layer {layer}",
+            f"layer: {request.layer!r} is layer {layer} of {shape.num_layers}, but this service holds layers 0 to "
+            f"{shape.max_layer}: request one of those, or start it with --layer {layer}",
             field="layer", got=layer, limit=shape.max_layer,
         )  # fmt: skip
 

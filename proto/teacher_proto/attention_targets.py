@@ -78,20 +78,20 @@ def check_attention(targets: AttentionTargets, query: AttentionQuery, shape: Att
     spec = query.spec
     if (targets.kind, targets.layer) != (spec.kind, spec.layer):
         raise InvalidTargetsError(
-            f"{targets.kind} of layer {targets.layer} came, {spec.kind} of layer {spec.layer} were asked for"
+            f"got {targets.kind} of layer {targets.layer}, expected {spec.kind} of layer {spec.layer}"
         )
     arrays = targets.tensors()
     expected = expected_shapes(query, shape)
     if set(arrays) != set(expected):
-        raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(expected)} were asked for")
+        raise InvalidTargetsError(f"got tensors {sorted(arrays)}, expected {sorted(expected)}")
     for name, array in arrays.items():
         dtype = "|i1" if spec.dtype == "int8" and name in PARTS else ATTENTION_TENSORS[name][0]
         if array.shape != expected[name] or array.dtype.newbyteorder("<").str != dtype:
             raise InvalidTargetsError(
-                f"{name} is {array.dtype} of shape {list(array.shape)}, {dtype} of {list(expected[name])} was expected"
+                f"{name}: got {array.dtype} of shape {list(array.shape)}, expected {dtype} of {list(expected[name])}"
             )
     if query.rows_r is not None and not np.array_equal(arrays["rows"], query.rows_r):
-        raise InvalidTargetsError("rows are not the positions that were asked for")
+        raise InvalidTargetsError("rows are not the requested positions")
     rows_r = np.arange(query.num_tokens) if query.rows_r is None else query.rows_r
     if spec.kind == "states":
         _check_states(arrays)
@@ -142,7 +142,7 @@ def _check_probabilities(table: np.ndarray, name: str, rows_r: np.ndarray, spec:
         place_r = rows_r % spec.block_size if spec.block_size else rows_r
         later_rC = np.arange(table.shape[-1]) > place_r[:, None]
         if table[:, later_rC].any():
-            raise InvalidTargetsError(f"{name}: a probability for a position that comes after")
+            raise InvalidTargetsError(f"{name}: a probability above 0 for a later position")
 
 
 assert {field.name for field in fields(AttentionTargets)} == {"kind", "layer", *ATTENTION_TENSORS}

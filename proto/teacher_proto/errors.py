@@ -234,7 +234,7 @@ def from_json(body: dict[str, Any], retry_after: float | None = None) -> Stillho
     """The error in a response body or an `error` message; an unknown code becomes a StillhouseError."""
     cls = BY_CODE.get(str(body.get("code")), StillhouseError)
     return cls(
-        str(body.get("message", "the peer gave no message"))[:2000],
+        str(body.get("message", "the peer sent no message"))[:2000],
         field=body.get("field"),
         got=body.get("got"),
         limit=body.get("limit"),

@@ -69,10 +69,10 @@ class TeacherIdentity(_Frozen):
         return f"{digest(self.semantic.model_dump())[:32]}.{digest(self.numeric.model_dump())[:16]}"
 
     def difference(self, other: TeacherIdentity) -> list[str]:
-        """One line for each field that differs, such as `semantic.dtype: bfloat16 here, float32 there`."""
+        """One line for each field that differs, such as `semantic.dtype: expected bfloat16, got float32`."""
         ours, theirs = flatten(self.model_dump()), flatten(other.model_dump())
         return [
-            f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
+            f"{name}: expected {ours.get(name, 'absent')}, got {theirs.get(name, 'absent')}"
             for name in sorted(ours.keys() | theirs.keys())
             if ours.get(name) != theirs.get(name)
         ]

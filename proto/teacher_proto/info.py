@@ -45,7 +45,9 @@ class ServiceInfo(BaseModel):
     @model_validator(mode="after")
     def _fingerprint_is_its_own(self) -> Self:
         if self.fingerprint != self.identity.fingerprint:
-            raise ValueError(f"fingerprint {self.fingerprint} is not that of the identity, {self.identity.fingerprint}")
+            raise ValueError(
+                f"fingerprint {self.fingerprint} is not the one of the identity, {self.identity.fingerprint}"
+            )
         return self
 
 
@@ -66,20 +68,21 @@ def read_info(kind: type[Info], body: Any) -> Info:
     anything else that is wrong."""
     service = kind.model_fields["service"].default
     if not isinstance(body, dict) or "identity" not in body:
-        raise WireError("the answer of /v1/teacher holds no identity")
+        raise WireError("the response of /v1/teacher has no identity")
     if (there := str(body.get("service", "teacher"))[:40]) != service:
         raise WireError(
-            f"a service of kind {there!r} answers, one of kind {service!r} was expected: correct the URL",
+            f"got a service of kind {there!r}, expected one of kind {service!r}: correct the URL",
             retryable=False,
         )
     version = body.get("version")
     if version != VERSION:
         raise VersionError(
-            f"the teacher speaks version {version!r} of the wire, this client {VERSION}: update the older of the two"
+            f"the teacher uses version {version!r} of the wire format, this client {VERSION}: update the older of "
+            "the two"
         )
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise WireError(f"the answer of /v1/teacher is not a {service} service's: {field}: {first['msg']}") from None
+        field = ".".join(str(part) for part in first["loc"]) or "the body"
+        raise WireError(f"the response of /v1/teacher is not of kind {service!r}: {field}: {first['msg']}") from None

@@ -74,10 +74,10 @@ def find_model(model: str, *, revision: str | None = None, name: str | None = No
     if not path.is_dir():
         path = _download(model, revision)
     elif revision is not None:
-        raise ValueError(f"revision {revision!r} is for a hub id, and {model} is a folder: leave it out")
+        raise ValueError(f"revision {revision!r} is for a hub id, but {model} is a folder: leave it out")
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"{model}: no config.json in {path.name}; a folder saved by transformers is expected")
+        raise ValueError(f"{model}: no config.json in {path.name}; expected a folder saved by transformers")
     found_name, found_revision = _origin(path.resolve())
     folder = ModelFolder(path, name or found_name, found_revision, json.loads(config_file.read_text()))
     if not folder.weight_files:
@@ -94,7 +94,7 @@ def _download(model: str, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         # A string that is not a valid hub id was meant as a folder: the hub's naming rules would only confuse.
         why = "no such folder" if isinstance(error, HFValidationError) else str(error).strip().partition("\n")[0]
-        raise ValueError(f"{model!r} is neither a folder nor a model that the hub gives us: {why}") from error
+        raise ValueError(f"{model!r} is neither a folder nor a model available from the hub: {why}") from error
 
 
 def _origin(path: Path) -> tuple[str, str]:

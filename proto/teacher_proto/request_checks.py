@@ -20,9 +20,9 @@ def token_array(value: Any) -> np.ndarray:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"a sequence is a tensor or a list of token ids, got {type(value).__name__}")
         if any(type(token) is not int for token in value):
-            raise ValueError("a sequence holds token ids, and one of these is not an integer")
+            raise ValueError("a sequence contains a token id that is not an integer")
         if any(abs(token) >= 2**63 for token in value):
-            raise ValueError("a token id does not fit 64 bits")
+            raise ValueError("a token id does not fit into 64 bits")
         value = np.array(value, dtype=np.int64)
     if value.dtype.kind not in "iu" or value.ndim != 1:
         raise ValueError(f"a sequence is a one-dimensional integer tensor, got {value.dtype} of shape {value.shape}")
@@ -91,7 +91,7 @@ def parse_body(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)
-            raise MalformedError(f"unknown field {field!r}; known are {known}", field=field) from None
+            raise MalformedError(f"unknown field {field!r}; available: {known}", field=field) from None
         if first["type"] == "missing":
             raise MalformedError(f"field {field!r} is missing", field=field) from None
         got = repr(first["input"])

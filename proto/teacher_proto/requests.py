@@ -48,7 +48,7 @@ def id_matrix(value: Any) -> np.ndarray:
 
 def _plain_number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"a number is expected, got {type(value).__name__}")
+        raise ValueError(f"expected a number, got {type(value).__name__}")
     return value
 
 
@@ -147,7 +147,7 @@ class TargetsRequest(SequencesRequest):
         """The request for these queries, in this order: at least one, all with the same spec."""
         queries = tuple(queries)
         spec = queries[0].spec
-        assert all(query.spec == spec for query in queries), "a request asks the same of all its sequences"
+        assert all(query.spec == spec for query in queries), "all queries of a request have the same spec"
         return cls(
             sequences=tuple(query.tokens_T for query in queries),
             kinds=spec.kinds,
@@ -215,7 +215,7 @@ def check_request(request: TargetsRequest, limits: Limits, kinds: tuple[Kind, ..
     named = [(f"temperatures.{i}", temperature) for i, temperature in enumerate(request.temperatures)]
     for field, temperature in (*named, ("sample_temperature", request.sample_temperature)):
         if not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
-            refuse(field, temperature, [1e-3, 1e3], "a finite temperature within 0.001 and 1000")
+            refuse(field, temperature, [1e-3, 1e3], "a finite temperature between 0.001 and 1000")
     _check_rows(request)
     if "gather" in request.kinds:
         _check_gather(request, limits)
@@ -229,7 +229,7 @@ def _check_rows(request: TargetsRequest) -> None:
     if request.rows is None:
         return
     if len(request.rows) != len(request.sequences):
-        refuse("rows", len(request.rows), len(request.sequences), "one [start, stop] a sequence")
+        refuse("rows", len(request.rows), len(request.sequences), "one [start, stop] per sequence")
     for i, ((start, stop), tokens_T) in enumerate(zip(request.rows, request.sequences, strict=True)):
         if not 0 <= start < stop <= len(tokens_T):
             refuse(f"rows.{i}", [start, stop], len(tokens_T), f"0 <= start < stop <= {len(tokens_T)}")
@@ -238,13 +238,13 @@ def _check_rows(request: TargetsRequest) -> None:
 def _check_gather(request: TargetsRequest, limits: Limits) -> None:
     if request.gather_ids is None or len(request.gather_ids) != len(request.sequences):
         got = None if request.gather_ids is None else len(request.gather_ids)
-        refuse("gather_ids", got, len(request.sequences), "one id matrix a sequence for kind gather")
+        refuse("gather_ids", got, len(request.sequences), "one id matrix per sequence for kind gather")
     for i, ids_RG in enumerate(request.gather_ids or ()):
         field = f"gather_ids.{i}"
         start, stop = request.row_range(i)
         if ids_RG.shape[0] != stop - start:
-            refuse(field, ids_RG.shape[0], stop - start, "one row of ids for each row asked for")
-        within(field, ids_RG.shape[1], 1, limits.max_gather, "ids a row")
+            refuse(field, ids_RG.shape[0], stop - start, "one row of ids for each requested row")
+        within(field, ids_RG.shape[1], 1, limits.max_gather, "ids per row")
         if ids_RG.min() < 0 or ids_RG.max() >= limits.vocab_size:
             bad = int(ids_RG.min() if ids_RG.min() < 0 else ids_RG.max())
             refuse(field, bad, limits.vocab_size - 1, f"token ids from 0 to {limits.vocab_size - 1}")

@@ -117,7 +117,7 @@ class TokenTargets:
         if temperature == 1.0:
             return np.exp(logprobs_RK)
         if temperature_index is None or self.log_z is None:
-            raise ValueError(f"temperature {temperature} needs its log_z: ask for it in `temperatures`")
+            raise ValueError(f"temperature {temperature} needs its log_z: request it in `temperatures`")
         return np.exp(logprobs_RK / temperature - self.log_z[:, temperature_index, None])
 
     def narrow(self, start: int, stop: int, top_k: int | None = None) -> TokenTargets:
@@ -152,7 +152,7 @@ def check_targets(targets: TokenTargets, query: Query, vocab_size: int) -> None:
     spec, (start, stop), length = query.spec, query.rows, query.num_tokens
     if targets.start != start or targets.num_rows != stop - start:
         got = f"[{targets.start}, {targets.start + targets.num_rows})"
-        raise InvalidTargetsError(f"rows {got} came, [{start}, {stop}) were asked for")
+        raise InvalidTargetsError(f"got rows {got}, expected [{start}, {stop})")
     arrays = targets.tensors()
     _check_presence(arrays, spec)
     sizes = {"R": stop - start, "R+1": stop - start + 1, "K": spec.top_k, "T": len(spec.temperatures)}
@@ -183,12 +183,12 @@ def check_targets(targets: TokenTargets, query: Query, vocab_size: int) -> None:
 def _check_presence(arrays: dict[str, np.ndarray], spec: TargetSpec) -> None:
     expected = set(tensors_of(spec.kinds)) - (set() if spec.hidden_dtype == "int8" else {"hidden_scale"})
     if expected != set(arrays):
-        raise InvalidTargetsError(f"tensors {sorted(arrays)} came, {sorted(expected)} were asked for")
+        raise InvalidTargetsError(f"got tensors {sorted(arrays)}, expected {sorted(expected)}")
     for name, array in arrays.items():
         if array.dtype.newbyteorder("<").str not in (*TENSORS[name].dtypes, *_IN_MEMORY.get(name, ())):
-            raise InvalidTargetsError(f"{name} is {array.dtype}, one of {', '.join(TENSORS[name].dtypes)} was expected")
+            raise InvalidTargetsError(f"{name}: got {array.dtype}, expected one of {', '.join(TENSORS[name].dtypes)}")
     if spec.hidden_dtype and arrays["hidden"].dtype.newbyteorder("<").str != HIDDEN_DTYPES[spec.hidden_dtype]:
-        raise InvalidTargetsError(f"hidden is {arrays['hidden'].dtype}, {spec.hidden_dtype} was asked for")
+        raise InvalidTargetsError(f"hidden: got {arrays['hidden'].dtype}, expected {spec.hidden_dtype}")
 
 
 def _check_shapes(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
@@ -196,7 +196,7 @@ def _check_shapes(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
         axes = TENSORS[name].axes
         if array.ndim != len(axes) or any(sizes.get(axis, n) != n for axis, n in zip(axes, array.shape, strict=True)):
             expected = [sizes.get(axis, axis) for axis in axes]
-            raise InvalidTargetsError(f"{name} has shape {list(array.shape)}, {expected} was expected")
+            raise InvalidTargetsError(f"{name}: got shape {list(array.shape)}, expected {expected}")
 
 
 def _refuse_rows(bad_R: np.ndarray | np.bool, start: int, message: str) -> None:
@@ -214,14 +214,14 @@ def _check_top_k(ids_RK: np.ndarray, logprobs_RK: np.ndarray, start: int, vocab_
     _refuse_rows(~(wide_RK[:, -1] >= np.finfo(np.float16).min), start, "logprobs: the smallest is infinite")
     _refuse_rows(~(np.exp(wide_RK).sum(axis=1) <= 1 + MASS_TOLERANCE), start, "the probabilities sum to more than 1")
     ordered_RK = np.sort(ids_RK, axis=1)
-    _refuse_rows((ordered_RK[:, 1:] == ordered_RK[:, :-1]).any(axis=1), start, "ids: one comes twice")
+    _refuse_rows((ordered_RK[:, 1:] == ordered_RK[:, :-1]).any(axis=1), start, "ids: one is repeated")
 
 
 def _check_ids(ids: np.ndarray, name: str, vocab_size: int) -> None:
     if ids.dtype.itemsize < 3 and vocab_size > 65_536:
-        raise InvalidTargetsError(f"{name} are {ids.dtype}, too narrow for a vocabulary of {vocab_size}")
+        raise InvalidTargetsError(f"{name}: {ids.dtype} is too narrow for a vocabulary of {vocab_size}")
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-        raise InvalidTargetsError(f"{name} from {ids.min()} to {ids.max()} came, the vocabulary has {vocab_size}")
+        raise InvalidTargetsError(f"{name}: got {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}")
 
 
 def _check_logprobs(logprobs: np.ndarray, name: str, start: int) -> None:
@@ -246,12 +246,12 @@ def _check_log_z(
         good_R = (best_at_t_R <= slack) & (best_at_t_R >= -np.log(vocab_size) - slack)
         if temperature == 1:
             good_R &= np.abs(log_z_RT[:, column]) <= LOGPROB_TOLERANCE
-        _refuse_rows(~good_R, start, f"log_z: no normaliser of temperature {temperature:g}")
+        _refuse_rows(~good_R, start, f"log_z: not a valid normaliser for temperature {temperature:g}")
     if len(temperatures) > 1:
         rising_RT = log_z_RT[:, np.argsort(temperatures, kind="stable")]
         slack_RT = LOGPROB_TOLERANCE + 1e-6 * np.abs(rising_RT[:, 1:])
         falls_R = (rising_RT[:, 1:] < rising_RT[:, :-1] - slack_RT).any(axis=1)
-        _refuse_rows(falls_R, start, "log_z: no normaliser of temperature: it does not grow with it")
+        _refuse_rows(falls_R, start, "log_z: does not increase with temperature")
 
 
 def _check_next(
@@ -283,4 +283,4 @@ def _check_samples(
         raise InvalidTargetsError("sampled_ids: a row's ids do not ascend")
     totals_R = np.add.reduceat(counts_M.astype(np.int64), offsets[:-1])
     if counts_M.min() < 1 or not (totals_R == num_samples).all():
-        raise InvalidTargetsError(f"sampled_counts: a count is below 1, or a row has not {num_samples} draws")
+        raise InvalidTargetsError(f"sampled_counts: a count is below 1, or a row does not have {num_samples} draws")

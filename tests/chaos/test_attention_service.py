@@ -161,7 +161,7 @@ async def test_a_killed_service_is_waited_for_and_the_call_goes_on_when_it_is_ba
             (before,) = await client.attention(request())
             first.signal(signal.SIGKILL)
             first.wait()
-            with pytest.raises(TeacherUnavailableError, match="no attention service could be asked"):
+            with pytest.raises(TeacherUnavailableError, match="no attention service was available"):
                 await client.attention(request(seed=1), deadline_s=1.0)
             waiting = asyncio.create_task(client.attention(request(), deadline_s=120))
             with AttentionProcess(folder, port=first.port):

@@ -210,6 +210,6 @@ def test_a_document_that_kills_the_engine_is_named_and_the_run_stops(workshop: W
     assert code == 2, trainer.text
     # The first in company, two alone: two restarts until the run stops.
     assert deaths <= 3 and len(teachers) <= 4
-    assert re.search(r"document a:\d+.*the engine dies of one sequence of \d+ tokens", trainer.text), trainer.text
+    assert re.search(r"document a:\d+.*the engine dies on one sequence of \d+ tokens", trainer.text), trainer.text
     assert ", ".join(map(str, victim[:6])) in trainer.text
     assert list((tmp_path / "run" / "dumps").glob("batch-*/batch.safetensors"))

@@ -148,7 +148,7 @@ def test_json_says_the_same_as_msgpack(tiny: AttentionProcess) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str, str]] = {
-    "a layer above the cut": ({"layer": 3}, 404, "layer", "holds layers 0 to 2: ask for one of those"),
+    "a layer above the cut": ({"layer": 3}, 404, "layer", "holds layers 0 to 2: request one of those"),
     "a layer that is nowhere": ({"layer": 99}, 404, "layer", "has layers 0 to 3"),
     "a name of no layer": ({"layer": "top"}, 422, "layer", "late_middle"),
     "R that divides no width": ({"kind": "relations", "relation_heads": 7}, 422, "relation_heads", "one of 1, 2, 4"),
@@ -202,7 +202,7 @@ def test_the_client_refuses_another_layer_and_another_teacher_with_what_differs(
     teacher = TeacherIdentity(semantic=semantic, numeric=info.identity.numeric)
     with SyncAttentionClient(tiny.url, beside=teacher) as client, pytest.raises(WrongTeacherError) as caught:
         client.teacher(1.0)
-    assert "semantic.revision: v2 here, local there" in caught.value.message and "--dtype" in caught.value.message
+    assert "semantic.revision: expected v2, got local" in caught.value.message and "--dtype" in caught.value.message
 
 
 def test_routes_are_those_of_every_service(tiny: AttentionProcess) -> None:

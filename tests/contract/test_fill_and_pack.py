@@ -101,7 +101,7 @@ def test_rows_of_another_teacher_do_not_come_into_a_store(tmp_path: Path) -> Non
     write_data(tmp_path / "few.jsonl", 3)
     command("fill", "scripted", tmp_path / "few.jsonl", *SCRIPTED, "--store", tmp_path / "ours", *ASK)
     refused = command("pack", "import", tmp_path / "ours", tmp_path / "files")
-    assert refused.returncode == 2 and "semantic.dtype: float32 here, float16 there" in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and "semantic.dtype: expected float32, got float16" in refused.stderr, refused.stderr
     assert written(tmp_path / "ours") == 3
     fingerprint = refused.stderr.rpartition("--teacher ")[2].split()[0]
     taken = command("pack", "import", tmp_path / "ours", tmp_path / "files", "--teacher", fingerprint)

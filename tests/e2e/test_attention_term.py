@@ -122,7 +122,7 @@ def test_a_sidecar_of_other_weights_or_none_at_all_is_refused(
         assert train(arguments(workshop, tmp_path, teacher, wrong.url), tmp_path / "log") == 2
         dead = wrong.url
     text = (tmp_path / "log").read_text()
-    assert "holds another model than the teacher" in text and "weights" in text
+    assert "does not hold the teacher's model" in text and "weights" in text
     assert train(arguments(workshop, tmp_path, teacher, dead), tmp_path / "log2") == 75
     text = (tmp_path / "log2").read_text()
     assert "no attention service at" in text and "distillation.attention.coefficient=null" in text
@@ -156,7 +156,7 @@ def test_training_stops_where_the_sidecar_stays_away_or_comes_back_as_another(
     other = save_tiny_llama(tmp_path / "other" / "model", seed=8)
     for name, back, code, message in (
         ("away", None, 75, "no attention service at teacher.attention_url for"),
-        ("another", other, 2, "is not the teacher that is expected"),
+        ("another", other, 2, "is not the expected teacher"),
     ):
         with attention_of(model) as sidecar:
             more = ("run.steps=400", f"run.id={name}", "prefetch.depth=1", "teacher.deadline_s=1")

@@ -136,7 +136,7 @@ def test_a_run_does_not_go_on_with_another_teacher(workshop: Workshop, tmp_path:
     with TeacherProcess(script=teacher_script(identity={"semantic.dtype": "bfloat16"})) as second:
         assert train([*arguments, "run.steps=8", f"teacher.url={second.url}"], tmp_path / "second.txt") == 2
     said = (tmp_path / "second.txt").read_text()
-    assert "semantic.dtype: float32 here, bfloat16 there" in said and "Traceback" not in said
+    assert "semantic.dtype: expected float32, got bfloat16" in said and "Traceback" not in said
     assert trace_of(tmp_path / "run") == before
 
 

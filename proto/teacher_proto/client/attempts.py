@@ -86,7 +86,7 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
         """Request these sequences from one replica. The error of a sequence is raised after the records of the others;
         of several errors, the first that cannot be retried, or else the last."""
         info = replica.info
-        assert info is not None, "a replica whose probe has passed is known"
+        assert info is not None, "a replica that passed its probe has info"
         if call.request.fingerprint is not None:
             self._check_addressee(call.request.fingerprint, info, replica.url)
         request = call.request.select(asked).model_copy(update={"fingerprint": info.fingerprint})
@@ -174,5 +174,5 @@ class Attempts(Generic[RequestT, RecordT, InfoT]):
         call.heard()
         if call.remaining_s <= 0:
             raise TeacherUnavailableError(
-                f"the answer was still coming when its {call.deadline_s:g} s without progress were over"
+                f"the response was still arriving after {call.deadline_s:g} s without progress"
             )

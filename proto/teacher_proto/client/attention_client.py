@@ -32,7 +32,7 @@ def _check_header(header: AttentionHeader, request: AttentionRequest, info: Atte
     told = (header.kind, header.layer, header.num_layers)
     spec = request.spec(info.shape.num_layers)
     if told != (expected := (spec.kind, spec.layer, info.shape.num_layers)):
-        raise WireError(f"the header speaks of kind, layer and depth {told}; {expected} were asked")
+        raise WireError(f"the response header gives kind, layer and depth {told}, expected {expected}")
 
 
 ATTENTION = Route(
@@ -88,8 +88,7 @@ def check_beside(teacher: TeacherIdentity | str, info: AttentionInfo, url: str) 
     lines = [] if isinstance(teacher, str) else teacher.difference(info.identity)
     what = "; ".join(line for line in lines if line.startswith("semantic."))
     raise WrongTeacherError(
-        f"{url} holds another model than the teacher that it is to sit beside (\"here\"): "
-        f"{what or f'{fingerprint} here, {info.fingerprint} there'}; start it with the teacher's MODEL, --revision, "
-        "--name and --dtype",
+        f"{url} does not hold the teacher's model: {what or f'expected {fingerprint}, got {info.fingerprint}'}; "
+        "start it with the teacher's MODEL, --revision, --name and --dtype",
         field="fingerprint", got=info.fingerprint, limit=fingerprint,
     )  # fmt: skip

@@ -176,8 +176,8 @@ class Call(Generic[RequestT]):
             self._rejections.append(f"{replica.url}: {error}")
             if len(self._rejections) >= 2:
                 raise PoisonBatchError(
-                    f"{len(self.missing)} sequences were answered with what cannot be an answer, "
-                    f"{len(self._rejections)} times: " + "; ".join(self._rejections),
+                    f"got invalid targets for {len(self.missing)} sequences in {len(self._rejections)} attempts: "
+                    + "; ".join(self._rejections),
                     request=self.request.select(sorted(self.missing)), reasons=tuple(self._rejections),
                 ) from error  # fmt: skip
         elif isinstance(error, WrongTeacherError):
@@ -196,9 +196,9 @@ class Call(Generic[RequestT]):
             raise error
         if self.remaining_s <= 0:
             raise TeacherUnavailableError(
-                f"{len(self.missing)} of {len(self.request.sequences)} sequences are unanswered after "
+                f"no response for {len(self.missing)} of {len(self.request.sequences)} sequences after "
                 f"{self._now() - self.started_at:.1f} s and {self.attempts} attempts, {self.deadline_s:.1f} s of them "
-                f"without progress; last, {replica.url}: {error}",
+                f"without progress; last error: {replica.url}: {error}",
                 retry_after=error.retry_after if isinstance(error, BusyError) else None,
             ) from error
 
@@ -234,7 +234,7 @@ class Evidence:
         for index in indexes:
             key = _key(request, index)
             (self._alone if alone else self._beside)[key] += _WEIGHT[death]
-            self._reasons.setdefault(key, []).append(f"{'alone' if alone else 'beside others'}, {reason}")
+            self._reasons.setdefault(key, []).append(f"{'alone' if alone else 'with others'}, {reason}")
             if self._alone[key] >= _CULPRIT:
                 raise _deadly(request, index, tuple(self._reasons[key]))
 
@@ -254,8 +254,8 @@ def _deadly(request: SequencesRequest, index: int, reasons: tuple[str, ...]) -> 
     tokens_T = request.sequences[index]
     shown = ", ".join([*map(str, tokens_T[:8].tolist()), *(["..."] if len(tokens_T) > 8 else [])])
     return DeadlyRequestError(
-        f"the engine dies of one sequence of {len(tokens_T)} tokens ({shown}), {len(reasons)} times now, and "
-        "answers others: " + "; ".join(reasons),
+        f"the engine dies on one sequence of {len(tokens_T)} tokens ({shown}), {len(reasons)} times so far, but "
+        "handles others: " + "; ".join(reasons),
         field="sequences", request=request.select([index]), reasons=reasons,
     )  # fmt: skip
 

@@ -88,7 +88,7 @@ async def fetch_info(
                 raise error_of(response, body, route)
             tree = _json_or_none(body)
             if not isinstance(tree, dict) or "identity" not in tree:
-                raise _not_one(url, route, "GET /v1/teacher gave no identity")
+                raise _not_one(url, route, "GET /v1/teacher returned no identity")
             return read_info(route.info, tree)
     except NotFoundError as error:
         raise _not_one(url, route, str(error)) from None
@@ -154,7 +154,7 @@ async def exchange(
         if response.status_code != 200:
             raise error_of(response, await plain_body(response), route)
         if (kind := response.headers.get("content-type", "").split(";")[0]) != MSGPACK:
-            raise WireError(f"{url} answered {route.path} with {kind or 'no content type'}, {MSGPACK} was expected")
+            raise WireError(f"{url} responded to {route.path} with {kind or 'no content type'}, expected {MSGPACK}")
         decoder = ResponseDecoder(route.answers, MAX_MESSAGE_BYTES)
         async for chunk in response.aiter_bytes():
             for message in decoder.feed(chunk):
@@ -205,14 +205,14 @@ def _rejection(
 def _check_header(header: AnyHeader, request: SequencesRequest, request_id: str, info: ServiceInfo) -> None:
     if header.fingerprint != info.fingerprint:
         raise WrongTeacherError(
-            f"the answer is from teacher {header.fingerprint}, {info.fingerprint} was asked",
+            f"the response is from teacher {header.fingerprint}, expected {info.fingerprint}",
             field="fingerprint", got=header.fingerprint, limit=info.fingerprint,
         )  # fmt: skip
     if header.request_id != request_id:
-        raise WireError(f"the answer is to request {header.request_id[:80]!r}, {request_id!r} was sent")
+        raise WireError(f"the response is to request {header.request_id[:80]!r}, expected {request_id!r}")
     if header.num_sequences != len(request.sequences):
         raise WireError(
-            f"the header speaks of {header.num_sequences} sequences; {len(request.sequences)} were expected"
+            f"the response header gives {header.num_sequences} sequences, expected {len(request.sequences)}"
         )
 
 
@@ -226,19 +226,19 @@ async def open_response(
     try:
         async with http.stream(method, place + path, timeout=timeouts, follow_redirects=False, **arguments) as response:
             if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
-                raise WireError(f"{place} answered with content-encoding {encoding[:40]!r}, none was asked for")
+                raise WireError(f"{place} responded with content-encoding {encoding[:40]!r}, expected none")
             yield response
     except httpx.ConnectTimeout as error:
         raise TeacherUnavailableError(f"no connection to {place} within {timeouts.connect} s") from error
     except httpx.ConnectError as error:
         raise TeacherUnavailableError(
-            f"nobody listens at {place} ({error}): start one there with `{route.command} MODEL --port PORT`, "
-            "or correct the URL"
+            f"nothing is listening at {place} ({error}): start the {route.noun} there with "
+            f"`{route.command} MODEL --port PORT`, or correct the URL"
         ) from error
     except httpx.TimeoutException as error:
         raise TeacherUnavailableError(f"{place} was silent for {timeouts.read} s: it hangs or is overloaded") from error
     except httpx.RemoteProtocolError as error:
-        raise TruncatedError(f"{place} broke off its answer: {error}") from error
+        raise TruncatedError(f"the response from {place} broke off: {error}") from error
     except httpx.TransportError as error:
         raise TeacherUnavailableError(f"the connection to {place} failed: {type(error).__name__} {error}") from error
 
@@ -249,7 +249,7 @@ async def plain_body(response: httpx.Response) -> bytes:
         body += chunk
         if len(body) > MAX_PLAIN_BYTES:
             raise WireError(
-                f"a plain answer of more than {MAX_PLAIN_BYTES} bytes came with status {response.status_code}"
+                f"the plain response with status {response.status_code} has more than {MAX_PLAIN_BYTES} bytes"
             )
     return bytes(body)
 
@@ -261,12 +261,12 @@ def error_of(response: httpx.Response, body: bytes, route: AnyRoute) -> Stillhou
     if isinstance(tree, dict) and isinstance(tree.get("code"), str) and isinstance(tree.get("message"), str):
         return from_json(tree, _retry_after(response))
     if response.status_code == 404:
-        return NotFoundError(f"{response.request.method} {response.url.path} gave 404")
+        return NotFoundError(f"{response.request.method} {response.url.path} returned 404")
     if response.status_code == 413:
-        return TooLargeError(f"{place} answered 413, as a proxy in between does whose limit for bodies is too low")
+        return TooLargeError(f"{place} returned 413: probably a proxy in between, whose body size limit is too low")
     return TeacherUnavailableError(
-        f"{place} answered {response.status_code} {response.reason_phrase}, not as a {route.noun} does: "
-        "a proxy in between, or another service",
+        f"{place} returned {response.status_code} {response.reason_phrase}, which is not the response of a Stillhouse "
+        f"{route.noun}: it came from a proxy in between, or from another service",
         retry_after=_retry_after(response),
     )
 
@@ -289,5 +289,5 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 def _not_one(url: str, route: AnyRoute, why: str) -> TeacherUnavailableError:
     return TeacherUnavailableError(
-        f"{url} answers, but is not a Stillhouse {route.noun} ({why}): check the URL; it is the root, without /v1"
+        f"{url} responds, but is not a Stillhouse {route.noun} ({why}): check the URL; it must be the root, without /v1"
     )

@@ -98,7 +98,7 @@ class Expectation:
 
     def check_fingerprint(self, fingerprint: str, info: ServiceInfo) -> None:
         """Check a teacher against the fingerprint that a single request names."""
-        self._check(fingerprint, info, "the teacher")
+        self._check(fingerprint, info, "the replica")
 
     def check_canary(self, canary: Canary, info: ServiceInfo, url: str) -> None:
         if self.canary is None:
@@ -108,8 +108,9 @@ class Expectation:
         # Written so that a NaN distance fails.
         if not (distance := self.canary.distance(canary)) <= allowed:
             raise WrongTeacherError(
-                f"{url} says it is {info.fingerprint}, but its canary is {distance:.4g} nats a token from the one "
-                f"expected, at most {allowed:g} is rounding: its weights are damaged or it is not who it says",
+                f"{url} reports fingerprint {info.fingerprint}, but its canary is {distance:.4g} nats per token from "
+                f"the expected one, and rounding explains at most {allowed:g}: its weights are damaged, or it is "
+                "another teacher",
                 field="canary", got=distance, limit=allowed,
             )  # fmt: skip
 
@@ -119,13 +120,13 @@ class Expectation:
             return
         same = self.identity is not None and self.identity.fingerprint == fingerprint
         lines = self.identity.difference(info.identity) if same and self.identity is not None else []
-        what = "; ".join(lines) or f"{fingerprint} expected, {info.fingerprint} there"
+        what = "; ".join(lines) or f"expected {fingerprint}, got {info.fingerprint}"
         if severity == "semantic" or self._refuse_numeric:
             raise WrongTeacherError(
-                f"{url} is not the teacher that is expected (\"here\"): {what}",
+                f"{url} is not the expected teacher: {what}",
                 field="fingerprint", got=info.fingerprint, limit=fingerprint,
             )  # fmt: skip
         if info.fingerprint not in self._warned:
             self._warned.add(info.fingerprint)
             self._stats.numeric_changes += 1
-            log.warning("%s computes with other rounding than the teacher that is expected: %s", url, what)
+            log.warning("%s rounds differently from the expected teacher: %s", url, what)

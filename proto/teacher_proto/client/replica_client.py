@@ -100,7 +100,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
                 errors = [r.last_error for r in replicas if r.last_error is not None]
                 raise errors[0] if len(errors) == 1 else self._pool.unavailable(0.0)
             replica = ready[0]
-        assert replica.info is not None, "a replica whose probe has passed is known"
+        assert replica.info is not None, "a replica that passed its probe has info"
         return replica.info
 
     async def answers(
@@ -171,7 +171,7 @@ class ReplicaClient(Generic[RequestT, RecordT, InfoT]):
         if not infos:
             patience_s = self.policy.deadline_s if deadline_s is None else deadline_s
             replica = await self._pool.acquire(self._pool.replicas, (), self._timing.now() + patience_s)
-            assert replica.info is not None, "a replica whose probe has passed is known"
+            assert replica.info is not None, "a replica that passed its probe has info"
             infos = [replica.info]
         info = least_of(infos)
         limits = info.limits.model_copy(update={"max_sequences": sys.maxsize, "max_request_tokens": sys.maxsize})

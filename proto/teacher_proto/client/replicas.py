@@ -221,10 +221,10 @@ class ReplicaPool(Generic[InfoT]):
 
     def unavailable(self, waited_s: float) -> TeacherUnavailableError:
         """The error to raise at a deadline: each replica with its last error."""
-        heard = [(replica.url, str(replica.last_error or "no answer yet")) for replica in self.replicas]
+        heard = [(replica.url, str(replica.last_error or "no response yet")) for replica in self.replicas]
         reasons = [text if url in text else f"{url}: {text}" for url, text in heard]
         return TeacherUnavailableError(
-            f"no {self._noun} could be asked within {waited_s:.1f} s. " + "; ".join(reasons),
+            f"no {self._noun} was available within {waited_s:.1f} s: " + "; ".join(reasons),
             retry_after=next((r.last_error.retry_after for r in self.replicas if r.last_error), None),
         )
 
@@ -278,14 +278,14 @@ def check_urls(urls: str | Sequence[str], noun: str) -> list[str]:
     """The root URLs, stripped and checked: http or https, with a host, none twice. ValueError otherwise."""
     roots = [url.strip().rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
     if not roots:
-        raise ValueError(f"no {noun} URL was given; one like http://localhost:8000 is expected")
+        raise ValueError(f"no {noun} URL given, expected one like http://localhost:8000")
     for root in roots:
         try:
             url = httpx.URL(root)
         except httpx.InvalidURL as error:
             raise ValueError(f"{noun} URL {root!r}: {error}") from None
         if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-            raise ValueError(f"{noun} URL {root!r}: http://HOST:PORT or https://HOST is expected")
+            raise ValueError(f"{noun} URL {root!r}: expected http://HOST:PORT or https://HOST")
     if len(set(roots)) != len(roots):
-        raise ValueError(f"a {noun} URL is given twice: {', '.join(roots)}")
+        raise ValueError(f"the same {noun} URL is given twice: {', '.join(roots)}")
     return roots

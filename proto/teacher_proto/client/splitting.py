@@ -67,16 +67,16 @@ def check_alone(field: str, num_tokens: int, num_bytes: int, cost: int, info: Se
     limits = info.limits
     if num_bytes > limits.max_body_bytes:
         raise OutOfRangeError(
-            f"{field}: what is asked of its {num_tokens} tokens takes a body of {num_bytes} bytes, the "
-            f"service reads {limits.max_body_bytes}: shorten it to "
+            f"{field}: the request for its {num_tokens} tokens takes a body of {num_bytes} bytes, the "
+            f"service accepts at most {limits.max_body_bytes}: shorten it to "
             f"{num_tokens * limits.max_body_bytes // num_bytes} tokens, or gather fewer ids",
             field=field, got=num_bytes, limit=limits.max_body_bytes,
         )  # fmt: skip
     if limits.max_cost is not None and cost > limits.max_cost:
         raise OutOfRangeError(
-            f"{field}: what is asked of its {num_tokens} tokens costs {cost} (tokens x (numbers answered a "
-            f"token + 1)), the service admits {limits.max_cost}: shorten it to "
-            f"{num_tokens * limits.max_cost // cost} tokens, ask for fewer numbers, or start the service with "
+            f"{field}: the request for its {num_tokens} tokens costs {cost} (tokens x (numbers returned per "
+            f"token + 1)), the service admits at most {limits.max_cost}: shorten it to "
+            f"{num_tokens * limits.max_cost // cost} tokens, request fewer numbers, or start the service with "
             f"--capacity {cost}",
             field=field, got=cost, limit=limits.max_cost,
         )  # fmt: skip

@@ -38,7 +38,7 @@ def _check_header(header: Header, request: TargetsRequest, info: TeacherInfo) ->
     spec = request.spec
     told = (header.vocab_size, header.top_k, header.temperatures)
     if told != (expected := (info.limits.vocab_size, spec.top_k, spec.temperatures)):
-        raise WireError(f"the header speaks of a vocabulary, top_k and temperatures of {told}; {expected} were asked")
+        raise WireError(f"the response header gives vocabulary, top_k and temperatures {told}, expected {expected}")
 
 
 TARGETS = Route(
@@ -96,7 +96,7 @@ class TeacherClient(ReplicaClient[TargetsRequest, TokenTargets, TeacherInfo]):
                     if failure is None or (error.retryable and not failure.retryable):
                         failure = error
             fruitless = 0 if download.size > before else fruitless + 1
-            assert failure is not None, "a replica whose probe has passed is known"
+            assert failure is not None, "a replica that passed its probe has info"
             if not failure.retryable or fruitless >= _HEAD_TRIES:
                 raise failure
             await self._wait_before_head(failure, fruitless)
@@ -147,7 +147,7 @@ class _HeadDownload:
             if place is None or int(place[1]) != self.size or headers.get("etag") != self._etag:
                 self.forget()
                 raise WireError(
-                    f"the rest of the head was asked for, and {headers.get('content-range', 'no range')!r} came"
+                    f"requested the rest of the teacher's head, got {headers.get('content-range', 'no range')!r}"
                 )
             return
         self.forget()
@@ -171,11 +171,13 @@ class _HeadDownload:
             got, total = self.size, self.total
             if got > total:
                 self.forget()
-            raise TruncatedError(f"{got} of {total} bytes of the teacher's head came")
+            raise TruncatedError(f"got {got} of {total} bytes of the teacher's head")
         file = b"".join(self._chunks)
         if self._sha256 is not None and hashlib.sha256(file).digest() != self._sha256:
             self.forget()
-            raise WireError(f"the teacher's head was changed on its way: its {len(file)} bytes have another sha256")
+            raise WireError(
+                f"the teacher's head was corrupted in transit: the sha256 of its {len(file)} bytes is wrong"
+            )
         return file
 
 
@@ -192,7 +194,7 @@ async def _fetch_head(
         told = response.headers.get("x-teacher-fingerprint")
         if told != fingerprint:
             raise WrongTeacherError(
-                f"{url} gave the head of teacher {told}, {fingerprint} was asked",
+                f"{url} returned the head of teacher {told}, expected that of {fingerprint}",
                 field="fingerprint", got=told, limit=fingerprint,
             )  # fmt: skip
         download.begin(response)

@@ -52,13 +52,13 @@ class Waiting:
         """For example `312 of 4,096 tokens, 20 tokens/s, about 3 min 9 s left`."""
         parts = [f"{self.tokens_done:,} of {self.tokens:,} tokens"]
         if self.tokens_ahead:
-            parts.append(f"{self.tokens_ahead:,} of others first")
+            parts.append(f"{self.tokens_ahead:,} of other clients first")
         if self.tokens_per_second > 0:
             parts.append(f"{_rate(self.tokens_per_second)} tokens/s")
         if left_s := self.seconds_left:
             parts.append(f"about {duration(left_s)} left")
         if self.silent_s >= 10:
-            parts.append(f"nothing heard for {duration(self.silent_s)}")
+            parts.append(f"no response for {duration(self.silent_s)}")
         return ", ".join(parts)
 
     @classmethod

@@ -29,11 +29,11 @@ def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
     """The plain fields of a JSON request body. WireError if it is not a JSON object, is too large, has a duplicate key,
     or contains NaN or infinity."""
     if len(body) > limits.max_json_bytes:
-        raise WireError(f"{len(body)} bytes of JSON came, at most {limits.max_json_bytes} are read: send msgpack")
+        raise WireError(f"got {len(body)} bytes of JSON, expected at most {limits.max_json_bytes}: send msgpack")
     # An empty list takes 2 bytes of JSON and 64 in memory, so count brackets first. Gathered ids take a list per row.
     allowed = _CONTAINERS + 8 * limits.max_sequences + limits.max_request_tokens
     if (brackets := body.count(b"[") + body.count(b"{")) > allowed:
-        raise WireError(f"{brackets} lists and objects came, at most {allowed} are read")
+        raise WireError(f"got {brackets} lists and objects, expected at most {allowed}")
     try:
         text = body.decode(json.detect_encoding(body))  # `json.loads` would let surrogates pass
         fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -45,7 +45,7 @@ def decode_json_request(body: bytes, limits: SequenceLimits) -> dict[str, Any]:
             raise
         raise WireError(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(fields, dict):
-        raise WireError(f"the body is a JSON {type(fields).__name__}, an object was expected")
+        raise WireError(f"the body is a JSON {type(fields).__name__}, expected an object")
     return fields
 
 
@@ -57,7 +57,7 @@ def json_document(header: dict[str, Any], answers: Mapping[int, AnyRecord | Stil
     count = header["num_sequences"]
     missing = [i for i in range(count) if i not in answers]
     if missing:
-        raise TruncatedError(f"sequences {missing[:8]} of {count} have no answer")
+        raise TruncatedError(f"sequences {missing[:8]} of {count} have no result")
     text = [json.dumps(header, allow_nan=False)[:-1], ', "sequences": [']
     for i in range(count):
         text.append(", {" if i else "{")
@@ -109,4 +109,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise WireError(f"{name} is not JSON; a finite number was expected")
+    raise WireError(f"{name} is not JSON, expected a finite number")

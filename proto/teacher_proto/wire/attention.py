@@ -51,7 +51,7 @@ def _read_header(message: dict[str, Any]) -> AttentionHeader:
     names = read_names(message)
     kind = message.get("kind")
     if kind not in ATTENTION_KINDS:
-        raise WireError(f"the header's kind is {str(kind)[:40]!r}, one of {', '.join(ATTENTION_KINDS)} was expected")
+        raise WireError(f"the header's kind is {str(kind)[:40]!r}, expected one of {', '.join(ATTENTION_KINDS)}")
     return AttentionHeader(
         **names, num_layers=integer(message, "num_layers"), layer=integer(message, "layer"),
         kind=cast(AttentionKind, kind),

@@ -68,7 +68,7 @@ def unpack_rows(packed_RB: np.ndarray, start: int, layout: RowLayout) -> TokenTa
     """
     dtype = layout.dtype
     if packed_RB.dtype != np.uint8 or packed_RB.ndim != 2 or packed_RB.shape[1] != dtype.itemsize:
-        raise ValueError(f"rows are {packed_RB.dtype} {packed_RB.shape}, uint8 [R, {dtype.itemsize}] was expected")
+        raise ValueError(f"rows are {packed_RB.dtype} {packed_RB.shape}, expected uint8 [R, {dtype.itemsize}]")
     record_R = np.ascontiguousarray(packed_RB).reshape(-1).view(dtype)
     columns: dict[str, np.ndarray] = {}
     for name in dtype.names or ():

@@ -38,7 +38,7 @@ def read_message(body: bytes, budget: Budget) -> Any:
     reader = _Reader(body, budget)
     value = reader.value(MAX_DEPTH)
     if reader.position != len(body):
-        raise WireError(f"{len(body) - reader.position} bytes follow the message; one message was expected")
+        raise WireError(f"{len(body) - reader.position} bytes follow the message, expected a single message")
     return value
 
 
@@ -71,7 +71,7 @@ class MessageStream:
                 self._needed = reader.needed - self._start
                 if self._needed > self._max_bytes:
                     raise WireError(
-                        f"a message is larger than the client accepts: {self._needed} bytes or more, of at most "
+                        f"a message is larger than the client accepts: {self._needed} bytes or more, expected at most "
                         f"{self._max_bytes}"
                     ) from None
                 continue
@@ -107,7 +107,7 @@ class _Reader:
         if code in _NUMBERS:
             return self._number(_NUMBERS[code])
         if code not in _SIZED:
-            raise WireError(f"msgpack type 0x{code:02x} at byte {self.position - 1} is not used on this wire")
+            raise WireError(f"msgpack type 0x{code:02x} at byte {self.position - 1} is not part of the wire format")
         size_format, read = _SIZED[code]
         return read(self, self._number(size_format), depth)
 
@@ -116,7 +116,7 @@ class _Reader:
         if end > len(self._body):
             self.needed = end
             raise TruncatedError(
-                f"the body has {len(self._body)} bytes, and what begins at byte {self.position} needs {end}"
+                f"the body has {len(self._body)} bytes, but the value at byte {self.position} ends at {end}"
             )
         part = self._body[self.position : end]
         self.position = end
@@ -139,7 +139,7 @@ class _Reader:
         if items > len(self._body) - self.position:
             self.needed = self.position + items
             left = len(self._body) - self.position
-            raise TruncatedError(f"a list or map of {items} items begins, and only {left} bytes of the body are left")
+            raise TruncatedError(f"a list or map of {items} items begins, but only {left} bytes of the body are left")
 
     def _list(self, size: int, depth: int) -> list[Any] | np.ndarray:
         self._spend(size, depth)
@@ -180,7 +180,7 @@ class _Reader:
         for _ in range(size):
             key = self.value(1)
             if not isinstance(key, str):
-                raise WireError(f"a map's key is {type(key).__name__}, text was expected")
+                raise WireError(f"a map's key is {type(key).__name__}, expected text")
             if key in result:
                 raise WireError(f"a map has the key {key[:80]!r} twice")
             result[key] = self.value(depth - 1)
@@ -188,7 +188,7 @@ class _Reader:
 
     def _text(self, size: int, depth: int = 0) -> str:
         if size > self._budget.text:
-            raise WireError(f"a text of {size} bytes, of at most {self._budget.text}")
+            raise WireError(f"got a text of {size} bytes, expected at most {self._budget.text}")
         try:
             return str(self._take(size), "utf-8")
         except UnicodeDecodeError as error:

@@ -76,7 +76,7 @@ def decode_targets(message: bytes) -> Targets[TokenTargets]:
     """Decode a single `targets` message; its tensors are views of `message`. WireError if it is none."""
     fields = read_message(message, BUDGET)
     if not isinstance(fields, dict) or fields.get("type") != "targets":
-        raise WireError("a targets message was expected")
+        raise WireError("expected a targets message")
     return Targets(integer(fields, "index"), _read_targets(fields))
 
 
@@ -125,7 +125,7 @@ def decode_request(
     """
     fields = read_message(body, _budget(limits))
     if not isinstance(fields, dict):
-        raise WireError(f"the body is a msgpack {type(fields).__name__}, a map was expected")
+        raise WireError(f"the body is a msgpack {type(fields).__name__}, expected a map")
     for name, value in fields.items():
         if isinstance(value, np.ndarray):
             fields[name] = value.tolist()

@@ -120,8 +120,8 @@ def read_tensors(
             arrays[name] = decode_tensor(message[name], name, allowed)
             checksum = zlib.crc32(message[name]["data"], checksum)
     if integer(message, "checksum") != checksum:
-        raise ChecksumError(f"sequence {message['index']}: the data's CRC-32 is {checksum}, the message says "
-                            f"{message['checksum']}: it changed on the way")  # fmt: skip
+        raise ChecksumError(f"sequence {message['index']}: the data's CRC-32 is {checksum}, expected "
+                            f"{message['checksum']}: it was corrupted in transit")  # fmt: skip
     return arrays
 
 
@@ -171,7 +171,7 @@ class ResponseDecoder(Generic[HeaderT, RecordT]):
         self._received += len(chunk)
         for message in self._messages.feed(chunk):
             if not isinstance(message, dict):
-                raise WireError(f"a message is a map, got {type(message).__name__}")
+                raise WireError(f"expected a map as message, got {type(message).__name__}")
             yield self._interpret(message)
 
     def close(self) -> None:
@@ -193,7 +193,7 @@ class ResponseDecoder(Generic[HeaderT, RecordT]):
             index = None if message.get("index") is None else self._index(message)
             return Failure(index, from_json(message))
         if self._header is None:
-            raise WireError(f"the first message is of type {kind}, a header was expected")
+            raise WireError(f"the first message is of type {kind}, expected a header")
         if kind == self._format.record:
             crc = integer(message, "sequence_crc") if "sequence_crc" in message else None
             return Targets(self._index(message), self._format.read_record(message, self._header), crc)
@@ -205,11 +205,11 @@ class ResponseDecoder(Generic[HeaderT, RecordT]):
 
     def _on_header(self, message: dict[str, Any]) -> HeaderT:
         if self._header is not None:
-            raise WireError("a second header came")
+            raise WireError("got a second header")
         if message.get("version") != VERSION:
             raise VersionError(
-                f"the teacher speaks version {str(message.get('version'))[:40]} of the wire, this client {VERSION}: "
-                "update the older of the two"
+                f"the teacher uses version {str(message.get('version'))[:40]} of the wire format, this client "
+                f"{VERSION}: update the older of the two"
             )
         self._header = self._format.read_header(message)
         return self._header
@@ -223,9 +223,9 @@ class ResponseDecoder(Generic[HeaderT, RecordT]):
     def _index(self, message: dict[str, Any]) -> int:
         index = integer(message, "index")
         if self._header is not None and index >= self._header.num_sequences:
-            raise WireError(f"sequence {index} of {self._header.num_sequences} came")
+            raise WireError(f"got sequence {index}, expected 0 to {self._header.num_sequences - 1}")
         if index in self._answered:
-            raise WireError(f"sequence {index} came twice")
+            raise WireError(f"got sequence {index} twice")
         self._answered.add(index)
         return index
 
@@ -233,7 +233,7 @@ class ResponseDecoder(Generic[HeaderT, RecordT]):
 def _read_progress(message: Mapping[str, Any]) -> Progress:
     rate = message.get("tokens_per_second")
     if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < math.inf:
-        raise WireError(f"tokens_per_second is {str(rate)[:40]!r}, a number from 0 was expected")
+        raise WireError(f"tokens_per_second: got {str(rate)[:40]!r}, expected a number of at least 0")
     return Progress(
         integer(message, "tokens_done"), integer(message, "tokens"), integer(message, "tokens_ahead"), float(rate)
     )
@@ -243,5 +243,5 @@ def integer(message: Mapping[str, Any], name: str) -> int:
     """A field that is an integer from 0 to 2**32 - 1. WireError if it is anything else."""
     value = message.get(name)
     if type(value) is not int or not 0 <= value < 2**32:
-        raise WireError(f"{name} is {str(value)[:40]!r}, a whole number below 2**32 was expected")
+        raise WireError(f"{name}: got {str(value)[:40]!r}, expected an integer from 0 to 2**32 - 1")
     return value

@@ -25,7 +25,7 @@ def encode_tensor(array: np.ndarray, dtype: str | None = None) -> dict[str, Any]
     """
     name = dtype or array.dtype.newbyteorder("<").str
     if name not in ITEM_SIZE:
-        raise ValueError(f"dtype {name} is not on the wire; allowed are {', '.join(ITEM_SIZE)}")
+        raise ValueError(f"dtype {name} is not part of the wire format; available: {', '.join(ITEM_SIZE)}")
     if array.dtype.kind in "iu" and name != array.dtype.str:
         _check_fits(array, name)
     data = pack_u3(array) if name == "u3" else np.ascontiguousarray(array, dtype=name).reshape(-1).view(np.uint8)
@@ -35,18 +35,18 @@ def encode_tensor(array: np.ndarray, dtype: str | None = None) -> dict[str, Any]
 def decode_tensor(value: Any, name: str = "tensor", dtypes: Collection[str] = tuple(ITEM_SIZE)) -> np.ndarray:
     """A tensor map as an array: a read-only view of its data, or for `u3` a copy in int32. WireError if malformed."""
     if not isinstance(value, Mapping) or set(value) != {"dtype", "shape", "data"}:
-        raise WireError(f"{name}: a tensor is a map of dtype, shape and data")
+        raise WireError(f"{name}: expected a map of dtype, shape and data")
     dtype, shape, data = value["dtype"], value["shape"], value["data"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE or dtype not in dtypes:
-        raise WireError(f"{name}: dtype {str(dtype)[:20]!r} came, one of {', '.join(dtypes)} was expected")
+        raise WireError(f"{name}: got dtype {str(dtype)[:20]!r}, expected one of {', '.join(dtypes)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise WireError(f"{name}: the shape is not a list of at most {MAX_DIMENSIONS} sizes from 0 to {MAX_SIZE}")
     if not isinstance(data, (bytes, memoryview)):
-        raise WireError(f"{name}: data is {type(data).__name__}, binary was expected")
+        raise WireError(f"{name}: data is {type(data).__name__}, expected binary")
     count = math.prod(shape)
     if len(data) != count * ITEM_SIZE[dtype]:
         raise WireError(
-            f"{name}: {len(data)} bytes of data came, {dtype} of shape {shape} takes {count * ITEM_SIZE[dtype]}"
+            f"{name}: got {len(data)} bytes of data, but {dtype} of shape {shape} takes {count * ITEM_SIZE[dtype]}"
         )
     flat = unpack_u3(data) if dtype == "u3" else np.frombuffer(data, dtype=dtype)
     if count == 0 and math.prod(size for size in shape if size) > MAX_SIZE:

@@ -150,7 +150,7 @@ def test_the_specification_lists_every_tensor_in_the_order_of_the_checksum() -> 
         ({"kind": "relations", "form": "cosine"}, OutOfRangeError, "official"),
         ({"kind": "relations", "relation_heads": 4, "dtype": "int8"}, OutOfRangeError, "int8 is for states"),
         ({"dtype": "float32"}, OutOfRangeError, "float16"),
-        ({"block_size": 4}, OutOfRangeError, "blocks are of maps"),
+        ({"block_size": 4}, OutOfRangeError, "only maps have blocks"),
         ({"kind": "maps", "block_size": 0}, OutOfRangeError, "expected 1 to 64"),
         ({"rows": ROWS}, OutOfRangeError, "the states of all positions"),
         ({"kind": "maps", "rows": ([0],)}, OutOfRangeError, "a list of positions for each sequence"),
@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_is_refused_with_its_field(changes: dict, error: ty
 def test_an_answer_of_too_many_numbers_is_refused_before_it_is_made() -> None:
     limits = LIMITS.model_copy(update={"max_entries": 600})
     request = AttentionRequest(sequences=TOKENS, kind="relations", relation_heads=8)
-    with pytest.raises(OutOfRangeError, match=r"sequences\.1: got 1944, .* 600 numbers in its answer: ask for fewer"):
+    with pytest.raises(OutOfRangeError, match=r"sequences\.1: got 1944, .* 600 numbers in its record: request fewer"):
         check_attention_request(request, limits, SHAPE)
 
 
@@ -195,23 +195,23 @@ def _set(place: Any, value: Any) -> Callable[[np.ndarray], None]:
         ("states", _spoil("key", _set((3, 1, 2), np.nan)), "key: NaN"),
         ("states", _spoil("value", _set((3, 1, 2), np.inf)), "value: NaN or infinite"),
         ("states", _spoil("query", lambda a: a * 0), "query: all zero at every position"),
-        ("states", _spoil("query", lambda a: a[:-1]), r"query is float16 of shape \[4, 4, 8\]"),
-        ("states", _spoil("key", lambda a: a[:, :1]), "key is"),
-        ("states", _spoil("value", lambda a: a.astype(np.float32)), "value is float32"),
-        ("states", lambda t: replace(t, value=None), "were asked for"),
-        ("states", lambda t: replace(t, layer=3), "layer 3 came"),
-        ("states", lambda t: replace(t, kind="maps"), "maps of layer"),
+        ("states", _spoil("query", lambda a: a[:-1]), r"query: got float16 of shape \[4, 4, 8\]"),
+        ("states", _spoil("key", lambda a: a[:, :1]), "key: got"),
+        ("states", _spoil("value", lambda a: a.astype(np.float32)), "value: got float32"),
+        ("states", lambda t: replace(t, value=None), "got tensors"),
+        ("states", lambda t: replace(t, layer=3), "got states of layer 3"),
+        ("states", lambda t: replace(t, kind="maps"), "got maps of layer"),
         ("states_int8", _spoil("key_scale", _set((0, 0, 0), np.nan)), "key_scale"),
         ("states_int8", _spoil("key_scale", _set((0, 0, 0), -1.0)), "key_scale"),
         ("relations", _spoil("key", _set((0, 0, 0), np.nan)), "key: a probability is NaN"),
         ("relations", _spoil("key", _set((0, 0, 0), -0.1)), "below 0"),
         ("relations", _spoil("value", _set((0, 0, 0), 0.9)), "value: the probabilities of a row sum"),
         ("relations", _spoil("query", lambda a: a * 0), "sum to 0"),
-        ("relations", _spoil("rows", _set(1, 3)), "rows are not the positions"),
-        ("relations", lambda t: replace(t, rows=None), "were asked for"),
-        ("relations_minilm", _spoil("key", lambda a: a[:, ::-1].copy()), "comes after"),
-        ("maps", _spoil("maps", lambda a: a.transpose(0, 2, 1).copy()), "sum|comes after"),
-        ("maps_rows", _spoil("maps", lambda a: a[:, ::-1].copy()), "comes after"),
+        ("relations", _spoil("rows", _set(1, 3)), "rows are not the requested positions"),
+        ("relations", lambda t: replace(t, rows=None), "got tensors"),
+        ("relations_minilm", _spoil("key", lambda a: a[:, ::-1].copy()), "later position"),
+        ("maps", _spoil("maps", lambda a: a.transpose(0, 2, 1).copy()), "sum|later position"),
+        ("maps_rows", _spoil("maps", lambda a: a[:, ::-1].copy()), "later position"),
     ],
 )
 def test_records_that_cannot_be_are_refused(name: str, spoil: Callable[..., Any], message: str) -> None:
@@ -279,11 +279,11 @@ async def test_a_service_of_the_same_weights_is_taken_whatever_its_engine() -> N
 async def test_a_service_of_other_weights_is_refused_with_what_differs(as_text: bool) -> None:
     teacher = identity(weights={"a.safetensors": "other"}, dtype="bfloat16")
     async with client_of(service := Service(), beside=teacher.fingerprint if as_text else teacher) as client:
-        with pytest.raises(WrongTeacherError, match="another model than the teacher") as caught:
+        with pytest.raises(WrongTeacherError, match="does not hold the teacher's model") as caught:
             await client.attention(REQUESTS["states"])
     if not as_text:
-        assert "semantic.dtype: bfloat16 here, float32 there" in caught.value.message
-        assert "semantic.weights.a.safetensors: other here, w there" in caught.value.message
+        assert "semantic.dtype: expected bfloat16, got float32" in caught.value.message
+        assert "semantic.weights.a.safetensors: expected other, got w" in caught.value.message
     assert "numeric" not in caught.value.message
     assert not service.posts
 
@@ -323,15 +323,15 @@ async def test_nobody_there_says_what_to_start() -> None:
     service = Service()
     service.down = True
     async with client_of(service) as client:
-        with pytest.raises(TeacherUnavailableError, match=r"no attention service could be asked.*stillhouse-attention"):
+        with pytest.raises(TeacherUnavailableError, match=r"no attention service was available.*stillhouse-attention"):
             await client.attention(REQUESTS["states"], deadline_s=1.0)
 
 
 async def test_each_client_says_so_when_it_meets_the_other_service() -> None:
     teacher, service = Replica(), Service()
     async with client_of(teacher) as client:
-        with pytest.raises(WireError, match="kind 'teacher' answers, one of kind 'attention' was expected"):
+        with pytest.raises(WireError, match="got a service of kind 'teacher', expected one of kind 'attention'"):
             await client.teacher()
     async with TeacherClient(service.url, transport=network(service)) as other:  # type: ignore[arg-type]
-        with pytest.raises(WireError, match="kind 'attention' answers, one of kind 'teacher' was expected"):
+        with pytest.raises(WireError, match="got a service of kind 'attention', expected one of kind 'teacher'"):
             await other.teacher()

@@ -175,8 +175,14 @@ async def test_parts_fit_the_smallest_of_several_replicas() -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_cost": 9 * 30 - 1}, r"sequences.2: .*costs 270 .*admits 269: shorten it to 29 tokens.*--capacity 270"),
-        ({"max_body_bytes": 1200}, r"sequences.2: .*takes a body of \d+ bytes, the service reads 1200: shorten it to"),
+        (
+            {"max_cost": 9 * 30 - 1},
+            r"sequences.2: .*costs 270 .*admits at most 269: shorten it to 29 tokens.*--capacity 270",
+        ),
+        (
+            {"max_body_bytes": 1200},
+            r"sequences.2: .*takes a body of \d+ bytes, the service accepts at most 1200: shorten it to",
+        ),
         ({"max_sequence_length": 29}, r"sequences.2: 30 tokens in a sequence, expected 1 to 29"),
     ],
 )

@@ -38,31 +38,31 @@ FAULTS: dict[str, tuple[Callable[[TokenTargets], TokenTargets], str]] = {
     "logprob infinite": (put("logprobs", (1, -1), -np.inf), "infinite, first on row 1"),
     "unsorted": (to("logprobs", lambda a: a[:, ::-1]), "not largest first, first on row 0"),
     "mass": (put("logprobs", 3, -0.1), "sum to more than 1, first on row 3"),
-    "duplicate id": (lambda r: put("ids", (4, 1), r.ids[4, 0])(r), "ids: one comes twice, first on row 4"),
-    "id at V": (put("ids", (0, 0), 300), "ids from .* to 300 came, the vocabulary has 300"),
-    "wrong K": (to("ids", lambda a: a[:, :-1]), r"ids has shape \[6, 4\], \[6, 5\]"),
-    "missing row": (lambda r: r.narrow(0, 5), r"rows \[0, 5\) came, \[0, 6\)"),
-    "wrong start": (lambda r: replace(r, start=1), r"rows \[1, 7\) came"),
+    "duplicate id": (lambda r: put("ids", (4, 1), r.ids[4, 0])(r), "ids: one is repeated, first on row 4"),
+    "id at V": (put("ids", (0, 0), 300), "ids: got .* to 300, expected 0 to 299"),
+    "wrong K": (to("ids", lambda a: a[:, :-1]), r"ids: got shape \[6, 4\], expected \[6, 5\]"),
+    "missing row": (lambda r: r.narrow(0, 5), r"got rows \[0, 5\), expected \[0, 6\)"),
+    "wrong start": (lambda r: replace(r, start=1), r"got rows \[1, 7\)"),
     "lse NaN": (put("lse", 5, np.nan), "lse: NaN or infinite, first on row 5"),
     "log_z infinite": (put("log_z", (1, 2), np.inf), "log_z: NaN or infinite, first on row 1"),
-    "log_z of another temperature": (to("log_z", lambda a: a[:, ::-1]), "log_z: no normaliser of temperature"),
-    "log_z too small": (put("log_z", (3, 1), -8), "log_z: no normaliser of temperature 2, first on row 3"),
+    "log_z of another temperature": (to("log_z", lambda a: a[:, ::-1]), "log_z: not a valid normaliser"),
+    "log_z too small": (put("log_z", (3, 1), -8), "log_z: not a valid normaliser for temperature 2, first on row 3"),
     "next positive": (put("next_logprob", 2, 0.5), "next_logprob: NaN, infinite or above 0, first on row 2"),
     "next NaN inside": (put("next_logprob", 2, np.nan), "next_logprob: NaN, infinite or above 0, first on row 2"),
     "next not NaN at the end": (put("next_logprob", 5, -1.0), "next_logprob is a number on row 5"),
     "gathered NaN": (put("gather_logprobs", (0, 1), np.nan), "gather_logprobs: NaN, infinite or above 0"),
-    "wrong G": (to("gather_logprobs", lambda a: a[:, 1:]), "gather_logprobs has shape"),
+    "wrong G": (to("gather_logprobs", lambda a: a[:, 1:]), "gather_logprobs: got shape"),
     "offsets fall": (lambda r: put("sampled_offsets", 2, r.sampled_offsets[1])(r), "sampled_offsets do not rise"),
     "samples cut": (to("sampled_ids", lambda a: a[:-1]), "sampled_offsets do not rise"),
-    "sample at V": (put("sampled_ids", -1, 300), "sampled_ids from"),
+    "sample at V": (put("sampled_ids", -1, 300), "sampled_ids: got"),
     "sample twice": (lambda r: put("sampled_ids", 1, r.sampled_ids[0])(r), "do not ascend"),
-    "draws missing": (lambda r: put("sampled_counts", 0, r.sampled_counts[0] + 1)(r), "has not 9 draws"),
+    "draws missing": (lambda r: put("sampled_counts", 0, r.sampled_counts[0] + 1)(r), "does not have 9 draws"),
     "count of nought": (put("sampled_counts", 0, 0), "a count is below 1"),
     "scale NaN": (put("hidden_scale", 1, np.nan), "hidden_scale: NaN or infinite, first on row 1"),
-    "scale missing": (lambda r: replace(r, hidden_scale=None), "were asked for"),
-    "tensor missing": (lambda r: replace(r, lse=None), "were asked for"),
-    "wrong dtype": (to("lse", lambda a: a.astype(np.float64)), "lse is float64"),
-    "other hidden": (lambda r: replace(r, hidden=r.hidden.astype(np.float16), hidden_scale=None), "were asked for"),
+    "scale missing": (lambda r: replace(r, hidden_scale=None), "got tensors"),
+    "tensor missing": (lambda r: replace(r, lse=None), "got tensors"),
+    "wrong dtype": (to("lse", lambda a: a.astype(np.float64)), "lse: got float64"),
+    "other hidden": (lambda r: replace(r, hidden=r.hidden.astype(np.float16), hidden_scale=None), "got tensors"),
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused_with_tensor_and_row(name: str) -> None:
 
 
 def test_a_tensor_nobody_asked_for_is_refused() -> None:
-    with pytest.raises(InvalidTargetsError, match="were asked for"):
+    with pytest.raises(InvalidTargetsError, match="got tensors"):
         check_targets(RECORD, REQUEST.model_copy(update={"kinds": ("top_k",)}).query(0), 300)
 
 
@@ -155,5 +155,5 @@ def test_checks_stay_at_the_sizes_that_are_asked_for() -> None:
     query = REQUEST.query(0)
     assert (query.rows, query.spec.top_k, len(query.spec.temperatures)) == ((0, 6), 5, 3)
     check_targets(RECORD, query, 300)
-    with pytest.raises(InvalidTargetsError, match="log_z has shape"):
+    with pytest.raises(InvalidTargetsError, match="log_z: got shape"):
         check_targets(RECORD, replace(query, spec=replace(query.spec, temperatures=(1.0, 2.0))), 300)

@@ -16,13 +16,13 @@ def test_it_says_how_far_how_fast_and_how_long() -> None:
 
 def test_others_come_first() -> None:
     waiting = Waiting("teacher", tokens_done=0, tokens=100, tokens_ahead=5000, tokens_per_second=8.5)
-    assert waiting.describe() == "0 of 100 tokens, 5,000 of others first, 8.5 tokens/s, about 10 min 0 s left"
+    assert waiting.describe() == "0 of 100 tokens, 5,000 of other clients first, 8.5 tokens/s, about 10 min 0 s left"
 
 
 def test_an_unknown_rate_gives_no_time_and_silence_is_told() -> None:
     waiting = Waiting("teacher", tokens_done=0, tokens=100, silent_s=61.0)
     assert waiting.seconds_left is None
-    assert waiting.describe() == "0 of 100 tokens, nothing heard for 1 min 1 s"
+    assert waiting.describe() == "0 of 100 tokens, no response for 1 min 1 s"
 
 
 def test_what_is_all_there_has_no_time_left() -> None:

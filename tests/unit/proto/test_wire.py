@@ -171,7 +171,7 @@ def test_integers_that_do_not_fit_are_not_wrapped(array: list[int], dtype: str) 
 
 
 def test_a_dtype_that_is_not_on_the_wire_is_refused() -> None:
-    with pytest.raises(ValueError, match="<f8 is not on the wire"):
+    with pytest.raises(ValueError, match="<f8 is not part of the wire format"):
         encode_tensor(np.zeros(2))
 
 
@@ -227,7 +227,7 @@ def test_a_changed_byte_of_data_is_a_checksum_error() -> None:
     body = bytearray(make_body(request))
     at = body.index(make_record(request).lse.tobytes())
     body[at] ^= 1
-    with pytest.raises(ChecksumError, match="changed on the way"):
+    with pytest.raises(ChecksumError, match="corrupted in transit"):
         decode(bytes(body))
 
 
@@ -274,7 +274,7 @@ def test_progress_that_cannot_be_is_a_wire_error(change: dict) -> None:
 def test_another_version_is_refused_with_both_numbers() -> None:
     header = make_header(make_request())
     body = wire.encode_header(Header(**{**vars(header), "version": 2}))
-    with pytest.raises(VersionError, match=r"version 2 of the wire, this client 1") as caught:
+    with pytest.raises(VersionError, match=r"version 2 of the wire format, this client 1") as caught:
         decode(body)
     assert not caught.value.retryable
 
@@ -288,29 +288,29 @@ FAILED = encode_failure(0, EngineError("x")) + encode_failure(1, EngineError("x"
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (RECORD + END, "a header was expected"),
+        (RECORD + END, "expected a header"),
         (HEADER + HEADER, "second header"),
-        (HEADER + RECORD + RECORD, "came twice"),
-        (HEADER + wire.encode_targets(2, make_record(make_request()), 300), "sequence 2 of 2"),
+        (HEADER + RECORD + RECORD, "sequence 0 twice"),
+        (HEADER + wire.encode_targets(2, make_record(make_request()), 300), "sequence 2, expected 0 to 1"),
         (HEADER + RECORD + END, "ends with 1 of 2"),
-        (HEADER + encode_failure(0, EngineError("x")) + RECORD, "came twice"),
+        (HEADER + encode_failure(0, EngineError("x")) + RECORD, "sequence 0 twice"),
         (HEADER + FAILED + END + END, "follows the end"),
-        (msgpack.packb([1, 2]), "a message is a map"),
-        (msgpack.packb({"type": "surprise"}), "header was expected"),
+        (msgpack.packb([1, 2]), "expected a map"),
+        (msgpack.packb({"type": "surprise"}), "expected a header"),
         (HEADER + msgpack.packb({"type": "surprise"}), "unknown message type"),
-        (msgpack.packb({"type": "header", "version": 1}), "num_sequences is"),
-        (msgpack.packb({**msgpack.unpackb(HEADER), "num_sequences": -1}), "num_sequences is"),
-        (msgpack.packb({**msgpack.unpackb(HEADER), "num_sequences": True}), "num_sequences is"),
+        (msgpack.packb({"type": "header", "version": 1}), "num_sequences: got"),
+        (msgpack.packb({**msgpack.unpackb(HEADER), "num_sequences": -1}), "num_sequences: got"),
+        (msgpack.packb({**msgpack.unpackb(HEADER), "num_sequences": True}), "num_sequences: got"),
         (msgpack.packb({**msgpack.unpackb(HEADER), "temperatures": [float("nan")]}), "not finite numbers"),
         (msgpack.packb({**msgpack.unpackb(HEADER), "request_id": 5}), "lacks request_id"),
         (HEADER + msgpack.packb({**msgpack.unpackb(RECORD), "logits": 1}), "unknown tensors"),
-        (HEADER + msgpack.packb({**msgpack.unpackb(RECORD), "start": -1}), "start is"),
-        (HEADER + msgpack.packb({**msgpack.unpackb(RECORD), "checksum": 0}), "changed on the way"),
+        (HEADER + msgpack.packb({**msgpack.unpackb(RECORD), "start": -1}), "start: got"),
+        (HEADER + msgpack.packb({**msgpack.unpackb(RECORD), "checksum": 0}), "corrupted in transit"),
         (HEADER + b"\x82\xa1a\x01\xa1a\x02", "the key 'a' twice"),
-        (HEADER + b"\x81\xc4\x01a\x01", "key is memoryview, text was"),
+        (HEADER + b"\x81\xc4\x01a\x01", "key is memoryview, expected text"),
         (b"\xc1", "type 0xc1"),
         (b"\xc7\x01\x05\x00", "type 0xc7"),
-        (b"\x81\x01\x02", "key is int, text was"),
+        (b"\x81\x01\x02", "key is int, expected text"),
         (b"\x81\xa1a\xdd\xff\xff\xff\xff", "1024 items in one message"),
         (b"\x81\xa2\xff\xfe\x01", "not UTF-8"),
         (b"\x91" * 3000, "nested more than 6 deep"),

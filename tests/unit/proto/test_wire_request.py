@@ -80,7 +80,7 @@ def test_binaries_are_views_of_the_body() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "what begins at byte 0"),
+        (b"", "the value at byte 0"),
         (b"\xc1", "0xc1"),
         (b"\xd4\x01\x00", "0xd4"),
         (b"\xc7\x01\x05\x00", "0xc7"),
@@ -151,8 +151,8 @@ def test_long_lists_in_other_fields_stay_lists() -> None:
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        ({"dtype": "<u2", "shape": [1, 2], "data": bytes(4)}, "dtype '<u2' came"),
-        ({"dtype": "<i4", "shape": [1, 2], "data": bytes(7)}, "7 bytes of data came"),
+        ({"dtype": "<u2", "shape": [1, 2], "data": bytes(4)}, "got dtype '<u2'"),
+        ({"dtype": "<i4", "shape": [1, 2], "data": bytes(7)}, "got 7 bytes of data"),
         ({"dtype": "<i4", "shape": [1, 2]}, "a map of dtype, shape and data"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_bad_tensor_of_gathered_ids_names_its_place(tensor: dict[str, Any], me
 
 
 def test_a_body_that_is_no_map_is_refused() -> None:
-    with pytest.raises(WireError, match="msgpack list, a map was expected"):
+    with pytest.raises(WireError, match="msgpack list, expected a map"):
         decode_request(pack([1, 2]), LIMITS)
 
 
@@ -246,11 +246,11 @@ def test_neither_decoder_needs_more_address_space_than_three_bodies(name: str) -
         (b'{"temperatures": [NaN]}', "NaN is not JSON"),
         (b'{"temperatures": [-Infinity]}', "-Infinity is not JSON"),
         (b'{"a": ' + b"[" * 100_000, "not JSON"),
-        (b'{"a": [' + b"[]," * 300_000 + b"1]}", "lists and objects came"),
+        (b'{"a": [' + b"[]," * 300_000 + b"1]}", "lists and objects, expected at most"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
         (b'{"fingerprint": "\\ud800"}', "not JSON"),
         (b'{"a": "\xff"}', "not JSON"),
-        (b" " * (2**20 + 1), "bytes of JSON came"),
+        (b" " * (2**20 + 1), "bytes of JSON, expected at most"),
     ],
     ids=lambda value: repr(value)[:30],
 )

@@ -35,8 +35,8 @@ def test_a_teacher_without_such_options_is_who_it_was() -> None:
     there = identity({"kv_cache_dtype": '"fp8"'}, {"VLLM_BATCH_INVARIANT": "1"})
     assert TeacherIdentity.model_validate_json(there.model_dump_json()) == there
     assert identity().difference(there) == [
-        "numeric.options.VLLM_BATCH_INVARIANT: absent here, 1 there",
-        'semantic.options.kv_cache_dtype: absent here, "fp8" there',
+        "numeric.options.VLLM_BATCH_INVARIANT: expected absent, got 1",
+        'semantic.options.kv_cache_dtype: expected absent, got "fp8"',
     ]
 
 

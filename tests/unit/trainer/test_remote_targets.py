@@ -134,7 +134,7 @@ async def test_a_document_that_the_engine_dies_of_is_named_with_its_tokens() -> 
     await targets.open()
     batch = batch_of(5, 9, 12, token=299)
     with pytest.raises(
-        DeadlyRequestError, match=r"document a:2: the engine dies of one sequence of 12 tokens"
+        DeadlyRequestError, match=r"document a:2: the engine dies on one sequence of 12 tokens"
     ) as caught:
         await targets.fetch(batch, queries_of(batch, ASK))
     await targets.close()
