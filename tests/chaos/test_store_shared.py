@@ -164,7 +164,7 @@ def test_a_check_that_somebody_ends_says_nothing_of_the_file(
     ended = [sys.executable, "-c", f"{dies}; os.kill(os.getpid(), number)"]
     real = subprocess.run
     monkeypatch.setattr(verify.subprocess, "run", lambda command, **named: real(ended, **named))
-    with pytest.raises(UncheckedError, match="could not be found out"):
+    with pytest.raises(UncheckedError, match="could not check the target store"):
         TargetStore(tmp_path, LIMIT)
     # Nor does one that could not begin.
     ended[2] = "raise MemoryError('no room for an interpreter')"

@@ -172,6 +172,6 @@ def test_another_teacher_or_question_does_not_come_into_a_dataset(tmp_path: Path
     write_data(tmp_path / "data.jsonl", 3)
     fill(tmp_path / "data.jsonl", tmp_path / "out")
     other = fill(tmp_path / "data.jsonl", tmp_path / "out", "--script", '{"identity": {"semantic.dtype": "float16"}}')
-    assert other.returncode == 2 and "teacher.semantic.dtype: float16 here, float32 there" in other.stderr
+    assert other.returncode == 2 and "teacher.semantic.dtype: float16 vs float32" in other.stderr
     asked = fill(tmp_path / "data.jsonl", tmp_path / "out", "--top-k", "4")
-    assert asked.returncode == 2 and "query.top_k: 4 here, 16 there" in asked.stderr
+    assert asked.returncode == 2 and "query.top_k: 4 vs 16" in asked.stderr

@@ -68,8 +68,8 @@ def check_dataset(folder: Folder, on_shard: Callable[[], object] = lambda: None)
         yield from faults_of(folder, index, there)
         for name in sorted(there.keys() - index.shards.keys()):
             yield (
-                f"{folder.url}/{SHARDS}/{name} is in no index: what it holds counts as absent. `stillhouse-teacher "
-                f"dataset merge {folder.url}` takes it in"
+                f"{folder.url}/{SHARDS}/{name} is in no index: its targets count as missing until `stillhouse-teacher "
+                f"dataset merge {folder.url}` adds it"
             )
         for name in sorted(there.keys() & index.shards.keys()):
             if there[name] == index.shards[name].bytes:
@@ -81,7 +81,7 @@ def _check_shard(folder: Folder, manifest: Manifest, index: Index, note: ShardNo
     place = f"{folder.url}/{SHARDS}/{note.name}"
     data = folder.read(f"{SHARDS}/{note.name}")
     if hashlib.sha256(data).hexdigest() != note.sha256:
-        yield f"{place} was changed since it was written: its sha256 is not what its index says"
+        yield f"{place} has changed since it was written: its sha256 is not the one in its index"
         return
     try:
         with open_shard(io.BytesIO(data), place) as file:
@@ -92,10 +92,10 @@ def _check_shard(folder: Folder, manifest: Manifest, index: Index, note: ShardNo
                         digest.update(pack_entry(entry, targets))
                     key = document_key(sequence_key(entry.fingerprint, entry.tokens_T))
                     if not any(p.shard.name == note.name and p.group == group for p in index.places(key)):
-                        yield f"{place}, row group {group}: a document is not where the index says"
+                        yield f"{place}, row group {group}: a document is not where the index says it is"
                         return
             if manifest.codec["name"] == "lossless" and digest.hexdigest() != rows_sha256(file):
-                yield f"{place}: its rows are not those that were written"
+                yield f"{place} has changed since it was written: the sha256 of its rows is not the one in its footer"
     except ValueError as error:
         yield str(error)
 
@@ -108,7 +108,7 @@ def merge_dataset(folder: Folder, others: Sequence[Folder] = (), on_shard: Calla
     for other in others:
         theirs = manifest_of(other)
         if theirs.digest != manifest.digest:
-            raise ValueError(f"{other.url} is another dataset than {folder.url}: {manifest.difference(theirs)}")
+            raise ValueError(f"{folder.url} and {other.url} are different datasets: {manifest.difference(theirs)}")
         _copy(other, folder, on_shard)
     with tempfile.TemporaryDirectory() as cache:
         before = [name for name in folder.list(INDEX) if name.startswith(MERGED)]

@@ -90,6 +90,6 @@ def parse_codec(text: str) -> dict[str, Any]:
         return {"name": "lossless"}
     if name not in _CODEC_NAMES or not (bits or "8").isdigit() or not MIN_BITS <= int(bits or 8) <= MAX_BITS:
         raise ValueError(
-            f"--codec {text}: lossless, compact or compact:BITS with {MIN_BITS} to {MAX_BITS} bits was expected"
+            f"--codec {text}: expected lossless, compact or compact:BITS with {MIN_BITS} to {MAX_BITS} bits"
         )
     return {"name": _CODEC_NAMES[name], "bits": int(bits or 8)}

@@ -33,7 +33,7 @@ class Compact:
 
     def __init__(self, bits: int, vocab_size: int, version: int):
         if not MIN_BITS <= bits <= MAX_BITS:
-            raise ValueError(f"the codec compact keeps {MIN_BITS} to {MAX_BITS} bits a logprob, got {bits}")
+            raise ValueError(f"codec compact: got {bits} bits per logprob, expected {MIN_BITS} to {MAX_BITS}")
         self._levels, self._vocab_size = 2**bits - 1, vocab_size
         self._layout: Layout = LAYOUTS[version](bits, vocab_size)
         self.columns = self._layout.columns

@@ -54,7 +54,7 @@ class TargetDataset:
         self.folder = Folder(url, options, outage_s=outage_s)
         self.manifest = _manifest(self.folder, create)
         if create is not None and (removed := remove_unfinished(self.folder)):
-            log.info("%s: removed %d files that a killed writer had not finished", self.path, len(removed))
+            log.info("%s: removed %d unfinished files of a killed writer", self.path, len(removed))
         self._lock = threading.RLock()
         self._shard_bytes = shard_bytes
         self._pending: dict[bytes, list[Pair]] = {}
@@ -65,8 +65,8 @@ class TargetDataset:
         self.index, self.without_index = read_index(self.folder, self.ranges.path)
         if self.without_index:
             log.warning(
-                "%s: %d shards are newer than the index (first %s): what they hold counts as absent. "
-                "`stillhouse-teacher dataset merge %s` takes them in",
+                "%s: %d shards are newer than the index (first %s): their targets count as missing until "
+                "`stillhouse-teacher dataset merge %s` adds them",
                 self.path, len(self.without_index), self.without_index[0], self.path,
             )  # fmt: skip
 
@@ -77,7 +77,7 @@ class TargetDataset:
         """ValueError if `info` is not the manifest's teacher."""
         if info.fingerprint != self.manifest.teacher.fingerprint:
             lines = self.manifest.teacher.identity.difference(info.identity)
-            raise ValueError(f"the dataset at {self.path} is another teacher's: {'; '.join(lines)}")
+            raise ValueError(f"the dataset at {self.path} is from another teacher: {'; '.join(lines)}")
 
     def covers(self, spec: TargetSpec) -> bool:
         """Whether the dataset's query covers all that `spec` requests."""
@@ -106,7 +106,7 @@ class TargetDataset:
 
     def put_entries(self, entries: Iterable[Pair]) -> None:
         """Add entries. `get` finds them at once; they are written as a shard when there are enough, or at `flush`."""
-        assert not self.readonly, "a dataset that was opened to be read is not written to"
+        assert not self.readonly, "the dataset was opened read-only"
         with self._lock:
             for entry, targets in entries:
                 waiting = self._pending.setdefault(sequence_key(entry.fingerprint, entry.tokens_T), [])
@@ -195,7 +195,7 @@ def _manifest(folder: Folder, create: Manifest | None) -> Manifest:
     if found is None:
         if create is None:
             raise ValueError(
-                f"there is no target dataset at {folder.url}: `stillhouse-teacher fill --output` makes one"
+                f"there is no target dataset at {folder.url}: `stillhouse-teacher fill --output` creates one"
             )
         folder.write(create.name, create.encode())
         # If another process began a different dataset here at the same time, there are now two: `find_manifest` raises.
@@ -203,7 +203,7 @@ def _manifest(folder: Folder, create: Manifest | None) -> Manifest:
         assert found is not None
     if create is not None and found.digest != create.digest:
         raise ValueError(
-            f"the dataset at {folder.url} was begun with something else, {create.difference(found)}: give another "
-            "--output, or ask what it was begun with"
+            f"these settings differ from those of the dataset at {folder.url} ({create.difference(found)}): choose "
+            "another --output, or use the dataset's settings"
         )
     return found

@@ -142,7 +142,7 @@ class Folder:
                 self.fs.mv(part, path)
             except FileNotFoundError as error:
                 # It was removed as a killed writer's. An OSError, since unlike other missing files a retry fixes this.
-                raise OSError(f"{part} was removed while it was written") from error
+                raise OSError(f"{part} was removed while it was being written") from error
         except BaseException:
             with contextlib.suppress(OSError):
                 self.fs.rm_file(part)
@@ -163,6 +163,6 @@ class Folder:
                 lasted_s = time.monotonic() - began
                 if lasted_s >= self._outage_s:
                     raise OSError(f"{what} has failed for {lasted_s:.0f} s: {type(error).__name__}: {error}") from error
-                log.warning("%s: %s: %s; once more in %.1f s", what, type(error).__name__, error, pause_s)
+                log.warning("%s: %s: %s; retrying in %.1f s", what, type(error).__name__, error, pause_s)
                 self._sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -76,10 +76,14 @@ class IndexFile:
     def __init__(self, data: Any, place: str):
         view = memoryview(data).cast("B")
         if len(view) < _HEAD.size or bytes(view[: len(MAGIC)]) != MAGIC:
-            raise ValueError(f"{place} is no index of a target dataset: `stillhouse-teacher dataset merge` makes one")
+            raise ValueError(
+                f"{place} is not an index of a target dataset: `stillhouse-teacher dataset merge` creates one"
+            )
         _, crc, size = _HEAD.unpack_from(view)
         if zlib.crc32(view[_HEAD.size :]) != crc:
-            raise ValueError(f"{place} was cut short or changed: remove it and run `stillhouse-teacher dataset merge`")
+            raise ValueError(
+                f"{place} is truncated or has changed: remove it and run `stillhouse-teacher dataset merge`"
+            )
         notes = json.loads(zlib.decompress(view[_HEAD.size : _HEAD.size + size]))["shards"]
         ends = np.cumsum([note.pop("num_groups") for note in notes]).tolist()
         begin = _HEAD.size + size + -(size + _HEAD.size) % 8

@@ -72,7 +72,7 @@ def read_index(folder: Folder, cache: Path) -> tuple[Index, list[str]]:
     index = open_files(folder, cache)
     there = shards_there(folder)
     if faults := faults_of(folder, index, there):
-        raise ValueError(faults[0] + (f" ({len(faults)} shards in all)" if len(faults) > 1 else ""))
+        raise ValueError(faults[0] + (f" ({len(faults)} shards in total)" if len(faults) > 1 else ""))
     return index, sorted(there.keys() - index.shards.keys())
 
 
@@ -105,19 +105,19 @@ def _open_index(folder: Folder, name: str, cache: Path) -> IndexFile:
 def faults_of(folder: Folder, index: Index, there: Mapping[str, int]) -> list[str]:
     """Faults of the shards in the index, by name and size, each with what to do."""
     again = (
-        f"remove its files below {folder.url}/{INDEX}, `{MERGED}` ones too, run `stillhouse-teacher dataset merge` and "
+        f"remove its files in {folder.url}/{INDEX}, also `{MERGED}` ones, run `stillhouse-teacher dataset merge` and "
         "fill again"
     )
     faults = []
     for name, note in index.shards.items():
         place, size = f"{folder.url}/{SHARDS}/{name}", there.get(name)
         if size is None:
-            faults.append(f"{place} is missing, {note.tokens} tokens: put it back, or {again}")
+            faults.append(f"{place} with {note.tokens} tokens is missing: restore it, or {again}")
         elif size < note.bytes:
-            faults.append(f"{place} has {size} bytes of {note.bytes}, it was cut short: remove it, {again}")
+            faults.append(f"{place} is truncated to {size} of {note.bytes} bytes: remove it, {again}")
         elif size > note.bytes:
             faults.append(
-                f"{place} has {size} bytes, its index says {note.bytes}: the index is older than its shard; remove the "
-                f"files below {folder.url}/{INDEX} and run `stillhouse-teacher dataset merge`"
+                f"{place} has {size} bytes, but its index says {note.bytes}: the index is older than its shard; remove "
+                f"the files in {folder.url}/{INDEX} and run `stillhouse-teacher dataset merge`"
             )
     return faults

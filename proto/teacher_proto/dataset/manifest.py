@@ -52,7 +52,7 @@ class Manifest:
         """The differences of two manifests, in one line."""
         ours, theirs = flatten(self.says), flatten(other.says)
         return "; ".join(
-            f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there"
+            f"{name}: {ours.get(name, 'absent')} vs {theirs.get(name, 'absent')}"
             for name in sorted(ours.keys() | theirs.keys())
             if ours.get(name) != theirs.get(name)
         )
@@ -72,32 +72,32 @@ def find_manifest(folder: Folder) -> Manifest | None:
     found = [_decode(folder.read(name), f"{folder.url}/{name}") for name in names]
     for name, manifest in zip(names, found, strict=True):
         if manifest.name != name:
-            raise ValueError(f"{folder.url}/{name} was changed since it was written: its digest is {manifest.digest}")
+            raise ValueError(f"{folder.url}/{name} has changed since it was written: its digest is {manifest.digest}")
     if len(found) > 1:
         raise ValueError(
-            f"{folder.url} has {len(found)} manifests, {' and '.join(names)}: answers to different questions were put "
-            f"into one folder ({found[0].difference(found[1])}). Keep each in a folder of its own: find the shards of "
-            "one by `dataset` in their footers, and move them with its manifest"
+            f"{folder.url} has {len(found)} manifests, {' and '.join(names)}: different datasets were put into "
+            f"one folder ({found[0].difference(found[1])}). Keep each in its own folder: find the shards of one by "
+            "`dataset` in their footers, and move them together with its manifest"
         )
     return found[0] if found else None
 
 
 def no_dataset(folder: Folder) -> ValueError:
-    return ValueError(f"there is no target dataset at {folder.url}: `stillhouse-teacher fill --output URL` makes one")
+    return ValueError(f"there is no target dataset at {folder.url}: `stillhouse-teacher fill --output URL` creates one")
 
 
 def _decode(data: bytes, place: str) -> Manifest:
     try:
         tree = json.loads(data)
         if tree["format"] != FORMAT:
-            raise ValueError(f"it is of the format {tree['format']!r}, {FORMAT!r} was expected")
+            raise ValueError(f"got format {tree['format']!r}, expected {FORMAT!r}")
         query = tree["query"]
         if set(query) != {one.name for one in fields(TargetSpec)} or not set(query["kinds"]) <= set(KINDS):
-            raise ValueError("its query is none")
+            raise ValueError("its query is not valid")
         spec = TargetSpec(**{**query, "kinds": tuple(query["kinds"]), "temperatures": tuple(query["temperatures"])})
         return Manifest(read_info(TeacherInfo, tree["teacher"]), spec, dict(tree["codec"]), dict(tree["versions"]))
     except (ValueError, KeyError, TypeError, WireError) as error:
-        raise ValueError(f"{place} is no manifest of a target dataset: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{place} is not a manifest of a target dataset: {type(error).__name__}: {error}") from None
 
 
 def versions() -> dict[str, str]:

@@ -94,7 +94,7 @@ class Ranges:
             data = self._folder.read_range(place, begin, stop)
         except FileNotFoundError:
             raise ValueError(
-                f"{self._folder.url}/{place} is missing: the index names it with {note.tokens} tokens. Put it back, or "
+                f"{self._folder.url}/{place} is missing: the index lists it with {note.tokens} tokens. Restore it, or "
                 f"remove its index file, run `stillhouse-teacher dataset merge`, and fill again"
             ) from None
         with self._lock:
@@ -102,8 +102,8 @@ class Ranges:
             self.bytes_fetched += len(data)
         if len(data) != stop - begin:
             raise ValueError(
-                f"{self._folder.url}/{place} was cut short: {stop - begin} bytes at {begin} were expected, {len(data)} "
-                "came. Remove it with its index file and run `stillhouse-teacher fill` again"
+                f"{self._folder.url}/{place} is truncated: expected {stop - begin} bytes at {begin}, got {len(data)}. "
+                "Remove it and its index file, and run `stillhouse-teacher fill` again"
             )
         return data
 

@@ -86,11 +86,11 @@ def open_shard(source: Any, place: str, footer: bytes | None = None) -> pq.Parqu
         file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{place} is no whole Parquet file ({error}): it was cut short or changed; remove it with its index file "
-            "and run `stillhouse-teacher fill` again"
+            f"{place} is not an intact Parquet file ({error}): it is truncated or has changed; remove it and its index "
+            "file, and run `stillhouse-teacher fill` again"
         ) from None
     if (file.schema_arrow.metadata or {}).get(b"format", b"").decode() not in (FORMAT, CODED):
-        raise ValueError(f"{place} does not hold answers of a teacher: it is not a shard of a target dataset")
+        raise ValueError(f"{place} does not contain a teacher's targets: it is not a shard of a target dataset")
     return file
 
 
@@ -108,8 +108,8 @@ class Rows:
             table = file.read_row_group(group, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(
-                f"{place}, row group {group}, was cut short or changed ({error}): `stillhouse-teacher dataset check` "
-                "looks at all of them"
+                f"{place}, row group {group}, is truncated or has changed ({error}): `stillhouse-teacher dataset "
+                "check` checks all of them"
             ) from None
         self.nbytes = table.nbytes
         self._batch: pa.RecordBatch = table.combine_chunks().to_batches(max_chunksize=max(table.num_rows, 1))[0]
@@ -136,7 +136,7 @@ class Rows:
         row = row_of(self._batch, number)
         pair = read_row(self._codec.decode(row), {teacher.fingerprint: teacher})
         if pair is None or pair[0].fingerprint != teacher.fingerprint:
-            raise ValueError(f"{self._place} holds a row that is no answer of teacher {teacher.fingerprint}")
+            raise ValueError(f"{self._place} contains a row without valid targets of teacher {teacher.fingerprint}")
         return pair
 
 
@@ -145,9 +145,9 @@ def check_owner(file: pq.ParquetFile, manifest: Manifest, place: str) -> None:
     told = (file.schema_arrow.metadata or {}).get(DATASET.encode(), b"").decode()
     if told != manifest.digest:
         teachers = json.loads((file.schema_arrow.metadata or {}).get(b"teachers", b"[]"))
-        whose = ", ".join(str(one.get("fingerprint")) for one in teachers) or "nobody"
+        whose = ", ".join(str(one.get("fingerprint")) for one in teachers) or "unknown"
         raise ValueError(
-            f"{place} was written for the dataset {told or 'of no manifest'} (teacher {whose}), the manifest here is "
+            f"{place} was written for dataset {told or 'unknown'} (teacher {whose}), but this folder's manifest is "
             f"{manifest.digest} (teacher {manifest.teacher.fingerprint}): it was put into another dataset's folder"
         )
 

@@ -101,7 +101,7 @@ def requested_entries(fingerprint: str, query: Query) -> list[Entry]:
 def _requested_entry(fingerprint: str, query: Query, kind: Kind) -> Entry:
     gathered = ""
     if kind == "gather":
-        assert query.gather_ids_RG is not None, "kind gather comes with its ids"
+        assert query.gather_ids_RG is not None, "kind gather needs its ids"
         ids = np.ascontiguousarray(query.gather_ids_RG, dtype="<i8")
         gathered = hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
     spec = TargetSpec.of((kind,), query.spec)
@@ -157,16 +157,16 @@ def pack_entry(entry: Entry, targets: TokenTargets) -> bytes:
 def unpack_description(value: memoryview) -> Entry:
     """Only the description of an entry, without checking the CRC. WireError if it is malformed."""
     if len(value) < _HEAD.size:
-        raise WireError(f"an entry of {len(value)} bytes is cut short")
+        raise WireError(f"an entry of {len(value)} bytes is truncated")
     size = _HEAD.unpack_from(value)[1]
     described = read_message(bytes(value[_HEAD.size : _HEAD.size + size]), _BUDGET)
     if not isinstance(described, dict) or set(described) != {field.name for field in fields(Entry)}:
-        raise WireError("an entry's description has not the fields of version 1")
+        raise WireError("an entry's description does not have the fields of version 1")
     tokens_T = decode_tensor(described.pop("tokens_T"), "tokens_T", ("<u2", "u3")).astype(np.int64)
     temperatures = described.pop("temperatures")
     whole = isinstance(temperatures, list) and all(isinstance(described[n], kinds) for n, kinds in _TYPES.items())
     if not whole or described["kind"] not in KINDS:
-        raise WireError("an entry's description holds what it should not")
+        raise WireError("an entry's description has a field of the wrong type or an unknown kind")
     return Entry(tokens_T=tokens_T, temperatures=tuple(temperatures), **described)
 
 
@@ -176,9 +176,9 @@ def whole_entry(key: bytes, value: memoryview, asked: Entry | None = None) -> En
     if asked is not None and not stored.covers(asked):
         return None
     if zlib.crc32(value[4:]) != _HEAD.unpack_from(value)[0]:
-        raise ChecksumError("an entry changed since it was written")
+        raise ChecksumError("an entry has changed since it was written")
     if entry_key(stored) != key:
-        raise WireError("an entry lies under another's key")
+        raise WireError("an entry is stored under another entry's key")
     return stored
 
 

@@ -59,7 +59,7 @@ class LmdbLru:
         except ImportError:
             raise ValueError("the target store needs the package lmdb: pip install 'stillhouse[service]'") from None
         if readonly and not (path / "data.mdb").exists():
-            raise ValueError(f"there is no target store at {path}: `stillhouse-teacher fill` makes one")
+            raise ValueError(f"there is no target store at {path}: `stillhouse-teacher fill` creates one")
         self._gate, self._inside = threading.Condition(), 0
         self._users = Users(path, readonly)
         try:
@@ -122,7 +122,7 @@ class LmdbLru:
     def _enlarge(self) -> None:
         """Map the file again at its present size, once no transaction of ours is open. Called with the gate held."""
         if not self._gate.wait_for(lambda: self._inside == 0, _RESIZE_WITHIN_S):
-            raise BusyError(f"{self.path} has grown, and is being read all the time: it can't be mapped anew")
+            raise BusyError(f"{self.path} has grown, but can't be mapped again while it is being read")
         self.env.set_mapsize(0)
 
     def update(self, change: Callable[[Writing], None]) -> None:
@@ -156,7 +156,9 @@ class LmdbLru:
             if grown:
                 with self._gate:
                     self._enlarge()
-        raise OSError(f"the target store at {self.path} is full at {self.max_bytes} bytes, and its pages are in use")
+        raise OSError(
+            f"the target store at {self.path} is full at {self.max_bytes} bytes, and its pages are still being read"
+        )
 
     def close(self) -> None:
         self.env.close()
@@ -292,5 +294,5 @@ def _tables(env: lmdb.Environment, path: Path, readonly: bool) -> list[lmdb._Dat
         if found is None and not readonly:
             txn.put(b"format", FORMAT, db=meta)
         elif found != FORMAT:
-            raise ValueError(f"{path} holds {(found or b'nothing').decode()!r}, {FORMAT.decode()!r} was expected")
+            raise ValueError(f"{path} has format {(found or b'none').decode()!r}, expected {FORMAT.decode()!r}")
     return tables

@@ -65,7 +65,7 @@ def export_parquet(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if there := sorted(folder.glob("targets-*.parquet")):
-        raise ValueError(f"{there[0]} is there already: export to another folder, or remove it")
+        raise ValueError(f"{there[0]} already exists: export to another folder, or remove it")
     schema, entries = schema_of(store.teachers()), 0
     paths: list[Path] = []
     try:

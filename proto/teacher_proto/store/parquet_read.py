@@ -76,11 +76,11 @@ def _open(path: Path) -> tuple[Any, dict[str, TeacherInfo]]:
     if metadata.get(b"format") != FORMAT.encode() or not file.schema_arrow.remove_metadata().equals(
         schema_of([]).remove_metadata()
     ):
-        raise ValueError(f"{path} does not hold {FORMAT!r}: `stillhouse-teacher pack` writes such files")
+        raise ValueError(f"{path} does not have the format {FORMAT!r}, which `stillhouse-teacher pack` writes")
     try:
         infos = [read_info(TeacherInfo, tree) for tree in json.loads(metadata.get(b"teachers", b"[]"))]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} names a teacher that is none: {error}") from None
+        raise ValueError(f"{path} has an invalid description of a teacher: {error}") from None
     return file, {info.fingerprint: info for info in infos}
 
 
@@ -100,8 +100,8 @@ def _hold_against(path: Path, known: Mapping[str, TeacherInfo], teacher: str | N
     for fingerprint in _fingerprints(file):
         if fingerprint not in named:
             raise ValueError(
-                f"{path} has rows of teacher {fingerprint} and does not say who that is; it names "
-                f"{', '.join(named) or 'nobody'}: nothing was imported"
+                f"{path} has rows of teacher {fingerprint}, but does not describe that teacher, only "
+                f"{', '.join(named) or 'none'}: nothing was imported"
             )
         expected = {teacher} if teacher is not None else set(known) or {fingerprint}
         if fingerprint in expected:
@@ -109,9 +109,9 @@ def _hold_against(path: Path, known: Mapping[str, TeacherInfo], teacher: str | N
         ours = known.get(teacher or "") or next(iter(known.values()), None)
         lines = ours.identity.difference(named[fingerprint].identity) if ours is not None else []
         raise ValueError(
-            f"{path} has rows of teacher {fingerprint} ({named[fingerprint].identity.semantic.model}), expected is "
+            f"{path} has rows of teacher {fingerprint} ({named[fingerprint].identity.semantic.model}), expected "
             f"{', '.join(sorted(expected))}: {'; '.join(lines) or 'another teacher'}. Nothing was imported; "
-            f"--teacher {fingerprint} takes them as that teacher's own"
+            f"--teacher {fingerprint} imports them as that teacher's"
         )
 
 
@@ -120,18 +120,20 @@ def _check_unchanged(path: Path) -> None:
     file, teachers = _open(path)
     if SEALED.encode() not in file.schema_arrow.metadata:
         return
-    told = (file.metadata.metadata or {}).get(ROWS_SHA256.encode(), b"not there any more")
+    told = (file.metadata.metadata or {}).get(ROWS_SHA256.encode(), b"missing")
     digest = hashlib.sha256()
     for batch in file.iter_batches(batch_size=64):
         for row in rows_of(batch):
             pair = read_row(row, teachers)
             if pair is None:
-                raise ValueError(f"{path} was changed since it was written: a row is no answer. Nothing was imported")
+                raise ValueError(
+                    f"{path} has changed since it was written: a row has no valid targets. Nothing was imported"
+                )
             digest.update(pack_entry(*pair))
     if digest.hexdigest() != told.decode():
         raise ValueError(
-            f"{path} was changed since it was written: the sha256 of its rows is {digest.hexdigest()}, it says "
-            f"{told.decode()}. Nothing was imported"
+            f"{path} has changed since it was written: the sha256 of its rows is {digest.hexdigest()}, the one in its "
+            f"footer is {told.decode()}. Nothing was imported"
         )
 
 
@@ -175,7 +177,7 @@ def _arrays(row: dict[str, Any], entry: Entry) -> dict[str, np.ndarray]:
             continue
         if name == "hidden":
             if entry.hidden_dtype not in HIDDEN_DTYPES:
-                raise ValueError("hidden states of no dtype")
+                raise ValueError("hidden states without a valid dtype")
             flat = np.frombuffer(flat, HIDDEN_DTYPES[entry.hidden_dtype])
         elif name in IDS:
             flat = flat.astype(np.int32 if entry.wide_ids else np.uint16)

@@ -106,14 +106,16 @@ class TargetStore:
 
     def put_entries(self, entries: Iterable[tuple[Entry, TokenTargets]]) -> None:
         """Store entries in as few transactions as memory allows; those that are covered already are marked as used."""
-        assert not self.readonly, "a store that was opened to be read is not written to"
+        assert not self.readonly, "the store was opened read-only"
         batch: list[tuple[Entry, bytes]] = []
         size = 0
         for entry, targets in entries:
             value = pack_entry(entry, targets)
             if len(value) > self._lru.max_bytes // 8:
                 self._counts.refused += 1
-                log.warning("an entry of %d bytes is too large for a store of %d", len(value), self._lru.max_bytes)
+                log.warning(
+                    "an entry of %d bytes is too large for a store of %d bytes", len(value), self._lru.max_bytes
+                )
                 continue
             batch.append((entry, value))
             size += len(value)
@@ -125,7 +127,7 @@ class TargetStore:
 
     def remember(self, info: TeacherInfo) -> None:
         """Store a teacher's description, for readers of the store that have no teacher to ask."""
-        assert not self.readonly, "a store that was opened to be read is not written to"
+        assert not self.readonly, "the store was opened read-only"
         self._lru.update(
             lambda writing: writing.remember_teacher(info.fingerprint.encode(), info.model_dump_json().encode())
         )
@@ -184,10 +186,10 @@ class TargetStore:
                     taken.append((key, take(asked, stored, value)))
         except DamagedError as error:
             self._counts.damaged += 1
-            log.error("%s: what lies there counts as absent; the next start looks at the whole file", error)
+            log.error("%s: its targets count as missing; the next start checks the whole file", error)
             return None
         except BusyError as error:
-            log.warning("%s: what lies there counts as absent this time", error)
+            log.warning("%s: its targets count as missing this time", error)
             return None
         return taken
 
@@ -209,7 +211,7 @@ class TargetStore:
             self._counts.damaged += 1
             if self._counts.damaged.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...
                 log.warning(
-                    "target store %s: %s; it counts as absent until it is written again (damaged so far: %d)",
+                    "target store %s: %s; it counts as missing until it is written again (damaged so far: %d)",
                     self.path, error, self._counts.damaged,
                 )  # fmt: skip
             return None
@@ -244,7 +246,7 @@ class TargetStore:
             self._counts.written += len(batch)
         except (DamagedError, OSError) as error:
             self._counts.refused += len(batch)
-            log.error("the target store refused %d entries: %s", len(batch), error)
+            log.error("the target store could not write %d entries: %s", len(batch), error)
 
     def _place(self, writing: Writing, entry: Entry, value: bytes) -> None:
         """Write an entry unless an intact one covers it; it replaces damaged ones and those that it covers."""

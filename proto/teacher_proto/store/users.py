@@ -51,7 +51,7 @@ class Users:
         except BlockingIOError:
             return False
         except OSError as error:  # a file system without locks
-            log.warning("who else has the target store open can't be known here: %s", error)
+            log.warning("can't tell which other processes have the target store open: %s", error)
         return True
 
 
@@ -74,8 +74,8 @@ def make_sure(path: Path, readonly: bool, users: Users) -> None:
             return
         time.sleep(0.5)
     raise ValueError(
-        f"the target store at {path} is damaged ({fault}), and another process has it open: end that one, then start "
-        "again, and it is put aside"
+        f"the target store at {path} is damaged ({fault}), and another process has it open: stop that one and start "
+        "again, then the damaged file is set aside"
     )
 
 
@@ -84,4 +84,4 @@ def _set_aside(path: Path, reason: str) -> None:
     aside = next(p for i in range(1000) if not (p := path / f"data.mdb.damaged-{i}").exists())
     data.rename(aside)
     (path / "lock.mdb").unlink(missing_ok=True)
-    log.error("the target store at %s is damaged (%s): put aside as %s, starting an empty one", path, reason, aside)
+    log.error("the target store at %s is damaged (%s): moved to %s, starting an empty one", path, reason, aside)

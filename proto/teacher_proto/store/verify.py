@@ -51,8 +51,8 @@ def check(path: Path) -> str | None:
     if child.returncode < 0 and -child.returncode in _BY_DAMAGE:
         return f"reading it ended with {signal.Signals(-child.returncode).name}"
     raise UncheckedError(
-        f"whether the target store at {path} is whole could not be found out: the check ended with "
-        f"{child.returncode} ({said[-1] if said else 'it said nothing'}). Start again"
+        f"could not check the target store at {path} for damage: the check ended with code "
+        f"{child.returncode} ({said[-1] if said else 'no output'}). Start again"
     )
 
 
@@ -65,17 +65,17 @@ def walk(path: Path) -> str | None:
         # says so, so its size is read last.
         expected = (env.info()["last_pgno"] + 1) * PAGE
         if (size := (path / "data.mdb").stat().st_size) < expected:
-            return f"{size} bytes are left of {expected}"
+            return f"it is truncated to {size} of {expected} bytes"
     with open_to_read(path) as env, env.begin(buffers=True) as txn:
         tables = {name: env.open_db(name, txn=txn, create=False) for name in TABLES if txn.get(name) is not None}
         if not tables:
             return None
         counts = {name: sum(1 for _ in txn.cursor(table).iternext(values=False)) for name, table in tables.items()}
         if not counts.get(b"records") == counts.get(b"usage") == counts.get(b"order"):
-            return f"its tables do not fit together: {counts}"
+            return f"its tables are inconsistent: {counts}"
         for key, usage in txn.cursor(tables[b"usage"]):
             if txn.get(key, db=tables[b"records"]) is None or txn.get(usage[:8], db=tables[b"order"]) != key:
-                return "its tables do not fit together: a record is missing"
+                return "its tables are inconsistent: a record is missing"
     return None
 
 
@@ -95,7 +95,7 @@ def open_to_read(path: Path) -> lmdb.Environment:
                 # On a read-only mount no lock file can be written.
                 if not lock:
                     raise
-    raise lmdb.MemoryError(f"there is no room for a map of {path}")
+    raise lmdb.MemoryError(f"not enough address space to map {path}")
 
 
 def _fault(path: Path) -> str | None:
@@ -121,7 +121,7 @@ def _fault(path: Path) -> str | None:
             fault = str(error)
         if fault is None or _state(path) == before:
             return fault
-    raise lmdb.Error(f"it is written to all the time, and at each look something else was wrong, at last: {fault}")
+    raise lmdb.Error(f"it was written to during every check, and the last one found: {fault}")
 
 
 def _state(path: Path) -> tuple[int, int]:

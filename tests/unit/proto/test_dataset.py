@@ -133,7 +133,7 @@ def test_datasets_that_were_filled_apart_are_put_together(tmp_path: Path) -> Non
         assert all(holds(dataset, asked) for asked in ASKED)
     other = str(tmp_path / "other")
     fill(other, [ask(top_k=4)], manifest=Manifest(INFO, ask(top_k=4).spec))
-    with pytest.raises(ValueError, match=r"another dataset.*query\.top_k: 8 here, 4 there"):
+    with pytest.raises(ValueError, match=r"are different datasets.*query\.top_k: 8 vs 4"):
         merge_dataset(Folder(one), [Folder(other)])
 
 
@@ -301,15 +301,13 @@ def test_a_truncated_shard_is_told_by_its_name(tmp_path: Path, small_groups: Non
     data = shard.read_bytes()
     with TargetDataset(str(tmp_path), readonly=True) as dataset:
         shard.write_bytes(data[: len(data) // 3])
-        with pytest.raises(ValueError, match=r"targets-.*was cut short"):
+        with pytest.raises(ValueError, match=r"targets-.*is truncated"):
             for one in ASKED:
                 dataset.get(FINGERPRINT, one)
     for what in (lambda: TargetDataset(str(tmp_path)), lambda: merge_dataset(Folder(str(tmp_path)))):
-        with pytest.raises(
-            ValueError, match=rf"has {len(data) // 3} bytes of {len(data)}, it was cut short: remove it"
-        ):
+        with pytest.raises(ValueError, match=rf"is truncated to {len(data) // 3} of {len(data)} bytes: remove it"):
             what()
-    assert any("cut short" in line for line in check_dataset(Folder(str(tmp_path))))
+    assert any("is truncated to" in line for line in check_dataset(Folder(str(tmp_path))))
 
 
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
@@ -319,7 +317,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     data[1500] ^= 1
     shard.write_bytes(data)
     (line,) = check_dataset(Folder(str(tmp_path)))
-    assert "was changed since it was written" in line
+    assert "has changed since it was written" in line
     with TargetDataset(str(tmp_path), readonly=True) as dataset, pytest.raises(ValueError, match="targets-"):
         for one in ASKED:
             assert holds(dataset, one)
@@ -328,7 +326,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 def test_a_missing_shard_is_told_with_its_tokens(tmp_path: Path) -> None:
     fill(str(tmp_path), ASKED[:4], ASKED[4:])
     sorted((tmp_path / "shards").iterdir())[0].unlink()
-    with pytest.raises(ValueError, match=r"is missing, \d+ tokens: put it back, or remove"):
+    with pytest.raises(ValueError, match=r"with \d+ tokens is missing: restore it, or remove"):
         TargetDataset(str(tmp_path))
     assert sum("is missing" in line for line in check_dataset(Folder(str(tmp_path)))) == 1
 
@@ -357,7 +355,7 @@ def test_an_index_that_is_older_than_its_shard_is_refused(tmp_path: Path) -> Non
         TargetDataset(str(tmp_path))
     index = only(tmp_path / "index")
     index.write_bytes(index.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="was cut short or changed"):
+    with pytest.raises(ValueError, match="is truncated or has changed"):
         TargetDataset(str(tmp_path))
 
 
@@ -370,14 +368,12 @@ def other_manifest() -> Manifest:
 
 def test_a_dataset_is_one_teachers_and_one_querys(tmp_path: Path) -> None:
     fill(str(tmp_path), ASKED)
-    with pytest.raises(
-        ValueError, match=r"begun with something else, teacher\.semantic\.dtype: bfloat16 here, float32"
-    ):
+    with pytest.raises(ValueError, match=r"settings differ .* \(teacher\.semantic\.dtype: bfloat16 vs float32"):
         fill(str(tmp_path), ASKED, manifest=other_manifest())
-    with pytest.raises(ValueError, match=r"query\.top_k: 4 here, 8 there"):
+    with pytest.raises(ValueError, match=r"query\.top_k: 4 vs 8"):
         fill(str(tmp_path), ASKED, manifest=Manifest(INFO, ask(top_k=4).spec))
     with TargetDataset(str(tmp_path)) as dataset:
-        with pytest.raises(ValueError, match=r"another teacher's: semantic\.dtype"):
+        with pytest.raises(ValueError, match=r"from another teacher: semantic\.dtype"):
             dataset.remember(other_manifest().teacher)
         assert dataset.covers(ask(top_k=4, temperatures=(2.0,)).spec) and dataset.covers(ask(kinds=("score",)).spec)
         assert not dataset.covers(ask(top_k=9).spec) and not dataset.covers(ask(temperatures=(3.0,)).spec)
@@ -393,11 +389,11 @@ def test_two_manifests_and_a_manifest_of_another_teacher_are_refused(tmp_path: P
     with pytest.raises(ValueError, match=r"has 2 manifests.*teacher\.semantic\.dtype"):
         TargetDataset(str(one))
     ours.unlink()
-    with TargetDataset(str(one), readonly=True) as dataset, pytest.raises(ValueError, match="was written for the da"):
+    with TargetDataset(str(one), readonly=True) as dataset, pytest.raises(ValueError, match="was written for da"):
         dataset.get(FINGERPRINT, ASKED[0])
     assert any("was put into another dataset's folder" in line for line in check_dataset(Folder(str(one))))
     (one / theirs.name).write_bytes(theirs.read_bytes().replace(b"bfloat16", b"float16"))
-    with pytest.raises(ValueError, match=r"no manifest of a target dataset|was changed since"):
+    with pytest.raises(ValueError, match=r"is not a manifest of a target dataset|has changed since"):
         TargetDataset(str(one))
 
 
@@ -439,7 +435,7 @@ def test_what_is_no_shard_is_told(tmp_path: Path) -> None:
 
     pq.write_table(pa.table({"x": [1]}), written)
     (tmp_path / "shards" / "targets-0.parquet").write_bytes(written.getvalue())
-    with pytest.raises(ValueError, match="does not hold answers of a teacher"):
+    with pytest.raises(ValueError, match="does not contain a teacher's targets"):
         merge_dataset(Folder(str(tmp_path)))
 
 

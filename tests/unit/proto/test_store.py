@@ -205,7 +205,7 @@ def test_no_store_another_format_and_a_file_in_the_way_are_told(tmp_path: Path) 
         lru = store._lru
         with lru.env.begin(write=True) as txn:
             txn.put(b"format", b"stillhouse targets 9", db=lru.meta)
-    with pytest.raises(ValueError, match="'stillhouse targets 9', 'stillhouse targets 1' was expected"):
+    with pytest.raises(ValueError, match="'stillhouse targets 9', expected 'stillhouse targets 1'"):
         TargetStore(tmp_path / "store")
 
 

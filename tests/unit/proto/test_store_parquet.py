@@ -78,7 +78,7 @@ def test_files_can_be_read_without_us(tmp_path: Path) -> None:
 def test_what_is_there_is_not_written_over_and_what_is_not_ours_is_told(tmp_path: Path) -> None:
     with fill(tmp_path / "store") as store:
         export_parquet(store, tmp_path / "files")
-        with pytest.raises(ValueError, match=r"targets-00000.parquet is there already"):
+        with pytest.raises(ValueError, match=r"targets-00000.parquet already exists"):
             export_parquet(store, tmp_path / "files")
         with pytest.raises(ValueError, match="there are no Parquet files"):
             import_parquet(tmp_path / "nothing", store)
@@ -86,7 +86,7 @@ def test_what_is_there_is_not_written_over_and_what_is_not_ours_is_told(tmp_path
         with pytest.raises(ValueError, match="is not a Parquet file"):
             import_parquet(tmp_path / "text.parquet", store)
         pq.write_table(pa.table({"kind": ["top_k"]}), tmp_path / "other.parquet")
-        with pytest.raises(ValueError, match="does not hold 'stillhouse targets 1'"):
+        with pytest.raises(ValueError, match="does not have the format 'stillhouse targets 1'"):
             import_parquet(tmp_path / "other.parquet", store)
 
 
@@ -117,7 +117,7 @@ def test_a_row_that_cannot_be_an_answer_is_left_out(tmp_path: Path, column: str,
     changed = table.set_column(at, table.schema.field(at), values)
     with TargetStore(tmp_path / "none", 2**24) as none:
         pq.write_table(changed, path)
-        with pytest.raises(ValueError, match="was changed since it was written"):
+        with pytest.raises(ValueError, match="has changed since it was written"):
             import_parquet(path, none)
         assert none.stats().entries == 0
     # A file that does not say what it held, as those of before did not.
@@ -151,7 +151,7 @@ def test_rows_of_another_teacher_are_refused_with_the_difference_and_none_comes_
         check(ours, ASKED[0])
         assert ours.get(other.fingerprint, ASKED[0]) is None
     with TargetStore(tmp_path / "named", 2**26) as named:
-        with pytest.raises(ValueError, match=f"expected is {other.fingerprint}"):
+        with pytest.raises(ValueError, match=f"expected {other.fingerprint}"):
             import_parquet(tmp_path / "files", named, teacher=other.fingerprint)
         assert named.stats().entries == 0
 
@@ -175,7 +175,7 @@ def test_rows_put_under_another_fingerprint_are_refused(tmp_path: Path, told: bo
     pq.write_table(table, path)
     with TargetStore(tmp_path / "ours", 2**26) as ours:
         if told or not named:
-            with pytest.raises(ValueError, match=r"was changed since it was written|does not say who that is"):
+            with pytest.raises(ValueError, match=r"has changed since it was written|does not describe that teacher"):
                 import_parquet(tmp_path / "files", ours)
         ours.remember(INFO)
         with pytest.raises(ValueError, match="othing was imported"):
@@ -196,6 +196,6 @@ def test_a_changed_number_is_seen(tmp_path: Path, column: str) -> None:
     rows[1][0] = rows[1][0] + 1 if column == "tokens" else rows[1][0] - 0.25
     pq.write_table(table.set_column(at, table.schema.field(at), pa.array(rows, table.schema.field(at).type)), path)
     with TargetStore(tmp_path / "two", 2**24) as two:
-        with pytest.raises(ValueError, match="was changed since it was written"):
+        with pytest.raises(ValueError, match="has changed since it was written"):
             import_parquet(path, two)
         assert two.stats().entries == 0
