@@ -49,7 +49,7 @@ class HfModel:
         self._body = model.base_model if config is model.config else model.get_decoder()
         self._head = model.get_output_embeddings()
         if self._head is None or self._body is model:
-            raise ValueError(f"{folder.name}: a {type(model).__name__} has no output head that transformers names")
+            raise ValueError(f"{folder.name}: transformers gives no output head for {type(model).__name__}")
         _check_head(self._head, folder.name)
         self._scaling = scaling_of(config.to_dict())
         self.dtype: torch.dtype = model.dtype
@@ -139,8 +139,8 @@ class HfModel:
         allowed = _PROBE_TOLERANCE.get(self.dtype, 2e-2) * max(1.0, theirs.abs().max().item())
         if not off <= allowed:
             raise ValueError(
-                f"{name}: its logits are not its head's product of its last hidden states (off by {off:.3g}): "
-                "this architecture does more than a soft cap or a scale, and can't be served by the hf engine"
+                f"{name}: its logits are not its last hidden states times its output head (off by {off:.3g}): this "
+                "architecture applies more than a soft cap or a scale, and can't be served by the hf engine"
             )
 
 

@@ -87,7 +87,7 @@ def layer_index(layer: int | float | str = "late_middle", *, num_layers: int) ->
     if isinstance(layer, float):
         if not 0.0 <= layer <= 1.0:
             raise ValueError(
-                f"attention layer: got {layer}, expected a fraction of the depth in [0, 1] or a whole index"
+                f"attention layer: got {layer}, expected a fraction of the depth in [0, 1] or an integer index"
             )
         # + 1e-6: rounding must not make a fraction such as 5/7 of the depth one layer too low.
         return min(num_layers - 1, math.floor(layer * num_layers + 1e-6))

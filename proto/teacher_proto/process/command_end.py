@@ -35,7 +35,7 @@ def stoppable(program: str, command: Callable[[StopSignals], int]) -> int:
             signals.obey()
             DISPLAY.close()
             if code:
-                print(f"{program}: stopped; start it again to go on", file=sys.stderr)
+                print(f"{program}: stopped; start it again to continue", file=sys.stderr)
             signals.leave(EXIT_STOPPED if code else 0)
         return code
 

@@ -223,7 +223,7 @@ class StopSignals:
                     os.close(pipe)
                     return
                 if number == signal.SIGINT and time.monotonic() - self._since > AGAIN_S:
-                    self._say("Ctrl-C again, ended at once")
+                    self._say("Ctrl-C again, ending at once")
                     self._end(EXIT_IMPATIENT)
             self._children |= descendants(os.getpid())
             now = time.monotonic()
@@ -244,7 +244,7 @@ class StopSignals:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # its handler waits for the takeover
         code = EXIT_STOPPED
         if not self._obeyed and self._rescue is not None:
-            self._say("what is computed now can't be interrupted: saving without it")
+            self._say("the current computation can't be interrupted: saving without it")
             try:
                 self._rescue()
             except Exception as error:  # the process ends in any case, and prints what went wrong

@@ -218,7 +218,7 @@ def test_the_second_ctrl_c_ends_a_save_and_the_same_one_twice_does_not() -> None
         assert process.stdout.readline() == "saved\n"
         code, _, err = stop(process, signal.SIGINT)
     assert code == 130
-    assert "ended at once" in err
+    assert "ending at once" in err
 
 
 def test_processes_that_were_started_end_with_it() -> None:
