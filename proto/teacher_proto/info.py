@@ -46,7 +46,7 @@ class ServiceInfo(BaseModel):
     def _fingerprint_is_its_own(self) -> Self:
         if self.fingerprint != self.identity.fingerprint:
             raise ValueError(
-                f"fingerprint {self.fingerprint} is not the one of the identity, {self.identity.fingerprint}"
+                f"fingerprint {self.fingerprint} does not match the identity's, {self.identity.fingerprint}"
             )
         return self
 
