@@ -76,11 +76,11 @@ def test_rows_of_every_kind_stand_in_order(teacher: TeacherProcess) -> None:
 
 def test_what_cannot_be_rows_is_refused(teacher: TeacherProcess) -> None:
     given = answers(teacher.url, top_k=4, temperatures=[2.0])
-    with pytest.raises(ValueError, match="got 0 answers"):
+    with pytest.raises(ValueError, match="got 0 responses"):
         teacher_rows([])
-    with pytest.raises(ValueError, match=r"got temperatures \[\], the answers have log_z at 1"):
+    with pytest.raises(ValueError, match=r"got temperatures \[\], but the responses have log_z at 1"):
         teacher_rows(given)
-    with pytest.raises(ValueError, match="alike in what they have"):
+    with pytest.raises(ValueError, match="all with the same tensors"):
         teacher_rows([*given, *answers(teacher.url, kinds=("score",))], [2.0])
 
 

@@ -306,7 +306,7 @@ def test_parts_of_another_question_are_thrown_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--target", "DATA"), "is among the targets too"),
+        (("--target", "DATA"), "is also among the targets"),
         (("--parameters", "nothing"), "no trained parameter's name matches 'nothing'"),
         (("more.jsonl",), "is no setting: one DATA is weighed"),
         (("--landmark", "3"), "unrecognized arguments"),

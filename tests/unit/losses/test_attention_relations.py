@@ -202,7 +202,7 @@ def test_a_teacher_of_other_documents_is_refused() -> None:
     document = QKV(*(part[0] for part in states(TEACHER, 1, 10)))
     with pytest.raises(ValueError, match="document 0: the teacher saw 10 tokens, the student 11"):
         attention_relations(student, [document], form="paper", relation_heads=2)
-    with pytest.raises(ValueError, match="answered for 2 documents, the student's batch has 1"):
+    with pytest.raises(ValueError, match="returned 2 documents, but the student's batch has 1"):
         attention_relations(student, [document, document], form="paper", relation_heads=2)
     with pytest.raises(ValueError, match=r"document ids: got shape \(1, 3\)"):
         attention_relations(student, student, form="paper", relation_heads=2, document_ids_BT=np.zeros((1, 3), int))

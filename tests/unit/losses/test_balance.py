@@ -141,7 +141,7 @@ def test_it_is_due_at_the_first_step_and_every_few() -> None:
         (partial(GradientBalance({"a": 1.0}, "a").update, {"b": 1.0}), "got norms of"),
         (partial(GradientBalance({"a": 1.0}, "a").update, {"a": math.nan}), "has norm nan"),
         (partial(weight_at, (), 3), "got \\[\\]"),
-        (partial(weight_at, ((4, 1.0), (4, 2.0)), 3), "rising steps"),
+        (partial(weight_at, ((4, 1.0), (4, 2.0)), 3), "ascending order of steps"),
     ],
 )
 def test_what_cannot_be_is_refused(make: partial, message: str) -> None:

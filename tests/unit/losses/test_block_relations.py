@@ -188,7 +188,9 @@ def test_a_run_learns_all_three_and_cut_rows_change_nothing(
         assert line["loss"] == pytest.approx(parts, rel=1e-6) and line["loss/attention"] > 0
         assert other["loss/attention"] == pytest.approx(line["loss/attention"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
-    with pytest.raises(ValueError, match="within is blocks, and the student reads none: use student=diffusion"):
+    with pytest.raises(
+        ValueError, match="within is blocks, but the student does not read by blocks: use student=diffusion"
+    ):
         run_here(workshop.settings(tmp_path / "c", "distillation.attention.within=blocks", "teacher=remote",
                                    "distillation.attention.coefficient=1"), ScriptedTargets())  # fmt: skip
     with pytest.raises(ValueError, match="form is maps, which are compared within blocks alone"):

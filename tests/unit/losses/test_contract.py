@@ -175,11 +175,11 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("expected \\[rows, width\\]", {"hidden": torch.randn(48, 15)}),
     ("expected one for each of 48 rows", {"labels": torch.zeros(47, dtype=torch.long)}),
     ("label 96 on row 0", {"labels": torch.full((48,), 96)}),
-    ("each name once", {"terms": [CE, CE]}),
+    ("all with different names", {"terms": [CE, CE]}),
     ("at least one", {"terms": []}),
     ("needs the target kind 'top_k'", {"rows": None}),
     ("needs the target kind 'hidden'", {"terms": [token_term("f", "jsd", 1.0, support="full")]}),
-    ("ask the teacher for 3.0 as well", {"terms": [token_term("kd", "top_k_kl", 1.0, temperature=3.0)]}),
+    ("request 3.0 from the teacher as well", {"terms": [token_term("kd", "top_k_kl", 1.0, temperature=3.0)]}),
     ("expected 1 to the student's vocabulary", {"shared_vocab": 97}),
     ("got weights \\(1,\\), expected one for each of 48 rows", {"weights_N": torch.ones(1)}),
     ("expected 1 or more", {"chunk_rows": -1}),
@@ -212,13 +212,13 @@ def test_teacher_rows_that_cannot_be_right_are_refused() -> None:
         ("another vocabulary", dataclasses.replace(rows, ids_NK=rows.ids_NK + 90)),
         ("another vocabulary", dataclasses.replace(rows, ids_NK=rows.ids_NK - 96)),
         ("contain NaN", dataclasses.replace(rows, logprobs_NK=nan_NK)),
-        ("K\\] twice", dataclasses.replace(rows, logprobs_NK=rows.logprobs_NK[:, 1:])),
+        ("K\\] for both", dataclasses.replace(rows, logprobs_NK=rows.logprobs_NK[:, 1:])),
         ("teacher rows for 48", dataclasses.replace(rows, valid_N=torch.ones(47, dtype=torch.bool))),
     ):
         with pytest.raises(ValueError, match=message):
             run(hidden_ND, weight_VD, labels_N, wrong)
     gathered = dataclasses.replace(rows, gather_ids_NG=twice_NG, gather_logprobs_NG=rows.logprobs_NK)
-    with pytest.raises(ValueError, match="comes twice"):
+    with pytest.raises(ValueError, match="has the same id twice"):
         head_loss(hidden_ND, weight_VD, labels_N, gathered, [token_term("g", "reverse_kl", 1.0, support="gather")])
 
 

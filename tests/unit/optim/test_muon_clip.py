@@ -167,12 +167,12 @@ def test_state_survives_as_json_and_tensors_and_another_students_is_refused() ->
     state = optimizer.state()
     assert all(isinstance(value, Tensor) for value in state.values())
     json.dumps(sorted(state))
-    with pytest.raises(ValueError, match="which the student has not"):
+    with pytest.raises(ValueError, match="which the student does not have"):
         built(tiny_model("llama", num_hidden_layers=1)).load(state)
 
 
 def test_a_student_without_hidden_matrices_and_one_with_stacked_ones(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ValueError, match="no hidden matrices"):
+    with pytest.raises(ValueError, match="no trainable hidden matrices"):
         build_optimizer(settings(), nn.Embedding(4, 4), None, 10)
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3))
     optimizer = build_optimizer(settings(), model, None, 10)

@@ -187,7 +187,7 @@ def test_where_it_can_do_nothing_it_warns_and_changes_nothing() -> None:
     bare.model.layers[0].self_attn.q_norm = nn.RMSNorm(16, elementwise_affine=False)
     for model, why in (
         (fused, "layers 0: their query and key do not come from linears named q_proj and k_proj"),
-        (frozen, "layers 0: what scales their logits is frozen"),
+        (frozen, "layers 0: the parameters that scale their logits are frozen"),
         (bare, "layers 0: their QK-norm has no gains"),
     ):
         untouched = copy.deepcopy(model.state_dict())
@@ -236,7 +236,10 @@ def test_what_a_quantiser_or_an_adapter_leaves_nothing_to_scale_is_warned_of() -
     fixed, corrected = convert_to_bitnet(one_layer("llama")), convert_to_bitnet(one_layer("llama"))
     fixed.model.layers[0].self_attn.k_proj.weight_quantiser = Fixed()
     corrected.model.layers[0].self_attn.k_proj.correction = LowRank(64, 32, 2, 2, torch.empty(0))
-    for model, reason in ((fixed, "fixed, has no scale that could be clipped"), (corrected, "an adapter adds to them")):
+    for model, reason in (
+        (fixed, "fixed, has no scale that could be clipped"),
+        (corrected, "their query or key has an adapter"),
+    ):
         with pytest.warns(UserWarning, match=reason):
             clip = QKClip(model, tau=1e-3)
         untouched = copy.deepcopy(model.state_dict())

@@ -140,7 +140,7 @@ def test_what_an_update_leaves_unchecked_is_refused_with_its_metrics(wrong: str)
     student, (part, *_), sources = student_and_parts()
     teacher = part.teacher
     assert teacher is not None and teacher.ids_NK is not None and teacher.logprobs_NK is not None
-    words = {"label": "label 64 on row 3", "id": "names ids from -5", "nan": "contain NaN"}[wrong]
+    words = {"label": "label 64 on row 3", "id": "ids are from -5", "nan": "contain NaN"}[wrong]
     if wrong == "label":
         labels_N = part.view.labels_N.clone()
         labels_N[3] = 64

@@ -116,7 +116,7 @@ def _teacher_rows(
         mask_T = batch.loss_mask_BT[document.row, document.start : document.stop]
         # The targets begin at row `start` of the document; of their rows, those that count are taken, in order.
         counted_R = mask_T[answer.start : answer.start + answer.num_rows]
-        assert counted_R.sum() == mask_T.sum(), "a row that counts was not asked for"
+        assert counted_R.sum() == mask_T.sum(), "a row that counts was not requested"
         for name, array in arrays_of(answer, counted_R).items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise InvalidTargetsError(f"{name} of document {document.key} is not finite on a row that counts")

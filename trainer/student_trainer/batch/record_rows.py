@@ -46,12 +46,12 @@ def teacher_rows(
             pieces.setdefault(name, []).append(array)
     if not pieces or any(len(parts) != len(answers) for parts in pieces.values()):
         raise ValueError(
-            f"got {len(answers)} answers with {sorted(pieces)}, expected one or more, alike in what they have"
+            f"got {len(answers)} responses with {sorted(pieces)}, expected one or more, all with the same tensors"
         )
     if "log_z" in pieces and len(temperatures) != pieces["log_z"][0].shape[1]:
         raise ValueError(
-            f"got temperatures {list(temperatures)}, the answers have log_z at {pieces['log_z'][0].shape[1]}: give "
-            "those that were asked for"
+            f"got temperatures {list(temperatures)}, but the responses have log_z at {pieces['log_z'][0].shape[1]}: "
+            "pass the requested ones"
         )
     return rows_of(pieces, tuple(temperatures), sample_temperature, head)
 

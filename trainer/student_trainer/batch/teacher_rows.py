@@ -93,8 +93,8 @@ class TeacherRows:
             return None
         if self.log_z_NT is None or temperature not in self.temperatures:
             raise ValueError(
-                f"a loss at temperature {temperature} needs the teacher's log_z there, but the targets have "
-                f"temperatures {list(self.temperatures)}; ask the teacher for {temperature} as well"
+                f"a loss at temperature {temperature} needs the teacher's log_z at that temperature, but the targets "
+                f"have temperatures {list(self.temperatures)}; request {temperature} from the teacher as well"
             )
         return self.log_z_NT[:, self.temperatures.index(temperature)]
 

@@ -33,7 +33,7 @@ def chosen_parameters(model: nn.Module, pattern: str = OUTPUTS) -> dict[str, nn.
     if not chosen:
         some = list(trained)[:: max(1, len(trained) // 5)]
         raise ValueError(
-            f"no trained parameter's name matches {pattern!r}; give --parameters, names are like {', '.join(some)}"
+            f"no trained parameter's name matches {pattern!r}; set --parameters to match names like {', '.join(some)}"
         )
     return chosen
 

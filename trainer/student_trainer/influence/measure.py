@@ -120,7 +120,7 @@ class Measure:
         """ValueError if there is nothing to measure, or if data and target share a document."""
         target = [placed for _, placed in islice(self._learnt("target"), self._options.target_documents)]
         if not target:
-            raise ValueError("the target has no document that anything is learnt of; give one with text in it")
+            raise ValueError("the target has no document with a token to learn from; give one with text in it")
         count = self._check_apart()
         # A hash of each index, so that the choice depends only on seed and data.
         chance_N = hashed(count, key_of(self._seed, "landmarks"))
@@ -152,12 +152,12 @@ class Measure:
             if _digest(raw) in of_target:
                 shown = canonical(raw.content)[:60]
                 raise ValueError(
-                    f"document {raw.index} of the data is among the targets too ({shown!r}): it would be chosen for "
-                    "being itself; give targets that are held out"
+                    f"document {raw.index} of the data is also among the targets ({shown!r}): it would be chosen "
+                    "because it matches itself; use held-out targets"
                 )
             count += 1
         if count == 0:
-            raise ValueError("the data hold no document")
+            raise ValueError("the data contain no documents")
         return count
 
     def _learnt(self, name: str) -> Iterator[tuple[int, Placed]]:
@@ -187,7 +187,7 @@ class Measure:
                     parts.append(part)
                 doing.done = chunk[-1][0] + 1
         if not landmarks:
-            raise ValueError("the data have no document that anything is learnt of; give some with text in them")
+            raise ValueError("the data have no document with a token to learn from; give some with text in them")
         return landmarks, places, torch.cat(parts) if parts else None
 
     def _embed(self, chunk: Sequence[Placed], number: int) -> Tensor:
@@ -206,7 +206,7 @@ class Measure:
         """[documents, R]: the sketches of the documents' gradients."""
         parts = []
         with (
-            stage(f"gradients of {what} documents", len(documents), "documents") as doing,
+            stage(f"computing gradients of {what} documents", len(documents), "documents") as doing,
             gradients.differentiating(self._student, self._parameters),
         ):
             for start in range(0, len(documents), GROUP):

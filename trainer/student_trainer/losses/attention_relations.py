@@ -102,7 +102,7 @@ def document_spans(document_ids_BT: np.ndarray | Tensor | None, shape: Sequence[
         return [(row, 0, length) for row in range(batch)]
     ids_BT = np.asarray(document_ids_BT.cpu() if isinstance(document_ids_BT, Tensor) else document_ids_BT)
     if ids_BT.shape != (batch, length):
-        raise ValueError(f"document ids: got shape {ids_BT.shape}, the student's states are {(batch, length)}")
+        raise ValueError(f"document ids: got shape {ids_BT.shape}, expected the student's {(batch, length)}")
     spans = []
     for row in range(batch):
         # A document is a run of one id: it begins wherever the id changes.
@@ -120,7 +120,7 @@ def _teacher_documents(
             raise ValueError(f"teacher states are {tuple(teacher.query.shape[:2])}, the student's {tuple(shape)}")
         return [QKV(*(part[row, start:stop] for part in teacher)) for row, start, stop in spans]
     if len(teacher) != len(spans):
-        raise ValueError(f"the teacher answered for {len(teacher)} documents, the student's batch has {len(spans)}")
+        raise ValueError(f"the teacher returned {len(teacher)} documents, but the student's batch has {len(spans)}")
     for index, (document, (_, start, stop)) in enumerate(zip(teacher, spans, strict=True)):
         length = document.query.shape[0]
         if length != stop - start:

@@ -34,8 +34,8 @@ class AttentionTerm(StatesTerm):
     def check_student(self, config: Any) -> None:
         if self.settings.within == "blocks" and getattr(config, "diffusion", None) is None:
             raise ValueError(
-                "distillation.attention.within is blocks, and the student reads none: use student=diffusion, or "
-                "distillation.attention.within=documents"
+                "distillation.attention.within is blocks, but the student does not read by blocks: use "
+                "student=diffusion, or distillation.attention.within=documents"
             )
         try:
             self.layer(config)
@@ -60,7 +60,7 @@ class AttentionTerm(StatesTerm):
     def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:
         """The mean relation loss of each label's document."""
         teacher = micro.attention
-        assert teacher is not None, "there are no states of the teacher to learn from"
+        assert teacher is not None, "the batch has no teacher attention states"
         if self.settings.within == "blocks":
             return self._in_blocks(captured, teacher, config)[micro.documents_N]
         loss = attention_relations(

@@ -51,7 +51,7 @@ def check_shapes(
         raise ValueError(f"got weights {tuple(weights_N.shape)}, expected one for each of {len(hidden_ND)} rows")
     names = [term.name for term in terms]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"got losses named {names}, expected at least one, and each name once")
+        raise ValueError(f"got losses named {names}, expected at least one, all with different names")
 
 
 def check_labels(labels_N: Tensor, vocab_size: int) -> Iterator[DeferredCheck]:
@@ -111,7 +111,7 @@ def _check_ids(
     if ids_NK.shape != logprobs_NK.shape or len(ids_NK) != len(counted_N):
         raise ValueError(
             f"loss '{term.name}': got ids {tuple(ids_NK.shape)} and logprobs {tuple(logprobs_NK.shape)}, "
-            f"expected [{len(counted_N)}, K] twice"
+            f"expected [{len(counted_N)}, K] for both"
         )
     if ids_NK.numel() == 0:
         return
@@ -123,7 +123,7 @@ def _check_ids(
     used_NK = torch.where(counted_N[:, None], ids_NK.long(), 0)
     if support.distinct:
         twice_N = (used_NK.sort(-1).values.diff(dim=-1) == 0).any(-1) & counted_N
-        words = f"loss '{term.name}': an id comes twice on a row of gather_ids, expected distinct ids"
+        words = f"loss '{term.name}': a row of gather_ids has the same id twice, expected distinct ids"
         yield twice_N.any(), lambda: words
     yield _check_range(term, used_NK, limit)
 
@@ -139,7 +139,7 @@ def _check_sampled(
     if term.temperature != teacher.sampled_temperature:
         raise ValueError(
             f"loss '{term.name}' has temperature {term.temperature}, but the teacher's samples were drawn at "
-            f"{teacher.sampled_temperature}; ask for samples at the same temperature"
+            f"{teacher.sampled_temperature}; request samples at the same temperature"
         )
     if teacher.sampled_ids.numel():
         yield _check_range(term, teacher.sampled_ids.long(), limit)
@@ -150,9 +150,9 @@ def _check_range(term: TeacherTerm, ids: Tensor, limit: int | None) -> DeferredC
 
     def words() -> str:
         return (
-            f"loss '{term.name}': the teacher names ids from {int(least)} to {int(largest)}, expected 0 to "
-            f"{'any' if limit is None else limit - 1}; is it a teacher of another vocabulary? "
-            "If both share their leading ids, say how many with shared_vocab"
+            f"loss '{term.name}': the teacher's ids are from {int(least)} to {int(largest)}, expected 0 to "
+            f"{'any' if limit is None else limit - 1}; does the teacher have another vocabulary? "
+            "If both share their first ids, set shared_vocab to their number"
         )
 
     return (least < 0) if limit is None else (least < 0) | (largest >= limit), words

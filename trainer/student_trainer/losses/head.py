@@ -109,7 +109,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "this loss was differentiated before: call head_loss again instead of retaining the graph"
+                "this loss was already differentiated: call head_loss again instead of retaining the graph"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # d total' / d x = grad_total * d total / d x: `grad_total` is 1 / count of the batch's tokens, a scalar.

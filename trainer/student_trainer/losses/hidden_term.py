@@ -24,12 +24,12 @@ class FinalHiddenTerm(StatesTerm):
 
     def values(self, captured: Captured, micro: MicroBatch, config: Any) -> Tensor:
         teacher = micro.teacher
-        assert teacher is not None and teacher.teacher_hidden_NE is not None, "there are no hidden states to learn from"
+        assert teacher is not None and teacher.teacher_hidden_NE is not None, "the batch has no teacher hidden states"
         hidden_ND = captured.hidden_ND[: len(micro.view.labels_N)].float()
         theirs_ND = teacher.teacher_hidden_NE.float()
         if hidden_ND.shape != theirs_ND.shape:
             raise ValueError(
-                f"the loss {self.name} (final_hidden) compares hidden states of one width: the student's is "
+                f"the loss {self.name} (final_hidden) compares hidden states of the same width: the student's is "
                 f"{hidden_ND.shape[1]}, the teacher's {theirs_ND.shape[1]}. Use forward_kl with support=full"
             )
         if teacher.valid_N is not None:

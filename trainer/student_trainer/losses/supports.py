@@ -47,7 +47,7 @@ class SupportRows:
 def read_support(rows: TeacherRows, support: str, temperature: float, width: int, counted_N: Tensor) -> SupportRows:
     """Rows of the support named `support` ("top_k", "gather" or "sampled"); `counted_N` says which rows count."""
     chosen = SUPPORTS[support]
-    assert chosen.read is not None, "a whole vocabulary names no ids"
+    assert chosen.read is not None, "the full vocabulary has no list of ids"
     ids_NK, logprobs_NK = chosen.read(rows, temperature)
     named_NK = counted_N[:, None] & (logprobs_NK > LOG_FLOOR)
     live_NK = named_NK & (ids_NK >= 0) & (ids_NK < width)

@@ -37,8 +37,8 @@ class TeacherCrossEntropy(StatesTerm):
         teacher = micro.teacher
         if teacher is None or teacher.next_logprob_N is None:
             raise ValueError(
-                "data.mixture.policy=excess compares with the teacher's logprob of the data's next token "
-                "(next_logprob), which these targets have not: take a teacher that gives it, or policy divergence"
+                "data.mixture.policy=excess needs the teacher's logprob of the data's next token (next_logprob), which "
+                "these targets don't have: use a teacher that returns it, or policy divergence"
             )
         return -teacher.next_logprob_N.float()
 
@@ -54,7 +54,7 @@ def watched_terms(names: Iterable[str], own: Collection[str]) -> tuple[Term, ...
     """The terms of these names. ValueError if the loss itself has a term of the same name (`own`)."""
     names = tuple(names)
     if taken := [name for name in names if name in own]:
-        raise ValueError(f"the loss has a term '{taken[0]}', the name of a figure of data.mixture: rename it")
+        raise ValueError(f"the loss has a term '{taken[0]}', which is also a metric of data.mixture: rename the term")
     return tuple(WATCHED[name] for name in names)
 
 
@@ -132,7 +132,7 @@ def weight_at(points: Sequence[tuple[int, float]], step: int) -> float:
     ValueError unless there are points, in ascending order of steps.
     """
     if not points or any(a[0] >= b[0] for a, b in pairwise(points)):
-        raise ValueError(f"weights by step: got {list(points)}, expected points (step, weight) of rising steps")
+        raise ValueError(f"weights by step: got {list(points)}, expected (step, weight) in ascending order of steps")
     if step <= points[0][0]:
         return points[0][1]
     for (start, before), (stop, after) in pairwise(points):

@@ -34,7 +34,7 @@ def build_muon_clip(
     """
     hidden, rest = _parted(groups)
     if not hidden.parameters:
-        raise ValueError("optim.kind is muon_clip, but the student has no hidden matrices that train: take adamw")
+        raise ValueError("optim.kind is muon_clip, but the student has no trainable hidden matrices: use adamw")
     sharded = any(isinstance(parameter, DTensor) for parameter in hidden.parameters.values())
     muon = (ShardedMuon if sharded else torch.optim.Muon)(
         slots(settings, [hidden]), momentum=settings.muon.momentum, nesterov=settings.muon.nesterov,
@@ -54,7 +54,7 @@ def _parted(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, list[Para
         for name, parameter in group.parameters.items():
             (hidden if parameter.ndim == 2 else stacked).parameters[name] = parameter
         if stacked.parameters:
-            log.warning("AdamW steps what is no plain matrix: %s", ", ".join(stacked.parameters))
+            log.warning("using AdamW for parameters that are not plain matrices: %s", ", ".join(stacked.parameters))
             rest.append(stacked)
     return hidden, rest
 
@@ -71,7 +71,7 @@ class ShardedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        assert closure is None, "the loop has the loss"
+        assert closure is None, "the loop computes the loss, not a closure"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             # As many matrices at a time as there are ranks: each rank has one to make orthogonal, and none idles.

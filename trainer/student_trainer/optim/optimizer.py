@@ -110,7 +110,7 @@ class Optimizer:
             by_name.setdefault(name, []).append(entry)
         known = {name for _, name, _ in self._named()}
         if strange := sorted(by_name.keys() - known):
-            raise ValueError(f"the optimizer's state names {strange[0]}, which the student has not")
+            raise ValueError(f"the optimizer's state names {strange[0]}, which the student does not have")
         for optimizer, name, parameter in self._named():
             state = {}
             for entry in by_name.get(name, ()):

@@ -37,7 +37,7 @@ class LogitMonitor:
     def __init__(self, model: nn.Module) -> None:
         self.layers = attention_modules(model)
         if not self.layers:
-            raise ValueError(f"{type(model).__name__} has no attention that transformers dispatches: no logits to see")
+            raise ValueError(f"{type(model).__name__} has no attention that transformers dispatches: no logits to read")
         self._hooks = [AttentionHook(module, self._note) for module in self.layers.values()]
         self._largest: dict[int, Tensor] = {}
         self._valid_BT: Tensor | None = None
@@ -86,7 +86,7 @@ class LogitMonitor:
         length, width = query_BHTd.shape[2:]
         if key_BKTd.shape[2] != length:
             raise ValueError(
-                f"attention logits: {length} queries for {key_BKTd.shape[2]} keys, expected as many; "
+                f"attention logits: {length} queries for {key_BKTd.shape[2]} keys, expected the same number; "
                 "run the pass with use_cache=False"
             )
         # As in attention itself: 1 / sqrt(d) if the model gives no scale of its own.
@@ -139,7 +139,7 @@ class QKClip:
             except ValueError as error:
                 helpless.setdefault(str(error), []).append(number)
         for reason, numbers in helpless.items():
-            warnings.warn(f"qk_clip can do nothing in layers {', '.join(map(str, numbers))}: {reason}", stacklevel=2)
+            warnings.warn(f"qk_clip has no effect in layers {', '.join(map(str, numbers))}: {reason}", stacklevel=2)
 
     def apply(self, group: Any = None) -> ClipReport:
         """Scale the heads that the monitor saw exceed tau, and reset it.

@@ -58,9 +58,9 @@ def plan_layer(module: Any) -> Layer:
     norms = _norms(module)
     query, key = norms or _linears(module)
     if not all(parameter.requires_grad for side in (query, key) for parameter in side.module.parameters(recurse=False)):
-        raise ValueError("what scales their logits is frozen")
+        raise ValueError("the parameters that scale their logits are frozen")
     if any(getattr(side.module, "correction", None) is not None for side in (query, key)):
-        raise ValueError("an adapter adds to them what a clip would not reach")
+        raise ValueError("their query or key has an adapter, which clipping would not scale")
     group = int(getattr(module, "num_key_value_groups", 1))
     rows = [side.module.weight.numel() if norms else side.module.out_features for side in (query, key)]
     # One gain vector for all heads: no head can be scaled on its own.
@@ -68,7 +68,7 @@ def plan_layer(module: Any) -> Layer:
         return Layer(query, key, None)
     if rows[0] != group * rows[1] or rows[1] % module.head_dim:
         raise ValueError(
-            f"query and key have {rows[0]} and {rows[1]} rows, expected {group} times {module.head_dim} to one"
+            f"query and key have {rows[0]} and {rows[1]} rows, expected {group} to 1, in multiples of {module.head_dim}"
         )
     # A norm after the linears alone determines the scale, whatever quantises them.
     quantisers = [] if norms else [quantiser_of(side.module) for side in (query, key)]
