@@ -100,7 +100,7 @@ def test_what_a_killed_save_leaves_is_swept_at_the_next_start(
         assert train(given(workshop, root, teacher), tmp_path / "next.txt") == 0, (tmp_path / "next.txt").read_text()
         assert leftovers(root) == []
         assert steps_of(root / "run") == list(range(1, STEPS + 1))
-        assert "removed what killed processes had left" in (tmp_path / "next.txt").read_text()
+        assert "removed leftovers of killed processes from" in (tmp_path / "next.txt").read_text()
     assert left >= times, "the process died too early to leave anything"
 
 
@@ -151,7 +151,7 @@ def test_runs_that_share_a_root_and_a_second_trainer_of_one_run_remove_nothing_o
         assert busy.exists()
         second = given(workshop, tmp_path, teacher, "run.steps=100000", "run.allow_changes=run.steps")
         with TrainerProcess(second, tmp_path / "second.txt") as intruder:
-            while "ANOTHER PROCESS THAT STILL RUNS HAS" not in intruder.text:
+            while "another running process has locked" not in intruder.text:
                 assert intruder.running, intruder.text
         assert busy.exists()
 

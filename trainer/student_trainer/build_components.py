@@ -58,7 +58,7 @@ def build_components(
         saved_card = snapshot.state.get("teacher") if snapshot is not None else None
         if saved_card is not None and may_change("teacher.fingerprint", settings):
             logger.warning(
-                "run.allow_changes names teacher.fingerprint: the teacher need not be %s, that the run began with",
+                "run.allow_changes names teacher.fingerprint: the teacher may differ from %s, which the run began with",
                 saved_card["name"],
             )
             saved_card = None
@@ -91,10 +91,10 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, revision=student.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        what = "has no tokenizer" if Path(name).is_dir() else "is neither a folder nor a model that the hub gives us"
+        what = "has no tokenizer" if Path(name).is_dir() else "is neither a folder nor a model available from the hub"
         # What cannot be a hub name was meant as a folder, so the hub's rules for names would only mislead.
         why = "no such folder" if isinstance(error, HFValidationError) else str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name!r} {what}: {why} (student.checkpoint_path names the student, "
-            "student.tokenizer its tokenizer where that lies elsewhere)"
+            f"{name!r} {what}: {why} (student.checkpoint_path names the student; set student.tokenizer if its "
+            "tokenizer is elsewhere)"
         ) from None

@@ -33,18 +33,18 @@ def choose_device(settings: RunSettings, local: int = 0) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"run.device={name}: auto, cpu, cuda or cuda:N is expected")
+        raise ValueError(f"run.device={name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError(f"run.device={name}: no CUDA device is available; use run.device=cpu")
     if device.index is not None and local > 0:
-        raise ValueError(f"run.device={name}: several ranks would share it; run.device=cuda gives each one of its own")
+        raise ValueError(f"run.device={name}: several ranks would share it; use run.device=cuda to give each its own")
     index = local if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"run.device={name}: this process wants CUDA device {index}, the machine has {torch.cuda.device_count()}; "
-            "start at most as many ranks as there are GPUs"
+            f"run.device={name}: this process needs CUDA device {index}, but the machine has "
+            f"{torch.cuda.device_count()}; start at most as many ranks as there are GPUs"
         )
     return torch.device("cuda", index)
 

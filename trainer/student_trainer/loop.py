@@ -58,8 +58,8 @@ def train(run: Run, started: float | None = None) -> int:
                 run.evaluator.write_passage(run.student)
         except run.signals.Stop as stop:
             run.signals.obey()
-            logger.warning("%s: %s", stop, f"saving at step {run.state.step}, to go on from there"
-                           if run.state.step else "nothing is learnt yet, so nothing is saved")  # fmt: skip
+            logger.warning("%s: %s", stop, f"saving at step {run.state.step}, to resume from there"
+                           if run.state.step else "no update was made yet, so there is nothing to save")  # fmt: skip
             run.save_for_good()
             return STOPPED
         except TeacherUnavailableError:
@@ -119,7 +119,7 @@ def differentiate(run: Run, ready: Ready) -> Gradient:
     measured = run.measure(ready)
     terms = run.terms(ready.batch.kind)
     sums = LossSums(terms, ready.batch.source_names)
-    what = f"computing update {run.state.step + 1}{', for which the student is compiled' if run.compiles else ''}"
+    what = f"computing update {run.state.step + 1}{', compiling the student first' if run.compiles else ''}"
     with stage(what, len(ready.micro), "micro batches", first_s=EVERY_S, closing=False) as doing:
         for micro in ready.micro if count else ():
             with run.optimizer.watching(micro.view.attention.document_ids_BT >= 0), run.meter.watching(micro):

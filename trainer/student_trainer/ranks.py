@@ -134,8 +134,8 @@ class SyncErrors:
         if worst == STOPPED:
             raise StopSignals.Stop("another rank was told to stop") from error
         if worst == NO_TEACHER:
-            raise TeacherUnavailableError("another rank has no teacher, its message says more") from error
-        raise RankError("another rank failed, its message says why; this one ends with it") from error
+            raise TeacherUnavailableError("another rank has no teacher, see its message") from error
+        raise RankError("another rank failed, see its message; this rank stops too") from error
 
 
 def _state_of(error: BaseException | None) -> int:
@@ -154,7 +154,7 @@ def _exchange(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
 
 
 def _gone(error: RuntimeError) -> RankError:
-    return RankError(f"another rank is gone ({str(error).strip().splitlines()[0]}); this one ends with it")
+    return RankError(f"another rank is gone ({str(error).strip().splitlines()[0]}); this rank stops too")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

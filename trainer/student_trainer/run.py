@@ -156,7 +156,7 @@ class Run:
         limit, steps = self.settings.run.time_limit_s, self.settings.run.steps
         if limit is None or self.state.step == steps or self.ranks.largest(seconds) < limit:
             return False
-        logger.warning("run.time_limit_s=%g is over: the run ends at step %d of %d", limit, self.state.step, steps)
+        logger.warning("run.time_limit_s=%g is reached: the run ends at step %d of %d", limit, self.state.step, steps)
         return True
 
     def save(self) -> None:

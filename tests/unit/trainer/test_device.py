@@ -43,15 +43,15 @@ def test_each_rank_takes_a_gpu_of_its_own(gpus: list[tuple[str, object]]) -> Non
     assert choose_device(on("auto"), 1) == choose_device(on("cuda"), 1) == torch.device("cuda", 1)
     assert choose_device(on("cuda:1")) == torch.device("cuda", 1)
     assert choose_device(on("cpu"), 1) == torch.device("cpu")
-    with pytest.raises(ValueError, match="wants CUDA device 2, the machine has 2"):
+    with pytest.raises(ValueError, match="needs CUDA device 2, but the machine has 2"):
         choose_device(on("auto"), 2)
-    with pytest.raises(ValueError, match=r"several ranks would share it; run\.device=cuda"):
+    with pytest.raises(ValueError, match=r"several ranks would share it; use run\.device=cuda"):
         choose_device(on("cuda:0"), 1)
 
 
 @pytest.mark.parametrize("name", ["mps", "gpu", "cuda:x"])
 def test_what_is_no_device_of_ours_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"run.device={name}: auto, cpu, cuda or cuda:N is expected"):
+    with pytest.raises(ValueError, match=f"run.device={name}: expected auto, cpu, cuda or cuda:N"):
         choose_device(on(name))
 
 

@@ -37,7 +37,7 @@ FIXED = ["run.seed=1", "run.steps=7", "data.seq_len=64", "data.rows=2", "data.so
 @pytest.mark.parametrize("change", FIXED)
 def test_a_change_of_what_is_learnt_is_refused_with_both_values(change: str) -> None:
     now = compose([*MINIMAL, *change.split()])
-    with pytest.raises(ValueError, match="cannot go on with other settings") as caught:
+    with pytest.raises(ValueError, match="cannot continue with different settings") as caught:
         check_changes(BEFORE, now)
     name = change.split("=")[0]
     assert name.rsplit(".", 1)[0] in str(caught.value) and "in the checkpoint" in str(caught.value)

@@ -126,8 +126,8 @@ class Checkpoints:
             if last or self._settings.on_failure == "stop":
                 raise
             logger.error(
-                "THE RUN COULD NOT BE SAVED: %s. Training goes on, the checkpoint before is as it was; the next save "
-                "is tried when it is due", error,
+                "the run could not be saved: %s. Training continues, and the previous checkpoint is intact; the next "
+                "save is made at its usual time", error,
             )  # fmt: skip
 
     def resumed_at(self, step: int) -> None:
@@ -180,10 +180,11 @@ def newest(root: Path) -> Snapshot | None:
         try:
             return files.read(folder)
         except DamagedError as error:
-            logger.error("CHECKPOINT PASSED OVER: %s. The one before it is tried", error)
+            logger.error("skipping a damaged checkpoint: %s. Trying the one before it", error)
     if found:
         raise ValueError(
-            f"none of the {len(found)} checkpoints in {root} is whole: see above, or start with a new run.id"
+            f"none of the {len(found)} checkpoints in {root} is intact: see above, or start a new run with another "
+            "run.id"
         )
     return None
 
@@ -210,7 +211,7 @@ def restore_student(snapshot: Snapshot, student: HasTensors) -> None:
                 different.append(name)
     if different:
         raise ValueError(
-            f"the checkpoint is of another student: {different[0]} differs, and {len(different) - 1} more tensors"
+            f"the checkpoint is of another student: {different[0]} and {len(different) - 1} more tensors differ"
         )
 
 

@@ -74,7 +74,7 @@ def _fetch(url: str, folder: Path, options: Mapping[str, Any]) -> Path:
         except Exception as error:  # each store's library has errors of its own
             if not record.get("complete"):
                 raise OSError(f"student.checkpoint_path={url}: {type(error).__name__}: {error}") from error
-            logger.warning("%s can't be asked (%s): the copy in %s is used as it is", url, error, folder)
+            logger.warning("can't list %s (%s): using the copy in %s as it is", url, error, folder)
             return folder
         if not there:
             raise ValueError(
@@ -146,7 +146,7 @@ def _fetch_file(url: str, store: Any, file: _File, folder: Path, doing: Stage) -
     for _ in range(TRIES):
         size = part.stat().st_size if part.exists() else 0
         if 0 < size < file.size:
-            logger.info("%s of %s goes on at byte %s", file.place, url, f"{size:,}")
+            logger.info("resuming %s of %s at byte %s", file.place, url, f"{size:,}")
         doing.done += min(size, file.size) / 1e6
         with part.open("ab") as target:
             while size < file.size:
@@ -159,8 +159,8 @@ def _fetch_file(url: str, store: Any, file: _File, folder: Path, doing: Stage) -
             return
         doing.done -= size / 1e6
         part.unlink()
-        logger.warning("%s of %s came damaged: it is fetched again", file.place, url)
-    raise ValueError(f"{file.place} of {url} is not what the store says of it, its MD5 or size differs: write it anew")
+        logger.warning("%s of %s arrived damaged: fetching it again", file.place, url)
+    raise ValueError(f"{file.place} of {url} doesn't match the store's MD5 or size for it: upload it again")
 
 
 def _range(url: str, store: Any, file: _File, start: int) -> bytes:
@@ -169,7 +169,7 @@ def _range(url: str, store: Any, file: _File, start: int) -> bytes:
     except Exception as error:  # each store's library has errors of its own
         raise OSError(f"{file.place} of {url}: {type(error).__name__}: {error}") from error
     if not data:
-        raise OSError(f"{file.place} of {url} ends after {start} bytes, {file.size} were told")
+        raise OSError(f"{file.place} of {url} ends after {start} bytes, expected {file.size}")
     return data
 
 

@@ -118,7 +118,7 @@ def verify(folder: Path) -> None:
         raise DamagedError(f"{folder.name}: its {MANIFEST} cannot be read ({error!r})") from None
     if version not in (VERSION, SHARDED_VERSION):
         raise ValueError(
-            f"{folder} was written in version {version} of the checkpoint format, this trainer reads {VERSION} and "
+            f"{folder} was written in version {version} of the checkpoint format, but this trainer reads {VERSION} and "
             f"{SHARDED_VERSION}: use the trainer that wrote it, or a new run.id"
         )
     for name, expected in files.items():
@@ -128,9 +128,9 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise DamagedError(f"{folder.name} lacks {name}")
         if (size := path.stat().st_size) != expected["bytes"]:
-            raise DamagedError(f"{folder.name}: {name} has {size} bytes, {expected['bytes']} were written")
+            raise DamagedError(f"{folder.name}: {name} has {size} bytes, expected {expected['bytes']}")
         if sha256(path) != expected["sha256"]:
-            raise DamagedError(f"{folder.name}: {name} is not what was written, its sha256 differs")
+            raise DamagedError(f"{folder.name}: {name} is not as it was written, its sha256 differs")
 
 
 def sha256(path: Path) -> str:

@@ -71,7 +71,7 @@ class RemoteCheckpoints:
                 self._asking(self._download, step, unfinished)
                 files.verify(unfinished)
             except DamagedError as error:
-                logger.error("REMOTE CHECKPOINT PASSED OVER: %s in %s. The one before it is tried", error, self.url)
+                logger.error("skipping a damaged checkpoint: %s (in %s). Trying the one before it", error, self.url)
                 shutil.rmtree(unfinished, ignore_errors=True)
                 continue
             files.make_way(root / files.folder_name(step))
@@ -88,7 +88,7 @@ class RemoteCheckpoints:
         self._thread.join(self._settings.upload_within_s)
         if self._thread.is_alive():
             logger.error(
-                "THE LAST CHECKPOINT IS NOT IN %s: its upload took more than checkpoint.upload_within_s=%g. It lies in "
+                "the last checkpoint is not in %s: its upload took longer than checkpoint.upload_within_s=%g. It is in "
                 "the run's folder", self.url, self._settings.upload_within_s,
             )  # fmt: skip
 
@@ -100,8 +100,8 @@ class RemoteCheckpoints:
                 self._keep_newest(int(folder.name.removeprefix(files.PREFIX)))
             except Exception as error:  # fsspec backends may raise anything, and the thread must survive it
                 logger.error(
-                    "THE CHECKPOINT %s IS NOT IN %s: %s: %s. Training goes on; the next one is uploaded when it is "
-                    "saved", folder.name, self.url, type(error).__name__, error,
+                    "uploading checkpoint %s to %s failed: %s: %s. Training continues; the next one is uploaded when "
+                    "it is saved", folder.name, self.url, type(error).__name__, error,
                 )  # fmt: skip
             else:
                 logger.info("uploaded %s to %s in %.1f s", folder.name, self.url, time.monotonic() - started)
@@ -184,6 +184,6 @@ class RemoteCheckpoints:
             raise DamagedError(f"{folder.name}: its {MANIFEST} cannot be read ({error!r})") from None
         for name in names:
             if Path(name).name != name:
-                raise DamagedError(f"{folder.name}: its {MANIFEST} names {name}")
+                raise DamagedError(f"{folder.name}: its {MANIFEST} names {name}, expected a file name without a folder")
             if store.exists(f"{source}/{name}"):
                 store.get_file(f"{source}/{name}", str(folder / name))

@@ -106,13 +106,13 @@ def check_changes(before: Mapping[str, Any], now: Settings) -> None:
         if rule == "fixed" and not may_change(name, now):
             refused.append((name, line))
         elif rule != "free":
-            logger.warning("resumed with a change, %s", line)
+            logger.warning("resumed with a changed setting, %s", line)
     if refused:
         lines = "; ".join(line for _, line in refused)
         names = ",".join(name for name, _ in refused)
         raise ValueError(
-            f"the run cannot go on with other settings: {lines}. Set them back, begin anew with another run.id, or "
-            f"allow it with run.allow_changes=[{names}]"
+            f"the run cannot continue with different settings: {lines}. Set them back, start a new run with "
+            f"another run.id, or allow the change with run.allow_changes=[{names}]"
         )
 
 
@@ -130,9 +130,7 @@ def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], sett
     checkpoint.
     """
     if before is None:
-        logger.warning(
-            "the checkpoint does not say which config and tokenizer the run began with: they aren't compared"
-        )
+        logger.warning("the checkpoint does not say which config and tokenizer the run began with: not comparing them")
         return
     same_version = before["transformers"] == now["transformers"]
     for part, setting in (("config", "student.checkpoint_path"), ("tokenizer", "student.tokenizer")):
@@ -145,11 +143,11 @@ def check_student(before: Mapping[str, Any] | None, now: Mapping[str, Any], sett
             line = f"{part}.{name}: {was} in the checkpoint, {becomes} now"
             # Another version of transformers may have more or fewer fields for the same model.
             if may_change(setting, settings) or (not same_version and "absent" in (was, becomes)):
-                logger.warning("resumed with a change of the student, %s", line)
+                logger.warning("resumed with a changed student, %s", line)
             else:
                 lines.append(line)
         if lines:
             raise ValueError(
-                f"the run cannot go on with another student's {part}: {'; '.join(lines)}. Give the one that it began "
-                f"with, begin anew with another run.id, or allow it with run.allow_changes={setting}"
+                f"the run cannot continue with another student's {part}: {'; '.join(lines)}. Use the one that it began "
+                f"with, start a new run with another run.id, or allow the change with run.allow_changes={setting}"
             )

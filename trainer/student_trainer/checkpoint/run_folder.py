@@ -62,13 +62,13 @@ def choose_folder(settings: RunSettings, has_copies: bool = False) -> RunFolder:
     """
     run_id = settings.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     if not SAFE_ID.fullmatch(run_id):
-        raise ValueError(f"run.id={run_id}: letters, digits, '.', '_' and '-' are expected, 101 at most")
+        raise ValueError(f"run.id={run_id}: expected at most 101 letters, digits, '.', '_' and '-'")
     folder = folder_of(settings, run_id)
     started = (folder.path / SETTINGS_FILE).exists()
     if settings.resume == "never" and started:
-        raise ValueError(f"{folder.path} holds a run, and run.resume is never: choose another run.id, or remove it")
+        raise ValueError(f"{folder.path} holds a run, but run.resume is never: choose another run.id, or remove it")
     if settings.resume == "require" and not started and not has_copies:
-        raise ValueError(f"{folder.path} holds no run to resume, and run.resume is require: is it the right run.id?")
+        raise ValueError(f"{folder.path} holds no run to resume, but run.resume is require: check run.id")
     return folder
 
 
@@ -84,7 +84,7 @@ def take(folder: RunFolder, stack: ExitStack) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        logger.warning("%s cannot be locked (%s): see to it that no two processes train this run", folder.path, error)
+        logger.warning("%s cannot be locked (%s): make sure that no two processes train this run", folder.path, error)
     return True
 
 
@@ -103,7 +103,7 @@ def sweep(folder: RunFolder) -> list[str]:
             else:
                 swept.append(path.name)
     if swept:
-        logger.info("removed what killed processes had left in %s: %s", folder.path, ", ".join(swept))
+        logger.info("removed leftovers of killed processes from %s: %s", folder.path, ", ".join(swept))
     return swept
 
 
@@ -120,7 +120,7 @@ def open_folder(settings: Settings, ranks: Ranks, stack: ExitStack) -> RunFolder
             sweep(folder)
         elif ranks.first:
             logger.warning(
-                "ANOTHER PROCESS THAT STILL RUNS HAS %s: if it trains the same run, end one of the two", folder.path
+                "another running process has locked %s: if it trains the same run, stop one of the two", folder.path
             )
     return folder
 
@@ -143,13 +143,13 @@ def find_earlier(
     step = -1 if snapshot is None else snapshot.step
     if ranks.largest(step) != -ranks.largest(-step):
         raise ValueError(
-            f"the ranks do not find the same checkpoint in {folder.checkpoints}: put run.root on a file system that "
+            f"the ranks find different checkpoints in {folder.checkpoints}: put run.root on a file system that "
             "they share"
         )
     if snapshot is not None:
         check_changes(snapshot.state["settings"], as_begun(settings, snapshot.state["settings"]))
     elif settings.run.resume == "require":
-        raise ValueError(f"{folder.checkpoints} holds no checkpoint, and run.resume is require")
+        raise ValueError(f"{folder.checkpoints} holds no checkpoint, but run.resume is require")
     return snapshot
 
 
@@ -157,7 +157,7 @@ def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoint
     """Download the store's newest checkpoint into the run's folder if it is newer than the local one."""
     if settings.run.resume == "never":
         if remote.steps():
-            raise ValueError(f"{remote.url} holds a run, and run.resume is never: choose another run.id, or remove it")
+            raise ValueError(f"{remote.url} holds a run, but run.resume is never: choose another run.id, or remove it")
         return
     here = newest_step(folder.checkpoints)
     try:
@@ -165,7 +165,7 @@ def _fetch_later(settings: Settings, folder: RunFolder, remote: RemoteCheckpoint
     except OSError as error:
         if here < 0:
             raise
-        logger.error("%s IS NOT ASKED FOR A LATER CHECKPOINT: %s. The run goes on from its own disk", remote.url, error)
+        logger.error("can't look for a later checkpoint in %s: %s. Continuing from the local one", remote.url, error)
 
 
 def write_settings(settings: Settings, folder: RunFolder) -> None:

@@ -110,7 +110,7 @@ class _Writer(dcp.StorageWriter):
         offsets: dict[str, dict[str, list[int]]] = {}
         for item in plan.items:
             tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor), f"{item.index.fqn} is no tensor"
+            assert isinstance(tensor, Tensor), f"{item.index.fqn} is not a tensor"
             if tensor.numel():
                 # The piece has the parameter's name; its offset in the full tensor goes into the file's header.
                 tensors[item.index.fqn] = tensor
