@@ -401,10 +401,12 @@ def test_a_folder_whose_entry_is_wrong_is_refused(tmp_path: Path, entry: dict[st
 
 
 REFUSED = {
-    "seq_len": (("data.seq_len=46",), r"data.seq_len is 46, no multiple of .* blocks of 4.*data.seq_len=4[48]"),
+    "seq_len": (("data.seq_len=46",), r"data.seq_len is 46, not a multiple of .* blocks of 4.*data.seq_len=4[48]"),
     "no room": (("student.diffusion.mask_token_id=600",), "embeddings of 512 tokens"),
-    "a word": (("student.diffusion.mask_token_id=77",), r"mask token 77 is '.+' in its tokenizer, which texts hold"),
-    "end of text": (("student.diffusion.mask_token_id=1",), "mask token 1 is '</s>', the beginning or end"),
+    "a word": (
+        ("student.diffusion.mask_token_id=77",), r"mask token 77 is '.+' in its tokenizer, a token that texts contain"
+    ),
+    "end of text": (("student.diffusion.mask_token_id=1",), "mask token 1 is '</s>', which marks the beginning or end"),
     "block": (("student.diffusion.block_size=65",), "block_size"),
     "suffix": (
         ("student.diffusion.masks=suffix", "student.diffusion.complementary=true"), "the complement of suffix masks"
@@ -413,7 +415,7 @@ REFUSED = {
         ("student.diffusion.growth.every=5", "student.diffusion.growth.first=8"), "growth.first is 8, more than the 4"
     ),
     "leak": (
-        ("distillation.terms.autoregressive.coefficient=0.5",), "block-causal clean half of blocks of 4 shows .*=causal"
+        ("distillation.terms.autoregressive.coefficient=0.5",), "block-causal clean half with blocks of 4 .*=causal"
     ),
     "clean half of none": (
         ("student=causal", "student.diffusion.block_size=null", "distillation.terms.autoregressive.coefficient=0.5"),
@@ -494,9 +496,9 @@ def test_a_ternary_one_learns_evaluates_resumes_is_exported_and_gone_on_with(
     # The export's norms have one eps for all.
     assert float((one - two).pow(2).mean().sqrt() / one.std()) < 1e-2
     for path in (run, tmp_path / "out"):
-        with pytest.raises(ValueError, match=r"holds a block-diffusion student, student\.architecture is causal"):
+        with pytest.raises(ValueError, match=r"holds a block-diffusion student, but student\.architecture is causal"):
             again(path, "causal")
-        with pytest.raises(ValueError, match="family is token_shift, the checkpoint was trained with in_place"):
+        with pytest.raises(ValueError, match="family is token_shift, but the checkpoint was trained with in_place"):
             again(path, family="token_shift")
         grown = again(path, block_size=8)
         assert grown.reader.record == DiffusionRecord(8, VOCAB_SIZE, "in_place", "block_causal")  # type: ignore[attr-defined]

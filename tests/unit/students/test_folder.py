@@ -83,7 +83,7 @@ def test_an_sdar_folder_is_read_as_what_it_computes(tmp_path: Path, caplog: pyte
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(student.tensors()[name], tensor), name
     assert not hasattr(student.config, "block_size") and not hasattr(student.config, "auto_map")
-    with pytest.raises(ValueError, match="family is token_shift, the checkpoint was trained with in_place"):
+    with pytest.raises(ValueError, match="family is token_shift, but the checkpoint was trained with in_place"):
         student_of(folder, family="token_shift")
 
 
@@ -97,7 +97,7 @@ def test_sdars_4b_folder_says_neither_block_nor_mask_token(tmp_path: Path) -> No
 def test_a_fast_dllm_folder_names_its_mask_in_the_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     folder = save_qwen3(tmp_path / "fast", bd_size=32)
-    with pytest.raises(ValueError, match=r"without a mask token: .*give student.diffusion.mask_token_id"):
+    with pytest.raises(ValueError, match=r"without a mask token: .*set student.diffusion.mask_token_id"):
         student_of(folder)
     assert student_of(folder, mask_token_id=500).reader.record.mask_token_id == 500  # type: ignore[attr-defined]
     named = name_mask(folder, "|<MASK>|")
@@ -137,17 +137,17 @@ def test_every_shape_of_dlm_config_is_read(tmp_path: Path, shape: str, caplog: p
     mask = name_mask(folder, "<|mask|>") if mask is None else mask
     record = student_of(folder).reader.record  # type: ignore[attr-defined]
     assert record == DiffusionRecord(block, mask, family, "block_causal")
-    said = "(which it does not say)" in caplog.text
+    said = "(which it does not specify)" in caplog.text
     assert said is not any(name in given for name in ("bd_size", "block_size"))
-    with pytest.raises(ValueError, match=r"holds a block-diffusion student, student\.architecture is"):
+    with pytest.raises(ValueError, match=r"holds a block-diffusion student, but student\.architecture is"):
         load_student(StudentSettings(checkpoint_path=str(folder)), CPU)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("[1]", "its dlm_config.json holds list, expected names and values"),
-        ("{", "its dlm_config.json is no JSON"),
+        ("[1]", "its dlm_config.json holds list, expected an object of names and values"),
+        ("{", "its dlm_config.json is not valid JSON"),
         ({"bd_size": 8, "block_size": 4, "mask_token_id": 3}, "block_size of dlm_config.json is 4: expected one size"),
         (
             {"bd_size": 8, "mask_token_id": 3, "training_method": "mdlm"},
@@ -213,7 +213,7 @@ def test_auto_tells_the_three_apart_and_says_so(
     capsys.readouterr()
     assert check([*arguments, "teacher=none", "distillation=cross_entropy"]) == 0
     assert "architecture diffusion, quantiser none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"student\.type=auto looks into student\.checkpoint_path: give it"):
+    with pytest.raises(ValueError, match=r"student\.type=auto needs student\.checkpoint_path: set it"):
         recognised(compose(["student.type=auto"]))
     with pytest.raises(ValueError, match=r"student\.checkpoint_path=.*nowhere"):
         found(tmp_path / "nowhere")

@@ -172,7 +172,7 @@ def test_at_most_so_many_modules_of_the_last_third_are_taken(folder: Path) -> No
         "model.layers.2.mlp.down_proj.weight"
     ]
     assert len(choose(model, ("down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj"), 3)) == 3
-    with pytest.raises(ValueError, match="nothing is trained in modules called nowhere"):
+    with pytest.raises(ValueError, match="nothing is trained in modules named nowhere"):
         choose(model, ("nowhere",), 4)
 
 

@@ -197,7 +197,7 @@ def test_what_cannot_be_converted_says_why() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no nn\.Linear"):
         convert_to_bitnet(gpt2)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="already quantised"):
         convert_to_bitnet(convert_to_bitnet(tiny_model("llama")))
     with pytest.raises(ValueError, match="expected 'output', 'all' or 'none'"):
         convert_to_bitnet(tiny_model("llama"), sub_norm="some")

@@ -167,7 +167,7 @@ def test_it_is_never_worse_than_none_and_better_with_every_rank(shape: tuple[int
 def test_inputs_that_span_too_little_are_refused_without_damping() -> None:
     x_IN = X_IN[:, :3]
     residuals, moment_II = moments(W_OI, ternary(W_OI), x_IN, x_IN)
-    with pytest.raises(ValueError, match="span less than their 5 dimensions: give more tokens, or a damping above 0"):
+    with pytest.raises(ValueError, match="span fewer than their 5 dimensions: use more tokens, or a damping above 0"):
         solve(residuals.cross_OI, moment_II, 0.0)
     assert damped(moment_II, 0.01).diagonal().mean() == pytest.approx(moment_II.diagonal().mean().item() * 1.01)
     u_OR, vt_RI = solve(residuals.cross_OI, moment_II, 0.01).cut(5)

@@ -89,9 +89,9 @@ def test_a_student_is_made_by_its_record_and_made_again() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"64 inputs, which student.quantisation.group_size=48 does not divide"):
+    with pytest.raises(ValueError, match=r"64 inputs wide, which student.quantisation.group_size=48 does not divide"):
         quantise(tiny_model("llama"), "rtn", group_size=48)
-    with pytest.raises(ValueError, match="bits and group_size are of rtn, the quantiser is bitnet"):
+    with pytest.raises(ValueError, match="bits and group_size are for rtn, but the quantiser is bitnet"):
         quantise(tiny_model("llama"), "bitnet", bits=4)
     with pytest.raises(ValueError, match="the quantiser is fairy2i"):
         quantise(tiny_model("llama"), "fairy2i", group_size=4)

@@ -151,7 +151,7 @@ def test_a_run_learns_cross_entropy_and_scores(workshop: Workshop, tmp_path: Pat
 
 
 def test_a_student_that_masks_nothing_is_refused(workshop: Workshop, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tcs \(tcs\) is on masked tokens, and .* masks none.*student=diffusion"):
+    with pytest.raises(ValueError, match=r"tcs \(tcs\) is on masked tokens, but .* masks none.*student=diffusion"):
         run_here(workshop.settings(tmp_path, "distillation=tcs"), ScriptedTargets())
     with pytest.raises(ValueError, match="Input should be 'top_k'"):
         compose(workshop.settings(tmp_path, "distillation=tcs", "distillation.terms.tcs.support=full"))

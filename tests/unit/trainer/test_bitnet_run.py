@@ -100,7 +100,7 @@ def test_what_a_run_left_must_fit_what_is_asked(stage2: Path, workshop: Workshop
     assert load_student(settings(sub_norm="output", eps=1e-8), CPU)
     with pytest.raises(ValueError, match=r"quantisation.sub_norm is all, .* was trained with output: leave it out"):
         load_student(settings(sub_norm="all"), CPU)
-    with pytest.raises(ValueError, match=r"trained a student of quantiser bitnet, student.quantiser is none"):
+    with pytest.raises(ValueError, match=r"trained a student with quantiser bitnet, but student.quantiser is none"):
         load_student(StudentSettings(checkpoint_path=str(stage2)), CPU)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.yaml").write_text("{}")
@@ -179,9 +179,11 @@ def test_a_run_after_a_lora_run_goes_on_with_its_additions_and_no_others(
     again = LoRASettings(rank=3, alpha=6)
     for path in (adapted, tmp_path / "run"):  # the second has them from the first
         assert loaded(path, lora=again).adapted is not None
-        with pytest.raises(ValueError, match=r"trained an adapter lora with .*rank=3.*, asked for is .*rank=5"):
+        with pytest.raises(
+            ValueError, match=r"trained an adapter lora with .*rank=3.*, but the settings request .*rank=5"
+        ):
             loaded(path, lora=LoRASettings(rank=5))
-    with pytest.raises(ValueError, match="can't be added into a weight that is quantised with bitnet"):
+    with pytest.raises(ValueError, match="can't be merged into a weight that is quantised with bitnet"):
         merged(loaded(adapted))
 
 
@@ -198,5 +200,5 @@ def test_targets_of_lora_on_a_ternary_student_are_chosen_by_name(workshop: Works
     student = loaded(stage2, lora=LoRASettings(rank=2, targets=("q_proj", "mlp.down_proj")))
     names = {name for name, layer in quant_linears(student.model) if layer.correction is not None}
     assert names == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
-    with pytest.raises(ValueError, match=r"student\.lora\.targets: no quantised linear is called w_pack or proj"):
+    with pytest.raises(ValueError, match=r"student\.lora\.targets: no quantised linear is named w_pack or proj"):
         loaded(stage2, lora=LoRASettings(rank=2, targets=("w_pack", "proj")))

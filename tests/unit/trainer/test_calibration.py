@@ -191,7 +191,7 @@ def test_a_calibration_that_was_stopped_goes_on_to_the_same_bits(
     assert len(list((tmp_path / "stopped").glob("layer-*.safetensors"))) == 2
     caplog.set_level("INFO")
     again, errors_again = calibrated(model, tmp_path / "stopped", rank=0.3)
-    assert "2 of 3 layers were there from an earlier start" in caplog.text
+    assert "2 of 3 layers were kept from an earlier start" in caplog.text
     assert errors_again == errors
     for name, found in corrections(student.model).items():
         other = corrections(again.model)[name]
@@ -204,7 +204,7 @@ def test_files_of_other_settings_or_damaged_ones_are_not_used(
     calibrated(model, tmp_path, rank=0.3)
     student = student_of(model, rank=0.1)
     calibrate(student, text(), LRCSettings(rank=0.1), tmp_path, "another")
-    assert "is of a calibration by other settings or data: it is made anew" in caplog.text
+    assert "is from a calibration with other settings or data: recomputing it" in caplog.text
     assert not uncalibrated(student.model)
     (tmp_path / "layer-00000.safetensors").write_bytes(b"no tensors")
     again = student_of(model, rank=0.1)
@@ -229,7 +229,7 @@ def test_what_the_student_is_for_its_run_is_as_it_was(model: Path, tmp_path: Pat
 def test_too_little_text_is_refused_without_damping(model: Path, tmp_path: Path) -> None:
     student = student_of(model, damping=0.0)
     few = text(rows=1, length=12, parts=1)
-    with pytest.raises(ValueError, match="span less than their 64 dimensions: give more tokens"):
+    with pytest.raises(ValueError, match="span fewer than their 64 dimensions: use more tokens"):
         calibrate(student, few, LRCSettings(damping=0.0), tmp_path, "digest")
 
 
@@ -238,8 +238,8 @@ def test_too_little_text_is_refused_without_damping(model: Path, tmp_path: Path)
     [
         ("bitnet", {}, "sub_norm=none, or student.lrc.start=random"),
         ("rtn", {"quantisation": QuantisationSettings(warmup_steps=3)}, "leave out student.quantisation.warmup_steps"),
-        ("rtn", {"lrc": LRCSettings(targets=("w_pack",))}, "student.lrc.targets: no quantised linear is called w_pack"),
-        ("none", {}, "lrc corrects what quantised layers lose"),
+        ("rtn", {"lrc": LRCSettings(targets=("w_pack",))}, "student.lrc.targets: no quantised linear is named w_pack"),
+        ("none", {}, "lrc corrects the error of quantised layers"),
     ],
 )
 def test_what_has_no_closed_form_is_refused(model: Path, quantiser: str, more: dict[str, Any], words: str) -> None:
@@ -364,7 +364,7 @@ def test_a_signal_ends_it_at_once_and_a_second_start_goes_on(model: Path, worksh
         assert trainer.wait() == 75, trainer.text
         assert time.monotonic() - began < 5.0
     assert train(alone, tmp_path / "second.txt") == 0
-    assert "1 of 3 layers were there from an earlier start" in (tmp_path / "second.txt").read_text()
+    assert "1 of 3 layers were kept from an earlier start" in (tmp_path / "second.txt").read_text()
     straight = [each.replace(str(tmp_path), str(tmp_path / "straight")) if each.startswith("run.root") else each
                 for each in alone]  # fmt: skip
     assert train(straight, tmp_path / "third.txt") == 0

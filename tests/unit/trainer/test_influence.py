@@ -207,7 +207,7 @@ def test_the_second_name_says_what_it_became(
 
 
 def test_modules_that_are_not_trained_are_refused(workshop: Workshop, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing is trained in modules called down_proj"):
+    with pytest.raises(ValueError, match="nothing is trained in modules named down_proj"):
         run(workshop, tmp_path, "student.lora.rank=2", "student.lora.targets=[q_proj]")
 
 

@@ -240,13 +240,13 @@ def test_formats_that_cannot_hold_it_say_why(exported: dict[tuple[Cell, str], An
 @pytest.mark.parametrize("cell", [cell for cell in ALL if cell not in SERVED] or [None], ids=str)
 def test_refused_cells_say_why(cell: Cell | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if cell is not None:
-        with pytest.raises(ValueError, match="is refused: "):
+        with pytest.raises(ValueError, match="is not supported: "):
             check_cell(settings_of(cell))
     taken = SERVED[-1]
     check_cell(settings_of(taken))
     for entry in (taken, ("*", taken[1], taken[2])):
         monkeypatch.setattr(load, "REFUSED", {entry: "there is nothing to correct"})
-        with pytest.raises(ValueError, match="is refused: there is nothing to correct") as caught:
+        with pytest.raises(ValueError, match="is not supported: there is nothing to correct") as caught:
             check_cell(settings_of(taken))
         assert f"quantiser {taken[1]}, adapter {taken[2]}" in str(caught.value)
         check_cell(settings_of(SERVED[0]))

@@ -77,9 +77,9 @@ def calibrate(
             doing.done += 1
     before, after = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
     logger.info(
-        "corrections of %d linears by the closed form: their squared error falls from %.4g to %.4g (%.1f %% of it goes)"
+        "closed-form corrections of %d linears: their squared error falls from %.4g to %.4g (by %.1f %%)"
         "%s", len(errors), before, after, 100.0 * (1.0 - after / before) if before else 0.0,
-        f"; {kept} of {len(layers)} layers were there from an earlier start" if kept else "",
+        f"; {kept} of {len(layers)} layers were kept from an earlier start" if kept else "",
     )  # fmt: skip
     return errors
 
@@ -177,7 +177,7 @@ class _Passes:
                 exact = input_of(linear, self._run(layer, self._exact[place], entrance, number))
         if ours is None or exact is None or ours.shape != exact.shape:
             raise ValueError(
-                f"{self._names[id(linear)]} reads other tokens in the student than in the full-precision model: set "
+                f"{self._names[id(linear)]} reads different tokens in the student and in the full-precision model: set "
                 "student.lrc.reference=same_inputs, or leave it out of student.lrc.targets"
             )
         ours_NI, exact_NI = ours.flatten(0, -2).float(), exact.flatten(0, -2).float()

@@ -43,11 +43,11 @@ class LayerFiles:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("digest") != self.digest:
-                    logger.warning("%s is of a calibration by other settings or data: it is made anew", path)
+                    logger.warning("%s is from a calibration with other settings or data: recomputing it", path)
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be read (%s): it is made anew", path, error)
+            logger.warning("%s cannot be read (%s): recomputing it", path, error)
             return None
         errors = {name: (before, after) for name, (before, after) in json.loads(about["errors"]).items()}
         return LayerFound(tensors, errors)

@@ -59,14 +59,14 @@ def calibrate_sub_norms(student: Student, micros: Sequence[MicroBatch], ranks: R
     for (name, linear), (total, tokens) in zip(normed.items(), ranks.add_up(sums_L2).tolist(), strict=True):
         if not tokens:
             raise ValueError(
-                f"{name} was given no token with a value other than 0 by the first {len(micros)} micro batches: set "
+                f"{name} got only zeros as input from the first {len(micros)} micro batches: set "
                 "student.quantisation.sub_norm_start=ones"
             )
         gains[name] = math.exp(total / tokens)
         with torch.no_grad():
             _gains(linear).fill_(gains[name])
     logger.info(
-        "SubLN of %d linears starts with gains of %.3g to %.3g, the typical RMS of what each normalises",
+        "SubLN of %d linears starts with gains of %.3g to %.3g, the typical RMS of each one's input",
         len(gains), min(gains.values()), max(gains.values()),
     )  # fmt: skip
     return gains

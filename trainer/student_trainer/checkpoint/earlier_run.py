@@ -43,8 +43,9 @@ def _load_student(settings: StudentSettings, device: torch.device) -> Student:
     path, before = settings.checkpoint_path, settings_of(snapshot)
     if before.quantiser not in ("none", settings.quantiser):
         raise ValueError(
-            f"{path} trained a student of quantiser {before.quantiser}, student.quantiser is {settings.quantiser}: its "
-            f"weights are not a full-precision model's; choose student.quantiser={before.quantiser}"
+            f"{path} trained a student with quantiser {before.quantiser}, but student.quantiser is "
+            f"{settings.quantiser}: its weights are not a full-precision model's; set "
+            f"student.quantiser={before.quantiser}"
         )
     # Recursive: the earlier run may itself have started from a run, down to a model.
     student = _load_student(_as_trained(before, settings), device)
@@ -65,11 +66,11 @@ def recognised(settings: Settings) -> Settings:
     if AUTO not in (student.architecture, student.quantiser):
         return settings
     if not (path := on_this_disk(student).checkpoint_path):
-        raise ValueError("student.type=auto looks into student.checkpoint_path: give it, a folder or hub name")
+        raise ValueError("student.type=auto needs student.checkpoint_path: set it to a folder or a hub name")
     try:
         if (snapshot := earlier_run(path)) is not None:
             before = settings_of(snapshot)
-            architecture, quantiser, words = before.architecture, before.quantiser, f"a run's student of {before.cell}"
+            architecture, quantiser, words = before.architecture, before.quantiser, f"a run with {before.cell}"
         else:
             architecture, quantiser, words = kind_of(path, student.revision, student.diffusion)
     except OSError as error:
@@ -121,8 +122,9 @@ def _adapted(student: Student, settings: StudentSettings) -> StudentSettings | N
         return adapt(student.model, settings)
     if settings.adapter_name != "none" and had.adapter_settings != settings.adapter_settings:
         raise ValueError(
-            f"{settings.checkpoint_path} trained an adapter {had.adapter_name} with {had.adapter_settings!r}, asked "
-            f"for is {settings.adapter_name} with {settings.adapter_settings!r}: leave it out, and it is trained on"
+            f"{settings.checkpoint_path} trained an adapter {had.adapter_name} with {had.adapter_settings!r}, but the "
+            f"settings request {settings.adapter_name} with {settings.adapter_settings!r}: leave the adapter's "
+            "settings out to continue training the saved one"
         )
     return had
 
@@ -135,5 +137,6 @@ def _check_structure(student: Student, settings: StudentSettings) -> None:
     if different := next(record.differing(settings.quantisation.of_layers), None):
         name, was, asked = different
         raise ValueError(
-            f"student.quantisation.{name} is {asked}, {settings.checkpoint_path} was trained with {was}: leave it out"
+            f"student.quantisation.{name} is {asked}, but {settings.checkpoint_path} was trained with {was}: leave it "
+            "out"
         )

@@ -50,7 +50,7 @@ class AttentionHook:
             config._attn_implementation = IMPLEMENTATION
             self.module.config = config
             self.module.__dict__[_HOOKED] = hooked
-        assert self not in hooked.hooks, "a hook is attached once"
+        assert self not in hooked.hooks, "this hook is already attached"
         hooked.hooks.append(self)
 
     def detach(self) -> None:
@@ -71,7 +71,7 @@ def attention_modules(model: nn.Module) -> dict[int, Any]:
             continue
         if layer in modules:
             raise ValueError(
-                f"{type(model).__name__} has two attention modules of layer {layer}, expected a decoder alone"
+                f"{type(model).__name__} has two attention modules of layer {layer}, expected a decoder-only model"
             )
         modules[layer] = module
     return dict(sorted(modules.items()))

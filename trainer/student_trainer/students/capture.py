@@ -91,8 +91,8 @@ class AttentionStates:
             return
         if query_BHTd.shape[2] != key_BHTd.shape[2]:
             raise ValueError(
-                f"attention states: {query_BHTd.shape[2]} queries for {key_BHTd.shape[2]} keys, expected as many; "
-                "run the pass with use_cache=False"
+                f"attention states: {query_BHTd.shape[2]} queries for {key_BHTd.shape[2]} keys, expected the same "
+                "number; run the pass with use_cache=False"
             )
         self._states = QKV(query_BHTd.transpose(1, 2), key_BHTd.transpose(1, 2), value_BHTd.transpose(1, 2))
         self._open = False

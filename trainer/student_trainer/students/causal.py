@@ -159,7 +159,7 @@ def _window(config: Any) -> dict[str, int | None] | int | None:
         return None
     windows = {"full_attention": None, "sliding_attention": window}
     if strange := sorted(kinds - windows.keys()):
-        raise ValueError(f"the student has layers of kind {strange[0]}, whose mask for packed rows is not known here")
+        raise ValueError(f"the student has layers of kind {strange[0]}, for which there is no mask for packed rows")
     return {kind: windows[kind] for kind in sorted(kinds)}
 
 

@@ -35,14 +35,14 @@ def check_reading(student: Student, tokenizer: Any, seq_len: int, terms: Iterabl
     for term in terms:
         if isinstance(term, CleanTerm) and record.clean_half != "causal" and record.block_size > 1:
             raise ValueError(
-                f"the loss {term.name} (autoregressive) has clean rows predict the next token, which a block-causal "
-                f"clean half of blocks of {record.block_size} shows to all but the last of a block: set "
+                f"the loss {term.name} (autoregressive) has clean rows predict the next token, but in a block-causal "
+                f"clean half with blocks of {record.block_size} all rows but the last of a block already see it: set "
                 "student.diffusion.clean_half=causal, or leave the loss out"
             )
     if seq_len % record.block_size:
         nearest = max(1, round(seq_len / record.block_size)) * record.block_size
         raise ValueError(
-            f"data.seq_len is {seq_len}, no multiple of the student's blocks of {record.block_size} tokens: give "
+            f"data.seq_len is {seq_len}, not a multiple of the student's blocks of {record.block_size} tokens: set "
             f"data.seq_len={nearest}, or another student.diffusion.block_size"
         )
     mask, special = record.mask_token_id, set(tokenizer.all_special_ids)
@@ -50,8 +50,8 @@ def check_reading(student: Student, tokenizer: Any, seq_len: int, terms: Iterabl
     token = tokenizer.convert_ids_to_tokens(mask) if mask < len(tokenizer) else None
     if token is not None and mask not in special | added:
         raise ValueError(
-            f"the student's mask token {mask} is {token!r} in its tokenizer, which texts hold: name a special token, "
-            "or a row behind the tokenizer's, or leave student.diffusion.mask_token_id out"
+            f"the student's mask token {mask} is {token!r} in its tokenizer, a token that texts contain: choose a "
+            "special token or a row after the tokenizer's, or leave student.diffusion.mask_token_id out"
         )
     if mask in {tokenizer.bos_token_id, tokenizer.eos_token_id}:
-        raise ValueError(f"the student's mask token {mask} is {token!r}, the beginning or end of its texts")
+        raise ValueError(f"the student's mask token {mask} is {token!r}, which marks the beginning or end of texts")

@@ -159,8 +159,8 @@ class DiffusionReader:
             where = np.flatnonzero((batch.tokens_BT[row] == mask) & (batch.document_ids_BT[row] >= 0))[0]
             key = next(d.key for d in batch.documents if d.row == row and d.start <= where < d.stop)
             raise ValueError(
-                f"document {key} holds token {mask}, which is the student's mask token: nothing would tell it from a "
-                "masked one; take it out of the data, or give student.diffusion.mask_token_id a row that no text uses"
+                f"document {key} holds token {mask}, which is the student's mask token: it would look like a masked "
+                "token; remove it from the data, or set student.diffusion.mask_token_id to a row that no text uses"
             )
 
 

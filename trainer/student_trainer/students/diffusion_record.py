@@ -59,7 +59,7 @@ def read_diffusion(config: Any, path: str = "") -> DiffusionRecord | None:
     try:
         fields = dict(entry)
         if (version := fields.pop("version", None)) != VERSION:
-            raise ValueError(f"version {version}, this trainer reads {VERSION}: use the trainer that wrote it")
+            raise ValueError(f"got version {version}, this trainer reads {VERSION}: use the trainer that wrote it")
         return DiffusionRecord(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from None
@@ -104,17 +104,17 @@ def _gone_on_with(record: DiffusionRecord, given: dict[str, Any], rows: int) -> 
     for name in ("family", "mask_token_id"):
         if name in given and given[name] != getattr(record, name):
             raise ValueError(
-                f"student.diffusion.{name} is {given[name]}, the checkpoint was trained with {getattr(record, name)}: "
-                "leave it out"
+                f"student.diffusion.{name} is {given[name]}, but the checkpoint was trained with "
+                f"{getattr(record, name)}: leave it out"
             )
     if record.mask_token_id >= rows:
         raise ValueError(
-            f"the checkpoint's mask token is {record.mask_token_id}, but it has embeddings of {rows} tokens alone: "
-            "its config and its weights are not of one model"
+            f"the checkpoint's mask token is {record.mask_token_id}, but it has embeddings of {rows} tokens only: "
+            "its config and weights are from different models"
         )
     for name in ("block_size", "clean_half"):
         if name in given and given[name] != getattr(record, name):
-            log.warning("the checkpoint was trained with %s %s, now %s", name, getattr(record, name), given[name])
+            log.warning("the checkpoint was trained with %s %s, now using %s", name, getattr(record, name), given[name])
     return replace(record, **given)
 
 
@@ -123,7 +123,7 @@ def _make_mask_token(model: Any, mask: int, rows: int, keep: bool) -> None:
     if mask > rows:
         raise ValueError(
             f"student.diffusion.mask_token_id is {mask}, but the model has embeddings of {rows} tokens, 0 to "
-            f"{rows - 1}: leave it out to add token {rows}, or name a row that no text uses"
+            f"{rows - 1}: leave it out to add token {rows}, or choose a row that no text uses"
         )
     if mask == rows:
         if keep:

@@ -106,9 +106,9 @@ def _dlm_file(path: str, revision: str | None) -> dict[str, Any] | None:
     try:
         given = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: its {DLM_FILE} is no JSON: {error}") from None
+        raise ValueError(f"{path}: its {DLM_FILE} is not valid JSON: {error}") from None
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: its {DLM_FILE} holds {type(given).__name__}, expected names and values")
+        raise ValueError(f"{path}: its {DLM_FILE} holds {type(given).__name__}, expected an object of names and values")
     return given
 
 
@@ -139,7 +139,7 @@ def _record(
         raise ValueError(f"{path} cannot be read as a block-diffusion model: {error}") from None
     log.info(
         "%s is a block-diffusion model of another trainer: blocks of %d%s, mask token %d%s, %s", path, block,
-        "" if blocks or sdar else " (which it does not say)", mask, where, family,
+        "" if blocks or sdar else " (which it does not specify)", mask, where, family,
     )  # fmt: skip
     return record
 
@@ -149,8 +149,8 @@ def _family(path: str, given: dict[str, Any]) -> Family:
     method = given.get("training_method", "fast-dllm-v2")
     if method not in METHODS:
         raise ValueError(
-            f"{path}: training_method in its {DLM_FILE} is {method!r}, expected one of {', '.join(METHODS)}: which row "
-            "predicts a token follows from it"
+            f"{path}: training_method in its {DLM_FILE} is {method!r}, expected one of {', '.join(METHODS)}: it "
+            "determines which row predicts a token"
         )
     return METHODS[method]
 
@@ -168,6 +168,6 @@ def _mask_token(path: str, revision: str | None) -> tuple[int, str]:
     if token is None:
         raise ValueError(
             f"{path} is a block-diffusion model without a mask token: neither mask_token_id in config.json or "
-            f"{DLM_FILE}, nor a token of its tokenizer ({', '.join(MASK_TOKENS)}); give student.diffusion.mask_token_id"
+            f"{DLM_FILE}, nor a token of its tokenizer ({', '.join(MASK_TOKENS)}); set student.diffusion.mask_token_id"
         )
     return int(known[token]), f" ({token} of its tokenizer)"

@@ -57,8 +57,8 @@ def choose(model: nn.Module, names: tuple[str, ...], count: int) -> list[Chosen]
     last = found[-max(1, len(found) // 3) :] if found else []
     if not last:
         raise ValueError(
-            f"data.mixture.modules: nothing is trained in modules called {' or '.join(names)}; name some that "
-            "are, as q_proj of a LoRA on the attention"
+            f"data.mixture.modules: nothing is trained in modules named {' or '.join(names)}; name trained ones, "
+            "such as q_proj with a LoRA on the attention"
         )
     # `count` of them from the first to the last, as evenly as whole numbers allow.
     places = {round(i * (len(last) - 1) / max(1, count - 1)) for i in range(count)} if count > 1 else {len(last) - 1}
@@ -109,7 +109,7 @@ class GradientSketches:
 
     def _add(self, each: Chosen, sources_P: Tensor, sums: Tensor, input: Tensor, gradient: Tensor) -> None:
         input_PD, gradient_PD = input.reshape(-1, input.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
-        assert len(input_PD) == len(sources_P), "a module that does not see one position a row"
+        assert len(input_PD) == len(sources_P), "a module whose input is not one row per position"
         for source in sources_P.unique().tolist():
             if source < 0:
                 continue

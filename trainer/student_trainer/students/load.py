@@ -39,7 +39,7 @@ ARCHITECTURES: dict[str, Callable[[Any, str, StudentSettings], Student]] = {
 ADAPTERS: Mapping[str, Adapter] = {"none": NO_ADAPTER, "lora": LORA, "lrc": LRC_ADAPTER}
 # (architecture, quantiser, adapter), "*" for any of them, to the reason why such a student makes no sense.
 REFUSED: Mapping[tuple[str, str, str], str] = {
-    ("*", "none", "lrc"): "lrc corrects what quantised layers lose; choose a quantiser, or student.adapter=lora",
+    ("*", "none", "lrc"): "lrc corrects the error of quantised layers; choose a quantiser, or student.adapter=lora",
 }
 
 
@@ -52,7 +52,7 @@ def check_cell(settings: StudentSettings) -> None:
             raise ValueError(f"student.{part} is {name}, expected one of: {', '.join(sorted(known))}")
     for refused, reason in REFUSED.items():
         if all(part in ("*", name) for part, name in zip(refused, cell, strict=True)):
-            raise ValueError(f"a student of {settings.cell} is refused: {reason}")
+            raise ValueError(f"a student with {settings.cell} is not supported: {reason}")
 
 
 def student_from_model(settings: StudentSettings, device: torch.device) -> Student:
@@ -77,7 +77,7 @@ def adapt(model: Any, settings: StudentSettings) -> StudentSettings | None:
         return None
     if corrections(model):
         raise ValueError(
-            f"{settings.checkpoint_path} holds an adapter, which is trained on: leave out student.adapter and "
+            f"{settings.checkpoint_path} holds an adapter, which is trained further: leave out student.adapter and "
             "student.lora"
         )
     ADAPTERS[settings.adapter_name].add(model, settings)
@@ -88,7 +88,7 @@ def begin(model: Any, settings: StudentSettings, adapted: StudentSettings | None
     """A model as a student at the beginning of its warm-up. `adapted`: the settings of its adapter, or None."""
     if settings.architecture == "causal" and read_diffusion(model.config, settings.checkpoint_path) is not None:
         raise ValueError(
-            f"{settings.checkpoint_path} holds a block-diffusion student, student.architecture is causal: choose "
+            f"{settings.checkpoint_path} holds a block-diffusion student, but student.architecture is causal: set "
             "student.architecture=diffusion"
         )
     if is_quantised(model):

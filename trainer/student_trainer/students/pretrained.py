@@ -69,7 +69,7 @@ def refuse_quantised(config: Any, path: str) -> None:
     record = read_record(config, path)
     if record is not None:
         raise ValueError(
-            f"it holds a student quantised with {record.quantiser}, student.quantiser is none: choose "
+            f"it holds a student quantised with {record.quantiser}, but student.quantiser is none: set "
             f"student.quantiser={record.quantiser}"
         )
 
@@ -78,7 +78,7 @@ def recorded(config: Any, path: str) -> Record | None:
     """How the checkpoint is quantised, None for full precision. Removes `quantization_config` from the config."""
     if hasattr(config, "student_packing"):  # of an export of format packed
         raise ValueError(
-            f"{path} holds packed weights: their latent weights are gone, so they cannot be trained; give the export "
+            f"{path} holds packed weights: their latent weights are gone, so they cannot be trained; use the export "
             "of format 'hf'"
         )
     quantisation = getattr(config, "quantization_config", None)
@@ -89,12 +89,12 @@ def recorded(config: Any, path: str) -> Record | None:
     found = next((record for record in foreign if record is not None), None)
     if quantisation is not None and found is None:
         method = quantisation.get("quant_method")
-        raise ValueError(f"{path} is quantised with '{method}': a student needs latent weights, give the original")
+        raise ValueError(f"{path} is quantised with '{method}': a student needs latent weights, use the original")
     # Our own entry has more details than what an export says for other software.
     record = read_record(config, path) or found
     if record is not None and record.quantiser not in QUANTISERS:
         known = ", ".join(QUANTISERS)
-        raise ValueError(f"{path} is quantised with {record.quantiser}, which this trainer does not know: {known}")
+        raise ValueError(f"{path} is quantised with {record.quantiser}, expected one of: {known}")
     return record
 
 
@@ -134,6 +134,6 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: expected the weights file {name}, it is not there")
+            raise ValueError(f"{folder}: the weights file {name} is missing")
         tensors |= load_file(folder / name)
     return tensors

@@ -132,7 +132,7 @@ def quantise(
         stages = chosen.stages
     if not chosen.grouped and (bits, group_size) != (None, None):
         raise ValueError(
-            f"student.quantisation.bits and group_size are of rtn, the quantiser is {quantiser}: leave out"
+            f"student.quantisation.bits and group_size are for rtn, but the quantiser is {quantiser}: leave them out"
         )
     eps_of_norms = DEFAULT_EPS if eps is None else eps
     record = Record(quantiser, sub_norm, eps_of_norms, activations, stages=stages, bits=bits, group_size=group_size)
@@ -149,7 +149,7 @@ def _convert(model: Any, record: Record, eps: float | None) -> Any:
     """`eps`: the requested one, None if none was."""
     quantiser = QUANTISERS[record.quantiser].of(record)
     if is_quantised(model):
-        raise ValueError("this model is quantised already: convert the full-precision model, once")
+        raise ValueError("this model is already quantised: quantise the full-precision model, once")
     linears, own_norms, sub_norm = decoder_linears(model), _has_own_norms(model), record.sub_norm
     if own_norms and sub_norm != "output":
         raise ValueError(
@@ -161,7 +161,7 @@ def _convert(model: Any, record: Record, eps: float | None) -> Any:
         log.warning(
             "eps=%g has no effect: %s",
             eps,
-            "no norm is added" if sub_norm == "none" else "the model's norms keep theirs",
+            "no norm is added" if sub_norm == "none" else "the model's own norms keep their eps",
         )
     for name, linear in linears.items():
         normed = not own_norms and (sub_norm == "all" or (sub_norm == "output" and name.endswith(OUTPUT_LINEARS)))

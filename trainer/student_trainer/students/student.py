@@ -199,13 +199,13 @@ class Student:
         for term in terms:
             if term.kind == "tcs" and self.autoregressive:
                 raise ValueError(
-                    f"the loss {term.name} (tcs) is on masked tokens, and this student masks none: it reads from left "
+                    f"the loss {term.name} (tcs) is on masked tokens, but this student masks none: it reads from left "
                     "to right. Use top_k_kl, or student=diffusion"
                 )
             if isinstance(term, CleanTerm) and self.autoregressive:
                 raise ValueError(
-                    f"the loss {term.name} (autoregressive) is on the clean half of a block-diffusion student, and "
-                    "this student reads from left to right as it is: use cross_entropy, or student=diffusion"
+                    f"the loss {term.name} (autoregressive) is on the clean half of a block-diffusion student, but "
+                    "this student reads from left to right anyway: use cross_entropy, or student=diffusion"
                 )
             if isinstance(term, StatesTerm):
                 term.check_student(self.config)

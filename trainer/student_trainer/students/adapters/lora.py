@@ -62,8 +62,8 @@ def merge_lora(model: Any) -> Any:
     if found := corrections(model):
         name = next(iter(found))
         raise ValueError(
-            f"LoRA on {name} can't be added into a weight that is quantised with "
-            f"{quantiser_of(model.get_submodule(name)).name}: its codes would be others. It is exported beside the base"
+            f"LoRA on {name} can't be merged into a weight that is quantised with "
+            f"{quantiser_of(model.get_submodule(name)).name}: its codes would change. It is exported beside the base"
         )
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in adapted.items():

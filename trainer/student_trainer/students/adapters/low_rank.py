@@ -76,7 +76,7 @@ def chosen_linears(model: nn.Module, targets: Sequence[str], setting: str) -> di
         if everywhere or any(f".{name}".endswith(f".{target}") for target in targets)
     }
     if not chosen:
-        raise ValueError(f"{setting}: no quantised linear is called {' or '.join(targets)}")
+        raise ValueError(f"{setting}: no quantised linear is named {' or '.join(targets)}")
     return chosen
 
 
@@ -88,7 +88,7 @@ def put_corrections(model: Any, found: Mapping[str, Correction]) -> None:
         layer = layers.get(name)
         shapes = (correction.a_RI.shape[1], correction.b_OR.shape[0])
         if layer is None or shapes != (layer.in_features, layer.out_features):
-            raise ValueError(f"the adapter's {name} is no layer of this student")
+            raise ValueError(f"the adapter's {name} is not a layer of this student")
         made = LowRank(*shapes, len(correction.a_RI), correction.alpha, layer.weight)
         made.lora_A.weight.copy_(correction.a_RI)
         made.lora_B.weight.copy_(correction.b_OR)
@@ -100,8 +100,8 @@ def check_start(model: nn.Module) -> None:
     for name, found in corrections(model).items():
         if not found.a_RI.any() and not found.b_OR.any():
             raise ValueError(
-                f"both factors of the correction of {name} are zero: neither would ever have a gradient. Start one of "
-                "them at other values"
+                f"both factors of the correction of {name} are zero: neither would ever get a gradient. Give one of "
+                "them other initial values"
             )
 
 

@@ -28,7 +28,7 @@ class LRC(Adapter):
         """
         if not is_quantised(model):
             raise ValueError(
-                "student.adapter is lrc, which corrects what quantised layers lose, and student.quantiser is none: "
+                "student.adapter is lrc, which corrects the error of quantised layers, but student.quantiser is none: "
                 "choose a quantiser, or student.adapter=lora"
             )
         chosen = chosen_linears(model, settings.lrc.targets, "student.lrc.targets")
@@ -48,8 +48,8 @@ class LRC(Adapter):
         if found := corrections(model):
             name = next(iter(found))
             raise ValueError(
-                f"the correction of {name} can't be added into a weight that is quantised with "
-                f"{quantiser_of(model.get_submodule(name)).name}: its codes would be others. It is exported beside the "
+                f"the correction of {name} can't be merged into a weight that is quantised with "
+                f"{quantiser_of(model.get_submodule(name)).name}: its codes would change. It is exported beside the "
                 "base"
             )
         return super().merge(model)
@@ -65,12 +65,12 @@ def _check_reference(chosen: dict[str, QuantLinear], settings: StudentSettings) 
     normed = next((name for name, layer in chosen.items() if layer.rms_norm is not None), None)
     if normed is not None:
         raise ValueError(
-            f"student.lrc.start=closed_form makes {normed} like the full-precision model, which has no SubLN: set "
+            f"student.lrc.start=closed_form fits {normed} to the full-precision model, which has no SubLN: set "
             "student.quantisation.sub_norm=none, or student.lrc.start=random"
         )
     if settings.quantisation.warmup_steps:
         raise ValueError(
-            "student.lrc.start=closed_form corrects weights that are quantised in full: leave out "
+            "student.lrc.start=closed_form corrects fully quantised weights: leave out "
             "student.quantisation.warmup_steps, or set student.lrc.start=random"
         )
 

@@ -74,7 +74,7 @@ def solve(cross_OI: Tensor, moment_II: Tensor, damping: float) -> Solution:
     factor_II, failed = torch.linalg.cholesky_ex(damped(moment_II, damping))
     if failed:
         raise ValueError(
-            f"the calibration inputs span less than their {len(moment_II)} dimensions: give more tokens, or a damping "
+            f"the calibration inputs span fewer than their {len(moment_II)} dimensions: use more tokens, or a damping "
             "above 0"
         )
     # L^-1 C^T = (C L^-T)^T: its right singular vectors are wanted.

@@ -73,7 +73,7 @@ class BitNet(Quantiser):
         if quantisation is not None and mode != "online":
             raise ValueError(
                 f"{path} holds packed ternary weights (quantization_mode '{mode}'): their latent weights are gone, so "
-                "they cannot be trained; give the bf16 checkpoint, or the export of format 'hf'"
+                "they cannot be trained; use the bf16 checkpoint, or the export of format 'hf'"
             )
         own_norms = config.model_type == "bitnet"
         if quantisation is None and not own_norms:

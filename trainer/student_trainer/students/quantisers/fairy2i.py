@@ -175,7 +175,7 @@ class Fairy2i(Quantiser):
     def check(self, linear: nn.Linear) -> str:
         if linear.out_features % 2 == 0 == linear.in_features % 2:
             return ""
-        return f"{linear.out_features} x {linear.in_features}, and complex numbers take pairs: both must be even"
+        return f"{linear.out_features} x {linear.in_features}, but a complex number takes a pair: both must be even"
 
     def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
         return phase_weight(layer.weight, blend_, self.stages)

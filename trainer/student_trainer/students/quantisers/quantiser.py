@@ -66,17 +66,17 @@ class Quantiser(ABC):
 
     def codes(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """What packed formats store of a latent weight: int8 codes [O, I], and the float32 scalar that scales them."""
-        raise ValueError(f"quantiser {self.name} has no codes that share one scale: only 'hf' can hold it")
+        raise ValueError(f"quantiser {self.name} has no codes that share one scale: only format 'hf' can hold it")
 
     def encode(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
         """What `export.packed` stores of a layer: codes 0 to 3 as uint8, with the input as their last dimension, and
         float32 scales.
         """
-        raise ValueError(f"quantiser {self.name} has no codes of two bits")
+        raise ValueError(f"quantiser {self.name} has no two-bit codes")
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The weight [O, I] from the results of `encode`, bit for bit what the layer multiplies by."""
-        raise ValueError(f"quantiser {self.name} has no codes of two bits")
+        raise ValueError(f"quantiser {self.name} has no two-bit codes")
 
     def foreign_record(self, config: Any, quantisation: dict[str, Any] | None, path: str) -> Record | None:
         """The record of a third-party checkpoint at `path`, if it is quantised in this way; None if it is not.

@@ -79,7 +79,7 @@ def record_in(config: Mapping[str, Any], path: str = "") -> Record | None:
         if entry is not None:
             fields = dict(entry)
             if (version := fields.pop("version", None)) != VERSION:
-                raise ValueError(f"version {version}, this trainer reads {VERSION}: use the trainer that wrote it")
+                raise ValueError(f"got version {version}, this trainer reads {VERSION}: use the trainer that wrote it")
             return Record(**fields)
         if old is not None:
             # The first exports did not say: they always quantised activations.

@@ -60,8 +60,8 @@ class RoundToNearest(Quantiser):
         if self.group_size is None or linear.in_features % self.group_size == 0:
             return ""
         return (
-            f"{linear.in_features} inputs, which student.quantisation.group_size={self.group_size} does not divide: "
-            "give one that does, or null for a step a row"
+            f"{linear.in_features} inputs wide, which student.quantisation.group_size={self.group_size} does not "
+            "divide: use one that does, or null for one step per row"
         )
 
     def weight(self, layer: nn.Linear, blend_: Tensor) -> Tensor:
