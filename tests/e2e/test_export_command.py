@@ -49,7 +49,7 @@ def test_a_finished_run_becomes_files_that_others_load(run: Path, tmp_path: Path
     assert code == 0, text
     assert "opened again" in text and re.search(reader, text)
     card = (out / "README.md").read_text()
-    for expected in ("# tiny-1.58", "1.58-bit student made out of tied", "held-out cross_entropy, a, step 12", "run:"):
+    for expected in ("# tiny-1.58", "1.58-bit student made from tied", "held-out cross_entropy, a, step 12", "run:"):
         assert expected in card, card
     assert "a: jsonl a.jsonl, weight 1" in card
     names = {path.name for path in out.iterdir()}
@@ -87,7 +87,7 @@ def test_the_command_says_what_is_wrong(run: Path, tmp_path: Path) -> None:
     assert "is no run's folder" in log.read_text()
     (tmp_path / "there").mkdir()
     assert train(["export", str(run), "--format", "hf", "--out", str(tmp_path / "there")], log) == 2
-    assert "exists already" in log.read_text()
+    assert "already exists" in log.read_text()
 
 
 def test_an_export_that_is_another_model_fails(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,12 +157,12 @@ REFUSED = [
     ("qwen3", {}, "QK-norm"),
     ("qwen2", {}, "biases in k_proj, q_proj, v_proj"),
     ("llama", {"mlp_bias": True}, "biases in down_proj, gate_proj, up_proj"),
-    ("llama", {"head_dim": 32}, "4 heads of 32 make 128, not 64"),
+    ("llama", {"head_dim": 32}, "4 heads of width 32 make 128, not 64"),
     ("llama", {"sliding_window": 8}, "sliding-window attention"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8}, "sliding-window attention"),
     ("llama", {"quantise_activations": False}, "activations are not quantised"),
-    ("qwen2", {"sub_norm": "all"}, "have a bias, which it would scale"),
-    ("qwen3", {"sub_norm": "none", "intermediate_size": 130}, "no multiple of 4"),
+    ("qwen2", {"sub_norm": "all"}, "have a bias, which would be scaled too"),
+    ("qwen3", {"sub_norm": "none", "intermediate_size": 130}, "not a multiple of 4"),
     ("qwen3", {"sub_norm": "all", "quantise_activations": False}, "activations are not quantised"),
 ]
 
@@ -188,11 +188,11 @@ def test_an_architecture_that_only_looks_like_llama_is_caught_by_its_logits() ->
 def test_exports_refuse_an_unfinished_warmup_and_an_existing_folder(tmp_path: Path, kind: str) -> None:
     model = student()
     set_quantisation_blend(model, 0.5)
-    with pytest.raises(ValueError, match=r"warm-up stands at 0\.500"):
+    with pytest.raises(ValueError, match=r"warm-up is at 0\.500"):
         EXPORTS[kind](model, None, tmp_path / "out", CARD)
     set_quantisation_blend(model, 1.0)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         EXPORTS[kind](model, None, tmp_path / "out", CARD)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -78,7 +78,7 @@ def test_the_latent_weights_and_corrections_are_read_again(tmp_path: Path, activ
     for name, correction in corrections(model).items():
         assert torch.equal(found[name].a_RI, correction.a_RI) and found[name].alpha == correction.alpha
     if activations is not None:
-        with pytest.raises(ValueError, match="activations are rounded to int4, and there they are not"):
+        with pytest.raises(ValueError, match="activations are rounded to int4, a plain model's are not"):
             export_dense(model, None, tmp_path / "dense", CARD)
 
 
@@ -87,7 +87,7 @@ def test_the_card_says_how_many_bits_a_weight_takes(tmp_path: Path) -> None:
     model = corrected(bits=4, group_size=32)
     export_dense(model, None, tmp_path / "out", CARD)
     packed, effective = re.search(  # type: ignore[union-attr]
-        r"takes ([\d.]+) bits where it is packed, its scales counted, and ([\d.]+) with what the adapter",
+        r"takes ([\d.]+) bits when packed, including scales, and ([\d.]+) with the adapter",
         (tmp_path / "out" / "README.md").read_text(),
     ).groups()
     ranks = {name: len(each.a_RI) for name, each in corrections(model).items()}

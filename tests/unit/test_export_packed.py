@@ -93,7 +93,7 @@ def test_files_of_codes_have_the_size_that_the_card_says(tmp_path: Path) -> None
         assert found is not None and found.packed == found.with_adapter
         # Rows of 54 codes end in a byte that is half empty.
         assert bits < found.packed <= 8 * stored / weights < 1.02 * found.packed
-        assert f"takes {found.packed:.2f} bits where it is packed" in (tmp_path / name / "README.md").read_text()
+        assert f"takes {found.packed:.2f} bits when packed" in (tmp_path / name / "README.md").read_text()
 
 
 def test_bits_a_weight_by_hand() -> None:
@@ -138,7 +138,7 @@ def test_a_packed_export_keeps_its_adapter_beside_it(tmp_path: Path, name: str) 
     model = student(name, corrected=True)
     export_packed(model, None, tmp_path / "out", CARD)
     assert (tmp_path / "out" / "adapter").is_dir()
-    assert "with what the adapter adds to it" in (tmp_path / "out" / "README.md").read_text()
+    assert " with the adapter, in 16 bits" in (tmp_path / "out" / "README.md").read_text()
     np.testing.assert_allclose(logits(load_packed(tmp_path / "out")), logits(model), atol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_what_a_plain_model_lacks_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"format packed can't hold this student \(student.quantiser is bitnet\)"):
         export_packed(ternary, None, tmp_path / "packed", CARD)
     set_quantisation_blend(ternary, 0.5)
-    with pytest.raises(ValueError, match=r"the quantisation warm-up stands at 0\.500"):
+    with pytest.raises(ValueError, match=r"the quantisation warm-up is at 0\.500"):
         EXPORTS["dense"](ternary, None, tmp_path / "half", CARD)
 
 

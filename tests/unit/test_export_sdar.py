@@ -173,17 +173,20 @@ def test_a_tokenizer_names_the_mask_token_behind_its_last_or_one_that_it_has() -
     assert named("<s>a<|MASK|>b")["input_ids"][-2] == size
     again, why = with_mask_token(named, size)
     assert (again.mask_token_id, len(again), why) == (size, size + 1, "")
-    for wrong, reason in ((named, f"its <|MASK|> is token {size}"), (tokenizer, "can't number one 500")):
+    for wrong, reason in ((named, f"its <|MASK|> is token {size}"), (tokenizer, "a new one can't get id 500")):
         kept, why = with_mask_token(wrong, 500)
         assert kept is wrong and reason in why
 
 
 REFUSED = {
-    "causal": (("student=causal",), "it reads from left to right"),
-    "llama": ((), "it is a llama model, not Qwen3's shape with norms of queries and keys.*its mask token is 512"),
-    "quantised": (("student.quantiser=bitnet",), "its weights are quantised while running"),
-    "shift": (("student.diffusion.family=token_shift",), "family is token_shift, there a row predicts its own token"),
-    "causal half": (("student.diffusion.clean_half=causal",), "clean_half is causal, there a prompt's token sees its"),
+    "causal": (("student=causal",), "the student reads from left to right"),
+    "llama": ((), "it is a llama model, not Qwen3 with norms of queries and keys.*its mask token is 512"),
+    "quantised": (("student.quantiser=bitnet",), "its weights are quantised in each forward pass"),
+    "shift": (("student.diffusion.family=token_shift",), "family is token_shift, in SDAR a row predicts its own token"),
+    "causal half": (
+        ("student.diffusion.clean_half=causal",),
+        "clean_half is causal, in SDAR a prompt's token sees its",
+    ),
 }
 
 
@@ -217,5 +220,5 @@ def test_a_rotation_or_window_of_another_kind_is_refused(tmp_path: Path) -> None
     assert torch.equal(sdar_weights(model)["lm_head.weight"], model.lm_head.weight)
     model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
     model.config.use_sliding_window = True
-    with pytest.raises(CannotExpressError, match="see a window alone; its rotary positions are of type yarn"):
+    with pytest.raises(CannotExpressError, match="use sliding-window attention; its rotary positions are of type yarn"):
         check_sdar(model, None)

@@ -472,7 +472,7 @@ def test_a_ternary_one_learns_evaluates_resumes_is_exported_and_gone_on_with(
     assert config["diffusion"] == {
         "version": 1, "block_size": 4, "mask_token_id": VOCAB_SIZE, "family": "in_place", "clean_half": "block_causal",
     }  # fmt: skip
-    assert "student.architecture=diffusion trains it on" in (tmp_path / "out" / "README.md").read_text()
+    assert "student.architecture=diffusion to continue training" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="reads from left to right, not by blocks"):
         export([str(run), "--format", "gguf", "--out", str(tmp_path / "gguf")])
 

@@ -226,7 +226,7 @@ def test_formats_that_cannot_hold_it_say_why(exported: dict[tuple[Cell, str], An
         elif form not in QUANTISERS[quantiser].exports:
             assert f"format {form} can't hold this student (student.quantiser is {quantiser}): use" in str(outcome)
         elif form == "dense" and QUANTISERS[quantiser].activations != "none":
-            reason = "rounded to int8" if adapter == "lrc" else "it has no SubLN"
+            reason = "rounded to int8" if adapter == "lrc" else "the student has SubLN"
             assert isinstance(outcome, CannotExpressError) and reason in str(outcome)
         elif form == "gguf" and architecture == "diffusion":
             assert isinstance(outcome, CannotExpressError) and "from left to right, not by blocks" in str(outcome)

@@ -26,7 +26,7 @@ from student_trainer.students.quantisers.record import read_record
 # Relative to the logits' standard deviation. float32 rounding gives less than 1e-5 at 30 layers, a wrong eps 8e-3.
 SAME_LOGITS = 1e-3
 BF16_SAME_LOGITS = 5e-2
-_FULL_ACTIVATIONS = "activations are not quantised, and there they always are"
+_FULL_ACTIVATIONS = "its activations are not quantised, but BitNet's always are"
 NORM_NAMES = {"self_attn.o_proj.rms_norm": "self_attn.attn_sub_norm", "mlp.down_proj.rms_norm": "mlp.ffn_sub_norm"}
 
 
@@ -37,7 +37,7 @@ def in_transformers(model: Any) -> Expression:
         return as_architecture(model)
     reasons = [] if record.activations == "int8" else [_FULL_ACTIVATIONS]
     if record.sub_norm == "all" and corrections(model):
-        reasons.append("an adapter behind SubLN, and there both are inside one layer")
+        reasons.append("an adapter reads SubLN's output, but transformers computes SubLN inside the linear layer")
     if reasons:
         raise CannotExpressError("transformers' BitNet quantisation", reasons)
     return express(model, copy.deepcopy(model.config), latent_weights(model), corrections(model))
@@ -78,7 +78,7 @@ def obstacles(model: Any) -> list[str]:
     if type(model).__name__.endswith("ForSequenceClassification"):
         reasons.append("a classification head")
     if record.sub_norm != "output":
-        reasons.append(f"sub_norm '{record.sub_norm}' (it has exactly the norms before o_proj and down_proj)")
+        reasons.append(f"sub_norm '{record.sub_norm}' (BitNet has norms before o_proj and down_proj, and no others)")
     if record.activations != "int8":
         reasons.append(_FULL_ACTIVATIONS)
     if any(".q_norm." in name or ".k_norm." in name for name in model.state_dict()):
@@ -89,13 +89,13 @@ def obstacles(model: Any) -> list[str]:
     width = config.num_attention_heads * _head_width(config)
     if width != config.hidden_size:
         reasons.append(
-            f"{config.num_attention_heads} heads of {_head_width(config)} make {width}, not {config.hidden_size}"
+            f"{config.num_attention_heads} heads of width {_head_width(config)} make {width}, not {config.hidden_size}"
         )
     layer_types = getattr(config, "layer_types", None)
     if "sliding_attention" in layer_types if layer_types else getattr(config, "sliding_window", None):
         reasons.append("sliding-window attention")
     if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        reasons.append("rotary embeddings of a part of the head")
+        reasons.append("rotary embeddings on only a part of each head")
     return reasons
 
 
@@ -186,10 +186,10 @@ def packed(expression: Expression) -> dict[str, Tensor]:
     tensors = dict(expression.weights)
     odd = [n for n in expression.ternary_names if tensors[n].shape[0] % VALUES_PER_ITEM]
     biased = [n for n in expression.ternary_names if n.removesuffix("weight") + "bias" in tensors]
-    reasons = [f"{len(odd)} weights like {odd[0]} have an output width that is no multiple of 4"] if odd else []
+    reasons = [f"{len(odd)} weights like {odd[0]} have an output width that is not a multiple of 4"] if odd else []
     if biased:
         reasons.append(
-            f"{len(biased)} linears like {biased[0].removesuffix('.weight')} have a bias, which it would scale"
+            f"{len(biased)} linears like {biased[0].removesuffix('.weight')} have a bias, which would be scaled too"
         )
     if reasons:
         raise CannotExpressError("transformers' packed BitNet", reasons)

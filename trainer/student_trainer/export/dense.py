@@ -40,7 +40,7 @@ def export_dense(
     check_finished(model, "dense")
     config, weights = dense_weights(model, merged=adapter == "merged")
     added = {} if adapter == "merged" else corrections(model)
-    what = "What the quantised weights are worth, in full precision: the student's answers, at a plain model's size."
+    what = "The values of the quantised weights, in full precision: the student's outputs, at a plain model's size."
     loading = (LOAD_ADAPTED if added else LOAD_TRANSFORMERS).format(factory=factory_of(model))
     return write_folder(model, tokenizer, folder, card, express(model, config, weights, added), weights,
                         report=("dense", True, ()), what=what, loading=loading)  # fmt: skip
@@ -52,9 +52,9 @@ def dense_weights(model: Any, merged: bool = True) -> tuple[Any, dict[str, Tenso
     model lacks: SubLN, or rounded inputs. `merged`: with adapters merged into the weights.
     """
     record = record_of(model)
-    reasons = [] if record.sub_norm == "none" else [f"it has no SubLN (sub_norm '{record.sub_norm}')"]
+    reasons = [] if record.sub_norm == "none" else [f"the student has SubLN (sub_norm '{record.sub_norm}')"]
     if record.activations != "none":
-        reasons.append(f"activations are rounded to {record.activations}, and there they are not")
+        reasons.append(f"its activations are rounded to {record.activations}, a plain model's are not")
     if model.config.model_type == "bitnet":
         reasons.append("transformers' BitNet architecture has SubLN built in")
     if reasons:

@@ -37,13 +37,13 @@ model = PeftModel.from_pretrained({factory}.from_pretrained(FOLDER), FOLDER + "/
 
 Needs transformers >= 5.16, accelerate and peft, and nothing else."""
 BESIDE = (
-    "What an adapter adds to this student is in the folder adapter, in full precision and in peft's format: added into "
-    "the quantised weights it would change their codes. Without it the base is another model."
+    "This student's adapter is in the folder adapter, in full precision and in peft's format: merged into the "
+    "quantised weights it would change their codes. Without it the base is a different model."
 )
 BLOCKS = (
-    "A block-diffusion student: the entry diffusion of its config says its blocks, its mask token and which row "
-    "predicts a token. transformers alone computes its weights from left to right and fills in no blocks: "
-    "`stillhouse-train generate` decodes with it, student.architecture=diffusion trains it on."
+    "A block-diffusion student: the entry diffusion of its config holds its block size, its mask token and which row "
+    "predicts a token. transformers alone runs its weights from left to right and does not decode blocks: use "
+    "`stillhouse-train generate` to decode, and student.architecture=diffusion to continue training."
 )
 
 
@@ -69,7 +69,7 @@ def check_finished(model: Any, form: str) -> None:
         )
     blend = quantisation_blend(model)
     if blend != 1.0:
-        raise ValueError(f"the quantisation warm-up stands at {blend:.3f}: export after it has reached 1")
+        raise ValueError(f"the quantisation warm-up is at {blend:.3f}: export once it has reached 1")
 
 
 def write_folder(
@@ -109,7 +109,7 @@ def write_folder(
 def fresh_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, renamed to it at the end of the block, or removed if the block fails."""
     if folder.exists():
-        raise ValueError(f"{folder} exists already: give a folder that does not, an export never writes over another")
+        raise ValueError(f"{folder} already exists, and an export never overwrites another: choose a new folder")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

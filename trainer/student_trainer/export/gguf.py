@@ -53,7 +53,7 @@ def export_gguf(
     """
     check_finished(model, "gguf")
     if read_diffusion(model.config) is not None:
-        raise CannotExpressError(TARGET, ["it reads from left to right, not by blocks"])
+        raise CannotExpressError(TARGET, ["this architecture reads from left to right, not by blocks"])
     file_name = f"{card.name.replace('/', '--')}.gguf"
     with fresh_folder(folder) as unfinished:
         types = write_gguf(model, tokenizer, unfinished / file_name, card.name, ternary_type=ternary_type)
@@ -68,11 +68,11 @@ def export_gguf(
 
 
 def _gguf_notes(types: Mapping[str, int]) -> tuple[str, ...]:
-    notes = ["llama.cpp rounds activations in blocks, the student per token: logits agree to that rounding."]
+    notes = ["llama.cpp rounds activations per block, the student per token: logits agree up to that rounding."]
     if types.get("Q4_0"):
         notes.append(
-            f"{types['Q4_0']} matrices have an input width that TQ blocks of 256 do not divide; they are Q4_0 blocks "
-            "that hold the same three values exactly, at 4.5 bits."
+            f"{types['Q4_0']} matrices have an input width that TQ blocks of 256 do not divide; they are stored as "
+            "Q4_0 blocks, which hold the same three values exactly, at 4.5 bits."
         )
     return tuple(notes)
 
@@ -114,9 +114,9 @@ def _expression(model: Any) -> Expression:
     if expression.corrections:
         reasons.append("an adapter in full precision beside ternary matrices (formats hf and bitnet write it)")
     if not config.tie_word_embeddings:
-        reasons.append("a head of its own (there it is always tied to the embeddings)")
+        reasons.append("an output head of its own (in this architecture it is always tied to the embeddings)")
     if config.hidden_act != "silu":
-        reasons.append(f"hidden_act '{config.hidden_act}' (its releases agree on silu alone)")
+        reasons.append(f"hidden_act '{config.hidden_act}' (llama.cpp's releases agree only on silu)")
     if config.rope_parameters.get("rope_type", "default") != "default":
         reasons.append(f"rotary embeddings of type '{config.rope_parameters['rope_type']}'")
     if reasons:
@@ -167,12 +167,12 @@ def _encode(
         # llama.cpp wants norms in float32; embeddings are 16-bit.
         values = tensor.float().numpy() if tensor.dim() == 1 else tensor.to(torch.float16).numpy()
         if not np.isfinite(values).all():
-            raise ValueError(f"gguf: {name} has values beyond what fp16 holds")
+            raise ValueError(f"gguf: {name} has values beyond the range of fp16")
         return values, types.F32 if tensor.dim() == 1 else types.F16, values.astype(np.float32)
     codes_OI, scale = codes[0].cpu(), codes[1]
     half = np.float16(scale.item())
     if not np.isclose(float(half), scale.item(), rtol=1e-3):
-        raise ValueError(f"gguf: {name} has scale {scale.item():.3g}, which fp16 does not hold")
+        raise ValueError(f"gguf: {name} has scale {scale.item():.3g}, which fp16 cannot represent")
     values_OI = codes_OI.numpy().astype(np.float32) * np.float32(half)
     width = values_OI.shape[1]
     if width % 256 == 0:

@@ -37,7 +37,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"gguf: {type(tokenizer).__name__} is not a fast tokenizer, its rules cannot be read; pass none"
+            f"gguf: {type(tokenizer).__name__} is not a fast tokenizer, its rules cannot be read; pass no tokenizer"
         )
     rules = json.loads(backend.to_str())
     pre = pre_tokeniser_name(rules)
@@ -59,14 +59,14 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 def pre_tokeniser_name(rules: dict[str, Any]) -> str:
     """llama.cpp's name for the rules of a tokenizer.json. ValueError names the rules if there is none."""
     if rules["model"]["type"] != "BPE" or rules["model"].get("byte_fallback"):
-        raise ValueError(f"gguf: the tokenizer is a {rules['model']['type']} model, expected byte-level BPE; pass none")
+        raise ValueError(
+            f"gguf: the tokenizer is a {rules['model']['type']} model, expected byte-level BPE; pass no tokenizer"
+        )
     steps = rules.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     signature = tuple(part for step in steps if (part := _signature(step)) is not None)
     if signature not in PRE_TOKENISERS:
-        raise ValueError(
-            f"gguf: llama.cpp has no name that we know for the pre-tokeniser {signature}; pass no tokenizer"
-        )
+        raise ValueError(f"gguf: no llama.cpp name is known for the pre-tokeniser {signature}; pass no tokenizer")
     return PRE_TOKENISERS[signature]
 
 
@@ -91,7 +91,7 @@ def _tokens(rules: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int
     added = {token["id"]: token for token in rules["added_tokens"]}
     largest = max([*rules["model"]["vocab"].values(), *added])
     if largest >= vocab_size:
-        raise ValueError(f"gguf: the tokenizer has id {largest}, the model's vocabulary has {vocab_size} entries")
+        raise ValueError(f"gguf: the tokenizer has id {largest}, but the model's vocabulary has {vocab_size} entries")
     for text, index in rules["model"]["vocab"].items():
         tokens[index], kinds[index] = text, int(gguf.TokenType.NORMAL)
     for index, token in added.items():

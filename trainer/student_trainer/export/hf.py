@@ -25,7 +25,7 @@ from student_trainer.students.pretrained import load_quantised
 model = load_quantised(FOLDER)
 ```"""
 _COMPILES = (
-    "On its first forward pass transformers compiles two small functions of its BitNet layers. On a CPU that takes a "
+    "On its first forward pass transformers compiles two small functions of its BitNet layers. On a CPU that needs a "
     "C++ compiler; without one, set `TORCHDYNAMO_DISABLE=1`."
 )
 
@@ -50,7 +50,7 @@ def export_hf(
         if "bitnet" not in quantiser_in(model).exports:
             raise CannotExpressError("transformers", [f"it has no quantiser {quantiser_in(model).name}"])
         if architecture == "original":
-            raise CannotExpressError("the original architecture", ["it was asked for"])
+            raise CannotExpressError("the original architecture", ["it was requested"])
         expression, stands_alone = in_transformers(model), True
         expression.config.quantization_config = quantisation_config(model.config, mode="online")
     except CannotExpressError as error:
@@ -77,7 +77,7 @@ def export_bitnet(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
         raise CannotExpressError(error.target, [*error.reasons, "use --format hf"]) from None
     expression.config.quantization_config = quantisation_config(model.config, mode="offline")
     what = (
-        "Ternary weights in transformers' packed BitNet layout: four to a byte and one scale a tensor. Not trainable."
+        "Ternary weights in transformers' packed BitNet layout: four to a byte and one scale per tensor. Not trainable."
     )
     return write_folder(model, tokenizer, folder, card, expression, tensors,
                         report=("bitnet", True, (_COMPILES,)), what=what, loading=loading(model))  # fmt: skip
@@ -87,6 +87,6 @@ def _not_the_same(model: Any, error: CannotExpressError) -> str:
     record = record_of(model)
     return (
         f"transformers alone loads these latent weights as a plain {model.config.model_type} model in full precision "
-        f"and leaves out what made it a student (sub_norm '{record.sub_norm}', quantisers): its answers are not "
-        f"this model's. Load it as above. Why: {error}."
+        f"and leaves out its quantisation (sub_norm '{record.sub_norm}', quantisers): its outputs are not this "
+        f"model's. Load it as above. Reason: {error}."
     )

@@ -21,7 +21,7 @@ def with_mask_token(tokenizer: Any, mask: int) -> tuple[Any, str]:
     elif NAME in named.get_vocab():
         return tokenizer, f"its {NAME} is token {named.get_vocab()[NAME]}"
     elif mask > len(named):
-        return tokenizer, f"it has {len(named)} tokens and can't number one {mask}"
+        return tokenizer, f"it has {len(named)} tokens, so a new one can't get id {mask}"
     else:
         named.add_special_tokens({"mask_token": AddedToken(NAME, special=True)})
     return named, ""

@@ -34,7 +34,7 @@ from student_trainer.export.packed import load_packed
 model = load_packed(FOLDER)
 ```
 
-`student_trainer.export.packed_reader.read_packed(FOLDER)` gives the weights with numpy alone."""
+`student_trainer.export.packed_reader.read_packed(FOLDER)` reads the weights with numpy alone."""
 
 
 def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> ExportReport:
@@ -43,9 +43,10 @@ def export_packed(model: Any, tokenizer: Any, folder: Path, card: ModelCard) -> 
     expression = express_original(model)
     tensors, entry = packed_weights(model, expression.weights)
     setattr(expression.config, PACKING, entry)
-    what = "Codes of two bits, four a byte, and what they are worth; all else in full precision. Not trainable."
+    what = "Two-bit codes, four to a byte, and their scales; everything else in full precision. Not trainable."
     note = (
-        "transformers alone finds no weights here: a reader must know the codes, as student_trainer.export.packed does."
+        "transformers alone finds no weights here: reading them takes code that knows the format, such as "
+        "student_trainer.export.packed."
     )
     return write_folder(model, tokenizer, folder, card, expression, tensors, report=("packed", False, (note,)),
                         what=what, loading=_LOAD_PACKED, pattern=FILE_PATTERN)  # fmt: skip

@@ -49,10 +49,10 @@ python -m sglang.launch_server --model-path FOLDER --trust-remote-code --dllm-al
 ```
 
 `--trust-remote-code` is for `configuration_sdar.py` of this folder. One GPU: no pipeline parallelism, no LoRA. Without
-`--max-running-requests` it serves one request at a time, and whatever temperature is asked for, it is greedy."""
+`--max-running-requests` it serves one request at a time, and it is greedy whatever temperature is requested."""
 _SDAR_NOTE = (
-    "The files are held to SDAR's form as SGLang 0.5.23 reads it; they have not been served by SGLang here. In "
-    "transformers, `trust_remote_code` takes `modeling_sdar.py`: passes over whole texts, without generation."
+    "The files follow SDAR's form as SGLang 0.5.23 reads it, but have not been tested by serving them with SGLang. In "
+    "transformers, `trust_remote_code` loads `modeling_sdar.py`: forward passes over complete texts, no generation."
 )
 
 
@@ -72,25 +72,25 @@ def check_sdar(model: Any, tokenizer: Any) -> DiffusionRecord:
     """The student's diffusion record. CannotExpressError lists every reason why SGLang would compute something else."""
     record, config = read_diffusion(model.config), model.config
     if record is None:
-        raise CannotExpressError("SDAR's form", ["it reads from left to right, not by blocks"])
+        raise CannotExpressError("SDAR's form", ["the student reads from left to right, not by blocks"])
     reasons = []
     if is_quantised(model):
-        reasons.append("its weights are quantised while running")
+        reasons.append("its weights are quantised in each forward pass")
     elif corrections(model):
-        reasons.append("it has an adapter beside its weights")
+        reasons.append("it has an adapter that is not merged into its weights")
     if config.model_type != "qwen3":
-        reasons.append(f"it is a {config.model_type} model, not Qwen3's shape with norms of queries and keys")
+        reasons.append(f"it is a {config.model_type} model, not Qwen3 with norms of queries and keys")
     elif set(config.layer_types or ()) - {"full_attention"} or config.use_sliding_window:
-        reasons.append("some of its layers see a window alone")
+        reasons.append("some of its layers use sliding-window attention")
     if (rope := _rope(config)).get("rope_type", "default") != "default":
         reasons.append(f"its rotary positions are of type {rope['rope_type']}")
     if record.family != "in_place":
-        reasons.append(f"student.diffusion.family is {record.family}, there a row predicts its own token")
+        reasons.append(f"student.diffusion.family is {record.family}, in SDAR a row predicts its own token")
     if record.clean_half != "block_causal" and record.block_size > 1:
-        reasons.append(f"student.diffusion.clean_half is {record.clean_half}, there a prompt's token sees its block")
+        reasons.append(f"student.diffusion.clean_half is {record.clean_half}, in SDAR a prompt's token sees its block")
     if record.mask_token_id != MASK:
         reasons.append(
-            f"its mask token is {record.mask_token_id}, there {MASK}: student.diffusion.mask_token_id={MASK}"
+            f"its mask token is {record.mask_token_id}, SDAR's is {MASK}: set student.diffusion.mask_token_id={MASK}"
         )
     elif tokenizer is not None and (why := with_mask_token(tokenizer, MASK)[1]):
         reasons.append(f"its tokenizer cannot name the mask token: {why}")
