@@ -117,7 +117,7 @@ def test_a_port_that_is_taken_stops_the_run_before_it_begins(tmp_path: Path) -> 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ValueError, match=r"logging.prometheus_port: nothing can listen at 127.0.0.1:\d+: "):
+        with pytest.raises(ValueError, match=r"logging.prometheus_port: can't listen on 127.0.0.1:\d+: "):
             Exporter("127.0.0.1", taken.getsockname()[1], "run", 1)
 
 

@@ -29,7 +29,7 @@ def test_the_command_trains_and_leaves_its_figures(workshop: Workshop, teacher: 
     arguments = workshop.settings(tmp_path, "evaluation.every=6", "logging.wandb=auto", url=teacher.url)
     done = command(*arguments, WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
-    assert "WANDB_API_KEY IS NOT SET" in done.stderr and "Traceback" not in done.stderr
+    assert "WANDB_API_KEY is not set" in done.stderr and "Traceback" not in done.stderr
     assert steps_of(tmp_path / "run") == list(range(1, 13))
     assert [line["step"] for line in lines_of(tmp_path / "run", "evaluation.jsonl")] == [0, 6, 12]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000012"

@@ -113,9 +113,9 @@ def test_a_run_tells_which_class_it_takes_for_which(tmp_path: Path) -> None:
 
     assert report([str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "accuracy, held out, examples" in page and "20 of them, and what each says" in page
+    assert "accuracy, held out, examples" in page and "20 examples, and what each model predicts" in page
     assert page.count("<caption>") == 2 and "<caption>teacher: " in page and "<caption>run: " in page
-    assert page.count(shown["prompt"]) == 1 and "said P" in page
+    assert page.count(shown["prompt"]) == 1 and "predicted P" in page
 
 
 def test_classes_without_a_teacher_and_among_ids_that_lack_them(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_what_was_done_is_taken_up_and_told(tmp_path: Path) -> None:
     table, page = (tmp_path / "table.md").read_text(), (tmp_path / "report.html").read_text()
     assert "| 84.5 ± 0.7 |" in table and said in table
     assert "test, logits" in page and "<b>dull</b>" not in page and "&lt;b&gt;dull&lt;/b&gt;" in page
-    assert "<caption>teacher: 97.0 % of 100 right</caption>" in page
+    assert "<caption>teacher: 97.0 % of 100 correct</caption>" in page
 
     # A run whose end is missing is made again, and so is what was chosen by it.
     (tmp_path / "rate-logits-0.002" / "evaluation.jsonl").unlink()

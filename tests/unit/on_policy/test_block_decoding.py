@@ -253,6 +253,6 @@ def test_what_cannot_be_filled_is_refused(folder: Path) -> None:
         decoder_of(student, threshold=0.0)
     with pytest.raises(ValueError, match="temperature: got -1"):
         decoder_of(student, temperature=-1.0)
-    with pytest.raises(ValueError, match="no generators to draw from"):
+    with pytest.raises(ValueError, match="no random generators to draw from"):
         decoder_of(student, temperature=1.0).fill_in([with_masks(PROMPTS[0], 3)])
     assert decoder_of(student).fill_in([]) == []

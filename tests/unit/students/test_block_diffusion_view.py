@@ -312,7 +312,7 @@ def test_a_student_that_does_not_write_is_not_let_write(workshop: Workshop, tmp_
     arguments = workshop.settings(
         tmp_path, "student.architecture=toy_in_place", "on_policy=gkd", "on_policy.new_tokens=8"
     )
-    with pytest.raises(ValueError, match="architecture toy_in_place does not write from left to right"):
+    with pytest.raises(ValueError, match="there is no sampler for architecture toy_in_place"):
         run_here(arguments, ScriptedTargets())
 
 

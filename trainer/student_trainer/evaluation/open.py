@@ -61,12 +61,12 @@ def open_samples(settings: Settings, components: Components, ranks: Ranks) -> Sa
     student, tokenizer = components.student, components.tokenizer
     wanted = settings.evaluation.every and settings.evaluation.samples
     if not ranks.alone and wanted:
-        logger.warning("evaluation.samples has no effect: a student in shards on several ranks can't write yet")
+        logger.warning("evaluation.samples has no effect: a student sharded over several ranks can't generate text yet")
     decode: Callable[[Sequence[int]], str] = lambda ids: str(tokenizer.decode(ids))  # noqa: E731
     sampler = sampler_of(student, ends_of_text(student, tokenizer), pad_id(tokenizer))
     if sampler is None and wanted:
         architecture = settings.student.architecture
-        logger.warning("evaluation.samples has no effect: architecture %s does not write left to right", architecture)
+        logger.warning("evaluation.samples has no effect: there is no sampler for architecture %s", architecture)
     held_out = _held_out(settings, components) if ranks.alone and sampler else {}
     return SampleWriter(settings.evaluation, held_out, sampler, decode)
 
@@ -108,7 +108,7 @@ def _decoding(
     if not isinstance(student.reader, DiffusionReader):
         return None
     if not ranks.alone:
-        logger.warning("nothing is filled in for figures: a student in shards on several ranks can't write yet")
+        logger.warning("no decoding metrics are measured: a student sharded over several ranks can't generate text yet")
         return None
 
     def judge(batch: Batch) -> BatchTargets:

@@ -122,7 +122,7 @@ class LineFile:
             self._file.write("".join(self._waiting))
             self._file.flush()
         except OSError as error:
-            logger.error("%s could not be written (%s); its %d lines wait for room", self._path.name, error,
+            logger.error("%s could not be written (%s); keeping its %d lines to try again", self._path.name, error,
                          len(self._waiting))  # fmt: skip
             self._reopen(size)
             del self._waiting[: -self.KEEP]

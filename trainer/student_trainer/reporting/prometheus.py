@@ -16,20 +16,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 PREFIX = "stillhouse_train_"
 # Key in a step's line -> metric and its help text.
 GAUGES = {
-    "loss": ("loss", "What was differentiated, nats a token"),
-    "learning_rate": ("learning_rate", "Of the first group of parameters"),
-    "grad_norm": ("grad_norm", "Before it is clipped"),
-    "seconds": ("step_seconds", "The last step's time"),
-    "tokens_per_second": ("tokens_per_second", "Tokens learnt from, in the last step's time"),
+    "loss": ("loss", "The loss that was differentiated, nats per token"),
+    "learning_rate": ("learning_rate", "Learning rate of the first group of parameters"),
+    "grad_norm": ("grad_norm", "Gradient norm before clipping"),
+    "seconds": ("step_seconds", "Duration of the last step"),
+    "tokens_per_second": ("tokens_per_second", "Tokens trained on per second in the last step"),
     "wait_share": ("wait_share", "Share of the last step's time that it waited for targets"),
-    "prefetch_depth": ("prefetch_depth", "Batches asked for ahead"),
+    "prefetch_depth": ("prefetch_depth", "Batches requested ahead"),
 }
 # First part of a key -> metric, its help text, and labels for the rest of the key, which is split at "/".
 LABELLED = {
-    "loss": ("term_loss", "Mean of a loss term, nats a token", ("term",)),
+    "loss": ("term_loss", "Mean of a loss term, nats per token", ("term",)),
     "weighted": ("term_weighted", "A loss term's share of the loss", ("term",)),
-    "source": ("source", "Figures of a step by source of data", ("source", "figure")),
-    "mixture": ("mixture_weight", "Weight that the last batch was drawn by, where a policy changes it", ("source",)),
+    "source": ("source", "Metrics of a step, by data source", ("source", "figure")),
+    "mixture": ("mixture_weight", "Weight with which the last batch was drawn, if a policy changes it", ("source",)),
     "held_out": ("held_out", "The last evaluation, by source", ("source", "figure")),
 }
 
@@ -52,9 +52,7 @@ class Exporter:
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
-            raise ValueError(
-                f"logging.prometheus_port: nothing can listen at {host}:{port}: {error.strerror}"
-            ) from None
+            raise ValueError(f"logging.prometheus_port: can't listen on {host}:{port}: {error.strerror}") from None
 
     @property
     def port(self) -> int:

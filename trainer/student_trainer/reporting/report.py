@@ -31,9 +31,9 @@ FIGURES = {
 }
 # Metrics of a training step that get a chart if a run has them, besides `loss/NAME` of every term.
 STEP_METRICS = {
-    "grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens a second",
-    "wait_share": "share of time waited for targets", "on_policy/mean_length": "tokens the student writes at a time",
-    "on_policy/logprob": "mean logprob of what it writes", "on_policy/ended": "share of it that comes to an end",
+    "grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens per second",
+    "wait_share": "share of time waited for targets", "on_policy/mean_length": "tokens per rollout",
+    "on_policy/logprob": "mean logprob of rollout tokens", "on_policy/ended": "share of rollouts that ended",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class RunRecord:
     def read(cls, folder: Path, name: str | None = None) -> RunRecord:
         """ValueError if the folder holds no run."""
         if not (folder / "metrics.jsonl").is_file():
-            raise ValueError(f"{folder} holds no metrics.jsonl: a run's folder was expected")
+            raise ValueError(f"{folder} holds no metrics.jsonl: expected a run's folder")
         passage = folder / "passage.json"
         return cls(
             name=name or folder.name,

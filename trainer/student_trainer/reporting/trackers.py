@@ -49,7 +49,7 @@ class Tracker:
         except queue.Full:
             self.dropped += 1
             if self.dropped == 1:
-                logger.warning("%s takes figures too slowly: some are dropped, metrics.jsonl has them all", self._name)
+                logger.warning("%s takes metrics too slowly: some are dropped; metrics.jsonl has them all", self._name)
 
     def close(self) -> None:
         """Let the sink take what is queued. Waits at most 20 seconds for space in the queue, and 20 for the thread."""
@@ -60,7 +60,7 @@ class Tracker:
         self._thread.join(CLOSE_WITHIN_S)
         if self._thread.is_alive() or self.dropped:
             logger.warning(
-                "%s has not taken all figures (%d dropped); metrics.jsonl has them", self._name, self.dropped
+                "%s has not taken all metrics (%d dropped); metrics.jsonl has them", self._name, self.dropped
             )
 
     def _work(self) -> None:
@@ -70,7 +70,7 @@ class Tracker:
                 sink.log(*item)
             sink.close()
         except Exception as error:  # trackers' libraries may raise anything; the run must go on
-            logger.error("%s FAILED AND GETS NOTHING MORE: %r. metrics.jsonl has every line", self._name, error)
+            logger.error("%s failed and gets no more metrics: %r. metrics.jsonl has them all", self._name, error)
             self._drain()
 
     def _drain(self) -> None:
@@ -128,8 +128,8 @@ def open_trackers(settings: Settings, run_id: str, folder: Path) -> list[Tracker
         trackers.append(Tracker("wandb", lambda: _Wandb(settings, run_id, folder, "online")))
     elif mode == "auto":
         logger.warning(
-            "\n%s\n  WANDB_API_KEY IS NOT SET: NOTHING OF THIS RUN GOES TO WEIGHTS & BIASES.\n  The figures are in "
-            "%s alone. Set the key, or say logging.wandb=offline or off.\n%s", "!" * 88, folder, "!" * 88,
+            "\n%s\n  WANDB_API_KEY is not set: nothing of this run is sent to Weights & Biases.\n  Its metrics are "
+            "only in %s. Set the key, or set logging.wandb=offline or off.\n%s", "!" * 88, folder, "!" * 88,
         )  # fmt: skip
     elif mode == "offline":
         trackers.append(Tracker("wandb", lambda: _Wandb(settings, run_id, folder, "offline")))
@@ -147,5 +147,5 @@ def _prometheus(settings: Settings, run_id: str) -> Tracker:
     assert settings.logging.prometheus_port is not None
     host = settings.logging.prometheus_host
     exporter = Exporter(host, settings.logging.prometheus_port, run_id, settings.run.steps)
-    logger.info("figures for Prometheus at http://%s:%d/metrics", host, exporter.port)
+    logger.info("metrics for Prometheus at http://%s:%d/metrics", host, exporter.port)
     return Tracker("prometheus", lambda: exporter)

@@ -70,7 +70,7 @@ class BlockDecoder:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold: got {self.threshold}, expected a probability above 0, at most 1")
+            raise ValueError(f"threshold: got {self.threshold}, expected a probability above 0 and at most 1")
         if self.temperature < 0.0:
             raise ValueError(f"temperature: got {self.temperature}, expected 0 (the likeliest token) or more")
 
@@ -87,7 +87,7 @@ class BlockDecoder:
         if not sequences:
             return []
         if self.temperature > 0 and draws is None:
-            raise ValueError(f"temperature is {self.temperature}, but no generators to draw from are given")
+            raise ValueError(f"temperature is {self.temperature}, but no random generators to draw from are given")
         rows = BlockRows.of(sequences, self.record)
         with writing(self.student):
             return _Filling(self, rows, draws if self.temperature > 0 else None, meanwhile).run()

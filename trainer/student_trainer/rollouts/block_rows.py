@@ -30,7 +30,7 @@ class BlockRows:
         size, mask = record.block_size, record.mask_token_id
         for row, ids_N in enumerate(sequences):
             if not len(ids_N) or ids_N[0] == mask:
-                raise ValueError(f"sequence {row}: its first token must be given, a student predicts from it")
+                raise ValueError(f"sequence {row}: its first token must be given, because the student predicts from it")
         # Filling in begins at the same column in all sequences: whole blocks of padding go before the shorter ones.
         blocks_P = np.array([_first(ids_N == mask) // size for ids_N in sequences])
         first = int(blocks_P.max())

@@ -42,13 +42,13 @@ def open_rollouts(
     ends = ends_of_text(student, tokenizer)
     if not ends:
         raise ValueError(
-            "neither tokenizer nor student names an end-of-text token, so what the student writes would never end: "
-            "give the tokenizer an eos_token, or set on_policy.share=0"
+            "neither tokenizer nor student names an end-of-text token, so rollouts would never end: give the tokenizer "
+            "an eos_token, or set on_policy.share=0"
         )
     sampler = sampler_of(student, ends, pad_id(tokenizer), settings.on_policy.sequences_at_once)
     if sampler is None:
         raise ValueError(
-            f"on_policy: a student of architecture {settings.student.architecture} does not write from left to right, "
-            "and in no other way that is known here; set on_policy.share=0"
+            f"on_policy: there is no sampler for architecture {settings.student.architecture}, so the student can't "
+            "write rollouts; set on_policy.share=0"
         )
     return RolloutStream(batches, settings, sampler, pad_id(tokenizer), saved, ranks)

@@ -91,7 +91,7 @@ class RolloutStream:
             for number in [number for number in self._samples if number < step]:
                 del self._samples[number]
                 self._jobs.pop(number, None)
-        with stage("the student writes", closing=False):
+        with stage("writing rollouts", closing=False):
             for number in self._due(step):
                 self._write(number, meanwhile)
         self._written_to = self._end(step)
@@ -160,8 +160,8 @@ class RolloutStream:
         prompts = prompts_of(batch, self._settings, self._seed, self._first_row)
         if not prompts and self._alone:
             logger.warning(
-                "batch %d is learnt from as the data has it: none of its %d documents gives a prompt that fits with "
-                "%d new tokens into a row", batch.number, len(batch.documents), self._settings.new_tokens,
+                "batch %d is used as it is, without rollouts: none of its %d documents gives a prompt that fits into a "
+                "row with %d new tokens", batch.number, len(batch.documents), self._settings.new_tokens,
             )  # fmt: skip
             return batch
         job = self._jobs[batch.number] = RolloutJob(batch, prompts, Future())
