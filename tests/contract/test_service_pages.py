@@ -43,7 +43,7 @@ def test_a_page_needs_nothing_from_anywhere_else(teacher: TeacherProcess, path: 
     ("path", "shown"),
     [
         ("/", ["scripted", ">ready<", ">busy<", "float32", "15 tokens", "45 tokens"]),
-        ("/docs", ["/v1/targets", "Ask now", "top_k"]),
+        ("/docs", ["/v1/targets", "Send request", "top_k"]),
     ],
 )
 def test_a_browser_draws_it(teacher: TeacherProcess, tmp_path: Path, path: str, shown: list[str]) -> None:
