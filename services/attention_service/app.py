@@ -51,8 +51,8 @@ from teacher_proto.compute.relations import LAYER_NAMES
 from teacher_proto.wire.as_json import json_document
 from teacher_proto.wire.attention import AttentionHeader, encode_attention, encode_attention_header
 
-_DESCRIPTION = """The attention of a teacher's layer: POST token ids, get states, relations between them, or maps.
-Bodies are msgpack (WIRE.md is the specification) or JSON. Every answer carries `X-Request-Id`; a request may bring its
+_DESCRIPTION = """The attention of a teacher's layer: POST token ids, and get states, relations between them, or maps.
+Bodies are msgpack (specified in WIRE.md) or JSON. Every response carries `X-Request-Id`; a request may supply its
 own."""
 _RESPONSE = records_response("attention", AttentionHeader, ATTENTION_TENSORS, {})
 router = keyed_router()
@@ -61,7 +61,7 @@ router = keyed_router()
 class AttentionService(Service[AttentionEngine, AttentionSettings, AttentionQuery, AttentionTargets]):
     """A `Service` of attention."""
 
-    unit = "numbers in answers"
+    unit = "numbers in responses"
 
     def readiness_job(self) -> Job[AttentionQuery]:
         query = AttentionQuery(np.zeros(1, dtype=np.int64), AttentionSpec("states", 0))

@@ -45,7 +45,7 @@ class AttentionEngine:
     async def start(self) -> None:
         """Load the model. ValueError if it can't be served, or is not the model of the teacher given by --beside."""
         if self._settings.beside is not None:
-            with stage("teacher asked who it is"):
+            with stage("teacher's identity received"):
                 self._teacher = await self._ask_teacher(self._settings.beside)
         await self._batches.start(self._load)
 
@@ -117,8 +117,8 @@ class AttentionEngine:
         lines = [line for line in self.identity.difference(teacher) if line.startswith("semantic.")]
         if lines:
             raise ValueError(
-                f"--beside {self._settings.beside}: that teacher is another model, {'; '.join(lines)}; give its MODEL, "
-                "--revision, --name and --dtype"
+                f"--beside {self._settings.beside}: that teacher serves another model: {'; '.join(lines)}; start this "
+                "service with the same MODEL, --revision, --name and --dtype"
             )
 
 

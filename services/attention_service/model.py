@@ -78,7 +78,7 @@ class AttentionModel:
             shapes.add(tuple((x.shape[1], x.shape[3]) for x in states))
         (query_heads, width), (kv_heads, key_width), value = next(iter(shapes))
         if len(shapes) > 1 or key_width != width or value != (kv_heads, width):
-            raise ValueError(f"{name}: its layers' heads differ ({sorted(shapes)}), which is not served")
+            raise ValueError(f"{name}: the heads differ between layers ({sorted(shapes)}), which is not supported")
         return AttentionShape(
             num_layers=self.num_layers, max_layer=self.max_layer, query_heads=query_heads, kv_heads=kv_heads,
             head_width=width,
@@ -94,8 +94,8 @@ def _config(folder: ModelFolder) -> Any:
     text = config.get_text_config()
     if text.model_type not in (MODEL_TYPES if text is config else WRAPPED_TYPES):
         raise ValueError(
-            f"{folder.name} is a {config.model_type!r} model; attention is served of {', '.join(MODEL_TYPES)}, and "
-            f"beside a vision tower of {', '.join(WRAPPED_TYPES)}"
+            f"{folder.name} is a {config.model_type!r} model; attention is served for {', '.join(MODEL_TYPES)}, and "
+            f"beside a vision tower for {', '.join(WRAPPED_TYPES)}"
         )
     return text
 

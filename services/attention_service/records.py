@@ -118,9 +118,13 @@ def _by_rows(
 def _finite(states: Tensor, part: str, query: AttentionQuery) -> Tensor:
     if not torch.isfinite(states).all():
         fits = states.dtype != torch.float16
-        what = "is not finite" if fits else "does not fit float16: ask for states with dtype int8"
+        what = (
+            "is not finite: its weights overflow"
+            if fits
+            else "does not fit float16: request states with dtype int8, unless its weights overflow"
+        )
         raise EngineError(
-            f"the teacher's {part} of layer {query.spec.layer} {what}, or its weights overflow at this sequence",
+            f"the teacher's {part} of layer {query.spec.layer} {what} on this sequence",
             field=part, retryable=False,
         )  # fmt: skip
     return states

@@ -52,7 +52,7 @@ class AttentionSettings(ServiceSettings):
     def _hang_together(self) -> Self:
         self.highest_layer(num_layers=2**20)
         if self.beside_key is not None and self.beside is None:
-            raise ValueError("--beside-key is for --beside URL")
+            raise ValueError("--beside-key needs --beside URL")
         return self
 
     def highest_layer(self, num_layers: int) -> int:

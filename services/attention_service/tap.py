@@ -50,7 +50,7 @@ class Tap:
             if layer is None or not hasattr(module, "is_causal") or not hasattr(module, "config"):
                 continue
             if layer in self.modules:
-                raise ValueError(f"a {type(model).__name__} has two attention modules of layer {layer}")
+                raise ValueError(f"a {type(model).__name__} has two attention modules for layer {layer}")
             self.modules[layer], self.attend[layer] = module, _configured(module)
             module.config = copy.copy(module.config)
             module.config._attn_implementation = _NAME
@@ -65,7 +65,7 @@ class Tap:
             pass
         finally:
             taken, self._taken = self._taken, {}
-        assert taken.keys() == self._wanted, f"layers {sorted(taken)} were met, {sorted(self._wanted)} are wanted"
+        assert taken.keys() == self._wanted, f"got layers {sorted(taken)}, expected {sorted(self._wanted)}"
         return taken
 
     def meet(
@@ -85,7 +85,7 @@ def _configured(module: Any) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     if implementation is None:
-        raise ValueError(f"a {type(module).__name__} does not dispatch its attention: its states cannot be taken")
+        raise ValueError(f"a {type(module).__name__} does not dispatch its attention: its states cannot be captured")
     return implementation
 
 

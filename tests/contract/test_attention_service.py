@@ -235,7 +235,7 @@ def test_a_sidecar_takes_name_and_dtype_of_its_teacher_and_refuses_another_model
             assert service.fingerprint.split(".")[0] == teacher.fingerprint.split(".")[0]
         refused = run(str(other), "--beside", teacher.url, "--port", "0")
     assert refused.returncode == 2
-    assert "that teacher is another model, semantic.weights.model.safetensors:" in refused.stderr
+    assert "that teacher serves another model: semantic.weights.model.safetensors:" in refused.stderr
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -263,11 +263,11 @@ except SystemExit as exit:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((), "model is not given: stillhouse-attention MODEL, or STILLHOUSE_ATTENTION_MODEL"),
+        ((), "model is missing: use stillhouse-attention MODEL, or set STILLHOUSE_ATTENTION_MODEL"),
         (("m", "--layer", "top"), "--layer: attention layer: got 'top'"),
         (("m", "--layer", "1.5"), "--layer: attention layer: got 1.5"),
         (("m", "--laye", "1"), "'--laye' is not an option"),
-        (("m", "--beside-key", KEY), "--beside-key is for --beside URL"),
+        (("m", "--beside-key", KEY), "--beside-key needs --beside URL"),
         (("m", "--tls-cert", "c.pem"), "--tls-cert and --tls-key go together"),
     ],
 )

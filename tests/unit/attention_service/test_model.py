@@ -180,7 +180,7 @@ def test_states_that_do_not_fit_float16_are_refused_with_what_to_ask_for(tmp_pat
     with torch.no_grad():
         model._model.layers[LAST].self_attn.v_proj.weight *= 1e6
     (tokens_T,) = sequences(5)
-    with pytest.raises(EngineError, match="value of layer 2 does not fit float16: ask for states with dtype int8"):
+    with pytest.raises(EngineError, match="value of layer 2 does not fit float16: request states with dtype int8"):
         ask(model, tokens_T)
     (answer,) = ask(model, tokens_T, dtype="int8")
     assert np.isfinite(answer.states()["value"]).all()
@@ -243,7 +243,7 @@ def test_an_architecture_that_is_not_served_is_refused_by_its_name(tmp_path: Pat
     (folder / "config.json").write_text(
         json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     )
-    with pytest.raises(ValueError, match="other is a 'gpt2' model; attention is served of gemma, gemma2"):
+    with pytest.raises(ValueError, match="other is a 'gpt2' model; attention is served for gemma, gemma2"):
         load(folder)
 
 
