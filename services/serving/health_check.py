@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         host = options.host or socket.gethostbyname(socket.gethostname())
         fault = find_fault(f"http://{host}:{options.port}", options.open)
     except OSError as error:
-        fault = f"{options.host or socket.gethostname()}:{options.port} can't be asked: {error}"
+        fault = f"{options.host or socket.gethostname()}:{options.port} cannot be reached: {error}"
     if fault is not None:
         print(f"health_check: {fault}", file=sys.stderr)
     return 0 if fault is None else 1
@@ -38,7 +38,7 @@ def find_fault(url: str, is_open: bool) -> str | None:
         return f"not ready: {body}"
     status, _ = _ask(f"{url}/v1/teacher")
     if not is_open and status != 401:
-        return f"it answers {status} to who has no key: its keys file has not reached it"
+        return f"it responded {status} to a request without a key, expected 401: it did not get its keys file"
     return None
 
 

@@ -56,7 +56,7 @@ def run_service(
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     if not keys.required and not _is_loopback(settings.host):
-        log.warning("no --keys: everybody who reaches this address may ask", host=settings.host)
+        log.warning("no --keys: anybody who can reach this address can send requests", host=settings.host)
     with bind(settings.host, settings.port) as listener:
         return uvloop.run(_serve(settings, keys, tls, listener, make_service, make_app))
 
@@ -87,7 +87,7 @@ async def _serve(
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
         about = f"{identity.semantic.model}, {identity.fingerprint} in {identity.semantic.dtype}"
-        done("all that is needed to answer", time.monotonic() - BEGAN)
+        done("everything needed to serve requests", time.monotonic() - BEGAN)
         print(f"{settings.program}: ready at {url}, {about}", flush=True)
 
     code = await process.run(make_app(service), listener, tls=context, watched=watched, on_ready=announce)
@@ -178,7 +178,9 @@ class Process:
         return await self._end_dead()
 
     async def _drain(self) -> int:
-        self._service.drain("the service is draining: it ends when those inside are answered; ask another replica")
+        self._service.drain(
+            "the service is draining: it exits when the requests in progress have finished; use another replica"
+        )
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._drain_s
         drained = asyncio.create_task(self._service.drained())
@@ -193,9 +195,9 @@ class Process:
         drained.cancel()
         if self._death is not None:
             return await self._end_dead()
-        why = "a second signal came" if self._signals > 1 else f"the drain time of {self._drain_s:g} s is over"
+        why = "received a second signal" if self._signals > 1 else f"the drain time of {self._drain_s:g} s is over"
         log.warning("aborted", why=why)
-        await self._abort(OverloadedError(f"the service stops: {why}; ask another replica", retry_after=5.0))
+        await self._abort(OverloadedError(f"the service is stopping: {why}; use another replica", retry_after=5.0))
         return EXIT_ABORTED
 
     async def _end_dead(self) -> int:
@@ -211,7 +213,7 @@ class Process:
         try:
             await asyncio.wait_for(self._service.drained(), _FLUSH_S)
         except TimeoutError:
-            log.warning("clients did not take their refusals in time")
+            log.warning("clients did not read their error responses in time")
 
     async def _watch(self) -> None:
         while True:

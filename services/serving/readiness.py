@@ -62,12 +62,12 @@ class Readiness:
             silent_s = self._silent_s(now)
             if silent_s <= self._allowed_s():
                 return
-            raise OverloadedError(f"the engine is stuck: it has had work for {silent_s:.0f} s and finished none of it")
+            raise OverloadedError(f"the engine is stuck: it has work, but finished nothing for {silent_s:.0f} s")
         within_s = min(self._within_s, _IDLE_S)
         try:
             await asyncio.wait_for(asyncio.shield(self._start_probe()), within_s)
         except TimeoutError:
-            raise OverloadedError(f"no token got through the engine in {within_s:g} s") from None
+            raise OverloadedError(f"the engine did not finish a probe of one token in {within_s:g} s") from None
 
     def _silent_s(self, now: float) -> float:
         """Seconds since the engine last finished anything; 0 if it has no work."""

@@ -91,7 +91,7 @@ def build_settings(kind: type[Settings], given: dict[str, Any]) -> Settings:
     the service's prefix: a misspelt variable for the keys file would leave the service open."""
     if unknown := unknown_variables(kind, os.environ):
         known = ", ".join(sorted(variables(kind)))
-        raise ValueError(f"environment: {', '.join(unknown)} is no variable of {kind.program}; known are {known}")
+        raise ValueError(f"environment: {kind.program} has no variable {', '.join(unknown)}; available: {known}")
     try:
         return kind(**given)
     except ValidationError as error:
@@ -117,7 +117,7 @@ def unknown_variables(kind: type[ServiceSettings], environment: Mapping[str, str
 def _explain(kind: type[ServiceSettings], error: Any) -> str:
     if error["type"] == "missing":
         name = str(error["loc"][0])
-        return f"{name} is not given: {kind.program} MODEL, or {kind.model_config['env_prefix']}{name.upper()}"
+        return f"{name} is missing: use {kind.program} MODEL, or set {kind.model_config['env_prefix']}{name.upper()}"
     if not error["loc"]:
         return str(error["ctx"]["error"])
     return f"--{str(error['loc'][0]).replace('_', '-')}: {error['msg']}, got {error['input']!r}"

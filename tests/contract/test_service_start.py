@@ -45,7 +45,7 @@ except SystemExit as exit:
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "no model": ((), "model is not given"),
+    "no model": ((), "model is missing"),
     "a misspelt option": (("scripted", "--engine", "scripted", "--prot", "1"), "--prot"),
     "an unknown engine": (("m", "--engine", "vlm"), "--engine"),
     "a port beyond all ports": (("m", "--port", "70000"), "--port"),

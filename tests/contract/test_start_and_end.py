@@ -14,7 +14,7 @@ from serving import logs
 from tests.models import save_tiny_llama
 from tests.teacher_process import AttentionProcess, ServiceProcess, TeacherProcess
 
-AROUND = ["service imported", "all that is needed to answer"]
+AROUND = ["service imported", "everything needed to serve requests"]
 LOADED_HERE = [
     *AROUND,
     "torch and transformers imported",

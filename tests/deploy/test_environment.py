@@ -149,7 +149,7 @@ def test_a_variable_that_was_misspelt_stops_the_start(kind: type[ServiceSettings
         [sys.executable, "-m", module, "some/model"], env=environment | {f"{prefix}KYES": "/run/secrets/keys"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and f"environment: {prefix}KYES is no variable of" in done.stderr
+    assert done.returncode == 2 and f"{kind.program} has no variable {prefix}KYES" in done.stderr
 
 
 KEYS = "alice 0123456789abcdef"
@@ -159,8 +159,8 @@ KEYS = "alice 0123456789abcdef"
     ("host", "keys", "options", "fault"),
     [
         ("0.0.0.0", KEYS, (), ""),
-        ("127.0.0.1", KEYS, (), "can't be asked"),
-        ("0.0.0.0", None, (), "it answers 200 to who has no key"),
+        ("127.0.0.1", KEYS, (), "cannot be reached"),
+        ("0.0.0.0", None, (), "it responded 200 to a request without a key"),
         ("0.0.0.0", None, ("--open",), ""),
     ],
 )

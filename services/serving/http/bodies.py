@@ -72,15 +72,15 @@ class BodyGuard:
         held, most = self._held.total(), self._limits.max_total_bytes
         if held + num_bytes > most:
             raise OverloadedError(
-                f"the bodies of all requests take {held} bytes, of {most} for all together", field="body",
+                f"no room for the body: the bodies of all requests take {held} of at most {most} bytes", field="body",
                 got=held + num_bytes, limit=most, retry_after=1.0,
             )  # fmt: skip
         own = self._held[client]
         share = most // (len(self._held.keys() | {client}) + 1)
         if self._limits.shared and own and own + num_bytes > share:
             raise QuotaError(
-                f"the bodies of {client!r} take {own} bytes, and {num_bytes} more come, with a share of {share}: come "
-                "again when one of these requests is answered", field="body", got=own + num_bytes, limit=share,
+                f"the bodies of {client!r} take {own} bytes and this needs {num_bytes} more, but its share is {share}: "
+                "retry when one of its requests has finished", field="body", got=own + num_bytes, limit=share,
                 retry_after=1.0,
             )  # fmt: skip
         self._held[client] += num_bytes
@@ -118,7 +118,7 @@ class _GuardedBody:
                 message = await self._receive()
         except TimeoutError:
             raise SlowBodyError(
-                f"{self.received} bytes of the body came within {allowed_s:.1f} s, and not its end",
+                f"the body is incomplete after {allowed_s:.1f} s: got {self.received} bytes",
                 field="body", got=self.received, limit=allowed_s,
             ) from None  # fmt: skip
         if message["type"] == "http.request":
@@ -130,7 +130,7 @@ class _GuardedBody:
         encoding = self._headers.get(b"content-encoding", b"identity").decode("latin-1")
         if encoding.strip().lower() != "identity":
             raise UnsupportedTypeError(
-                f"Content-Encoding {encoding!r}: bodies are not compressed here", field="Content-Encoding",
+                f"Content-Encoding {encoding!r} is not supported: send the body uncompressed", field="Content-Encoding",
                 got=encoding, limit="identity",
             )  # fmt: skip
         declared = self._headers.get(b"content-length", b"0")
@@ -153,7 +153,7 @@ class _GuardedBody:
 
     def _refuse(self, got: int) -> None:
         raise TooLargeError(
-            f"a body of {got} bytes or more, of at most {self._max_bytes}: ask for fewer sequences a request",
+            f"got a body of {got} bytes or more, expected at most {self._max_bytes}: send fewer sequences per request",
             field="body", got=got, limit=self._max_bytes,
         )  # fmt: skip
 
@@ -179,7 +179,7 @@ async def read_request(
     wanted, ours = asked.fingerprint, engine.identity.fingerprint
     if wanted is not None and compare_fingerprints(wanted, ours) == "semantic":
         raise WrongTeacherError(
-            f"the request is for the teacher {wanted[:80]!r}, this is {ours}: GET /v1/teacher tells who it is",
+            f"the request is for teacher {wanted[:80]!r}, but this is {ours}: GET /v1/teacher returns its identity",
             field="fingerprint", got=wanted[:80], limit=ours,
         )  # fmt: skip
     return asked, _wants_json(request.headers.get("accept", ""), content_type)
@@ -191,7 +191,7 @@ def _media_type(request: Request, *spoken: str) -> str:
     kind = given.partition(";")[0].strip().lower()
     if kind not in spoken:
         raise UnsupportedTypeError(
-            f"Content-Type {given[:80]!r} is not spoken here: send {' or '.join(spoken)}", field="Content-Type",
+            f"Content-Type {given[:80]!r} is not supported: send {' or '.join(spoken)}", field="Content-Type",
             got=given[:80], limit=list(spoken),
         )  # fmt: skip
     return kind

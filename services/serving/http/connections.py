@@ -131,7 +131,8 @@ class Connection(HttpToolsProtocol):
             self.send_400_response(f"the headers are longer than {MAX_HEADER_BYTES} bytes")
         elif self._came > 2 * MAX_HEADER_BYTES + (1 + _AROUND_BODY) * self._body_came:
             self.send_400_response(
-                f"{self._came - self._body_came} bytes came around the {self._body_came} of the body: chunks, trailers"
+                f"got {self._came - self._body_came} bytes besides the {self._body_came} of the body: too many "
+                "chunks or too long trailers"
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -144,7 +145,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
             self.end_at_once()
-            raise ValueError("too many requests before an answer")  # makes the parser stop
+            raise ValueError("too many requests before the first response")  # makes the parser stop
 
     def on_body(self, body: bytes) -> None:
         self._body_came += len(body)

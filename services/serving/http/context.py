@@ -77,7 +77,9 @@ class RequestContext:
             if exchange.status:
                 # Part of the response is out: only a broken connection tells the client that the rest won't come.
                 raise
-            unforeseen = StillhouseError("the service failed; its log has the request id", retryable=False)
+            unforeseen = StillhouseError(
+                "internal error: find the reason in the service's log, under this request id", retryable=False
+            )
             await error_response(unforeseen, exchange.request_id)(scope, receive, send_noted)
 
     def _finish(self, exchange: Exchange, scope: Scope) -> None:

@@ -59,10 +59,10 @@ def translate(error: Exception, request: Request) -> StillhouseError:
         return MalformedError(f"{field}: {first['msg']}", field=field)
     if isinstance(error, HTTPException) and error.status_code == 405:
         allowed = sorted(part.strip() for part in (error.headers or {}).get("Allow", "").split(",") if part)
-        message = f"{request.method} is not a method of {_path(request)}; allowed: {', '.join(allowed)}"
+        message = f"{_path(request)} does not support {request.method}; allowed: {', '.join(allowed)}"
         return MethodNotAllowedError(message, field="method", got=request.method, limit=allowed)
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return NotFoundError(f"there is nothing at {_path(request)}; /docs lists what there is", field="path")
+        return NotFoundError(f"there is no route {_path(request)}; /docs lists all routes", field="path")
     assert isinstance(error, HTTPException), error
     return MalformedError(str(error.detail))
 

@@ -44,7 +44,7 @@ class Keys:
             return ANONYMOUS
         if secret is None:
             raise UnauthorizedError(
-                "a key is needed: send `Authorization: Bearer KEY`, with a key of the file that the service was "
+                "a key is needed: send `Authorization: Bearer KEY`, with a key from the file that the service was "
                 "started with (--keys)", field="Authorization",
             )  # fmt: skip
         digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
@@ -53,7 +53,7 @@ class Keys:
             if hmac.compare_digest(digest, known):
                 found = name
         if found is None:
-            raise UnauthorizedError("this key is not known here", field="Authorization")
+            raise UnauthorizedError("unknown key: it is not in the service's keys file", field="Authorization")
         return found
 
 
@@ -72,10 +72,10 @@ def _read(path: Path) -> dict[str, bytes]:
             raise ValueError(f"{path}, line {number}: expected a name of letters, digits, . _ - and a key")
         name, secret = words
         if name in digests:
-            raise ValueError(f"{path}, line {number}: {name!r} has a key already")
+            raise ValueError(f"{path}, line {number}: {name!r} already has a key")
         digests[name] = _digest_of(secret, path, number)
     if not digests:
-        raise ValueError(f"the keys file {path} holds no key: nobody could ask anything")
+        raise ValueError(f"the keys file {path} has no key: nobody could send requests")
     return digests
 
 
@@ -83,7 +83,7 @@ def _digest_of(secret: str, path: Path, number: int) -> bytes:
     kind, _, hexadecimal = secret.partition(":")
     if kind == "sha256":
         if not re.fullmatch(r"[0-9a-fA-F]{64}", hexadecimal):
-            raise ValueError(f"{path}, line {number}: sha256: is followed by 64 hexadecimal digits")
+            raise ValueError(f"{path}, line {number}: expected 64 hexadecimal digits after sha256:")
         return bytes.fromhex(hexadecimal)
     if not secret.isascii():
         raise ValueError(
@@ -91,7 +91,7 @@ def _digest_of(secret: str, path: Path, number: int) -> bytes:
             "choose one of letters, digits and ASCII signs"
         )
     if len(secret) < _MIN_KEY_LENGTH:
-        raise ValueError(f"{path}, line {number}: a key has at least {_MIN_KEY_LENGTH} characters")
+        raise ValueError(f"{path}, line {number}: expected a key of at least {_MIN_KEY_LENGTH} characters")
     return hashlib.sha256(secret.encode()).digest()
 
 

@@ -66,7 +66,7 @@ class TlsFiles:
         """A server context, TLS 1.2 or newer. ValueError names the file at fault."""
         for path in self.paths:
             if not path.is_file():
-                raise ValueError(f"the TLS file {path} is not there")
+                raise ValueError(f"the TLS file {path} does not exist")
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:

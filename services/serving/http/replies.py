@@ -128,7 +128,7 @@ def _progress_interval(request: Request) -> float | None:
         wished = math.nan
     if not wished > 0:
         raise MalformedError(
-            f"X-Progress: got {given[:40]!r}, expected seconds, like 2", field="X-Progress", got=given[:40]
+            f"X-Progress: got {given[:40]!r}, expected seconds, such as 2", field="X-Progress", got=given[:40]
         )
     low, high = PROGRESS_INTERVAL_S
     return min(high, max(low, wished))
@@ -249,6 +249,6 @@ def check_json_size(values: int) -> None:
     """OutOfRangeError if the JSON document would be huge; msgpack has no such limit."""
     if values > MAX_JSON_VALUES:
         raise OutOfRangeError(
-            f"an answer of {values} values, of at most {MAX_JSON_VALUES} as JSON: ask with "
-            f"Accept: {wire.MSGPACK}, or for less", field="sequences", got=values, limit=MAX_JSON_VALUES,
+            f"the response has {values} values, expected at most {MAX_JSON_VALUES} as JSON: send "
+            f"Accept: {wire.MSGPACK}, or request less", field="sequences", got=values, limit=MAX_JSON_VALUES,
         )  # fmt: skip

@@ -49,7 +49,7 @@ class Outlet:
     async def _put(self, message: dict) -> None:
         await self._send(message)
         if self.client_left:  # then `send` has silently dropped the message
-            raise ClientDisconnect("the client left before its answer was whole")
+            raise ClientDisconnect("the client disconnected before its response was complete")
         self._written_at = time.monotonic()
 
 
@@ -70,7 +70,7 @@ class RacedResponse(Response):
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise ClientDisconnect("the client left before its answer was whole")
+                raise ClientDisconnect("the client disconnected before its response was complete")
             await work
         finally:
             gone.cancel()

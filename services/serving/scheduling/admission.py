@@ -140,8 +140,8 @@ class Admission:
             raise self._refusal()
         if permit.cost > self.max_cost:
             raise OutOfRangeError(
-                f"sequences: a request that costs {permit.cost}, of at most {self.max_cost} ({self._unit}): split it, "
-                "or ask for less of each token", field="sequences", got=permit.cost, limit=self.max_cost,
+                f"sequences: the request costs {permit.cost}, expected at most {self.max_cost} ({self._unit}): split "
+                "it, or request less per token", field="sequences", got=permit.cost, limit=self.max_cost,
             )  # fmt: skip
         held = self._note(permit.client)
         waiting = _Waiting(permit)
@@ -185,16 +185,16 @@ class Admission:
         held, share = self._held[permit.client], self._share()
         if self._beyond_share(permit):
             return QuotaError(
-                f"{permit.client!r} holds {held.cost} {self._unit} and asks {permit.cost} more, with a share of "
-                f"{share} of {self._capacity}: come again when some of that is answered", field="sequences",
+                f"{permit.client!r} uses {held.cost} {self._unit} and requests {permit.cost} more, but its share is "
+                f"{share} of {self._capacity}: retry when some of its requests have finished", field="sequences",
                 got=held.cost + permit.cost, limit=share,
                 retry_after=self._rate.seconds(held.tokens * len(self._held)),
             )  # fmt: skip
         free = max(0, self._capacity - self.cost)
         return OverloadedError(
-            f"the service is full: {self.cost} of {self._capacity} {self._unit} are taken and {len(self._waiting) - 1} "
-            f"requests wait, this asks {permit.cost}", field="sequences", got=permit.cost, limit=free,
-            retry_after=self._rate.seconds(self.tokens),
+            f"the service is full: {self.cost} of {self._capacity} {self._unit} are in use and "
+            f"{len(self._waiting) - 1} requests are waiting; this one needs {permit.cost}", field="sequences",
+            got=permit.cost, limit=free, retry_after=self._rate.seconds(self.tokens),
         )  # fmt: skip
 
     def _share(self) -> int:
