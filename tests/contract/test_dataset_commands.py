@@ -48,14 +48,14 @@ def test_a_filled_dataset_is_what_is_answered_online(tmp_path: Path) -> None:
             stored = dataset.get(dataset.manifest.teacher.fingerprint, request.query(number))
             assert stored is not None and same_bits(stored, answer)
     again = fill(tmp_path / "data.jsonl", tmp_path / "out")
-    assert "0 sequences scored" in again.stdout and "25 were there" in again.stdout
+    assert "0 sequences scored" in again.stdout and "25 already stored" in again.stdout
     said = command("dataset", "stats", tmp_path / "out").stdout
     assert "documents:     25\n" in said and "tokens:        1,000\n" in said and "lossless" in said
     left = tmp_path / "out" / "index" / f".targets-1.idx.{'0' * 32}"
     left.touch()
     os.utime(left, (0, 0))
     checked = command("dataset", "check", tmp_path / "out")
-    assert checked.returncode == 0 and "all shards are whole" in checked.stdout
+    assert checked.returncode == 0 and "all shards are intact" in checked.stdout
     assert f"{left.name} is being written, or was left by a fill that was killed" in checked.stdout and left.exists()
     cleaned = command("dataset", "check", tmp_path / "out", "--clean")
     assert cleaned.returncode == 0 and f"removed {tmp_path / 'out'}/index/{left.name}" in cleaned.stdout
@@ -89,7 +89,7 @@ def test_a_killed_fill_loses_the_shards_under_way_alone(tmp_path: Path) -> None:
     done = fill(tmp_path / "data.jsonl", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     scored = int(done.stdout.split(" sequences scored")[0].rpartition(" ")[2])
-    assert 0 < scored <= 100 and f"{120 - scored} were there" in done.stdout
+    assert 0 < scored <= 100 and f"{120 - scored} already stored" in done.stdout
     fill(tmp_path / "data.jsonl", tmp_path / "other")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
 
@@ -108,7 +108,7 @@ def test_a_fill_that_is_stopped_keeps_what_was_scored(tmp_path: Path) -> None:
     assert process.wait(timeout=20) == 75
     kept = dataset_stats(Folder(str(tmp_path / "out"))).documents
     done = command(*words[3:])
-    assert kept > 0 and f"{120 - kept} sequences scored" in done.stdout and f"{kept} were there" in done.stdout
+    assert kept > 0 and f"{120 - kept} sequences scored" in done.stdout and f"{kept} already stored" in done.stdout
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -139,7 +139,7 @@ def test_documents_that_fail_and_an_engine_that_dies_are_told(tmp_path: Path) ->
     kept = dataset_stats(Folder(str(tmp_path / "out"))).documents
     assert 0 < kept < len(rows)
     failed = fill(tmp_path / "data.jsonl", tmp_path / "out", "--script", '{"poison_token": 22}')
-    assert failed.returncode == 1 and "1 failed" in failed.stdout and f"{kept} were there" in failed.stdout
+    assert failed.returncode == 1 and "1 failed" in failed.stdout and f"{kept} already stored" in failed.stdout
     done = fill(tmp_path / "data.jsonl", tmp_path / "out")
     assert done.returncode == 0 and "1 sequences scored" in done.stdout
 
@@ -147,17 +147,17 @@ def test_documents_that_fail_and_an_engine_that_dies_are_told(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fill", "scripted", "DATA", *SCRIPTED], "nor --output"),
-        (["fill", "scripted", "DATA", *SCRIPTED, "--store", "STORE", "--output", "OUT"], "are both given"),
+        (["fill", "scripted", "DATA", *SCRIPTED], "expected --store or --output"),
+        (["fill", "scripted", "DATA", *SCRIPTED, "--store", "STORE", "--output", "OUT"], "got --store and --output"),
         (
             ["fill", "scripted", "DATA", *SCRIPTED, "--store", "STORE", "--slice", "1/2"],
             "--slice is for target datasets",
         ),
-        (["fill", "scripted", "DATA", *SCRIPTED, "--output", "OUT", "--slice", "3/2"], "--slice 3/2: I/N was expected"),
+        (["fill", "scripted", "DATA", *SCRIPTED, "--output", "OUT", "--slice", "3/2"], "--slice 3/2: expected I/N"),
         (["fill", "scripted", "DATA", *SCRIPTED, "--output", "OUT", "--shard-tokens", "0"], "--shard-tokens 0"),
         (["fill", "scripted", "DATA", *SCRIPTED, "--output", "nowhere://x"], "cannot open 'nowhere://x'"),
         (["dataset", "check", "OUT"], "there is no target dataset at"),
-        (["dataset", "stats", "OUT", "OUT"], "takes one URL, 2 were given"),
+        (["dataset", "stats", "OUT", "OUT"], "takes one URL, got 2"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )

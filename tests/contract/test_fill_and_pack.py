@@ -76,9 +76,9 @@ def test_a_killed_fill_goes_on_where_it_was(tmp_path: Path) -> None:
     done = command(*words)
     assert done.returncode == 0, done.stderr
     scored = int(done.stdout.split(" sequences scored")[0].rpartition(" ")[2])
-    assert 0 < scored < 300 and f"{300 - scored} were there" in done.stdout
+    assert 0 < scored < 300 and f"{300 - scored} already stored" in done.stdout
     again = command(*words)
-    assert "0 sequences scored" in again.stdout and "300 were there" in again.stdout
+    assert "0 sequences scored" in again.stdout and "300 already stored" in again.stdout
 
 
 def test_a_store_goes_to_parquet_and_back(tmp_path: Path) -> None:
@@ -112,11 +112,11 @@ def test_rows_of_another_teacher_do_not_come_into_a_store(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fill"], "MODEL is not given"),
-        (["fill", "scripted"], "DATA is not given"),
-        (["fill", "scripted", "--engine", "scripted"], "DATA is not given"),
-        (["fill", "scripted", "DATA", *SCRIPTED], "--store is not given"),
-        (["fill", "scripted", "/nowhere", *SCRIPTED, "--store", "STORE"], "there is no data at /nowhere"),
+        (["fill"], "MODEL is missing"),
+        (["fill", "scripted"], "DATA is missing"),
+        (["fill", "scripted", "--engine", "scripted"], "DATA is missing"),
+        (["fill", "scripted", "DATA", *SCRIPTED], "expected --store or --output"),
+        (["fill", "scripted", "/nowhere", *SCRIPTED, "--store", "STORE"], "no data at /nowhere"),
         (["fill", "scripted", "DATA", *SCRIPTED, "--store", "STORE", "--kinds", "gather"], "--kinds gather"),
         (["fill", "scripted", "DATA", *SCRIPTED, "--store", "STORE", "--kinds", "topk"], "--kinds: Input should be"),
         (["fill", "scripted", "DATA", *SCRIPTED, "--store", "STORE", "--top-k", "0"], "expected 1 to 256"),
@@ -143,6 +143,6 @@ def test_sequences_that_fail_are_told_with_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"tokens": [1, 2]}\n{"tokens": [7, 2]}\n')
     words = ["fill", "scripted", tmp_path / "data.jsonl", *SCRIPTED, "--store", tmp_path / "store"]
     done = command(*words, "--script", '{"poison_token": 7}')
-    assert done.returncode == 1 and "1 failed" in done.stdout and "cannot bear token 7" in done.stderr
+    assert done.returncode == 1 and "1 failed" in done.stdout and "fails on token 7" in done.stderr
     died = command(*words, "--script", '{"die_token": 7}')
     assert died.returncode == 70 and "the engine died" in died.stderr and "Traceback" not in died.stderr

@@ -128,7 +128,7 @@ def test_two_engines_write_what_one_process_does(cluster: Cluster, alone: Alone,
     said = finish(start(data, tmp_path, cluster))
     assert f"{DOCUMENTS} sequences scored" in said and files_of(tmp_path) == expected
     again = finish(start(data, tmp_path, cluster))
-    assert "0 sequences scored" in again and f"{DOCUMENTS} were there" in again
+    assert "0 sequences scored" in again and f"{DOCUMENTS} already stored" in again
 
 
 def test_an_actor_that_is_killed_loses_nothing(cluster: Cluster, alone: Alone, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_driver_that_is_killed_and_started_again_loses_nothing(
     there = dataset_stats(Folder(str(tmp_path))).documents
     assert 20 <= there < DOCUMENTS
     said = finish(start(data, tmp_path, cluster))
-    assert f"{DOCUMENTS - there} sequences scored" in said and f"{there} were there" in said
+    assert f"{DOCUMENTS - there} sequences scored" in said and f"{there} already stored" in said
     assert files_of(tmp_path) == expected and list(check_dataset(Folder(str(tmp_path)))) == []
 
 
@@ -184,15 +184,15 @@ def test_an_engine_that_dies_of_a_document_again_and_again_ends_the_fill(cluster
     (tmp_path / "data.jsonl").write_text("".join(f'{{"tokens": [{n}, {n + 1}]}}\n' for n in range(1, 40, 3)))
     process = start(tmp_path / "data.jsonl", tmp_path / "out", cluster, "--script", '{"die_token": 22}')
     _, errors = process.communicate(timeout=200)
-    assert process.returncode == 70 and "3 times at the same documents" in errors and "Traceback" not in errors
+    assert process.returncode == 70 and "3 times on the same documents" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ray", "127.0.0.1:1"], "no cluster can be reached there"),
-        (["--replicas", "2"], "it goes with --ray ADDRESS"),
-        (["--ray", "auto", "--replicas", "0"], "--replicas 0: 1 or more"),
+        (["--ray", "127.0.0.1:1"], "cannot reach a cluster"),
+        (["--replicas", "2"], "it needs --ray ADDRESS"),
+        (["--ray", "auto", "--replicas", "0"], "--replicas 0: expected 1 or more"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tmp_path: Path, more: list[str], message: str) -> None:

@@ -144,7 +144,7 @@ def test_clients_of_an_authority_that_was_replaced_are_refused_without_a_restart
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--tls-cert", "nowhere.pem", "--tls-key", "nowhere.pem"), "nowhere.pem is not there"),
+        (("--tls-cert", "nowhere.pem", "--tls-key", "nowhere.pem"), "nowhere.pem does not exist"),
         (("--tls-cert", "nowhere.pem"), "--tls-cert and --tls-key go together"),
         (("--tls-client-ca", "nowhere.pem"), "--tls-client-ca needs"),
     ],

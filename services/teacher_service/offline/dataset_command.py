@@ -22,12 +22,12 @@ def dataset_command(arguments: list[str]) -> int:
     """Run the command; returns the exit code. ValueError in one line for what can't be done; `Stop` for a signal."""
     options = _parser().parse_args(arguments)
     if options.source and options.what != "merge":
-        raise ValueError(f"dataset {options.what} takes one URL, {1 + len(options.source)} were given")
+        raise ValueError(f"dataset {options.what} takes one URL, got {1 + len(options.source)}")
     with stage("importing libraries"):
         from teacher_proto.dataset.folder import Folder
 
     if options.clean and options.what != "check":
-        raise ValueError(f"dataset {options.what} takes no --clean: `dataset check` does")
+        raise ValueError(f"--clean is for `dataset check`, not for `dataset {options.what}`")
     folder, others = Folder(options.url), [Folder(url) for url in options.source]
     if options.what == "stats":
         return _stats(folder)
@@ -43,10 +43,10 @@ def _stats(folder: Folder) -> int:
         "teacher": f"{manifest.teacher.identity.semantic.model}, {manifest.teacher.fingerprint}",
         "query": json.dumps(manifest.says["query"]), "codec": json.dumps(dict(manifest.codec)),
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-        "shards": f"{stats.shards:,}" + (f", and {stats.without_index:,} in no index" if stats.without_index else ""),
+        "shards": f"{stats.shards:,}" + (f", {stats.without_index:,} not in an index" if stats.without_index else ""),
         "documents": f"{stats.documents:,}" + (f", {stats.twice:,} of them twice" if stats.twice else ""),
         "tokens": f"{stats.tokens:,}", "bytes": f"{stats.bytes:,}",
-        "bytes a token": f"{stats.bytes / max(stats.tokens, 1):.1f}",
+        "bytes/token": f"{stats.bytes / max(stats.tokens, 1):.1f}",
     }  # fmt: skip
     for name, value in (lines | _errors(stats.errors)).items():
         print(f"{name + ':':<15}{value}")
@@ -58,7 +58,7 @@ def _errors(errors: dict[str, float]) -> dict[str, str]:
     return {
         name.removeprefix("sum_").replace(
             "_", " "
-        ): f"{errors[name]:.3g} a row, {errors[name.replace('sum', 'max')]:.3g} at most"
+        ): f"{errors[name]:.3g} per row, {errors[name.replace('sum', 'max')]:.3g} at most"
         for name in sorted(errors)
         if name.startswith("sum_")
     }
@@ -81,10 +81,10 @@ def _check(folder: Folder, clean: bool) -> int:
         print(f"stillhouse-teacher: removed {folder.url}/{name}")
     for name in unfinished_files(folder):
         print(
-            f"stillhouse-teacher: {folder.url}/{name} is being written, or was left by a fill that was killed: nobody "
-            "reads it. --clean removes it an hour after it was last written to, and so does the next fill"
+            f"stillhouse-teacher: {folder.url}/{name} is being written, or was left by a fill that was killed; "
+            "readers ignore it. --clean and the next fill remove it an hour after it was last written to"
         )
-    print(f"stillhouse-teacher: {faults} faults" if faults else "stillhouse-teacher: all shards are whole")
+    print(f"stillhouse-teacher: {faults} faults" if faults else "stillhouse-teacher: all shards are intact")
     return 1 if faults else 0
 
 
@@ -97,7 +97,7 @@ def _merge(folder: Folder, others: list[Folder]) -> int:
             doing.done += 1
 
         shards = merge_dataset(folder, others, advance)
-    print(f"stillhouse-teacher: one index of {shards} shards")
+    print(f"stillhouse-teacher: the dataset has one index of {shards} shards")
     return 0
 
 

@@ -42,9 +42,9 @@ def find_files(data: Path) -> list[Path]:
     """The files that `data` names: itself, or those of a folder, sorted by name. ValueError if there are none."""
     files = sorted(p for p in data.rglob("*") if p.suffix in SUFFIXES) if data.is_dir() else [data]
     if not files or not all(path.is_file() for path in files):
-        raise ValueError(f"there is no data at {data}: a {', '.join(SUFFIXES)} file or a folder of such is expected")
+        raise ValueError(f"no data at {data}: expected a {', '.join(SUFFIXES)} file or a folder of such files")
     if data.suffix not in SUFFIXES and not data.is_dir():
-        raise ValueError(f"{data}: files that end in {', '.join(SUFFIXES)} are read")
+        raise ValueError(f"{data}: expected a file that ends in {', '.join(SUFFIXES)}")
     return files
 
 
@@ -81,11 +81,11 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any, int]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: an object was expected, got {type(row).__name__}")
+            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
         column = next((name for name in (*_TOKEN_COLUMNS, "text") if name in row), None)
         if column is None:
             raise ValueError(
-                f"{place}: none of {', '.join(_TOKEN_COLUMNS)}, text; it has {', '.join(row) or 'nothing'}"
+                f"{place}: no field {', '.join(_TOKEN_COLUMNS)} or text; it has {', '.join(row) or 'nothing'}"
             )
         yield place, row[column], read
 
@@ -112,16 +112,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any, int]]:
 def _tokens(place: str, value: Any, text: Text, cutting: Cutting) -> np.ndarray:
     if isinstance(value, str):
         if not text.available:
-            raise ValueError(f"{place}: text, and this model has no tokenizer.json; token ids are expected")
+            raise ValueError(f"{place}: got text, but this model has no tokenizer.json; expected token ids")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{place}: the text holds half a surrogate pair at its character {error.start}") from None
         value = text.encode([value], cutting.special)[0]
     if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise ValueError(f"{place}: text or a list of token ids was expected")
+        raise ValueError(f"{place}: expected text or a list of token ids")
     if value and not 0 <= min(value) <= max(value) < cutting.vocab_size:
         raise ValueError(
-            f"{place}: token ids from {min(value)} to {max(value)}, 0 to {cutting.vocab_size - 1} expected"
+            f"{place}: got token ids from {min(value)} to {max(value)}, expected 0 to {cutting.vocab_size - 1}"
         )
     return np.array(value, dtype=np.int64)

@@ -149,9 +149,10 @@ class _Scoring:
         if report is None:
             return ""
         rate = report.tokens / self._doing.seconds
-        said = f"{report.scored:,} scored, {report.skipped:,} there, {report.failed:,} failed, {rate:,.0f} tokens/s"
+        counts = f"{report.scored:,} scored, {report.skipped:,} already stored, {report.failed:,} failed"
+        said = f"{counts}, {rate:,.0f} tokens/s"
         hours = self._replicas * self._doing.seconds / 3600
-        return said if self._replicas == 1 else f"{said}, {hours:,.2f} hours of an engine so far"
+        return said if self._replicas == 1 else f"{said}, {hours:,.2f} engine hours so far"
 
     def __enter__(self) -> _Scoring:
         self._doing = self._stage.__enter__()
@@ -164,14 +165,14 @@ class _Scoring:
 def _tell(report: FillReport) -> int:
     rate = report.tokens / report.seconds if report.seconds else 0.0
     print(
-        f"stillhouse-teacher: {report.scored} sequences scored ({report.tokens} tokens, {rate:,.0f} a second), "
-        f"{report.skipped} were there, {report.failed} failed"
+        f"stillhouse-teacher: {report.scored} sequences scored ({report.tokens} tokens, {rate:,.0f} per second), "
+        f"{report.skipped} already stored, {report.failed} failed"
     )
     for failure in report.failures:
         print(f"stillhouse-teacher: failed: {failure}", file=sys.stderr)
     if report.lost:
         print(
-            f"stillhouse-teacher: {report.lost} entries did not stay: the store is too small; raise --store-bytes",
+            f"stillhouse-teacher: {report.lost} entries were lost: the store is too small; increase --store-bytes",
             file=sys.stderr,
         )
     return _FAILED if report.failed or report.lost else 0

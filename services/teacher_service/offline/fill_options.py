@@ -26,7 +26,7 @@ class Slice:
         """From text such as `2/8`. ValueError for anything else."""
         number, _, of = text.partition("/")
         if not number.isdigit() or not of.isdigit() or not 1 <= int(number) <= int(of):
-            raise ValueError(f"--slice {text}: I/N was expected, such as 1/8 to 8/8")
+            raise ValueError(f"--slice {text}: expected I/N, such as 1/8 to 8/8")
         return cls(int(number), int(of))
 
     def has(self, unit: int) -> bool:
@@ -52,23 +52,23 @@ def parse_fill(arguments: list[str]) -> FillOptions:
     options, rest = _parser().parse_known_args(arguments)
     for name, value in (("MODEL", options.model), ("DATA", options.data)):
         if value is None or value.startswith("-"):
-            raise ValueError(f"{name} is not given: stillhouse-teacher fill MODEL DATA --store FOLDER or --output URL")
+            raise ValueError(f"{name} is missing: stillhouse-teacher fill MODEL DATA --store FOLDER or --output URL")
     settings = parse_settings([options.model, *rest])
     if (settings.store is None) == (options.output is None):
         raise ValueError(
-            "--store is not given, nor --output: the folder of the target store to fill, or the URL of a target dataset"
+            "expected --store or --output: the folder of the target store to fill, or the URL of a target dataset"
             if options.output is None
-            else "--store and --output are both given: a target store, or a target dataset"
+            else "got --store and --output, expected one of them: a target store or a target dataset"
         )
     if options.output is None:
         given = [name for name in _OF_DATASETS if getattr(options, name.replace("-", "_")) != _OF_DATASETS[name]]
         if given:
-            raise ValueError(f"--{given[0]} is for target datasets: it goes with --output URL, and not with --store")
+            raise ValueError(f"--{given[0]} is for target datasets: it needs --output URL and has no effect on --store")
     for name in ("shard_tokens", "replicas"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more were expected")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
     if options.replicas > 1 and options.ray is None:
-        raise ValueError("--replicas is for a Ray cluster: it goes with --ray ADDRESS")
+        raise ValueError("--replicas is for a Ray cluster: it needs --ray ADDRESS")
     return FillOptions(
         options,
         settings,
@@ -99,7 +99,7 @@ def _request(options: argparse.Namespace) -> TargetsRequest:
         "sample_temperature": options.sample_temperature, "seed": options.seed, "hidden_dtype": options.hidden_dtype,
     }  # fmt: skip
     if "gather" in asked["kinds"]:
-        raise ValueError("--kinds gather: its ids come from the student, and there is none here")
+        raise ValueError("--kinds gather: its ids come from a student, and a fill has none")
     try:
         return TargetsRequest(sequences=([0],), **asked)
     except ValidationError as error:

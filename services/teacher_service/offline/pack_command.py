@@ -41,9 +41,9 @@ def pack_command(arguments: list[str]) -> int:
         stats = store.stats()
     print(f"stillhouse-teacher: {packed.entries} entries in {packed.files} files")
     if left_out := packed.left_out:
-        print(f"stillhouse-teacher: {left_out} rows were left out: they can't be a teacher's answers", file=sys.stderr)
+        print(f"stillhouse-teacher: {left_out} rows were left out: they are not valid targets", file=sys.stderr)
     if lost := stats.damaged if exporting else stats.evicted + stats.refused:
-        why = "they are damaged" if exporting else "the store is too small; raise --store-bytes"
+        why = "they are damaged" if exporting else "the store is too small; increase --store-bytes"
         print(f"stillhouse-teacher: {lost} entries were lost: {why}", file=sys.stderr)
     return 1 if left_out or lost else 0
 

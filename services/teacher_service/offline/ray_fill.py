@@ -60,7 +60,9 @@ class RayCluster:
             ray.init(address=own.ray, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--ray {own.ray}: no cluster can be reached there ({reason}): `ray start`") from None
+            raise ValueError(
+                f"--ray {own.ray}: cannot reach a cluster ({reason}); start one with `ray start`"
+            ) from None
         gpus = gpus_of(self._options.settings) if ray.cluster_resources().get("GPU") else 0
         actor = ray.remote(FillWorker).options(
             num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=0, max_concurrency=_AT_ONCE + 1
@@ -116,7 +118,9 @@ class RayCluster:
             return
         if theirs.fingerprint != info.fingerprint:
             lines = info.identity.difference(theirs.identity)
-            raise ValueError(f"the nodes' engines are different teachers: {'; '.join(lines)}. Fill a dataset for each")
+            raise ValueError(
+                f"the nodes' engines are different teachers: {'; '.join(lines)}. Fill one dataset for each"
+            )
         self._free += [worker] * _AT_ONCE
 
     def _finished(self, reference: Any, unit: Unit, worker: Any, report: FillReport) -> None:
@@ -138,7 +142,7 @@ class RayCluster:
     def _died(self, unit: Unit, reason: str, most: int) -> None:
         self._deaths[unit.number] = self._deaths.get(unit.number, 0) + 1
         if self._deaths[unit.number] >= most:
-            raise EngineDeadError(f"{reason}, {most} times at the same documents")
+            raise EngineDeadError(f"{reason}, {most} times on the same documents")
         self._again.append(unit)
 
     def _get(self, reference: Any) -> Any:
@@ -157,7 +161,9 @@ def check_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ValueError(f"--ray {address}: no cluster can be reached there ({error}): `ray start --head`") from None
+        raise ValueError(
+            f"--ray {address}: cannot reach a cluster ({error}); start one with `ray start --head`"
+        ) from None
 
 
 def gpus_of(settings: TeacherSettings) -> int:

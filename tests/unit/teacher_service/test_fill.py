@@ -68,7 +68,7 @@ async def test_what_is_there_and_what_comes_twice_is_scored_once(
 
 async def test_a_sequence_that_the_engine_cannot_bear_costs_only_itself(store: TargetStore) -> None:
     report, engine = await run(store, pieces(*range(0, 60, 6)), poison_token=14)
-    assert (report.scored, report.failed) == (9, 1) and "cannot bear token 14" in report.failures[0]
+    assert (report.scored, report.failed) == (9, 1) and "fails on token 14" in report.failures[0]
     assert store.get(engine.identity.fingerprint, query(12)) is None
 
 
@@ -146,14 +146,14 @@ def test_a_text_with_half_a_surrogate_pair_is_named_by_its_place(tiny_llama: Pat
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"tokens": [1]}\nnonsense', "line 2: not JSON"),
-        ("a.jsonl", "[1, 2]", "line 1: an object was expected, got list"),
-        ("a.jsonl", '{"words": 1}', "line 1: none of tokens, input_ids, text; it has words"),
-        ("a.jsonl", '{"tokens": [1, 512]}', "line 1: token ids from 1 to 512, 0 to 511 expected"),
-        ("a.jsonl", '{"tokens": [1, true]}', "text or a list of token ids"),
-        ("a.jsonl", '{"tokens": 5}', "text or a list of token ids"),
-        ("a.jsonl", '{"text": "words"}', "no tokenizer.json; token ids are expected"),
+        ("a.jsonl", "[1, 2]", "line 1: expected a JSON object, got list"),
+        ("a.jsonl", '{"words": 1}', "line 1: no field tokens, input_ids or text; it has words"),
+        ("a.jsonl", '{"tokens": [1, 512]}', "line 1: got token ids from 1 to 512, expected 0 to 511"),
+        ("a.jsonl", '{"tokens": [1, true]}', "expected text or a list of token ids"),
+        ("a.jsonl", '{"tokens": 5}', "expected text or a list of token ids"),
+        ("a.jsonl", '{"text": "words"}', "no tokenizer.json; expected token ids"),
         ("a.parquet", "nonsense", "not a Parquet file"),
-        ("a.csv", "1,2", "files that end in .jsonl, .parquet, .txt are read"),
+        ("a.csv", "1,2", "expected a file that ends in .jsonl, .parquet, .txt"),
     ],
 )
 def test_what_is_no_data_is_named_by_its_place(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -164,7 +164,7 @@ def test_what_is_no_data_is_named_by_its_place(tmp_path: Path, name: str, conten
 
 def test_no_data_is_told(tmp_path: Path) -> None:
     for data in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(ValueError, match="there is no data at"):
+        with pytest.raises(ValueError, match="no data at"):
             find_files(data)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="line 1: not UTF-8"):
