@@ -62,7 +62,7 @@ class CheckpointHead:
                 where |= dict.fromkeys(file.keys(), path)
         name = next((name for name in (*_WEIGHT_NAMES, *_EMBEDDING_NAMES) if name in where), None)
         if name is None:
-            raise ValueError(f"none of {', '.join((*_WEIGHT_NAMES, *_EMBEDDING_NAMES))} is in the checkpoint")
+            raise ValueError(f"the checkpoint has none of {', '.join((*_WEIGHT_NAMES, *_EMBEDDING_NAMES))}")
         self._names = {"weight": name}
         if (bias := name.removesuffix("weight") + "bias") in where:
             self._names["bias"] = bias
@@ -91,7 +91,7 @@ class CheckpointHead:
         hidden_RD = torch.from_numpy(targets.hidden).float()
         if hidden_RD.shape[1] != tensors["weight"].shape[1]:
             raise ValueError(
-                f"the head takes {tensors['weight'].shape[1]} values, hidden states have {hidden_RD.shape[1]}"
+                f"the head takes {tensors['weight'].shape[1]} values, but hidden states have {hidden_RD.shape[1]}"
             )
         ids_R = torch.from_numpy(targets.ids[:, 0].astype("int64"))
         product_R = (hidden_RD * tensors["weight"][ids_R].float()).sum(dim=-1)
@@ -101,7 +101,9 @@ class CheckpointHead:
         off = (self._scaling(product_R) - theirs_R).abs().max().item()
         allowed = _HEAD_TOLERANCE * max(1.0, theirs_R.abs().max().item())
         if not off <= allowed:
-            raise ValueError(f"the checkpoint's head makes other logits of hidden states than vLLM (off by {off:.3g})")
+            raise ValueError(
+                f"the checkpoint's head computes other logits than vLLM from hidden states (off by {off:.3g})"
+            )
 
     def _tensor(self, name: str) -> HeadTensor:
         with safe_open(self._where[name], framework="pt") as file:

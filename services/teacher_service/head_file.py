@@ -126,7 +126,7 @@ class KeptHead:
         """NotFoundError if the engine serves no hidden states."""
         if "hidden" not in self._engine.kinds:
             raise NotFoundError(
-                "this teacher serves no hidden states, so no head: `kinds` at GET /v1/teacher says what it serves",
+                "this teacher serves no hidden states, so it has no head: see `kinds` in GET /v1/teacher",
                 field="path",
             )
         if self._hashing is None or (self._hashing.done() and self._hashing.exception() is not None):

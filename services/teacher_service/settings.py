@@ -50,7 +50,7 @@ class TeacherSettings(ServiceSettings):
     @model_validator(mode="after")
     def _hang_together(self) -> Self:
         if self.script != "{}" and self.engine != "scripted":
-            raise ValueError(f"--script is for --engine scripted, and the engine is {self.engine}")
+            raise ValueError(f"--script is for --engine scripted, but the engine is {self.engine}")
         if self.engine_args and self.engine == "scripted":
             raise ValueError(f"{self.engine_args!r}: not an option of stillhouse-teacher with --engine {self.engine}")
         return self
@@ -70,7 +70,7 @@ def parse_settings(arguments: list[str]) -> TeacherSettings:
     known, rest = parser.parse_known_args(arguments)
     given = {name: value for name, value in vars(known).items() if value is not None}
     if rest and known.model is not None and arguments.index(rest[0]) < arguments.index(known.model):
-        raise ValueError(f"put MODEL before {rest[0]!r} and other options that are the engine's")
+        raise ValueError(f"put MODEL before {rest[0]!r} and other options for the engine")
     if rest:
         # Quoted, as in the environment variable: the shell has removed the quotes around JSON.
         given["engine_args"] = f"{given.get('engine_args', '')} {shlex.join(rest)}".strip()

@@ -33,7 +33,7 @@ class StoredTargets:
         await asyncio.get_running_loop().run_in_executor(self._readers, self._store.remember, info)
 
     async def get(self, query: Query) -> TokenTargets | None:
-        assert self._fingerprint, "the store is asked once the teacher is known"
+        assert self._fingerprint, "the teacher must be known before the store is read"
         return await asyncio.get_running_loop().run_in_executor(
             self._readers, self._store.get, self._fingerprint, query
         )

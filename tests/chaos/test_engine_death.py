@@ -33,7 +33,7 @@ async def test_killed_engine_process_ends_every_job_and_leaves_no_child(tiny_lla
     failures = [answer for answer in answers if isinstance(answer, BaseException)]
     assert failures and len(failures) >= len(jobs) - 8 * len(done)
     assert all(isinstance(failure, EngineDeadError) for failure in failures)
-    with pytest.raises(EngineDeadError, match="engine process is gone"):
+    with pytest.raises(EngineDeadError, match="engine process has ended"):
         await engine.check()
     with pytest.raises(EngineDeadError):
         await engine.score(job(*sequences_of([5], 512), SPEC))

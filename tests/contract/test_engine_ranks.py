@@ -37,7 +37,7 @@ async def test_two_ranks_answer_what_one_does(tmp_path: Path, caplog: pytest.Log
         late = await engine.score(job(sequences[0], SPEC, (299, 300)))
     finally:
         await engine.close()
-    assert "the head's ranks share its rows: tp=2" in caplog.text and "hidden" in engine.kinds
+    assert "the ranks share the output head's rows: tp=2" in caplog.text and "hidden" in engine.kinds
     truth = reference_logits(model, sequences)
     for tokens_T, logits_TV, targets in zip(sequences, truth, answers, strict=True):
         assert_top_k(targets, logits_TV)

@@ -46,7 +46,7 @@ async def work_of(request: CompletionRequest, service: TeacherService, client: s
     prompt = request.prompt
     prompts: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
     if prompts and isinstance(prompts[0], str):
-        within("prompt", len(prompts), 1, service.engine.limits.max_sequences, "prompts in a request")
+        within("prompt", len(prompts), 1, service.engine.limits.max_sequences, "prompts per request")
         text, _ = await service.text()
         sequences = await service.tokenising.run(client, partial(text.encode, prompts, request.add_special_tokens))
     else:

@@ -101,13 +101,13 @@ def check_extras(
             continue
         if name not in neutral:
             raise OutOfRangeError(
-                f"{field}: no field of {whose}, so nothing would come of it: leave it out", field=field,
+                f"{field}: not a field of {whose}, so it would have no effect: leave it out", field=field,
                 got=repr(value)[:80],
             )  # fmt: skip
         # True == 1 in Python, but is not a number of samples.
         if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral[name]):
             raise OutOfRangeError(
-                f"{field}: this teacher scores prompts and does not sample, so it can't heed {name}", field=field,
+                f"{field}: this teacher scores prompts and does not sample, so it can't honour {name}", field=field,
                 got=repr(value)[:80], limit=list(neutral[name]),
             )  # fmt: skip
 
@@ -117,8 +117,8 @@ def check_written(field: str, got: Any, count: int | None, otherwise: int) -> No
     the other server uses `otherwise` if it is left out."""
     if count is None or not 0 <= count <= 1:
         raise OutOfRangeError(
-            f"{field}: got {f'nothing, which is {otherwise}' if got is None else got}, expected 0 or 1: this teacher "
-            "scores prompts, and writes at most the most likely next token", field=field, got=count, limit=1,
+            f"{field}: got {f'nothing, which means {otherwise}' if got is None else got}, expected 0 or 1: this "
+            "teacher scores prompts, and generates at most the most likely next token", field=field, got=count, limit=1,
         )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def check_model(model: str | None, service: TeacherService) -> None:
     names = {service.engine.identity.semantic.model, service.settings.model}
     if model is not None and model not in names:
         raise NotFoundError(
-            f"the model {model!r} is not served here, {service.engine.identity.semantic.model!r} is", field="model",
+            f"got model {model!r}, but this teacher serves {service.engine.identity.semantic.model!r}", field="model",
             got=model, limit=sorted(names),
         )  # fmt: skip
 
@@ -137,8 +137,8 @@ def check_cost(field: str, num_tokens: int, values: int, service: TeacherService
     cost, most = num_tokens * weight * (values + 1), service.admission.max_cost
     if cost > most:
         raise OutOfRangeError(
-            f"{field}: {num_tokens} tokens of {values} logprobs cost {cost} as JSON, of at most {most}; "
-            "ask for fewer at a time, or POST /v1/targets in msgpack", field=field, got=cost, limit=most,
+            f"{field}: {num_tokens} tokens with {values} logprobs each cost {cost} as JSON, expected at most {most}: "
+            "request fewer at a time, or POST /v1/targets in msgpack", field=field, got=cost, limit=most,
         )  # fmt: skip
 
 

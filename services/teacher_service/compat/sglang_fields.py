@@ -136,9 +136,9 @@ def read_generate(body: dict[str, Any], max_top_k: int) -> GenerateRequest:
     for field in ("logprob_start_len", "token_ids_logprob"):
         value = getattr(request, field)
         if isinstance(value, list) and (field == "logprob_start_len" or (value and isinstance(value[0], list))):
-            within(field, len(value), count, count, "values, one a sequence")
+            within(field, len(value), count, count, "values, one per sequence")
     for ids, start in zip(request.sequences, request.starts, strict=True):
-        within("logprob_start_len", start, 0, len(ids), "as the token that logprobs start at")
+        within("logprob_start_len", start, 0, len(ids), "as the first token whose logprob is listed")
     scores = any(start < len(ids) for ids, start in zip(request.sequences, request.starts, strict=True))
     within("top_logprobs_num", request.top_logprobs_num or 0, 0, max_top_k, "logprobs")
     needs = {"return_logprob": ("top_logprobs_num", "token_ids_logprob", "return_flat_raw_top_logprobs"),
@@ -146,7 +146,7 @@ def read_generate(body: dict[str, Any], max_top_k: int) -> GenerateRequest:
     for needed, fields in needs.items():
         for field in fields:
             if getattr(request, field) and not getattr(request, needed):
-                raise OutOfRangeError(f"{field}: nothing would come of it without {needed}", field=field, got=True)
+                raise OutOfRangeError(f"{field}: no effect without {needed}", field=field, got=True)
     given = params.max_new_tokens
     check_written("sampling_params.max_new_tokens", given, 0 if given is None and scores else given, 128)
     return request

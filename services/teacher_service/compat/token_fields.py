@@ -107,13 +107,13 @@ def read_tokens(body: dict[str, Any], limits: Limits) -> TokenRequest:
     rows, start, field = params.prompt_logprob_token_ids, params.prompt_logprob_start, f"{inside}prompt_logprob_start"
     if rows is None:
         if start is not None:
-            refuse(field, start, None, "none, unless prompt_logprob_token_ids come")
+            refuse(field, start, None, "it only together with prompt_logprob_token_ids")
         return request
     count = max(len(request.token_ids) - 1 - (start or 0), 0)
     field = f"{inside}prompt_logprob_token_ids"
     if not rows or len(rows) != count:
         refuse(field, len(rows), count, f"{count} rows, one for each token after prompt_logprob_start, at least one")
-    within(field, max(map(len, rows)), 1, limits.max_gather, "ids a row")
+    within(field, max(map(len, rows)), 1, limits.max_gather, "ids per row")
     if (high := max(max(row, default=-1) for row in rows)) >= limits.vocab_size:
         refuse(field, high, limits.vocab_size - 1, f"token ids from 0 to {limits.vocab_size - 1}, or -1")
     return request

@@ -41,8 +41,8 @@ def read_rows(packed_RB: np.ndarray, job: Job[Query], layout: RowLayout) -> Toke
     start, stop = job.query.rows
     if packed_RB.shape != (stop - start, layout.row_bytes):
         raise EngineError(
-            f"{job.request_id}: the engine answered {list(packed_RB.shape)} bytes for rows [{start}, {stop}) of "
-            f"{layout.row_bytes} bytes",
+            f"{job.request_id}: the engine returned bytes of shape {list(packed_RB.shape)} for rows [{start}, {stop}) "
+            f"of {layout.row_bytes} bytes each",
             request_id=job.request_id,
             retryable=True,
         )
@@ -58,7 +58,7 @@ def checked(targets: TokenTargets, job: Job[Query]) -> TokenTargets:
     start, stop = job.query.rows
     if targets.start != start or targets.num_rows != stop - start:
         raise EngineError(
-            f"the engine answered {targets.num_rows} rows from {targets.start}, not [{start}, {stop})",
+            f"the engine returned {targets.num_rows} rows from {targets.start}, expected [{start}, {stop})",
             request_id=job.request_id,
         )
     for name in ("lse", "next_logprob", "log_z"):
@@ -72,7 +72,7 @@ def checked(targets: TokenTargets, job: Job[Query]) -> TokenTargets:
             row = start + int(bad_R.argmax())
             raise EngineError(
                 f"the teacher computed a {name} that is not finite, first at position {row}: its weights or its "
-                "arithmetic overflow at this sequence",
+                "arithmetic overflow on this sequence",
                 field=name,
                 got=row,
                 request_id=job.request_id,

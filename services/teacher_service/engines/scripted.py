@@ -131,10 +131,10 @@ class ScriptedEngine:
     async def _follow_script(self, job: Job[Query]) -> None:
         script = self.script
         if _holds(job.query, script.die_token):
-            self.die(f"it met token {script.die_token}")
+            self.die(f"it got token {script.die_token}")
         await self.check()
         if _holds(job.query, script.poison_token):
-            raise EngineError(f"the scripted engine cannot bear token {script.poison_token}")
+            raise EngineError(f"the scripted engine fails on token {script.poison_token}")
         too_many = script.oom_above_tokens is not None and self.tokens_running > script.oom_above_tokens
         if too_many or _holds(job.query, script.oom_token):
             raise EngineMemoryError(f"out of memory with {self.tokens_running} tokens being computed")
@@ -189,7 +189,7 @@ def _identity(model: str, script: Script) -> TeacherIdentity:
         group, _, field = name.partition(".")
         if group not in tree or field not in (*tree[group], "options"):
             known = [f"{group}.{field}" for group, fields in tree.items() for field in (*fields, "options")]
-            raise ValueError(f"script.identity: unknown field {name!r}; known are {', '.join(known)}")
+            raise ValueError(f"script.identity: unknown field {name!r}; available: {', '.join(known)}")
         tree[group][field] = json.loads(value) if field in ("weights", "vocab_size", "options") else value
     return TeacherIdentity.model_validate(tree)
 

@@ -168,7 +168,7 @@ class VllmEngine:
         except EngineGone as error:
             raise EngineDeadError(str(error), request_id=job.request_id) from None
         except JobFailed as error:
-            raise EngineError(f"vLLM failed at this sequence: {error}", request_id=job.request_id) from None
+            raise EngineError(f"vLLM failed on this sequence: {error}", request_id=job.request_id) from None
         self.tokens_computed += computed
         return read_rows(packed_RB, job, layout)
 
@@ -186,9 +186,9 @@ class VllmEngine:
 
 def _tell_of_ranks(facts: Mapping[str, Any]) -> None:
     if facts["shares_rows"]:
-        log.info("the head's ranks share its rows: %s", facts["parallel"])
+        log.info("the ranks share the output head's rows: %s", facts["parallel"])
     elif not facts["parallel"].startswith("tp=1 "):
-        log.warning("%s, and each rank reduces all logits: this model's head is not one that ranks can share",
+        log.warning("%s, but each rank reduces all logits: ranks cannot share the rows of this model's head",
                     facts["parallel"])  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from teacher_service.engines import vllm_process
 from teacher_service.engines.vllm_messages import receive, send
 
 _END_WITHIN_S = 3.0
-GONE = "a vLLM engine process is gone; what it wrote to stderr tells why"
+GONE = "a vLLM engine process has ended; its output on stderr says why"
 
 
 class EngineGone(Exception):
@@ -142,7 +142,7 @@ class EngineProcess:
         """The process has ended: fail all jobs that wait."""
         self._gone = self._gone or why
         if self._facts is not None and not self._facts.done():
-            self._facts.set_exception(ValueError(f"its process ended while it loaded: {GONE}"))
+            self._facts.set_exception(ValueError(f"the engine did not finish loading: {GONE}"))
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(EngineGone(self._gone))

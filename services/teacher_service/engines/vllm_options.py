@@ -83,7 +83,7 @@ def engine_arguments(
         "worker_extension_cls": "teacher_service.engines.vllm_worker.TargetsWorker",
     }
     if taken := {*fixed, "model_class_overrides", "data_parallel_size"} & vllm_args.keys():
-        raise ValueError(f"vLLM's {', '.join(sorted(taken))} can't be set: the teacher service decides on them")
+        raise ValueError(f"vLLM's {', '.join(sorted(taken))} can't be set: the teacher service sets them itself")
     defaults = {
         "dtype": _auto_dtype(folder, on_cpu),
         # For vLLM: the longest that the model and the memory allow.
@@ -117,7 +117,8 @@ def _head_dtype(folder: ModelFolder, asked: str, on_cpu: bool) -> str:
     quantised = None if asked == "model" else quantised_head(folder.weight_files)
     if asked == "float32" and quantised:
         raise ValueError(
-            f"head_dtype float32 needs a plain output head, and {folder.name} has {quantised}: leave head_dtype at auto"
+            f"head_dtype float32 needs an unquantised output head, but {folder.name} has {quantised}: leave head_dtype "
+            "at auto"
         )
     if asked != "auto":
         return asked

@@ -56,9 +56,9 @@ def missing(folder: ModelFolder, error: ImportError) -> str | None:
         return None
     architecture = ", ".join(folder.config.get("architectures") or ["?"])
     return (
-        f"vLLM's class for {architecture} imports image processors, which need torchvision, and it is not installed: "
-        "install the torchvision that belongs to this torch. Without it the language models of these wrappers are "
-        f"served, where they are not quantised: {', '.join(TEXT_ARCHITECTURES)}"
+        f"vLLM's class for {architecture} imports image processors, which need torchvision, but it is not installed: "
+        "install the torchvision that matches this torch. Without it, of the models with a vision tower only these "
+        f"language models can be served, and only unquantised: {', '.join(TEXT_ARCHITECTURES)}"
     )
 
 

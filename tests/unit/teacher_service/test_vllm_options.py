@@ -139,7 +139,7 @@ def test_a_quantised_head_is_multiplied_in_the_model_s_dtype(vllm, tmp_path: Pat
     if auto == "float32":
         assert arguments(path=tmp_path, head_dtype="float32")["hf_overrides"] == {"head_dtype": "float32"}
     else:
-        with pytest.raises(ValueError, match=r"needs a plain output head, and a model has lm_head\..*at auto"):
+        with pytest.raises(ValueError, match=r"needs an unquantised output head, but a model has lm_head\..*at auto"):
             arguments(path=tmp_path, head_dtype="float32")
     vllm()
     assert arguments(path=tmp_path)["hf_overrides"] == {"head_dtype": "model"}
