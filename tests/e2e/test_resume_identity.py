@@ -184,5 +184,5 @@ def test_one_changed_line_of_the_data_is_refused_with_its_place(
     for more in (f"data.cache_folder={tmp_path}/elsewhere", "run.id=run"):
         code, text = resume(workshop, root, teacher.url, ours, more)
         refused(code, text, root)
-        assert "source 'a' is not what the run began with" in text
-        assert "a document among the 6,529th to the 6,592th of 10,000 differs" in text, text
+        assert "source 'a' has changed since the run began" in text
+        assert "at least one of documents 6,529 to 6,592 of 10,000 differs" in text, text

@@ -79,13 +79,13 @@ def test_prefixes_agree_with_the_marked_templates_of_trl(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "gptoss", "nemotron_3_nano", "deepseekv3"])
 def test_templates_that_render_earlier_turns_otherwise_are_refused(family: str) -> None:
-    with pytest.raises(ValueError, match="renders message 1 otherwise when more follows"):
+    with pytest.raises(ValueError, match="renders message 1 differently when others follow"):
         learnt(chat(chat_template=(TEMPLATES / f"{family}.jinja").read_text()), TALK)
 
 
 def test_a_template_that_rewrites_the_past_is_refused_or_learnt_in_its_last_turn() -> None:
     messages = [TALK[0], {"role": "assistant", "content": "hm</think>A wash."}, *TALK[2:]]
-    with pytest.raises(ValueError, match="renders message 1 otherwise when more follows"):
+    with pytest.raises(ValueError, match="renders message 1 differently when others follow"):
         learnt(chat(chat_template=FORGETFUL), messages)
     assert learnt(chat(chat_template=FORGETFUL, loss_on="last_assistant"), messages) == "Spirit.</s>"
 
@@ -109,11 +109,11 @@ def test_sharegpt_is_understood() -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([], "list of messages that is not empty"),
-        ("hello", "list of messages that is not empty"),
+        ([], "non-empty list of messages"),
+        ("hello", "non-empty list of messages"),
         ([{"text": "x"}], "expected role and content"),
         ([{"role": "assistant", "content": "I begin"}], "begins with the assistant"),
-        ([{"role": "user"}], r"the chat template refuses the roles \[user\]"),
+        ([{"role": "user"}], r"the chat template rejects the roles \[user\]"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages: Any, words: str) -> None:
@@ -153,11 +153,11 @@ def test_a_bad_conversation_stops_the_run_with_its_name_or_is_counted(
     talks = [TALK, [{"role": "user", "content": "alone"}], TALK[:2]]
     with (
         opened(written(tmp_path, talks)) as source,
-        pytest.raises(ValueError, match="source 'talk', document 1: nothing"),
+        pytest.raises(ValueError, match="source 'talk', document 1: the conversation has no tokens to learn"),
     ):
         run(source, 1)
     with opened(written(tmp_path, talks, bad_documents="skip")) as source:
         batches, _ = run(source, 3)
         assert source.skipped["talk"] >= 1
-    assert "document 1" in caplog.text and "SKIPPED" in caplog.text
+    assert "document 1" in caplog.text and "Skipping it" in caplog.text
     assert all(d.key.split(":")[1] in ("0", "2") for b in batches for d in b.documents)

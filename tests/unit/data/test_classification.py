@@ -225,7 +225,7 @@ def test_sources_of_other_words_cannot_share_them(tmp_path: Path) -> None:
     [
         ({"labels": {"1": " yes"}}, "a word for each of two or more"),
         ({"template": "no field"}, r"needs a `template` with \{FIELD\}s"),
-        ({"template": "{a.b}"}, "is no field's name"),
+        ({"template": "{a.b}"}, "is not a field name"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:

@@ -143,7 +143,7 @@ def test_a_state_of_other_data_is_refused(tmp_path: Path) -> None:
     with opened(written(texts(20))) as source:
         _, states = run(source, 3)
     for changed in (texts(21), texts(20, seed=1)):
-        with opened(written(changed)) as source, pytest.raises(ValueError, match="is not what the run began with"):
+        with opened(written(changed)) as source, pytest.raises(ValueError, match="has changed since the run began"):
             source.batch(states[-1], 3)
     moved = written(texts(20)).model_copy(update={"cache_folder": str(tmp_path / "elsewhere")})
     with opened(moved) as source:
@@ -153,12 +153,12 @@ def test_a_state_of_other_data_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="interleave was 4"),
     ):
         source.check_state(states[-1])
-    with opened(two_sources()) as source, pytest.raises(ValueError, match="is of the sources"):
+    with opened(two_sources()) as source, pytest.raises(ValueError, match="has the sources"):
         source.check_state(states[-1])
 
 
 def test_a_batch_must_be_asked_for_with_the_state_before_it() -> None:
-    with opened(two_sources()) as source, pytest.raises(ValueError, match="batch 3 was asked for"):
+    with opened(two_sources()) as source, pytest.raises(ValueError, match="batch 3 was requested"):
         source.batch(source.initial_state(), 3)
 
 

@@ -62,8 +62,8 @@ def test_the_state_survives_json_in_every_bit() -> None:
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ({"a": 1.0}, "the sources are"),
-        ({"a": 1.0, "b": 1.0, "z": 1.0}, "the sources are"),
+        ({"a": 1.0}, "one for each of the sources"),
+        ({"a": 1.0, "b": 1.0, "z": 1.0}, "one for each of the sources"),
         ({"a": -1.0, "b": 1.0}, "numbers of 0 or more"),
         ({"a": 0.0, "b": 0.0}, "at least one above 0"),
         ({"a": float("nan"), "b": 1.0}, "numbers of 0 or more"),

@@ -46,7 +46,7 @@ def test_chances_are_even_and_their_own_for_each_key() -> None:
 
 @pytest.mark.parametrize("weights", [[-1.0, 1.0], [float("nan"), 1.0], [0.0, 0.0]])
 def test_weights_that_make_no_sense_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="source 's': the documents' weights are from"):
+    with pytest.raises(ValueError, match="source 's': the documents' weights range from"):
         Repeats(np.array(weights), "s", seed=0)
 
 

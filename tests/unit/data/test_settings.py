@@ -25,7 +25,7 @@ def test_a_misspelt_setting_stops(settings: dict[str, Any]) -> None:
         ({"kind": "jsonl", "path": "x", "held_out_fraction": 1}, "evaluation-only source has weight 0"),
         ({"kind": "jsonl", "path": "x", "weight": float("inf")}, "finite"),
         ({"kind": "jsonl", "path": "x", "weight": -1}, "greater than or equal to 0"),
-        ({"kind": "jsonl", "path": "x", "storage_options": {"key": "AKIA", "secret": "s"}}, "by the environment"),
+        ({"kind": "jsonl", "path": "x", "storage_options": {"key": "AKIA", "secret": "s"}}, "in the environment"),
         (
             {"kind": "jsonl", "path": "x", "storage_options": {"a": {"aws_secret_access_key": "s"}}},
             "secret",

@@ -111,7 +111,7 @@ def test_the_cut_into_micro_batches_changes_scores_by_rounding_alone(
 def test_a_probe_that_gets_worse_brings_the_sources_own_weights_back(workshop: Workshop, tmp_path: Path) -> None:
     lines = run(workshop, tmp_path, "optim.learning_rate=0.5", "data.mixture.eta=50", "optim.schedule.warmup_steps=6")
     notes = [line["decided_note"] for line in lines if "decided_note" in line]
-    assert any("back to the sources' own weights: the probe's loss rose" in note for note in notes), notes
+    assert any("back to the configured weights: the probe's loss rose" in note for note in notes), notes
     back = next(line for line in lines if "back to" in line.get("decided_note", ""))
     assert back["decided/a"] == pytest.approx(0.5, abs=1e-12)
 
@@ -153,7 +153,7 @@ def test_a_probe_that_is_trained_on_is_refused(workshop: Workshop, tmp_path: Pat
     shared = workshop.sources["probe"].read_text().splitlines(keepends=True)[5]
     other = tmp_path / "other.jsonl"
     other.write_text(workshop.sources["a"].read_text() + shared)
-    with pytest.raises(ValueError, match="source 'a' trains on its document 150, which the probe has too"):
+    with pytest.raises(ValueError, match="source 'a' trains on its document 150, which is also in the probe"):
         run(workshop, tmp_path, f"data.sources.a.path={other}", "data.sources.a.held_out_fraction=0")
     run(workshop, tmp_path / "b", f"data.sources.a.path={other}", "data.sources.a.held_out_fraction=1",
         "data.sources.a.weight=0")  # fmt: skip
@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(workshop: Workshop, tmp_path: Path, changes: 
 
 
 def test_a_probe_of_which_nothing_is_held_out_is_refused(workshop: Workshop, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="its held_out_fraction is 0: nothing of it is held out"):
+    with pytest.raises(ValueError, match="its held_out_fraction is 0, so it has no held-out documents"):
         run(workshop, tmp_path, "data.mixture.probe=a", "data.sources.a.held_out_fraction=0")
 
 

@@ -59,7 +59,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise ValueError(
-                f"the chat template refuses the roles [{roles}]: {type(error).__name__}: {error}"
+                f"the chat template rejects the roles [{roles}]: {type(error).__name__}: {error}"
             ) from error
 
     def _assistant_spans(self, text: str, messages: list[dict[str, Any]], tools: Any) -> list[Span]:
@@ -75,8 +75,8 @@ class ChatTemplate:
                 upto = upto.rstrip().removesuffix(self._tokenizer.eos_token)  # some templates always end with it
             if not (text.startswith(upto) and upto.startswith(before)):
                 raise ValueError(
-                    f"the chat template renders message {i} otherwise when more follows (it may drop earlier "
-                    "reasoning), so the assistant's tokens cannot be told; use loss_on: last_assistant, or a "
+                    f"the chat template renders message {i} differently when others follow (it may drop earlier "
+                    "reasoning), so the assistant's tokens can't be identified; use loss_on: last_assistant, or a "
                     "chat_template with {% generation %} around what the assistant says"
                 )
             spans.append((len(before), self._trim(upto, len(before))))
@@ -101,7 +101,7 @@ class ChatTemplate:
 def as_messages(messages: Any) -> list[dict[str, Any]]:
     """A list of {"role", "content", ...}; ShareGPT's {"from", "value"} is converted. ValueError for anything else."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"expected a list of messages that is not empty, got {str(messages)[:80]!r}")
+        raise ValueError(f"expected a non-empty list of messages, got {str(messages)[:80]!r}")
     if all("from" in m and "value" in m for m in messages):
         return [{"role": SHAREGPT_ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in messages]
     for message in messages:

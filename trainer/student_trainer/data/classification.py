@@ -49,7 +49,9 @@ class LabelWords:
         ids = self._encode(word)
         if len(ids) != 1:
             shown = self._tokenizer.convert_ids_to_tokens(ids)
-            raise ValueError(f"labels: {word!r} is the tokens {shown}, expected one; choose another word for the class")
+            raise ValueError(
+                f"labels: {word!r} is split into the tokens {shown}, expected one; choose another word for the class"
+            )
         return ids[0]
 
 

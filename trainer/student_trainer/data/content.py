@@ -66,22 +66,22 @@ class Content:
         """A description of where this content differs from the `saved` one of `to_json`."""
         ours = self.to_json()
         unit, was = self.unit, int(saved["count"])
-        lines = [] if was == self.count else [f"{was:,} {saved['unit']} then, {self.count:,} {unit} now"]
+        lines = [] if was == self.count else [f"{was:,} {saved['unit']} before, {self.count:,} {unit} now"]
         if saved["unit"] == unit and saved["block"] == ours["block"]:
             pairs = zip(saved["blocks"], ours["blocks"], strict=False)
             differ = [number for number, (then, now) in enumerate(pairs) if then != now]
             if differ:
                 lines.append(self._place(differ, ours["block"]))
-        return "; ".join(lines) or "its parts are others"
+        return "; ".join(lines) or "where it differs is not known"
 
     def _place(self, differ: Sequence[int], block: int) -> str:
         first = differ[0]
         if self.unit == "files":
             shown = self.names[first] if first < len(self.names) else f"number {first}"
-            return f"of its {self.count:,} files {len(differ):,} differ, the first is {shown}"
+            return f"{len(differ):,} of its {self.count:,} files differ, the first is {shown}"
         last = min(self.count, (first + 1) * block)
-        more = f", and in {len(differ) - 1:,} more places" if len(differ) > 1 else ""
-        return f"a document among the {first * block + 1:,}th to the {last:,}th of {self.count:,} differs{more}"
+        more = f", as do others in {len(differ) - 1:,} more places" if len(differ) > 1 else ""
+        return f"at least one of documents {first * block + 1:,} to {last:,} of {self.count:,} differs{more}"
 
 
 class ContentHasher:
@@ -147,8 +147,8 @@ def files_content(name: str, files: Sequence[DataFile], folder: Path) -> Content
                 silent.append(file.url)
     if silent:
         logger.warning(
-            "source %r: its store says of %d files how long they are, and nothing of their content (%s): a change of "
-            "the same length will not be seen on resume", name, len(silent), silent[0],
+            "source %r: its store reports the size of %d files (such as %s), but no hash of their content: a change "
+            "that keeps the size will not be noticed on resume", name, len(silent), silent[0],
         )  # fmt: skip
     return Content(len(files), tuple(hashes), "files", tuple(file.url.rpartition("/")[2] for file in files))
 
@@ -199,7 +199,9 @@ def keep(path: Path, state: list[list[Any]], content: Content) -> None:
         fresh.write_text(json.dumps(noted))
         fresh.replace(path)
     except OSError as error:
-        logger.warning("the hashes of %s can't be kept: %s. They are made again at the next start", state[0][0], error)
+        logger.warning(
+            "cannot cache the hashes of %s: %s. They will be recomputed at the next start", state[0][0], error
+        )
 
 
 def _kept(path: Path, state: list[list[Any]]) -> Content | None:

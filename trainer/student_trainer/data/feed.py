@@ -84,8 +84,8 @@ class Feed:
                 cursor = Cursor(epoch, shard)
         settings = self.source.settings
         raise ValueError(
-            f"source {self.source.name!r} has no document to train on: each one is held out "
-            f"(held_out_fraction={settings.held_out_fraction}) or without tokens; lower the fraction or add documents"
+            f"source {self.source.name!r} has no document to train on: all of them are held out "
+            f"(held_out_fraction={settings.held_out_fraction}) or have no tokens; lower the fraction or add documents"
         )
 
     @property

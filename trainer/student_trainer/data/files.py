@@ -88,7 +88,7 @@ def check_unchanged(file: DataFile, settings: SourceSettings) -> None:
         raise ValueError(f"cannot read {file.url}: {type(error).__name__}: {error}") from error
     if written != file.written:
         raise ValueError(
-            f"{file.url} has changed since the run opened it: start again, with the data that it began with"
+            f"{file.url} has changed since the run opened it: restore the original data and start the run again"
         )
 
 

@@ -87,7 +87,7 @@ def check_apart(sources: Sequence[Source], probe: Collection[str]) -> None:
     Held-out documents of a source are not trained on there; copies within a source are either all held out or none.
     """
     with stage(
-        "comparing the probe's documents with those trained on", len(sources), "sources", closing=False
+        "comparing the probe's documents with the training documents", len(sources), "sources", closing=False
     ) as doing:
         held: dict[bytes, str] = {}
         for source in sources:
@@ -108,9 +108,9 @@ def _check(source: Source, held: dict[bytes, str]) -> None:
             owner = held.get(_digest(document.content))
             if owner is not None and not is_held_out(document.content, fraction):
                 raise ValueError(
-                    f"source {source.name!r} trains on its document {document.index}, which the probe has too (held "
-                    f"out of {owner!r}): its influence would be that of learning the probe by heart. Take the document "
-                    f"out, or give {source.name!r} the same held_out_fraction as {owner!r}"
+                    f"source {source.name!r} trains on its document {document.index}, which is also in the probe (held "
+                    f"out of {owner!r}): its influence would be that of memorising the probe. Remove the "
+                    f"document, or give {source.name!r} the same held_out_fraction as {owner!r}"
                 )
 
 

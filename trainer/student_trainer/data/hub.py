@@ -55,7 +55,7 @@ def _data_file(url: str, told: tuple[str, ...]) -> DataFile:
 @contextmanager
 def _loading(name: str, settings: SourceSettings) -> Iterator[None]:
     try:
-        with stage(f"data set {settings.name} of the hub"):
+        with stage(f"loading data set {settings.name} from the hub"):
             yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(

@@ -52,7 +52,7 @@ def open_index(name: str, settings: SourceSettings, cache_folder: str | None) ->
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_digest(files, settings)}.arrow"
     # One process writes the index while the others wait for it.
-    with stage(f"waiting for another process that may index source {name!r}"), filelock.FileLock(f"{path}.lock"):
+    with stage(f"waiting for another process that may be indexing source {name!r}"), filelock.FileLock(f"{path}.lock"):
         if path.exists():
             try:
                 return datasets.Dataset.from_file(str(path))

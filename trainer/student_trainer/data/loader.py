@@ -43,7 +43,7 @@ class BatchSource:
             raise ValueError("data.sources is empty; name at least one source")
         if settings.rows % world or not 0 <= rank < world:
             raise ValueError(
-                f"data.rows is {settings.rows} and this is rank {rank} of {world}; rows must divide evenly"
+                f"data.rows is {settings.rows} on rank {rank} of {world}; the rows must divide evenly among the ranks"
             )
         self.settings, self.seed, self.rank, self.world = settings, seed, rank, world
         self.names = tuple(settings.sources)
@@ -91,25 +91,25 @@ class BatchSource:
         """
         names = tuple(source.name for source in state.sources)
         if names != self.names:
-            raise ValueError(f"the mixture state is of the sources {names}, the settings name {self.names}")
+            raise ValueError(f"the mixture state has the sources {names}, but the settings name {self.names}")
         for saved, feed in zip(state.sources, self._feeds, strict=True):
             if len(saved.slots) != self.settings.interleave:
                 raise ValueError(
-                    f"data.interleave was {len(saved.slots)} and is {self.settings.interleave}; set it back"
+                    f"data.interleave was {len(saved.slots)} and is now {self.settings.interleave}; set it back"
                 )
             ours = feed.source.fingerprint
             if saved.fingerprint not in (ours, ours.rpartition(":")[0]):
                 known = (contents or {}).get(saved.name)
                 where = f" ({feed.source.content.difference(known)})" if known else ""
                 raise ValueError(
-                    f"source {saved.name!r} is not what the run began with{where}: its fingerprint was "
-                    f"{saved.fingerprint} and is {ours}; restore the data, or begin a new run"
+                    f"source {saved.name!r} has changed since the run began{where}: its fingerprint was "
+                    f"{saved.fingerprint} and is now {ours}; restore the data, or start a new run"
                 )
 
     def batch(self, state: MixtureState, number: int) -> tuple[Batch, MixtureState]:
         """Batch `number` and the state after it. Pure; `state` must be the one before that batch."""
         if number != state.number:
-            raise ValueError(f"batch {number} was asked for with the mixture state before batch {state.number}")
+            raise ValueError(f"batch {number} was requested with the mixture state before batch {state.number}")
         self.check_state(state)
         with self._lock:
             mixer = Mixer(state)
@@ -166,7 +166,7 @@ class BatchSource:
         for name in names:
             if self.settings.sources[name].held_out_fraction == 0:
                 raise ValueError(
-                    f"source {name!r} is a probe, but its held_out_fraction is 0: nothing of it is held out"
+                    f"source {name!r} is a probe, but its held_out_fraction is 0, so it has no held-out documents"
                 )
         check_apart([feed.source for feed in self._feeds], names)
 

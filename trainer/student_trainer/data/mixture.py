@@ -60,7 +60,7 @@ class MixtureState:
         """The same position in the data with other weights from here on. They need not sum to 1."""
         names = {source.name for source in self.sources}
         if set(weights) != names:
-            raise ValueError(f"weights are given for {sorted(weights)}, the sources are {sorted(names)}; give each one")
+            raise ValueError(f"got weights for {sorted(weights)}, expected one for each of the sources {sorted(names)}")
         shares = normalised(weights)
         return replace(self, sources=tuple(replace(s, weight=shares[s.name]) for s in self.sources))
 

@@ -99,7 +99,7 @@ def fetch_in_use(
             if first != cursor:
                 raise ValueError(
                     f"source {feeds[source].source.name!r} has no document for training at {cursor}, which the mixture "
-                    "state has begun; were held_out_fraction or bad_documents changed?"
+                    "state has started to read; were held_out_fraction or bad_documents changed?"
                 )
         found[source, cursor] = document
     return found

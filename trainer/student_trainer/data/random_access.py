@@ -89,7 +89,9 @@ class RandomAccessSource:
             return [record_content(row, self.settings) for row in rows]
         contents = list(columns[self.settings.column_name])
         if any(content is None for content in contents):
-            raise ValueError(f"source {self.name!r}: rows without {self.settings.column_name!r}; drop or fill them")
+            raise ValueError(
+                f"source {self.name!r}: some rows have no {self.settings.column_name!r}; drop or fill them"
+            )
         return contents
 
 
@@ -131,7 +133,7 @@ def _open_package(name: str, settings: SourceSettings, cache_folder: str | None)
 
 def _wanted_columns(name: str, settings: SourceSettings, dataset: datasets.Dataset) -> datasets.Dataset:
     if settings.weight_column in settings.columns:
-        raise ValueError(f"source {name!r}: weight_column {settings.weight_column!r} is a field of the documents too")
+        raise ValueError(f"source {name!r}: weight_column {settings.weight_column!r} is also a field of the documents")
     columns = [*settings.columns, *filter(None, (settings.weight_column,))]
     for column in columns:
         if column not in dataset.column_names:
@@ -160,7 +162,7 @@ class Repeats:
     def __init__(self, weights_N: np.ndarray, name: str, seed: int) -> None:
         if not np.isfinite(weights_N).all() or (weights_N < 0).any() or not (weights_N > 0).any():
             raise ValueError(
-                f"source {name!r}: the documents' weights are from {weights_N.min()} to {weights_N.max()}; expected "
+                f"source {name!r}: the documents' weights range from {weights_N.min()} to {weights_N.max()}; expected "
                 "finite numbers of 0 or more, at least one above 0"
             )
         self._weights_N, self._name, self._seed = weights_N.astype(np.float64), name, seed

@@ -39,7 +39,7 @@ def read_tables(file: DataFile, settings: SourceSettings, start: int = 0) -> Ite
     except UNREADABLE as error:
         raise ValueError(
             f"cannot read {file.url} as {settings.kind}: {type(error).__name__}: {error}; "
-            "is the file whole, and of the kind and compression that its name says?"
+            "is the file complete, and do its kind and compression match its name?"
         ) from error
 
 
@@ -155,7 +155,7 @@ def _parse_lines(chunk: bytes, first: int, file: DataFile, settings: SourceSetti
         except ValueError as error:
             if settings.bad_documents == "stop":
                 raise
-            logger.warning("%s. SKIPPED", error)
+            logger.warning("%s. Skipping it", error)
     return _table(documents, settings.format)
 
 
@@ -164,7 +164,7 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
         row = json.loads(decode(line, settings))
     except ValueError as error:
         shown = line[:80].decode("utf-8", "replace")
-        raise ValueError(f"{place}: not JSON ({error}): {shown!r}; expected one JSON object a line") from error
+        raise ValueError(f"{place}: not JSON ({error}): {shown!r}; expected one JSON object per line") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: got a JSON {type(row).__name__}, expected an object")
     if row.get(settings.column_name) is None:
@@ -178,7 +178,7 @@ def _parse_line(line: bytes, place: str, settings: SourceSettings) -> Any:
         try:
             return value.encode("utf-8", "surrogatepass").decode("utf-8", settings.encoding_errors)
         except UnicodeDecodeError as error:
-            what = f"{place}: {settings.column_name!r} holds half a surrogate pair"
+            what = f"{place}: {settings.column_name!r} contains half a surrogate pair"
             raise ValueError(f"{what}; repair it, or set encoding_errors: replace") from error
     if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in value):
         raise ValueError(f"{place}: {settings.column_name!r} is not a list of token ids (integers from 0 to 2^31 - 1)")

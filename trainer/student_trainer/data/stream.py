@@ -130,8 +130,8 @@ class BatchStream:
 
 def _cannot_keep_ahead(stats: StreamStats, workers: int) -> tuple[str, float, float, int, float]:
     return (
-        "THE DATA CANNOT KEEP AHEAD OF THE STEP: %.0f %% of the time goes into waiting for it, at %.0f tokens/s. "
-        "%d workers tokenise %.0f tokens/s each. Raise data.workers if cores are free, or tokenise beforehand "
+        "data loading is too slow: %.0f %% of the time is spent waiting for data, at %.0f tokens/s. "
+        "%d workers tokenise %.0f tokens/s each. Increase data.workers if cores are free, or tokenise beforehand "
         "(format: tokens).",
         100 * stats.wait_share,
         stats.tokens_per_second,

@@ -66,7 +66,9 @@ class Tokeniser:
             if self._settings.bad_documents == "stop":
                 raise ValueError(message) from error
             if self.skipped == 0:
-                logger.warning("%s. SKIPPED, as will be all like it; the count is in the log", message)
+                logger.warning(
+                    "%s. Skipping it; later ones are skipped without a warning, and counted in the log", message
+                )
             self.skipped += 1
             return None
 
@@ -90,7 +92,7 @@ class Tokeniser:
         assert self._chat is not None
         ids_N, counts_N = self._chat(document.content)
         if not counts_N.any():
-            raise ValueError("nothing of the conversation is learnt: the assistant says nothing in it")
+            raise ValueError("the conversation has no tokens to learn: the assistant says nothing in it")
         bos = self._tokenizer.bos_token_id
         opens = bos is not None and int(ids_N[0]) == bos
         if opens and self._add_bos is not False:

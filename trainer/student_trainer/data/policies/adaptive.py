@@ -67,7 +67,7 @@ class Adaptive:
         """ValueError if the state belongs to other sources."""
         if state["weights"].keys() != self.prior.keys():
             raise ValueError(
-                f"the mixture policy's state is of the sources {sorted(state['weights'])}, those with a weight are "
-                f"{sorted(self.prior)}; set them back, or begin a new run"
+                f"the mixture policy's state has the sources {sorted(state['weights'])}, but those with a weight are "
+                f"{sorted(self.prior)}; set them back, or start a new run"
             )
         return replace(self, current={name: state["weights"][name] for name in self.prior})

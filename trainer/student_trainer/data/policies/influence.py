@@ -56,7 +56,7 @@ class Influence(Adaptive):
         after = replace(self, sums={}, tokens={}, scores=scores, probe_loss=probe_loss)
         reasons = {name: {"score": score} for name, score in scores.items()}
         if before is not None and probe_loss > before * (1.0 + self.settings.worse_by):
-            note = f"back to the sources' own weights: the probe's loss rose from {before:.4f} to {probe_loss:.4f}"
+            note = f"back to the configured weights: the probe's loss rose from {before:.4f} to {probe_loss:.4f}"
             return after.decide(step, self.prior, reasons, note)
         note = f"the probe's loss is {probe_loss:.4f}"
         if not scores:
