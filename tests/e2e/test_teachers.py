@@ -242,7 +242,7 @@ def test_another_vocabulary_is_shared_where_it_can_be_and_refused_where_not(work
         (["teacher=cached"], "teacher.store must be given"),
         (["teacher=cached", "teacher.store=/no/such/store"], "no target store at /no/such/store"),
         (["teacher=mixed"], "name the teachers"),
-        (["teacher.members.x.kind=local"], "say teacher=mixed"),
+        (["teacher.members.x.kind=local"], "set teacher=mixed"),
         (["teacher=mixed", "teacher.members.x.kind=local", "teacher.mix=by_source"], "`sources`"),
         (["teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=STUDENT", "teacher.mix=by_source",
           "teacher.members.x.sources=a"], "b is named once only"),

@@ -193,5 +193,5 @@ def test_a_run_learns_all_three_and_cut_rows_change_nothing(
     ):
         run_here(workshop.settings(tmp_path / "c", "distillation.attention.within=blocks", "teacher=remote",
                                    "distillation.attention.coefficient=1"), ScriptedTargets())  # fmt: skip
-    with pytest.raises(ValueError, match="form is maps, which are compared within blocks alone"):
+    with pytest.raises(ValueError, match="form is maps, which are only compared within blocks"):
         compose(workshop.settings(tmp_path / "d", "distillation.attention.form=maps"))

@@ -232,7 +232,7 @@ def test_what_the_student_has_not_is_refused(workshop: Workshop, changes: dict[s
         ("distillation.attention.layer=lowest", "expected one of"),
         ("distillation.attention.layer=1.5", "expected a fraction of the depth"),
         ("distillation.terms.x.kind=attention_relations", "are set under distillation.attention"),
-        ("distillation.terms.attention.kind=jsd", "that name is the relation term's"),
+        ("distillation.terms.attention.kind=jsd", "that name is reserved for the relation term"),
     ],
 )
 def test_settings_of_the_term_are_checked(workshop: Workshop, tmp_path: Path, override: str, message: str) -> None:

@@ -108,7 +108,7 @@ def test_what_a_run_left_must_fit_what_is_asked(stage2: Path, workshop: Workshop
         load_student(StudentSettings(quantiser="bitnet", checkpoint_path=str(tmp_path / "run")), CPU)
     with pytest.raises(ValueError, match=r"student.checkpoint_path=/nowhere"):
         load_student(StudentSettings(quantiser="bitnet", checkpoint_path="/nowhere"), CPU)
-    with pytest.raises(ValueError, match="would never be quantised in full"):
+    with pytest.raises(ValueError, match="would never be fully quantised"):
         compose(workshop.settings(tmp_path, "student=bitnet", "student.bitnet.warmup_steps=12"))
 
 

@@ -164,7 +164,7 @@ def test_a_probe_that_is_trained_on_is_refused(workshop: Workshop, tmp_path: Pat
     [
         (("data.mixture.probe=nobody",), "mixture names source 'nobody'"),
         (("data.mixture.sketch_size=1000",), "sketch_size is 1000, expected a power of two"),
-        (("data.mixture.sketch_steps=9",), "sketch_steps is 9, update_interval 4"),
+        (("data.mixture.sketch_steps=9",), "sketch_steps is 9, but there are only 4 updates"),
         (("data.mixture.precondition=true", "optim=muon_clip"), "divides by Adam's second moments"),
     ],
 )

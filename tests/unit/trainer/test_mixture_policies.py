@@ -147,10 +147,10 @@ def test_a_source_that_runs_dry_begins_again(workshop: Workshop, tmp_path: Path)
     [
         (("data.mixture.over=[a,z]",), "mixture names source 'z'; the sources are a, b"),
         (("data.mixture.policy=exess",), "expected one of static, excess"),
-        (("data.mixture.policy=static",), "update_interval is no setting of policy static, only of excess"),
+        (("data.mixture.policy=static",), "update_interval is not a setting of policy static, only of excess"),
         (("teacher.kind=none", "~distillation.terms.top_k_kl"), "teacher.kind is none, but data.mixture.policy=excess"),
         (("on_policy=reverse_kl", "on_policy.share=1.0", "on_policy.prompt_tokens=4", "on_policy.new_tokens=4"),
-         "no batch is of the data"),
+         "no batch comes from the data"),
         (("data.mixture.cap=0",), "data.mixture.cap"),
     ],
 )  # fmt: skip

@@ -56,12 +56,15 @@ def test_a_group_of_parameters_keeps_its_other_defaults_when_one_is_set() -> Non
         ("on_policy.terms.reverse_kl.kind=nonsense", "nonsense"),
         ("distillation.balance.shares={top_k:1}", "balance.shares names top_k"),
         ("distillation.balance.shares={top_k_kl:0}", "distillation.balance.shares"),
-        ("distillation.terms.top_k_kl.schedule=[[3,1],[3,0]]", "rising steps"),
+        ("distillation.terms.top_k_kl.schedule=[[3,1],[3,0]]", "increasing steps"),
         ("distillation=none", "distillation.terms is empty"),
-        ("distillation.terms.cross_entropy.beta=0.3", "distillation.terms: cross_entropy.beta is no setting of kind"),
+        (
+            "distillation.terms.cross_entropy.beta=0.3",
+            "distillation.terms: cross_entropy.beta is not a setting of kind",
+        ),
         (
             "on_policy={share: 0.5, terms: {jsd: {alpha: 0.2}}}",
-            "jsd.alpha is no setting of kind jsd, only of skewed_kl",
+            "jsd.alpha is not a setting of kind jsd, only of skewed_kl",
         ),
         ("distillation.terms.top_k_kl.support=gather", "distillation.terms.top_k_kl.support: Input should be 'top_k'"),
         (
@@ -69,7 +72,7 @@ def test_a_group_of_parameters_keeps_its_other_defaults_when_one_is_set() -> Non
             "Did you mean 'distillation.terms.top_k_kl.beta'",
         ),
         ("nonsense", "NAME=VALUE"),
-        ("optim.betas=[0.9", "cannot be read"),
+        ("optim.betas=[0.9", "cannot parse an override"),
     ],
 )
 def test_a_setting_that_cannot_be_stops_with_its_name_and_the_nearest(override: str, said: str) -> None:

@@ -86,14 +86,14 @@ class Settings(Section):
             raise ValueError(f"teacher.kind is none, but data.mixture.policy={mixture.policy} compares with a teacher")
         if getattr(mixture, "precondition", False) and self.optim.kind != "adamw":
             raise ValueError(
-                f"data.mixture.precondition divides by Adam's second moments, and optim.kind={self.optim.kind} has "
-                "none of the student's matrices: leave it out"
+                f"data.mixture.precondition divides by Adam's second moments, which optim.kind={self.optim.kind} does "
+                "not keep for the student's matrices: leave it out"
             )
         warmup = self.student.quantisation.warmup_steps
         if self.student.quantiser != "none" and warmup and warmup >= self.run.steps:
             raise ValueError(
-                f"student.quantisation.warmup_steps is {warmup}, run.steps is {self.run.steps}: the student would "
-                "never be quantised in full; give a warm-up that ends before the run does"
+                f"student.quantisation.warmup_steps is {warmup}, but run.steps is {self.run.steps}: the student would "
+                "never be fully quantised; choose a warm-up that ends before the run does"
             )
         if self.on_policy.active:
             self._check_on_policy()
@@ -103,21 +103,21 @@ class Settings(Section):
         needed = self.on_policy.prompt_tokens + self.on_policy.new_tokens
         if self.teacher.kind == "none":
             raise ValueError(
-                f"on_policy.share is {self.on_policy.share}, but there is no teacher to score what is written"
+                f"on_policy.share is {self.on_policy.share}, but there is no teacher to score the student's text"
             )
         mixture = self.data.mixture
         if mixture.policy != "static" and self.on_policy.share == 1:
             raise ValueError(
-                f"on_policy.share is 1, so no batch is of the data, by which data.mixture.policy={mixture.policy} "
-                "goes: set policy static, or a smaller share"
+                f"on_policy.share is 1, so no batch comes from the data, which data.mixture.policy={mixture.policy} "
+                "depends on: set policy static, or a smaller share"
             )
         if mixture.policy != "static" and mixture.lag <= self.on_policy.lag:
             raise ValueError(
-                f"data.mixture.lag is {mixture.lag}, but what the student writes is prompted with a batch "
+                f"data.mixture.lag is {mixture.lag}, but the student's text is prompted with a batch "
                 f"{self.on_policy.lag} updates ahead (on_policy.lag), which has no weights yet: raise data.mixture.lag"
             )
         if needed > self.data.seq_len:
             raise ValueError(
-                f"on_policy: {self.on_policy.prompt_tokens} tokens of prompt and {self.on_policy.new_tokens} new ones "
+                f"on_policy: {self.on_policy.prompt_tokens} prompt tokens and {self.on_policy.new_tokens} new ones "
                 f"are {needed}, a row has {self.data.seq_len}: lower prompt_tokens or new_tokens, or raise data.seq_len"
             )

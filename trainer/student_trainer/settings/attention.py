@@ -68,7 +68,7 @@ class AttentionSettings(Section):
     def _maps_are_of_blocks(self) -> AttentionSettings:
         if self.form == "maps" and self.within != "blocks":
             raise ValueError(
-                "distillation.attention.form is maps, which are compared within blocks alone: set "
+                "distillation.attention.form is maps, which are only compared within blocks: set "
                 "distillation.attention.within=blocks, or a form of relations"
             )
         return self

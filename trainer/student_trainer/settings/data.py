@@ -20,7 +20,7 @@ Format = Literal["text", "chat", "tokens", "classification"]
 DEFAULT_COLUMN: dict[str, str] = {"text": "text", "chat": "messages", "tokens": "input_ids", "classification": "label"}
 FILE_KINDS = ("text", "jsonl", "parquet")
 BY_ENVIRONMENT = (
-    "would be written into the run's folder; give it by the environment "
+    "would be written into the run's folder; pass it in the environment "
     "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
 )
 TOKEN_METHODS = (None, True, False, "anon", "google_default", "cache", "cloud", "browser")  # gcsfs: ways to log in
@@ -133,7 +133,7 @@ class SourceSettings(BaseModel):
     def _no_password(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for path in value:
             if re.search(r"://[^/]*:[^/]*@", path):
-                raise ValueError(f"the URL of {path.rpartition('@')[2]!r} holds credentials, which {BY_ENVIRONMENT}")
+                raise ValueError(f"the URL of {path.rpartition('@')[2]!r} contains credentials, which {BY_ENVIRONMENT}")
         return value
 
     @model_validator(mode="after")
@@ -146,7 +146,7 @@ class SourceSettings(BaseModel):
         if self.weight_column and self.streaming:
             raise ValueError("weight_column needs an index of the documents: set streaming to false")
         if self.kind == "package" and self.format not in ("text", "classification"):
-            raise ValueError(f"kind package is read as format text or classification, got {self.format!r}")
+            raise ValueError(f"kind package supports the formats text and classification, got {self.format!r}")
         if self.weight > 0 and self.held_out_fraction == 1:
             raise ValueError(
                 f"held_out_fraction is 1, so nothing is left to train on, but weight is {self.weight}; "
@@ -159,11 +159,13 @@ class SourceSettings(BaseModel):
 
     def _check_classification(self) -> None:
         if len(self.labels) < 2:
-            raise ValueError(f"format classification needs `labels`, a word for each of two or more; got {self.labels}")
+            raise ValueError(
+                f"format classification needs `labels`, a word for each of two or more classes; got {self.labels}"
+            )
         if not self.template_fields:
-            raise ValueError(f"format classification needs a `template` with {{FIELD}}s in it; got {self.template!r}")
+            raise ValueError(f"format classification needs a `template` with {{FIELD}}s; got {self.template!r}")
         if strange := [name for name in self.template_fields if not name.isidentifier()]:
-            raise ValueError(f"template: {{{strange[0]}}} is no field's name; write {{{{ and }}}} for braces")
+            raise ValueError(f"template: {{{strange[0]}}} is not a field name; write {{{{ and }}}} for braces")
 
     @property
     def is_record(self) -> bool:

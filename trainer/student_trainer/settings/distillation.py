@@ -121,5 +121,7 @@ class DistillationSettings(Section):
         if not self.attention.active:
             return {**self.terms}
         if ATTENTION in self.terms:
-            raise ValueError("distillation.terms.attention: that name is the relation term's, give it another")
+            raise ValueError(
+                "distillation.terms.attention: that name is reserved for the relation term, choose another"
+            )
         return {**self.terms, ATTENTION: self.attention}

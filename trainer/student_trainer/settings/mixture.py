@@ -158,11 +158,11 @@ class InfluenceMixture(AdaptiveMixture):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.sketch_size & (self.sketch_size - 1):
-            raise ValueError(f"sketch_size is {self.sketch_size}, expected a power of two, as 4096")
+            raise ValueError(f"sketch_size is {self.sketch_size}, expected a power of two, such as 4096")
         if self.sketch_steps > self.update_interval:
             raise ValueError(
-                f"sketch_steps is {self.sketch_steps}, update_interval {self.update_interval}: there are not so many "
-                "updates between two decisions"
+                f"sketch_steps is {self.sketch_steps}, but there are only {self.update_interval} updates between two "
+                "decisions (update_interval)"
             )
         return self
 
@@ -185,8 +185,8 @@ def with_policy(given: Any) -> Any:
     for field in given.keys() - MIXTURES[policy].model_fields.keys():
         if having := [other for other, settings in MIXTURES.items() if field in settings.model_fields]:
             raise ValueError(
-                f"{field} is no setting of policy {policy}, only of {', '.join(having)}: leave it out, or give another "
-                "policy"
+                f"{field} is not a setting of policy {policy}, only of {', '.join(having)}: leave it out, or choose "
+                "another policy"
             )
     return {**given, "policy": policy}
 

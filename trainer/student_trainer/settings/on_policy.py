@@ -36,7 +36,7 @@ class OnPolicySettings(Section):
             raise ValueError("on_policy.terms is empty: name at least one loss, such as reverse_kl or jsd")
         if own := [term.kind for term in self.terms.values() if not term.needs_teacher]:
             raise ValueError(
-                f"on_policy.terms has a {own[0]}: on its own text that teaches the student nothing but to repeat "
+                f"on_policy.terms has a {own[0]}: on the student's own text, this loss only teaches it to repeat "
                 "itself; use reverse_kl or jsd"
             )
         return self

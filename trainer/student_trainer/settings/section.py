@@ -25,7 +25,7 @@ Points = tuple[tuple[int, float], ...]
 
 def _rising(points: Points | None) -> Points | None:
     if points is not None and (not points or any(a[0] >= b[0] for a, b in pairwise(points))):
-        raise ValueError(f"got the points {list(points)}, expected [[step, factor], ...] of rising steps")
+        raise ValueError(f"got the points {list(points)}, expected [[step, factor], ...] with increasing steps")
     return points
 
 

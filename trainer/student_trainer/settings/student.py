@@ -181,18 +181,18 @@ class DiffusionSettings(Section):
     def _consistent(self) -> DiffusionSettings:
         if self.growth.every is not None and self.growth.first > (self.block_size or self.growth.first):
             raise ValueError(
-                f"student.diffusion.growth.first is {self.growth.first}, more than the {self.block_size} tokens that "
-                "blocks are to grow to: give less, or a larger student.diffusion.block_size"
+                f"student.diffusion.growth.first is {self.growth.first}, more than the {self.block_size} tokens to "
+                "which blocks grow: lower it, or raise student.diffusion.block_size"
             )
         if self.complementary and self.masks != "uniform":
             raise ValueError(
-                f"student.diffusion.complementary is true, but the complement of {self.masks} masks shows what comes "
-                "late and masks what comes early: leave it out, or set student.diffusion.masks=uniform"
+                f"student.diffusion.complementary is true, but the complement of {self.masks} masks shows later "
+                "tokens and masks earlier ones: leave it out, or set student.diffusion.masks=uniform"
             )
         if self.complementary and self.loss_weights == "1/t":
             raise ValueError(
-                "student.diffusion.complementary is true and loss_weights is 1/t: two complementary views have every "
-                "token learnt once already; set one of the two back"
+                "student.diffusion.complementary is true and loss_weights is 1/t: with two complementary views, every "
+                "token is already trained on once; set one of the two back"
             )
         return self
 
@@ -270,7 +270,7 @@ class StudentSettings(Section):
     @model_validator(mode="after")
     def _consistent(self) -> StudentSettings:
         if self.adapter == "lora" and self.lora.rank is None:
-            raise ValueError("student.adapter is lora: give its rank too, student.lora.rank=16 for example")
+            raise ValueError("student.adapter is lora: set its rank too, for example student.lora.rank=16")
         return self
 
 

@@ -125,14 +125,14 @@ class TeacherSettings(OneTeacher):
                 "teacher.kind is mixed and teacher.members is empty: name the teachers, as in "
                 "teacher.members.big.url=http://HOST:PORT"
                 if self.kind == "mixed"
-                else f"teacher.members are given and teacher.kind is {self.kind}: say teacher=mixed"
+                else f"teacher.members are given, but teacher.kind is {self.kind}: set teacher=mixed"
             )
         if self.kind == "mixed" and self.mix == "by_source":
             answered = [source for member in self.members.values() for source in member.sources]
             if not answered or len(set(answered)) != len(answered) or not all(m.sources for m in self.members.values()):
                 raise ValueError(
-                    "teacher.mix is by_source: give each of teacher.members the `sources` that it answers for, and no "
-                    "source to two"
+                    "teacher.mix is by_source: give each of teacher.members the `sources` that it scores, and no "
+                    "source to two of them"
                 )
         return self
 

@@ -113,7 +113,7 @@ class DivergenceSettings(TemperedSettings):
     def _truncates_only_forward(self) -> DivergenceSettings:
         if self.tail == "truncate" and self.kind not in ("forward_kl", "top_k_kl", "tcs"):
             raise ValueError(
-                f"tail is truncate, which is for KL(teacher‖student) alone (forward_kl, top_k_kl, tcs), not "
+                f"tail is truncate, which only works with KL(teacher‖student) (forward_kl, top_k_kl, tcs), not "
                 f"{self.kind}: use bucket or renormalise"
             )
         return self
@@ -157,7 +157,7 @@ class JSDSettings(DivergenceSettings):
         if not 0.0 < beta < 1.0:
             raise ValueError(
                 f"got beta {beta}, expected a number between 0 and 1; "
-                "the limits are the kinds forward_kl (0) and reverse_kl (1)"
+                "for the limits, use the kinds forward_kl (0) and reverse_kl (1)"
             )
         return beta
 
@@ -227,8 +227,8 @@ def _with_kind(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for field in given.keys() - KINDS[kind].model_fields.keys():
         if having := [other for other, settings in KINDS.items() if field in settings.model_fields]:
             raise ValueError(
-                f"{name}.{field} is no setting of kind {kind}, only of {', '.join(having)}: leave it out, or give the "
-                "loss another kind"
+                f"{name}.{field} is not a setting of kind {kind}, only of {', '.join(having)}: leave it out, or give "
+                "the loss another kind"
             )
     return {**given, "kind": kind}
 
