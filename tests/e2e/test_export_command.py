@@ -47,7 +47,7 @@ def test_a_finished_run_becomes_files_that_others_load(run: Path, tmp_path: Path
     code = train(["export", str(run), "--format", form, "--out", str(out), "--name", "tiny-1.58"], tmp_path / "log")
     text = (tmp_path / "log").read_text()
     assert code == 0, text
-    assert "opened again" in text and re.search(reader, text)
+    assert "reloaded" in text and re.search(reader, text)
     card = (out / "README.md").read_text()
     for expected in ("# tiny-1.58", "1.58-bit student made from tied", "held-out cross_entropy, a, step 12", "run:"):
         assert expected in card, card
@@ -77,14 +77,14 @@ def test_what_a_format_lacks_is_refused_by_name(workshop: Workshop, tmp_path: Pa
         assert "cannot express this student: QK-norm" in (tmp_path / form).read_text()
     assert "use --format hf" in (tmp_path / "bitnet").read_text()
     assert train(["export", str(run), "--format", "hf"], tmp_path / "hf") == 0
-    assert "opened again by load_quantised" in (tmp_path / "hf").read_text()
+    assert "reloaded with load_quantised" in (tmp_path / "hf").read_text()
     assert AutoConfig.from_pretrained(run / "exports" / "hf").model_type == "qwen3"
 
 
 def test_the_command_says_what_is_wrong(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert train(["export", str(tmp_path), "--format", "hf"], log) == 2
-    assert "is no run's folder" in log.read_text()
+    assert "is not the folder of a run" in log.read_text()
     (tmp_path / "there").mkdir()
     assert train(["export", str(run), "--format", "hf", "--out", str(tmp_path / "there")], log) == 2
     assert "already exists" in log.read_text()
@@ -100,5 +100,5 @@ def test_an_export_that_is_another_model_fails(run: Path, tmp_path: Path, monkey
         return load_quantised(folder)
 
     monkeypatch.setattr(export_command, "load_quantised", damaged)
-    with pytest.raises(export_command.NotTheSameError, match="is not the student that was trained"):
+    with pytest.raises(export_command.NotTheSameError, match="does not match the trained student"):
         export_command.main([str(run), "--format", "hf", "--architecture", "original", "--out", str(tmp_path / "out")])

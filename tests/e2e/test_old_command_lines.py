@@ -75,15 +75,15 @@ def test_a_checkpoint_alone_is_taught_by_its_original_model(
 ) -> None:
     ran = run(workshop, tmp_path, f"student.checkpoint_path={student}")
     assert (ran.settings["teacher"]["kind"], ran.settings["teacher"]["model"]) == ("local", str(original))
-    assert f"teacher: {original}, the student's original model by base_model of its model card" in ran.said
+    assert f"teacher: {original}, the student's original model according to base_model of its model card" in ran.said
     assert ran.lines[0]["loss/top_k_kl"] > 0
-    assert "data.seq_len is 48 (the recipe has 2,048), optim.kind is adamw (the recipe has Muon" in ran.said
+    assert "data.seq_len is 48 (the recipe uses 2,048), optim.kind is adamw (the recipe uses Muon" in ran.said
 
 
 def test_a_local_teacher_by_name(workshop: Workshop, original: Path, tmp_path: Path) -> None:
     line = (f"student.checkpoint_path={workshop.student}", f"teacher.model_name={original}")
     ran = run(workshop, tmp_path, *line)
-    assert f"{line[1]} is now called teacher=local teacher.model={original}" in ran.said
+    assert f"{line[1]} is now teacher=local teacher.model={original}" in ran.said
     assert (ran.settings["teacher"]["kind"], ran.settings["teacher"]["model"]) == ("local", str(original))
 
 
@@ -92,9 +92,9 @@ def test_a_served_teacher(workshop: Workshop, served: TeacherProcess, tmp_path: 
         workshop, tmp_path, f"student.checkpoint_path={workshop.student}", "teacher.use_vllm=true",
         f"teacher.vllm_url={served.url}", "teacher.model_name=meta-llama/Llama-3.2-3B",
     )  # fmt: skip
-    assert f"teacher.vllm_url={served.url} is now called teacher=remote teacher.url={served.url}" in ran.said
+    assert f"teacher.vllm_url={served.url} is now teacher=remote teacher.url={served.url}" in ran.said
     assert (
-        "teacher.model_name=meta-llama/Llama-3.2-3B is now called nothing: the teacher at teacher.url says" in ran.said
+        "teacher.model_name=meta-llama/Llama-3.2-3B is now unnecessary: the teacher at teacher.url reports" in ran.said
     )
     assert (ran.settings["teacher"]["kind"], ran.settings["teacher"]["url"]) == ("remote", [served.url])
 
@@ -161,7 +161,10 @@ def test_coefficients_by_their_names(
         "distillation.gamma_attention=1e4", "distillation.temperature=3", f"teacher.attention_url={attention.url}",
         "distillation.attention.relation_heads=8",
     )  # fmt: skip
-    assert "distillation.gamma_attention is given and no distillation is chosen: distillation=bitdistill" in ran.said
+    assert (
+        "distillation.gamma_attention is given, but no distillation is chosen: using distillation=bitdistill"
+        in ran.said
+    )
     loss = ran.settings["distillation"]
     assert (loss["terms"]["top_k_kl"]["coefficient"], loss["terms"]["top_k_kl"]["temperature"]) == (7.0, 3.0)
     assert loss["attention"]["coefficient"] == 1e4 and loss["gamma_attention"] == 1e4
@@ -175,8 +178,8 @@ def test_muon_with_clipping(workshop: Workshop, student: Path, tmp_path: Path) -
         workshop, tmp_path, f"student.checkpoint_path={student}", "optimizer.type=muon",
         "optimizer.enable_clipping=true", "optimizer.lr=1e-3",
     )  # fmt: skip
-    assert "optimizer.type=muon is now called optim=muon_clip" in ran.said
-    assert "optimizer.enable_clipping=true is now called optim.qk_clip.tau=100.0" in ran.said
+    assert "optimizer.type=muon is now optim=muon_clip" in ran.said
+    assert "optimizer.enable_clipping=true is now optim.qk_clip.tau=100.0" in ran.said
     optim = ran.settings["optim"]
     assert (optim["kind"], optim["qk_clip"]["tau"]) == ("muon_clip", 100.0)
     assert "attention/largest_logit" in ran.lines[0] and "optim.kind is" not in ran.said
@@ -194,6 +197,6 @@ def test_the_mixture_for_pretraining(workshop: Workshop, student: Path, tmp_path
         (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
         line.append(f"data.sources.{source}.name={folder}")
     ran = run(workshop, tmp_path, *line, data=False)
-    assert "data.config_name=mixed_pretrain is now called data=mixed_pretrain" in ran.said
+    assert "data.config_name=mixed_pretrain is now data=mixed_pretrain" in ran.said
     weights = {name: source["weight"] for name, source in ran.settings["data"]["sources"].items()}
     assert weights == {"web": 0.7, "textbooks": 0.2, "mathematics": 0.1}

@@ -111,4 +111,4 @@ def test_a_calibrated_run_is_exported_by_the_command(
         assert cli_export.main([str(run), "--format", "dense", "--adapter", adapter, "--out", str(out)]) == 0
         assert (out / "adapter").exists() is (adapter == "beside")
     said = capsys.readouterr().out
-    assert said.count("opened again by transformers alone") == 2
+    assert said.count("reloaded with transformers alone") == 2

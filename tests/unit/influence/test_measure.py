@@ -215,7 +215,7 @@ def test_the_command_tells_useful_from_harmful_and_useless(
     assert weights["useful"] > 1.3 and max(weights["useless"], weights["harmful"]) < 1
     assert sum(weights.values()) == pytest.approx(3)
     said = capsys.readouterr().out
-    assert "120 documents weighed for 24 target documents" in said
+    assert "120 documents weighted for 24 target documents" in said
     assert ("rank correlation" in said) == (landmarks == 40)
     assert not out.with_name(out.name + ".work").exists()
 
@@ -308,7 +308,7 @@ def test_parts_of_another_question_are_thrown_away(tmp_path: Path) -> None:
     [
         (("--target", "DATA"), "is also among the targets"),
         (("--parameters", "nothing"), "no trained parameter's name matches 'nothing'"),
-        (("more.jsonl",), "is no setting: one DATA is weighed"),
+        (("more.jsonl",), "is not a setting: give only one DATA"),
         (("--landmark", "3"), "unrecognized arguments"),
         (("data.sequence=3",), "there is no setting 'data.sequence'"),
     ],
@@ -323,7 +323,7 @@ def test_what_cannot_be_is_refused(
 
 def test_a_loss_on_ids_that_a_step_chooses_is_refused() -> None:
     settings = compose(["data=movie_reviews", "distillation=classification", "teacher.url=http://none"])
-    with pytest.raises(ValueError, match="which documents alone don't"):
+    with pytest.raises(ValueError, match="so it can't weight documents"):
         influence._objective(settings, None)  # type: ignore[arg-type]
 
 

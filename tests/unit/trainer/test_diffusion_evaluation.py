@@ -188,7 +188,7 @@ def test_a_run_has_them_all_and_two_students_that_mask_otherwise_are_evaluated_a
 
 def test_settings_of_them_warn_where_they_have_no_effect(tmp_path: Path) -> None:
     for given, why in (
-        (["evaluation.infilled=3"], "evaluation.infilled has no effect: the student fills in no blocks"),
+        (["evaluation.infilled=3"], "evaluation.infilled has no effect: student.architecture is not diffusion"),
         (["student=diffusion", "evaluation.judged=3"], "judged has no effect: evaluation.thresholds is empty"),
         (["student=diffusion", "evaluation.thresholds=[0.5]", "teacher=none", "distillation=cross_entropy"],
          "evaluation.thresholds has no effect: teacher.kind is none"),

@@ -227,12 +227,12 @@ def test_the_old_command_line_with_a_bucket(
     with caplog.at_level(logging.INFO):
         assert run_here([*line, *small, "teacher.sanity=off"]) == 0
     assert [each["step"] for each in lines_of(tmp_path / "run")] == [1, 2]
-    assert f"teacher: {teacher}, the student's original model by base_model of its model card" in caplog.text
+    assert f"teacher: {teacher}, the student's original model according to base_model of its model card" in caplog.text
     assert f"files of {store.url} into {store.cache}" in caplog.text
     settings = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
     assert settings["student"]["checkpoint_path"] == f"{store.url}/"
 
 
 def test_settings_of_a_url_without_one_warn() -> None:
-    with pytest.warns(UserWarning, match=r"student\.cache_folder has no effect: student\.checkpoint_path is no URL"):
+    with pytest.warns(UserWarning, match=r"student\.cache_folder has no effect: student\.checkpoint_path is not a URL"):
         compose(["student.checkpoint_path=/m", "data.rows=1", "student.cache_folder=/x"])

@@ -199,8 +199,8 @@ def test_the_second_name_says_what_it_became(
     plain = [each for each in given(workshop, tmp_path) if not each.startswith("data.mixture")]
     made = compose([*plain, "influence.enabled=true", "influence.update_interval=500"]).data.mixture
     assert made.policy == "influence" and made.update_interval == 500
-    assert "influence.enabled=true is now called data.mixture.policy=influence" in caplog.text
-    assert "influence.update_interval=500 is now called data.mixture.update_interval=500" in caplog.text
+    assert "influence.enabled=true is now data.mixture.policy=influence" in caplog.text
+    assert "influence.update_interval=500 is now data.mixture.update_interval=500" in caplog.text
     assert compose([*plain, "influence.enabled=false", "influence.update_interval=500"]).data.mixture.policy == "static"
     with pytest.raises(ValueError, match=r"there is no setting 'data\.mixture\.update_intervall'"):
         compose([*plain, "influence.enabled=true", "influence.update_intervall=500"])

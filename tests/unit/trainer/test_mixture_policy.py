@@ -99,5 +99,5 @@ def test_a_student_that_writes_reads_ahead_no_further_than_is_decided(
 
 
 def test_documents_that_depend_on_losses_are_not_written_ahead(workshop: Workshop, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="its documents are not known ahead"):
+    with pytest.raises(ValueError, match="its documents are not known in advance"):
         list(sequences.documents(compose(given(workshop, tmp_path))))

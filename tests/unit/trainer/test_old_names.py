@@ -45,7 +45,7 @@ def composed(*more: str, minimal: bool = True) -> dict:
 def test_an_old_name_is_todays_and_says_so(old: list[str], new: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert composed(*old) == composed(*new)
-    said = [record.getMessage() for record in caplog.records if "is now called" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if " is now " in record.getMessage()]
     assert len(said) == sum(
         each.split("=")[0].split(".")[0] in ("optimizer", "training") or ".model_name" in each or "vllm" in each
         for each in old
@@ -99,7 +99,9 @@ def test_a_name_that_nothing_reads_warns(overrides: list[str], name: str) -> Non
 
 @pytest.mark.parametrize(("gamma", "orders"), [("1e-5", 10), ("0.1", 6)])
 def test_a_coefficient_far_below_the_papers_says_what_it_is(gamma: str, orders: int) -> None:
-    with pytest.warns(UserWarning, match=f"{orders} orders of magnitude below the paper's 100000: .* without effect"):
+    with pytest.warns(
+        UserWarning, match=f"{orders} orders of magnitude below the paper's 100000: .* will have no effect"
+    ):
         compose([*MINIMAL, "distillation=bitdistill", f"distillation.gamma_attention={gamma}"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,11 +125,11 @@ def test_the_recipe_has_its_length_and_muon_with_clipping(recipe: str, caplog: p
     with caplog.at_level(logging.INFO):
         settings = compose([*MINIMAL, f"recipe={recipe}"])
     assert (settings.data.seq_len, settings.optim.kind, settings.optim.qk_clip.tau) == (2048, "muon_clip", 100.0)
-    assert "recipe has" not in caplog.text
+    assert "recipe uses" not in caplog.text
     with caplog.at_level(logging.INFO):
         compose([*MINIMAL, f"recipe={recipe}", "optim.qk_clip.tau=null", "data.seq_len=64"])
     (line,) = [record.getMessage() for record in caplog.records if "the recipe" in record.getMessage()]
-    assert line == "data.seq_len is 64 (the recipe has 2,048), optim.qk_clip.tau is null (the recipe clips at 100)"
+    assert line == "data.seq_len is 64 (the recipe uses 2,048), optim.qk_clip.tau is null (the recipe clips at 100)"
 
 
 def test_a_run_that_a_recipe_began_with_another_optimizer_keeps_it(tmp_path: Path) -> None:
@@ -199,12 +201,13 @@ def test_a_teacher_that_is_named_in_any_way_is_not_looked_for(tmp_path: Path, ca
     with caplog.at_level(logging.INFO):
         assert compose(MINIMAL).teacher.kind == "remote"
     assert (
-        "/model names no original model in its config or card: the one at http://127.0.0.1:8000 is asked" in caplog.text
+        "/model names no original model in its config or model card: using the teacher at http://127.0.0.1:8000"
+        in caplog.text
     )
 
 
 def test_without_any_data_it_is_the_mixture_for_pretraining(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert set(compose(["student.checkpoint_path=/m"]).data.sources) == {"web", "textbooks", "mathematics"}
-    assert "no data are named: data=mixed_pretrain" in caplog.text
+    assert "no data is given: using data=mixed_pretrain" in caplog.text
     assert not compose(["student.checkpoint_path=/m", "data.rows=3"]).data.sources

@@ -267,5 +267,5 @@ def test_check_says_which_student_would_be_trained(
     assert check.main(arguments(workshop, model, tmp_path, cell)) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     architecture, quantiser, adapter = cell
-    bits = f"{QUANTISERS[quantiser].bits:g} bits a linear's weight"
+    bits = f"{QUANTISERS[quantiser].bits:g} bits per linear weight"
     assert f"architecture {architecture}, quantiser {quantiser}, adapter {adapter}: {bits}" in said

@@ -61,11 +61,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _teacher(components: Components) -> Iterator[tuple[str, str]]:
     if components.teacher is None:
-        yield "teacher", "none: the data's own next tokens alone"
+        yield "teacher", "none: training on the data's own next tokens only"
         return
     card = components.teacher.card
     yield "teacher", f"{card.name}, fingerprint {card.fingerprint}"
-    yield "", f"sequences of at most {card.max_sequence_length:,}, K at most {card.max_top_k}, {', '.join(card.kinds)}"
+    yield "", f"sequences of up to {card.max_sequence_length:,}, K up to {card.max_top_k}, {', '.join(card.kinds)}"
 
 
 def _student(settings: Settings, components: Components) -> Iterator[tuple[str, str]]:
@@ -75,7 +75,7 @@ def _student(settings: Settings, components: Components) -> Iterator[tuple[str, 
     dtype = str(student.compute).removeprefix("torch.")
     yield "student", f"{type(student.model).__name__}, {count / 1e6:,.1f} M parameters, in {dtype} on {student.device}"
     bits = next((layer.weight_quantiser.bits for _, layer in quant_linears(student.model)), NONE.bits)
-    yield "", f"{settings.student.cell}: {bits:g} bits a linear's weight, {trained / 1e6:,.1f} M parameters trained"
+    yield "", f"{settings.student.cell}: {bits:g} bits per linear weight, {trained / 1e6:,.1f} M trainable parameters"
     if components.teacher is not None:
         shared, ours, theirs = student.shared_vocab, student.vocab_size, components.teacher.card.vocab_size
         yield "vocabulary", f"{shared or ours:,} ids in common; student {ours:,}, teacher {theirs:,}; same tokenizer"
@@ -87,7 +87,7 @@ def _batch(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
     sources = Counter(document.source for document in batch.documents)
     yield (
         "steps",
-        f"{settings.run.steps:,} of {labels:,} labels or so: {settings.run.steps * labels / 1e6:,.2f} M in all",
+        f"{settings.run.steps:,} of about {labels:,} labels: {settings.run.steps * labels / 1e6:,.2f} M in total",
     )
     yield "batch 0", f"{batch.tokens_BT.shape[0]} rows of {batch.tokens_BT.shape[1]:,}, {filled:.0%} filled"
     yield "", ", ".join(f"{count} documents of {source}" for source, count in sources.items())
@@ -98,8 +98,8 @@ def _on_policy(settings: Settings, batch: Batch) -> Iterator[tuple[str, str]]:
     own = settings.on_policy
     if own.active:
         prompts = prompts_of(batch, own, settings.run.seed)
-        yield "own text", f"{own.share:.0%} of the batches, written {own.lag} updates before they are learnt from"
-        yield "", f"in the place of batch 0: {len(prompts)} prompts, {own.new_tokens} tokens after each at most"
+        yield "own text", f"{own.share:.0%} of the batches, generated {own.lag} updates before training on them"
+        yield "", f"in place of batch 0: {len(prompts)} prompts, with up to {own.new_tokens} new tokens each"
         yield "", _sum_of(terms_of(own))
 
 
@@ -121,13 +121,13 @@ def _targets(
         size = sum(each.nbytes for each in states) / tokens
         ours = ", ".join(map(str, sorted(components.student.capture(terms).attention)))
         layers = f"the teacher's layer {states[0].layer}, the student's {ours}"
-        yield "attention", f"states of {layers}: {size:,.0f} bytes a token"
+        yield "attention", f"states of {layers}: {size:,.0f} bytes per token"
     spec = spec_for(terms, settings.teacher.top_k, settings.distillation)
     if components.teacher is None or spec is None:
         return
     with stage("targets of batch 0", note=components.describe_waiting):
         answered = thread.call(components.teacher.targets.fetch(batch, queries_of(batch, spec)))
-    yield "targets", f"{', '.join(spec.kinds)} with K = {spec.top_k}: {answered.nbytes / tokens:,.0f} bytes a token"
+    yield "targets", f"{', '.join(spec.kinds)} with K = {spec.top_k}: {answered.nbytes / tokens:,.0f} bytes per token"
 
 
 def _memory(settings: Settings, components: Components, batch: Batch) -> Iterator[tuple[str, str]]:
@@ -140,4 +140,4 @@ def _memory(settings: Settings, components: Components, batch: Batch) -> Iterato
         "memory",
         f"about {state / 2**30:,.2f} GiB of weights, gradients and moments, {chunk / 2**20:,.0f} MiB of logits",
     )
-    yield "", "and the activations of a micro batch, which optim.micro_batch_rows makes smaller"
+    yield "", "plus the activations of a micro batch (lower optim.micro_batch_rows to reduce them)"

@@ -65,7 +65,7 @@ def compose(overrides: list[str], config_folder: Path | None = None) -> Settings
     arguments = [_checked(override, folders) for override in parsed]
     if config_folder is not None:
         if not config_folder.is_dir():
-            raise ValueError(f"--config-folder {config_folder}: there is no such folder")
+            raise ValueError(f"--config-folder {config_folder}: no such folder")
         arguments.append(f"hydra.searchpath=[file://{config_folder.resolve()}]")
     plain, unread = _composed(arguments)
     recipe = next((str(override.value()) for override in parsed if override.key_or_group == "recipe"), None)
@@ -110,7 +110,7 @@ def split_config_folder(arguments: Sequence[str]) -> tuple[list[str], Path | Non
         if name == "--config-folder":
             folder = Path(value or next(rest, ""))
         elif argument.startswith("-"):
-            raise ValueError(f"there is no option '{argument}': settings are given as NAME=VALUE, `--help` lists them")
+            raise ValueError(f"unknown option '{argument}': give settings as NAME=VALUE; `--help` lists them")
         else:
             overrides.append(argument)
     return overrides, folder
@@ -142,11 +142,11 @@ def _without_tags(location: list[str]) -> list[str]:
 def _parse(overrides: list[str]) -> list[Override]:
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
-            raise ValueError(f"'{text}' is no setting: settings are given as NAME=VALUE, `--help` lists them")
+            raise ValueError(f"'{text}' is not a setting: give settings as NAME=VALUE; `--help` lists them")
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise ValueError(f"an override cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"cannot parse an override: {' '.join(str(error).split())}") from None
 
 
 def _checked(override: Override, folders: list[Path]) -> str:
@@ -156,7 +156,7 @@ def _checked(override: Override, folders: list[Path]) -> str:
     if key in choices and not isinstance(override.value(), dict):
         wanted = override.value()
         if not override.is_delete() and wanted not in choices[key]:
-            raise ValueError(f"{key}={wanted}: there is no such choice.{_nearest(str(wanted), choices[key])}")
+            raise ValueError(f"{key}={wanted}: unknown value.{_nearest(str(wanted), choices[key])}")
         return text
     if override.is_delete() or key.startswith("hydra."):
         return text
@@ -220,4 +220,4 @@ def _nearest(name: str, known: list[str], also: list[str] | None = None) -> str:
     """A suggestion of the closest name; if none is close, all known ones."""
     if close := difflib.get_close_matches(name, [*known, *(also or [])], n=1, cutoff=0.6):
         return f" Did you mean '{close[0]}'?"
-    return f" Known are {', '.join(known)}." if known else " `--help` lists them."
+    return f" Available: {', '.join(known)}." if known else " `--help` lists them."

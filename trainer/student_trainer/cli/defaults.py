@@ -83,7 +83,7 @@ def _newest_state(url: str, options: Mapping[str, Any]) -> str | None:
         steps = [name for name in store.ls(root, detail=False) if "/step-" in name]
         return str(store.cat_file(f"{max(steps).rstrip('/')}/state.json").decode()) if steps else None
     except Exception as error:  # each store's library has its own errors
-        logger.info("%s can't be read: %s", url, error)
+        logger.info("cannot read %s: %s", url, error)
         return None
 
 
@@ -121,7 +121,7 @@ def _read(path: str, name: str, revision: str | None, options: Mapping[str, Any]
     try:
         return Path(hf_hub_download(path, name, revision=revision)).read_text(encoding="utf-8", errors="replace")
     except (OSError, HFValidationError, httpx.HTTPError) as error:
-        logger.info("%s of %s can't be read: %s", name, path, str(error).strip().splitlines()[0])
+        logger.info("cannot read %s of %s: %s", name, path, str(error).strip().splitlines()[0])
         return None
 
 
@@ -132,7 +132,7 @@ def _read_url(url: str, options: Mapping[str, Any]) -> str | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # each store's library has its own errors
-        logger.info("%s can't be read: %s", url, error)
+        logger.info("cannot read %s: %s", url, error)
         return None
 
 
@@ -148,7 +148,7 @@ def default_data(plain: Mapping[str, Any], given: Collection[str]) -> list[str]:
     """The override that chooses data if no source is named."""
     if plain["data"].get("sources") or any(name == "data" or name.startswith("data.") for name in given):
         return []
-    logger.info("no data are named: data=%s, of the Hugging Face hub", DATA)
+    logger.info("no data is given: using data=%s, from the Hugging Face hub", DATA)
     return [f"data={DATA}"]
 
 
@@ -157,7 +157,7 @@ def default_loss(given: Set[str], unread: Set[str]) -> list[str]:
     name = "distillation.gamma_attention"
     if name not in given or name not in unread or given & {"distillation", "recipe"}:
         return []
-    logger.info("%s is given and no distillation is chosen: distillation=bitdistill", name)
+    logger.info("%s is given, but no distillation is chosen: using distillation=bitdistill", name)
     return ["distillation=bitdistill"]
 
 
@@ -173,7 +173,7 @@ def loss_of_classes(plain: Mapping[str, Any], recipe: str | None, given: Collect
     begun = _begun_with(plain).get("distillation")
     if begun and begun.get("gather_at") != "labels":
         return []
-    logger.info("all data have classes: distillation=classification")
+    logger.info("all sources have classes: using distillation=classification")
     return ["distillation=classification"]
 
 
@@ -189,20 +189,20 @@ def choose_teacher(plain: dict[str, Any]) -> None:
     found = original_of(student)
     if found is None:
         logger.info(
-            "no teacher is named, and %s names no original model in its config or card: the one at %s is asked",
+            "no teacher is given, and %s names no original model in its config or model card: using the teacher at %s",
             student.get("checkpoint_path") or "the student", ", ".join(TeacherSettings().url),
         )  # fmt: skip
         return
     name, source = found
     teacher |= {"kind": "local", "model": name}
-    logger.info("teacher: %s, the student's original model by %s, in this process", name, source)
+    logger.info("teacher: %s, the student's original model according to %s, in this process", name, source)
 
 
 def keep_optimizer(plain: dict[str, Any], given: Collection[str]) -> None:
     """A run that began before its recipe chose Muon keeps its optimizer."""
     begun = _begun_with(plain).get("optim", {})
     if begun and begun["kind"] != plain["optim"]["kind"] and not any(name.startswith("optim") for name in given):
-        logger.info("optim.kind stays %s, which the run began with", begun["kind"])
+        logger.info("keeping optim.kind %s, which the run began with", begun["kind"])
         plain["optim"] = begun
 
 
@@ -210,9 +210,9 @@ def unlike_recipe(settings: Settings) -> str:
     """One line on how length and optimizer differ from the recipe; empty if they do not."""
     unlike = []
     if settings.data.seq_len < RECIPE_TOKENS:
-        unlike.append(f"data.seq_len is {settings.data.seq_len} (the recipe has {RECIPE_TOKENS:,})")
+        unlike.append(f"data.seq_len is {settings.data.seq_len} (the recipe uses {RECIPE_TOKENS:,})")
     if settings.optim.kind != "muon_clip":
-        unlike.append(f"optim.kind is {settings.optim.kind} (the recipe has Muon with QK-clip, optim=muon_clip)")
+        unlike.append(f"optim.kind is {settings.optim.kind} (the recipe uses Muon with QK-clip, optim=muon_clip)")
     elif settings.optim.qk_clip.tau is None:
         unlike.append("optim.qk_clip.tau is null (the recipe clips at 100)")
     return ", ".join(unlike)

@@ -75,9 +75,9 @@ def _of_one_teacher(name: str, teacher: TeacherSettings | MemberSettings, mix: s
     if owner not in (None, kind) and not (owner == "remote" and written_through):
         return f"this teacher's kind is {kind}"
     if name == "store_bytes" and not written_through:
-        return "the store is only read"
+        return "the store is only read, not written"
     if name in ("store_cache", "store_cache_bytes", "store_ahead") and not is_url(teacher.store):
-        return "teacher.store is no URL of a bucket"
+        return "teacher.store is not the URL of a bucket"
     if name == "weight" and mix == "by_source":
         return "teacher.mix is by_source"
     if name == "sources" and mix == "ensemble":
@@ -100,7 +100,7 @@ RULES = (
         Rule(f"data.mixture.{name}", _has_form("exponentiated"), "data.mixture.form is not exponentiated")
         for name in ("eta", "smoothing")
     ),
-    Rule("prefetch.depth", _depth_is_reached, "data.mixture.lag updates ahead no batch's weights are known"),
+    Rule("prefetch.depth", _depth_is_reached, "data.mixture.lag is the limit, as later batches have no weights yet"),
     *(
         Rule(f"distillation.balance.{name}", lambda s: bool(s.distillation.balance.shares), "balance.shares is empty")
         for name in ("reference", "every", "ema")
@@ -113,8 +113,8 @@ RULES = (
         )
         for name in ("candidates", "positions", "student_best")
     ),
-    Rule("distillation.samples", _asks_for("sampled"), "no loss is on samples"),
-    Rule("distillation.sample_seed", _asks_for("sampled"), "no loss is on samples"),
+    Rule("distillation.samples", _asks_for("sampled"), "no loss uses samples"),
+    Rule("distillation.sample_seed", _asks_for("sampled"), "no loss uses samples"),
     Rule("distillation.gather_at", _asks_for("gather"), "no loss has support gather"),
     Rule("distillation.gather_k", lambda s: s.distillation.gather_at == "student", "distillation.gather_at is labels"),
     Rule("distillation.gather_k", _asks_for("gather"), "no loss has support gather"),
@@ -124,13 +124,13 @@ RULES = (
         for name in ("fingerprint", "top_k", "sanity", "tokenizer", "same_tokenizer")
     ),
     *(
-        Rule(f"teacher.{name}", _may_wait, "no teacher of this run is asked over the network")
+        Rule(f"teacher.{name}", _may_wait, "no teacher of this run is queried over the network")
         for name in ("start_within_s", "deadline_s", "read_timeout_s")
     ),
     Rule(
         "teacher.outage_timeout_s",
         lambda s: _may_wait(s) or any(is_url(one.store) for one in s.teacher.all_members.values()),
-        "no teacher of this run is asked over the network",
+        "no teacher of this run is queried over the network",
     ),
     Rule("teacher.list_missing", lambda s: s.teacher.kind == "cached", "teacher.kind is not cached"),
     Rule("teacher.mix", lambda s: s.teacher.kind == "mixed", "teacher.kind is not mixed"),
@@ -143,22 +143,22 @@ RULES = (
     Rule(
         "distillation.attention.relation_heads",
         lambda s: s.distillation.attention.form != "maps",
-        "distillation.attention.form is maps, which have the models' own heads",
+        "distillation.attention.form is maps, which use the models' own heads",
     ),
-    Rule("prefetch.", _has_teacher, "teacher.kind is none: there is nothing to ask for"),
+    Rule("prefetch.", _has_teacher, "teacher.kind is none, so there are no targets to request"),
     Rule("prefetch.max_depth", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
     Rule("prefetch.max_bytes", lambda s: s.prefetch.depth == "auto", "prefetch.depth is fixed"),
-    Rule("evaluation.kl", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
+    Rule("evaluation.kl", lambda s: _has_teacher(s) and s.evaluation.every > 0, "no evaluation uses a teacher"),
     *(
-        Rule(f"evaluation.{name}", _fills_in, "the student fills in no blocks")
+        Rule(f"evaluation.{name}", _fills_in, "student.architecture is not diffusion")
         for name in ("infilled", "thresholds", "judged", "temperature")
     ),
-    Rule("evaluation.thresholds", _has_teacher, "teacher.kind is none, and the teacher judges"),
+    Rule("evaluation.thresholds", _has_teacher, "teacher.kind is none, and the texts are scored by the teacher"),
     *(
         Rule(f"evaluation.{name}", lambda s: bool(s.evaluation.thresholds), "evaluation.thresholds is empty")
         for name in ("judged", "temperature")
     ),
-    Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "nothing is evaluated with it"),
+    Rule("evaluation.top_k", lambda s: _has_teacher(s) and s.evaluation.every > 0, "no evaluation uses a teacher"),
     *(
         Rule(f"evaluation.{name}", lambda s: s.evaluation.every > 0, "evaluation.every is 0")
         for name in ("at_start", "samples", "prompt_tokens", "sample_tokens")
@@ -172,7 +172,7 @@ RULES = (
         for name in ("lag", "prompt_tokens", "new_tokens", "temperature", "sequences_at_once", "terms.")
     ),
     Rule("optim.schedule.decay_steps", lambda s: s.optim.schedule.kind == "wsd", "only schedule wsd has a decay phase"),
-    Rule("optim.schedule.floor", lambda s: s.optim.schedule.kind != "constant", "a constant rate never falls"),
+    Rule("optim.schedule.floor", lambda s: s.optim.schedule.kind != "constant", "a constant learning rate never falls"),
     Rule("optim.muon.", lambda s: s.optim.kind == "muon_clip", "optim.kind is not muon_clip"),
     Rule("optim.qk_clip.alpha", lambda s: s.optim.qk_clip.tau is not None, "optim.qk_clip.tau is null"),
     *(
@@ -205,13 +205,13 @@ RULES = (
     Rule(
         "student.quantisation.activation_bits",
         lambda s: s.student.quantiser in ("bitnet", "auto") or bool(s.student.quantisation.quantise_activations),
-        "this quantiser leaves activations as they are; set student.quantisation.quantise_activations=true",
+        "this quantiser does not quantise activations; set student.quantisation.quantise_activations=true",
     ),
     Rule("student.quantisation.", lambda s: s.student.quantiser != "none", "student.quantiser is none"),
     Rule("logging.prometheus_host", lambda s: s.logging.prometheus_port is not None, "logging.prometheus_port is null"),
     Rule("student.revision", lambda s: not s.student.checkpoint_path.startswith(("/", ".")), "it is a local folder"),
     *(
-        Rule(f"student.{name}", lambda s: "://" in s.student.checkpoint_path, "student.checkpoint_path is no URL")
+        Rule(f"student.{name}", lambda s: "://" in s.student.checkpoint_path, "student.checkpoint_path is not a URL")
         for name in ("cache_folder", "storage_options.")
     ),
 )
@@ -220,7 +220,7 @@ RULES = (
 def names_without_effect(given: set[str], unread: set[str]) -> list[str]:
     """One line for each of PRESET_NAMES that is given but that no term refers to."""
     return [
-        f"{name} has no effect: no term of this choice of distillation reads it, or the term's own setting is given"
+        f"{name} has no effect: no term of the chosen distillation reads it, or that term's own setting is given"
         for name in sorted(given & unread)
     ]
 
@@ -231,7 +231,7 @@ def _far_too_weak(settings: Settings) -> list[str]:
         return []
     return [
         f"distillation.gamma_attention is {gamma:g}, {orders} orders of magnitude below the paper's {GAMMA:g}: the "
-        "attention term is without effect"
+        "attention term will have no effect"
     ]
 
 
@@ -254,14 +254,14 @@ def without_effect(settings: Settings, given: set[str]) -> list[str]:
             lines.append(f"{name} has no effect: {why}")
     balance = settings.distillation.balance
     lines += [
-        f"distillation.terms.{name}.coefficient has no effect: balance.shares sets how hard it pulls"
+        f"distillation.terms.{name}.coefficient has no effect: balance.shares adapts the coefficient"
         for name in sorted(balance.shares.keys() - {balance.reference or next(iter(balance.shares), None)})
         if f"distillation.terms.{name}.coefficient" in given
     ]
     for section, terms in (("distillation", settings.distillation.terms), ("on_policy", settings.on_policy.terms)):
         for name, term in terms.items():
             lines += [
-                f"{section}.terms.{name}.{field} has no effect beside the other settings of a loss of kind {term.kind}"
+                f"{section}.terms.{name}.{field} has no effect with the other settings of this {term.kind} loss"
                 for field in term.without_effect()
             ]
     return lines + _far_too_weak(settings)

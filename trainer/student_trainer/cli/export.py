@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     snapshot = earlier_run(str(options.run))
     if snapshot is None:
-        raise ValueError(f"{options.run} is no run's folder: expected the one with settings.yaml in it")
+        raise ValueError(f"{options.run} is not the folder of a run: expected one with settings.yaml in it")
     trained = settings_of(snapshot)
     settings = StudentSettings(
         architecture=trained.architecture, quantiser=trained.quantiser, checkpoint_path=str(options.run),
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"  note: {note}")
     if not options.skip_check:
         try:
-            with stage("opening again what was written"):
+            with stage("reloading the export to check it"):
                 _check(model, tokenizer, report)
         except KeyboardInterrupt:
             # The files are complete but not checked, and would be in the way of the same command, started again.
@@ -166,16 +166,16 @@ def _check(model: Any, tokenizer: PreTrainedTokenizerBase, report: ExportReport)
     _write_findings(report, reader, comparison)
     if comparison is None:
         print(
-            "  opened again: every tensor is as it was written; llama-cpp-python is not installed, no logits compared"
+            "  reloaded: every tensor is as it was written; logits not compared, as llama-cpp-python is not installed"
         )
         return
     print(
-        f"  opened again by {reader}: KL {comparison.kl:.2g} nats, first choice the same {comparison.agreement:.1%}, "
+        f"  reloaded with {reader}: KL {comparison.kl:.2g} nats, same first choice in {comparison.agreement:.1%}, "
         f"logits differ by {comparison.difference:.2g} of their spread"
     )
     if not comparison.kl <= SAME_MODEL_KL:
         raise NotTheSameError(
-            f"{report.folder} is not the student that was trained: KL {comparison.kl:.3g} nats by {reader}, "
+            f"{report.folder} does not match the trained student: KL {comparison.kl:.3g} nats with {reader}, "
             f"expected at most {SAME_MODEL_KL}"
         )
 
@@ -200,7 +200,7 @@ def reopened(model: Any, report: ExportReport, ids_BT: np.ndarray) -> tuple[str,
         kept = [logits_TV for logits_TV in theirs if logits_TV is not None]
         return ("llama.cpp", compare_logits(ours_BTV, np.stack(kept))) if kept else ("gguf", None)
     if report.format == "sdar":
-        return "our own reading of SDAR's form", compare_logits(*_in_blocks(model, report.folder, ids_BT))
+        return "this trainer's own SDAR loader", compare_logits(*_in_blocks(model, report.folder, ids_BT))
     if report.stands_alone:
         try:
             (theirs_BTV,) = transformers_logits([report.folder], ids_BT)

@@ -71,7 +71,7 @@ class Writer:
         ids = [np.array(self.tokenizer(prompt)["input_ids"], np.int32) for prompt in prompts]
         for prompt, ids_N in zip(prompts, ids, strict=True):
             if not len(ids_N):
-                raise ValueError(f"the prompt {prompt!r} has no tokens: give one that a text can go on from")
+                raise ValueError(f"the prompt {prompt!r} has no tokens: give a prompt with at least one token")
         student = self._sure_above(threshold)
         sampler = sampler_of(student, ends_of_text(student, self.tokenizer), pad_id(self.tokenizer))
         assert sampler is not None, "whatever can be loaded can write"
@@ -89,7 +89,7 @@ class Writer:
         if threshold is None:
             return self.student
         if not isinstance(self.student.reader, DiffusionReader):
-            raise ValueError("--threshold is for block-diffusion students, and this one writes from left to right")
+            raise ValueError("--threshold is for block-diffusion students, but this one generates from left to right")
         return replace(self.student, reader=replace(self.student.reader, threshold=threshold))
 
 
@@ -127,8 +127,8 @@ def _as_text(one: Written) -> str:
         took = one.passes
         rate = one.tokens / max(1, took.writing)
         lines.append(
-            f"  {one.tokens} tokens, {rate:.2f} a forward pass: {took.denoising} over blocks "
-            f"to write in, {took.commit} over written ones; that over the prompt ({took.prefill}) does not count"
+            f"  {one.tokens} tokens, {rate:.2f} per forward pass: {took.denoising} to denoise blocks, "
+            f"{took.commit} over completed blocks; those over the prompt ({took.prefill}) are not counted"
         )
     return "\n".join(lines)
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     """ValueError or StillhouseError for settings that could not be trained with either."""
     given = _parser().parse_intermixed_args(list(arguments))
     if wrong := [text for text in given.settings if "=" not in text]:
-        raise ValueError(f"'{wrong[0]}' is no setting: one DATA is weighed, settings are given as NAME=VALUE")
+        raise ValueError(f"'{wrong[0]}' is not a setting: give only one DATA, and settings as NAME=VALUE")
     # Two paths are enough: without sources in the settings, no preset is composed for them.
     named = any(text.startswith(("data=", "data.sources")) for text in given.settings)
     composed = compose([*([] if named else ["data=none"]), *given.settings], given.config_folder)
@@ -85,8 +85,8 @@ def _objective(settings: Settings, components: Components) -> Objective:
     needs = Needs.of(terms)
     if needs.late:
         raise ValueError(
-            f"the loss asks the teacher at ids that a step chooses ({', '.join(sorted(needs.late))}), which documents "
-            "alone don't: weigh them by a loss without support gather, as distillation=logits_only"
+            f"the loss needs targets for ids that only a training step chooses ({', '.join(sorted(needs.late))}), so "
+            "it can't weight documents: use a loss without support gather, such as distillation=logits_only"
         )
     spec = components.spec(settings, terms)
     return Objective(terms, settings.distillation.chunk_rows, spec, components.targets, components.head)
@@ -122,13 +122,13 @@ def _say(out: Path, influence: Influence) -> None:
     weights_N = influence.weights_N
     read = int((weights_N > 0).sum())
     print(
-        f"{out}: {len(weights_N):,} documents weighed for {influence.targets:,} target documents, by the gradients of "
-        f"{influence.landmarks:,}; {read:,} are read, the largest weight is {float(weights_N.max()):.2f}"
+        f"{out}: {len(weights_N):,} documents weighted for {influence.targets:,} target documents, using gradients of "
+        f"{influence.landmarks:,}; {read:,} have a weight above 0, the largest weight is {float(weights_N.max()):.2f}"
     )
     if influence.trust is not None:
         print(
-            f"neighbours tell influence with a rank correlation of {influence.trust:.2f}"
-            + (": too little to go by, take more --landmarks" if influence.trust < 0.3 else "")
+            f"influence estimated from neighbours has a rank correlation of {influence.trust:.2f} with the measured one"
+            + (": too low to rely on, increase --landmarks" if influence.trust < 0.3 else "")
         )
     print(f"read it with kind=parquet path={out} weight_column=weight")
 

@@ -94,7 +94,7 @@ def renamed(overrides: Sequence[Override]) -> list[str]:
         new = rename(text, override.value(), old)
         new = [each for each in dict.fromkeys(new) if each.partition("=")[0] not in chosen]
         kept += [each for each in new if each not in kept]
-        logger.info("%s is now called %s", override.input_line, " ".join(new) if new else _without_need(override))
+        logger.info("%s is now %s", override.input_line, " ".join(new) if new else _without_need(override))
     return kept
 
 
@@ -111,5 +111,5 @@ def _rename_of(name: str) -> Rename | None:
 
 def _without_need(override: Override) -> str:
     if override.key_or_group == "teacher.model_name":
-        return "nothing: the teacher at teacher.url says who it is"
-    return "nothing beside the settings that are given"
+        return "unnecessary: the teacher at teacher.url reports its identity"
+    return "unnecessary, given the other settings"

@@ -24,7 +24,7 @@ from teacher_proto.process.stages import stage
 def main(arguments: Sequence[str]) -> int:
     """Write the file. ValueError for settings that could not be trained with either."""
     if not arguments or "=" in arguments[0]:
-        raise ValueError("the file to write is not given: stillhouse-train sequences FILE.jsonl SETTINGS...")
+        raise ValueError("no output file given: stillhouse-train sequences FILE.jsonl SETTINGS...")
     settings = compose_arguments(arguments[1:])
     count = tokens = 0
     partial = Path(arguments[0]).with_suffix(".partial")
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         partial.replace(arguments[0])
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{count} sequences of {tokens} tokens: {settings.run.steps} batches, and what is held out")
+    print(f"{count} sequences with {tokens} tokens: those of {settings.run.steps} batches and the held-out documents")
     return 0
 
 
@@ -47,8 +47,8 @@ def documents(settings: Settings) -> Iterator[tuple[str, list[int]]]:
     """
     if PolicyState.of(settings.data).policy.varies:
         raise ValueError(
-            f"data.mixture.policy={settings.data.mixture.policy} decides by the losses of a run what it draws, so its "
-            "documents are not known ahead: train with a teacher that is served"
+            f"data.mixture.policy={settings.data.mixture.policy} chooses what to draw by the losses of a run, so its "
+            "documents are not known in advance: train with a teacher service instead"
         )
     with stage("opening the data"):
         source = BatchSource(settings.data, load_tokenizer(settings), settings.run.seed)
