@@ -127,7 +127,7 @@ def test_the_only_teacher_dies_and_comes_back_and_the_trace_is_the_same(
         assert trainer.running and steps_of(tmp_path / "run")[-1] < STEPS
         with again(teacher.port):
             assert trainer.wait() == 0, trainer.text
-    assert "NO TARGETS FOR" in trainer.text and "TRAINING WAITS" in trainer.text
+    assert "no targets for" in trainer.text and "training is waiting" in trainer.text
     assert_same(tmp_path / "run", straight)
 
 

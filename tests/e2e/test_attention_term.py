@@ -147,7 +147,7 @@ def test_training_waits_for_a_sidecar_that_died_and_never_goes_on_without(
                 trainer.signal(signal.SIGTERM)
                 assert trainer.wait() == 75
     assert all(line["weighted/attention"] > 0 for line in lines_of(tmp_path / "run"))
-    assert "TRAINING WAITS" in (tmp_path / "log").read_text()
+    assert "training is waiting" in (tmp_path / "log").read_text()
 
 
 def test_training_stops_where_the_sidecar_stays_away_or_comes_back_as_another(

@@ -108,7 +108,7 @@ def test_what_a_dataset_lacks_is_told_before_the_start_and_can_be_asked_for(
 
     through = (*cached, "teacher.on_miss=remote", f"teacher.url={teacher.url}")
     said = run(workshop, tmp_path / "through", *through)
-    assert f"lacks {left:,} of the" in said and "are asked of the teacher behind it" in said
+    assert f"lacks {left:,} of the" in said and "will be requested from the teacher behind the dataset" in said
     assert_same(tmp_path / "through", online)
     # What was asked for is in the dataset now; a killed start fills what is left of it with `missing.jsonl`.
     fill(missing, "--output", dataset)

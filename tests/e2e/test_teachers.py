@@ -74,7 +74,7 @@ def test_a_store_that_is_written_through_and_then_replayed_gives_the_online_run(
     store = tmp_path / "store"
     said = run(workshop, tmp_path / "first", *cached(store, "teacher.on_miss=remote", f"teacher.url={teacher.url}"))
     assert_same(tmp_path / "first", online)
-    assert " were asked for" in said
+    assert " were missing" in said
     # Nobody answers at this port: all is in the store.
     run(workshop, tmp_path / "second", *cached(store, "teacher.on_miss=remote", "teacher.url=http://127.0.0.1:9"))
     assert_same(tmp_path / "second", online)
@@ -178,7 +178,7 @@ def test_teachers_may_differ_in_k_and_kinds(workshop: Workshop, online: Path, tm
         run(workshop, tmp_path / "by", *mixed)
         assert_same(tmp_path / "by", online)
         for more, said in (
-            (["teacher.top_k=17"], "teacher.top_k is 17, the teacher gives 16 at most"),
+            (["teacher.top_k=17"], "teacher.top_k is 17, but the teacher gives at most 16"),
             (["distillation.terms.drawn.kind=sampled"], "--num-samples 50"),  # by the command that would add them
         ):
             assert train(arguments(workshop, tmp_path / "refused", *mixed, *more), tmp_path / "refused.txt") == 2
@@ -226,11 +226,11 @@ def test_another_vocabulary_is_shared_where_it_can_be_and_refused_where_not(work
 
     grown = save_tiny_llama(tmp_path / "grown-student", vocab_size=VOCAB_SIZE + 8)
     code, said = start("grown", with_tokens(grown, lambda vocab: vocab.update(mash=len(vocab))))
-    assert code == 0 and "the student knows 1 tokens that the teacher does not, from 'mash'" in said, said
+    assert code == 0 and "the student has 1 tokens that the teacher lacks, from 'mash'" in said, said
 
     other = save_tiny_llama(tmp_path / "other-student")
     code, said = start("other", with_tokens(other, lambda vocab: vocab.update(a=vocab["b"], b=vocab["a"])))
-    assert code == 2 and "2 ids mean different tokens" in said and "'b' here, 'a' there" in said, said
+    assert code == 2 and "2 ids mean different tokens" in said and "'b' (student), 'a' (teacher)" in said, said
     assert steps_of(tmp_path / "other" / "run") == []
 
 
@@ -245,7 +245,7 @@ def test_another_vocabulary_is_shared_where_it_can_be_and_refused_where_not(work
         (["teacher.members.x.kind=local"], "set teacher=mixed"),
         (["teacher=mixed", "teacher.members.x.kind=local", "teacher.mix=by_source"], "`sources`"),
         (["teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=STUDENT", "teacher.mix=by_source",
-          "teacher.members.x.sources=a"], "b is named once only"),
+          "teacher.members.x.sources=a"], "b is in only one of the two"),
         (["teacher=mixed", "teacher.members.x.kind=local", "teacher.members.x.model=STUDENT",
           "distillation.terms.f.kind=forward_kl", "distillation.terms.f.support=full"], "hidden"),
     ],

@@ -290,7 +290,7 @@ def test_what_several_terms_need_of_a_teacher_adds_up() -> None:
 
 def test_states_of_two_layers_at_a_time_are_refused() -> None:
     terms = [term_of(f"at_{layer}", AttentionSettings(coefficient=1.0, layer=layer)) for layer in (0, 1)]
-    with pytest.raises(ValueError, match="at_0, at_1 need the teacher's states 2 times over"):
+    with pytest.raises(ValueError, match="at_0, at_1 need the teacher's states in 2 forms"):
         AttentionSource(lambda: None, terms, TeacherSettings(), 16)  # type: ignore[arg-type, return-value]
 
 

@@ -267,8 +267,8 @@ def test_a_run_looks_ahead_the_same_however_it_is_cut_and_resumed(workshop: Work
 
 REFUSED = {
     "student": (("student=causal", "student.diffusion.block_size=null", "distillation=logits_only"),
-                "predicts a token from what stands before it alone"),
-    "candidates": (("distillation.lookahead.candidates=17",), "candidates is 17, teacher.top_k is 16"),
+                "predicts each token from the preceding ones only"),
+    "candidates": (("distillation.lookahead.candidates=17",), "candidates is 17, but teacher.top_k is 16"),
     "loss": (("distillation=cross_entropy",), "no loss compares with the teacher's top K"),
     "support": (("distillation=cross_entropy", "distillation.terms.kd={kind: forward_kl, support: gather}"),
                 "no loss compares with the teacher's top K"),

@@ -253,7 +253,7 @@ def test_the_teachers_head_makes_the_logits_that_the_wire_defines(soft_cap: floa
 
 
 def test_a_file_that_is_no_head_is_refused() -> None:
-    with pytest.raises(InvalidTargetsError, match="no safetensors"):
+    with pytest.raises(InvalidTargetsError, match="not a safetensors"):
         read_head(b"nonsense", torch.device("cpu"))
     with pytest.raises(InvalidTargetsError, match=r"expected weight \[V, D\]"):
         read_head(save({"weight": torch.zeros(3), "scale": torch.tensor(1.0)}), torch.device("cpu"))

@@ -110,7 +110,7 @@ def test_answers_of_two_teachers_are_never_mixed(tmp_path: Path) -> None:
         other = ScriptedTargets(teacher_script(identity=swapped))
         info = asyncio.run(other.open()).info()
         store.remember(info)
-        with pytest.raises(ValueError, match=r"say whose with teacher\.fingerprint"):
+        with pytest.raises(ValueError, match=r"choose one with teacher\.fingerprint"):
             fetch_all(CachedTargets(store, None), BATCH)
         named = ScriptedTargets().engine.identity.fingerprint
         assert fetch_all(CachedTargets(store, named), BATCH)[0].fingerprint == named
@@ -152,5 +152,5 @@ def test_a_store_of_another_teacher_than_the_run_began_with_is_refused(tmp_path:
 
 
 def test_an_empty_store_without_anybody_behind_says_so(tmp_path: Path) -> None:
-    with TargetStore(tmp_path) as store, pytest.raises(ValueError, match="of nobody"):
+    with TargetStore(tmp_path) as store, pytest.raises(ValueError, match="of no teacher"):
         fetch_all(CachedTargets(store, None), BATCH)

@@ -134,7 +134,7 @@ def test_another_model_than_the_run_began_with_is_refused(settings: TeacherSetti
 def test_a_token_that_it_has_not_is_named(settings: TeacherSettings) -> None:
     batch = batch_of(20)
     batch.tokens_BT[0, 7] = VOCAB_SIZE
-    with pytest.raises(OutOfRangeError, match="d0 holds token 512 at its place 7"):
+    with pytest.raises(OutOfRangeError, match="d0 has token 512 at position 7"):
         fetch(LocalTargets(settings), batch)
 
 

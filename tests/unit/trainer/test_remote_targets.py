@@ -163,9 +163,13 @@ FULL = ("distillation.terms.fkl.kind=forward_kl", "distillation.terms.fkl.suppor
         ({"max_cost": 1024 * 65 - 1}, (), r"costs 66560 .*admits 66559: lower data.seq_len to 1023.*--capacity 66560"),
         ({"max_cost": 1024 * 4161}, FULL, None),
         ({"max_cost": 1024 * 4161 - 1}, FULL, r"top_k of 64 costs .* lower data.seq_len to 1023"),
-        ({"max_gather": 32}, GATHER, r"gather_k of 64: the teacher gathers 32 ids a token at most"),
-        ({"max_body_bytes": 200_000}, GATHER, r"gather_k of 64 takes a request of \d+ bytes, the teacher reads 200000"),
-        ({"max_request_tokens": 1000}, (), r"takes 1000 tokens a request, lower data.seq_len"),
+        ({"max_gather": 32}, GATHER, r"gather_k of 64: the teacher gathers at most 32 ids per token"),
+        (
+            {"max_body_bytes": 200_000},
+            GATHER,
+            r"gather_k of 64 needs a request of \d+ bytes, but the teacher reads 200000",
+        ),
+        ({"max_request_tokens": 1000}, (), r"accepts 1000 tokens per request, lower data.seq_len"),
     ],
 )
 def test_what_would_not_fit_is_refused_before_anything_is_asked(

@@ -51,7 +51,7 @@ def test_another_tokenizer_is_refused_with_the_first_tokens_that_differ() -> Non
     theirs = TOKENS | {3: "other", 7: "else"}
     with pytest.raises(ValueError, match="2 ids mean different tokens") as caught:
         shared_vocabulary(TOKENS, 23, tokenizer_sha256(theirs), 23, theirs)
-    assert "id 3: 't3' here, 'other' there; id 7: 't7' here, 'else' there" in str(caught.value)
+    assert "id 3: 't3' (student), 'other' (teacher); id 7: 't7' (student), 'else' (teacher)" in str(caught.value)
 
 
 @pytest.mark.parametrize("length", [1, 5, 22, 23])

@@ -48,18 +48,20 @@ def _check(what: str, request: TargetsRequest, admits: Admits) -> None:
     length, gathered = request.num_tokens, request.gather_ids
     what = f"a document of data.seq_len {length} with {what}"
     if gathered is not None and gathered[0].shape[1] > admits.max_gather:
-        raise ValueError(f"{what}: the teacher gathers {admits.max_gather} ids a token at most")
+        raise ValueError(f"{what}: the teacher gathers at most {admits.max_gather} ids per token")
     if length > admits.max_request_tokens:
-        raise ValueError(f"{what}: the teacher takes {admits.max_request_tokens} tokens a request, lower data.seq_len")
+        raise ValueError(
+            f"{what}: the teacher accepts {admits.max_request_tokens} tokens per request, lower data.seq_len"
+        )
     num_bytes, cost = request.sequence_bytes(0) + FIXED_BYTES, request.cost(admits.hidden_width)
     if num_bytes > admits.max_body_bytes:
         raise ValueError(
-            f"{what} takes a request of {num_bytes} bytes, the teacher reads {admits.max_body_bytes}: lower "
-            f"data.seq_len to {length * admits.max_body_bytes // num_bytes}, or what is asked about each token"
+            f"{what} needs a request of {num_bytes} bytes, but the teacher reads {admits.max_body_bytes}: lower "
+            f"data.seq_len to {length * admits.max_body_bytes // num_bytes}, or request less per token"
         )
     if admits.max_cost is not None and cost > admits.max_cost:
         raise ValueError(
-            f"{what} costs {cost} (tokens x (numbers answered a token + 1)), the teacher admits {admits.max_cost}: "
-            f"lower data.seq_len to {length * admits.max_cost // cost}, ask for less a token, or start the teacher "
-            f"with --capacity {cost}"
+            f"{what} costs {cost} (tokens x (numbers returned per token + 1)), but the teacher admits "
+            f"{admits.max_cost}: lower data.seq_len to {length * admits.max_cost // cost}, request less per token, "
+            f"or start the teacher with --capacity {cost}"
         )

@@ -54,8 +54,8 @@ class AttentionSource:
         layers = Needs.of(terms).layers
         if len(layers) != 1:
             raise ValueError(
-                f"{', '.join(term.name for term in terms)} need the teacher's states {len(layers)} times over, "
-                "of one layer and in one dtype is what is asked: give them the same layer and transport"
+                f"{', '.join(term.name for term in terms)} need the teacher's states in {len(layers)} forms, but "
+                "only one layer in one dtype can be requested: give them the same layer and transport"
             )
         ((self._layer, self._dtype),) = layers
         self._seq_len = seq_len
@@ -76,8 +76,8 @@ class AttentionSource:
             raise ValueError(f"distillation.attention, the teacher: {error}") from None
         if layer > shape.max_layer:
             raise ValueError(
-                f"distillation.attention.layer {self._layer} is the teacher's layer {layer}, the attention "
-                f"service holds layers 0 to {shape.max_layer}: start it with --layer {layer}, or ask for one of those"
+                f"distillation.attention.layer {self._layer} is the teacher's layer {layer}, but the attention "
+                f"service has layers 0 to {shape.max_layer}: start it with --layer {layer}, or choose one of these"
             )
         for term in self._terms:
             term.check_teacher(shape.widths)
@@ -94,7 +94,7 @@ class AttentionSource:
             num_bytes, cost = longest.sequence_bytes(0) + FIXED_BYTES, attention_cost(longest, info.shape)
             check_alone(field, self._seq_len, num_bytes, cost, info)
         except OutOfRangeError as error:
-            raise ValueError(f"distillation.attention, {field}, the attention service refuses it: {error}") from None
+            raise ValueError(f"distillation.attention: the attention service rejects {field}: {error}") from None
 
     async def fetch(self, batch: Batch) -> tuple[AttentionTargets, ...]:
         """The states of every document. TeacherUnavailableError after `teacher.outage_timeout_s` without a service."""

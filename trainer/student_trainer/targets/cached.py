@@ -100,7 +100,7 @@ class CachedTargets:
 
     async def head(self) -> bytes:
         if self._behind is None:
-            raise NotFoundError("a target store holds no output head, which support `full` needs", field="path")
+            raise NotFoundError("a target store has no output head, which support `full` needs", field="path")
         await self._open_behind()
         return await self._behind.head()
 
@@ -118,7 +118,7 @@ class CachedTargets:
             await self._behind.close()
         await asyncio.to_thread(self._readers.shutdown)
         if self.misses:
-            logger.info("target store %s: %d documents were there, %d were asked for", self._store.path, self.hits,
+            logger.info("target store %s: found %d documents, %d were missing", self._store.path, self.hits,
                         self.misses)  # fmt: skip
 
     async def _run(self, work: Any, *arguments: Any) -> Any:
@@ -137,10 +137,10 @@ class CachedTargets:
             return next(iter(known.values()))
         if not known and self._behind is not None:
             return None
-        listed = "; ".join(f"{fp} ({info.identity.semantic.model})" for fp, info in known.items()) or "of nobody"
+        listed = "; ".join(f"{fp} ({info.identity.semantic.model})" for fp, info in known.items()) or "no teacher"
         raise ValueError(
-            f"the target store at {self._store.path} holds answers {listed}: "
-            + (f"teacher {wanted} is not among them" if wanted else "say whose with teacher.fingerprint=FINGERPRINT")
+            f"the target store at {self._store.path} holds targets of {listed}: "
+            + (f"teacher {wanted} is not among them" if wanted else "choose one with teacher.fingerprint=FINGERPRINT")
         )
 
     def _read(self, fingerprint: str, asked: list[Query]) -> list[TokenTargets | None]:
@@ -152,11 +152,11 @@ class CachedTargets:
         async with self._opening:
             if self._behind_card is None:
                 self._behind_card = await self._behind.open()
-                logger.info("what the target store has not is asked of %s", self._behind_card.name)
+                logger.info("targets missing from the store are requested from %s", self._behind_card.name)
         if self._info is not None and self._behind_card.fingerprint != self._info.fingerprint:
             raise WrongTeacherError(
-                f"the target store's answers are of teacher {self._info.fingerprint}, behind it is "
-                f"{self._behind_card.fingerprint}: the two would be mixed. Use another store for it",
+                f"the target store holds targets of teacher {self._info.fingerprint}, but the teacher behind it is "
+                f"{self._behind_card.fingerprint}: the two would be mixed. Use another store for this teacher",
                 field="fingerprint", got=self._behind_card.fingerprint, limit=self._info.fingerprint,
             )  # fmt: skip
 
@@ -177,10 +177,10 @@ class CachedTargets:
         lacking = [document.key for document, query in zip(batch.documents, missing, strict=True) if query is not None]
         return (
             f"the target store at {path} lacks {len(lacking)} of the {asked} documents of batch {batch.number} "
-            f"(first {', '.join(lacking[:3])}) as {model} answers {', '.join(spec.kinds)}, {self.misses} documents so "
-            "far. Write the run's documents with `stillhouse-train sequences FILE.jsonl SETTINGS...`, have them scored "
-            f"with `stillhouse-teacher fill MODEL FILE.jsonl --{'store' if self.dataset is None else 'output'} {path}"
-            f"{fill_options(spec)}`, or have a teacher asked for them with teacher.on_miss=remote"
+            f"(first {', '.join(lacking[:3])}), with {', '.join(spec.kinds)} by {model}, and {self.misses} documents "
+            "so far. Write the run's documents with `stillhouse-train sequences FILE.jsonl SETTINGS...` and score "
+            f"them with `stillhouse-teacher fill MODEL FILE.jsonl --{'store' if self.dataset is None else 'output'} "
+            f"{path}{fill_options(spec)}`, or request them from a teacher with teacher.on_miss=remote"
         )
 
 

@@ -78,8 +78,8 @@ def share_draws(spec: TargetSpec, weights: Sequence[float]) -> list[TargetSpec]:
         counts[index] += 1
     if not counts.all():
         raise ValueError(
-            f"distillation.samples is {spec.num_samples}, too few for {len(weights)} teachers by weight: the least "
-            f"must draw once at least, and has {min(weights):.3g} of them"
+            f"distillation.samples is {spec.num_samples}, too few for {len(weights)} weighted teachers: each must "
+            f"draw at least once, but the one with the smallest weight gets a share of {min(weights):.3g}"
         )
     return [replace(spec, num_samples=int(count), seed=spec.seed + index) for index, count in enumerate(counts)]
 

@@ -31,8 +31,8 @@ def hold_against(fingerprint: str | None, saved: Mapping[str, Any]) -> None:
     """WrongTeacherError if `teacher.fingerprint` names another teacher than the one in the checkpoint."""
     if fingerprint is not None and compare_fingerprints(saved["fingerprint"], fingerprint) == "semantic":
         raise WrongTeacherError(
-            f"the run began with the teacher {saved['name']} ({saved['fingerprint']}), teacher.fingerprint names "
-            f"another, {fingerprint}: leave it out, begin anew with another run.id, or allow another teacher with "
+            f"the run began with the teacher {saved['name']} ({saved['fingerprint']}), but teacher.fingerprint names "
+            f"another, {fingerprint}: leave it out, start a new run with another run.id, or allow another teacher with "
             "run.allow_changes=teacher.fingerprint",
             field="fingerprint", got=fingerprint, limit=saved["fingerprint"],
         )  # fmt: skip

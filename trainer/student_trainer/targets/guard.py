@@ -88,8 +88,8 @@ class TargetGuard:
             where = f"on rank {self._ranks.rank} of {self._ranks.world}, {where}"
         keys = ", ".join(document.key for document in ready.batch.documents[:8])
         message = (
-            f"step {number + 1} is not finite (loss {losses.loss}, gradient norm {losses.grad_norm}) and was not "
-            f"made: {where}. Documents of the batch: {keys}{', ...' if len(ready.batch.documents) > 8 else ''}"
+            f"step {number + 1} is not finite (loss {losses.loss}, gradient norm {losses.grad_norm}), its update was "
+            f"not made: {where}. Documents of the batch: {keys}{', ...' if len(ready.batch.documents) > 8 else ''}"
         )
         dumped = self._dumped(f"step-{number + 1:08d}", message, ready.batch, ready.targets)
         raise NonFiniteError(f"{message}. {dumped}")
@@ -130,7 +130,7 @@ def _bad_parameters(student: Student) -> str:
         for name, parameter in student.model.named_parameters()
         if parameter.grad is not None and not math.isfinite(float(_shard(parameter.grad).sum()))
     ]
-    return f"every loss is finite, the gradient of {', '.join(bad[:5]) or 'some parameter'} is not"
+    return f"every loss is finite, but the gradient of {', '.join(bad[:5]) or 'some parameter'} is not"
 
 
 def _shard(gradient: Tensor) -> Tensor:

@@ -77,16 +77,16 @@ def _lookahead(settings: Settings, student: Student, teacher: Teacher | None, th
         return None
     if student.autoregressive:
         raise ValueError(
-            "distillation.lookahead.window is set, but the student predicts a token from what stands before it alone: "
-            "what follows tells it nothing; use student=diffusion, or leave it out"
+            "distillation.lookahead.window is set, but the student predicts each token from the preceding ones only: "
+            "it never sees the following tokens; use student=diffusion, or leave it out"
         )
     if teacher is None or "score" not in teacher.card.kinds:
-        who = "there is no teacher" if teacher is None else f"the teacher {teacher.card.name} has no kind score"
+        who = "there is no teacher" if teacher is None else f"the teacher {teacher.card.name} does not serve kind score"
         raise ValueError(f"distillation.lookahead.window is set, but {who}: leave it out")
     if wanted.candidates > settings.teacher.top_k:
         raise ValueError(
-            f"distillation.lookahead.candidates is {wanted.candidates}, teacher.top_k is {settings.teacher.top_k}: "
-            "candidates come out of the teacher's top K, give fewer"
+            f"distillation.lookahead.candidates is {wanted.candidates}, but teacher.top_k is {settings.teacher.top_k}: "
+            "candidates are taken from the teacher's top K, use fewer"
         )
     if not any(isinstance(t, TeacherTerm) and t.support == "top_k" for t in terms_of(settings.distillation)):
         raise ValueError("distillation.lookahead.window is set, but no loss compares with the teacher's top K")

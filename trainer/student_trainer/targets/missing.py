@@ -95,20 +95,21 @@ def _report(found: Coverage, dataset: TargetDataset, writes_through: bool) -> No
         f"{found.file}"
     )
     if writes_through:
-        logger.warning("%s, and are asked of the teacher behind it as they come", said)
+        logger.warning("%s. They will be requested from the teacher behind the dataset as needed", said)
         return
     raise MissingTargetsError(
-        f"{said}. Have them scored with `stillhouse-teacher fill MODEL {found.file} --output {dataset.path}"
-        f"{fill_options(dataset.manifest.spec)}`, or have a teacher asked for them with teacher.on_miss=remote"
+        f"{said}. Score them with `stillhouse-teacher fill MODEL {found.file} --output {dataset.path}"
+        f"{fill_options(dataset.manifest.spec)}`, or request them from a teacher with teacher.on_miss=remote"
     )
 
 
 def _refuse_query(dataset: TargetDataset, spec: TargetSpec, writes_through: bool) -> None:
     had = fill_options(dataset.manifest.spec)
-    said = f"the target dataset at {dataset.path} was filled with{had}, and this run asks for{fill_options(spec)}"
+    said = f"the target dataset at {dataset.path} was filled with{had}, but this run needs{fill_options(spec)}"
     if writes_through:
-        logger.warning("%s: all of it is asked of the teacher behind the dataset", said)
+        logger.warning("%s: all targets will be requested from the teacher behind the dataset", said)
         return
     raise MissingTargetsError(
-        f"{said}: fill another dataset with these, or train with what is there (teacher.top_k, losses' temperatures)"
+        f"{said}: fill another dataset with these options, or train with what this one has (teacher.top_k, losses' "
+        "temperatures)"
     )

@@ -53,7 +53,7 @@ class _Several:
 
     async def head(self) -> bytes:
         raise NotFoundError(
-            "several teachers have no output head together, which losses with support `full` need", field="path"
+            "a mixture of teachers has no output head, which losses with support `full` need", field="path"
         )
 
     def outage(self) -> str:
@@ -122,8 +122,8 @@ class BySource(_Several):
     def _index(self, source: str) -> int:
         if source not in self._of:
             raise ValueError(
-                f"no teacher answers for the source {source}: name it in the `sources` of one of teacher.members, "
-                f"which answer for {', '.join(self._of)}"
+                f"no teacher scores the source {source}: add it to the `sources` of one of teacher.members, "
+                f"which score {', '.join(self._of)}"
             )
         return self._of[source]
 
@@ -150,12 +150,12 @@ def as_one(cards: Mapping[str, TeacherCard], kinds: tuple[Kind, ...], descriptio
     tokenizers = {card.tokenizer_sha256: name for name, card in cards.items()}
     if len(tokenizers) > 1:
         raise ValueError(
-            f"the teachers {' and '.join(tokenizers.values())} have different tokenizers: an id would mean one token "
-            "to the one and another to the other"
+            f"the teachers {' and '.join(tokenizers.values())} have different tokenizers: the same id "
+            "would mean different tokens to them"
         )
     if not kinds:
         served = "; ".join(f"{name} serves {', '.join(card.kinds)}" for name, card in cards.items())
-        raise ValueError(f"there is no kind of targets that all teachers serve and that can be mixed: {served}")
+        raise ValueError(f"the teachers have no kind of targets in common that can be mixed: {served}")
     # The semantic and the numeric half of the fingerprint, each a digest of the members' halves.
     meaning, rounding = zip(*(card.fingerprint.split(".") for card in cards.values()), strict=True)
     return TeacherCard(

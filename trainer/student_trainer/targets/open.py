@@ -154,7 +154,7 @@ def _compare_several(saved: Mapping[str, Any] | None, named: str | None, card: T
         hold_against(named, saved)
     elif named is not None and compare_fingerprints(named, card.fingerprint) == "semantic":
         raise WrongTeacherError(
-            f"teacher.fingerprint names {named}, the teachers together are {card.name} ({card.fingerprint})",
+            f"teacher.fingerprint names {named}, but the combined teachers are {card.name} ({card.fingerprint})",
             field="fingerprint", got=card.fingerprint, limit=named,
         )  # fmt: skip
     if saved is None:
@@ -162,29 +162,30 @@ def _compare_several(saved: Mapping[str, Any] | None, named: str | None, card: T
     severity = compare_fingerprints(saved["fingerprint"], card.fingerprint)
     if severity == "semantic":
         raise WrongTeacherError(
-            f"the run began with the teacher {saved['name']} ({saved['fingerprint']}), now it is {card.name} "
-            f"({card.fingerprint}): members, weights and sources must be those that it began with",
+            f"the run began with the teacher {saved['name']} ({saved['fingerprint']}), but now it is {card.name} "
+            f"({card.fingerprint}): members, weights and sources must be the same as then",
             field="fingerprint", got=card.fingerprint, limit=saved["fingerprint"],
         )  # fmt: skip
     if severity == "numeric":
-        logger.warning("the teachers compute with other rounding than when the run began: %s", card.name)
+        logger.warning("the teachers round differently than when the run began: %s", card.name)
 
 
 def check_ask(settings: Settings, card: TeacherCard) -> None:
     """ValueError if the teacher can't serve this run's requests; called before the first one."""
     if settings.data.seq_len > card.max_sequence_length:
         raise ValueError(
-            f"data.seq_len is {settings.data.seq_len}, the teacher takes sequences of {card.max_sequence_length} at "
-            "most, and a document may be as long as a row: lower data.seq_len, or start it with a longer context"
+            f"data.seq_len is {settings.data.seq_len}, but the teacher accepts at most {card.max_sequence_length} "
+            "tokens per sequence, and a document may be as long as a row: lower data.seq_len, or start the teacher "
+            "with a longer context"
         )
     for name, top_k in (("teacher.top_k", settings.teacher.top_k), ("evaluation.top_k", settings.evaluation.top_k)):
         if top_k is not None and top_k > min(card.max_top_k, card.vocab_size):
-            raise ValueError(f"{name} is {top_k}, the teacher gives {min(card.max_top_k, card.vocab_size)} at most")
+            raise ValueError(f"{name} is {top_k}, but the teacher gives at most {min(card.max_top_k, card.vocab_size)}")
     for term in all_terms(settings):
         for kind in sorted(term.needs.kinds - set(card.kinds)):
-            raise ValueError(f"the loss {term.name} needs targets of kind {kind}, the teacher serves {card.kinds}")
+            raise ValueError(f"the loss {term.name} needs targets of kind {kind}, but the teacher serves {card.kinds}")
     if settings.evaluation.kl == "full" and "hidden" not in card.kinds:
-        raise ValueError(f"evaluation.kl=full needs targets of kind hidden, the teacher serves {card.kinds}")
+        raise ValueError(f"evaluation.kl=full needs targets of kind hidden, but the teacher serves {card.kinds}")
     check_admission(settings, card)
     if settings.teacher.kind == "mixed":
         _check_mix(settings)
@@ -195,15 +196,15 @@ def _check_mix(settings: Settings) -> None:
         answered = {source for member in settings.teacher.members.values() for source in member.sources}
         if differ := answered ^ settings.data.sources.keys():
             raise ValueError(
-                f"teacher.members answer for the sources {', '.join(sorted(answered))}, data.sources are "
-                f"{', '.join(sorted(settings.data.sources))}: {', '.join(sorted(differ))} is named once only"
+                f"teacher.members score the sources {', '.join(sorted(answered))}, but data.sources are "
+                f"{', '.join(sorted(settings.data.sources))}: {', '.join(sorted(differ))} is in only one of the two"
             )
         return
     for term in all_terms(settings):
         for temperature in term.needs.temperatures if term.needs.late else ():
             raise ValueError(
-                f"the loss {term.name} has support gather and temperature {temperature:g}: an ensemble answers at "
-                "the student's own ids at temperature 1 alone"
+                f"the loss {term.name} has support gather and temperature {temperature:g}: an ensemble scores "
+                "the student's own ids only at temperature 1"
             )
 
 
@@ -224,13 +225,15 @@ def read_head(file: bytes, device: torch.device) -> Head:
     try:
         tensors = load(file)
     except SafetensorError as error:
-        raise InvalidTargetsError(f"the teacher's head is no safetensors file: {error}") from None
+        raise InvalidTargetsError(f"the teacher's head is not a safetensors file: {error}") from None
     weight_VE, bias_V = tensors.get("weight"), tensors.get("bias")
     if tensors.keys() - NAMES or weight_VE is None or weight_VE.ndim != 2 or "scale" not in tensors:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise InvalidTargetsError(f"the teacher's head holds {shapes}, expected weight [V, D], scale, bias, soft_cap")
     if bias_V is not None and bias_V.shape != weight_VE.shape[:1]:
-        raise InvalidTargetsError(f"the teacher's head has {list(bias_V.shape)} biases for {len(weight_VE)} ids")
+        raise InvalidTargetsError(
+            f"the teacher's head has biases of shape {list(bias_V.shape)} for {len(weight_VE)} ids"
+        )
     scale = float(tensors["scale"])
     dtype = torch.float32 if device.type == "cpu" else weight_VE.dtype
     return Head(

@@ -42,8 +42,8 @@ async def retry_until(
             lasted_s = time.monotonic() - started
             if lasted_s >= outage_timeout_s:
                 raise TeacherUnavailableError(
-                    f"no {who} for {lasted_s:.0f} s, teacher.outage_timeout_s is {outage_timeout_s:g}: "
-                    f"the run stops here, and goes on where it was once there is one. Last: {error}"
+                    f"no {who} for {lasted_s:.0f} s (teacher.outage_timeout_s is {outage_timeout_s:g}): "
+                    f"stopping the run; start it again to resume. Last error: {error}"
                 ) from error
             await asyncio.sleep(ASK_AGAIN_S)
         else:
@@ -72,12 +72,10 @@ class OutageWatch:
             self._said = int(waited_s / self.settings.log_every_s)
             # While the teacher is reachable there is no reason to log: the progress line shows how far it is.
             if reason := self.reason():
-                logger.warning("NO TARGETS FOR %.0f s, TRAINING WAITS: %s", waited_s, reason)
+                logger.warning("no targets for %.0f s, training is waiting: %s", waited_s, reason)
         if waited_s >= self.settings.save_after_s and not self._saved:
             self._saved = True
             if save is not None:
                 save()
             else:
-                logger.warning(
-                    "the run is saved, by all ranks, when the wait ends or teacher.outage_timeout_s has passed"
-                )
+                logger.warning("all ranks will save the run when the wait ends or teacher.outage_timeout_s has passed")

@@ -128,7 +128,7 @@ def spec_for(terms: Iterable[Term], top_k: int, distillation: DistillationSettin
         return None
     kinds, drawn = needs.ahead | {"top_k"}, sorted(needs.sampled_at)
     if len(drawn) > 1:
-        raise ValueError(f"there are losses on samples at the temperatures {drawn}; give them all the same")
+        raise ValueError(f"the losses on samples have the temperatures {drawn}; give them all the same one")
     return TargetSpec(
         kinds=tuple(kind for kind in KINDS if kind in kinds),
         top_k=top_k,

@@ -45,8 +45,8 @@ def valid_queries(batch: Batch, queries: Queries, vocab_size: int) -> list[Query
         if int(query.tokens_T.max()) >= vocab_size:
             at = int(np.argmax(query.tokens_T >= vocab_size))
             raise OutOfRangeError(
-                f"document {document.key} holds token {int(query.tokens_T[at])} at its place {at}, the teacher's "
-                f"vocabulary ends at {vocab_size - 1}: data for a teacher is made of tokens that both know",
+                f"document {document.key} has token {int(query.tokens_T[at])} at position {at}, but the teacher's "
+                f"vocabulary ends at {vocab_size - 1}: the data may only contain tokens that both models know",
                 field=document.key, got=int(query.tokens_T[at]), limit=vocab_size - 1,
             )  # fmt: skip
         asked.append(query)

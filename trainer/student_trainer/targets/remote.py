@@ -85,7 +85,7 @@ class RemoteTargets:
         if self._reason:
             return self._reason
         lasted_s = self.client.outage_s if self.client is not None else 0.0
-        return f"{self.client!r} has found no replica that can be asked for {lasted_s:.0f} s" if lasted_s else ""
+        return f"{self.client!r} has had no available replica for {lasted_s:.0f} s" if lasted_s else ""
 
     def waiting(self) -> Waiting | None:
         return self.client.waiting() if self.client is not None else None

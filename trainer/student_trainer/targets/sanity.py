@@ -43,9 +43,9 @@ def check_alignment(batch: Batch, targets: BatchTargets, vocab_size: int, likely
     mean = float(np.concatenate([next_R for next_R, *_ in pairs]).mean())
     if -mean > math.log(vocab_size) + ABSURD_NATS:
         raise InvalidTargetsError(
-            f"the teacher gives the next token of the first batch {mean:.2f} nats on average, blind guessing among "
-            f"{vocab_size} tokens gives {-math.log(vocab_size):.2f}: these targets are not for this text. Is it the "
-            "teacher's tokenizer? If the data really is noise, set teacher.sanity=off"
+            f"the teacher gives the next tokens of the first batch {mean:.2f} nats on average, blind guessing among "
+            f"{vocab_size} tokens gives {-math.log(vocab_size):.2f}: these targets don't belong to this text. Was it "
+            "tokenised with the teacher's tokenizer? If the data really is noise, set teacher.sanity=off"
         )
 
 
@@ -102,7 +102,7 @@ def _check_shift(pairs: list[Pair]) -> None:
         error = lead_N.std() / math.sqrt(len(lead_N))
         if lead_N.mean() > SIGMAS * error and lead_N.mean() > 0:
             raise InvalidTargetsError(
-                f"the teacher's rows are off by one: they give {what} the one they should predict "
-                f"{given_N3[:, place].mean():.3f} of the probability on average, and that one only "
-                f"{given_N3[:, 1].mean():.3f}. Row t must be the distribution of token t+1"
+                f"the teacher's rows are off by one: on average they give probability "
+                f"{given_N3[:, place].mean():.3f} to {what} the one that they should predict, and only "
+                f"{given_N3[:, 1].mean():.3f} to that one. Row t must be the distribution of token t+1"
             )

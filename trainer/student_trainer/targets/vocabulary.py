@@ -26,10 +26,10 @@ def agree_on_vocabulary(settings: TeacherSettings, card: TeacherCard, tokenizer:
     """
     rows = min(student_rows, card.vocab_size)
     if settings.same_tokenizer == "trust":
-        logger.warning("teacher.same_tokenizer is trust: nobody checks that ids mean the same to student and teacher")
+        logger.warning("teacher.same_tokenizer is trust: not checking that ids mean the same to student and teacher")
         return rows
     if card.tokenizer_sha256 == tokenizer_sha256({}):
-        logger.warning("the teacher was loaded without a tokenizer: nobody can tell whether ids mean the same to it")
+        logger.warning("the teacher was loaded without a tokenizer: cannot check that ids mean the same to it")
         return rows
     tokens = tokens_by_id(tokenizer)
     theirs = None
@@ -75,7 +75,7 @@ def shared_vocabulary(
         if teacher is None:
             raise ValueError(
                 f"the student's tokenizer ({len(student)} tokens) is not the teacher's: their hashes differ, and no "
-                "beginning of the student's has the teacher's hash. Give teacher.tokenizer=FOLDER_OR_HUB_NAME to see "
+                "prefix of the student's has the teacher's hash. Give teacher.tokenizer=FOLDER_OR_HUB_NAME to see "
                 "which tokens differ, or to use a teacher with added tokens; teacher.same_tokenizer=trust skips this"
             )
         same = _compare(student, teacher)
@@ -85,13 +85,13 @@ def shared_vocabulary(
             # Ids that only one of them has are left out, as are all ids after them.
             rows, unshared = min(rows, same), True
             logger.warning(
-                "the %s knows %d tokens that the %s does not, from %r (id %d) on: the losses compare the two on the %d "
-                "ids that they share", who, len(extra), other, tokens[extra[0]], extra[0], rows,
+                "the %s has %d tokens that the %s lacks, from %r (id %d) on: the losses compare the two on the %d ids "
+                "that they share", who, len(extra), other, tokens[extra[0]], extra[0], rows,
             )  # fmt: skip
     if student_rows != teacher_rows and not unshared:
         logger.warning(
-            "the student's head has %d rows, the teacher's %d, of one tokenizer with %d tokens: the losses compare the "
-            "two on the first %d ids", student_rows, teacher_rows, len(student), rows,
+            "the student's head has %d rows, the teacher's %d, for the same tokenizer of %d tokens: the losses compare "
+            "the two on the first %d ids", student_rows, teacher_rows, len(student), rows,
         )  # fmt: skip
     return rows
 
@@ -118,11 +118,11 @@ def _compare(student: Mapping[int, str], teacher: Mapping[int, str]) -> int:
     differing = [index for index in sorted(student.keys() & teacher.keys()) if student[index] != teacher[index]]
     if differing:
         shown = "; ".join(
-            f"id {index}: {student[index]!r} here, {teacher[index]!r} there" for index in differing[:SHOWN]
+            f"id {index}: {student[index]!r} (student), {teacher[index]!r} (teacher)" for index in differing[:SHOWN]
         )
         raise ValueError(
             f"the student's tokenizer is not the teacher's: {len(differing)} ids mean different tokens, first {shown}. "
-            "Targets of one tokenizer teach nothing to a student of another: use a student with the teacher's"
+            "Targets made with one tokenizer are useless to a student with another: use a student with the teacher's"
         )
     # No common id differs, so the two agree up to the end of the shorter one.
     return min(max(student), max(teacher)) + 1
