@@ -159,7 +159,7 @@ def _fetch_file(url: str, store: Any, file: _File, folder: Path, doing: Stage) -
             return
         doing.done -= size / 1e6
         part.unlink()
-        logger.warning("%s of %s arrived damaged: fetching it again", file.place, url)
+        logger.warning("%s of %s arrived damaged", file.place, url)
     raise ValueError(f"{file.place} of {url} doesn't match the store's MD5 or size for it: upload it again")
 
 

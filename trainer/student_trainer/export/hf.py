@@ -50,7 +50,7 @@ def export_hf(
         if "bitnet" not in quantiser_in(model).exports:
             raise CannotExpressError("transformers", [f"it has no quantiser {quantiser_in(model).name}"])
         if architecture == "original":
-            raise CannotExpressError("the original architecture", ["it was requested"])
+            raise CannotExpressError("the original architecture", ["it has no quantisers (--architecture original)"])
         expression, stands_alone = in_transformers(model), True
         expression.config.quantization_config = quantisation_config(model.config, mode="online")
     except CannotExpressError as error:

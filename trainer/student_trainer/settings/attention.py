@@ -30,8 +30,8 @@ class AttentionSettings(Section):
     form: Literal["official", "paper", "minilm", "maps"] = Field(
         "official",
         description="official: MiniLM's code, cosine similarities, no causal mask; paper: scaled dot products, no "
-        "mask; minilm: scaled dot products, causal mask; maps: attention probabilities (within=blocks "
-        "only)",
+        "mask; minilm: scaled dot products, causal mask; maps: attention probabilities, those of a model "
+        "that scales by 1/sqrt(head width) and has no soft cap (within=blocks only)",
     )
     within: Literal["documents", "blocks"] = Field(
         "documents",
