@@ -25,7 +25,7 @@ from pydantic import (
     StrictStr,
 )
 
-from teacher_proto.compute.relations import FORMS, RelationForm, layer_index
+from teacher_proto.compute.relations import FORMS, LAYER_NAMES, RelationForm, layer_index
 from teacher_proto.errors import NotFoundError
 from teacher_proto.info import ServiceInfo
 from teacher_proto.request_checks import (
@@ -228,7 +228,8 @@ def _check_layer(request: AttentionRequest, shape: AttentionShape) -> None:
     except ValueError as error:
         if isinstance(request.layer, int):
             raise NotFoundError(str(error), field="layer", got=request.layer, limit=shape.max_layer) from None
-        refuse("layer", request.layer, shape.max_layer, f"a layer of the model: {error}")
+        expected = f"one of {list(LAYER_NAMES)}, a fraction of the depth in [0, 1] or an index"
+        refuse("layer", request.layer, shape.max_layer, expected)
     if layer > shape.max_layer:
         raise NotFoundError(
             f"layer: {request.layer!r} is layer {layer} of {shape.num_layers}, but this service holds layers 0 to "

@@ -145,9 +145,11 @@ class _HeadDownload:
         if response.status_code == 206:
             place = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
             if place is None or int(place[1]) != self.size or headers.get("etag") != self._etag:
+                size, etag = self.size, self._etag
                 self.forget()
                 raise WireError(
-                    f"requested the rest of the teacher's head, got {headers.get('content-range', 'no range')!r}"
+                    f"requested the rest of the teacher's head from byte {size} of {etag}, got "
+                    f"{headers.get('content-range', 'no range')!r} of {headers.get('etag', 'no etag')}"
                 )
             return
         self.forget()

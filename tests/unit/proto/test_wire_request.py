@@ -157,7 +157,7 @@ def test_long_lists_in_other_fields_stay_lists() -> None:
     ],
 )
 def test_a_bad_tensor_of_gathered_ids_names_its_place(tensor: dict[str, Any], message: str) -> None:
-    with pytest.raises(WireError, match=f"gather_ids.1: .*{message}|gather_ids.1: .*"):
+    with pytest.raises(WireError, match=f"gather_ids.1: .*{message}"):
         decode_request(pack({"sequences": [[1]], "gather_ids": [None, tensor]}), LIMITS)
 
 
