@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -106,7 +107,7 @@ def test_a_connection_that_breaks_is_opened_again_and_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(streamed.time, "sleep", waits.append)
+    monkeypatch.setattr(streamed, "time", SimpleNamespace(sleep=waits.append))
     source = SourceSettings(kind="hub", name="x", streaming=True, shuffle_window=64)
     made = StreamedSource("s", source, [Broken(200, 4, error)], CONTENT, seed=0)
     names = sorted(int(d.index.split("/")[1]) for block in range(4) for d in made.read(0, 0, block))
@@ -117,7 +118,7 @@ def test_a_connection_that_breaks_is_opened_again_and_nothing_is_lost(
 
 def test_what_will_not_pass_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(streamed.time, "sleep", waits.append)
+    monkeypatch.setattr(streamed, "time", SimpleNamespace(sleep=waits.append))
     source = SourceSettings(kind="hub", name="x", streaming=True)
     for error in (FileNotFoundError("no"), EOFError("short"), PermissionError("no")):
         with pytest.raises(ValueError, match="cannot read"):

@@ -275,9 +275,8 @@ def test_shards_are_copied_into_a_bucket_with_a_merged_index(tmp_path: Path, cap
     assert not caplog.text
 
 
-def test_a_bucket_that_answers_503_for_a_while_is_outlasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_answers_503_for_a_while_is_outlasted(tmp_path: Path) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("time.sleep", lambda seconds: slept.append(seconds))
     url = f"counting://{tmp_path.name}"
     Counting.failures = 5
     folder = Folder(url, sleep=slept.append)
