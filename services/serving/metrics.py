@@ -1,4 +1,5 @@
-"""Prometheus metrics of a service, by client and reason. Updated by the HTTP layer and the coalescer.
+"""Prometheus counters and histograms of a service; its gauges are added in `service.py`. Updated by the HTTP layer and
+the coalescer.
 
 Each service object has its own registry, so that tests can have several in one process. Label values are route
 templates, names of keys, sources and error codes, never text from a client.

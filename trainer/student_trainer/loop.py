@@ -1,4 +1,5 @@
-"""The training loop, THE file to read first: `train` goes from step to step, `step` makes one update.
+"""The training loop, THE file to read first: `train` goes from step to step and saves when a signal
+stops it, `step` makes one update.
 
     batch n -> its targets, requested ahead of time -> forward, loss, backward, micro batch by micro batch -> update
 

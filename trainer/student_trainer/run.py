@@ -1,4 +1,4 @@
-"""The parts of a run, and what it does besides its updates: evaluate, save, stop. Built by `build`, advanced by
+"""The parts of a run, and what it does besides its updates: evaluate and save. Built by `build`, advanced by
 `loop`.
 """
 

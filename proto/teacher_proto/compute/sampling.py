@@ -1,4 +1,4 @@
-"""Draws from the distributions of a chunk's rows, the same ones on every device and however the rows are batched.
+"""Draws from a teacher's distributions for targets of kind `sampled`: the same on every device and in every batch.
 
 Called by `reduction.py`; engines make the keys of their sequences with `sample_key`.
 """

@@ -1,4 +1,4 @@
-"""Responses as streams of messages: a header, a record for each sequence in any order, an end. Used by every route.
+"""Encodes and decodes responses, streams of messages: a header, a record for each sequence in any order, an end.
 
 Progress messages may come between header and end, if the client requested them. `records.py` reads targets with this,
 `attention.py` attention. Decoding is bounded (`reader.py`), and a tensor's data must have exactly the length that its

@@ -1,4 +1,4 @@
-"""Request bodies: limits that are enforced before the excess is buffered, and parsing.
+"""Request bodies: limits, in total and per client (413, 429, 503), enforced before the excess is buffered, and parsing.
 
 The limits (size, encoding, speed, the total of all requests and of each client) are ASGI middleware that wraps
 `receive`: they do not apply to a route that reads no body, and a request without a key is refused before its body is

@@ -1,5 +1,5 @@
-"""How a block-diffusion student reads a batch: noisy tokens beside clean ones, and which are masked. Made in
-`diffusion`.
+"""How a block-diffusion student reads a batch: noisy tokens beside clean ones, which are masked, and who attends to
+whom. Made in `diffusion`.
 
 One row of twice the width (Fast-dLLM v2, arXiv 2509.26328; SDAR, arXiv 2510.06303): a noisy token sees its own block
 and the clean tokens before it. Tokens are masked at random, block by block, only where the data has tokens to learn.
