@@ -68,7 +68,7 @@ def bitdistill(processes: Processes, minutes: float) -> int:
     with serve_teacher(processes, RUNS) as ready:
         student = StudentProcess(processes, measured_run(), RUNS / "unused.jsonl", RUNS / "student_speed.log")
         teacher = ready()
-        beside = [str(TEACHER), "--name", NAME, "--max-model-len", "1024", "--beside", teacher.url]
+        beside = [str(TEACHER), "--name", NAME, "--max-model-len", "1024", "--teacher-url", teacher.url]
         with processes.serve("stillhouse-attention", beside, RUNS / "attention.log") as attention_ready:
             attention_url = attention_ready()
             machine = measure_machine(processes, teacher, student)

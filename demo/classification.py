@@ -132,7 +132,7 @@ class Services:
             self.teacher = ready()
         settings = [f"teacher.url={self.teacher.url}"]
         if relates and self.attention_url is None:
-            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--beside", self.teacher.url]
+            beside = [str(model), "--name", NAME, "--max-model-len", "1024", "--teacher-url", self.teacher.url]
             served = self.processes.serve("stillhouse-attention", beside, RUNS / "attention.log")
             self.attention_url = self._stack.enter_context(served)()
         return [*settings, f"teacher.attention_url={self.attention_url}"] if relates else settings

@@ -43,10 +43,10 @@ class AttentionEngine:
         )
 
     async def start(self) -> None:
-        """Load the model. ValueError if it can't be served, or is not the model of the teacher given by --beside."""
-        if self._settings.beside is not None:
+        """Load the model. ValueError if it can't be served, or is not the model of the teacher at --teacher-url."""
+        if self._settings.teacher_url is not None:
             with stage("teacher's identity received"):
-                self._teacher = await self._ask_teacher(self._settings.beside)
+                self._teacher = await self._ask_teacher(self._settings.teacher_url)
         await self._batches.start(self._load)
 
     @property
@@ -70,12 +70,12 @@ class AttentionEngine:
         return self._model.attend(queries)
 
     async def _ask_teacher(self, url: str) -> TeacherIdentity:
-        key = self._settings.beside_key
+        key = self._settings.teacher_key
         async with TeacherClient(url, key=key.get_secret_value() if key is not None else None) as client:
             try:
                 return (await client.teacher(_TEACHER_WAIT_S)).identity
             except StillhouseError as error:
-                raise ValueError(f"--beside: {error}") from None
+                raise ValueError(f"--teacher-url: {error}") from None
 
     def _load(self) -> None:
         with stage("torch and transformers imported"):
@@ -110,15 +110,15 @@ class AttentionEngine:
             vocab_size=model.vocab_size, numeric=numeric, options=_shared_options(teacher),
         )  # fmt: skip
         if teacher is not None:
-            self._hold_against(teacher)
+            self._require_same_model(teacher)
         self._model, self.shape = model, model.shape
 
-    def _hold_against(self, teacher: TeacherIdentity) -> None:
+    def _require_same_model(self, teacher: TeacherIdentity) -> None:
         lines = [line for line in self.identity.difference(teacher) if line.startswith("semantic.")]
         if lines:
             raise ValueError(
-                f"--beside {self._settings.beside}: that teacher serves another model: {'; '.join(lines)}; start this "
-                "service with the same MODEL, --revision, --name and --dtype"
+                f"--teacher-url {self._settings.teacher_url}: that teacher serves another model: "
+                f"{'; '.join(lines)}; start this service with the same MODEL, --revision, --name and --dtype"
             )
 
 

@@ -1,7 +1,7 @@
 """`stillhouse-attention MODEL`: serve a language model's attention beside a teacher of the same model.
 
     stillhouse-attention HuggingFaceTB/SmolLM2-135M-Instruct --port 8001
-    stillhouse-attention MODEL --beside http://localhost:8000 --layer 20
+    stillhouse-attention MODEL --teacher-url http://localhost:8000 --layer 20
 
 Prints one line on stdout once it is ready:
 `stillhouse-attention: ready at URL, MODEL, FINGERPRINT in DTYPE`. Logs go to stderr.

@@ -5,6 +5,7 @@ Read by `main.py`; options shared with the teacher service are in `serving.setti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, model_validator
@@ -21,6 +22,7 @@ class AttentionSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX)
     program: ClassVar[str] = "stillhouse-attention"
+    renamed: ClassVar[Mapping[str, str]] = {"beside": "teacher_url", "beside_key": "teacher_key"}
 
     layer: str = Field(
         "late_middle",
@@ -29,16 +31,16 @@ class AttentionSettings(ServiceSettings):
     )
     dtype: str = Field(
         "auto",
-        description="dtype of the weights: bfloat16, float16, float32; auto: that of the teacher given by --beside, "
+        description="dtype of the weights: bfloat16, float16, float32; auto: that of the teacher at --teacher-url, "
         "else the checkpoint's own if the hardware computes in it, else float32",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto: a GPU if there is one")
-    beside: str | None = Field(
+    teacher_url: str | None = Field(
         None,
         description="URL of the teacher that serves the same weights: name and dtype are taken from it, and other "
         "weights are refused",
     )
-    beside_key: SecretStr | None = Field(None, description="API key for that teacher")
+    teacher_key: SecretStr | None = Field(None, description="API key for that teacher")
     capacity: int = Field(
         2**28,
         ge=1,
@@ -51,8 +53,8 @@ class AttentionSettings(ServiceSettings):
     @model_validator(mode="after")
     def _hang_together(self) -> Self:
         self.highest_layer(num_layers=2**20)
-        if self.beside_key is not None and self.beside is None:
-            raise ValueError("--beside-key needs --beside URL")
+        if self.teacher_key is not None and self.teacher_url is None:
+            raise ValueError("--teacher-key needs --teacher-url")
         return self
 
     def highest_layer(self, num_layers: int) -> int:

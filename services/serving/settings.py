@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -24,6 +25,7 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
     program: ClassVar[str]
+    renamed: ClassVar[Mapping[str, str]] = {}  # old names of fields, which are still accepted
     others: ClassVar[tuple[str, ...]] = ()  # variables of other programs; a name that ends in _ is a prefix
 
     model: str = Field(description="folder or hub name of the model")
@@ -93,7 +95,7 @@ def build_settings(kind: type[Settings], given: dict[str, Any]) -> Settings:
         known = ", ".join(sorted(variables(kind)))
         raise ValueError(f"environment: {kind.program} has no variable {', '.join(unknown)}; available: {known}")
     try:
-        return kind(**given)
+        return kind(**(renamed_variables(kind, os.environ) | given))
     except ValidationError as error:
         raise ValueError("; ".join(_explain(kind, one) for one in error.errors(include_url=False))) from None
 
@@ -103,13 +105,25 @@ def variables(kind: type[ServiceSettings]) -> set[str]:
     return {f"{kind.model_config['env_prefix']}{name.upper()}" for name in kind.model_fields}
 
 
+def renamed_variables(kind: type[ServiceSettings], environment: Mapping[str, str]) -> dict[str, str]:
+    """Fields that are set by a variable's old name and not by its new one; says so on stderr."""
+    found = {}
+    for old, new in kind.renamed.items():
+        was, is_now = (f"{kind.model_config['env_prefix']}{name.upper()}" for name in (old, new))
+        if environment.get(was) and not environment.get(is_now):
+            print(f"{kind.program}: {was} is now called {is_now}", file=sys.stderr)
+            found[new] = environment[was]
+    return found
+
+
 def unknown_variables(kind: type[ServiceSettings], environment: Mapping[str, str]) -> list[str]:
     """Variables with the service's prefix that nothing reads, except those that Kubernetes sets by itself for a Service
     whose name is the prefix."""
     prefix, others = kind.model_config["env_prefix"], kind.others
+    known = variables(kind) | {f"{prefix}{old.upper()}" for old in kind.renamed}
     return sorted(
         name for name, value in environment.items()
-        if value and name.startswith(prefix) and name not in variables(kind) and not _OF_KUBERNETES.search(name)
+        if value and name.startswith(prefix) and name not in known and not _OF_KUBERNETES.search(name)
         and name not in others and not name.startswith(tuple(other for other in others if other.endswith("_")))
     )  # fmt: skip
 
@@ -121,6 +135,17 @@ def _explain(kind: type[ServiceSettings], error: Any) -> str:
     if not error["loc"]:
         return str(error["ctx"]["error"])
     return f"--{str(error['loc'][0]).replace('_', '-')}: {error['msg']}, got {error['input']!r}"
+
+
+class _Renamed(argparse.Action):
+    """An option's old name."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
+        print(f"{parser.prog}: {option_string} is now called --{self.dest.replace('_', '-')}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def options_parser(kind: type[ServiceSettings], description: str, epilog: str) -> argparse.ArgumentParser:
@@ -137,4 +162,6 @@ def options_parser(kind: type[ServiceSettings], description: str, epilog: str) -
             parser.add_argument(
                 f"--{name.replace('_', '-')}", metavar="|".join(names) or name.split("_")[-1].upper(), help=text
             )
+    for old, new in kind.renamed.items():
+        parser.add_argument(f"--{old.replace('_', '-')}", dest=new, action=_Renamed, help=argparse.SUPPRESS)
     return parser

@@ -230,10 +230,10 @@ def test_every_route_but_the_probes_asks_for_the_key(folder: Path) -> None:
 def test_a_sidecar_takes_name_and_dtype_of_its_teacher_and_refuses_another_model(folder: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "tiny-qwen3", "qwen3", seed=1)
     with TeacherProcess(str(folder), "--engine", "hf", "--name", "the-teacher") as teacher:
-        with AttentionProcess(folder, "--beside", teacher.url) as service:
+        with AttentionProcess(folder, "--teacher-url", teacher.url) as service:
             assert service.model == "the-teacher"
             assert service.fingerprint.split(".")[0] == teacher.fingerprint.split(".")[0]
-        refused = run(str(other), "--beside", teacher.url, "--port", "0")
+        refused = run(str(other), "--teacher-url", teacher.url, "--port", "0")
     assert refused.returncode == 2
     assert "that teacher serves another model: semantic.weights.model.safetensors:" in refused.stderr
 
@@ -260,6 +260,23 @@ except SystemExit as exit:
         assert name == "model" or f"--{name.replace('_', '-')}" in result.stdout
 
 
+def test_the_old_names_of_the_teachers_options_still_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "http://teacher:8000"
+    settings = parse_settings(["m", "--beside", url, "--beside-key", KEY])
+    assert settings.teacher_url == url and settings.teacher_key is not None
+    assert "--beside is now called --teacher-url" in capsys.readouterr().err
+    monkeypatch.setenv(f"{PREFIX}BESIDE", url)
+    monkeypatch.setenv(f"{PREFIX}BESIDE_KEY", KEY)
+    assert parse_settings(["m"]) == settings
+    said = capsys.readouterr().err
+    assert f"{PREFIX}BESIDE_KEY is now called {PREFIX}TEACHER_KEY" in said and KEY not in said
+    monkeypatch.setenv(f"{PREFIX}TEACHER_URL", "http://other:8000")
+    assert parse_settings(["m"]).teacher_url == "http://other:8000"
+    assert parse_settings(["m", "--teacher-url", url]).teacher_url == url
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -267,7 +284,7 @@ except SystemExit as exit:
         (("m", "--layer", "top"), "--layer: attention layer: got 'top'"),
         (("m", "--layer", "1.5"), "--layer: attention layer: got 1.5"),
         (("m", "--laye", "1"), "'--laye' is not an option"),
-        (("m", "--beside-key", KEY), "--beside-key needs --beside URL"),
+        (("m", "--teacher-key", KEY), "--teacher-key needs --teacher-url"),
         (("m", "--tls-cert", "c.pem"), "--tls-cert and --tls-key go together"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_service_in_a_container_listens_outside_with_keys_beside_its_teacher(
     if any(name.endswith("_KEYS") for name in environment):
         assert settings.keys is not None and settings.drain_time == 60
         if program == "attention":
-            assert settings.beside.startswith("http://teacher") and settings.beside_key is not None
+            assert settings.teacher_url.startswith("http://teacher") and settings.teacher_key is not None
         else:
             assert str(settings.store) == "/store" and settings.store_bytes > 2**30
 
