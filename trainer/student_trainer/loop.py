@@ -82,8 +82,8 @@ def advance(run: Run, steps: int, started: float) -> int:
             ready = run.prefetch.next(run.while_waiting)
         run.guard.check(ready)
         # These requests depend on the weights that this update starts from, so they cannot be made ahead of time.
-        ready = run.ask_late(ready)
-        run.meter.begin(run.state, ready.batch.kind, run.terms("data"), run.ask_late, run.pause)
+        ready = run.add_late_targets(ready)
+        run.meter.begin(run.state, ready.batch.kind, run.terms("data"), run.add_late_targets, run.pause)
     metrics = replace(step(run, ready), wrote_s=wrote_s)
     policy = run.state.policy.observe(metrics.losses.by_name(), run.ranks, run.meter.take())
     run.state = TrainState(run.state.step + 1, run.state.tokens + metrics.losses.tokens, ready.state, policy)

@@ -139,7 +139,7 @@ class Run:
         if writes or probes or self.late.due(kind, self.terms(kind)) or self.losses[kind].due(step):
             self.unsharded.refresh(step)
 
-    def ask_late(self, ready: Ready) -> Ready:
+    def add_late_targets(self, ready: Ready) -> Ready:
         """The batch with targets that depend on the student's weights added, if a loss needs them. Invalid ones are
         dumped like those that were fetched ahead.
         """

@@ -28,7 +28,7 @@ from student_trainer.students.student import Student
 from student_trainer.targets.prefetch import Ready
 from teacher_proto.process.stages import stage
 
-Ask = Callable[[Ready], Ready]  # adds to a batch the targets at the student's likeliest ids
+AddTargets = Callable[[Ready], Ready]  # adds to a batch the targets at the student's likeliest ids
 
 
 class HasMoments(Protocol):
@@ -47,7 +47,7 @@ class NoMeter:
         return False
 
     def begin(
-        self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
+        self, state: TrainState, kind: Kind, terms: tuple[Term, ...], add_targets: AddTargets, pause: Callable[[], None]
     ) -> None:
         """See `InfluenceMeter`."""
 
@@ -84,7 +84,7 @@ class InfluenceMeter(NoMeter):
         return policy.due(state.step)
 
     def begin(
-        self, state: TrainState, kind: Kind, terms: tuple[Term, ...], ask: Ask, pause: Callable[[], None]
+        self, state: TrainState, kind: Kind, terms: tuple[Term, ...], add_targets: AddTargets, pause: Callable[[], None]
     ) -> None:
         """To be called by all ranks before update `state.step`. `pause` may raise to abandon the update."""
         policy = state.policy.policy
@@ -93,7 +93,9 @@ class InfluenceMeter(NoMeter):
         self._probed = None
         if self.probes(state):
             self._student.before_step(state.step)
-            self._probed = self._measure([micro for each in self._probe for micro in ask(each).micro], terms, pause)
+            self._probed = self._measure(
+                [micro for each in self._probe for micro in add_targets(each).micro], terms, pause
+            )
         self._sketches.scales = self._preconditioners() if self._active and self._settings.precondition else {}
 
     def watching(self, micro: MicroBatch) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """Fetches the targets of the next batches ahead of the step and hands them over in order. Used by `loop`.
 
-    prefetch = Prefetch(stream, steps, targets, asked, thread, prepare, refuse, settings)
+    prefetch = Prefetch(stream, steps, targets, specs, thread, prepare, refuse, settings)
     ready = prefetch.next(while_waiting)
 
 With depth D, D batches are in flight besides the one that the step works on; at depth 0 a batch is requested when the
@@ -56,7 +56,7 @@ class Ready:
 # A rollout that is not written yet is a future, so that later batches need not wait for it.
 Stream = Iterator[tuple[Batch | Future[Batch], MixtureState]]
 # The spec requested for a batch of each kind; None: nothing.
-Asked = Mapping[Kind, TargetSpec | None]
+Specs = Mapping[Kind, TargetSpec | None]
 Prepare = Callable[[Batch, BatchTargets | None], tuple[MicroBatch, ...]]
 # Dumps a batch with invalid targets, and returns the error to raise.
 Refuse = Callable[[Batch, BatchTargets | None, InvalidTargetsError], InvalidTargetsError]
@@ -68,10 +68,10 @@ class Prefetch:
     """
 
     def __init__(
-        self, stream: Stream, steps: int, targets: Targets | None, asked: Asked, thread: EventThread, prepare: Prepare,
+        self, stream: Stream, steps: int, targets: Targets | None, specs: Specs, thread: EventThread, prepare: Prepare,
         refuse: Refuse, settings: PrefetchSettings,
     ):  # fmt: skip
-        self._stream, self._steps, self._targets, self._asked = stream, steps, targets, asked
+        self._stream, self._steps, self._targets, self._specs = stream, steps, targets, specs
         self._thread, self._prepare, self._refuse = thread, prepare, refuse
         self.control = DepthControl(settings)
         self._room = threading.Condition()
@@ -89,7 +89,7 @@ class Prefetch:
 
         Raises what reading the data or fetching the targets raised.
         """
-        asked = time.monotonic()
+        requested_at = time.monotonic()
         with self._room:
             self._calls += 1
             assert self._calls <= self._steps, "more steps than were announced"
@@ -102,11 +102,11 @@ class Prefetch:
             else:
                 wait([future], timeout=POLL_S)
             if future is None or not future.done():
-                while_waiting(time.monotonic() - asked)
+                while_waiting(time.monotonic() - requested_at)
         ready = future.result()
         now = time.monotonic()
-        waited_s = now - asked
-        busy_s = asked - self._last_handover if self._last_handover is not None else None
+        waited_s = now - requested_at
+        busy_s = requested_at - self._last_handover if self._last_handover is not None else None
         self._last_handover = now
         self.control.observe(ready.latency_s, busy_s, ready.targets.nbytes if ready.targets else 0)
         return replace(ready, waited_s=waited_s)
@@ -172,7 +172,7 @@ class Prefetch:
         targets = None
         loop = asyncio.get_running_loop()
         try:
-            if self._targets is not None and (spec := self._asked[batch.kind]) is not None:
+            if self._targets is not None and (spec := self._specs[batch.kind]) is not None:
                 targets = await self._targets.fetch(batch, queries_of(batch, spec))
             # Off the event loop: alignment is numpy work on megabytes, which would delay requests.
             micro = await loop.run_in_executor(None, self._prepare, batch, targets)
