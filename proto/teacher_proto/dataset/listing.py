@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,14 +88,9 @@ def _open_index(folder: Folder, name: str, cache: Path) -> IndexFile:
         with contextlib.suppress(ValueError, OSError):
             return IndexFile(np.memmap(kept, np.uint8, "r"), place)
     data = folder.read(f"{INDEX}/{name}")
-    part = cache / f".{name}.{uuid.uuid4().hex}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(kept)
+        Folder(str(cache), outage_s=0.0).write(name, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         log.warning("%s can't be written (%s): the index is in memory", kept, error)
         return IndexFile(data, place)
     return IndexFile(np.memmap(kept, np.uint8, "r"), place)

@@ -14,7 +14,6 @@ import io
 import logging
 import tempfile
 import threading
-import uuid
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +46,7 @@ class Ranges:
         self._fetchers = ThreadPoolExecutor(FETCHERS, "dataset-fetch") if ahead and not folder.local else None
         if not folder.local:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._cache = Folder(str(self.path), outage_s=0.0)
             self._find_kept()
 
     def file(self, place: Place) -> tuple[bytes, io.RawIOBase]:
@@ -121,13 +121,9 @@ class Ranges:
         return data
 
     def _keep(self, name: str, data: bytes) -> None:
-        part = self.path / f".{name}.{uuid.uuid4().hex}"
         try:
-            part.write_bytes(data + _crc(data))
-            part.replace(self.path / name)
+            self._cache.write(name, data + _crc(data))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             if not self._failed:
                 log.warning("%s can't be written (%s): what is not in it is fetched again each time", self.path, error)
             self._failed = True
@@ -152,7 +148,7 @@ class Ranges:
     def _find_kept(self) -> None:
         """Register the files that an earlier process cached, the oldest first, and remove what killed ones left."""
         with contextlib.suppress(OSError):
-            Folder(str(self.path)).remove_unfinished("")
+            self._cache.remove_unfinished("")
         found = []
         for path in self.path.iterdir():
             if not path.name.startswith(".") and path.suffix == "":

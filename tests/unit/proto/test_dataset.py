@@ -16,6 +16,7 @@ import fsspec.implementations.memory
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from teacher_proto.dataset.check import check_dataset, dataset_stats, merge_dataset
 from teacher_proto.dataset.dataset import TargetDataset
@@ -241,11 +242,11 @@ def test_a_cache_that_can_not_be_written_costs_requests_alone(
     fill(url, ASKED)
     merge_dataset(Folder(url))
 
-    def full(path: Path, data: bytes) -> None:
-        path.touch()
+    def full(disk: LocalFileSystem, path: str, value: bytes, **_: Any) -> None:
+        Path(path).touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", full)
     with TargetDataset(url, readonly=True, cache=cache, ahead=0) as dataset:
         assert all(holds(dataset, one) for one in ASKED)
     assert list(cache.iterdir()) == []
