@@ -11,7 +11,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from teacher_proto.errors import OutOfRangeError
-from teacher_service.compat.requests import Ids, ManyIds, Texts, check_extras, check_written, read_model
+from teacher_service.compat.requests import (
+    MAX_TEMPERATURE,
+    Ids,
+    ManyIds,
+    Texts,
+    check_extras,
+    check_written,
+    read_model,
+)
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -62,7 +70,10 @@ class CompletionRequest(BaseModel):
     logprobs: Annotated[StrictInt | None, BeforeValidator(_as_number)] = None
     echo: StrictBool | None = False
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, le=1e300, description="of `prompt_logprobs`; 0 and 1 both give the teacher's own distribution"
+        None,
+        ge=0,
+        le=MAX_TEMPERATURE,
+        description="of `prompt_logprobs`; 0 and 1 both give the teacher's own distribution",
     )
     add_special_tokens: StrictBool = True
     return_token_ids: StrictBool | None = None

@@ -28,6 +28,8 @@ T = TypeVar("T")
 Ids = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
 ManyIds = Annotated[list[Ids], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+# An integer of any length may be sent; above this it would be no float.
+MAX_TEMPERATURE = 1e300
 Fields = Mapping[str, tuple[Any, ...]]
 
 _RETRIED_STATUSES = (500, 502, 503)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from teacher_proto.errors import OutOfRangeError
 from teacher_proto.request_checks import within
-from teacher_service.compat.requests import Ids, ManyIds, check_extras, check_written, read_model
+from teacher_service.compat.requests import MAX_TEMPERATURE, Ids, ManyIds, check_extras, check_written, read_model
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -64,7 +64,10 @@ class SamplingParams(BaseModel):
         None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, le=1e300, description="of every logprob; 0 and 1 both give the teacher's own distribution"
+        None,
+        ge=0,
+        le=MAX_TEMPERATURE,
+        description="of every logprob; 0 and 1 both give the teacher's own distribution",
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from teacher_proto.request_checks import refuse, within
 from teacher_proto.requests import Limits
-from teacher_service.compat.requests import Ids, check_extras, check_written, read_model
+from teacher_service.compat.requests import MAX_TEMPERATURE, Ids, check_extras, check_written, read_model
 
 # Fields that change neither a score nor the most likely token, and why; their values are ignored.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,10 @@ class SamplingParams(BaseModel):
         None, description="0, or 1 for the most likely next token; 0 if it is left out and the prompt is scored"
     )
     temperature: StrictFloat | StrictInt | None = Field(
-        None, ge=0, le=1e300, description="of the prompt's logprobs; 0 and 1 both give the teacher's own distribution"
+        None,
+        ge=0,
+        le=MAX_TEMPERATURE,
+        description="of the prompt's logprobs; 0 and 1 both give the teacher's own distribution",
     )
     logprobs: StrictInt | None = None
     prompt_logprobs: StrictInt | None = None
